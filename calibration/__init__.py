@@ -1,0 +1,1 @@
+"""What the policy sees: recorded or simulated observations, closed-loop rollouts, success."""

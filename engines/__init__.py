@@ -1,0 +1,1 @@
+"""Targets; engines that run a bundle; verification of one engine against another."""

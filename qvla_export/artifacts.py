@@ -1,0 +1,137 @@
+"""Artifacts on disk: atomic writes, digests and provenance. Standard library only."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qvla_export.errors import ArtifactError, ArtifactMismatch
+
+# Versions recorded beside every artifact: what can change its numbers.
+_RECORDED = ("numpy", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "mujoco")
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_tree(root: Path, names: Iterable[str] | None = None) -> str:
+    """Return one digest of the named files (default: all) below a folder, names included."""
+    if names is None:
+        names = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name}\0{sha256_file(root / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys in the order given."""
+    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read JSON; `what` names the artifact in the error.
+
+    Raises:
+        ArtifactError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ArtifactError(f"{what} not found: {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{what} is not valid JSON: {path}: {error}") from None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` only if the block succeeds.
+
+    An existing folder at `path` is replaced after the new one is complete and synced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        temporary.chmod(0o755)
+        if path.exists():
+            stale = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            path.rename(stale / "old")
+            temporary.rename(path)
+            shutil.rmtree(stale)
+        else:
+            temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that can change an artifact's numbers."""
+    found = {"python": platform.python_version()}
+    for name in _RECORDED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def require_same(what: str, expected: str, got: str, remedy: str) -> None:
+    """Refuse artifacts that do not belong together.
+
+    Raises:
+        ArtifactMismatch: naming both digests.
+    """
+    if expected != got:
+        raise ArtifactMismatch(
+            f"{what} do not belong together: made for {expected[:16]}, given {got[:16]}. {remedy}"
+        )
+
+
+def require_fields(value: Mapping[str, Any], fields: Iterable[str], what: str) -> None:
+    """Raise ArtifactError naming the fields an artifact lacks."""
+    missing = [name for name in fields if name not in value]
+    if missing:
+        raise ArtifactError(f"{what} lacks {missing}; it may be of another version, make it anew")
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Policy families: load a published checkpoint, expose its layers and a differentiable action."""
