@@ -46,7 +46,7 @@ class Observation:
                 )
         if not isinstance(self.instruction, str) or not self.instruction.strip():
             raise InvalidObservation(
-                f"an instruction is required, got {self.instruction!r}; say what the robot should do"
+                f"an instruction is required, got {self.instruction!r}; say what to do"
             )
         state = np.asarray(self.state)
         if state.dtype.kind not in "fiu" or state.ndim != 1:
