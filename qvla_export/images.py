@@ -1,0 +1,169 @@
+"""From a camera frame to `pixel_values`, exactly as OpenVLA's training and evaluation did.
+
+Torch-free: the robot runs this file. Sources: openvla `processing_prismatic.py`
+(PrismaticImageProcessor) and openvla-oft `experiments/robot/openvla_utils.py`.
+"""
+
+import functools
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from qvla_export.artifacts import read_json
+from qvla_export.errors import CheckpointError
+
+ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
+_STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
+_CROP_AREA = 0.9  # openvla evaluates on the central 90 % of the area that training cropped from
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How one frame becomes the pixel values of the vision towers."""
+
+    # Side of the square input in pixels.
+    size: int
+    strategy: ResizeStrategy
+    # Per tower: mean and standard deviation of each RGB channel, values in 0..1.
+    means: tuple[tuple[float, float, float], ...]
+    stds: tuple[tuple[float, float, float], ...]
+    # Value 0..255 that fills a letterbox.
+    fill: tuple[int, int, int] = (0, 0, 0)
+
+
+def load_image_spec(path: Path) -> ImageSpec:
+    """Read `preprocessor_config.json`.
+
+    Raises:
+        CheckpointError: a field is missing or the towers want different sizes or resamplers.
+    """
+    raw = read_json(path, "preprocessor configuration")
+    try:
+        sizes = {tuple(size[1:]) for size in raw["input_sizes"]}
+        strategy = raw["image_resize_strategy"]
+        normalize = raw["tvf_normalize_params"]
+        # The serialized tvf parameters win over `means`/`stds` in from_pretrained.
+        means = tuple(tuple(float(v) for v in tower["mean"]) for tower in normalize)
+        stds = tuple(tuple(float(v) for v in tower["std"]) for tower in normalize)
+        interpolations = {*raw["interpolations"]}
+        fill = tuple(int(v * 255) for v in raw["means"][-1])
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a PrismaticImageProcessor: {error!r}") from error
+    if len(sizes) != 1 or len({*next(iter(sizes))}) != 1:
+        raise CheckpointError(f"{path}: towers must share one square size, got {sorted(sizes)}")
+    if strategy not in _STRATEGIES or interpolations != {"bicubic"}:
+        raise CheckpointError(
+            f"{path}: resize strategy must be one of {_STRATEGIES} with bicubic interpolation, "
+            f"got {strategy!r} with {sorted(interpolations)}"
+        )
+    size = int(next(iter(sizes))[0])
+    # Upstream computes a fill per tower but the last one overwrites the others.
+    return ImageSpec(size, strategy, means, stds, fill)  # type: ignore[arg-type]  # fixed lengths
+
+
+def pixel_values(image: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
+    """Return the stacked, normalized towers' inputs of one frame.  float32 [3 towers, S, S]"""
+    resized: NDArray[np.uint8] = _resize(image, spec)
+    tables = _normalization_tables(spec)
+    planes = [table[channel][resized[:, :, channel]] for table in tables for channel in range(3)]
+    return np.stack(planes)
+
+
+def resize_like_training(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """JPEG round trip and lanczos3 to [size, size, 3], as the training data went through.
+
+    openvla-oft `resize_image_for_policy`. TensorFlow decodes with libjpeg's fast integer DCT,
+    hence simplejpeg; its lanczos works in floats, hence a resize per float channel.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=2)
+    decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(buffer.getvalue(), "RGB", fastdct=True)
+    return lanczos(decoded, size)
+
+
+def lanczos(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Resize to [size, size, 3] with antialiased lanczos3 in floats, rounded and clipped."""
+    planes = [
+        Image.fromarray(image[:, :, c].astype(np.float32)).resize(
+            (size, size), Image.Resampling.LANCZOS
+        )
+        for c in range(3)
+    ]
+    stacked = np.stack([np.asarray(plane) for plane in planes], axis=-1)
+    return np.clip(np.round(stacked), 0, 255).astype(np.uint8)
+
+
+def center_crop(image: NDArray[np.uint8], size: int = 224) -> NDArray[np.uint8]:
+    """Crop the central 90 % of the area to [size, size, 3] (`tf.image.crop_and_resize`).
+
+    Bilinear, corner-aligned inside the box, no antialias; back to uint8 by floor(x * 255.5).
+    """
+    rows, row_weights = _crop_grid(image.shape[0], size)
+    columns, column_weights = _crop_grid(image.shape[1], size)
+    source = image.astype(np.float32) * np.float32(1 / 255)
+    upper, lower = source[rows], source[np.minimum(rows + 1, image.shape[0] - 1)]
+    right = np.minimum(columns + 1, image.shape[1] - 1)
+    across = column_weights[None, :, None]
+    top = upper[:, columns] + (upper[:, right] - upper[:, columns]) * across
+    bottom = lower[:, columns] + (lower[:, right] - lower[:, columns]) * across
+    mixed = top + (bottom - top) * row_weights[:, None, None]
+    cropped: NDArray[np.uint8] = np.floor(np.clip(mixed, 0, 1) * np.float32(255.5)).astype(np.uint8)
+    return cropped
+
+
+def _crop_grid(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    scale = np.float32(np.sqrt(_CROP_AREA))
+    offset = (np.float32(1) - scale) / np.float32(2)
+    step = (scale * np.float32(length - 1)) / np.float32(size - 1)
+    position = offset * np.float32(length - 1) + np.arange(size, dtype=np.float32) * step
+    first = np.floor(position).astype(np.int64)
+    return first, (position - first).astype(np.float32)
+
+
+def _resize(image: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.uint8]:
+    height, width = image.shape[:2]
+    if (height, width) == (spec.size, spec.size):
+        return image
+    frame = Image.fromarray(image)
+    if spec.strategy == "resize-naive":
+        return _bicubic(frame, spec.size, spec.size)
+    if spec.strategy == "letterbox":
+        side = max(width, height)
+        pad_x, pad_y = (side - width) // 2, (side - height) // 2
+        boxed = Image.new("RGB", (width + 2 * pad_x, height + 2 * pad_y), spec.fill)
+        boxed.paste(frame, (pad_x, pad_y))
+        frame = boxed
+    return _shorter_side_center(frame, spec.size)
+
+
+def _shorter_side_center(frame: Image.Image, size: int) -> NDArray[np.uint8]:
+    """torchvision's resize of the shorter side, then its center crop."""
+    width, height = frame.size
+    if width <= height:
+        resized = _bicubic(frame, size, int(size * height / width))
+    else:
+        resized = _bicubic(frame, int(size * width / height), size)
+    top = round((resized.shape[0] - size) / 2.0)
+    left = round((resized.shape[1] - size) / 2.0)
+    return resized[top : top + size, left : left + size]
+
+
+def _bicubic(frame: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
+    return np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC))
+
+
+@functools.lru_cache(maxsize=8)
+def _normalization_tables(spec: ImageSpec) -> list[NDArray[np.float32]]:
+    """Per tower the normalized value of each byte, in float32 as torch computes it.  [3, 256]"""
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    tables: list[NDArray[Any]] = []
+    for means, stds in zip(spec.means, spec.stds, strict=True):
+        mean, std = (np.asarray(v, dtype=np.float32)[:, None] for v in (means, stds))
+        tables.append((levels[None] - mean) / std)
+    return tables

@@ -1,0 +1,57 @@
+"""The interface the method is written against: a loaded policy and a batch of its inputs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from qvla_export.action import ActionChunk
+from qvla_export.observation import Observation
+from qvla_export.processor import Processor
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """Model inputs of several observations."""
+
+    # float32 [B, 6 * images, S, S]
+    pixel_values: Tensor
+    # Prompt tokens, rows padded at the end.  int64 [B, L]
+    input_ids: Tensor
+    # Tokens of each row's prompt; None if all rows have L.  int64 [B]
+    prompt_lengths: Tensor | None
+    # Normalized state; None where the policy takes none.  float32 [B, n]
+    state: Tensor | None
+
+    def __len__(self) -> int:
+        return self.pixel_values.shape[0]
+
+
+class Policy(Protocol):
+    """A loaded VLA: preprocess, differentiable normalized action, quantizable layers."""
+
+    # SHA-256 over the checkpoint's files; artifacts record it.
+    digest: str
+    processor: Processor
+    # float32, eval mode, gradients off for all parameters.
+    module: nn.Module
+
+    def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
+        """Preprocess observations into one padded batch."""
+        ...
+
+    def normalized_actions(self, batch: PolicyBatch) -> Tensor:
+        """Return normalized actions [B, horizon, dim], differentiable in weights and activations.
+
+        Token policies return the expected bin centre under the softmax over action tokens.
+        """
+        ...
+
+    def layers(self) -> Mapping[str, nn.Linear | nn.Conv2d]:
+        """Return the quantizable layers that reach the action, by module name, in forward order."""
+        ...
+
+    def infer(self, observation: Observation) -> ActionChunk:
+        """Act on one observation, with the milliseconds of each stage."""
+        ...

@@ -1,0 +1,194 @@
+"""OpenVLA-OFT as a `Policy`: load a checkpoint, batch observations, act."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qvla_export.action import ActionChunk
+from qvla_export.artifacts import read_json, sha256_tree
+from qvla_export.clock import StageClock
+from qvla_export.errors import CheckpointError
+from qvla_export.images import load_image_spec
+from qvla_export.observation import Observation
+from qvla_export.policies.base import PolicyBatch
+from qvla_export.policies.oft_checkpoint import load_module, part_file
+from qvla_export.policies.oft_config import OftConfig, load_config
+from qvla_export.policies.oft_module import IGNORED_TOKEN_ID, OftModule
+from qvla_export.processor import Processor, ProcessorSpec, load_tokenizer
+from qvla_export.statistics import load_statistics
+
+_TOKENIZER = "tokenizer.json"
+_STATISTICS = "dataset_statistics.json"
+_QUANTIZED_PREFIXES = ("vision_backbone.", "language_model.model.")
+
+
+@dataclass(frozen=True)
+class OftPolicy:
+    """A loaded OpenVLA-OFT policy; see `Policy` for the meaning of its members."""
+
+    module: OftModule
+    processor: Processor
+    config: OftConfig
+    digest: str
+    # Centre of each action token's bin, ordered by token id.  float32 [256]; empty for L1 heads.
+    token_centers: Tensor
+
+    def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
+        """Preprocess observations into one padded batch."""
+        pixels = np.stack([self.processor.pixel_values(o) for o in observations])
+        rows = [self.processor.input_ids(o.instruction) for o in observations]
+        lengths = [len(row) for row in rows]
+        ids = np.full((len(rows), max(lengths)), IGNORED_TOKEN_ID, dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        state = None
+        if self.config.state_dim:
+            state = torch.from_numpy(np.stack([self.processor.state(o) for o in observations]))
+        ragged = torch.tensor(lengths) if len(set(lengths)) > 1 else None
+        return PolicyBatch(torch.from_numpy(pixels), torch.from_numpy(ids), ragged, state)
+
+    def normalized_actions(self, batch: PolicyBatch) -> Tensor:
+        """Return normalized actions [B, horizon, dim]; expected bin centres for token heads."""
+        output: Tensor = self.module(
+            batch.pixel_values, batch.input_ids, batch.state, batch.prompt_lengths
+        )
+        if self.config.head == "l1":
+            return output
+        first = self._first_action_token()
+        weights = output[..., first : first + len(self.token_centers)].softmax(dim=-1)
+        return weights @ self.token_centers
+
+    def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
+        """Return the linear and convolution layers of towers and decoder that reach the action.
+
+        Found by tracing: a layer whose weight gets no gradient from the action is dead.
+        """
+        candidates = {
+            name: layer
+            for name, layer in self.module.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d) and name.startswith(_QUANTIZED_PREFIXES)
+        }
+        weights = [layer.weight for layer in candidates.values()]
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            output = self.module(*self._probe_inputs())
+            gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        reached = zip(candidates.items(), gradients, strict=True)
+        return {name: layer for (name, layer), gradient in reached if gradient is not None}
+
+    @torch.no_grad()
+    def infer(self, observation: Observation) -> ActionChunk:
+        """Act on one observation."""
+        clock = StageClock()
+        with clock.stage("preprocess"):
+            batch = self.batch([observation])
+        with clock.stage("engine"):
+            normalized = self.greedy_actions(batch)[0].numpy()
+        return self.processor.chunk(normalized, clock.timing_ms)
+
+    @torch.no_grad()
+    def greedy_actions(self, batch: PolicyBatch) -> Tensor:
+        """Return the normalized actions the policy executes; argmax for token heads [B, H, D]."""
+        if self.config.head == "l1":
+            return self.normalized_actions(batch)
+        tokens = self.module(
+            batch.pixel_values, batch.input_ids, batch.state, batch.prompt_lengths
+        ).argmax(dim=-1)
+        # Any token of the vocabulary may win; upstream clips it into the bins.
+        index = (tokens - self._first_action_token()).clip(0, len(self.token_centers) - 1)
+        return self.token_centers[index]
+
+    def _first_action_token(self) -> int:
+        """Lowest id of an action token; the vocabulary's last ids stand for the lowest actions."""
+        arch = self.module.arch
+        return arch.llama.vocab_size - arch.vocab_padding - len(self.token_centers)
+
+    def _probe_inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        arch = self.module.arch
+        side = self.processor.spec.image.size
+        pixels = torch.zeros(1, 6 * len(self.config.cameras), side, side)
+        ids = torch.tensor([[self.config.bos_token_id, self.config.suffix_token_id]])
+        state = torch.zeros(1, arch.state_dim) if arch.state_dim else None
+        return pixels, ids, state
+
+
+def load_oft_policy(
+    checkpoint: Path, unnorm_key: str | None = None, config: OftConfig | None = None
+) -> OftPolicy:
+    """Load an OpenVLA-OFT checkpoint folder in the published layout.
+
+    Args:
+        checkpoint: folder with config.json, weights, head files, statistics, tokenizer.
+        unnorm_key: data set whose statistics un-normalize actions; may be None if only one.
+        config: explicit inputs and dimensions; None reads `qvla_policy.json`.
+
+    Raises:
+        CheckpointError, StatisticsError: what is wrong and what is available.
+    """
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"checkpoint folder not found: {checkpoint}")
+    config = config or load_config(checkpoint)
+    module = load_module(checkpoint, config)
+    image = load_image_spec(checkpoint / "preprocessor_config.json")
+    if image.size != module.arch.dino.image_size:
+        raise CheckpointError(
+            f"{checkpoint}: preprocessor makes {image.size} pixel images, "
+            f"the towers take {module.arch.dino.image_size}"
+        )
+    statistics = load_statistics(
+        checkpoint / _STATISTICS,
+        unnorm_key,
+        config.normalization,
+        config.action_dim,
+        config.state_dim,
+    )
+    spec = ProcessorSpec(
+        cameras=config.cameras,
+        image=image,
+        horizon=config.horizon,
+        action_dim=config.action_dim,
+        state_dim=config.state_dim,
+        bos_token_id=config.bos_token_id,
+        suffix_token_id=config.suffix_token_id,
+        training_image_size=config.training_image_size,
+        center_crop=config.center_crop,
+    )
+    tokenizer_path = checkpoint / _TOKENIZER
+    tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
+    return OftPolicy(
+        module,
+        Processor(spec, statistics, tokenizer),
+        config,
+        checkpoint_digest(checkpoint, config),
+        _token_centers(checkpoint, config),
+    )
+
+
+def checkpoint_digest(checkpoint: Path, config: OftConfig) -> str:
+    """Return the SHA-256 over every file of the checkpoint that the policy reads."""
+    names = [p.name for p in checkpoint.glob("model*.safetensors*")]
+    names += ["config.json", "preprocessor_config.json", _STATISTICS, _TOKENIZER]
+    if config.head == "l1":
+        names.append(part_file(checkpoint, "action_head").name)
+    if config.state_dim:
+        names.append(part_file(checkpoint, "proprio_projector").name)
+    return sha256_tree(checkpoint, [n for n in names if (checkpoint / n).is_file()])
+
+
+def _token_centers(checkpoint: Path, config: OftConfig) -> Tensor:
+    """Bin centres by token id (openvla `ActionTokenizer`): the top id is the lowest action."""
+    if config.head == "l1":
+        return torch.zeros(0)
+    bins = int(read_json(checkpoint / "config.json", "model configuration")["n_action_bins"])
+    edges = np.linspace(-1, 1, bins)
+    centers = (edges[:-1] + edges[1:]) / 2
+    index = np.clip(np.arange(bins)[::-1], 0, bins - 2)
+    return torch.from_numpy(centers[index].astype(np.float32))
