@@ -1,0 +1,98 @@
+"""Shared fixtures: a tiny untrained OpenVLA-OFT policy and random observations for it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qvla_export.observation import Observation
+from qvla_export.policies.oft import OftPolicy, load_oft_policy
+from qvla_export.policies.oft_config import OftConfig
+from qvla_export.policies.oft_init import (
+    BOS_ID,
+    STOP_ID,
+    SUFFIX_ID,
+    OftSize,
+    new_module,
+    save_checkpoint,
+    train_tokenizer,
+)
+
+TINY_SIZE = OftSize(
+    image_size=28,
+    patch_size=14,
+    vision_dim=64,
+    vision_depth=3,
+    hidden_dim=64,
+    mlp_dim=128,
+    depth=2,
+    heads=2,
+    vocab_size=300,
+)
+TINY_CONFIG = OftConfig(
+    cameras=("image",),
+    horizon=4,
+    action_dim=4,
+    state_dim=4,
+    normalization="q99",
+    vision_heads=(2, 2),
+    bos_token_id=BOS_ID,
+    stop_token_id=STOP_ID,
+    suffix_token_id=SUFFIX_ID,
+)
+# The second instruction is longer than the first, so that batches are ragged.
+TINY_INSTRUCTIONS = ("push the button", "open the small drawer slowly", "close the window")
+
+
+def write_tiny_checkpoint(path: Path, seed: int = 0) -> Path:
+    """Write a whole checkpoint folder; the same seed gives the same bytes."""
+    tokenizer = train_tokenizer(TINY_INSTRUCTIONS, TINY_SIZE.vocab_size)
+    bounds = {"q01": [-1.0] * 4, "q99": [1.0] * 4, "min": [-1.0] * 4, "max": [1.0] * 4}
+    statistics = {"tiny": {"action": {**bounds, "mask": [True] * 4}, "proprio": bounds}}
+    module = new_module(TINY_SIZE, TINY_CONFIG, seed)
+    save_checkpoint(path, module, TINY_CONFIG, tokenizer, statistics, step=0)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a seeded, untrained OFT checkpoint with every layer 64 or 128 wide."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tiny_checkpoint: Path) -> OftPolicy:
+    """The tiny checkpoint, loaded. Shared by the session: leave its weights as they were."""
+    return load_oft_policy(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_observations() -> Callable[..., list[Observation]]:
+    """Return `make(count, seed=0)`: random observations that the tiny policy takes."""
+
+    def make(count: int, seed: int = 0) -> list[Observation]:
+        generator = np.random.default_rng(seed)
+        return [
+            Observation(
+                images={"image": generator.integers(0, 256, (28, 28, 3), dtype=np.uint8)},
+                instruction=TINY_INSTRUCTIONS[i % len(TINY_INSTRUCTIONS)],
+                state=generator.uniform(-1, 1, 4).astype(np.float32),
+            )
+            for i in range(count)
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def oracles() -> Path:
+    """Folder of golden data: `QVLA_ORACLES`, else ../shared/oracles, else the committed subset."""
+    committed = Path(__file__).parent / "data" / "oracles"
+    shared = Path(__file__).parents[2] / "shared" / "oracles"
+    named = os.environ.get("QVLA_ORACLES")
+    for folder in (Path(named) if named else shared, committed):
+        if folder.is_dir():
+            return folder
+    pytest.skip(f"no oracle folder at {named or shared} nor at {committed}")
