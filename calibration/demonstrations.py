@@ -1,0 +1,217 @@
+"""Recording scripted experts: disturbed episodes with clean labels, sharded and resumable."""
+
+import io
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from calibration.experts import Disturbance, Expert
+from calibration.image_codec import encode_png
+from calibration.lerobot_writer import Episode, write_dataset
+from calibration.simulator import CAMERA, CONTROL_HZ, IMAGE_SIZE, Simulator
+from calibration.tasks import Task
+from qvla_export.artifacts import read_json, write_bytes, write_json
+from qvla_export.errors import ArtifactError, ArtifactMismatch, QvlaError
+
+log = logging.getLogger(__name__)
+
+ROBOT = "metaworld-sawyer"
+# Frames kept after success: chunks that start before it still have labels.
+_TAIL = 4
+_ATTEMPTS = 50
+# Episodes one worker records before it takes new ones; a new simulator costs 0.3 s.
+_SHARD = 5
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What decides a recorded episode, apart from its task and number."""
+
+    seed: int = 0
+    image_size: int = IMAGE_SIZE
+    disturbance: Disturbance = field(default_factory=Disturbance)
+
+
+def record_demonstrations(
+    root: Path,
+    tasks: Sequence[Task],
+    episodes_per_task: int,
+    recording: Recording | None = None,
+    workers: int = 2,
+) -> None:
+    """Record successful episodes of every task as a LeRobotDataset at `root`.
+
+    Finished episodes wait in `<root>.staging`, so that an interrupted recording goes on where it
+    stopped and gives the same dataset.
+
+    Raises:
+        QvlaError: `root` exists already, or an expert keeps failing.
+        ArtifactMismatch: the staging folder was begun with other settings.
+    """
+    recording = recording or Recording()
+    if root.exists():
+        raise QvlaError(f"{root} exists already; name another folder or remove it")
+    staging = root.with_name(root.name + ".staging")
+    _claim(staging, recording, tasks)
+    names = [(task, number) for number in range(episodes_per_task) for task in tasks]
+    missing = [pair for pair in names if not _staged(staging, *pair).exists()]
+    if len(missing) < len(names):
+        log.info("%d of %d episodes are there already", len(names) - len(missing), len(names))
+    _record_all(staging, missing, recording, workers, len(names))
+    with write_dataset(root, CONTROL_HZ, ROBOT) as writer:
+        for task, number in names:
+            writer.add(_load(_staged(staging, task, number)))
+        write_json(writer.root / "meta/recording.json", _settings(recording, tasks))
+    shutil.rmtree(staging)
+
+
+def record_episode(simulator: Simulator, recording: Recording, number: int) -> Episode:
+    """Record one successful episode; episodes of one number differ only by task.
+
+    Raises:
+        QvlaError: the expert failed at every attempt.
+    """
+    task = simulator.task
+    for attempt in range(_ATTEMPTS):
+        entropy = (recording.seed, zlib.crc32(task.name.encode()), number, attempt)
+        random = np.random.default_rng(entropy)
+        episode = _attempt(simulator, recording, random)
+        if episode is not None:
+            return episode
+    raise QvlaError(
+        f"the expert of {task.name} failed {_ATTEMPTS} times; weaken the disturbance "
+        "or narrow the task's placement"
+    )
+
+
+def _attempt(
+    simulator: Simulator, recording: Recording, random: np.random.Generator
+) -> Episode | None:
+    task = simulator.task
+    expert = Expert(task)
+    disturb = recording.disturbance.begin(random)
+    instruction = str(random.choice(task.instructions))
+    observation = simulator.reset(int(random.integers(1 << 31)), instruction)
+    pictures: list[bytes] = []
+    states: list[NDArray[np.float32]] = []
+    actions: list[NDArray[np.float32]] = []
+    tail = _TAIL
+    while tail > 0:
+        pictures.append(encode_png(observation.images[CAMERA]))
+        states.append(observation.state)
+        actions.append(expert.act(simulator.full_state))
+        simulator.step(actions[-1] if simulator.success else disturb(actions[-1]))
+        if simulator.success:
+            tail -= 1
+        elif simulator.steps >= task.steps:
+            return None
+        observation = simulator.observe()
+    return Episode(instruction, {CAMERA: pictures}, np.stack(states), np.stack(actions))
+
+
+def _record_all(
+    staging: Path,
+    missing: Sequence[tuple[Task, int]],
+    recording: Recording,
+    workers: int,
+    total: int,
+) -> None:
+    shards = list(_shards(missing))
+    # A forked child would inherit the parent's OpenGL and thread state.
+    spawn = multiprocessing.get_context("spawn")
+    with Progress() as progress:
+        bar = progress.add_task("demonstrations", total=total, completed=total - len(missing))
+        if workers <= 1:
+            for task, numbers in shards:
+                progress.advance(bar, _record_shard(staging, task, numbers, recording))
+            return
+        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+            jobs = [pool.submit(_record_shard, staging, *shard, recording) for shard in shards]
+            try:
+                for job in as_completed(jobs):
+                    progress.advance(bar, job.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _shards(missing: Sequence[tuple[Task, int]]) -> Iterator[tuple[Task, list[int]]]:
+    by_task: dict[Task, list[int]] = {}
+    for task, number in missing:
+        by_task.setdefault(task, []).append(number)
+    for task, numbers in by_task.items():
+        for start in range(0, len(numbers), _SHARD):
+            yield task, numbers[start : start + _SHARD]
+
+
+def _record_shard(staging: Path, task: Task, numbers: Sequence[int], recording: Recording) -> int:
+    # The pool has a worker for each core: more threads in the renderer only contend.
+    os.environ.setdefault("LP_NUM_THREADS", "0")
+    with Simulator(task, recording.image_size) as simulator:
+        for number in numbers:
+            episode = record_episode(simulator, recording, number)
+            write_bytes(_staged(staging, task, number), _pack(episode))
+    return len(numbers)
+
+
+def _staged(staging: Path, task: Task, number: int) -> Path:
+    return staging / f"{task.name}-{number:05d}.npz"
+
+
+def _settings(recording: Recording, tasks: Sequence[Task]) -> dict[str, Any]:
+    settings = {**asdict(recording), "tasks": [asdict(task) for task in tasks]}
+    # As JSON would give them back: lists for tuples.
+    result: dict[str, Any] = json.loads(json.dumps(settings))
+    return result
+
+
+def _claim(staging: Path, recording: Recording, tasks: Sequence[Task]) -> None:
+    settings = _settings(recording, tasks)
+    path = staging / "settings.json"
+    if not path.exists():
+        write_json(path, settings)
+    elif read_json(path, "recording settings") != settings:
+        raise ArtifactMismatch(
+            f"{staging} was begun with other tasks or settings than now asked for; "
+            "remove it, or ask for the same"
+        )
+
+
+def _pack(episode: Episode) -> bytes:
+    pictures = episode.images[CAMERA]
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        instruction=np.array(episode.instruction),
+        lengths=np.array([len(png) for png in pictures]),
+        pictures=np.frombuffer(b"".join(pictures), dtype=np.uint8),
+        state=episode.state,
+        action=episode.action,
+    )
+    return buffer.getvalue()
+
+
+def _load(path: Path) -> Episode:
+    try:
+        with np.load(path) as arrays:
+            ends = np.cumsum(arrays["lengths"])
+            data = arrays["pictures"].tobytes()
+            pairs = zip(ends - arrays["lengths"], ends, strict=True)
+            pictures = [data[start:end] for start, end in pairs]
+            return Episode(
+                str(arrays["instruction"]), {CAMERA: pictures}, arrays["state"], arrays["action"]
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); remove it and record again") from None
