@@ -5,6 +5,7 @@ QvlaError (ValueError)
 ├── StatisticsError      an un-normalization key or its statistics are missing
 ├── ArtifactError        an artifact is damaged, truncated or of another format
 │   └── ArtifactMismatch two artifacts do not belong together
+│       └── PlanMismatch a bit plan was made for another policy
 └── InvalidObservation   an observation breaks the policy's contract
 """
 
@@ -27,6 +28,10 @@ class ArtifactError(QvlaError):
 
 class ArtifactMismatch(ArtifactError):
     """Two artifacts do not belong together."""
+
+
+class PlanMismatch(ArtifactMismatch):
+    """A bit plan was made for another policy."""
 
 
 class InvalidObservation(QvlaError):
