@@ -1,0 +1,275 @@
+"""The bit plan: the width of every channel, its origin and its cost. numpy only."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.artifacts import read_json, require_fields, versions, write_json
+from qvla_export.errors import ArtifactError, PlanMismatch, QvlaError
+from qvla_export.quantize import QuantizerSpec, spec_for
+from qvla_export.target import WIDTHS, Container, Target
+
+# Layer name -> (channels, weights of one channel).
+LayerShapes = Mapping[str, tuple[int, int]]
+
+_FORMAT = "qvla-plan-1"
+# A layer's widths are a string with one character a channel; "f" is 16 bits.
+_DIGITS: Mapping[int, str] = {0: "0", 2: "2", 4: "4", 8: "8", 16: "f"}
+_WIDTH_OF = {digit: bits for bits, digit in _DIGITS.items()}
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Per layer int8 [channels] in {0, 2, 4, 8, 16}; budget, averages and provenance.
+
+    Raises:
+        QvlaError: an unknown width, a width the target has no container for, a layer without
+            its number of weights.
+    """
+
+    # Layer name -> width of each output channel, in forward order.  int8 [channels]
+    widths: Mapping[str, NDArray[np.int8]]
+    # Layer name -> weights of one channel.
+    weights_per_channel: Mapping[str, int]
+    # Name of the target and its containers: what the plan's bytes are counted in.
+    target: str
+    containers: Mapping[int, Container]
+    # The quantizer the sensitivities were measured with and the bundle must be made with.
+    quantizer: QuantizerSpec
+    # The budget in words.
+    budget: str
+    # SHA-256 of the policy's checkpoint.
+    policy_digest: str
+    # SHA-256 of the sensitivities' file and of their calibration set; None for uniform plans.
+    sensitivities_digest: str | None = None
+    calibration_digest: str | None = None
+    # Activation setting; "none" leaves activations in float.
+    activations: str = "none"
+    # Sum of the assigned sensitivities: the additive model's E||dA||^2; None where unknown.
+    expected_error: float | None = None
+    made_with: Mapping[str, str] = field(default_factory=versions)
+
+    def __post_init__(self) -> None:
+        if not self.widths or set(self.widths) != set(self.weights_per_channel):
+            raise QvlaError(
+                f"a plan needs widths and weights per channel for the same layers, "
+                f"got {len(self.widths)} and {len(self.weights_per_channel)}"
+            )
+        available = set(WIDTHS) & {0, *self.containers}
+        for name, widths in self.widths.items():
+            if widths.ndim != 1 or widths.dtype != np.int8:
+                raise QvlaError(
+                    f"widths must be int8 [channels], got {widths.dtype} "
+                    f"{list(widths.shape)} in {name}"
+                )
+            unknown = sorted(set(widths.tolist()) - available)
+            if unknown:
+                raise QvlaError(
+                    f"widths must be among {sorted(available)} on target {self.target!r}, "
+                    f"got {unknown} in {name}"
+                )
+
+    @property
+    def mean_bits_per_channel(self) -> float:
+        """The paper's average: every channel counts the same."""
+        total = sum(int(w.astype(np.int64).sum()) for w in self.widths.values())
+        return total / sum(len(w) for w in self.widths.values())
+
+    @property
+    def mean_bits_per_weight(self) -> float:
+        """Average width with every weight counting the same; scales not included."""
+        per_layer = self.weights_per_channel
+        bits = sum(int(w.astype(np.int64).sum()) * per_layer[n] for n, w in self.widths.items())
+        return bits / self._weights
+
+    @property
+    def stored_bits_per_weight(self) -> float:
+        """Average of what the target stores: containers and scales."""
+        return self._stored_bits / self._weights
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the planned layers' packed weights on the target, scales included."""
+        return -(-self._stored_bits // 8)
+
+    @property
+    def float16_bytes(self) -> int:
+        """Bytes of the same weights in float16."""
+        return 2 * self._weights
+
+    @property
+    def ratio(self) -> float:
+        """`weight_bytes` / `float16_bytes`."""
+        return self.weight_bytes / self.float16_bytes
+
+    def histogram(self) -> dict[int, int]:
+        """Return the number of channels at each width."""
+        return {bits: sum(int((w == bits).sum()) for w in self.widths.values()) for bits in WIDTHS}
+
+    def require_fits(self, shapes: LayerShapes, policy_digest: str) -> None:
+        """Refuse a policy the plan was not made for.
+
+        Args:
+            shapes: the policy's quantizable layers, see `qvla_export.layers.layer_shapes`.
+            policy_digest: the policy's digest.
+
+        Raises:
+            PlanMismatch: naming the layers and the closest names, or both digests.
+        """
+        problem = self._shape_problem(shapes)
+        if problem is not None or policy_digest != self.policy_digest:
+            raise PlanMismatch(
+                f"the plan was made for policy {self.policy_digest[:16]}, given policy "
+                f"{policy_digest[:16]}: {problem or 'their weights differ'}. "
+                "Make sensitivities and plan of this policy."
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, atomically; each layer's widths are one string."""
+        layers = {
+            name: {
+                "weights_per_channel": self.weights_per_channel[name],
+                "widths": "".join(_DIGITS[int(bits)] for bits in widths),
+            }
+            for name, widths in self.widths.items()
+        }
+        value = {
+            "format": _FORMAT,
+            "target": self.target,
+            "budget": self.budget,
+            "activations": self.activations,
+            "mean_bits_per_channel": self.mean_bits_per_channel,
+            "mean_bits_per_weight": self.mean_bits_per_weight,
+            "stored_bits_per_weight": self.stored_bits_per_weight,
+            "weight_bytes": self.weight_bytes,
+            "float16_bytes": self.float16_bytes,
+            "expected_error": self.expected_error,
+            "policy_digest": self.policy_digest,
+            "sensitivities_digest": self.sensitivities_digest,
+            "calibration_digest": self.calibration_digest,
+            "versions": dict(self.made_with),
+            "containers": {str(bits): asdict(c) for bits, c in sorted(self.containers.items())},
+            "quantizer": self.quantizer.to_json(),
+            "layers": layers,
+        }
+        write_json(path, value)
+
+    @staticmethod
+    def load(path: Path) -> "BitPlan":
+        """Read a plan.
+
+        Raises:
+            ArtifactError: the file is missing, damaged or no plan.
+        """
+        value = read_json(path, "bit plan")
+        if not isinstance(value, dict) or value.get("format") != _FORMAT:
+            raise ArtifactError(f"{path} is not a bit plan of format {_FORMAT}; make it anew")
+        require_fields(value, _FIELDS, f"bit plan {path}")
+        try:
+            plan = _from_json(value)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"bit plan {path} is damaged: {error}; make it anew") from error
+        if plan.weight_bytes != value["weight_bytes"]:
+            raise ArtifactError(
+                f"bit plan {path} is damaged: it states {value['weight_bytes']} weight bytes, "
+                f"its widths make {plan.weight_bytes}; make it anew"
+            )
+        return plan
+
+    def _shape_problem(self, shapes: LayerShapes) -> str | None:
+        """Say how the policy's layers differ from the plan's; None where they do not."""
+        for owner, other, names, known in (
+            ("plan", "policy", self.widths, shapes),
+            ("policy", "plan", shapes, self.widths),
+        ):
+            missing = [name for name in names if name not in known]
+            if missing:
+                nearest = difflib.get_close_matches(missing[0], known, n=1, cutoff=0.0)
+                return (
+                    f"{len(missing)} layers of the {owner} are not in the {other}, first "
+                    f"{missing[0]!r}; the {other}'s nearest is {nearest}"
+                )
+        for name, (channels, inputs) in shapes.items():
+            planned = (len(self.widths[name]), self.weights_per_channel[name])
+            if planned != (channels, inputs):
+                return (
+                    f"layer {name!r} has {channels} channels of {inputs} weights in the policy, "
+                    f"{planned[0]} of {planned[1]} in the plan"
+                )
+        return None
+
+    @property
+    def _weights(self) -> int:
+        return sum(len(w) * self.weights_per_channel[n] for n, w in self.widths.items())
+
+    @property
+    def _stored_bits(self) -> int:
+        total = 0
+        for name, widths in self.widths.items():
+            for bits in np.unique(widths[widths > 0]).tolist():
+                row = self.containers[bits].row_bits(self.weights_per_channel[name])
+                total += int((widths == bits).sum()) * row
+        return total
+
+
+_FIELDS = (
+    "target",
+    "budget",
+    "activations",
+    "weight_bytes",
+    "expected_error",
+    "policy_digest",
+    "sensitivities_digest",
+    "calibration_digest",
+    "versions",
+    "containers",
+    "quantizer",
+    "layers",
+)
+
+
+def uniform_plan(
+    shapes: LayerShapes,
+    bits: int,
+    target: Target,
+    policy_digest: str,
+    quantizer: QuantizerSpec | None = None,
+) -> BitPlan:
+    """Return the plan that gives every channel one width: the round-to-nearest baseline."""
+    return BitPlan(
+        widths={name: np.full(channels, bits, np.int8) for name, (channels, _) in shapes.items()},
+        weights_per_channel={name: inputs for name, (_, inputs) in shapes.items()},
+        target=target.name,
+        containers=dict(target.containers),
+        quantizer=quantizer or spec_for(target),
+        budget=f"uniform {bits} bits",
+        policy_digest=policy_digest,
+    )
+
+
+def _from_json(value: Mapping[str, Any]) -> BitPlan:
+    widths = {
+        name: np.array([_WIDTH_OF[digit] for digit in layer["widths"]], np.int8)
+        for name, layer in value["layers"].items()
+    }
+    return BitPlan(
+        widths=widths,
+        weights_per_channel={
+            name: int(layer["weights_per_channel"]) for name, layer in value["layers"].items()
+        },
+        target=value["target"],
+        containers={int(bits): Container(**c) for bits, c in value["containers"].items()},
+        quantizer=QuantizerSpec.from_json(value["quantizer"]),
+        budget=value["budget"],
+        policy_digest=value["policy_digest"],
+        sensitivities_digest=value["sensitivities_digest"],
+        calibration_digest=value["calibration_digest"],
+        activations=value["activations"],
+        expected_error=value["expected_error"],
+        made_with=value["versions"],
+    )
