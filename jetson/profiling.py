@@ -1,0 +1,159 @@
+"""Measure latency through the code path that serves: real bodies, the real handler."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from jetson.board import BoardState, read_board_state
+from jetson.client import RemotePolicy
+from jetson.contract import PolicyContract
+from jetson.errors import PolicyFailure
+from jetson.latency import LatencyComparison, LatencyProfile, compare_profiles
+from jetson.service import ActionService
+from jetson.wire import encode_request
+from qvla_export.action import ActionPolicy
+from qvla_export.artifacts import versions
+from qvla_export.errors import QvlaError
+from qvla_export.observation import Observation
+
+# Called with (actions done, actions in all).
+Progress = Callable[[int, int], None]
+
+
+class _Endpoint(Protocol):
+    contract: PolicyContract
+    transport: str
+
+    def request(self, body: bytes) -> Mapping[str, float]:
+        """Answer one body; return stage -> milliseconds with "total"."""
+        ...
+
+
+class _InProcess:
+    transport = "in-process"
+
+    def __init__(self, policy: ActionPolicy) -> None:
+        self._service = ActionService(policy)
+        self.contract = self._service.contract
+
+    def request(self, body: bytes) -> Mapping[str, float]:
+        answer = self._service.answer(body, "chunk")
+        if answer.status != 200:
+            raise PolicyFailure(f"an action failed while measuring: {answer.body.decode()}")
+        return answer.timing_ms
+
+
+class _OverHttp:
+    transport = "http"
+
+    def __init__(self, remote: RemotePolicy) -> None:
+        self._remote = remote
+        self.contract = remote.contract
+
+    def request(self, body: bytes) -> Mapping[str, float]:
+        return self._remote.post(body, "chunk")[1]
+
+
+def profile_latency(
+    policies: Mapping[str, ActionPolicy | str],
+    observations: Sequence[Observation],
+    warmup: int = 10,
+    samples: int = 200,
+    progress: Progress | None = None,
+    cold_start_ms: Mapping[str, float] | None = None,
+) -> LatencyComparison:
+    """Measure one or more policies, interleaved action by action; the first is the baseline.
+
+    Each round sends one observation to every policy, in an order that rotates from round to
+    round, so that a slow moment of the machine hits all of them alike.
+
+    Args:
+        policies: name -> policy measured in this process, or the URL of a `qvla serve`.
+        observations: sent in turn.
+        warmup: rounds before the samples.
+        samples: rounds measured.
+        progress: called after every action.
+        cold_start_ms: name -> loading time, where the caller measured it.
+
+    Raises:
+        QvlaError: there is nothing to measure, or an observation does not fit a policy.
+        PolicyFailure: a policy failed; nothing is returned of a run with holes.
+    """
+    if not policies or not observations or samples < 1 or warmup < 0:
+        raise QvlaError(
+            f"profiling needs policies, observations, samples >= 1 and warmup >= 0; got "
+            f"{len(policies)}, {len(observations)}, {samples} and {warmup}"
+        )
+    opened: list[RemotePolicy] = []
+    try:
+        endpoints = {name: _endpoint(policy, opened) for name, policy in policies.items()}
+        before = read_board_state()
+        taken = _measure(endpoints, observations, warmup + samples, progress)
+        after = read_board_state()
+    finally:
+        for remote in opened:
+            remote.close()
+    cold = cold_start_ms or {}
+    return compare_profiles(
+        [
+            _profile(name, endpoint, taken[name], warmup, cold.get(name), (before, after))
+            for name, endpoint in endpoints.items()
+        ]
+    )
+
+
+def _endpoint(policy: ActionPolicy | str, opened: list[RemotePolicy]) -> _Endpoint:
+    if isinstance(policy, str):
+        opened.append(RemotePolicy(policy))
+        return _OverHttp(opened[-1])
+    return _OverHttp(policy) if isinstance(policy, RemotePolicy) else _InProcess(policy)
+
+
+def _measure(
+    endpoints: Mapping[str, _Endpoint],
+    observations: Sequence[Observation],
+    rounds: int,
+    progress: Progress | None,
+) -> dict[str, list[Mapping[str, float]]]:
+    """Return each endpoint's timings, one a round."""
+    used = observations[:rounds]
+    bodies = {
+        name: [encode_request(observation, endpoint.contract) for observation in used]
+        for name, endpoint in endpoints.items()
+    }
+    taken: dict[str, list[Mapping[str, float]]] = {name: [] for name in endpoints}
+    names = list(endpoints)
+    for index in range(rounds):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            taken[name].append(endpoints[name].request(bodies[name][index % len(used)]))
+            if progress is not None:
+                progress(sum(map(len, taken.values())), rounds * len(names))
+    return taken
+
+
+def _profile(
+    name: str,
+    endpoint: _Endpoint,
+    taken: Sequence[Mapping[str, float]],
+    warmup: int,
+    cold_start_ms: float | None,
+    boards: tuple[BoardState, BoardState],
+) -> LatencyProfile:
+    kept = taken[warmup:]
+    stages = dict.fromkeys(stage for timing in kept for stage in timing)
+    return LatencyProfile(
+        name=name,
+        # A stage that did not run in some action took no time there.
+        samples_ms={s: np.array([timing.get(s, 0.0) for timing in kept]) for s in stages},
+        warmup=warmup,
+        first_action_ms=taken[0]["total"],
+        cold_start_ms=cold_start_ms,
+        transport=endpoint.transport,
+        bundle_digest=endpoint.contract.bundle_digest,
+        target=endpoint.contract.target,
+        versions=versions(),
+        board_before=boards[0],
+        board_after=boards[1],
+    )

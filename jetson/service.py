@@ -1,0 +1,128 @@
+"""One policy behind one lock: what every protocol, the server and the profile share.
+
+A request body goes decode -> act -> encode; `act` lets nothing through that is not a finite
+action of the promised shape. Protocols differ in decoding and encoding only.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from jetson.contract import PolicyContract, contract_of
+from jetson.errors import PolicyFailure, http_status
+from jetson.wire import Reply, decode_request, encode_reply, encode_request
+from qvla_export.action import ActionChunk, ActionPolicy
+from qvla_export.clock import StageClock
+from qvla_export.errors import InvalidObservation, QvlaError
+from qvla_export.observation import Observation
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The reply to one request."""
+
+    # HTTP status; 200 carries an action, everything else a reason.
+    status: int
+    # JSON text.
+    body: bytes
+    # Stage -> milliseconds; "total" spans them all.
+    timing_ms: Mapping[str, float]
+
+
+class ActionService:
+    """Answers requests with the actions of one policy, one inference at a time."""
+
+    def __init__(self, policy: ActionPolicy, contract: PolicyContract | None = None) -> None:
+        self.contract = contract_of(policy) if contract is None else contract
+        self._policy = policy
+        # Engines are not re-entrant, and two at once would spoil each other's latency.
+        self._lock = threading.Lock()
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """Return the next actions: finite, float32 [horizon, dim].
+
+        Raises:
+            InvalidObservation: the observation does not fit the policy.
+            PolicyFailure: the policy failed, or returned something that is no such action.
+        """
+        self.contract.check(observation)
+        clock = StageClock()
+        try:
+            with self._lock, clock.stage("infer"):
+                chunk = self._policy.infer(observation)
+        except InvalidObservation:
+            raise
+        except Exception as error:
+            raise PolicyFailure(
+                f"the policy failed: {type(error).__name__}: {error}; see the server's log"
+            ) from error
+        self._check_chunk(chunk)
+        timing_ms = {name: float(ms) for name, ms in chunk.timing_ms.items()}
+        return ActionChunk(chunk.actions, chunk.normalized, timing_ms or clock.timing_ms)
+
+    def answer(self, body: bytes, reply: Reply = "auto") -> Answer:
+        """Return the reply to one `POST /act` body; never raises for what a body holds."""
+        clock = StageClock()
+        timing_ms: dict[str, float] = {}
+        status = 200
+        with clock.stage("total"):
+            try:
+                with clock.stage("decode"):
+                    request = decode_request(body, self.contract, reply)
+                chunk = self.act(request.observation)
+                timing_ms.update(chunk.timing_ms)
+                with clock.stage("encode"):
+                    content = encode_reply(chunk, request)
+            except QvlaError as error:
+                status, content = http_status(error), error_body(error)
+                _LOG.log(
+                    logging.ERROR if status >= 500 else logging.WARNING,
+                    "no action: %s",
+                    error,
+                    exc_info=error if status >= 500 else None,
+                )
+        timing_ms.pop("total", None)
+        measured = clock.timing_ms
+        return Answer(status, content, {"decode": measured.pop("decode"), **timing_ms, **measured})
+
+    def warm_up(self, count: int, observation: Observation | None = None) -> float:
+        """Answer `count` requests that nobody sent; return the first one's milliseconds.
+
+        Raises:
+            PolicyFailure: the policy does not act even on a valid observation.
+        """
+        body = encode_request(observation or self.contract.blank_observation(), self.contract)
+        first_ms = 0.0
+        for index in range(count):
+            answer = self.answer(body, "full")
+            if answer.status != 200:
+                raise PolicyFailure(
+                    f"warm-up failed, the port stays closed: {json.loads(answer.body)['error']}"
+                )
+            first_ms = first_ms if index else answer.timing_ms["total"]
+        return first_ms
+
+    def _check_chunk(self, chunk: ActionChunk) -> None:
+        shape = (self.contract.horizon, self.contract.action_dim)
+        if chunk.actions.shape != shape or chunk.normalized.shape != shape:
+            raise PolicyFailure(
+                f"the policy must return actions {list(shape)}, got {list(chunk.actions.shape)} "
+                f"and normalized {list(chunk.normalized.shape)}; export the bundle anew"
+            )
+        bad = np.argwhere(~(np.isfinite(chunk.actions) & np.isfinite(chunk.normalized)))
+        if bad.size:
+            raise PolicyFailure(
+                f"the policy returned NaN or infinity at [step, dimension] {bad[:4].tolist()}; "
+                "no action is sent. Verify the engine against its golden observations"
+            )
+
+
+def error_body(error: Exception) -> bytes:
+    """Return the JSON reason of an error: {"error": message, "kind": class}."""
+    return json.dumps({"error": str(error), "kind": type(error).__name__}).encode()
