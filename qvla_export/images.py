@@ -120,7 +120,9 @@ def center_crop(image: NDArray[np.uint8], size: int = 224) -> NDArray[np.uint8]:
 def _crop_grid(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     scale = np.float32(np.sqrt(_CROP_AREA))
     offset = (np.float32(1) - scale) / np.float32(2)
-    step = (scale * np.float32(length - 1)) / np.float32(size - 1)
+    # The kernel recomputes the box's extent from its corners, in float32.
+    extent = (offset + scale) - offset
+    step = (extent * np.float32(length - 1)) / np.float32(size - 1)
     position = offset * np.float32(length - 1) + np.arange(size, dtype=np.float32) * step
     first = np.floor(position).astype(np.int64)
     return first, (position - first).astype(np.float32)
@@ -155,7 +157,9 @@ def _shorter_side_center(frame: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def _bicubic(frame: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
-    return np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC))
+    # Two passes: newer Pillow versions choose their order, the published data went across first.
+    across = frame.resize((width, frame.height), Image.Resampling.BICUBIC)
+    return np.asarray(across.resize((width, height), Image.Resampling.BICUBIC))
 
 
 @functools.lru_cache(maxsize=8)

@@ -221,7 +221,7 @@ class OftModule(nn.Module):
         """
         patches = self.projector(self.vision_backbone(pixel_values))
         embeddings = self.embed(patches, input_ids, state, prompt_lengths)
-        mask = self._padding_mask(embeddings, input_ids, prompt_lengths)
+        mask = self.padding_mask(embeddings, input_ids, prompt_lengths)
         hidden = self.language_model(embeddings, mask)
         return self.act(self.action_hidden(hidden, input_ids, prompt_lengths))
 
@@ -281,9 +281,10 @@ class OftModule(nn.Module):
         is_stop = position == lengths[:, None] + slots.shape[1]
         return padded * is_text[:, :, None] + stop * is_stop[:, :, None]
 
-    def _padding_mask(
+    def padding_mask(
         self, embeddings: Tensor, input_ids: Tensor, prompt_lengths: Tensor | None
     ) -> Tensor | None:
+        """Return the additive mask [B, 1, 1, N] that hides padding; None if there is none."""
         if prompt_lengths is None:
             return None
         valid = embeddings.shape[1] - (input_ids.shape[1] - prompt_lengths)
