@@ -1,0 +1,91 @@
+"""The `Engine` protocol and the checks every engine makes of its inputs."""
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.bundle import TensorSpec
+from qvla_export.errors import QvlaError
+
+_Self = TypeVar("_Self")  # typing.Self needs Python 3.11
+Feeds = Mapping[str, NDArray[Any]]
+
+
+class EngineError(QvlaError):
+    """An engine cannot be made or run."""
+
+
+class InvalidFeeds(EngineError):
+    """Named inputs do not fit the engine."""
+
+
+class Engine(Protocol):
+    """Runs one graph; a context manager that frees the runtime's memory."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Names, dtypes and shapes that `infer` takes."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Names, dtypes and shapes that `infer` returns."""
+        ...
+
+    def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Return the named outputs.
+
+        Raises:
+            InvalidFeeds: an input is missing, unknown, or of another dtype or shape.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the runtime's memory; `infer` fails afterwards."""
+        ...
+
+    def __enter__(self: _Self) -> _Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds) -> None:
+    """Refuse inputs that do not fit, before the runtime does so less clearly.
+
+    Raises:
+        InvalidFeeds: naming the input, what it must be and what it is.
+    """
+    wanted = {spec.name for spec in inputs}
+    if wanted != set(feeds):
+        raise InvalidFeeds(
+            f"the engine takes inputs {sorted(wanted)}, got {sorted(feeds)}: "
+            f"missing {sorted(wanted - set(feeds))}, unknown {sorted(set(feeds) - wanted)}"
+        )
+    sizes: dict[str, int] = {}
+    for spec in inputs:
+        value = feeds[spec.name]
+        if not isinstance(value, np.ndarray) or value.dtype.name != spec.dtype:
+            found = value.dtype.name if isinstance(value, np.ndarray) else type(value).__name__
+            raise InvalidFeeds(
+                f"input {spec.name!r} must be a {spec.dtype} array, got {found}; convert it"
+            )
+        if not _fits(value.shape, spec.shape, sizes):
+            raise InvalidFeeds(
+                f"input {spec.name!r} must have shape {list(spec.shape)}, got {list(value.shape)}"
+            )
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...], sizes: dict[str, int]) -> bool:
+    """Equal sizes; a name takes any positive size, the same wherever it occurs."""
+    return len(shape) == len(wanted) and all(
+        size == (sizes.setdefault(name, size) if isinstance(name, str) else name) and size > 0
+        for size, name in zip(shape, wanted, strict=True)
+    )

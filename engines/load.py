@@ -1,0 +1,29 @@
+"""Choose and load the engine of a bundle's target."""
+
+from engines.base import Engine, EngineError
+from engines.targets import RUNTIMES, find_target
+from qvla_export.bundle import Bundle
+
+
+def load_engine(bundle: Bundle, threads: int | None = None) -> Engine:
+    """Return an engine that runs a bundle on this machine.
+
+    Args:
+        bundle: verified by `Bundle.load`.
+        threads: CPU threads of one operator; None for one a physical core.
+
+    Raises:
+        UnknownTarget: the bundle is for a target this version does not know.
+        EngineError: the runtime is not installed or refuses the graph.
+    """
+    target = find_target(bundle.target)
+    runtime = RUNTIMES[target.name]
+    if runtime != "ort":
+        raise EngineError(f"no engine for runtime {runtime!r} of target {target.name!r}")
+    try:
+        from engines.ort import OrtEngine  # only the runtime of this target need be installed
+    except ImportError as error:
+        raise EngineError(
+            f"target {target.name!r} needs onnxruntime ({error}); pip install onnxruntime"
+        ) from error
+    return OrtEngine(bundle, threads)

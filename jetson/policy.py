@@ -1,0 +1,45 @@
+"""The policy object on the robot: a bundle's processor around an engine."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.base import Engine, EngineError
+from qvla_export.action import ActionChunk
+from qvla_export.bundle import Bundle
+from qvla_export.clock import StageClock
+from qvla_export.observation import Observation
+
+
+class UnsafeAction(EngineError):
+    """An engine's output must not reach the robot."""
+
+
+@dataclass(frozen=True)
+class EnginePolicy:
+    """Acts with an engine; an `ActionPolicy`."""
+
+    bundle: Bundle
+    engine: Engine
+
+    def infer(self, observation: Observation) -> ActionChunk:
+        """Act on one observation, with the milliseconds of preprocess, engine, postprocess.
+
+        Raises:
+            InvalidObservation: a camera is missing or the state has another length.
+            UnsafeAction: the engine put out NaN or infinity; nothing is returned to act on.
+        """
+        processor = self.bundle.processor
+        clock = StageClock()
+        with clock.stage("preprocess"):
+            feeds = processor.feeds(observation)
+        with clock.stage("engine"):
+            normalized = self.engine.infer(feeds)["actions"][0]
+        with clock.stage("postprocess"):
+            if not np.isfinite(normalized).all():
+                bad = np.argwhere(~np.isfinite(normalized)).tolist()
+                raise UnsafeAction(
+                    f"the engine put out NaN or infinity at [step, dimension] {bad[:8]}; "
+                    "no action was taken. Run qvla verify on this bundle."
+                )
+            return processor.chunk(normalized, clock.timing_ms)

@@ -1,0 +1,160 @@
+"""Policy + plan -> bundle."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from qvla_export.artifacts import require_same
+from qvla_export.bucketize import bucketize
+from qvla_export.buckets_to_onnx import CODES_SUFFIX, HALVES_SUFFIX, SCALES_SUFFIX
+from qvla_export.bundle import MODEL, PLAN, Bundle, BundleParts, Golden, TensorSpec, write_bundle
+from qvla_export.float_graph import ExportablePolicy, export_float, layer_nodes
+from qvla_export.float_storage import store_exactly
+from qvla_export.layers import fake_quantized, layer_shapes
+from qvla_export.observation import Observation
+from qvla_export.plan import BitPlan
+from qvla_export.target import Target
+
+# Arithmetic of ONNX Runtime's MatMulNBits: 0 keeps activations in float32. 4 rounds them to 8 bits
+# per block, which is faster but moves the action; see `engines.ort`.
+FLOAT_ACTIVATIONS = {"accuracy_level": 0}
+_LOGGER = logging.getLogger(__name__)
+
+
+def export_bundle(
+    policy: ExportablePolicy,
+    plan: BitPlan | None,
+    target: Target,
+    observations: Sequence[Observation],
+    path: Path,
+    float_graph: ir.Model | None = None,
+    engine_options: Mapping[str, Any] = FLOAT_ACTIVATIONS,
+) -> Bundle:
+    """Write the bundle of a policy under a plan.
+
+    Args:
+        policy: the full-precision policy.
+        plan: widths of the channels; None for the float bundle.
+        target: what the bundle is made for; must be the plan's.
+        observations: held-out; become the golden observations.
+        path: folder to create or replace.
+        float_graph: result of `export_float(policy, target)`, to share it between plans.
+        engine_options: stored in the manifest and obeyed by the engine.
+
+    Raises:
+        PlanMismatch, ArtifactMismatch: the plan is for another policy or target.
+        ExportError: a planned layer cannot be bucketed.
+    """
+    if plan is not None:
+        remedy = "Make the plan for this target."
+        require_same("plan and target", plan.target, target.name, remedy)
+        plan.require_fits(layer_shapes(policy.layers()), policy.digest)
+    graph = export_float(policy, target) if float_graph is None else float_graph
+    weight_bytes: Mapping[str, int] = {}
+    if plan is None:
+        layer_weights = _layer_weights(graph)
+        model = store_exactly(graph)
+        stored = {name + ".stored" for name in layer_weights}
+        weight_bytes = _float_bytes(model, layer_weights | stored)
+    else:
+        model = store_exactly(bucketize(graph, plan.widths, plan.quantizer))
+        weight_bytes = _bucket_bytes(model)
+    parts = BundleParts(
+        target=target.name,
+        processor=policy.processor,
+        inputs=_specs(graph.graph.inputs),
+        outputs=_specs(graph.graph.outputs),
+        golden=golden_actions(policy, plan, observations),
+        policy_digest=policy.digest,
+        weight_bytes=weight_bytes,
+        plan=None if plan is None else _summary(plan),
+        engine_options=engine_options,
+    )
+
+    def save_files(folder: Path) -> None:
+        ir.save(model, folder / MODEL, external_data=f"{MODEL}.data")
+        if plan is not None:
+            plan.save(folder / PLAN)
+
+    bundle = write_bundle(path, parts, save_files)
+    _LOGGER.info("bundle %s: %d bytes, %s", path, bundle.nbytes, dict(weight_bytes))
+    return bundle
+
+
+def golden_actions(
+    policy: ExportablePolicy, plan: BitPlan | None, observations: Sequence[Observation]
+) -> Golden:
+    """Return model inputs of observations with torch's actions, quantized and full precision."""
+    full_precision = _actions(policy, observations)
+    reference = full_precision
+    if plan is not None:
+        with fake_quantized(policy, plan):
+            reference = _actions(policy, observations)
+    feeds = tuple(policy.processor.feeds(observation) for observation in observations)
+    return Golden(feeds, reference, full_precision)
+
+
+@torch.no_grad()
+def _actions(policy: ExportablePolicy, observations: Sequence[Observation]) -> NDArray[np.float32]:
+    """Normalized actions one observation at a time, as the engine computes them."""
+    chunks = [policy.greedy_actions(policy.batch([item])).numpy() for item in observations]
+    return np.concatenate(chunks)
+
+
+def _summary(plan: BitPlan) -> dict[str, Any]:
+    return {
+        "budget": plan.budget,
+        "mean_bits_per_channel": plan.mean_bits_per_channel,
+        "mean_bits_per_weight": plan.mean_bits_per_weight,
+        "stored_bits_per_weight": plan.stored_bits_per_weight,
+        "weight_bytes": plan.weight_bytes,
+        "float16_bytes": plan.float16_bytes,
+        "channels_by_width": {str(bits): n for bits, n in plan.histogram().items()},
+    }
+
+
+def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
+    return tuple(_spec(value) for value in values)
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    sizes = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+    return TensorSpec(value.name, value.dtype.numpy().name, sizes)
+
+
+def _layer_weights(model: ir.Model) -> set[str]:
+    values = (node.inputs[1] for node in layer_nodes(model).values())
+    return {value.name for value in values if value is not None and value.name is not None}
+
+
+def _float_bytes(model: ir.Model, layer_weights: set[str]) -> dict[str, int]:
+    found = {"float": 0, "rest": 0}
+    for name, nbytes in _constant_bytes(model):
+        found["float" if name in layer_weights else "rest"] += nbytes
+    return found
+
+
+def _bucket_bytes(model: ir.Model) -> dict[str, int]:
+    """Bytes of the constants: "2", "4", "8", "16" of planned layers, "scales", "rest"."""
+    found: dict[str, int] = {"16": 0, "8": 0, "4": 0, "2": 0, "scales": 0, "rest": 0}
+    for name, nbytes in _constant_bytes(model):
+        if name.endswith(SCALES_SUFFIX):
+            found["scales"] += nbytes
+        elif name.endswith((CODES_SUFFIX, HALVES_SUFFIX)):
+            found[name.rsplit(".", 2)[1].removeprefix("b")] += nbytes
+        else:
+            found["rest"] += nbytes
+    return found
+
+
+def _constant_bytes(model: ir.Model) -> Iterable[tuple[str, int]]:
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            yield name, value.const_value.nbytes

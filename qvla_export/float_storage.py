@@ -1,0 +1,56 @@
+"""Pass: store float32 constants in 16 bits wherever that loses nothing.
+
+Published checkpoints are bfloat16, so their weights fit. A Cast restores float32; runtimes fold it
+at load, so neither arithmetic nor speed changes, only the file.
+"""
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qvla_export.buckets_to_onnx import SCALES_SUFFIX
+
+_SMALLEST = 64  # values; a Cast node costs more than it saves below this
+_NARROW_TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+def store_exactly(model: ir.Model) -> ir.Model:
+    """Return a copy of a graph whose float32 constants are float16 or bfloat16 where exact.
+
+    Scales stay: a plan says how many bits they have.
+    """
+    model = model.clone()
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        assert value.name is not None
+        wide = value.dtype == ir.DataType.FLOAT and not value.name.endswith(SCALES_SUFFIX)
+        if not wide or tensor is None or tensor.size < _SMALLEST or value.is_graph_output():
+            continue
+        narrow = _narrowed(tensor.numpy())
+        if narrow is not None:
+            _replace_by_cast(graph, value, narrow)
+    return model
+
+
+def _narrowed(values: NDArray[np.float32]) -> NDArray[np.generic] | None:
+    """Return equal values in a 16-bit type, or None."""
+    for dtype in _NARROW_TYPES:
+        with np.errstate(over="ignore"):
+            narrow = values.astype(dtype)
+        if np.array_equal(narrow.astype(np.float32), values):
+            return narrow
+    return None
+
+
+def _replace_by_cast(graph: ir.Graph, value: ir.Value, narrow: NDArray[np.generic]) -> None:
+    tape = ir.tape.Tape()
+    stored = tape.initializer(ir.Tensor(narrow, name=f"{value.name}.stored"))
+    restored = tape.op("Cast", [stored], {"to": ir.DataType.FLOAT})
+    restored.name, restored.dtype, restored.shape = value.name, value.dtype, value.shape
+    value.replace_all_uses_with(restored)
+    assert value.name is not None
+    del graph.initializers[value.name]
+    graph.register_initializer(stored)
+    graph.insert_before(graph[0], list(tape.nodes))
