@@ -6,6 +6,8 @@ import logging
 import multiprocessing
 import os
 import shutil
+import threading
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,6 +30,8 @@ from qvla_export.errors import ArtifactError, ArtifactMismatch, QvlaError
 log = logging.getLogger(__name__)
 
 ROBOT = "metaworld-sawyer"
+# Beside the dataset's own metadata; other readers pass it by.
+_SETTINGS = "meta/recording.json"
 # Frames kept after success: chunks that start before it still have labels.
 _TAIL = 4
 _ATTEMPTS = 50
@@ -54,26 +58,34 @@ def record_demonstrations(
     """Record successful episodes of every task as a LeRobotDataset at `root`.
 
     Finished episodes wait in `<root>.staging`, so that an interrupted recording goes on where it
-    stopped and gives the same dataset.
+    stopped and gives the same dataset.  A dataset already recorded with these settings is kept.
 
     Raises:
-        QvlaError: `root` exists already, or an expert keeps failing.
-        ArtifactMismatch: the staging folder was begun with other settings.
+        QvlaError: there is nothing to record, or an expert keeps failing.
+        ArtifactMismatch: `root` or its staging folder was recorded with other settings.
     """
+    if not tasks or episodes_per_task < 1 or workers < 1:
+        raise QvlaError(
+            f"recording needs tasks, episodes and workers, got {len(tasks)} tasks, "
+            f"{episodes_per_task} episodes of each and {workers} workers"
+        )
     recording = recording or Recording()
+    settings = _settings(recording, tasks, episodes_per_task)
     if root.exists():
-        raise QvlaError(f"{root} exists already; name another folder or remove it")
+        _require_settings(root, root / _SETTINGS, settings)
+        log.info("%s is recorded already", root)
+        return
     staging = root.with_name(root.name + ".staging")
-    _claim(staging, recording, tasks)
-    names = [(task, number) for number in range(episodes_per_task) for task in tasks]
-    missing = [pair for pair in names if not _staged(staging, *pair).exists()]
-    if len(missing) < len(names):
-        log.info("%d of %d episodes are there already", len(names) - len(missing), len(names))
-    _record_all(staging, missing, recording, workers, len(names))
+    if staging.exists():
+        _require_settings(staging, staging / _SETTINGS, settings)
+    write_json(staging / _SETTINGS, settings)
+    wanted = [(task, number) for number in range(episodes_per_task) for task in tasks]
+    missing = [pair for pair in wanted if not _staged(staging, *pair).exists()]
+    _record_all(staging, missing, recording, workers, len(wanted))
     with write_dataset(root, CONTROL_HZ, ROBOT) as writer:
-        for task, number in names:
+        for task, number in wanted:
             writer.add(_load(_staged(staging, task, number)))
-        write_json(writer.root / "meta/recording.json", _settings(recording, tasks))
+        write_json(writer.root / _SETTINGS, settings)
     shutil.rmtree(staging)
 
 
@@ -137,7 +149,7 @@ def _record_all(
             for task, numbers in shards:
                 progress.advance(bar, _record_shard(staging, task, numbers, recording))
             return
-        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        with ProcessPoolExecutor(workers, spawn, _leave_with_parent) as pool:
             jobs = [pool.submit(_record_shard, staging, *shard, recording) for shard in shards]
             try:
                 for job in as_completed(jobs):
@@ -145,6 +157,18 @@ def _record_all(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def _leave_with_parent() -> None:
+    """End this worker when its parent is killed: nobody would ever collect it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _shards(missing: Sequence[tuple[Task, int]]) -> Iterator[tuple[Task, list[int]]]:
@@ -157,8 +181,6 @@ def _shards(missing: Sequence[tuple[Task, int]]) -> Iterator[tuple[Task, list[in
 
 
 def _record_shard(staging: Path, task: Task, numbers: Sequence[int], recording: Recording) -> int:
-    # The pool has a worker for each core: more threads in the renderer only contend.
-    os.environ.setdefault("LP_NUM_THREADS", "0")
     with Simulator(task, recording.image_size) as simulator:
         for number in numbers:
             episode = record_episode(simulator, recording, number)
@@ -170,22 +192,23 @@ def _staged(staging: Path, task: Task, number: int) -> Path:
     return staging / f"{task.name}-{number:05d}.npz"
 
 
-def _settings(recording: Recording, tasks: Sequence[Task]) -> dict[str, Any]:
+def _settings(
+    recording: Recording, tasks: Sequence[Task], episodes_per_task: int
+) -> dict[str, Any]:
     settings = {**asdict(recording), "tasks": [asdict(task) for task in tasks]}
-    # As JSON would give them back: lists for tuples.
+    settings["episodes_per_task"] = episodes_per_task
+    # As JSON gives them back: lists for tuples.
     result: dict[str, Any] = json.loads(json.dumps(settings))
     return result
 
 
-def _claim(staging: Path, recording: Recording, tasks: Sequence[Task]) -> None:
-    settings = _settings(recording, tasks)
-    path = staging / "settings.json"
-    if not path.exists():
-        write_json(path, settings)
-    elif read_json(path, "recording settings") != settings:
+def _require_settings(folder: Path, path: Path, settings: dict[str, Any]) -> None:
+    found = read_json(path, "recording settings")
+    different = [key for key in settings if found.get(key) != settings[key]]
+    if different:
         raise ArtifactMismatch(
-            f"{staging} was begun with other tasks or settings than now asked for; "
-            "remove it, or ask for the same"
+            f"{folder} was recorded with other {', '.join(different)} than now asked for; "
+            "remove it, name another folder, or ask for the same"
         )
 
 
@@ -205,7 +228,7 @@ def _pack(episode: Episode) -> bytes:
 
 def _load(path: Path) -> Episode:
     try:
-        with np.load(path) as arrays:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
             ends = np.cumsum(arrays["lengths"])
             data = arrays["pictures"].tobytes()
             pairs = zip(ends - arrays["lengths"], ends, strict=True)
@@ -213,5 +236,5 @@ def _load(path: Path) -> Episode:
             return Episode(
                 str(arrays["instruction"]), {CAMERA: pictures}, arrays["state"], arrays["action"]
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{path} is damaged ({error}); remove it and record again") from None

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.simulator import ACTION_DIM
+from calibration.simulator import ACTION_DIM, Simulator
 from calibration.tasks import Task
 
 Vector = NDArray[np.float32]
+
+# Where Meta-World's full state keeps the object's and the goal's position.
+_OBJECT = slice(4, 7)
+_GOAL = slice(36, 39)
 
 
 class Expert:
@@ -34,6 +38,23 @@ class Expert:
         clipped: NDArray[np.float32] = np.clip(action, -1.0, 1.0).astype(np.float32)
         assert clipped.shape == (ACTION_DIM,)
         return clipped
+
+
+def solve(
+    simulator: Simulator, expert: Expert, seed: int, believed: NDArray[np.float64] | None = None
+) -> bool:
+    """Let the expert play one episode; return whether it solved the task.
+
+    With `believed`, metres [3], the expert takes the object to have been placed there.  How often
+    that still succeeds says how much of the task needs eyes.
+    """
+    simulator.reset(seed)
+    error = np.zeros_like(simulator.full_state)
+    if believed is not None:
+        error[_OBJECT] = error[_GOAL] = believed - simulator.placement[:3]
+    while not simulator.done:
+        simulator.step(expert.act(simulator.full_state + error))
+    return simulator.success
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from calibration.image_codec import decode_png
+from calibration.lerobot_stats import Stats, image_stats, merge_stats, vector_stats
 from qvla_export.artifacts import new_folder, write_json
 from qvla_export.errors import QvlaError
 
@@ -24,12 +25,7 @@ IMAGE_PREFIX = "observation.images."
 STATE_KEY = "observation.state"
 ACTION_KEY = "action"
 _CHUNK_FILES = 1000
-_QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 _COUNTERS = ("frame_index", "episode_index", "index", "task_index")
-# Pictures an episode's image statistics are computed from.
-_SAMPLED_IMAGES = 8
-
-Stats = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +77,9 @@ class LeRobotWriter:
         # Instruction -> task index.
         self._tasks: dict[str, int] = {}
         self._rows: list[dict[str, Any]] = []
+        # Column -> each episode's image statistics, or its values themselves.
+        self._images: dict[str, list[Stats]] = {}
+        self._vectors: dict[str, list[NDArray[Any]]] = {}
         self._frames = 0
         self._file = 0
         self._file_bytes = 0
@@ -107,7 +106,9 @@ class LeRobotWriter:
         if self._parquet is None:
             path = self.root / DATA_PATH.format(**self._position())
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._parquet = pq.ParquetWriter(path, table.schema, compression="snappy")
+            self._parquet = pq.ParquetWriter(
+                path, table.schema, compression="snappy", write_page_checksum=True
+            )
         self._parquet.write_table(table)
         self._file_bytes += table.nbytes
         self._rows.append(self._row(episode, table))
@@ -132,7 +133,7 @@ class LeRobotWriter:
         path = self.root / EPISODES_PATH.format(chunk_index=0, file_index=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(self._rows), path)
-        write_json(self.root / "meta/stats.json", _aggregate(self._rows, list(self._features)))
+        write_json(self.root / "meta/stats.json", self._stats())
         write_json(self.root / "meta/info.json", self._info())
 
     def _position(self) -> dict[str, int]:
@@ -167,11 +168,22 @@ class LeRobotWriter:
         }
         for key in self._features:
             if key.startswith(IMAGE_PREFIX):
-                stats = _image_stats(episode.images[key.removeprefix(IMAGE_PREFIX)])
+                stats = image_stats(episode.images[key.removeprefix(IMAGE_PREFIX)])
+                self._images.setdefault(key, []).append(stats)
             else:
-                stats = _vector_stats(_column_to_numpy(table[key]))
+                values = _column_to_numpy(table[key])
+                self._vectors.setdefault(key, []).append(values)
+                stats = vector_stats(values)
             row |= {f"stats/{key}/{name}": value.tolist() for name, value in stats.items()}
         return row | {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+
+    def _stats(self) -> dict[str, dict[str, Any]]:
+        merged = {key: merge_stats(parts) for key, parts in self._images.items()}
+        merged |= {key: vector_stats(np.concatenate(v)) for key, v in self._vectors.items()}
+        return {
+            key: {name: value.tolist() for name, value in merged[key].items()}
+            for key in self._features
+        }
 
     def _info(self) -> dict[str, Any]:
         return {
@@ -215,12 +227,12 @@ def _vectors(values: NDArray[np.float32]) -> Any:
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def _column_to_numpy(column: Any) -> NDArray[np.float64]:
+def _column_to_numpy(column: Any) -> NDArray[Any]:
+    """Return a column of numbers or vectors as rows [n, dim]."""
     combined = column.combine_chunks()
-    if pa.types.is_fixed_size_list(combined.type):
-        flat = combined.flatten().to_numpy()
-        return np.asarray(flat.reshape(-1, combined.type.list_size), dtype=np.float64)
-    return np.asarray(combined.to_numpy()[:, None], dtype=np.float64)
+    values = combined.flatten() if pa.types.is_fixed_size_list(combined.type) else combined
+    rows: NDArray[Any] = values.to_numpy().reshape(len(combined), -1)
+    return rows
 
 
 def _huggingface_metadata(features: Mapping[str, Any]) -> dict[str, str]:
@@ -257,48 +269,3 @@ def _task_table(tasks: Sequence[str]) -> Any:
     }
     table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": list(tasks)})
     return table.replace_schema_metadata({"pandas": json.dumps(note)})
-
-
-def _vector_stats(values: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
-    stats: dict[str, NDArray[Any]] = {
-        "min": values.min(0),
-        "max": values.max(0),
-        "mean": values.mean(0),
-        "std": values.std(0),
-        "count": np.array([len(values)]),
-    }
-    for name, quantile in _QUANTILES.items():
-        stats[name] = np.quantile(values, quantile, axis=0)
-    return stats
-
-
-def _image_stats(pngs: Sequence[bytes]) -> dict[str, NDArray[Any]]:
-    """Statistics per channel, in 0..1, of evenly spread pictures.  float64 [3, 1, 1]"""
-    chosen = np.unique(np.linspace(0, len(pngs) - 1, _SAMPLED_IMAGES).round().astype(int))
-    pixels = np.concatenate([decode_png(pngs[i]).reshape(-1, 3) for i in chosen]) / 255.0
-    stats = {name: value.reshape(-1, 1, 1) for name, value in _vector_stats(pixels).items()}
-    return stats | {"count": np.array([len(chosen)])}
-
-
-def _aggregate(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Stats:
-    """Combine the episodes' statistics; quantiles as count-weighted means, as LeRobot does."""
-    combined: Stats = {}
-    for key in keys:
-        columns = {
-            name: np.array([row[f"stats/{key}/{name}"] for row in rows])
-            for name in ("min", "max", "mean", "std", "count", *_QUANTILES)
-        }
-        weights = columns["count"] / columns["count"].sum()
-        weights = weights.reshape(-1, *[1] * (columns["mean"].ndim - 1))
-        mean = (weights * columns["mean"]).sum(0)
-        spread = columns["std"] ** 2 + (columns["mean"] - mean) ** 2
-        stats = {
-            "min": columns["min"].min(0),
-            "max": columns["max"].max(0),
-            "mean": mean,
-            "std": np.sqrt((weights * spread).sum(0)),
-            "count": columns["count"].sum(0),
-        }
-        stats |= {name: (weights * columns[name]).sum(0) for name in _QUANTILES}
-        combined[key] = {name: value.tolist() for name, value in stats.items()}
-    return combined

@@ -84,7 +84,7 @@ def open_parquet(path: Path) -> Any:
         ArtifactError: it is missing, truncated or no parquet file.
     """
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise ArtifactError(f"a file of the dataset is missing: {path}") from None
     except (pa.ArrowException, OSError) as error:

@@ -27,27 +27,10 @@ CAMERA = "image"
 PACKAGES = "libegl1 libgl1 libgles2 libegl-mesa0 libosmesa6"
 
 # Links that cost most of the vertices and would only hide what the hand does.
-_HIDDEN_BODIES = frozenset(
-    [
-        "controller_box",
-        "pedestal_feet",
-        "torso",
-        "pedestal",
-        "right_arm_base_link",
-        "head",
-        "screen",
-        "right_l0",
-        "right_l1",
-        "right_l1_2",
-        "right_l2",
-        "right_l2_2",
-        "right_l3",
-        "right_l4",
-        "right_l4_2",
-        "right_l5",
-        "right_l6",
-    ]
-)
+_ARM = "right_arm_base_link right_l0 right_l1 right_l1_2 right_l2 right_l2_2 right_l3 right_l4 "
+_ARM += "right_l4_2 right_l5 right_l6"
+_STAND = "controller_box pedestal_feet pedestal torso head screen"
+_HIDDEN_BODIES = frozenset(_ARM.split()) | frozenset(_STAND.split())
 _HIDDEN_GROUP = 5
 _VISIBLE_GROUPS = (1, 1, 0, 0, 0, 0)
 
@@ -74,6 +57,7 @@ class Simulator:
         self._renderer: Any = None
         self._camera, self._options = _view(self._mujoco)
         self._full_state: NDArray[np.float64] = np.zeros(39)
+        # Where this episode's object (and goal) was put.  float64 [3 or 6]
         self.placement: NDArray[np.float64] = np.zeros(0)
 
     def __enter__(self) -> "Simulator":
@@ -172,8 +156,20 @@ def _load_mujoco() -> Any:
     try:
         import mujoco
     except ImportError as error:
-        raise QvlaError(f"the simulator needs mujoco: pip install 'qvla[sim]' ({error})") from None
+        if error.name == "mujoco":
+            raise QvlaError("the simulator needs mujoco: pip install 'qvla[sim]'") from None
+        raise _no_opengl(error) from error
+    except Exception as error:
+        # PyOpenGL fails in many ways where a library is missing, mujoco with a RuntimeError.
+        raise _no_opengl(error) from error
     return mujoco
+
+
+def _no_opengl(error: Exception) -> QvlaError:
+    return QvlaError(
+        f"cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); "
+        f"install the software OpenGL libraries: apt-get install {PACKAGES}"
+    )
 
 
 def _build_environment(task: Task) -> Any:
@@ -224,10 +220,7 @@ def _make_renderer(mujoco: Any, model: Any, image_size: int) -> Any:
     try:
         renderer = mujoco.Renderer(model, image_size, image_size)
     except Exception as error:
-        raise QvlaError(
-            f"cannot draw with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}); "
-            f"install the software OpenGL libraries: apt-get install {PACKAGES}"
-        ) from error
+        raise _no_opengl(error) from error
     flags = renderer.scene.flags
     flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
     flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
