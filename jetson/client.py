@@ -120,7 +120,7 @@ class RemotePolicy:
 
 def _json(response: httpx.Response) -> object:
     try:
-        value: object = json.loads(response.content)
+        value: object = json.JSONDecoder().decode(response.text)
     except (ValueError, RecursionError):
         raise WireError(f"the reply is not JSON: {response.text!r:.100}") from None
     return value

@@ -85,7 +85,8 @@ class LatencyProfile:
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as JSON values; the summary is for readers, samples are the truth."""
-        rounded = {k: np.round(v, 5).tolist() for k, v in self.samples_ms.items()}
+        # Six decimals are the clock's nanoseconds.
+        rounded = {k: np.round(v, 6).tolist() for k, v in self.samples_ms.items()}
         return {
             "name": self.name,
             "summary_ms": self.summary_ms(),

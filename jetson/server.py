@@ -144,14 +144,13 @@ class _Routes:
         except QvlaError as error:
             _LOG.warning("no action: %s", error)
             answer = Answer(http_status(error), error_body(error), {})
+            # The body may not have been read to its end, and will not be.
+            headers = {"connection": "close"}
+        else:
+            headers = {"server-timing": _server_timing(answer.timing_ms)}
         if answer.status != 200 and self._settings.strict_compat:
-            return JSONResponse("error")
-        return Response(
-            answer.body,
-            answer.status,
-            {"server-timing": _server_timing(answer.timing_ms)},
-            "application/json",
-        )
+            return JSONResponse("error", headers=headers)
+        return Response(answer.body, answer.status, headers, "application/json")
 
     async def _answer(self, request: Request) -> Answer:
         reply = _reply(request, self._settings)

@@ -29,6 +29,8 @@ from qvla_export.observation import Observation
 Reply = Literal["auto", "action", "chunk", "full"]
 REPLIES: tuple[Reply, ...] = get_args(Reply)
 
+# Not json.loads: a process that called json_numpy.patch() has replaced it.
+_DECODER = json.JSONDecoder()
 # Beyond these a request is a mistake or an attack; JPEG's own limit is 65535.
 _MAX_IMAGE_SIDE = 8192
 _MAX_INSTRUCTION_CHARACTERS = 2000
@@ -125,7 +127,7 @@ def decode_reply(body: bytes) -> ActionChunk:
 
 def _object(text: bytes | str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = _DECODER.decode(text.decode() if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:  # JSON, UTF-8 or nesting
         raise WireError(f"the body must be JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):

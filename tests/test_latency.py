@@ -1,0 +1,270 @@
+"""Latency profiles: what is measured, in which order, and what the figures mean."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jetson.board import BoardState, read_board_state
+from jetson.contract import PolicyContract
+from jetson.errors import PolicyFailure
+from jetson.latency import (
+    LatencyComparison,
+    LatencyProfile,
+    compare_profiles,
+    ratio_of_medians,
+)
+from jetson.profiling import profile_latency
+from jetson.server import running_server
+from jetson.settings import ServerSettings
+from qvla_export.action import ActionChunk
+from qvla_export.errors import ArtifactError, InvalidObservation, QvlaError
+from qvla_export.observation import Observation
+
+CONTRACT = PolicyContract(("image",), 3, 2, 0, "tiny", "d1gest", "cpu")
+BOARD = read_board_state()
+
+
+def observation(value: int) -> Observation:
+    return Observation({"image": np.full((4, 4, 3), value, np.uint8)}, "push")
+
+
+class TimedPolicy:
+    """Claims engine times from a list and remembers who was asked what."""
+
+    contract = CONTRACT
+
+    def __init__(self, name: str, engine_ms: list[float], asked: list[tuple[str, int]]) -> None:
+        self.name = name
+        self._engine_ms = iter(engine_ms)
+        self._asked = asked
+
+    def infer(self, observation: Observation) -> ActionChunk:
+        self._asked.append((self.name, int(observation.images["image"][0, 0, 0])))
+        actions = np.zeros((3, 2), np.float32)
+        return ActionChunk(actions, actions, {"preprocess": 0.5, "engine": next(self._engine_ms)})
+
+
+def profile(name: str, total: Any, **changes: Any) -> LatencyProfile:
+    fields: dict[str, Any] = {
+        "samples_ms": {"engine": np.asarray(total) / 2, "total": np.asarray(total)},
+        "warmup": 3,
+        "first_action_ms": 90.0,
+        "cold_start_ms": None,
+        "transport": "in-process",
+        "bundle_digest": "d1gest",
+        "target": "cpu",
+        "versions": {"python": "3.11"},
+        "board_before": BOARD,
+        "board_after": BOARD,
+    }
+    return LatencyProfile(name=name, **{**fields, **changes})
+
+
+def test_policies_take_turns_round_by_round() -> None:
+    asked: list[tuple[str, int]] = []
+    policies = {name: TimedPolicy(name, [1.0] * 9, asked) for name in "abc"}
+    done: list[tuple[int, int]] = []
+    profile_latency(
+        policies,
+        [observation(1), observation(2)],
+        warmup=1,
+        samples=3,
+        progress=lambda now, all_: done.append((now, all_)),
+    )
+    assert [name for name, _ in asked] == list("abcbcacababc")
+    assert [value for _, value in asked] == [1] * 3 + [2] * 3 + [1] * 3 + [2] * 3
+    assert done == [(i, 12) for i in range(1, 13)]
+
+
+def test_warm_up_is_dropped_and_stages_are_the_servers() -> None:
+    policy = TimedPolicy("q", [100.0, 50.0, 1.0, 2.0, 3.0, 4.0], [])
+    result = profile_latency({"q": policy}, [observation(1)], 2, 4, cold_start_ms={"q": 750.0})
+    (measured,) = result.profiles
+    assert list(measured.samples_ms) == ["decode", "preprocess", "engine", "encode", "total"]
+    assert measured.samples_ms["engine"].tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert measured.warmup == 2 and measured.cold_start_ms == 750.0
+    assert measured.first_action_ms > 0 and measured.transport == "in-process"
+    assert (measured.bundle_digest, measured.target) == ("d1gest", "cpu")
+    assert measured.versions["numpy"] == np.__version__
+    assert measured.board_after.memory_available_bytes is not None
+    assert result.ratios == ()
+
+
+def test_a_server_is_measured_over_its_own_socket() -> None:
+    with running_server(TimedPolicy("q", [2.0] * 99, []), ServerSettings(port=0)) as url:
+        local = TimedPolicy("q", [2.0] * 99, [])
+        result = profile_latency({"local": local, "remote": url}, [observation(1)], 1, 10)
+    remote = result.profiles[1]
+    assert remote.transport == "http" and remote.samples_ms["transport"].min() >= 0
+    assert remote.samples_ms["engine"].tolist() == [2.0] * 10
+    assert remote.bundle_digest == "d1gest"
+    assert [(r.name, r.baseline, r.stage) for r in result.ratios] == [
+        ("remote", "local", "total"),
+        ("remote", "local", "engine"),
+    ]
+
+
+def test_percentiles_come_from_the_raw_samples() -> None:
+    measured = profile("a", np.arange(1, 102, dtype=float))
+    assert measured.summary_ms()["total"] == {"p50": 51.0, "p90": 91.0, "p99": 100.0, "max": 101.0}
+    assert measured.percentile_ms(99.5, "engine") == pytest.approx(50.25)
+    assert measured.missed(91.0) == pytest.approx(10 / 101)
+    with pytest.raises(QvlaError, match="no stage 'gpu'"):
+        measured.percentile_ms(50, "gpu")
+
+
+def test_the_ratio_cancels_noise_that_both_saw() -> None:
+    generator = np.random.default_rng(3)
+    noise = generator.lognormal(0, 0.5, 300)
+    slow = profile("float", 10 * noise)
+    fast = profile("quantized", 4 * noise * generator.normal(1, 0.01, 300))
+    (total, engine) = compare_profiles([slow, fast]).ratios
+    assert total.ratio == pytest.approx(0.4, rel=0.02)
+    assert total.low <= total.ratio <= total.high and total.high - total.low < 0.02
+    assert (engine.stage, engine.baseline) == ("engine", "float")
+    unpaired = ratio_of_medians(profile("q", fast.samples_ms["total"][:200]), slow)
+    assert unpaired.high - unpaired.low > 2 * (total.high - total.low)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    covered = 0
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        a, b = generator.lognormal(0, 0.3, (2, 80))
+        ratio = ratio_of_medians(profile("q", 2 * b), profile("f", a), seed=seed)
+        covered += ratio.low <= 2.0 <= ratio.high
+    assert covered >= 88
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    saved = compare_profiles([profile("a", [1.0, 2.0, 3.0]), profile("b", [2.0, 2.5, 3.0])])
+    saved.save(tmp_path / "latency.json")
+    loaded = LatencyComparison.load(tmp_path / "latency.json")
+    assert loaded.ratios == saved.ratios
+    assert [p.to_json() for p in loaded.profiles] == [p.to_json() for p in saved.profiles]
+    assert [path.name for path in tmp_path.iterdir()] == ["latency.json"]
+
+
+def _damage(text: str, change: Any) -> str:
+    value = json.loads(text)
+    change(value)
+    return json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v.update(format="qvla.latency/0"),
+        lambda v: v.update(profiles=[]),
+        lambda v: v.update(profiles=[7]),
+        lambda v: v["profiles"][0].pop("samples_ms"),
+        lambda v: v["profiles"][0].update(samples_ms=[1, 2]),
+        lambda v: v["profiles"][0]["samples_ms"].update(total=[1.0]),
+        lambda v: v["profiles"][0]["samples_ms"].update(total=[1.0, "x"]),
+        lambda v: v["profiles"][0]["samples_ms"].update(total=[1.0, float("nan")]),
+        lambda v: v["profiles"][0]["samples_ms"].update(total=[1.0, -2.0]),
+        lambda v: v["profiles"][0]["samples_ms"].update(total=[[1.0], [2.0]]),
+        lambda v: v["profiles"][0]["samples_ms"].pop("total"),
+        lambda v: v["profiles"][0]["board_after"].pop("kernel"),
+        lambda v: v["profiles"][0].update(board_before=None),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, change: Any) -> None:
+    path = tmp_path / "latency.json"
+    compare_profiles([profile("a", [1.0, 2.0])]).save(path)
+    path.write_text(_damage(path.read_text(), change))
+    with pytest.raises(ArtifactError):
+        LatencyComparison.load(path)
+
+
+def test_a_truncated_or_absent_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latency.json"
+    with pytest.raises(ArtifactError, match="not found"):
+        LatencyComparison.load(path)
+    compare_profiles([profile("a", [1.0, 2.0])]).save(path)
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(ArtifactError, match="not valid JSON"):
+        LatencyComparison.load(path)
+
+
+def test_a_failing_policy_ends_the_run() -> None:
+    with pytest.raises(PolicyFailure, match="StopIteration"):
+        profile_latency({"q": TimedPolicy("q", [1.0], [])}, [observation(1)], 0, 2)
+
+
+@pytest.mark.parametrize(
+    "change", [{"policies": {}}, {"observations": []}, {"samples": 0}, {"warmup": -1}]
+)
+def test_nothing_to_measure_is_said(change: dict[str, Any]) -> None:
+    given: dict[str, Any] = {
+        "policies": {"q": TimedPolicy("q", [1.0] * 9, [])},
+        "observations": [observation(1)],
+        "samples": 1,
+        "warmup": 0,
+    }
+    with pytest.raises(QvlaError, match="needs policies"):
+        profile_latency(**{**given, **change})
+
+
+def test_observations_of_another_policy_are_refused_before_anything_runs() -> None:
+    asked: list[tuple[str, int]] = []
+    other = Observation({"top": np.zeros((4, 4, 3), np.uint8)}, "push")
+    with pytest.raises(InvalidObservation, match="missing"):
+        profile_latency({"q": TimedPolicy("q", [1.0] * 9, asked)}, [observation(1), other], 0, 2)
+    assert not asked
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_a_jetson_is_recognized(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        {
+            "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic"
+            ", EABI: aarch64, DATE: Wed Jan  8 01:49:37 UTC 2025\n",
+            "proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0",
+            "proc/sys/kernel/osrelease": "5.15.148-tegra\n",
+            "proc/cpuinfo": "processor\t: 0\nmodel name\t: ARMv8 Processor rev 1 (v8l)\n\n"
+            "processor\t: 1\nmodel name\t: ARMv8 Processor rev 1 (v8l)\n",
+            "proc/meminfo": "MemTotal:       64323416 kB\nMemAvailable:   60000000 kB\n",
+            "proc/loadavg": "0.52 0.58 0.59 1/389 12345\n",
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "schedutil\n",
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "729600\n",
+            "sys/devices/system/cpu/cpu1/cpufreq/scaling_governor": "schedutil\n",
+            "sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq": "2201600\n",
+        },
+    )
+    assert read_board_state(root) == BoardState(
+        model="NVIDIA Jetson AGX Orin Developer Kit",
+        l4t="36.4.3",
+        kernel="5.15.148-tegra",
+        cpu_model="ARMv8 Processor rev 1 (v8l)",
+        cores=2,
+        governors=("schedutil",),
+        cpu_mhz=(729.6, 2201.6),
+        load_1m=0.52,
+        memory_total_bytes=64323416 * 1024,
+        memory_available_bytes=60000000 * 1024,
+    )
+
+
+@pytest.mark.parametrize("text", ["", "nan", "\xff" * 40, "processor : \nR99", "1 2 3"])
+def test_reading_a_board_never_fails(tmp_path: Path, text: str) -> None:
+    names = ["etc/nv_tegra_release", "proc/cpuinfo", "proc/meminfo", "proc/loadavg"]
+    names.append("sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+    state = read_board_state(write(tmp_path, dict.fromkeys(names, text)))
+    assert BoardState.from_json(json.loads(json.dumps(state.to_json(), allow_nan=False))) == state
+    assert read_board_state(tmp_path / "nowhere").cores == 0
+
+
+def test_this_machine_has_cores_and_memory() -> None:
+    assert BOARD.cores >= 1 and (BOARD.memory_available_bytes or 0) > 0
