@@ -90,7 +90,7 @@ def record_demonstrations(
 
 
 def record_episode(simulator: Simulator, recording: Recording, number: int) -> Episode:
-    """Record one successful episode; episodes of one number differ only by task.
+    """Record one successful episode: the same task, settings and number give the same one.
 
     Raises:
         QvlaError: the expert failed at every attempt.

@@ -47,6 +47,23 @@ def test_only_the_instruction_tells_siblings_apart(task: Task, other: Task) -> N
             assert here.instruction != there.instruction
 
 
+@pytest.mark.parametrize(("task", "other"), PAIRS, ids=lambda task: task.name)
+def test_obeying_the_wrong_instruction_solves_nothing(task: Task, other: Task) -> None:
+    expert = Expert(other)
+    solved = []
+    with Simulator(task) as simulator, Simulator(other) as sibling:
+        for seed in range(10):
+            simulator.reset(seed)
+            sibling.reset(seed)
+            while not sibling.done:
+                action = expert.act(sibling.full_state)
+                sibling.step(action)
+                simulator.step(action)
+            assert sibling.success
+            solved.append(simulator.success)
+    assert np.mean(solved) <= 0.1
+
+
 def test_unknown_task_is_refused_with_the_names() -> None:
     with pytest.raises(QvlaError, match=r"'make-coffee'; choose from drawer-open, drawer-close"):
         find_task("make-coffee")
