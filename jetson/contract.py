@@ -102,14 +102,14 @@ def contract_of(policy: ActionPolicy) -> PolicyContract:
     contract = getattr(policy, "contract", None)
     if isinstance(contract, PolicyContract):
         return contract
-    processor, bundle = getattr(policy, "processor", None), getattr(policy, "bundle", None)
+    bundle = getattr(policy, "bundle", None)
+    processor = getattr(bundle if bundle is not None else policy, "processor", None)
     if processor is None:
         raise RefusedSetting(
             f"{type(policy).__name__} has neither a contract nor a processor; "
             "pass contract=PolicyContract(...)"
         )
     spec = processor.spec
-    target = getattr(bundle, "target", "")
     return PolicyContract(
         cameras=tuple(spec.cameras),
         horizon=spec.horizon,
@@ -117,5 +117,5 @@ def contract_of(policy: ActionPolicy) -> PolicyContract:
         state_dim=spec.state_dim,
         unnorm_key=processor.statistics.key,
         bundle_digest=getattr(bundle, "digest", ""),
-        target=target if isinstance(target, str) else target.name,
+        target=getattr(bundle, "target", ""),
     )
