@@ -1,0 +1,175 @@
+"""The tiny policy from torch to ONNX Runtime: equal actions, real packed weights."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from conftest import TINY_CONFIG, TINY_INSTRUCTIONS, TINY_SIZE
+from ort_graphs import packed_matmuls
+from tiny_bundles import float_graph, make_bundle, mixed_plan
+
+from engines.load import load_engine
+from engines.targets import CPU
+from engines.verify import compare_golden, verify
+from qvla_export.bundle import Bundle
+from qvla_export.errors import ArtifactMismatch, PlanMismatch
+from qvla_export.export import export_bundle
+from qvla_export.float_graph import ExportError, export_float, layer_nodes
+from qvla_export.layers import layer_shapes
+from qvla_export.observation import Observation
+from qvla_export.plan import uniform_plan
+from qvla_export.policies.oft import OftPolicy, load_oft_policy
+from qvla_export.policies.oft_init import new_module, save_checkpoint, train_tokenizer
+
+Observations = Callable[..., list[Observation]]
+
+
+@pytest.fixture(scope="module")
+def float_bundle(
+    tiny_policy: OftPolicy,
+    tiny_observations: Observations,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
+    path = tmp_path_factory.mktemp("export") / "float"
+    return make_bundle(tiny_policy, None, tiny_observations(8, seed=7), path)
+
+
+@pytest.fixture(scope="module")
+def mixed_bundle(
+    tiny_policy: OftPolicy,
+    tiny_observations: Observations,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
+    path = tmp_path_factory.mktemp("export") / "mixed"
+    return make_bundle(tiny_policy, mixed_plan(tiny_policy), tiny_observations(32, seed=8), path)
+
+
+def test_float_bundle_equals_torch(float_bundle: Bundle) -> None:
+    with load_engine(float_bundle, threads=1) as engine:
+        drift = verify(float_bundle, engine)
+    assert drift.worst <= 1e-4
+    assert drift.cosine > 0.999999
+
+
+def test_mixed_bundle_equals_fake_quantized_torch(mixed_bundle: Bundle) -> None:
+    golden = mixed_bundle.golden()
+    with load_engine(mixed_bundle, threads=1) as engine:
+        drift = compare_golden(mixed_bundle, engine)
+    assert drift.observations == 32
+    assert drift.worst <= 1e-3
+    # The plan is coarse enough that equality with the float policy would be a mistake.
+    assert np.abs(golden.reference - golden.full_precision).max() > 0.05
+
+
+def test_golden_prompts_have_different_lengths(mixed_bundle: Bundle) -> None:
+    lengths = {feeds["input_ids"].shape[1] for feeds in mixed_bundle.golden().feeds}
+    assert len(lengths) > 1
+    assert mixed_bundle.inputs[1].shape == (1, "prompt")
+
+
+def test_every_packed_bucket_becomes_matmulnbits(
+    mixed_bundle: Bundle, tiny_policy: OftPolicy, tmp_path: Path
+) -> None:
+    packed = packed_matmuls(mixed_bundle.model_path, tmp_path / "optimized.onnx")
+    plan = mixed_plan(tiny_policy)
+    for bits in (2, 4, 8):
+        assert packed[bits] == sum(bool((w == bits).any()) for w in plan.widths.values())
+
+
+def test_stored_bytes_are_the_plans(mixed_bundle: Bundle, tiny_policy: OftPolicy) -> None:
+    plan = mixed_plan(tiny_policy)
+    stored = sum(n for part, n in mixed_bundle.weight_bytes.items() if part != "rest")
+    # Up to three channels of zeros a layer fill its 2-bit bucket.
+    assert plan.weight_bytes <= stored <= 1.02 * plan.weight_bytes
+    data = (mixed_bundle.path / "model.onnx.data").stat().st_size
+    assert data <= sum(mixed_bundle.weight_bytes.values())
+
+
+def test_uniform_bytes_are_exactly_the_plans(
+    tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
+) -> None:
+    plan = uniform_plan(layer_shapes(tiny_policy.layers()), 4, CPU, tiny_policy.digest)
+    bundle = make_bundle(tiny_policy, plan, tiny_observations(1), tmp_path / "bundle")
+    stored = sum(n for part, n in bundle.weight_bytes.items() if part != "rest")
+    assert stored == plan.weight_bytes
+    assert plan.weight_bytes <= 0.29 * plan.float16_bytes
+    with load_engine(bundle, threads=1) as engine:
+        assert compare_golden(bundle, engine).worst <= 1e-3
+
+
+def test_checkpoint_weights_are_stored_in_16_bits(float_bundle: Bundle) -> None:
+    graph = ir.load(float_bundle.model_path).graph
+    wide = [
+        value.name
+        for value in graph.initializers.values()
+        if value.dtype == ir.DataType.FLOAT and np.prod(value.shape.numpy()) >= 64  # type: ignore[union-attr]
+    ]
+    assert wide == []
+
+
+def test_dead_layers_are_absent(tiny_policy: OftPolicy) -> None:
+    graph = float_graph(tiny_policy)
+    linears = [
+        name
+        for name, layer in tiny_policy.module.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+        and name.startswith(("vision_backbone.", "language_model.model."))
+    ]
+    assert set(layer_nodes(graph)) == set(tiny_policy.layers()) < set(linears)
+    last = f"layer.{TINY_SIZE.vision_depth - 1}."
+    assert not any(last in str(name) for name in graph.graph.initializers)
+
+
+def test_graph_does_not_name_the_exporting_machine(mixed_bundle: Bundle) -> None:
+    assert (
+        b"/" + Path(__file__).parents[1].name.encode() not in mixed_bundle.model_path.read_bytes()
+    )
+    assert b".py" not in mixed_bundle.model_path.read_bytes()
+
+
+def test_token_policy_puts_out_the_greedy_action(
+    tiny_observations: Observations, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(TINY_CONFIG, head="tokens", horizon=2, state_dim=0)
+    bounds = {"q01": [-1.0] * 4, "q99": [1.0] * 4}
+    tokenizer = train_tokenizer(TINY_INSTRUCTIONS, TINY_SIZE.vocab_size)
+    module = new_module(TINY_SIZE, config, seed=3)
+    statistics = {"tiny": {"action": bounds}}
+    save_checkpoint(tmp_path / "checkpoint", module, config, tokenizer, statistics, step=0)
+    policy = load_oft_policy(tmp_path / "checkpoint")
+    bundle = make_bundle(policy, None, tiny_observations(4), tmp_path / "bundle")
+    assert [spec.name for spec in bundle.inputs] == ["pixel_values", "input_ids"]
+    with load_engine(bundle, threads=1) as engine:
+        assert compare_golden(bundle, engine).worst <= 1e-6
+
+
+def test_plan_of_another_policy_is_refused(
+    tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
+) -> None:
+    plan = dataclasses.replace(mixed_plan(tiny_policy), policy_digest="0" * 64)
+    with pytest.raises(PlanMismatch, match="0000"):
+        make_bundle(tiny_policy, plan, tiny_observations(1), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_for_another_target_is_refused(
+    tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
+) -> None:
+    plan = dataclasses.replace(mixed_plan(tiny_policy), target="orin")
+    with pytest.raises(ArtifactMismatch, match="orin"):
+        export_bundle(tiny_policy, plan, CPU, tiny_observations(1), tmp_path / "bundle")
+
+
+def test_layer_missing_from_the_graph_is_refused(
+    tiny_policy: OftPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = tiny_policy.module.get_submodule(
+        f"vision_backbone.featurizer.encoder.layer.{TINY_SIZE.vision_depth - 1}.mlp.fc1"
+    )
+    monkeypatch.setattr(OftPolicy, "layers", lambda self: {"tower.dead": dead})
+    with pytest.raises(ExportError, match=r"not found in the exported graph.*tower\.dead"):
+        export_float(tiny_policy, CPU)
