@@ -2,62 +2,20 @@
 
 import http.client
 import json
-import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import json_numpy
 import numpy as np
 import pytest
 import requests
+from echo_policy import IMAGE, OFT, OPENVLA, EchoPolicy, oft_fields, post
 
 from jetson.contract import PolicyContract
-from jetson.errors import PolicyFailure, RefusedSetting
 from jetson.server import running_server
-from jetson.service import ActionService
 from jetson.settings import ServerSettings
-from qvla_export.action import ActionChunk
-from qvla_export.observation import Observation
-
-ROOT = Path(__file__).parents[1]
-IMAGE = np.arange(16 * 20 * 3, dtype=np.uint8).reshape(16, 20, 3)
-
-
-class EchoPolicy:
-    """Acts on what it sees: the action's first number is the first pixel of the first camera."""
-
-    def __init__(self, contract: PolicyContract) -> None:
-        self.contract = contract
-        self.delay_s = 0.0
-        self.together = 0
-        self.most_together = 0
-
-    def infer(self, observation: Observation) -> ActionChunk:
-        self.together += 1
-        self.most_together = max(self.most_together, self.together)
-        time.sleep(self.delay_s)
-        actions = np.zeros((self.contract.horizon, self.contract.action_dim), np.float32)
-        actions[:, 0] = observation.images[self.contract.cameras[0]][0, 0, 0]
-        actions[:, 1] = np.arange(self.contract.horizon)
-        if observation.instruction == "fail":
-            raise RuntimeError("the engine is on fire")
-        if observation.instruction == "nan":
-            actions[2, 3] = np.nan
-        if observation.instruction == "short":
-            actions = actions[:1]
-        self.together -= 1
-        return ActionChunk(actions, actions, {"preprocess": 0.25, "engine": 1.5})
-
-
-OPENVLA = PolicyContract(("image",), 4, 7, 0, "tiny", "d1gest", "cpu")
-OFT = PolicyContract(("front", "hand"), 4, 7, 8, "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +33,6 @@ def oft_policy() -> EchoPolicy:
 def oft_url(oft_policy: EchoPolicy) -> Iterator[str]:
     with running_server(oft_policy, ServerSettings(port=0, max_body_bytes=1 << 20)) as url:
         yield url
-
-
-def oft_fields(**changes: Any) -> dict[str, Any]:
-    fields = {
-        "full_image": IMAGE,
-        "wrist_image": IMAGE + 1,
-        "state": np.zeros(8),
-        "instruction": "push",
-    }
-    return {k: v for k, v in {**fields, **changes}.items() if v is not None}
-
-
-def post(url: str, fields: dict[str, Any], **options: Any) -> requests.Response:
-    return requests.post(url + "/act", data=json_numpy.dumps(fields), timeout=20, **options)
 
 
 @pytest.fixture
@@ -262,104 +206,3 @@ def test_strict_compat_hides_the_reason_as_upstream_does(instruction: str) -> No
         big = requests.post(url + "/act", headers={"content-length": str(1 << 30)}, timeout=20)
         assert (big.status_code, big.json()) == (200, "error")
         assert isinstance(json_numpy.loads(post(url, oft_fields()).content), list)
-
-
-def test_the_port_opens_only_after_warm_up() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    refused: list[int] = []
-
-    class Probing(EchoPolicy):
-        def infer(self, observation: Observation) -> ActionChunk:
-            with socket.socket() as client:
-                refused.append(client.connect_ex(("127.0.0.1", port)))
-            return super().infer(observation)
-
-    with running_server(Probing(OFT), ServerSettings(port=port, warmup=2)) as url:
-        assert len(refused) == 2 and 0 not in refused
-        assert post(url, oft_fields()).status_code == 200
-        assert refused[2:] == [0]
-
-
-def test_a_policy_that_cannot_act_never_opens_the_port() -> None:
-    class Broken(EchoPolicy):
-        def infer(self, observation: Observation) -> ActionChunk:
-            raise RuntimeError("no kernel image")
-
-    with (
-        pytest.raises(PolicyFailure, match="no kernel image"),
-        running_server(Broken(OFT), ServerSettings(port=0)),
-    ):
-        pass
-
-
-def test_a_taken_port_is_named() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        settings = ServerSettings(port=taken.getsockname()[1])
-        with (
-            pytest.raises(RefusedSetting, match=r"choose another --port"),
-            running_server(EchoPolicy(OFT), settings),
-        ):
-            pass
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "::", "robot.local", ""])
-def test_remote_addresses_need_an_explicit_word(host: str) -> None:
-    with pytest.raises(RefusedSetting, match="no authentication"):
-        ServerSettings(host=host)
-    assert ServerSettings(host=host, allow_remote=True).host == host
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"port": -1}, {"port": 70_000}, {"reply": "all"}, {"max_body_bytes": 0}, {"max_pending": 0}],
-)
-def test_impossible_settings_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(RefusedSetting, match=next(iter(change))):
-        ServerSettings(**change)
-
-
-def test_a_policy_must_say_what_it_needs() -> None:
-    with pytest.raises(RefusedSetting, match="contract"):
-        ActionService(object())  # type: ignore[arg-type]
-
-
-SCRIPT = """
-import logging, sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-from jetson.server import serve
-from jetson.settings import ServerSettings
-from test_server import OFT, EchoPolicy
-
-logging.basicConfig(level=logging.INFO)
-policy = EchoPolicy(OFT)
-settings = ServerSettings(port=0, warmup=1)
-policy.delay_s = 0.4
-serve(policy, settings)
-assert not {{"torch", "onnx", "transformers"}} & {{*sys.modules}}
-print("drained", flush=True)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_requests_under_way_finish(number: signal.Signals) -> None:
-    script = SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"))
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None and process.stdout is not None
-        line = next(line for line in process.stderr if "serving on" in line)
-        url = line.split()[-1]
-        answers: list[requests.Response] = []
-        client = threading.Thread(target=lambda: answers.append(post(url, oft_fields())))
-        time.sleep(0.3)
-        client.start()
-        time.sleep(0.15)
-        process.send_signal(number)
-        client.join()
-        assert answers[0].status_code == 200
-        assert "drained" in process.stdout.read()
-        process.stderr.read()
-        assert process.wait(20) == 0
-    with pytest.raises(requests.ConnectionError):
-        requests.get(url + "/healthz", timeout=5)

@@ -13,12 +13,7 @@ from hypothesis import strategies as st
 from jetson.arrays import decode_array, encode_array
 from jetson.contract import PolicyContract
 from jetson.errors import RefusedSetting, WireError
-from jetson.wire import (
-    decode_reply,
-    decode_request,
-    encode_reply,
-    encode_request,
-)
+from jetson.wire import decode_reply, decode_request, encode_reply, encode_request
 from qvla_export.action import ActionChunk
 from qvla_export.errors import InvalidObservation, QvlaError
 from qvla_export.observation import Observation
