@@ -35,36 +35,35 @@ def oft_url(oft_policy: EchoPolicy) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def patched() -> Iterator[None]:
-    """What both deploy scripts tell their clients to do: `json_numpy.patch()`."""
+def deploy_client(url: str, fields: dict[str, Any]) -> tuple[Any, requests.Response]:
+    """Post as both deploy scripts tell their clients to: `json=` after `json_numpy.patch()`."""
     kept = json.dumps, json.loads, json.dump, json.load
     json_numpy.patch()
-    yield
-    json.dumps, json.loads, json.dump, json.load = kept
+    try:
+        response = requests.post(url + "/act", json=fields, timeout=20)
+        return response.json(), response
+    finally:
+        json.dumps, json.loads, json.dump, json.load = kept
 
 
-def test_openvla_client(openvla_url: str, patched: None) -> None:
-    action = requests.post(
-        openvla_url + "/act", json={"image": IMAGE + 9, "instruction": "push"}, timeout=20
-    ).json()
+def test_openvla_client(openvla_url: str) -> None:
+    action, _ = deploy_client(openvla_url, {"image": IMAGE + 9, "instruction": "push"})
     np.testing.assert_array_equal(action, [9, 0, 0, 0, 0, 0, 0])
     assert action.dtype == np.float64
 
 
-def test_openvla_client_with_encoded_body(openvla_url: str, patched: None) -> None:
+def test_openvla_client_with_encoded_body(openvla_url: str) -> None:
     text = json_numpy.dumps({"image": IMAGE, "instruction": "push", "unnorm_key": "tiny"})
-    reply = requests.post(openvla_url + "/act", json={"encoded": text}, timeout=20).json()
+    reply, _ = deploy_client(openvla_url, {"encoded": text})
     assert isinstance(reply, str)
     assert json_numpy.loads(reply).shape == (7,)
 
 
-def test_oft_client(oft_url: str, patched: None) -> None:
-    reply = requests.post(oft_url + "/act", json=oft_fields(full_image=IMAGE + 5), timeout=20)
-    actions = reply.json()
+def test_oft_client(oft_url: str) -> None:
+    actions, response = deploy_client(oft_url, oft_fields(full_image=IMAGE + 5))
     assert isinstance(actions, list) and len(actions) == 4
     np.testing.assert_array_equal(np.stack(actions)[:, :2], [[5, 0], [5, 1], [5, 2], [5, 3]])
-    stages = [part.split(";dur=") for part in reply.headers["server-timing"].split(", ")]
+    stages = [part.split(";dur=") for part in response.headers["server-timing"].split(", ")]
     assert [name for name, _ in stages] == ["decode", "preprocess", "engine", "encode", "total"]
     assert dict(stages)["engine"] == "1.5000" and float(dict(stages)["total"]) > 0
 
