@@ -1,16 +1,24 @@
 """Choose and load the engine of a bundle's target."""
 
+from typing import Literal
+
 from engines.base import Engine, EngineError
 from engines.targets import RUNTIMES, find_target
 from qvla_export.bundle import Bundle
 
 
-def load_engine(bundle: Bundle, threads: int | None = None) -> Engine:
+def load_engine(
+    bundle: Bundle,
+    threads: int | None = None,
+    weights: Literal["packed", "unpacked"] = "packed",
+) -> Engine:
     """Return an engine that runs a bundle on this machine.
 
     Args:
         bundle: verified by `Bundle.load`.
         threads: CPU threads of one operator; None for one a physical core.
+        weights: "packed" computes with the stored codes; "unpacked" makes them float32 at load,
+            which takes a float policy's memory and can be faster.
 
     Raises:
         UnknownTarget: the bundle is for a target this version does not know.
@@ -26,4 +34,4 @@ def load_engine(bundle: Bundle, threads: int | None = None) -> Engine:
         raise EngineError(
             f"target {target.name!r} needs onnxruntime ({error}); pip install onnxruntime"
         ) from error
-    return OrtEngine(bundle, threads)
+    return OrtEngine(bundle, threads, weights)

@@ -1,7 +1,7 @@
 """ONNX Runtime on a CPU."""
 
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import onnxruntime
 from numpy.typing import NDArray
@@ -10,24 +10,31 @@ from engines.base import EngineError, Feeds, check_feeds
 from qvla_export.bundle import Bundle, TensorSpec
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+_UNPACK = "session.disable_quant_qdq"
 _ERRORS_ONLY = 3
+# "packed": MatMulNBits reads the stored codes. "unpacked": codes become float32 at load; the memory
+# of a float policy, and its speed where many rows make a layer compute-bound.
+WeightForm = Literal["packed", "unpacked"]
 
 
 class OrtEngine:
     """A bundle's graph on ONNX Runtime; see `Engine`."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, weights: WeightForm = "packed"
+    ) -> None:
         """Load a bundle.
 
         Args:
             bundle: verified by `Bundle.load`.
             threads: threads of one operator; None for one a physical core.
+            weights: how quantized weights are held in memory.
 
         Raises:
             EngineError: the runtime refuses the graph or a setting.
         """
         self._bundle = bundle
-        options = session_options(bundle, threads)
+        options = session_options(bundle, threads, weights)
         try:
             self._session: Any = onnxruntime.InferenceSession(
                 str(bundle.model_path), options, providers=["CPUExecutionProvider"]
@@ -72,7 +79,7 @@ class OrtEngine:
         self.close()
 
 
-def session_options(bundle: Bundle, threads: int | None) -> Any:
+def session_options(bundle: Bundle, threads: int | None, weights: WeightForm = "packed") -> Any:
     """Return the session options a bundle asks for.
 
     `accuracy_level` 0 computes with float32 activations. Without it ONNX Runtime 1.32 uses 4:
@@ -89,4 +96,5 @@ def session_options(bundle: Bundle, threads: int | None) -> Any:
     options.use_deterministic_compute = True
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry(_ACCURACY_LEVEL, str(level))
+    options.add_session_config_entry(_UNPACK, str(int(weights == "unpacked")))
     return options

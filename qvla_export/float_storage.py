@@ -48,7 +48,7 @@ def _replace_by_cast(graph: ir.Graph, value: ir.Value, narrow: NDArray[np.generi
     tape = ir.tape.Tape()
     stored = tape.initializer(ir.Tensor(narrow, name=f"{value.name}.stored"))
     restored = tape.op("Cast", [stored], {"to": ir.DataType.FLOAT})
-    restored.name, restored.dtype, restored.shape = value.name, value.dtype, value.shape
+    restored.name, restored.type, restored.shape = value.name, value.type, value.shape
     value.replace_all_uses_with(restored)
     assert value.name is not None
     del graph.initializers[value.name]

@@ -18,7 +18,7 @@ from engines.verify import compare_golden, verify
 from qvla_export.bundle import Bundle
 from qvla_export.errors import ArtifactMismatch, PlanMismatch
 from qvla_export.export import export_bundle
-from qvla_export.float_graph import ExportError, export_float, layer_nodes
+from qvla_export.float_graph import ExportError, _tag_layers, layer_nodes
 from qvla_export.layers import layer_shapes
 from qvla_export.observation import Observation
 from qvla_export.plan import uniform_plan
@@ -63,6 +63,11 @@ def test_mixed_bundle_equals_fake_quantized_torch(mixed_bundle: Bundle) -> None:
     assert drift.worst <= 1e-3
     # The plan is coarse enough that equality with the float policy would be a mistake.
     assert np.abs(golden.reference - golden.full_precision).max() > 0.05
+
+
+def test_unpacked_weights_compute_the_same(mixed_bundle: Bundle) -> None:
+    with load_engine(mixed_bundle, threads=1, weights="unpacked") as engine:
+        assert compare_golden(mixed_bundle, engine).worst <= 1e-3
 
 
 def test_golden_prompts_have_different_lengths(mixed_bundle: Bundle) -> None:
@@ -131,18 +136,27 @@ def test_graph_does_not_name_the_exporting_machine(mixed_bundle: Bundle) -> None
     assert b".py" not in mixed_bundle.model_path.read_bytes()
 
 
-def test_token_policy_puts_out_the_greedy_action(
+def test_token_policy_with_two_cameras_puts_out_the_greedy_action(
     tiny_observations: Observations, tmp_path: Path
 ) -> None:
-    config = dataclasses.replace(TINY_CONFIG, head="tokens", horizon=2, state_dim=0)
+    cameras = ("image", "wrist")
+    config = dataclasses.replace(
+        TINY_CONFIG, cameras=cameras, head="tokens", horizon=2, state_dim=0
+    )
     bounds = {"q01": [-1.0] * 4, "q99": [1.0] * 4}
     tokenizer = train_tokenizer(TINY_INSTRUCTIONS, TINY_SIZE.vocab_size)
     module = new_module(TINY_SIZE, config, seed=3)
     statistics = {"tiny": {"action": bounds}}
     save_checkpoint(tmp_path / "checkpoint", module, config, tokenizer, statistics, step=0)
     policy = load_oft_policy(tmp_path / "checkpoint")
-    bundle = make_bundle(policy, None, tiny_observations(4), tmp_path / "bundle")
+    both = zip(tiny_observations(4), tiny_observations(4, seed=1), strict=True)
+    observations = [
+        dataclasses.replace(a, images={"image": a.images["image"], "wrist": b.images["image"]})
+        for a, b in both
+    ]
+    bundle = make_bundle(policy, mixed_plan(policy), observations, tmp_path / "bundle")
     assert [spec.name for spec in bundle.inputs] == ["pixel_values", "input_ids"]
+    assert bundle.inputs[0].shape == (1, 12, 28, 28)
     with load_engine(bundle, threads=1) as engine:
         assert compare_golden(bundle, engine).worst <= 1e-6
 
@@ -164,12 +178,9 @@ def test_plan_for_another_target_is_refused(
         export_bundle(tiny_policy, plan, CPU, tiny_observations(1), tmp_path / "bundle")
 
 
-def test_layer_missing_from_the_graph_is_refused(
-    tiny_policy: OftPolicy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layer_missing_from_the_graph_is_refused(tiny_policy: OftPolicy) -> None:
     dead = tiny_policy.module.get_submodule(
         f"vision_backbone.featurizer.encoder.layer.{TINY_SIZE.vision_depth - 1}.mlp.fc1"
     )
-    monkeypatch.setattr(OftPolicy, "layers", lambda self: {"tower.dead": dead})
     with pytest.raises(ExportError, match=r"not found in the exported graph.*tower\.dead"):
-        export_float(tiny_policy, CPU)
+        _tag_layers(float_graph(tiny_policy).clone(), {"tower.dead": dead})
