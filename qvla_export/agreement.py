@@ -13,7 +13,7 @@ from qvla_export.artifacts import read_json, require_fields, write_json
 from qvla_export.errors import ArtifactError, QvlaError
 from qvla_export.exact import ChannelWidth, measure_exact
 from qvla_export.first_order import FirstOrder, measure_first_order
-from qvla_export.layers import layer_shapes
+from qvla_export.layers import layer_shapes, traced_layers
 from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
 from qvla_export.sensitivity import Sensitivities
@@ -90,7 +90,7 @@ def compare_with_exact(
     """
     if pairs < 3 or not observations:
         raise QvlaError(f"need 3 pairs and 1 observation, got {pairs} and {len(observations)}")
-    shapes = layer_shapes(policy.layers())
+    shapes = layer_shapes(traced_layers(policy))
     total = len(sensitivities.widths) * sum(channels for channels, _ in shapes.values())
     sample = _sample(sensitivities, min(pairs, total), seed)
     started = time.perf_counter()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvla_export.errors import QvlaError
-from qvla_export.layers import apply_rows, as_tokens, layer_shapes, weight_rows
+from qvla_export.layers import apply_rows, as_tokens, layer_shapes, traced_layers, weight_rows
 from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec, quantize_channels
@@ -59,7 +59,7 @@ def measure_exact(
     """
     if not observations:
         raise QvlaError("exact sensitivities need at least one observation, got none")
-    layers = policy.layers()
+    layers = traced_layers(policy)
     changes = _changed_rows(layers, pairs, quantizer)
     sums = np.zeros(len(pairs))
     batches = [observations[i : i + batch_size] for i in range(0, len(observations), batch_size)]
@@ -87,7 +87,7 @@ def measure_all_exact(
     batch_size: int = 8,
 ) -> Sensitivities:
     """Measure every channel at every width exactly; for small policies and baselines."""
-    shapes = layer_shapes(policy.layers())
+    shapes = layer_shapes(traced_layers(policy))
     pairs = all_pairs(shapes, widths)
     measured = measure_exact(policy, observations, pairs, quantizer, batch_size)
     values = {}

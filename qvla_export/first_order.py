@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qvla_export.artifacts import write_bytes
 from qvla_export.errors import QvlaError
-from qvla_export.layers import apply_rows, as_tokens, error_rows, layer_shapes
+from qvla_export.layers import apply_rows, as_tokens, error_rows, layer_shapes, traced_layers
 from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec
@@ -91,7 +91,7 @@ def measure_first_order(
     """
     if not observations:
         raise QvlaError("sensitivities need at least one observation, got none")
-    layers = policy.layers()
+    layers = traced_layers(policy)
     errors = {name: _stacked_errors(layer, settings) for name, layer in layers.items()}
     identity = {
         "policy_digest": policy.digest,

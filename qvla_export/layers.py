@@ -6,11 +6,17 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from qvla_export.plan import BitPlan
 from qvla_export.policies.base import Policy
-from qvla_export.quantize import as_rows, fake_quantize
+from qvla_export.quantize import QuantizerSpec, as_rows, fake_quantize, quantize_channels
+
+
+def traced_layers(policy: Policy) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the policy's quantizable layers, in forward order; also where gradients are off."""
+    with torch.enable_grad():
+        return dict(policy.layers())
 
 
 def layer_shapes(layers: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, tuple[int, int]]:
@@ -24,6 +30,42 @@ def weight_rows(layer: nn.Linear | nn.Conv2d) -> NDArray[np.float32]:
     """Return a copy of a layer's weight.  float32 [channels, inputs]"""
     weight: NDArray[np.float32] = layer.weight.detach().float().cpu().numpy().copy()
     return as_rows(weight)
+
+
+def apply_rows(layer: nn.Linear | nn.Conv2d, inputs: Tensor, rows: Tensor) -> Tensor:
+    """Return the layer's linear map of its inputs with other rows and without bias.
+
+    Args:
+        layer: gives kernel, stride, padding and dilation.
+        inputs: the layer's inputs, [N, ..., in] or [N, in channels, H, W].
+        rows: any number of rows of the layer's length.  [rows, inputs]
+
+    Returns:
+        [N, tokens, rows]; the tokens of a convolution are its output positions.
+    """
+    if isinstance(layer, nn.Linear):
+        mapped = nn.functional.linear(inputs, rows)
+        return mapped.reshape(mapped.shape[0], -1, mapped.shape[-1])
+    kernel = rows.reshape(-1, *layer.weight.shape[1:])
+    mapped = nn.functional.conv2d(
+        inputs, kernel, None, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
+    return mapped.flatten(2).transpose(1, 2)
+
+
+def as_tokens(layer: nn.Linear | nn.Conv2d, outputs: Tensor) -> Tensor:
+    """View a layer's outputs, or gradients of them, as [N, tokens, channels]."""
+    if isinstance(layer, nn.Linear):
+        return outputs.reshape(outputs.shape[0], -1, outputs.shape[-1])
+    return outputs.flatten(2).transpose(1, 2)
+
+
+def error_rows(
+    layer: nn.Linear | nn.Conv2d, bits: int, quantizer: QuantizerSpec
+) -> NDArray[np.float32]:
+    """Return what quantizing every channel to one width adds to the weight, [channels, inputs]."""
+    rows = weight_rows(layer)
+    return quantize_channels(rows, bits, quantizer).dequantize() - rows
 
 
 @contextlib.contextmanager
@@ -58,7 +100,7 @@ def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
     Raises:
         PlanMismatch: the plan is for another policy.
     """
-    layers = policy.layers()
+    layers = traced_layers(policy)
     plan.require_fits(layer_shapes(layers), policy.digest)
     rows = {
         name: fake_quantize(weight_rows(layers[name]), widths, plan.quantizer)

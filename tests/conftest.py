@@ -46,13 +46,13 @@ TINY_CONFIG = OftConfig(
 TINY_INSTRUCTIONS = ("push the button", "open the small drawer slowly", "close the window")
 
 
-def write_tiny_checkpoint(path: Path, seed: int = 0) -> Path:
+def write_tiny_checkpoint(path: Path, seed: int = 0, config: OftConfig = TINY_CONFIG) -> Path:
     """Write a whole checkpoint folder; the same seed gives the same bytes."""
     tokenizer = train_tokenizer(TINY_INSTRUCTIONS, TINY_SIZE.vocab_size)
     bounds = {"q01": [-1.0] * 4, "q99": [1.0] * 4, "min": [-1.0] * 4, "max": [1.0] * 4}
     statistics = {"tiny": {"action": {**bounds, "mask": [True] * 4}, "proprio": bounds}}
-    module = new_module(TINY_SIZE, TINY_CONFIG, seed)
-    save_checkpoint(path, module, TINY_CONFIG, tokenizer, statistics, step=0)
+    module = new_module(TINY_SIZE, config, seed)
+    save_checkpoint(path, module, config, tokenizer, statistics, step=0)
     return path
 
 
