@@ -14,8 +14,15 @@ from qvla_export.artifacts import require_same
 from qvla_export.bucketize import bucketize
 from qvla_export.buckets_to_onnx import CODES_SUFFIX, HALVES_SUFFIX, SCALES_SUFFIX
 from qvla_export.bundle import MODEL, PLAN, Bundle, BundleParts, Golden, TensorSpec, write_bundle
-from qvla_export.float_graph import ExportablePolicy, export_float, layer_nodes
-from qvla_export.float_storage import store_exactly
+from qvla_export.float_graph import (
+    POLICY_KEY,
+    TARGET_KEY,
+    ExportablePolicy,
+    ExportError,
+    export_float,
+    layer_nodes,
+)
+from qvla_export.float_storage import STORED_SUFFIX, store_exactly
 from qvla_export.layers import fake_quantized, layer_shapes
 from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan
@@ -48,23 +55,20 @@ def export_bundle(
         engine_options: stored in the manifest and obeyed by the engine.
 
     Raises:
-        PlanMismatch, ArtifactMismatch: the plan is for another policy or target.
-        ExportError: a planned layer cannot be bucketed.
+        PlanMismatch, ArtifactMismatch: the plan or the float graph is for another policy or target.
+        ExportError: a planned layer cannot be bucketed, or there are no observations.
     """
+    if not observations:
+        raise ExportError("a bundle needs at least one golden observation, got none")
     if plan is not None:
         remedy = "Make the plan for this target."
         require_same("plan and target", plan.target, target.name, remedy)
         plan.require_fits(layer_shapes(policy.layers()), policy.digest)
     graph = export_float(policy, target) if float_graph is None else float_graph
-    weight_bytes: Mapping[str, int] = {}
-    if plan is None:
-        layer_weights = _layer_weights(graph)
-        model = store_exactly(graph)
-        stored = {name + ".stored" for name in layer_weights}
-        weight_bytes = _float_bytes(model, layer_weights | stored)
-    else:
-        model = store_exactly(bucketize(graph, plan.widths, plan.quantizer))
-        weight_bytes = _bucket_bytes(model)
+    for key, expected in ((POLICY_KEY, policy.digest), (TARGET_KEY, target.name)):
+        found = graph.metadata_props.get(key, "nothing")
+        require_same(f"float graph and {key}", found, expected, "Export the float graph anew.")
+    model, weight_bytes = _stored_model(graph, plan)
     parts = BundleParts(
         target=target.name,
         processor=policy.processor,
@@ -85,6 +89,16 @@ def export_bundle(
     bundle = write_bundle(path, parts, save_files)
     _LOGGER.info("bundle %s: %d bytes, %s", path, bundle.nbytes, dict(weight_bytes))
     return bundle
+
+
+def _stored_model(graph: ir.Model, plan: BitPlan | None) -> tuple[ir.Model, dict[str, int]]:
+    """Return the graph as it is shipped and the bytes of its constants by part."""
+    if plan is not None:
+        model = store_exactly(bucketize(graph, plan.widths, plan.quantizer))
+        return model, _bucket_bytes(model)
+    layer_weights = _layer_weights(graph)
+    model = store_exactly(graph)
+    return model, _float_bytes(model, layer_weights | {n + STORED_SUFFIX for n in layer_weights})
 
 
 def golden_actions(

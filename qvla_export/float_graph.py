@@ -25,6 +25,8 @@ from qvla_export.quantize import as_rows
 from qvla_export.target import Target
 
 LAYER_KEY = "qvla.layer"
+# Metadata of the whole graph: digest of the policy and name of the target it was traced for.
+POLICY_KEY, TARGET_KEY = "qvla.policy", "qvla.target"
 # Plain operators (no Attention, RMSNormalization): every runtime parses them, and ONNX Runtime
 # runs them as fast as opset 23's or faster.
 _EXPORT_OPSET = 21
@@ -96,6 +98,7 @@ def export_float(policy: ExportablePolicy, target: Target) -> ir.Model:
     model.graph.opset_imports[""] = target.opset
     model.ir_version = target.ir_version
     model.producer_name, model.producer_version = "qvla", None
+    model.metadata_props.update({POLICY_KEY: policy.digest, TARGET_KEY: target.name})
     return model
 
 

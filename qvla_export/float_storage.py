@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qvla_export.buckets_to_onnx import SCALES_SUFFIX
 
+STORED_SUFFIX = ".stored"
 _SMALLEST = 64  # values; a Cast node costs more than it saves below this
 _NARROW_TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -46,7 +47,7 @@ def _narrowed(values: NDArray[np.float32]) -> NDArray[np.generic] | None:
 
 def _replace_by_cast(graph: ir.Graph, value: ir.Value, narrow: NDArray[np.generic]) -> None:
     tape = ir.tape.Tape()
-    stored = tape.initializer(ir.Tensor(narrow, name=f"{value.name}.stored"))
+    stored = tape.initializer(ir.Tensor(narrow, name=f"{value.name}{STORED_SUFFIX}"))
     restored = tape.op("Cast", [stored], {"to": ir.DataType.FLOAT})
     restored.name, restored.type, restored.shape = value.name, value.type, value.shape
     value.replace_all_uses_with(restored)

@@ -178,6 +178,17 @@ def test_plan_for_another_target_is_refused(
         export_bundle(tiny_policy, plan, CPU, tiny_observations(1), tmp_path / "bundle")
 
 
+def test_float_graph_of_another_policy_is_refused(
+    tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
+) -> None:
+    other = dataclasses.replace(tiny_policy, digest="1" * 64)
+    graph = float_graph(tiny_policy)
+    with pytest.raises(ArtifactMismatch, match="1111"):
+        export_bundle(other, None, CPU, tiny_observations(1), tmp_path / "b", graph)
+    with pytest.raises(ExportError, match="at least one golden observation"):
+        export_bundle(tiny_policy, None, CPU, [], tmp_path / "b", graph)
+
+
 def test_layer_missing_from_the_graph_is_refused(tiny_policy: OftPolicy) -> None:
     dead = tiny_policy.module.get_submodule(
         f"vision_backbone.featurizer.encoder.layer.{TINY_SIZE.vision_depth - 1}.mlp.fc1"
