@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from qvla_export.artifacts import new_folder, read_json, sha256_file, versions, write_json
+from qvla_export.artifacts import (
+    new_folder,
+    read_json,
+    require_fields,
+    sha256_file,
+    versions,
+    write_json,
+)
 from qvla_export.errors import ArtifactError, ArtifactMismatch, CheckpointError
 from qvla_export.processor import (
     Processor,
@@ -31,6 +38,18 @@ MODEL = "model.onnx"
 PLAN = "plan.json"
 _TOKENIZER = "tokenizer.json"
 _GOLDEN = "golden.safetensors"
+_FIELDS = (
+    "target",
+    "policy_digest",
+    "plan",
+    "inputs",
+    "outputs",
+    "processor",
+    "engine_options",
+    "weight_bytes",
+    "versions",
+    "files",
+)
 _REMEDY = "copy the bundle again or export it anew"
 
 
@@ -244,6 +263,7 @@ def _read_manifest(path: Path) -> Mapping[str, Any]:
     found = _digest({key: value for key, value in manifest.items() if key != "digest"})
     if stated != found:
         raise ArtifactMismatch(_damaged(path, str(stated), found))
+    require_fields(manifest, _FIELDS, f"bundle manifest {path}")
     return manifest
 
 

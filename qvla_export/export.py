@@ -61,13 +61,10 @@ def export_bundle(
     if not observations:
         raise ExportError("a bundle needs at least one golden observation, got none")
     if plan is not None:
-        remedy = "Make the plan for this target."
-        require_same("plan and target", plan.target, target.name, remedy)
+        require_same("plan and target", plan.target, target.name, "Make the plan for this target.")
         plan.require_fits(layer_shapes(policy.layers()), policy.digest)
     graph = export_float(policy, target) if float_graph is None else float_graph
-    for key, expected in ((POLICY_KEY, policy.digest), (TARGET_KEY, target.name)):
-        found = graph.metadata_props.get(key, "nothing")
-        require_same(f"float graph and {key}", found, expected, "Export the float graph anew.")
+    _require_traced_from(graph, policy, target)
     model, weight_bytes = _stored_model(graph, plan)
     parts = BundleParts(
         target=target.name,
@@ -89,6 +86,12 @@ def export_bundle(
     bundle = write_bundle(path, parts, save_files)
     _LOGGER.info("bundle %s: %d bytes, %s", path, bundle.nbytes, dict(weight_bytes))
     return bundle
+
+
+def _require_traced_from(graph: ir.Model, policy: ExportablePolicy, target: Target) -> None:
+    for key, expected in ((POLICY_KEY, policy.digest), (TARGET_KEY, target.name)):
+        found = graph.metadata_props.get(key, "nothing")
+        require_same(f"float graph and {key}", found, expected, "Export the float graph anew.")
 
 
 def _stored_model(graph: ir.Model, plan: BitPlan | None) -> tuple[ir.Model, dict[str, int]]:
