@@ -101,14 +101,9 @@ def compare_with_exact(
     estimated = np.array(
         [float(sensitivities.at(p.layer, p.bits)[p.channel]) for p in sample], np.float64
     )
-    bits = np.array([p.bits for p in sample])
     return Agreement(
         spearman=_spearman(estimated, exact),
-        spearman_by_width={
-            str(b): _spearman(estimated[bits == b], exact[bits == b])
-            for b in sensitivities.widths
-            if (bits == b).sum() >= 3
-        },
+        spearman_by_width=_by_width(sample, estimated, exact),
         samples=len(observations),
         exact_pair_seconds=pair_seconds,
         exact_all_seconds=pair_seconds * total,
@@ -156,6 +151,18 @@ def _first_order_seconds(
     started = time.perf_counter()
     measure_first_order(policy, batch, sensitivities.calibration_digest, settings)
     return (time.perf_counter() - started) * len(observations) / len(batch)
+
+
+def _by_width(
+    sample: Sequence[ChannelWidth], estimated: NDArray[np.float64], exact: NDArray[np.float64]
+) -> dict[str, float]:
+    """Rank correlation within each width that has at least three pairs."""
+    bits = np.array([p.bits for p in sample])
+    return {
+        str(b): _spearman(estimated[bits == b], exact[bits == b])
+        for b in sorted(set(bits.tolist()))
+        if (bits == b).sum() >= 3
+    }
 
 
 def _spearman(estimated: NDArray[np.float64], exact: NDArray[np.float64]) -> float:

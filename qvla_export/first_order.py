@@ -93,12 +93,7 @@ def measure_first_order(
         raise QvlaError("sensitivities need at least one observation, got none")
     layers = traced_layers(policy)
     errors = {name: _stacked_errors(layer, settings) for name, layer in layers.items()}
-    identity = {
-        "policy_digest": policy.digest,
-        "calibration_digest": calibration_digest,
-        "observations": len(observations),
-        "settings": {**asdict(settings), "quantizer": settings.quantizer.to_json()},
-    }
+    identity = _identity(policy, observations, calibration_digest, settings)
     sums = _resumed(progress_file, identity) or _Sums(
         {name: np.zeros((len(settings.widths), len(layers[name].weight))) for name in layers}, 0
     )
@@ -110,8 +105,9 @@ def measure_first_order(
             write_bytes(progress_file, tensor_file(sums.values, provenance))
         if on_progress is not None:
             on_progress(min(start + size, len(observations)), len(observations))
+    values = {n: (sums.values[n] / len(observations)).astype(np.float32) for n in layers}
     return Sensitivities(
-        values={n: (sums.values[n] / len(observations)).astype(np.float32) for n in layers},
+        values=values,
         widths=settings.widths,
         weights_per_channel={name: n for name, (_, n) in layer_shapes(layers).items()},
         method=METHOD,
@@ -199,6 +195,21 @@ def _probes(flat: Tensor, settings: FirstOrder, batch: int) -> tuple[list[Tensor
     generator = np.random.default_rng([settings.seed, batch])
     signs = generator.integers(0, 2, (settings.probes, *flat.shape), dtype=np.int8) * 2.0 - 1.0
     return list(torch.from_numpy(signs).to(flat)), 1.0 / settings.probes
+
+
+def _identity(
+    policy: Policy,
+    observations: Sequence[Observation],
+    calibration_digest: str,
+    settings: FirstOrder,
+) -> dict[str, Any]:
+    """What must be equal for saved sums to be of the same measurement."""
+    return {
+        "policy_digest": policy.digest,
+        "calibration_digest": calibration_digest,
+        "observations": len(observations),
+        "settings": {**asdict(settings), "quantizer": settings.quantizer.to_json()},
+    }
 
 
 def _resumed(progress_file: Path | None, identity: Mapping[str, Any]) -> _Sums | None:
