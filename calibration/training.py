@@ -89,6 +89,9 @@ class Trainer:
         self.config = config
         self.module = new_module(size, REFERENCE_CONFIG, config.seed).train()
         self.averaged = new_module(size, REFERENCE_CONFIG, config.seed).requires_grad_(False)
+        for part in (self.module.arch.dino, self.module.arch.siglip, self.module.arch.llama):
+            # Torch's fused CPU attention is slower than plain products at these lengths in bf16.
+            part._attn_implementation = "eager"
         self.goals = GoalHeads(size.hidden_dim)
         parameters = [*self.module.parameters(), *self.goals.parameters()]
         self.optimizer = torch.optim.AdamW(
