@@ -98,9 +98,7 @@ def compare_with_exact(
         policy, observations, sample, sensitivities.quantizer, batch_size, on_progress
     )
     pair_seconds = (time.perf_counter() - started) / len(sample)
-    estimated = np.array(
-        [float(sensitivities.at(p.layer, p.bits)[p.channel]) for p in sample], np.float64
-    )
+    estimated = np.array([float(sensitivities.at(p.layer, p.bits)[p.channel]) for p in sample])
     return Agreement(
         spearman=_spearman(estimated, exact),
         spearman_by_width=_by_width(sample, estimated, exact),

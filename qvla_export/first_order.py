@@ -94,9 +94,7 @@ def measure_first_order(
     layers = traced_layers(policy)
     errors = {name: _stacked_errors(layer, settings) for name, layer in layers.items()}
     identity = _identity(policy, observations, calibration_digest, settings)
-    sums = _resumed(progress_file, identity) or _Sums(
-        {name: np.zeros((len(settings.widths), len(layers[name].weight))) for name in layers}, 0
-    )
+    sums = _resumed(progress_file, identity) or _no_sums(layers, settings)
     size = settings.batch_size
     for start in range(sums.batches * size, len(observations), size):
         _add_batch(policy, layers, errors, observations[start : start + size], settings, sums)
@@ -117,6 +115,11 @@ def measure_first_order(
         calibration_digest=calibration_digest,
         quantizer=settings.quantizer,
     )
+
+
+def _no_sums(layers: Layers, settings: FirstOrder) -> _Sums:
+    rows = len(settings.widths)
+    return _Sums({name: np.zeros((rows, len(x.weight))) for name, x in layers.items()}, 0)
 
 
 def _stacked_errors(layer: nn.Linear | nn.Conv2d, settings: FirstOrder) -> Tensor:
