@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
@@ -72,6 +72,7 @@ def serve(
     settings: ServerSettings,
     contract: PolicyContract | None = None,
     warmup: Observation | None = None,
+    on_open: Callable[[str], None] = lambda url: _LOG.info("serving on %s", url),
 ) -> None:
     """Warm up, open the port and serve until SIGTERM or SIGINT; then drain and return.
 
@@ -80,6 +81,7 @@ def serve(
         settings: address, limits and reply forms.
         contract: what the policy needs; by default its processor's.
         warmup: a typical observation; by default blank images.
+        on_open: called with the URL once clients can connect.
 
     Raises:
         RefusedSetting: the address is refused or taken.
@@ -88,8 +90,9 @@ def serve(
     service = ActionService(policy, contract)
     with _bound(settings) as bound:
         first_ms = service.warm_up(settings.warmup, warmup)
-        _LOG.info("first action %.1f ms; serving on %s", first_ms, _url(bound))
-        server = uvicorn.Server(_configuration(service, settings))
+        _LOG.info("warmed up, first action %.1f ms", first_ms)
+        server = _Server(_configuration(service, settings))
+        server.on_open = lambda: on_open(_url(bound))
         with _quiet_signals():
             server.run(sockets=[bound])
 
@@ -119,6 +122,16 @@ def running_server(
         finally:
             server.should_exit = True
             thread.join()
+
+
+class _Server(uvicorn.Server):
+    """Tells when clients can connect, which is after `startup` and not before."""
+
+    on_open: Callable[[], None]
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_open()
 
 
 class _Routes:

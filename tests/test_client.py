@@ -168,7 +168,7 @@ def test_an_unreadable_action_is_never_passed_on(act: bytes) -> None:
 def test_a_stalled_server_times_out() -> None:
     with (
         fake_server(CONTRACT.to_json(), delay_s=10) as url,
-        RemotePolicy(url, timeout_s=0.2) as policy,
+        RemotePolicy(url, timeout_s=1.5) as policy,
         pytest.raises(RemoteError, match="Timeout"),
     ):
         policy.infer(OBSERVATION)

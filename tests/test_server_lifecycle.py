@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +90,19 @@ from jetson.settings import ServerSettings
 from echo_policy import OFT, EchoPolicy
 
 logging.basicConfig(level=logging.INFO)
-policy = EchoPolicy(OFT)
-settings = ServerSettings(port=0, warmup=1)
-policy.delay_s = 0.4
-serve(policy, settings)
+class Slow(EchoPolicy):
+    def infer(self, observation):
+        print("acting", file=sys.stderr, flush=True)
+        time.sleep(0.4)
+        return super().infer(observation)
+
+serve(Slow(OFT), ServerSettings(port=0, warmup=1))
 assert not {{"torch", "onnx", "transformers"}} & {{*sys.modules}}
 print("drained", flush=True)
 """
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_requests_under_way_finish(number: signal.Signals) -> None:
     script = SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"))
@@ -111,9 +114,8 @@ def test_a_signal_lets_requests_under_way_finish(number: signal.Signals) -> None
         url = line.split()[-1]
         answers: list[requests.Response] = []
         client = threading.Thread(target=lambda: answers.append(post(url, oft_fields())))
-        time.sleep(0.3)
         client.start()
-        time.sleep(0.15)
+        next(line for line in process.stderr if "acting" in line)
         process.send_signal(number)
         client.join()
         assert answers[0].status_code == 200
