@@ -1,5 +1,6 @@
 """Closed-loop rollouts: success with an interval, action deviation along episodes, controls."""
 
+import atexit
 import json
 import logging
 import multiprocessing
@@ -16,7 +17,13 @@ from rich.progress import Progress
 from calibration.simulator import CAMERA, Simulator
 from calibration.tasks import find_task, scene_siblings
 from qvla_export.action import ActionPolicy
-from qvla_export.artifacts import read_json, require_fields, versions, write_json
+from qvla_export.artifacts import (
+    read_json,
+    require_fields,
+    versions,
+    write_bytes,
+    write_json,
+)
 from qvla_export.errors import ArtifactError, ArtifactMismatch, QvlaError
 from qvla_export.observation import Observation
 
@@ -214,7 +221,10 @@ def _run_all(
     ordered = sorted(pairs)
     if workers <= 1:
         _start_worker(factory, reference, config)
-        yield from map(_run_pair, ordered)
+        try:
+            yield from map(_run_pair, ordered)
+        finally:
+            _close_worker()
         return
     # A forked child would inherit the parent's OpenGL and thread state.
     spawn = multiprocessing.get_context("spawn")
@@ -239,10 +249,14 @@ class _Worker:
 
     def run(self, task: str, seed: int) -> EpisodeResult:
         if self.simulator is None or self.simulator.task.name != task:
-            if self.simulator is not None:
-                self.simulator.close()
+            self.close()
             self.simulator = Simulator(find_task(task))
         return run_episode(self.simulator, self.policy, self.config, seed, self.reference)
+
+    def close(self) -> None:
+        if self.simulator is not None:
+            self.simulator.close()
+            self.simulator = None
 
 
 _worker: _Worker | None = None
@@ -255,6 +269,13 @@ def _start_worker(
     # The pool has a worker for each core: more threads in the renderer only contend.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     _worker = _Worker(factory, reference, config)
+    # A renderer that outlives the interpreter's OpenGL prints errors.
+    atexit.register(_close_worker)
+
+
+def _close_worker() -> None:
+    if _worker is not None:
+        _worker.close()
 
 
 def _run_pair(pair: tuple[str, int]) -> EpisodeResult:
@@ -271,8 +292,7 @@ def _read_partial(
 ) -> dict[tuple[str, int], EpisodeResult]:
     header = json.dumps({"policy": policy, "digest": digest, "config": asdict(config)})
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(header + "\n")
+        write_bytes(path, f"{header}\n".encode())
         return {}
     lines = path.read_text().splitlines(keepends=True)
     if not lines or lines[0].strip() != header:
@@ -288,5 +308,5 @@ def _read_partial(
             raise ArtifactError(f"{path} is damaged ({error}); remove it") from error
         results[result.task, result.seed] = result
     # A kill may leave half a line: cut it off before appending.
-    path.write_text("".join([lines[0], *whole]))
+    write_bytes(path, "".join([lines[0], *whole]).encode())
     return results

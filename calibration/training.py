@@ -197,7 +197,7 @@ class Trainer:
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
-def train(root: Path, output: Path, size: OftSize, config: TrainingConfig, data_name: str) -> Path:
+def train_policy(root: Path, output: Path, size: OftSize, config: TrainingConfig, data_name: str) -> Path:
     """Train on a LeRobot data set; returns the checkpoint folder `output/checkpoint`.
 
     Killed and started again with the same arguments it continues from the last saved state;

@@ -17,7 +17,6 @@ from qvla_export.bundle import MODEL, PLAN, Bundle, BundleParts, Golden, TensorS
 from qvla_export.float_graph import (
     POLICY_KEY,
     TARGET_KEY,
-    ExportablePolicy,
     ExportError,
     export_float,
     layer_nodes,
@@ -26,6 +25,7 @@ from qvla_export.float_storage import STORED_SUFFIX, store_exactly
 from qvla_export.layers import fake_quantized, layer_shapes
 from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan
+from qvla_export.policies.base import Policy
 from qvla_export.target import Target
 
 # Arithmetic of ONNX Runtime's MatMulNBits: 0 keeps activations in float32. 4 rounds them to 8 bits
@@ -35,7 +35,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def export_bundle(
-    policy: ExportablePolicy,
+    policy: Policy,
     plan: BitPlan | None,
     target: Target,
     observations: Sequence[Observation],
@@ -88,7 +88,7 @@ def export_bundle(
     return bundle
 
 
-def _require_traced_from(graph: ir.Model, policy: ExportablePolicy, target: Target) -> None:
+def _require_traced_from(graph: ir.Model, policy: Policy, target: Target) -> None:
     for key, expected in ((POLICY_KEY, policy.digest), (TARGET_KEY, target.name)):
         found = graph.metadata_props.get(key, "nothing")
         require_same(f"float graph and {key}", found, expected, "Export the float graph anew.")
@@ -105,7 +105,7 @@ def _stored_model(graph: ir.Model, plan: BitPlan | None) -> tuple[ir.Model, dict
 
 
 def golden_actions(
-    policy: ExportablePolicy, plan: BitPlan | None, observations: Sequence[Observation]
+    policy: Policy, plan: BitPlan | None, observations: Sequence[Observation]
 ) -> Golden:
     """Return model inputs of observations with torch's actions, quantized and full precision."""
     full_precision = _actions(policy, observations)
@@ -118,7 +118,7 @@ def golden_actions(
 
 
 @torch.no_grad()
-def _actions(policy: ExportablePolicy, observations: Sequence[Observation]) -> NDArray[np.float32]:
+def _actions(policy: Policy, observations: Sequence[Observation]) -> NDArray[np.float32]:
     """Normalized actions one observation at a time, as the engine computes them."""
     chunks = [policy.greedy_actions(policy.batch([item])).numpy() for item in observations]
     return np.concatenate(chunks)

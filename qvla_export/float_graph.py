@@ -10,7 +10,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -40,18 +40,10 @@ class ExportError(QvlaError):
     """A policy or plan cannot be turned into a graph."""
 
 
-class ExportablePolicy(Policy, Protocol):
-    """A policy whose executed action is one traceable function."""
-
-    def greedy_actions(self, batch: PolicyBatch) -> Tensor:
-        """Return the normalized actions the policy executes [B, horizon, dim]."""
-        ...
-
-
 class _ActionGraph(nn.Module):
     """What is traced: named inputs of batch size 1 to the executed normalized action."""
 
-    def __init__(self, policy: ExportablePolicy) -> None:
+    def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.module = policy.module
         self._policy = policy
@@ -63,7 +55,7 @@ class _ActionGraph(nn.Module):
         return self._policy.greedy_actions(PolicyBatch(pixel_values, input_ids, None, state))
 
 
-def export_float(policy: ExportablePolicy, target: Target) -> ir.Model:
+def export_float(policy: Policy, target: Target) -> ir.Model:
     """Trace a policy into a float32 graph for a target's operator set.
 
     Inputs `pixel_values` float32 [1, 6 * images, S, S], `input_ids` int64 [1, prompt] (any length

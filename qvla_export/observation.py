@@ -53,8 +53,10 @@ class Observation:
             raise InvalidObservation(
                 f"state must be a vector of numbers, got {state.dtype} {list(state.shape)}"
             )
+        with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
+            state = state.astype(np.float32)
         if not np.isfinite(state).all():
             bad = np.flatnonzero(~np.isfinite(state)).tolist()
             raise InvalidObservation(f"state must be finite, got NaN or infinity at {bad}")
         object.__setattr__(self, "images", MappingProxyType(dict(self.images)))
-        object.__setattr__(self, "state", state.astype(np.float32))
+        object.__setattr__(self, "state", state)

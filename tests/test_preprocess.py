@@ -28,7 +28,6 @@ from qvla_export.processor import (
 )
 from qvla_export.statistics import Bounds, load_statistics
 
-
 Golden = dict[str, np.ndarray]
 
 

@@ -9,23 +9,24 @@ import onnx_ir as ir
 from engines.targets import CPU
 from qvla_export.bundle import Bundle
 from qvla_export.export import export_bundle
-from qvla_export.float_graph import ExportablePolicy, export_float
+from qvla_export.float_graph import export_float
 from qvla_export.layers import layer_shapes
 from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan
+from qvla_export.policies.base import Policy
 from qvla_export.quantize import spec_for
 
 _GRAPHS: dict[str, ir.Model] = {}
 
 
-def float_graph(policy: ExportablePolicy) -> ir.Model:
+def float_graph(policy: Policy) -> ir.Model:
     """Return the policy's float graph; tracing takes seconds, so it is kept."""
     if policy.digest not in _GRAPHS:
         _GRAPHS[policy.digest] = export_float(policy, CPU)
     return _GRAPHS[policy.digest]
 
 
-def mixed_plan(policy: ExportablePolicy, seed: int = 0) -> BitPlan:
+def mixed_plan(policy: Policy, seed: int = 0) -> BitPlan:
     """Every layer has every width, except one layer of each single width."""
     shapes = layer_shapes(policy.layers())
     generator = np.random.default_rng(seed)
@@ -47,7 +48,7 @@ def mixed_plan(policy: ExportablePolicy, seed: int = 0) -> BitPlan:
 
 
 def make_bundle(
-    policy: ExportablePolicy,
+    policy: Policy,
     plan: BitPlan | None,
     observations: Sequence[Observation],
     path: Path,

@@ -31,11 +31,20 @@ class PolicyBatch:
 class Policy(Protocol):
     """A loaded VLA: preprocess, differentiable normalized action, quantizable layers."""
 
-    # SHA-256 over the checkpoint's files; artifacts record it.
-    digest: str
-    processor: Processor
-    # float32, eval mode, gradients off for all parameters.
-    module: nn.Module
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the checkpoint's files; artifacts record it."""
+        ...
+
+    @property
+    def processor(self) -> Processor:
+        """Observation to model inputs, normalized actions to robot actions."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """The network: float32, eval mode, gradients off for all parameters."""
+        ...
 
     def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
         """Preprocess observations into one padded batch."""
@@ -46,6 +55,10 @@ class Policy(Protocol):
 
         Token policies return the expected bin centre under the softmax over action tokens.
         """
+        ...
+
+    def greedy_actions(self, batch: PolicyBatch) -> Tensor:
+        """Return the normalized actions the policy executes [B, horizon, dim]; no gradients."""
         ...
 
     def layers(self) -> Mapping[str, nn.Linear | nn.Conv2d]:

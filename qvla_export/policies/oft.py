@@ -62,6 +62,7 @@ class OftPolicy:
         weights = output[..., first : first + len(self.token_centers)].softmax(dim=-1)
         return weights @ self.token_centers
 
+    @torch.enable_grad()
     def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
         """Return the linear and convolution layers of towers and decoder that reach the action.
 

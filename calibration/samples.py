@@ -1,0 +1,191 @@
+"""The noun `CalibrationSet`: observations drawn from episodes, with a held-out split."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from calibration.demonstrations import Recording, record_episode
+from calibration.image_codec import decode_png
+from calibration.lerobot import LeRobotDataset
+from calibration.lerobot_writer import Episode
+from calibration.simulator import Simulator
+from calibration.tasks import find_task
+from qvla_export.artifacts import new_folder, read_json, require_fields, write_bytes, write_json
+from qvla_export.errors import ArtifactError, QvlaError
+from qvla_export.observation import Observation
+
+_FORMAT = "qvla-calibration-1"
+_DESCRIPTION = "calibration.json"
+_TENSORS = "observations.safetensors"
+_IMAGES = "images/"
+_FRAMES_PER_EPISODE = 2
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Observations to measure on and others, of other episodes, to judge by."""
+
+    observations: tuple[Observation, ...]
+    held_out: tuple[Observation, ...]
+    # Where they came from and how they were drawn.
+    source: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over every observation's content and order."""
+        digest = hashlib.sha256()
+        for observation in (*self.observations, *self.held_out):
+            for name, image in observation.images.items():
+                digest.update(f"{name}{image.shape}".encode() + image.tobytes())
+            digest.update(observation.state.tobytes() + observation.instruction.encode() + b"\0")
+        digest.update(str(len(self.observations)).encode())
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the folder atomically.
+
+        Raises:
+            QvlaError: images of one camera differ in size.
+        """
+        everything = [*self.observations, *self.held_out]
+        tensors = _stacked(everything)
+        description = {
+            "format": _FORMAT,
+            "digest": self.digest,
+            "calibration": len(self.observations),
+            "held_out": len(self.held_out),
+            "cameras": list(everything[0].images),
+            "source": dict(self.source),
+            "instructions": [o.instruction for o in everything],
+        }
+        with new_folder(path) as folder:
+            write_bytes(folder / _TENSORS, save_tensors(tensors))
+            write_json(folder / _DESCRIPTION, description)
+
+    @staticmethod
+    def load(path: Path) -> "CalibrationSet":
+        """Read a folder and check its digest.
+
+        Raises:
+            ArtifactError: a file is missing, truncated or changed.
+        """
+        description = read_json(path / _DESCRIPTION, "calibration set")
+        fields = ("format", "digest", "calibration", "held_out", "cameras", "instructions")
+        require_fields(description, (*fields, "source"), f"calibration set {path}")
+        if description["format"] != _FORMAT:
+            raise ArtifactError(f"{path} has format {description['format']!r}, not {_FORMAT!r}")
+        try:
+            tensors = load_tensors((path / _TENSORS).read_bytes())
+            cameras = {name: tensors[_IMAGES + name] for name in description["cameras"]}
+            everything = [
+                Observation({n: c[i] for n, c in cameras.items()}, text, tensors["state"][i])
+                for i, text in enumerate(description["instructions"])
+            ]
+        except (OSError, SafetensorError, KeyError, IndexError) as error:
+            raise ArtifactError(
+                f"{path / _TENSORS} is missing or damaged ({error}); calibrate again"
+            ) from error
+        count = int(description["calibration"])
+        loaded = CalibrationSet(
+            tuple(everything[:count]), tuple(everything[count:]), description["source"]
+        )
+        if loaded.digest != description["digest"]:
+            raise ArtifactError(
+                f"{path} was changed after it was made: digest {loaded.digest[:16]}, "
+                f"recorded {description['digest'][:16]}; calibrate again"
+            )
+        return loaded
+
+
+def sample_dataset(dataset: LeRobotDataset, count: int, held_out: int, seed: int) -> CalibrationSet:
+    """Draw observations from a LeRobot data set; held-out ones come from other episodes.
+
+    Raises:
+        QvlaError: the data set has too few episodes.
+    """
+    order = np.random.default_rng(seed).permutation(len(dataset.episodes))
+    needed = _episodes_for(count) + _episodes_for(held_out)
+    if needed > len(order):
+        raise QvlaError(
+            f"{count} + {held_out} observations need {needed} episodes, {dataset.root} has "
+            f"{len(order)}; ask for fewer or record more"
+        )
+    episodes = (dataset.episode(int(number)) for number in order)
+    source = {"dataset": dataset.root.name, "seed": seed}
+    return _draw(episodes, count, held_out, seed, source)
+
+
+def sample_simulator(tasks: Sequence[str], count: int, held_out: int, seed: int) -> CalibrationSet:
+    """Draw observations from freshly recorded, disturbed expert episodes of all tasks in turn."""
+    recording = Recording(seed=seed)
+
+    def episodes() -> Iterable[Episode]:
+        needed = _episodes_for(count) + _episodes_for(held_out)
+        rounds = -(-needed // len(tasks))
+        recorded: dict[str, list[Episode]] = {}
+        for name in tasks:
+            with Simulator(find_task(name)) as simulator:
+                recorded[name] = [record_episode(simulator, recording, i) for i in range(rounds)]
+        return (recorded[name][i] for i in range(rounds) for name in tasks)
+
+    source = {"simulator": list(tasks), "seed": seed}
+    return _draw(episodes(), count, held_out, seed, source)
+
+
+def _draw(
+    episodes: Iterable[Episode], count: int, held_out: int, seed: int, source: Mapping[str, Any]
+) -> CalibrationSet:
+    random = np.random.default_rng((seed, 1))
+    ordered = iter(episodes)
+    parts = []
+    for wanted in (count, held_out):
+        drawn: list[Observation] = []
+        while len(drawn) < wanted:
+            drawn.extend(_frames(next(ordered), random, wanted - len(drawn)))
+        parts.append(tuple(drawn))
+    return CalibrationSet(parts[0], parts[1], {**source, "count": count, "held_out": held_out})
+
+
+def _frames(episode: Episode, random: np.random.Generator, most: int) -> list[Observation]:
+    size = min(_FRAMES_PER_EPISODE, most, len(episode))
+    rows = np.sort(random.choice(len(episode), size=size, replace=False))
+    return [
+        Observation(
+            {name: decode_png(pngs[row]) for name, pngs in episode.images.items()},
+            episode.instruction,
+            episode.state[row],
+        )
+        for row in rows
+    ]
+
+
+def _episodes_for(count: int) -> int:
+    return -(-count // _FRAMES_PER_EPISODE)
+
+
+def _stacked(observations: Sequence[Observation]) -> dict[str, NDArray[Any]]:
+    tensors: dict[str, NDArray[Any]] = {"state": np.stack([o.state for o in observations])}
+    for name in observations[0].images:
+        shapes = {o.images[name].shape for o in observations}
+        if len(shapes) != 1:
+            raise QvlaError(f"images of camera {name!r} must have one size, got {sorted(shapes)}")
+        tensors[_IMAGES + name] = np.stack([o.images[name] for o in observations])
+    return tensors
+
+
+def describe(calibration: CalibrationSet) -> str:
+    """Return one line that says what a calibration set holds."""
+    source = json.dumps(dict(calibration.source))
+    return (
+        f"{len(calibration.observations)} observations, {len(calibration.held_out)} held out, "
+        f"from {source[:120]}"
+    )

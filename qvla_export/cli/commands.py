@@ -1,0 +1,129 @@
+"""Commands of the host side: from data to bundles."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvla_export.cli import deploying, judging_commands, robot, simulation
+from qvla_export.cli.options import (
+    DatasetOption,
+    PolicyOption,
+    PresetOption,
+    RunOption,
+    SeedOption,
+    SettingOption,
+    TargetOption,
+    UnnormKeyOption,
+    open_checkpoint,
+)
+from qvla_export.errors import QvlaError
+from qvla_export.run_folder import RunFolder, parse_setting
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize a robot policy by what each weight channel does to the action, and serve it.",
+)
+
+
+@app.command()
+def calibrate(
+    run: RunOption,
+    dataset: DatasetOption = None,
+    count: Annotated[int, typer.Option(help="Observations to measure on.")] = 64,
+    held_out: Annotated[int, typer.Option(help="Observations to judge by.")] = 64,
+    seed: SeedOption = 0,
+) -> None:
+    """Draw observations from a LeRobot data set, or from simulated expert episodes."""
+    from calibration.samples import describe
+    from calibration.tasks import TASKS
+    from qvla_export.cli import stages
+
+    folder = RunFolder(run)
+    drawn = stages.calibrate(folder, dataset, list(TASKS), count, held_out, seed)
+    typer.echo(f"calibration: {describe(drawn)} -> {folder.calibration}")
+
+
+@app.command()
+def sensitivities(
+    run: RunOption,
+    policy: PolicyOption,
+    target: TargetOption = "cpu",
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+    probes: Annotated[
+        int, typer.Option(help="Random probes an observation; 0 takes the whole Jacobian.")
+    ] = 8,
+    check_pairs: Annotated[
+        int, typer.Option(help="(channel, width) pairs to compare with exact measurement.")
+    ] = 0,
+    seed: SeedOption = 0,
+) -> None:
+    """Measure what quantizing each channel to each width does to the action."""
+    from engines.targets import find_target
+    from qvla_export.cli import stages
+
+    folder, loaded = RunFolder(run), open_checkpoint(policy, unnorm_key, preset)
+    measured = stages.sensitivities(folder, loaded, find_target(target), probes or None, seed)
+    channels = sum(v.shape[1] for v in measured.values.values())
+    typer.echo(f"sensitivities: {channels} channels, {measured.method} -> {folder.sensitivities}")
+    if check_pairs:
+        compared = stages.agreement(folder, loaded, check_pairs, seed)
+        typer.echo(
+            f"agreement with exact: Spearman {compared.spearman:.4f} on {len(compared.pairs)} "
+            f"pairs, time ratio {compared.time_ratio:.5f} -> {folder.agreement}"
+        )
+
+
+@app.command()
+def plan(run: RunOption, setting: SettingOption, target: TargetOption = "cpu") -> None:
+    """Allocate bits to channels under a budget (Algorithm 1)."""
+    from engines.targets import find_target
+    from qvla_export.cli import stages
+    from qvla_export.sensitivity import Sensitivities
+
+    folder, wanted = RunFolder(run), parse_setting(setting)
+    digest = Sensitivities.load(folder.sensitivities).policy_digest
+    made = stages.plan(folder, wanted, find_target(target), digest)
+    if made is None:
+        raise QvlaError("the float setting has no plan; choose w4, w8, w4-rtn, ...")
+    typer.echo(
+        f"plan: {made.mean_bits_per_channel:.2f} mean bits per channel, "
+        f"{made.mean_bits_per_weight:.2f} per weight, {made.stored_bits_per_weight:.2f} stored, "
+        f"{made.ratio:.3f} of float16 -> {folder.plan(wanted)}"
+    )
+
+
+@app.command()
+def export(
+    run: RunOption,
+    policy: PolicyOption,
+    setting: SettingOption,
+    target: TargetOption = "cpu",
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+) -> None:
+    """Write the bundle a robot receives: bucketed ONNX, packed weights, golden observations."""
+    from engines.targets import find_target
+    from qvla_export.cli import stages
+
+    folder, wanted = RunFolder(run), parse_setting(setting)
+    loaded = open_checkpoint(policy, unnorm_key, preset)
+    bundle = stages.export(folder, wanted, loaded, find_target(target))
+    typer.echo(f"bundle: {bundle.nbytes / 1e6:.2f} MB -> {bundle.path}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Write one self-contained HTML page about a run."""
+    from qvla_export.report.page import write_report
+
+    typer.echo(f"report: {write_report(run)}")
+
+
+simulation.register(app)
+judging_commands.register(app)
+robot.register(app)
+deploying.register(app)

@@ -1,0 +1,210 @@
+"""`qvla deploy`: every stage in order, from a checkpoint to a report."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qvla_export.artifacts import read_json, versions, write_json
+from qvla_export.cli.opening import PolicySource
+from qvla_export.cli.options import (
+    DatasetOption,
+    PresetOption,
+    SeedOption,
+    TargetOption,
+    UnnormKeyOption,
+    WorkersOption,
+    open_checkpoint,
+)
+from qvla_export.cli.simulation import TasksOption, chosen_tasks
+from qvla_export.run_folder import RunFolder, Setting, parse_setting
+
+if TYPE_CHECKING:
+    from qvla_export.policies.oft import OftPolicy
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What `qvla deploy` was asked for."""
+
+    run: RunFolder
+    source: PolicySource
+    target: str
+    settings: tuple[Setting, ...]
+    dataset: Path | None
+    tasks: tuple[str, ...]
+    # Observations to measure on and to judge by.
+    count: int
+    held_out: int
+    # Simulated episodes of each task and setting; 0 for none.
+    episodes: int
+    check_pairs: int
+    samples: int
+    seed: int
+    workers: int
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(deploy)
+
+
+def deploy(
+    policy: Annotated[Path, typer.Option(help="Checkpoint folder.")] = Path(
+        "checkpoints/reference"
+    ),
+    run: Annotated[Path, typer.Option(help="Run folder; an existing one continues.")] = Path(
+        "runs/demo"
+    ),
+    target: TargetOption = "cpu",
+    settings: Annotated[
+        str, typer.Option(help="Comma-separated: float, w<mean bits>, w<bits>-rtn.")
+    ] = "float,w8,w4,w4-rtn",
+    dataset: DatasetOption = None,
+    tasks: TasksOption = None,
+    count: Annotated[int, typer.Option(help="Observations to measure on.")] = 64,
+    held_out: Annotated[int, typer.Option(help="Observations to judge by.")] = 64,
+    episodes: Annotated[
+        int, typer.Option(help="Simulated episodes of each task and setting; 0: no simulator.")
+    ] = 20,
+    check_pairs: Annotated[
+        int, typer.Option(help="(channel, width) pairs compared with exact measurement.")
+    ] = 60,
+    samples: Annotated[int, typer.Option(help="Actions of each latency profile.")] = 200,
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+    seed: SeedOption = 0,
+    workers: WorkersOption = 2,
+) -> None:
+    """Run every stage: calibration, sensitivities, plans, bundles, judgement, latency, report."""
+    wanted = Deployment(
+        run=RunFolder(run),
+        source=PolicySource(str(policy), unnorm_key, preset, threads=1),
+        target=target,
+        settings=tuple(parse_setting(name.strip()) for name in settings.split(",")),
+        dataset=dataset,
+        tasks=chosen_tasks(tasks) if dataset is None or episodes else (),
+        count=count,
+        held_out=held_out,
+        episodes=episodes,
+        check_pairs=check_pairs,
+        samples=samples,
+        seed=seed,
+        workers=workers,
+    )
+    run_all(wanted, open_checkpoint(policy, unnorm_key, preset))
+
+
+def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
+    """Run every stage; what is up to date is kept."""
+    from engines.targets import find_target
+    from qvla_export.cli import judging, stages
+    from qvla_export.report.page import write_report
+
+    run, target = wanted.run, find_target(wanted.target)
+    _describe(wanted, policy)
+    _say("calibration")
+    stages.calibrate(run, wanted.dataset, wanted.tasks, wanted.count, wanted.held_out, wanted.seed)
+    _say("sensitivities of every channel and width")
+    stages.sensitivities(run, policy, target, 8, wanted.seed)
+    if wanted.check_pairs:
+        compared = stages.agreement(run, policy, wanted.check_pairs, wanted.seed)
+        _say(
+            f"Spearman {compared.spearman:.4f} with exact, at {compared.time_ratio:.4f} of its time"
+        )
+    for setting in wanted.settings:
+        _say(f"{setting.name}: plan, bundle, engine")
+        stages.plan(run, setting, target, policy.digest)
+        stages.export(run, setting, policy, target)
+        judging.action_error(run, setting, policy)
+    _say("latency, in process and served over HTTP")
+    judging.latency(run, wanted.settings, wanted.samples, None)
+    if wanted.episodes:
+        _run_episodes(wanted)
+    page = write_report(run.root)
+    Console().print(_table(run, wanted.settings))
+    served = run.bundle(wanted.settings[-1]).parent.parent
+    _say(f"report: {page}")
+    _say(f"serve one: qvla serve {served}/<setting>/bundle")
+
+
+def _run_episodes(wanted: Deployment) -> None:
+    from calibration.rollouts import CONTROLS, RolloutConfig
+    from qvla_export.cli import judging
+
+    base = RolloutConfig(wanted.tasks, wanted.episodes)
+    for setting in wanted.settings:
+        judging.rollouts(wanted.run, setting, base, wanted.source, wanted.workers)
+    first = wanted.settings[0]
+    for control in CONTROLS[1:]:
+        config = RolloutConfig(wanted.tasks, wanted.episodes, control=control)
+        judging.rollouts(wanted.run, first, config, wanted.source, wanted.workers)
+
+
+def _describe(wanted: Deployment, policy: "OftPolicy") -> None:
+    from jetson.board import read_board_state
+
+    board = read_board_state()
+    write_json(
+        wanted.run.description,
+        {
+            "policy": Path(wanted.source.place).name,
+            "policy_digest": policy.digest,
+            "target": wanted.target,
+            "settings": [setting.name for setting in wanted.settings],
+            "command": " ".join(["qvla", *sys.argv[1:]]),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "machine": {"cpu_model": board.cpu_model, "cores": board.cores},
+        },
+    )
+
+
+def _table(run: RunFolder, settings: Sequence[Setting]) -> Table:
+    table = Table(title="float against quantized")
+    for column in ("setting", "layers / FP16", "bundle", "action RMS", "success", "p50", "p99"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    latency = _latency_rows(run)
+    for setting in settings:
+        manifest = read_json(run.bundle(setting) / "manifest.json", "manifest")
+        plan = manifest["plan"]
+        ratio = 1.0 if plan is None else plan["weight_bytes"] / plan["float16_bytes"]
+        size = sum(file["bytes"] for file in manifest["files"].values())
+        error = read_json(run.action_error(setting), "action error")
+        p50, p99 = latency[setting.name]
+        table.add_row(
+            setting.name,
+            f"{ratio:.3f}",
+            f"{size / 1e6:.2f} MB",
+            f"{error['rms']:.5f}",
+            _success(run, setting),
+            f"{p50:.2f} ms",
+            f"{p99:.2f} ms",
+        )
+    return table
+
+
+def _success(run: RunFolder, setting: Setting) -> str:
+    path = run.evaluation(setting)
+    if not path.is_file():
+        return "not run"
+    summary = read_json(path, "evaluation")["summary"]
+    low, high = summary["wilson_95"]
+    return f"{summary['success']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _latency_rows(run: RunFolder) -> dict[str, tuple[float, float]]:
+    from jetson.latency import LatencyComparison
+
+    profiles: Any = LatencyComparison.load(run.latency).profiles
+    return {p.name: (p.percentile_ms(50), p.percentile_ms(99)) for p in profiles}
+
+
+def _say(text: str) -> None:
+    Console().print(f"[bold]qvla[/bold] {text}", highlight=False)

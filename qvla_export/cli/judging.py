@@ -1,0 +1,159 @@
+"""The stages that judge a run's bundles: action error, closed-loop success, latency."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from qvla_export.artifacts import read_json, write_json
+from qvla_export.cli.opening import PolicySource
+from qvla_export.cli.stages import bar, kept_artifact
+from qvla_export.observation import Observation
+from qvla_export.plan import BitPlan
+from qvla_export.run_folder import RunFolder, Setting, parse_setting
+
+if TYPE_CHECKING:
+    from calibration.rollouts import Evaluation, RolloutConfig
+    from jetson.latency import LatencyComparison
+    from qvla_export.policies.oft import OftPolicy
+
+
+def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[str, Any]:
+    """Compare a bundle's engine with the float policy on the held-out observations.
+
+    The engine's drift from torch with the same fake-quantized weights is the floor. It is refused
+    above `engines.verify.MAX_DRIFT`.
+    """
+    from calibration.samples import CalibrationSet
+    from engines.load import load_engine
+    from engines.verify import MAX_DRIFT, VerificationError, action_drift
+    from jetson.policy import EnginePolicy
+    from qvla_export.bundle import Bundle
+    from qvla_export.export import golden_actions
+
+    bundle, path = Bundle.load(run.bundle(setting)), run.action_error(setting)
+    calibration = CalibrationSet.load(run.calibration)
+    identity = {
+        "setting": setting.name,
+        "bundle_digest": bundle.digest,
+        "calibration_digest": calibration.digest,
+    }
+    kept = kept_artifact(path, lambda p: read_json(p, "action error"))
+    if kept is not None and all(kept.get(name) == value for name, value in identity.items()):
+        return dict(kept)
+    made = None if setting.kind == "float" else BitPlan.load(run.plan(setting))
+    golden = golden_actions(policy, made, calibration.held_out)
+    with load_engine(bundle) as engine:
+        robot = EnginePolicy(bundle, engine)
+        actions = np.stack([robot.infer(o).normalized for o in calibration.held_out])
+    unit = policy.processor.statistics.action.scale()
+    error = action_drift(golden.full_precision, actions, unit)
+    floor = action_drift(golden.reference, actions, unit)
+    if floor.worst > MAX_DRIFT:
+        raise VerificationError(
+            f"{bundle.path}: the engine differs from torch by {floor.worst:.2e} (normalized), "
+            f"allowed are {MAX_DRIFT:.0e} on {len(actions)} held-out observations"
+        )
+    squared = np.square(actions.astype(np.float64) - golden.full_precision)
+    value = {
+        **identity,
+        "held_out": len(actions),
+        "mse": float(squared.sum(axis=(1, 2)).mean()),
+        "rms": float(np.sqrt(squared.mean())),
+        "mean_abs_normalized": error.mean_normalized.tolist(),
+        "max_abs_normalized": error.max_normalized.tolist(),
+        "mean_abs_physical": error.mean_physical.tolist(),
+        "engine_drift_max": floor.worst,
+        "cosine": error.cosine,
+    }
+    write_json(path, value)
+    return value
+
+
+def rollouts(
+    run: RunFolder, setting: Setting, config: "RolloutConfig", source: PolicySource, workers: int
+) -> "Evaluation":
+    """Run a bundle closed loop beside the float policy of `source`; or its float control."""
+    from calibration.rollouts import evaluate, load_evaluation
+    from qvla_export.bundle import Bundle
+
+    path = run.evaluation(setting) if config.control == "none" else run.control(config.control)
+    place = str(run.bundle(setting))
+    digest = Bundle.load(run.bundle(setting)).digest
+    kept = kept_artifact(path, load_evaluation)
+    if kept is not None and kept.digest == digest and _same_episodes(kept.config, config):
+        return kept
+    name = setting.name if config.control == "none" else f"{setting.name}, {config.control}"
+    candidate = PolicySource(place, threads=1)
+    reference = None if config.control != "none" else source
+    return evaluate(name, digest, candidate, config, path, reference, workers)
+
+
+def latency(
+    run: RunFolder, settings: Sequence[Setting], samples: int, threads: int | None
+) -> "LatencyComparison":
+    """Profile all bundles interleaved, the last also over real HTTP; the first is the baseline."""
+    from calibration.samples import CalibrationSet
+    from engines.load import load_engine
+    from jetson.latency import LatencyComparison
+    from jetson.policy import EnginePolicy
+    from jetson.profiling import profile_latency
+    from jetson.server import running_server
+    from jetson.settings import ServerSettings
+    from qvla_export.bundle import Bundle
+
+    bundles = {setting.name: Bundle.load(run.bundle(setting)) for setting in settings}
+    served = next(reversed([n for n in bundles if parse_setting(n).kind != "uniform"]))
+    names = {**{n: b.digest for n, b in bundles.items()}, f"{served} served": ""}
+    kept = kept_artifact(run.latency, LatencyComparison.load)
+    if kept is not None and _same_profiles(kept, names, samples):
+        return kept
+    observations = CalibrationSet.load(run.calibration).held_out
+    policies: dict[str, Any] = {}
+    cold_start_ms: dict[str, float] = {}
+    with ExitStack() as stack, Progress() as progress:
+        for name, bundle in bundles.items():
+            start = time.perf_counter()
+            engine = stack.enter_context(load_engine(bundle, threads))
+            cold_start_ms[name] = (time.perf_counter() - start) * 1e3
+            policies[name] = EnginePolicy(bundle, engine)
+        settings_ = ServerSettings(port=0)
+        policies[f"{served} served"] = stack.enter_context(
+            running_server(policies[served], settings_, warmup=observations[0])
+        )
+        compared = profile_latency(
+            policies,
+            observations,
+            samples=samples,
+            progress=bar(progress, "latency"),
+            cold_start_ms=cold_start_ms,
+        )
+    compared.save(run.latency)
+    return compared
+
+
+def infer_all(policy: Any, observations: Sequence[Observation]) -> NDArray[np.float32]:
+    """Return normalized chunks of observations.  float32 [n, horizon, dim]"""
+    return np.stack([policy.infer(observation).normalized for observation in observations])
+
+
+def _same_episodes(kept: "RolloutConfig", wanted: "RolloutConfig") -> bool:
+    fields = asdict(kept) | {"tasks": None}
+    same = fields == asdict(wanted) | {"tasks": None}
+    # The wrong-instruction control keeps only tasks that share a scene.
+    return same and set(kept.tasks) <= set(wanted.tasks)
+
+
+def _same_profiles(kept: "LatencyComparison", digests: Mapping[str, str], samples: int) -> bool:
+    found = {profile.name: profile for profile in kept.profiles}
+    if set(found) != set(digests):
+        return False
+    counts = {len(profile.samples_ms["total"]) for profile in kept.profiles}
+    return counts == {samples} and all(
+        not digest or found[name].bundle_digest == digest for name, digest in digests.items()
+    )

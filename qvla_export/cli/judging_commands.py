@@ -1,0 +1,110 @@
+"""Commands that judge a policy or bundle: evaluate, verify, profile."""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qvla_export.cli.opening import PolicySource
+from qvla_export.cli.options import PresetOption, UnnormKeyOption, WorkersOption
+from qvla_export.cli.simulation import TasksOption, chosen_tasks
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(evaluate)
+    app.command()(verify)
+    app.command()(profile)
+
+
+def evaluate(
+    policy: Annotated[str, typer.Argument(help="Checkpoint, bundle, or URL of a server.")],
+    output: Annotated[Path, typer.Option("--output", help="Evaluation JSON to write.")],
+    tasks: TasksOption = None,
+    episodes: Annotated[int, typer.Option(help="Episodes of each task.")] = 20,
+    seed: Annotated[int, typer.Option(help="First episode seed; equal seeds are paired.")] = (
+        1_000_000
+    ),
+    execute: Annotated[int, typer.Option(help="Actions executed before looking again.")] = 8,
+    control: Annotated[str, typer.Option(help="none, blank-image or wrong-instruction.")] = "none",
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Policy to compare every decision with; gives cumulative deviation."),
+    ] = None,
+    workers: WorkersOption = 2,
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+) -> None:
+    """Run closed-loop episodes in the simulator; success with its Wilson 95 % interval."""
+    from calibration.rollouts import RolloutConfig
+    from calibration.rollouts import evaluate as run_episodes
+
+    config = RolloutConfig(chosen_tasks(tasks), episodes, seed, execute, control)  # type: ignore[arg-type]  # checked there
+    source = PolicySource(policy, unnorm_key, preset, threads=1)
+    other = None if reference is None else PolicySource(reference, unnorm_key, preset, threads=1)
+    digest = source.digest(source())
+    result = run_episodes(Path(policy).name, digest, source, config, output, other, workers)
+    low, high = result.interval()
+    for task in result.config.tasks:
+        typer.echo(f"  {task}: {result.success(task):.0%}")
+    typer.echo(
+        f"success {result.success():.1%} [{low:.1%}, {high:.1%}] of {len(result.results)} "
+        f"episodes -> {output}"
+    )
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default one a core.")] = None,
+) -> None:
+    """Run a bundle's engine on its golden observations; exit 2 if it differs from torch."""
+    from engines.load import load_engine
+    from engines.verify import verify as verify_engine
+    from qvla_export.bundle import Bundle
+
+    loaded = Bundle.load(bundle)
+    with load_engine(loaded, threads) as engine:
+        drift = verify_engine(loaded, engine)
+    typer.echo(
+        f"verified: max |difference| {drift.worst:.1e} (normalized), cosine {drift.cosine:.7f}, "
+        f"{drift.observations} observations"
+    )
+
+
+def profile(
+    bundles: Annotated[list[str], typer.Argument(help="Bundles or server URLs; first = baseline.")],
+    output: Annotated[Path, typer.Option("--output", help="Latency JSON to write.")],
+    samples: Annotated[int, typer.Option(help="Actions of each policy.")] = 200,
+    warmup: Annotated[int, typer.Option(help="Actions before the samples.")] = 10,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default one a core.")] = None,
+) -> None:
+    """Measure decode, preprocess, engine, postprocess and encode, policies interleaved."""
+    from rich.progress import Progress
+
+    from jetson.contract import contract_of
+    from jetson.profiling import profile_latency
+    from qvla_export.cli.stages import bar
+
+    opened: dict[str, Any] = {}
+    cold_start_ms: dict[str, float] = {}
+    with ExitStack() as stack, Progress() as progress:
+        for place in bundles:
+            start = time.perf_counter()
+            policy = PolicySource(place, threads=threads)()
+            cold_start_ms[place] = (time.perf_counter() - start) * 1e3
+            opened[place] = policy
+            if hasattr(policy, "close"):
+                stack.callback(policy.close)
+        observations = [contract_of(next(iter(opened.values()))).blank_observation()]
+        compared = profile_latency(
+            opened, observations, warmup, samples, bar(progress, "latency"), cold_start_ms
+        )
+    compared.save(output)
+    for measured in compared.profiles:
+        typer.echo(
+            f"{measured.name}: p50 {measured.percentile_ms(50):.2f} ms, "
+            f"p99 {measured.percentile_ms(99):.2f} ms ({measured.transport})"
+        )
+    typer.echo(f"latency: {output}")

@@ -1,0 +1,71 @@
+"""Open a policy of any kind: a checkpoint, a bundle, a running server."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qvla_export.action import ActionPolicy
+from qvla_export.errors import QvlaError
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """Where a policy is; picklable, so that worker processes open it themselves."""
+
+    # Checkpoint folder, bundle folder, or URL of `qvla serve`.
+    place: str
+    unnorm_key: str | None = None
+    preset: str | None = None
+    # CPU threads; None for the runtime's own choice.
+    threads: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """ "server", "bundle" or "checkpoint"."""
+        if self.place.startswith(("http://", "https://")):
+            return "server"
+        if (Path(self.place) / "manifest.json").is_file():
+            return "bundle"
+        if (Path(self.place) / "config.json").is_file():
+            return "checkpoint"
+        raise QvlaError(
+            f"{self.place!r} is neither a checkpoint folder (config.json), a bundle folder "
+            "(manifest.json) nor the URL of a server"
+        )
+
+    def __call__(self) -> ActionPolicy:
+        """Open the policy."""
+        kind = self.kind
+        if kind == "server":
+            from jetson.client import RemotePolicy
+
+            return RemotePolicy(self.place)
+        if kind == "bundle":
+            from engines.load import load_engine
+            from jetson.policy import EnginePolicy
+            from qvla_export.bundle import Bundle
+
+            bundle = Bundle.load(Path(self.place))
+            return EnginePolicy(bundle, load_engine(bundle, self.threads))
+        import torch
+
+        from qvla_export.policies.oft import load_oft_policy
+        from qvla_export.policies.oft_config import PRESETS
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if self.preset is not None and self.preset not in PRESETS:
+            raise QvlaError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
+        config = None if self.preset is None else PRESETS[self.preset]
+        return load_oft_policy(Path(self.place), self.unnorm_key, config)
+
+    def digest(self, policy: ActionPolicy) -> str:
+        """Return the digest of the checkpoint or bundle behind an opened policy."""
+        if self.kind == "server":
+            from jetson.contract import contract_of
+
+            return contract_of(policy).bundle_digest
+        if self.kind == "bundle":
+            from qvla_export.bundle import Bundle
+
+            return Bundle.load(Path(self.place)).digest
+        return str(getattr(policy, "digest"))  # noqa: B009  # not part of the ActionPolicy protocol

@@ -1,0 +1,51 @@
+"""Options that several commands share, with their units and defaults."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qvla_export.cli.opening import PolicySource
+from qvla_export.errors import QvlaError
+
+if TYPE_CHECKING:
+    from qvla_export.policies.oft import OftPolicy
+
+RunOption = Annotated[Path, typer.Option("--run", help="Run folder, one artifact a stage.")]
+PolicyOption = Annotated[
+    Path, typer.Option("--policy", help="Checkpoint folder in the OpenVLA-OFT layout.")
+]
+TargetOption = Annotated[str, typer.Option("--target", help="Device and runtime: cpu.")]
+UnnormKeyOption = Annotated[
+    str | None,
+    typer.Option(help="Data set whose statistics un-normalize actions; needed if several."),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(help="libero, aloha or bridge, for a checkpoint without qvla_policy.json."),
+]
+DatasetOption = Annotated[
+    Path | None,
+    typer.Option("--dataset", help="LeRobotDataset v3.0 folder; without it, the simulator."),
+]
+SettingOption = Annotated[
+    str, typer.Option("--setting", help="float, w<mean bits> (w4), or w<bits>-rtn (uniform).")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random draw.")]
+WorkersOption = Annotated[int, typer.Option("--workers", help="Processes, one a core.")]
+
+
+def open_checkpoint(place: Path, unnorm_key: str | None, preset: str | None) -> "OftPolicy":
+    """Load a checkpoint folder on the host.
+
+    Raises:
+        QvlaError: it is no checkpoint.
+    """
+    from qvla_export.policies.oft import OftPolicy
+
+    source = PolicySource(str(place), unnorm_key, preset)
+    if source.kind != "checkpoint":
+        raise QvlaError(f"{place} must be a checkpoint folder, it is a {source.kind}")
+    policy = source()
+    assert isinstance(policy, OftPolicy)
+    return policy

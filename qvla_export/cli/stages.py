@@ -1,0 +1,186 @@
+"""The stages of a run: each reads one artifact and writes one, and keeps what is up to date."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.progress import Progress
+
+from qvla_export.allocation import Budget, allocate_bits
+from qvla_export.artifacts import require_same, sha256_file
+from qvla_export.errors import ArtifactError
+from qvla_export.plan import BitPlan, uniform_plan
+from qvla_export.quantize import QuantizerSpec, spec_for
+from qvla_export.run_folder import RunFolder, Setting
+from qvla_export.sensitivity import Sensitivities
+from qvla_export.target import Target
+
+if TYPE_CHECKING:
+    from calibration.samples import CalibrationSet
+    from qvla_export.agreement import Agreement
+    from qvla_export.bundle import Bundle
+    from qvla_export.policies.oft import OftPolicy
+
+_LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Bits per weight that a uniform plan stores per nominal bit: scales of 16 bits, blocks of 64.
+_STORED_PER_BIT = 17 / 16
+
+
+def calibrate(
+    run: RunFolder, dataset: Path | None, tasks: Sequence[str], count: int, held_out: int, seed: int
+) -> "CalibrationSet":
+    """Draw the calibration set, or keep the one of the same source."""
+    from calibration.samples import CalibrationSet, sample_dataset, sample_simulator
+
+    wanted: dict[str, Any] = {"count": count, "held_out": held_out, "seed": seed}
+    wanted |= {"dataset": dataset.name} if dataset else {"simulator": list(tasks)}
+    kept = kept_artifact(run.calibration, CalibrationSet.load)
+    if kept is not None and dict(kept.source) == wanted:
+        return kept
+    if dataset is not None:
+        from calibration.lerobot import LeRobotDataset
+
+        drawn = sample_dataset(LeRobotDataset(dataset), count, held_out, seed)
+    else:
+        drawn = sample_simulator(tasks, count, held_out, seed)
+    drawn.save(run.calibration)
+    return CalibrationSet.load(run.calibration)
+
+
+def sensitivities(
+    run: RunFolder, policy: "OftPolicy", target: Target, probes: int | None, seed: int
+) -> Sensitivities:
+    """Measure all channels and widths to first order, or keep what was measured on the same."""
+    from calibration.samples import CalibrationSet
+    from qvla_export.first_order import FirstOrder, measure_first_order
+
+    calibration = CalibrationSet.load(run.calibration)
+    quantizer = spec_for(target)
+    kept = kept_artifact(run.sensitivities, Sensitivities.load)
+    if kept is not None and (
+        (kept.policy_digest, kept.calibration_digest, kept.quantizer, kept.probes)
+        == (policy.digest, calibration.digest, quantizer, probes or 0)
+    ):
+        return kept
+    journal = run.sensitivities.with_suffix(".progress")
+    with Progress() as progress:
+        measured = measure_first_order(
+            policy,
+            calibration.observations,
+            calibration.digest,
+            FirstOrder(quantizer, probes=probes, seed=seed),
+            journal,
+            bar(progress, "sensitivities"),
+        )
+    measured.save(run.sensitivities)
+    journal.unlink(missing_ok=True)
+    return measured
+
+
+def agreement(run: RunFolder, policy: "OftPolicy", pairs: int, seed: int) -> "Agreement":
+    """Compare the sensitivities with exact ones on sampled channels and widths."""
+    from calibration.samples import CalibrationSet
+    from qvla_export.agreement import Agreement, compare_with_exact
+
+    measured = Sensitivities.load(run.sensitivities)
+    kept = kept_artifact(run.agreement, Agreement.load)
+    if kept is not None and kept.sensitivities_digest == measured.digest:
+        return kept
+    observations = CalibrationSet.load(run.calibration).observations
+    with Progress() as progress:
+        compared = compare_with_exact(
+            measured, policy, observations, pairs, seed, on_progress=bar(progress, "exact sample")
+        )
+    compared.save(run.agreement)
+    return compared
+
+
+def plan(run: RunFolder, setting: Setting, target: Target, policy_digest: str) -> BitPlan | None:
+    """Allocate bits for a setting; None for float."""
+    if setting.kind == "float":
+        return None
+    measured = Sensitivities.load(run.sensitivities)
+    require_same(
+        "policy and sensitivities",
+        measured.policy_digest,
+        policy_digest,
+        "Measure the sensitivities of this policy: qvla sensitivities.",
+    )
+    if setting.kind == "uniform":
+        made = uniform_plan(
+            _shapes(measured), int(setting.bits), target, policy_digest, _round_to_nearest(target)
+        )
+    else:
+        cap = setting.bits / 16 * _STORED_PER_BIT
+        if setting.bits in target.containers:
+            uniform = uniform_plan(_shapes(measured), int(setting.bits), target, policy_digest)
+            cap = uniform.ratio
+        made = allocate_bits(measured, Budget("bits per channel", setting.bits, cap), target)
+    made.save(run.plan(setting))
+    return made
+
+
+def export(run: RunFolder, setting: Setting, policy: "OftPolicy", target: Target) -> "Bundle":
+    """Export a setting's bundle, or keep the one of the same policy and plan."""
+    from calibration.samples import CalibrationSet
+    from qvla_export.bundle import Bundle
+    from qvla_export.export import export_bundle
+    from qvla_export.float_graph import export_float
+
+    path = run.bundle(setting)
+    made = None if setting.kind == "float" else BitPlan.load(run.plan(setting))
+    kept = kept_artifact(path, Bundle.load)
+    if kept is not None and _is_of(kept, policy, made, run, setting):
+        return kept
+    if policy.digest not in _GRAPHS:
+        _GRAPHS.clear()
+        _GRAPHS[policy.digest] = export_float(policy, target)
+    golden = CalibrationSet.load(run.calibration).held_out[:8]
+    return export_bundle(policy, made, target, golden, path, _GRAPHS[policy.digest])
+
+
+# Policy digest -> float graph, traced once for all settings of a run.
+_GRAPHS: dict[str, Any] = {}
+
+
+def _is_of(
+    bundle: "Bundle", policy: "OftPolicy", made: BitPlan | None, run: RunFolder, setting: Setting
+) -> bool:
+    if bundle.policy_digest != policy.digest or (bundle.plan is None) != (made is None):
+        return False
+    stored = bundle.path / "plan.json"
+    return made is None or sha256_file(stored) == sha256_file(run.plan(setting))
+
+
+def _round_to_nearest(target: Target) -> QuantizerSpec:
+    """The target's own containers, scales from the largest weight: the plain baseline."""
+    rules = spec_for(target).rules
+    return QuantizerSpec({bits: replace(rule, scale="max") for bits, rule in rules.items()})
+
+
+def _shapes(measured: Sensitivities) -> dict[str, tuple[int, int]]:
+    return {
+        name: (values.shape[1], measured.weights_per_channel[name])
+        for name, values in measured.values.items()
+    }
+
+
+def kept_artifact(path: Path, load: Callable[[Path], T]) -> T | None:
+    """Load an artifact that may be reused; a damaged one is reported and made anew."""
+    if not path.exists():
+        return None
+    try:
+        return load(path)
+    except ArtifactError as error:
+        _LOG.warning("making %s anew: %s", path, error)
+        return None
+
+
+def bar(progress: Progress, description: str) -> Callable[[int, int], None]:
+    task = progress.add_task(description)
+    return lambda done, total: progress.update(task, completed=done, total=total)

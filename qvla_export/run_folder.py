@@ -1,0 +1,104 @@
+"""One run's folder: where every stage reads and writes, and the settings that are compared."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qvla_export.errors import QvlaError
+
+_SETTING = re.compile(r"w(?P<bits>\d+(\.\d+)?)(?P<uniform>-rtn)?")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the weights of one bundle are quantized.
+
+    "float": not at all. "w4": planned, 4 mean bits per channel and at most the bytes of uniform
+    4 bits. "w4-rtn": every channel 4 bits, scale from the largest weight, round to nearest.
+    """
+
+    name: str
+    kind: Literal["float", "planned", "uniform"]
+    # Mean bits per channel; 16 for float.
+    bits: float
+
+
+def parse_setting(name: str) -> Setting:
+    """Read a setting's name.
+
+    Raises:
+        QvlaError: it is not of a known form.
+    """
+    if name == "float":
+        return Setting(name, "float", 16.0)
+    found = _SETTING.fullmatch(name)
+    if found is None or not 0 < float(found["bits"]) <= 16:
+        raise QvlaError(
+            f"a setting is 'float', 'w<mean bits>' such as w4 or w2.5, or 'w<bits>-rtn' for "
+            f"uniform round-to-nearest, got {name!r}"
+        )
+    bits = float(found["bits"])
+    if found["uniform"] and bits not in (2, 4, 8, 16):
+        raise QvlaError(f"uniform widths are 2, 4, 8 or 16, got {name!r}")
+    return Setting(name, "uniform" if found["uniform"] else "planned", bits)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run's artifacts."""
+
+    root: Path
+
+    @property
+    def description(self) -> Path:
+        """What was run: policy, target, settings, versions."""
+        return self.root / "run.json"
+
+    @property
+    def calibration(self) -> Path:
+        """Folder of the calibration set."""
+        return self.root / "calibration"
+
+    @property
+    def sensitivities(self) -> Path:
+        """Sensitivities of every channel and width."""
+        return self.root / "sensitivities.safetensors"
+
+    @property
+    def agreement(self) -> Path:
+        """Comparison of the sensitivities with exact ones."""
+        return self.root / "agreement.json"
+
+    @property
+    def latency(self) -> Path:
+        """Latency profiles of all settings."""
+        return self.root / "latency.json"
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.root / "report.html"
+
+    def control(self, name: str) -> Path:
+        """Evaluation of the float policy under a control."""
+        return self.root / "controls" / f"{name}.json"
+
+    def plan(self, setting: Setting) -> Path:
+        """Bit plan of a setting."""
+        return self._of(setting) / "plan.json"
+
+    def bundle(self, setting: Setting) -> Path:
+        """Bundle of a setting."""
+        return self._of(setting) / "bundle"
+
+    def action_error(self, setting: Setting) -> Path:
+        """Held-out action error of a setting."""
+        return self._of(setting) / "action_error.json"
+
+    def evaluation(self, setting: Setting) -> Path:
+        """Closed-loop evaluation of a setting."""
+        return self._of(setting) / "evaluation.json"
+
+    def _of(self, setting: Setting) -> Path:
+        return self.root / "settings" / setting.name
