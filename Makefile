@@ -1,0 +1,101 @@
+# A fresh clone needs Python 3.11 or 3.12, GNU make and a C compiler; the targets fetch the rest.
+
+PYTHON ?= python3
+PIP_VERSION := 26.1
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed.stamp
+
+# The simulator draws with software OpenGL; a browser is only wanted for looking at reports.
+OPENGL := libosmesa6 libegl1 libgl1 libgles2 libglx-mesa0 libegl-mesa0
+BROWSER := chromium
+
+POLICY ?= checkpoints/reference
+TARGET ?= cpu
+RUN ?= runs/demo
+
+# Tests run on WORKERS processes of one thread each: threads of several processes that spin for
+# each other on two cores take fifty times as long.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+.ONESHELL:
+.SHELLFLAGS := -euc
+.DELETE_ON_ERROR:
+.PHONY: help install system demo test test-slow lint wheel clean
+
+help:
+	@cat <<-'TEXT'
+	make demo       reference policy -> quantized -> served and measured -> runs/demo/report.html
+	make test       the tests that take seconds each (WORKERS=2)
+	make test-slow  the tests that take minutes, or the network
+	make lint       ruff and mypy
+	make install    $(VENV) with the pinned versions of constraints.txt
+	make system     Debian packages: software OpenGL, Chromium
+	make wheel      dist/qvla-*.whl
+	make clean      remove everything made, except runs/
+	TEXT
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+	    echo "$(PYTHON) is older than 3.11; name another: make install PYTHON=python3.11" >&2
+	    exit 1
+	fi
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	echo "installing the pinned versions into $(VENV) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip==$(PIP_VERSION)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    -c constraints.txt -e '.[host,sim,dev]'
+	touch $@
+
+system:
+	@missing() { for package; do dpkg -s "$$package" >/dev/null 2>&1 || echo "$$package"; done; }
+	if ! command -v dpkg >/dev/null; then
+	    echo "system: no dpkg here; the simulator needs EGL or OSMesa from your own packages"
+	    exit 0
+	fi
+	opengl=$$(missing $(OPENGL))
+	wanted="$$opengl $$(missing $(BROWSER))"
+	wanted=$$(echo $$wanted)
+	test -n "$$wanted" || exit 0
+	sudo=
+	if test "$$(id -u)" != 0; then
+	    sudo="sudo -n"
+	    if ! sudo -n true 2>/dev/null; then
+	        echo "system: run this first: sudo apt-get install $$wanted" >&2
+	        test -z "$$opengl" && exit 0 || exit 1
+	    fi
+	fi
+	apt() { $$sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=3 "$$@" </dev/null; }
+	echo "system: installing $$wanted ..."
+	apt update
+	if test -n "$$opengl"; then
+	    apt install --no-install-recommends -y $$opengl >/dev/null
+	fi
+	for package in $$(missing $(BROWSER)); do
+	    apt install --no-install-recommends -y "$$package" >/dev/null \
+	        || echo "system: no $$package; tests that look at a page in a browser are skipped"
+	done
+
+demo: system install
+	@$(BIN)/qvla deploy --policy $(POLICY) --target $(TARGET) --run $(RUN)
+
+test: system install
+	@$(PYTEST) -m 'not slow'
+
+test-slow: system install
+	@$(PYTEST) -m slow
+
+lint: install
+	@$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+wheel: install
+	@$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	@rm -rf $(VENV) build dist qvla.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,62 @@
+"""Every module of the robot side imports where only the base dependencies are installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from test_imports import HOST_ONLY
+
+ROOT = Path(__file__).parents[1]
+# Of JetPack or of one target; an engine that needs one is loaded for that target only.
+RUNTIMES = ("pycuda", "tensorrt", "tensorrt_rtx")
+
+_IMPORT_ALL = f"""
+import importlib, pkgutil, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HOST_ONLY!r}:
+            raise ModuleNotFoundError(name + " is not installed on the robot", name=name)
+
+sys.meta_path.insert(0, Blocked())
+count = 0
+for package in ("engines", "jetson"):
+    package = importlib.import_module(package)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name not in {RUNTIMES!r}:
+                raise
+        count += 1
+print(count)
+"""
+
+
+def run_on_robot(*arguments: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_every_module_imports_without_host_libraries() -> None:
+    assert int(run_on_robot("-c", _IMPORT_ALL)) >= 15
+
+
+def test_the_command_starts_without_host_libraries() -> None:
+    listed = run_on_robot(
+        "-c",
+        "import sys\n"
+        "from qvla_export.cli import main\n"
+        "sys.argv = ['qvla', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"print('loaded', sorted({HOST_ONLY!r} & set(sys.modules)))",
+    )
+    assert listed.endswith("loaded []\n")
