@@ -105,7 +105,6 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     """Run every stage; what is up to date is kept."""
     from engines.targets import find_target
     from qvla_export.cli import judging, stages
-    from qvla_export.report.page import write_report
 
     run, target = wanted.run, find_target(wanted.target)
     _describe(wanted, policy)
@@ -127,6 +126,8 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     judging.latency(run, wanted.settings, wanted.samples, None)
     if wanted.episodes:
         _run_episodes(wanted)
+    from qvla_export.report.page import write_report
+
     page = write_report(run.root)
     Console().print(_table(run, wanted.settings))
     served = run.bundle(wanted.settings[-1]).parent.parent

@@ -8,7 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from qvla_export.cli.opening import PolicySource
-from qvla_export.cli.options import PresetOption, UnnormKeyOption, WorkersOption
+from qvla_export.cli.options import (
+    PresetOption,
+    ThreadsOption,
+    UnnormKeyOption,
+    WeightsOption,
+    WorkersOption,
+)
 from qvla_export.cli.simulation import TasksOption, chosen_tasks
 
 
@@ -57,7 +63,8 @@ def evaluate(
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default one a core.")] = None,
+    threads: ThreadsOption = None,
+    weights: WeightsOption = "packed",
 ) -> None:
     """Run a bundle's engine on its golden observations; exit 2 if it differs from torch."""
     from engines.load import load_engine
@@ -65,7 +72,7 @@ def verify(
     from qvla_export.bundle import Bundle
 
     loaded = Bundle.load(bundle)
-    with load_engine(loaded, threads) as engine:
+    with load_engine(loaded, threads, weights) as engine:
         drift = verify_engine(loaded, engine)
     typer.echo(
         f"verified: max |difference| {drift.worst:.1e} (normalized), cosine {drift.cosine:.7f}, "
@@ -78,7 +85,8 @@ def profile(
     output: Annotated[Path, typer.Option("--output", help="Latency JSON to write.")],
     samples: Annotated[int, typer.Option(help="Actions of each policy.")] = 200,
     warmup: Annotated[int, typer.Option(help="Actions before the samples.")] = 10,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default one a core.")] = None,
+    threads: ThreadsOption = None,
+    weights: WeightsOption = "packed",
 ) -> None:
     """Measure decode, preprocess, engine, postprocess and encode, policies interleaved."""
     from rich.progress import Progress
@@ -92,7 +100,7 @@ def profile(
     with ExitStack() as stack, Progress() as progress:
         for place in bundles:
             start = time.perf_counter()
-            policy = PolicySource(place, threads=threads)()
+            policy = PolicySource(place, threads=threads, weights=weights)()
             cold_start_ms[place] = (time.perf_counter() - start) * 1e3
             opened[place] = policy
             if hasattr(policy, "close"):

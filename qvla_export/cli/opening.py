@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qvla_export.action import ActionPolicy
 from qvla_export.errors import QvlaError
@@ -17,6 +18,8 @@ class PolicySource:
     preset: str | None = None
     # CPU threads; None for the runtime's own choice.
     threads: int | None = None
+    # Of a bundle: compute with the stored codes, or make them float32 at load.
+    weights: Literal["packed", "unpacked"] = "packed"
 
     @property
     def kind(self) -> str:
@@ -45,7 +48,7 @@ class PolicySource:
             from qvla_export.bundle import Bundle
 
             bundle = Bundle.load(Path(self.place))
-            return EnginePolicy(bundle, load_engine(bundle, self.threads))
+            return EnginePolicy(bundle, load_engine(bundle, self.threads, self.weights))
         import torch
 
         from qvla_export.policies.oft import load_oft_policy

@@ -1,7 +1,7 @@
 """Options that several commands share, with their units and defaults."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -32,6 +32,11 @@ SettingOption = Annotated[
     str, typer.Option("--setting", help="float, w<mean bits> (w4), or w<bits>-rtn (uniform).")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random draw.")]
+WeightsOption = Annotated[
+    Literal["packed", "unpacked"],
+    typer.Option(help="packed: compute with stored codes; unpacked: float32 in memory, faster."),
+]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; default one a core.")]
 WorkersOption = Annotated[int, typer.Option("--workers", help="Processes, one a core.")]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from qvla_export.cli.opening import PolicySource
-from qvla_export.cli.options import PresetOption, UnnormKeyOption
+from qvla_export.cli.options import PresetOption, ThreadsOption, UnnormKeyOption, WeightsOption
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +28,8 @@ def serve(
     ] = False,
     max_body_mb: Annotated[int, typer.Option(help="Longest request body, MB.")] = 32,
     warmup: Annotated[int, typer.Option(help="Actions before the port opens.")] = 3,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default one a core.")] = None,
+    threads: ThreadsOption = None,
+    weights: WeightsOption = "packed",
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
 ) -> None:
@@ -45,4 +46,4 @@ def serve(
         max_body_bytes=max_body_mb << 20,
         warmup=warmup,
     )
-    run_server(PolicySource(policy, unnorm_key, preset, threads)(), settings)
+    run_server(PolicySource(policy, unnorm_key, preset, threads, weights)(), settings)
