@@ -4,9 +4,7 @@ import io
 import json
 import logging
 import multiprocessing
-import os
 import shutil
-import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -24,6 +22,7 @@ from calibration.image_codec import encode_png
 from calibration.lerobot_writer import Episode, write_dataset
 from calibration.simulator import CAMERA, CONTROL_HZ, IMAGE_SIZE, Simulator
 from calibration.tasks import Task
+from calibration.workers import leave_with_parent
 from qvla_export.artifacts import read_json, write_bytes, write_json
 from qvla_export.errors import ArtifactError, ArtifactMismatch, QvlaError
 
@@ -149,7 +148,7 @@ def _record_all(
             for task, numbers in shards:
                 progress.advance(bar, _record_shard(staging, task, numbers, recording))
             return
-        with ProcessPoolExecutor(workers, spawn, _leave_with_parent) as pool:
+        with ProcessPoolExecutor(workers, spawn, leave_with_parent) as pool:
             jobs = [pool.submit(_record_shard, staging, *shard, recording) for shard in shards]
             try:
                 for job in as_completed(jobs):
@@ -157,18 +156,6 @@ def _record_all(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-
-
-def _leave_with_parent() -> None:
-    """End this worker when its parent is killed: nobody would ever collect it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _shards(missing: Sequence[tuple[Task, int]]) -> Iterator[tuple[Task, list[int]]]:

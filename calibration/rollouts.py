@@ -1,134 +1,50 @@
-"""Closed-loop rollouts: success with an interval, action deviation along episodes, controls."""
+"""Closed-loop rollouts: paired seeds, action deviation along episodes, controls, resumable."""
 
 import atexit
 import json
-import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from rich.progress import Progress
 
+from calibration.evaluation import (
+    CONTROLS,
+    Control,
+    EpisodeResult,
+    Evaluation,
+    RolloutConfig,
+    load_evaluation,
+    result_from_json,
+)
 from calibration.simulator import CAMERA, Simulator
 from calibration.tasks import find_task, scene_siblings
-from qvla_export.action import ActionPolicy
-from qvla_export.artifacts import (
-    read_json,
-    require_fields,
-    versions,
-    write_bytes,
-    write_json,
-)
+from calibration.workers import leave_with_parent
+from qvla_export.action import ActionChunk, ActionPolicy
+from qvla_export.artifacts import versions, write_bytes
 from qvla_export.errors import ArtifactError, ArtifactMismatch, QvlaError
 from qvla_export.observation import Observation
 
-_LOG = logging.getLogger(__name__)
+__all__ = [
+    "CONTROLS",
+    "Control",
+    "EpisodeResult",
+    "Evaluation",
+    "PolicyFactory",
+    "RolloutConfig",
+    "evaluate",
+    "load_evaluation",
+    "run_episode",
+]
 
-Control = Literal["none", "blank-image", "wrong-instruction"]
-CONTROLS: tuple[Control, ...] = ("none", "blank-image", "wrong-instruction")
 # Makes a policy inside a worker process; must be picklable.
 PolicyFactory = Callable[[], ActionPolicy]
 _BLANK = 127
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """Which episodes are run and how chunks are executed."""
-
-    tasks: tuple[str, ...]
-    episodes: int
-    # First episode seed; the same seed gives the same scene to every policy.
-    seed: int = 1_000_000
-    # Actions of a chunk that are executed before the policy looks again.
-    execute: int = 8
-    # What is taken from the policy to see whether it needs it.
-    control: Control = "none"
-
-    def __post_init__(self) -> None:
-        if self.episodes < 1 or self.execute < 1 or not self.tasks:
-            raise QvlaError(f"a rollout needs tasks, episodes >= 1 and execute >= 1, got {self}")
-        if self.control not in CONTROLS:
-            raise QvlaError(f"control must be one of {CONTROLS}, got {self.control!r}")
-
-
-@dataclass(frozen=True)
-class EpisodeResult:
-    """One episode."""
-
-    task: str
-    seed: int
-    success: bool
-    # Control steps until success or the limit.
-    steps: int
-    # ||A - A*||^2 of each decision, normalized units; empty without a reference policy.
-    deviations: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All episodes of one policy."""
-
-    # What was evaluated, in words, and the digest of its checkpoint or bundle.
-    policy: str
-    digest: str
-    config: RolloutConfig
-    results: tuple[EpisodeResult, ...]
-    versions: dict[str, str]
-
-    def success(self, task: str | None = None) -> float:
-        """Return the share of solved episodes, of one task or of all."""
-        chosen = [r.success for r in self.results if task in (None, r.task)]
-        return sum(chosen) / len(chosen)
-
-    def interval(self) -> tuple[float, float]:
-        """Return the Wilson 95 % interval of the overall success."""
-        return wilson_interval(sum(r.success for r in self.results), len(self.results))
-
-    def cumulative_deviation(self) -> list[float]:
-        """Return the mean over episodes of the running sum of deviations, by decision (eq. 5)."""
-        longest = max((len(r.deviations) for r in self.results), default=0)
-        sums = np.zeros((len(self.results), longest))
-        for row, result in zip(sums, self.results, strict=True):
-            row[: len(result.deviations)] = result.deviations
-        return [float(v) for v in np.cumsum(sums, axis=1).mean(axis=0)] if longest else []
-
-    def save(self, path: Path) -> None:
-        """Write JSON atomically, with the summary a reader looks for first."""
-        low, high = self.interval()
-        summary = {
-            "success": self.success(),
-            "wilson_95": [low, high],
-            "episodes": len(self.results),
-            "by_task": {task: self.success(task) for task in self.config.tasks},
-            "cumulative_deviation": self.cumulative_deviation(),
-        }
-        write_json(path, {"summary": summary, **asdict(self)})
-
-
-def load_evaluation(path: Path) -> Evaluation:
-    """Read an evaluation.
-
-    Raises:
-        ArtifactError: the file is missing, damaged or of another version.
-    """
-    raw = read_json(path, "evaluation")
-    require_fields(raw, ("policy", "digest", "config", "results", "versions"), str(path))
-    config = RolloutConfig(**{**raw["config"], "tasks": tuple(raw["config"]["tasks"])})
-    results = tuple(_result(row) for row in raw["results"])
-    return Evaluation(raw["policy"], raw["digest"], config, results, raw["versions"])
-
-
-def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of a success rate."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(successes, episodes).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def evaluate(
@@ -139,19 +55,33 @@ def evaluate(
     output: Path,
     reference: PolicyFactory | None = None,
     workers: int = 2,
+    reference_digest: str = "",
 ) -> Evaluation:
     """Run all episodes, sharded over processes, and write the evaluation to `output`.
 
     Finished episodes are kept in `<output>.partial`, so that an interrupted evaluation goes on
-    where it stopped.  With `reference`, every decision is compared with that policy's.
+    where it stopped.
+
+    Args:
+        policy: what is evaluated, in words.
+        digest: of its checkpoint or bundle.
+        factory: makes it in each worker.
+        config: the episodes.
+        output: the JSON file to write.
+        reference: makes the policy that every decision is compared with.
+        workers: processes; 1 runs in this one.
+        reference_digest: of the reference, so that episodes of two of them are not mixed.
 
     Raises:
         ArtifactMismatch: the partial file belongs to another policy or other settings.
+        QvlaError: a policy's action cannot be executed, or a worker died.
     """
-    config = _with_siblings(config) if config.control == "wrong-instruction" else config
+    config = config.runnable()
     wanted = [(t, config.seed + i) for i in range(config.episodes) for t in config.tasks]
     partial = output.with_name(output.name + ".partial")
-    done = _read_partial(partial, policy, digest, config)
+    compared = None if reference is None else reference_digest
+    identity = {"policy": policy, "digest": digest, "reference": compared, "config": asdict(config)}
+    done = _read_partial(partial, json.dumps(identity))
     missing = [pair for pair in wanted if pair not in done]
     with Progress() as progress, partial.open("a") as journal:
         bar = progress.add_task(f"rollouts {policy}", total=len(wanted), completed=len(done))
@@ -184,10 +114,9 @@ def run_episode(
     deviations: list[float] = []
     while not simulator.done:
         seen = _blanked(observation) if config.control == "blank-image" else observation
-        chunk = policy.infer(seen)
+        chunk = _usable(policy.infer(seen))
         if reference is not None:
-            difference = chunk.normalized - reference.infer(seen).normalized
-            deviations.append(float(np.square(difference, dtype=np.float64).sum()))
+            deviations.append(_deviation(chunk, _usable(reference.infer(seen))))
         for action in chunk.actions[: config.execute]:
             simulator.step(action)
             if simulator.done:
@@ -203,11 +132,24 @@ def _blanked(observation: Observation) -> Observation:
     return replace(observation, images={CAMERA: blank})
 
 
-def _with_siblings(config: RolloutConfig) -> RolloutConfig:
-    tasks = tuple(name for name in config.tasks if scene_siblings(find_task(name)))
-    if not tasks:
-        raise QvlaError("the wrong-instruction control needs tasks that share a scene")
-    return replace(config, tasks=tasks)
+def _usable(chunk: ActionChunk) -> ActionChunk:
+    if not len(chunk.actions):
+        raise QvlaError("a policy must return at least one action, got an empty chunk")
+    if not (np.isfinite(chunk.actions).all() and np.isfinite(chunk.normalized).all()):
+        raise QvlaError(
+            "a policy must return finite actions, got NaN or infinity; no episode with them counts"
+        )
+    return chunk
+
+
+def _deviation(chunk: ActionChunk, reference: ActionChunk) -> float:
+    ours, theirs = chunk.normalized, reference.normalized
+    if ours.shape != theirs.shape:
+        raise QvlaError(
+            f"policy and reference must return chunks of one shape, got {list(ours.shape)} and "
+            f"{list(theirs.shape)}"
+        )
+    return float(np.square(ours.astype(np.float64) - theirs).sum())
 
 
 def _run_all(
@@ -217,6 +159,8 @@ def _run_all(
     config: RolloutConfig,
     workers: int,
 ) -> Iterator[EpisodeResult]:
+    if not pairs:
+        return
     # By task, so that a worker rarely builds another simulator.
     ordered = sorted(pairs)
     if workers <= 1:
@@ -228,10 +172,15 @@ def _run_all(
         return
     # A forked child would inherit the parent's OpenGL and thread state.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (factory, reference, config))
+    pool = ProcessPoolExecutor(workers, spawn, _start_process, (factory, reference, config))
     try:
         for job in as_completed([pool.submit(_run_pair, pair) for pair in ordered]):
             yield job.result()
+    except BrokenProcessPool as error:
+        raise QvlaError(
+            "a worker process died, perhaps of too little memory; the same command continues, "
+            "with fewer --workers if need be"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -260,6 +209,19 @@ class _Worker:
 
 
 _worker: _Worker | None = None
+# Why this process has no worker: raised by its first episode, where the parent sees it.
+_failure: QvlaError | None = None
+
+
+def _start_process(
+    factory: PolicyFactory, reference: PolicyFactory | None, config: RolloutConfig
+) -> None:
+    global _failure
+    leave_with_parent()
+    try:
+        _start_worker(factory, reference, config)
+    except QvlaError as error:
+        _failure = error
 
 
 def _start_worker(
@@ -270,43 +232,41 @@ def _start_worker(
     os.environ.setdefault("LP_NUM_THREADS", "0")
     _worker = _Worker(factory, reference, config)
     # A renderer that outlives the interpreter's OpenGL prints errors.
-    atexit.register(_close_worker)
+    atexit.register(_worker.close)
 
 
 def _close_worker() -> None:
+    global _worker
     if _worker is not None:
         _worker.close()
+        atexit.unregister(_worker.close)
+        _worker = None
 
 
 def _run_pair(pair: tuple[str, int]) -> EpisodeResult:
+    if _failure is not None:
+        raise _failure
     assert _worker is not None
     return _worker.run(*pair)
 
 
-def _result(row: dict[str, Any]) -> EpisodeResult:
-    return EpisodeResult(**{**row, "deviations": tuple(row["deviations"])})
-
-
-def _read_partial(
-    path: Path, policy: str, digest: str, config: RolloutConfig
-) -> dict[tuple[str, int], EpisodeResult]:
-    header = json.dumps({"policy": policy, "digest": digest, "config": asdict(config)})
+def _read_partial(path: Path, header: str) -> dict[tuple[str, int], EpisodeResult]:
     if not path.exists():
         write_bytes(path, f"{header}\n".encode())
         return {}
-    lines = path.read_text().splitlines(keepends=True)
-    if not lines or lines[0].strip() != header:
+    lines = path.read_bytes().splitlines(keepends=True)
+    if not lines or lines[0] != f"{header}\n".encode():
         raise ArtifactMismatch(
             f"{path} belongs to another policy or other settings; remove it to start anew"
         )
     results: dict[tuple[str, int], EpisodeResult] = {}
-    whole = [line for line in lines[1:] if line.endswith("\n")]
+    whole = [line for line in lines[1:] if line.endswith(b"\n")]
     for line in whole:
         try:
-            result = _result(json.loads(line))
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}); remove it") from error
+            result = result_from_json(json.loads(line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}); remove it to start anew") from error
         results[result.task, result.seed] = result
     # A kill may leave half a line: cut it off before appending.
-    write_bytes(path, "".join([lines[0], *whole]).encode())
+    write_bytes(path, b"".join([lines[0], *whole]))
     return results

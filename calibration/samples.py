@@ -19,7 +19,14 @@ from calibration.lerobot import LeRobotDataset
 from calibration.lerobot_writer import Episode
 from calibration.simulator import Simulator
 from calibration.tasks import find_task
-from qvla_export.artifacts import new_folder, read_json, require_fields, write_bytes, write_json
+from qvla_export.artifacts import (
+    new_folder,
+    read_json,
+    require_fields,
+    sha256_tree,
+    write_bytes,
+    write_json,
+)
 from qvla_export.errors import ArtifactError, QvlaError
 from qvla_export.observation import Observation
 
@@ -28,6 +35,7 @@ _DESCRIPTION = "calibration.json"
 _TENSORS = "observations.safetensors"
 _IMAGES = "images/"
 _FRAMES_PER_EPISODE = 2
+_REMEDY = "make it anew with qvla calibrate"
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,11 @@ class CalibrationSet:
         """Write the folder atomically.
 
         Raises:
-            QvlaError: images of one camera differ in size.
+            QvlaError: there are no observations, or they differ in cameras, image size or state.
         """
         everything = [*self.observations, *self.held_out]
+        if not everything:
+            raise QvlaError("a calibration set needs at least one observation, got none")
         tensors = _stacked(everything)
         description = {
             "format": _FORMAT,
@@ -79,10 +89,10 @@ class CalibrationSet:
             ArtifactError: a file is missing, truncated or changed.
         """
         description = read_json(path / _DESCRIPTION, "calibration set")
-        fields = ("format", "digest", "calibration", "held_out", "cameras", "instructions")
-        require_fields(description, (*fields, "source"), f"calibration set {path}")
-        if description["format"] != _FORMAT:
-            raise ArtifactError(f"{path} has format {description['format']!r}, not {_FORMAT!r}")
+        if not isinstance(description, dict) or description.get("format") != _FORMAT:
+            raise ArtifactError(f"{path} is not of format {_FORMAT!r}; {_REMEDY}")
+        fields = ("digest", "calibration", "held_out", "cameras", "instructions", "source")
+        require_fields(description, fields, f"calibration set {path}")
         try:
             tensors = load_tensors((path / _TENSORS).read_bytes())
             cameras = {name: tensors[_IMAGES + name] for name in description["cameras"]}
@@ -90,18 +100,15 @@ class CalibrationSet:
                 Observation({n: c[i] for n, c in cameras.items()}, text, tensors["state"][i])
                 for i, text in enumerate(description["instructions"])
             ]
-        except (OSError, SafetensorError, KeyError, IndexError) as error:
-            raise ArtifactError(
-                f"{path / _TENSORS} is missing or damaged ({error}); calibrate again"
-            ) from error
-        count = int(description["calibration"])
-        loaded = CalibrationSet(
-            tuple(everything[:count]), tuple(everything[count:]), description["source"]
-        )
+            count = int(description["calibration"])
+            source = dict(description["source"])
+        except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} is incomplete or damaged ({error}); {_REMEDY}") from error
+        loaded = CalibrationSet(tuple(everything[:count]), tuple(everything[count:]), source)
         if loaded.digest != description["digest"]:
             raise ArtifactError(
                 f"{path} was changed after it was made: digest {loaded.digest[:16]}, "
-                f"recorded {description['digest'][:16]}; calibrate again"
+                f"recorded {str(description['digest'])[:16]}; {_REMEDY}"
             )
         return loaded
 
@@ -110,8 +117,9 @@ def sample_dataset(dataset: LeRobotDataset, count: int, held_out: int, seed: int
     """Draw observations from a LeRobot data set; held-out ones come from other episodes.
 
     Raises:
-        QvlaError: the data set has too few episodes.
+        QvlaError: the data set has too few episodes, or nothing is asked for.
     """
+    _require_counts(count, held_out)
     order = np.random.default_rng(seed).permutation(len(dataset.episodes))
     needed = _episodes_for(count) + _episodes_for(held_out)
     if needed > len(order):
@@ -120,12 +128,19 @@ def sample_dataset(dataset: LeRobotDataset, count: int, held_out: int, seed: int
             f"{len(order)}; ask for fewer or record more"
         )
     episodes = (dataset.episode(int(number)) for number in order)
-    source = {"dataset": dataset.root.name, "seed": seed}
+    source = {**dataset_source(dataset.root), "seed": seed}
     return _draw(episodes, count, held_out, seed, source)
 
 
 def sample_simulator(tasks: Sequence[str], count: int, held_out: int, seed: int) -> CalibrationSet:
-    """Draw observations from freshly recorded, disturbed expert episodes of all tasks in turn."""
+    """Draw observations from freshly recorded, disturbed expert episodes of all tasks in turn.
+
+    Raises:
+        QvlaError: nothing is asked for, or a task is unknown.
+    """
+    _require_counts(count, held_out)
+    if not tasks:
+        raise QvlaError("drawing from the simulator needs at least one task, got none")
     recording = Recording(seed=seed)
 
     def episodes() -> Iterable[Episode]:
@@ -141,6 +156,20 @@ def sample_simulator(tasks: Sequence[str], count: int, held_out: int, seed: int)
     return _draw(episodes(), count, held_out, seed, source)
 
 
+def dataset_source(root: Path) -> dict[str, str]:
+    """Return what tells one LeRobot data set from another: its name and its metadata's digest."""
+    files = (p.relative_to(root).as_posix() for p in (root / "meta").rglob("*") if p.is_file())
+    return {"dataset": root.resolve().name, "dataset_digest": sha256_tree(root, files)}
+
+
+def _require_counts(count: int, held_out: int) -> None:
+    if count < 1 or held_out < 1:
+        raise QvlaError(
+            "observations to measure on and to judge by must be at least 1 each, "
+            f"got {count} and {held_out}"
+        )
+
+
 def _draw(
     episodes: Iterable[Episode], count: int, held_out: int, seed: int, source: Mapping[str, Any]
 ) -> CalibrationSet:
@@ -150,7 +179,13 @@ def _draw(
     for wanted in (count, held_out):
         drawn: list[Observation] = []
         while len(drawn) < wanted:
-            drawn.extend(_frames(next(ordered), random, wanted - len(drawn)))
+            episode = next(ordered, None)
+            if episode is None:
+                raise QvlaError(
+                    f"the episodes are too short for {count} + {held_out} observations, "
+                    f"{_FRAMES_PER_EPISODE} of each; ask for fewer or record more"
+                )
+            drawn.extend(_frames(episode, random, wanted - len(drawn)))
         parts.append(tuple(drawn))
     return CalibrationSet(parts[0], parts[1], {**source, "count": count, "held_out": held_out})
 
@@ -173,12 +208,19 @@ def _episodes_for(count: int) -> int:
 
 
 def _stacked(observations: Sequence[Observation]) -> dict[str, NDArray[Any]]:
-    tensors: dict[str, NDArray[Any]] = {"state": np.stack([o.state for o in observations])}
-    for name in observations[0].images:
-        shapes = {o.images[name].shape for o in observations}
+    first = observations[0]
+    if any(list(o.images) != list(first.images) for o in observations):
+        raise QvlaError(f"all observations must have the cameras {list(first.images)}")
+    columns: dict[str, list[NDArray[Any]]] = {"state": [o.state for o in observations]}
+    for name in first.images:
+        columns[_IMAGES + name] = [o.images[name] for o in observations]
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, arrays in columns.items():
+        shapes = {array.shape for array in arrays}
         if len(shapes) != 1:
-            raise QvlaError(f"images of camera {name!r} must have one size, got {sorted(shapes)}")
-        tensors[_IMAGES + name] = np.stack([o.images[name] for o in observations])
+            what = f"images of camera {name.removeprefix(_IMAGES)!r}" if "/" in name else "states"
+            raise QvlaError(f"{what} must have one size, got {sorted(shapes)}")
+        tensors[name] = np.stack(arrays)
     return tensors
 
 

@@ -1,5 +1,6 @@
 """Demonstrations as training samples: pictures, prompts, states, chunks of normalized actions."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from calibration.image_codec import decode_png
 from calibration.lerobot import LeRobotDataset
 from calibration.lerobot_writer import Episode
+from qvla_export.errors import QvlaError
 from qvla_export.policies.oft_config import OftConfig
 from qvla_export.policies.oft_init import PAD_ID, train_tokenizer
 from qvla_export.processor import OPENVLA_PROMPT, with_suffix
@@ -47,18 +49,32 @@ class TrainingFrames:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the samples and the tokenizer."""
+        digest = hashlib.sha256(self.tokenizer.to_str().encode())
+        for tensor in (self.images, self.states, self.chunks, self.goals, self.prompt_index):
+            digest.update(f"{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
 
 def load_frames(
     dataset: LeRobotDataset, config: OftConfig, name: str, vocab_size: int
 ) -> TrainingFrames:
-    """Read a whole data set into memory and fit its tokenizer and statistics."""
+    """Read a whole data set into memory and fit its tokenizer and statistics.
+
+    Raises:
+        QvlaError: the data set's camera, image size, state or action do not fit the policy's.
+    """
+    _require_features(dataset, config)
     numbers = track(range(len(dataset.episodes)), description="reading demonstrations")
     episodes = [dataset.episode(number) for number in numbers]
     statistics = _statistics(episodes)
     action, state = _bounds(statistics["action"]), _bounds(statistics["proprio"])
     tokenizer, prompts, lengths, index = _prompts(episodes, config, vocab_size)
     camera = config.cameras[0]
-    images = np.stack([decode_png(png) for e in episodes for png in e.images[camera]])
+    images = _stacked_images([png for e in episodes for png in e.images[camera]])
     states = [state.normalize(e.state) for e in episodes]
     chunks = [_chunks(action.normalize(e.action), config.horizon) for e in episodes]
     goals = [np.broadcast_to(s[-1, :POSITION_DIM], (len(s), POSITION_DIM)) for s in states]
@@ -75,6 +91,31 @@ def load_frames(
     )
 
 
+def _require_features(dataset: LeRobotDataset, config: OftConfig) -> None:
+    camera = config.cameras[0]
+    if camera not in dataset.keys.images:
+        raise QvlaError(
+            f"the policy sees camera {camera!r}, {dataset.root} has {sorted(dataset.keys.images)}"
+        )
+    needed = {dataset.keys.action: config.action_dim}
+    if dataset.keys.state is not None:
+        needed[dataset.keys.state] = config.state_dim
+    for key, length in needed.items():
+        shape = list(dataset.features[key]["shape"])
+        if shape != [length]:
+            raise QvlaError(
+                f"the policy's {key} has {length} numbers, that of {dataset.root} has shape {shape}"
+            )
+
+
+def _stacked_images(pictures: Sequence[bytes]) -> NDArray[np.uint8]:
+    images = [decode_png(png) for png in pictures]
+    shapes = {image.shape for image in images}
+    if len(shapes) != 1:
+        raise QvlaError(f"all frames must have one size, got {sorted(shapes)}")
+    return np.stack(images)
+
+
 def _chunks(actions: NDArray[np.float32], horizon: int) -> NDArray[np.float32]:
     """Return the next `horizon` actions of every frame.  float32 [n, horizon, dim]"""
     steps = np.arange(len(actions))[:, None] + np.arange(horizon)
@@ -89,6 +130,11 @@ def _prompts(
     instructions = sorted({e.instruction for e in episodes})
     texts = [OPENVLA_PROMPT.format(instruction=i.lower()) for i in instructions]
     tokenizer = train_tokenizer(texts, vocab_size)
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise QvlaError(
+            f"a vocabulary of {vocab_size} is too small, single bytes and special tokens alone "
+            f"take {tokenizer.get_vocab_size()}"
+        )
     rows = [
         with_suffix(np.asarray(tokenizer.encode(t).ids, np.int64), config.suffix_token_id)
         for t in texts

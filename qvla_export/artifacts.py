@@ -40,7 +40,8 @@ def sha256_tree(root: Path, names: Iterable[str] | None = None) -> str:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    _remove_leftovers(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -55,8 +56,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, keys in the order given."""
-    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    """Write JSON atomically, keys in the order given; a file that says the same is left alone."""
+    data = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+    if not path.is_file() or path.read_bytes() != data:
+        write_bytes(path, data)
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -80,7 +83,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     An existing folder at `path` is replaced after the new one is complete and synced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    _remove_leftovers(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -89,7 +93,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                     os.fsync(opened.fileno())
         temporary.chmod(0o755)
         if path.exists():
-            stale = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            stale = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
             path.rename(stale / "old")
             temporary.rename(path)
             shutil.rmtree(stale)
@@ -127,6 +131,33 @@ def require_fields(value: Mapping[str, Any], fields: Iterable[str], what: str) -
     missing = [name for name in fields if name not in value]
     if missing:
         raise ArtifactError(f"{what} lacks {missing}; it may be of another version, make it anew")
+
+
+def _prefix(path: Path) -> str:
+    """Start of the temporary names of an artifact: who writes it, and on which machine."""
+    return f".{path.name}.{platform.node()}.{os.getpid()}."
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files of an artifact whose writer, of this machine, was killed."""
+    start = f".{path.name}.{platform.node()}."
+    for entry in path.parent.iterdir():
+        writer = entry.name.removeprefix(start).partition(".")[0]
+        if entry.name.startswith(start) and writer.isdigit() and not _is_running(int(writer)):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _sync_folder(path: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qvla_export.errors import QvlaError
+from qvla_export.errors import ArtifactError, QvlaError
 
 _SETTING = re.compile(r"w(?P<bits>\d+(\.\d+)?)(?P<uniform>-rtn)?")
 
@@ -42,6 +42,17 @@ def parse_setting(name: str) -> Setting:
     if found["uniform"] and bits not in (2, 4, 8, 16):
         raise QvlaError(f"uniform widths are 2, 4, 8 or 16, got {name!r}")
     return Setting(name, "uniform" if found["uniform"] else "planned", bits)
+
+
+def made(path: Path, command: str) -> Path:
+    """Return the path of an artifact that an earlier stage has made.
+
+    Raises:
+        ArtifactError: it is missing; the message names the command that makes it.
+    """
+    if not path.exists():
+        raise ArtifactError(f"{path} not found; make it first with: qvla {command}")
+    return path
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from qvla_export.cli.options import (
     open_checkpoint,
 )
 from qvla_export.errors import QvlaError
-from qvla_export.run_folder import RunFolder, parse_setting
+from qvla_export.run_folder import RunFolder, made, parse_setting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,15 +84,16 @@ def plan(run: RunOption, setting: SettingOption, target: TargetOption = "cpu") -
     from qvla_export.cli import stages
     from qvla_export.sensitivity import Sensitivities
 
-    folder, wanted = RunFolder(run), parse_setting(setting)
-    digest = Sensitivities.load(folder.sensitivities).policy_digest
-    made = stages.plan(folder, wanted, find_target(target), digest)
-    if made is None:
+    folder, wanted, device = RunFolder(run), parse_setting(setting), find_target(target)
+    digest = Sensitivities.load(made(folder.sensitivities, "sensitivities")).policy_digest
+    planned = stages.plan(folder, wanted, device, digest)
+    if planned is None:
         raise QvlaError("the float setting has no plan; choose w4, w8, w4-rtn, ...")
     typer.echo(
-        f"plan: {made.mean_bits_per_channel:.2f} mean bits per channel, "
-        f"{made.mean_bits_per_weight:.2f} per weight, {made.stored_bits_per_weight:.2f} stored, "
-        f"{made.ratio:.3f} of float16 -> {folder.plan(wanted)}"
+        f"plan: {planned.mean_bits_per_channel:.2f} mean bits per channel, "
+        f"{planned.mean_bits_per_weight:.2f} per weight, "
+        f"{planned.stored_bits_per_weight:.2f} stored, {planned.ratio:.3f} of float16 "
+        f"-> {folder.plan(wanted)}"
     )
 
 

@@ -107,9 +107,9 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     from qvla_export.cli import judging, stages
 
     run, target = wanted.run, find_target(wanted.target)
-    _describe(wanted, policy)
     _say("calibration")
     stages.calibrate(run, wanted.dataset, wanted.tasks, wanted.count, wanted.held_out, wanted.seed)
+    _describe(wanted, policy)
     _say("sensitivities of every channel and width")
     stages.sensitivities(run, policy, target, 8, wanted.seed)
     if wanted.check_pairs:
@@ -136,7 +136,7 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
 
 
 def _run_episodes(wanted: Deployment) -> None:
-    from calibration.rollouts import CONTROLS, RolloutConfig
+    from calibration.evaluation import CONTROLS, RolloutConfig
     from qvla_export.cli import judging
 
     base = RolloutConfig(wanted.tasks, wanted.episodes)

@@ -3,23 +3,20 @@
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.progress import Progress
 
 from qvla_export.artifacts import read_json, write_json
 from qvla_export.cli.opening import PolicySource
-from qvla_export.cli.stages import bar, kept_artifact
-from qvla_export.observation import Observation
-from qvla_export.plan import BitPlan
-from qvla_export.run_folder import RunFolder, Setting, parse_setting
+from qvla_export.cli.stages import bar, kept_artifact, load_plan
+from qvla_export.run_folder import RunFolder, Setting, made
 
 if TYPE_CHECKING:
-    from calibration.rollouts import Evaluation, RolloutConfig
+    from calibration.evaluation import Evaluation, RolloutConfig
     from jetson.latency import LatencyComparison
+    from qvla_export.bundle import Bundle
     from qvla_export.policies.oft import OftPolicy
 
 
@@ -33,11 +30,10 @@ def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[
     from engines.load import load_engine
     from engines.verify import MAX_DRIFT, VerificationError, action_drift
     from jetson.policy import EnginePolicy
-    from qvla_export.bundle import Bundle
     from qvla_export.export import golden_actions
 
-    bundle, path = Bundle.load(run.bundle(setting)), run.action_error(setting)
-    calibration = CalibrationSet.load(run.calibration)
+    bundle, path = load_bundle(run, setting), run.action_error(setting)
+    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
     identity = {
         "setting": setting.name,
         "bundle_digest": bundle.digest,
@@ -46,8 +42,7 @@ def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[
     kept = kept_artifact(path, lambda p: read_json(p, "action error"))
     if kept is not None and all(kept.get(name) == value for name, value in identity.items()):
         return dict(kept)
-    made = None if setting.kind == "float" else BitPlan.load(run.plan(setting))
-    golden = golden_actions(policy, made, calibration.held_out)
+    golden = golden_actions(policy, load_plan(run, setting), calibration.held_out)
     with load_engine(bundle) as engine:
         robot = EnginePolicy(bundle, engine)
         actions = np.stack([robot.infer(o).normalized for o in calibration.held_out])
@@ -79,19 +74,27 @@ def rollouts(
     run: RunFolder, setting: Setting, config: "RolloutConfig", source: PolicySource, workers: int
 ) -> "Evaluation":
     """Run a bundle closed loop beside the float policy of `source`; or its float control."""
-    from calibration.rollouts import evaluate, load_evaluation
-    from qvla_export.bundle import Bundle
+    from calibration.evaluation import load_evaluation
+    from calibration.rollouts import evaluate
 
     path = run.evaluation(setting) if config.control == "none" else run.control(config.control)
-    place = str(run.bundle(setting))
-    digest = Bundle.load(run.bundle(setting)).digest
+    bundle = load_bundle(run, setting)
     kept = kept_artifact(path, load_evaluation)
-    if kept is not None and kept.digest == digest and _same_episodes(kept.config, config):
+    if kept is not None and (kept.digest, kept.config) == (bundle.digest, config.runnable()):
+        # A kill between writing the result and removing its journal leaves the journal.
+        path.with_name(path.name + ".partial").unlink(missing_ok=True)
         return kept
     name = setting.name if config.control == "none" else f"{setting.name}, {config.control}"
-    candidate = PolicySource(place, threads=1)
-    reference = None if config.control != "none" else source
-    return evaluate(name, digest, candidate, config, path, reference, workers)
+    return evaluate(
+        name,
+        bundle.digest,
+        PolicySource(str(bundle.path), threads=1),
+        config,
+        path,
+        reference=None if config.control != "none" else source,
+        workers=workers,
+        reference_digest=bundle.policy_digest,
+    )
 
 
 def latency(
@@ -105,15 +108,15 @@ def latency(
     from jetson.profiling import profile_latency
     from jetson.server import running_server
     from jetson.settings import ServerSettings
-    from qvla_export.bundle import Bundle
 
-    bundles = {setting.name: Bundle.load(run.bundle(setting)) for setting in settings}
-    served = next(reversed([n for n in bundles if parse_setting(n).kind != "uniform"]))
+    bundles = {setting.name: load_bundle(run, setting) for setting in settings}
+    # Baselines are not what one would serve, unless there is nothing else.
+    served = [*bundles, *(s.name for s in settings if s.kind != "uniform")][-1]
     names = {**{n: b.digest for n, b in bundles.items()}, f"{served} served": ""}
     kept = kept_artifact(run.latency, LatencyComparison.load)
     if kept is not None and _same_profiles(kept, names, samples):
         return kept
-    observations = CalibrationSet.load(run.calibration).held_out
+    observations = CalibrationSet.load(made(run.calibration, "calibrate")).held_out
     policies: dict[str, Any] = {}
     cold_start_ms: dict[str, float] = {}
     with ExitStack() as stack, Progress() as progress:
@@ -137,16 +140,15 @@ def latency(
     return compared
 
 
-def infer_all(policy: Any, observations: Sequence[Observation]) -> NDArray[np.float32]:
-    """Return normalized chunks of observations.  float32 [n, horizon, dim]"""
-    return np.stack([policy.infer(observation).normalized for observation in observations])
+def load_bundle(run: RunFolder, setting: Setting) -> "Bundle":
+    """Read and verify a setting's bundle.
 
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    from qvla_export.bundle import Bundle
 
-def _same_episodes(kept: "RolloutConfig", wanted: "RolloutConfig") -> bool:
-    fields = asdict(kept) | {"tasks": None}
-    same = fields == asdict(wanted) | {"tasks": None}
-    # The wrong-instruction control keeps only tasks that share a scene.
-    return same and set(kept.tasks) <= set(wanted.tasks)
+    return Bundle.load(made(run.bundle(setting), f"export --setting {setting.name}"))
 
 
 def _same_profiles(kept: "LatencyComparison", digests: Mapping[str, str], samples: int) -> bool:

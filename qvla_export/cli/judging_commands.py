@@ -44,14 +44,18 @@ def evaluate(
     preset: PresetOption = None,
 ) -> None:
     """Run closed-loop episodes in the simulator; success with its Wilson 95 % interval."""
-    from calibration.rollouts import RolloutConfig
+    from calibration.evaluation import RolloutConfig
     from calibration.rollouts import evaluate as run_episodes
 
     config = RolloutConfig(chosen_tasks(tasks), episodes, seed, execute, control)  # type: ignore[arg-type]  # checked there
     source = PolicySource(policy, unnorm_key, preset, threads=1)
     other = None if reference is None else PolicySource(reference, unnorm_key, preset, threads=1)
     digest = source.digest(source())
-    result = run_episodes(Path(policy).name, digest, source, config, output, other, workers)
+    # Opened here as well, so that a bad reference is refused before any episode.
+    other_digest = "" if other is None else other.digest(other())
+    result = run_episodes(
+        Path(policy).name, digest, source, config, output, other, workers, other_digest
+    )
     low, high = result.interval()
     for task in result.config.tasks:
         typer.echo(f"  {task}: {result.success(task):.0%}")

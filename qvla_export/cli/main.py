@@ -7,6 +7,9 @@ from rich.console import Console
 
 from qvla_export.errors import QvlaError
 
+# What typer exits with after Ctrl-C.
+_INTERRUPTED = 130
+
 
 def main() -> None:
     """Run the `qvla` command; exit 2 with one message on an error a user can mend."""
@@ -17,9 +20,17 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app()
-    except QvlaError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+    except (QvlaError, OSError) as error:
+        # A library's message may have several lines; scripts and logs want one.
+        _say(f"error: {' '.join(str(error).split())}", "red")
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command continues", style="yellow")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            _say("interrupted; the same command continues", "yellow")
+        raise
+
+
+def _say(text: str, style: str) -> None:
+    # soft_wrap: a line stays one line where nobody looks at a terminal.
+    console = Console(stderr=True)
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from qvla_export.artifacts import require_same, sha256_file
 from qvla_export.errors import ArtifactError
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.quantize import QuantizerSpec, spec_for
-from qvla_export.run_folder import RunFolder, Setting
+from qvla_export.run_folder import RunFolder, Setting, made
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.target import Target
 
@@ -29,23 +29,29 @@ T = TypeVar("T")
 
 # Bits per weight that a uniform plan stores per nominal bit: scales of 16 bits, blocks of 64.
 _STORED_PER_BIT = 17 / 16
+_MEASURE = "Measure the sensitivities of this policy: qvla sensitivities."
 
 
 def calibrate(
     run: RunFolder, dataset: Path | None, tasks: Sequence[str], count: int, held_out: int, seed: int
 ) -> "CalibrationSet":
     """Draw the calibration set, or keep the one of the same source."""
-    from calibration.samples import CalibrationSet, sample_dataset, sample_simulator
+    from calibration.lerobot import LeRobotDataset
+    from calibration.samples import (
+        CalibrationSet,
+        dataset_source,
+        sample_dataset,
+        sample_simulator,
+    )
 
+    opened = None if dataset is None else LeRobotDataset(dataset)
     wanted: dict[str, Any] = {"count": count, "held_out": held_out, "seed": seed}
-    wanted |= {"dataset": dataset.name} if dataset else {"simulator": list(tasks)}
+    wanted |= {"simulator": list(tasks)} if dataset is None else dataset_source(dataset)
     kept = kept_artifact(run.calibration, CalibrationSet.load)
     if kept is not None and dict(kept.source) == wanted:
         return kept
-    if dataset is not None:
-        from calibration.lerobot import LeRobotDataset
-
-        drawn = sample_dataset(LeRobotDataset(dataset), count, held_out, seed)
+    if opened is not None:
+        drawn = sample_dataset(opened, count, held_out, seed)
     else:
         drawn = sample_simulator(tasks, count, held_out, seed)
     drawn.save(run.calibration)
@@ -59,15 +65,16 @@ def sensitivities(
     from calibration.samples import CalibrationSet
     from qvla_export.first_order import FirstOrder, measure_first_order
 
-    calibration = CalibrationSet.load(run.calibration)
+    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
     quantizer = spec_for(target)
+    journal = run.sensitivities.with_suffix(".progress")
     kept = kept_artifact(run.sensitivities, Sensitivities.load)
     if kept is not None and (
         (kept.policy_digest, kept.calibration_digest, kept.quantizer, kept.probes)
         == (policy.digest, calibration.digest, quantizer, probes or 0)
     ):
+        journal.unlink(missing_ok=True)
         return kept
-    journal = run.sensitivities.with_suffix(".progress")
     with Progress() as progress:
         measured = measure_first_order(
             policy,
@@ -87,11 +94,12 @@ def agreement(run: RunFolder, policy: "OftPolicy", pairs: int, seed: int) -> "Ag
     from calibration.samples import CalibrationSet
     from qvla_export.agreement import Agreement, compare_with_exact
 
-    measured = Sensitivities.load(run.sensitivities)
+    measured = Sensitivities.load(made(run.sensitivities, "sensitivities"))
+    require_same("policy and sensitivities", measured.policy_digest, policy.digest, _MEASURE)
     kept = kept_artifact(run.agreement, Agreement.load)
     if kept is not None and kept.sensitivities_digest == measured.digest:
         return kept
-    observations = CalibrationSet.load(run.calibration).observations
+    observations = CalibrationSet.load(made(run.calibration, "calibrate")).observations
     with Progress() as progress:
         compared = compare_with_exact(
             measured, policy, observations, pairs, seed, on_progress=bar(progress, "exact sample")
@@ -101,18 +109,13 @@ def agreement(run: RunFolder, policy: "OftPolicy", pairs: int, seed: int) -> "Ag
 
 
 def plan(run: RunFolder, setting: Setting, target: Target, policy_digest: str) -> BitPlan | None:
-    """Allocate bits for a setting; None for float."""
+    """Allocate bits for a setting, and leave a file of the same plan alone; None for float."""
     if setting.kind == "float":
         return None
-    measured = Sensitivities.load(run.sensitivities)
-    require_same(
-        "policy and sensitivities",
-        measured.policy_digest,
-        policy_digest,
-        "Measure the sensitivities of this policy: qvla sensitivities.",
-    )
+    measured = Sensitivities.load(made(run.sensitivities, "sensitivities"))
+    require_same("policy and sensitivities", measured.policy_digest, policy_digest, _MEASURE)
     if setting.kind == "uniform":
-        made = uniform_plan(
+        planned = uniform_plan(
             _shapes(measured), int(setting.bits), target, policy_digest, _round_to_nearest(target)
         )
     else:
@@ -120,9 +123,9 @@ def plan(run: RunFolder, setting: Setting, target: Target, policy_digest: str) -
         if setting.bits in target.containers:
             uniform = uniform_plan(_shapes(measured), int(setting.bits), target, policy_digest)
             cap = uniform.ratio
-        made = allocate_bits(measured, Budget("bits per channel", setting.bits, cap), target)
-    made.save(run.plan(setting))
-    return made
+        planned = allocate_bits(measured, Budget("bits per channel", setting.bits, cap), target)
+    planned.save(run.plan(setting))
+    return planned
 
 
 def export(run: RunFolder, setting: Setting, policy: "OftPolicy", target: Target) -> "Bundle":
@@ -131,17 +134,31 @@ def export(run: RunFolder, setting: Setting, policy: "OftPolicy", target: Target
     from qvla_export.bundle import Bundle
     from qvla_export.export import export_bundle
     from qvla_export.float_graph import export_float
+    from qvla_export.layers import layer_shapes
 
     path = run.bundle(setting)
-    made = None if setting.kind == "float" else BitPlan.load(run.plan(setting))
+    planned = load_plan(run, setting)
+    golden = CalibrationSet.load(made(run.calibration, "calibrate")).held_out[:8]
     kept = kept_artifact(path, Bundle.load)
-    if kept is not None and _is_of(kept, policy, made, run, setting):
+    if kept is not None and _is_of(kept, policy, planned, run, setting):
         return kept
+    if planned is not None:
+        planned.require_fits(layer_shapes(policy.layers()), policy.digest)
     if policy.digest not in _GRAPHS:
         _GRAPHS.clear()
         _GRAPHS[policy.digest] = export_float(policy, target)
-    golden = CalibrationSet.load(run.calibration).held_out[:8]
-    return export_bundle(policy, made, target, golden, path, _GRAPHS[policy.digest])
+    return export_bundle(policy, planned, target, golden, path, _GRAPHS[policy.digest])
+
+
+def load_plan(run: RunFolder, setting: Setting) -> BitPlan | None:
+    """Read a setting's plan; None for float.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    if setting.kind == "float":
+        return None
+    return BitPlan.load(made(run.plan(setting), f"plan --setting {setting.name}"))
 
 
 # Policy digest -> float graph, traced once for all settings of a run.
@@ -149,12 +166,12 @@ _GRAPHS: dict[str, Any] = {}
 
 
 def _is_of(
-    bundle: "Bundle", policy: "OftPolicy", made: BitPlan | None, run: RunFolder, setting: Setting
+    bundle: "Bundle", policy: "OftPolicy", planned: BitPlan | None, run: RunFolder, setting: Setting
 ) -> bool:
-    if bundle.policy_digest != policy.digest or (bundle.plan is None) != (made is None):
+    if bundle.policy_digest != policy.digest or (bundle.plan is None) != (planned is None):
         return False
     stored = bundle.path / "plan.json"
-    return made is None or sha256_file(stored) == sha256_file(run.plan(setting))
+    return planned is None or sha256_file(stored) == sha256_file(run.plan(setting))
 
 
 def _round_to_nearest(target: Target) -> QuantizerSpec:
