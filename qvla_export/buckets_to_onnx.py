@@ -1,4 +1,4 @@
-"""One bucketed linear map as ONNX nodes: packed codes, DequantizeLinear, MatMul, Concat, Gather."""
+"""One bucketed linear map as ONNX nodes: packed codes, DequantizeLinear, MatMul, channel order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ CODES_SUFFIX, SCALES_SUFFIX, HALVES_SUFFIX = ".codes", ".scales", ".halves"
 _CODE_TYPES = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
 # ONNX Runtime 1.32 repacks INT2 columns four at a time and computes garbage otherwise.
 _COLUMN_MULTIPLE = {2: 4}
+# Pieces up to which Split + Concat is used instead of a Gather. Two layers that share an order
+# (gate and up of a gated MLP) need at most 4 + 16.
+_MOST_PIECES = 24
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def emit_buckets(
     Cases:
         1. every channel is pruned: zeros of the right shape;
         2. one width, no filling: a single MatMul, no Concat, no Gather;
-        3. else the buckets' outputs side by side and one Gather that picks each channel's column.
+        3. else the buckets' outputs side by side and the channels' order restored.
            Pruned channels pick a column of zeros: a filled-up one if there is one.
     """
     if not weight.weights:
@@ -66,10 +69,54 @@ def emit_buckets(
     if needs_zero:
         outputs[-1] = _append_zero(tape, name, outputs[-1])
     joined = outputs[0] if len(outputs) == 1 else tape.op("Concat", outputs, {"axis": -1})
-    if np.array_equal(index, np.arange(sum(columns) + needs_zero)):
+    rank = None if inputs.shape is None else inputs.shape.rank()
+    return _restore_order(tape, name, joined, index, sum(columns) + needs_zero, rank)
+
+
+def _restore_order(
+    tape: ir.tape.Tape,
+    name: str,
+    joined: ir.Value,
+    index: NDArray[np.int64],
+    columns: int,
+    rank: int | None,
+) -> ir.Value:
+    """Pick columns of [..., columns] by index, as ONNX Runtime does it fastest.
+
+    Cases:
+        1. all columns as they are: nothing;
+        2. few runs of consecutive columns: Slice, or Split and Concat;
+        3. else a Gather of the transposed: it copies whole rows, along the last axis single
+           numbers. 90 x 768 on one AVX2 thread: 38 us, transposing included, and 157 us.
+    """
+    if np.array_equal(index, np.arange(columns)):
         return joined
+    cuts = np.flatnonzero(np.diff(index) != 1) + 1
+    starts = index[np.concatenate([[0], cuts])]
+    stops = index[np.concatenate([cuts - 1, [-1]])] + 1
+    bounds = np.unique(np.concatenate([starts, stops, [0, columns]]))
+    if len(starts) == 1:
+        limits = [np.array([value], np.int64) for value in (starts[0], stops[0], -1)]
+        names = ("start", "stop", "axis")
+        constants = [_constant(tape, f"{name}.{n}", v) for n, v in zip(names, limits, strict=True)]
+        return tape.op("Slice", [joined, *constants])
+    if max(len(starts), len(bounds) - 1) <= _MOST_PIECES:
+        sizes = _constant(tape, f"{name}.pieces", np.diff(bounds))
+        pieces = tape.op_multi_out(
+            "Split", [joined, sizes], {"axis": -1}, num_outputs=len(bounds) - 1
+        )
+        picked = [
+            pieces[i]
+            for start, stop in zip(starts, stops, strict=True)
+            for i in range(*np.searchsorted(bounds, [start, stop]))
+        ]
+        return tape.op("Concat", picked, {"axis": -1})
     order = _constant(tape, f"{name}.order", index.astype(np.int32))
-    return tape.op("Gather", [joined, order], {"axis": -1})
+    if rank is None:
+        return tape.op("Gather", [joined, order], {"axis": -1})
+    rows = tape.op("Transpose", [joined], {"perm": [rank - 1, *range(rank - 1)]})
+    gathered = tape.op("Gather", [rows, order], {"axis": 0})
+    return tape.op("Transpose", [gathered], {"perm": [*range(1, rank), 0]})
 
 
 def _gather_index(weight: BucketedWeight, columns: Sequence[int]) -> tuple[NDArray[np.int64], bool]:

@@ -56,8 +56,26 @@ def test_single_width(bits: int, channels: int, tmp_path: Path) -> None:
     model = check_linear(widths, 100, True, tmp_path)
     ops = [node.op_type for node in model.graph]
     assert ops.count("MatMul") == (1 if bits else 0)
-    # Two bits fill up to a multiple of four channels, and the Gather drops the rest.
-    assert ("Gather" in ops) == (bits == 2 and channels == 5)
+    # Two bits fill up to a multiple of four channels, and the Slice drops the rest.
+    assert ("Slice" in ops) == (bits == 2 and channels == 5)
+    assert "Gather" not in ops
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected", "absent"),
+    [
+        ([8] * 20 + [4] * 20, {"Concat"}, {"Split", "Gather", "Slice"}),
+        ([4] * 20 + [8] * 20, {"Concat", "Split"}, {"Gather", "Slice"}),
+        ([4, 8] * 20, {"Concat", "Gather", "Transpose"}, {"Split", "Slice"}),
+    ],
+)
+def test_order_is_restored_by_the_cheapest_operators(
+    widths: list[int], expected: set[str], absent: set[str], tmp_path: Path
+) -> None:
+    model = check_linear(np.array(widths, np.int8), 64, False, tmp_path)
+    ops = {node.op_type for node in model.graph}
+    assert expected <= ops
+    assert not absent & ops
 
 
 @pytest.mark.parametrize("channels", range(1, 9))
