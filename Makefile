@@ -93,8 +93,10 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# A stale build/ would put modules that no longer exist into the wheel.
 wheel: install
-	@$(BIN)/python -m build --wheel --no-isolation
+	@rm -rf build
+	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
 	@rm -rf $(VENV) build dist qvla.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

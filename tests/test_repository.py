@@ -12,7 +12,7 @@ MEGABYTE = 1_000_000
 FORBIDDEN = {
     "an absolute path of a workplace": re.compile("/" + r"(work|root|home/\w+)/"),
     "a package registry": re.compile(
-        r"(pypi|pythonhosted|npmjs|anaconda)\." + r"(org|com)|/opt/(pypi|wheels)|(extra-)?index-url"
+        r"(pypi|pythonhosted|npmjs|anaconda)\." + r"(org|com)|/opt/(pypi|wheels)|index[-_]url"
     ),
 }
 
