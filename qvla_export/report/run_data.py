@@ -1,0 +1,272 @@
+"""A run folder -> `RunData`, everything the page shows, checked to belong together."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any, TypeVar
+
+from qvla_export.artifacts import require_same, sha256_file
+from qvla_export.bundle import Bundle
+from qvla_export.errors import ArtifactError, ArtifactMismatch
+from qvla_export.plan import BitPlan
+from qvla_export.report.measured import (
+    ActionError,
+    Latency,
+    RankAgreement,
+    Rollouts,
+    damage_named,
+    read_action_error,
+    read_agreement,
+    read_latencies,
+    read_object,
+    read_rollouts,
+)
+from qvla_export.sensitivity import Sensitivities
+
+_T = TypeVar("_T")
+
+CONTROLS = ("blank-image", "wrong-instruction")
+_REMEDY = "Run `qvla deploy` on this run folder again."
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What run.json says."""
+
+    policy: str
+    policy_digest: str
+    target: str
+    command: str
+    created: str
+    versions: Mapping[str, str]
+    machine: Mapping[str, str]
+    # Folder names below settings/, in the order shown.
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to store the policy, and what became of its actions."""
+
+    name: str
+    # None for the float policy.
+    plan: BitPlan | None
+    # Bytes of the bundle's model: graph and weights.
+    bundle_bytes: int
+    # Bytes of the quantizable layers as they lie in the bundle, scales included.
+    layer_bytes: int
+    action_error: ActionError | None
+    rollouts: Rollouts | None
+    latency: Latency | None
+
+    @property
+    def measured_widths(self) -> bool:
+        """Whether the widths were chosen by sensitivities rather than uniformly."""
+        return self.plan is not None and self.plan.sensitivities_digest is not None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything a report shows."""
+
+    folder: str
+    info: RunInfo
+    # What calibration/calibration.json says; None where it is missing.
+    calibration: Mapping[str, Any] | None
+    sensitivities: Sensitivities
+    agreement: RankAgreement | None
+    settings: tuple[Setting, ...]
+    # By name, of those in `CONTROLS` that were run.
+    controls: Mapping[str, Rollouts]
+    # Latency profiles of no setting, by name: bundles that were reached through a server.
+    other_latencies: Mapping[str, Latency]
+
+    @property
+    def float16_bytes(self) -> int:
+        """Bytes of the quantizable layers' weights in float16."""
+        sizes = self.sensitivities.weights_per_channel
+        values = self.sensitivities.values
+        return 2 * sum(int(v.shape[1]) * sizes[name] for name, v in values.items())
+
+    @property
+    def float_setting(self) -> Setting | None:
+        """The first setting without a plan."""
+        return next((s for s in self.settings if s.plan is None), None)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An optional artifact that a run lacks."""
+
+    # In words.
+    what: str
+    # What makes it.
+    command: str
+
+
+def missing_artifacts(data: RunData) -> dict[str, list[Missing]]:
+    """Return the optional artifacts that are not there, by the page's section."""
+    run = quote(data.folder)
+    deploy = f"qvla deploy --policy <checkpoint> --run {run}"
+    absent: dict[str, list[Missing]] = {"calibration": [], "agreement": []}
+    if data.calibration is None:
+        absent["calibration"].append(Missing("calibration set", f"qvla calibrate --run {run}"))
+    if data.agreement is None:
+        command = f"qvla sensitivities --run {run} --policy <checkpoint> --check-pairs 500"
+        absent["agreement"].append(Missing("comparison with exact sensitivities", command))
+    settings = data.settings
+    absent["action_error"] = [
+        Missing(f"action error of {s.name}", deploy) for s in settings if s.action_error is None
+    ]
+    absent["latency"] = [
+        Missing(f"latency of {s.name}", deploy) for s in settings if s.latency is None
+    ]
+    absent["evaluation"] = [
+        Missing(f"closed-loop episodes of {s.name}", _evaluate_command(data.folder, s.name))
+        for s in settings
+        if s.rollouts is None
+    ]
+    absent["controls"] = [
+        Missing(f"{name} control", _control_command(data, name))
+        for name in CONTROLS
+        if name not in data.controls
+    ]
+    return {section: pieces for section, pieces in absent.items() if pieces}
+
+
+def _evaluate_command(run: str, setting: str) -> str:
+    folder = f"{run}/settings/{setting}"
+    output = quote(f"{folder}/evaluation.json")
+    return f"qvla evaluate {quote(folder + '/bundle')} --reference <checkpoint> --output {output}"
+
+
+def _control_command(data: RunData, control: str) -> str:
+    first = data.float_setting or data.settings[0]
+    bundle = quote(f"{data.folder}/settings/{first.name}/bundle")
+    output = quote(f"{data.folder}/controls/{control}.json")
+    return f"qvla evaluate {bundle} --control {control} --output {output}"
+
+
+def read_run(run: Path) -> RunData:
+    """Read a run folder.
+
+    Raises:
+        ArtifactError: a required artifact is missing, or any of them is damaged.
+        ArtifactMismatch: two of them do not belong together.
+    """
+    if not run.is_dir():
+        raise ArtifactError(f"run folder not found: {run}; `qvla deploy` makes one")
+    info = _read_info(run / "run.json")
+    sensitivities = Sensitivities.load(run / "sensitivities.safetensors")
+    _require("run and sensitivities", info.policy_digest, sensitivities.policy_digest)
+    agreement = _if_there(run / "agreement.json", read_agreement)
+    if agreement is not None:
+        made_for = agreement.sensitivities_digest
+        _require("agreement and sensitivities", made_for, sensitivities.digest)
+    latencies = _if_there(run / "latency.json", read_latencies) or {}
+    settings = tuple(
+        _read_setting(run / "settings" / name, info, sensitivities, latencies.get(name))
+        for name in info.settings
+    )
+    controls = {
+        name: rollouts
+        for name in CONTROLS
+        if (rollouts := _if_there(run / "controls" / f"{name}.json", read_rollouts)) is not None
+    }
+    return RunData(
+        folder=str(run),
+        info=info,
+        calibration=_read_calibration(run / "calibration" / "calibration.json", sensitivities),
+        sensitivities=sensitivities,
+        agreement=agreement,
+        settings=settings,
+        controls=controls,
+        other_latencies={n: v for n, v in latencies.items() if n not in info.settings},
+    )
+
+
+def _read_info(path: Path) -> RunInfo:
+    value = read_object(path, "run description", tuple(RunInfo.__dataclass_fields__))
+    with damage_named(path, "run description"):
+        settings = tuple(value["settings"])
+        info = RunInfo(
+            policy=str(value["policy"]),
+            policy_digest=str(value["policy_digest"]),
+            target=str(value["target"]),
+            command=str(value["command"]),
+            created=str(value["created"]),
+            versions=_texts(value["versions"]),
+            machine=_texts(value["machine"]),
+            settings=settings,
+        )
+    if not settings or len(set(settings)) != len(settings):
+        raise ArtifactError(f"{path} must list settings, none twice; {_REMEDY}")
+    for name in settings:
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+            raise ArtifactError(f"{path}: a setting must be the name of a folder, got {name!r}")
+    return info
+
+
+def _texts(table: Mapping[str, Any]) -> dict[str, str]:
+    return {str(key): str(value) for key, value in table.items()}
+
+
+def _read_calibration(path: Path, sensitivities: Sensitivities) -> Mapping[str, Any] | None:
+    if not path.exists():
+        return None
+    value = read_object(path, "calibration set", ("digest", "calibration", "held_out", "source"))
+    made_for = sensitivities.calibration_digest
+    _require("sensitivities and calibration set", made_for, str(value["digest"]))
+    return value
+
+
+def _read_setting(
+    folder: Path, info: RunInfo, sensitivities: Sensitivities, latency: Latency | None
+) -> Setting:
+    with damage_named(folder / "bundle", "bundle"):
+        bundle = Bundle.load(folder / "bundle")
+        parts = {str(part): int(count) for part, count in bundle.weight_bytes.items()}
+    _require(f"run and bundle {folder.name}", info.policy_digest, bundle.policy_digest)
+    plan = _read_plan(folder / "plan.json", bundle, sensitivities)
+    error = _if_there(folder / "action_error.json", read_action_error)
+    for what, made_for in (("action error", error), ("latency", latency)):
+        if made_for is not None:
+            _require(f"{what} and bundle {folder.name}", made_for.bundle_digest, bundle.digest)
+    rollouts = _if_there(folder / "evaluation.json", read_rollouts)
+    if rollouts is not None and rollouts.digest not in (bundle.digest, bundle.policy_digest):
+        _require(f"evaluation and bundle {folder.name}", rollouts.digest, bundle.digest)
+    return Setting(
+        name=folder.name,
+        plan=plan,
+        bundle_bytes=bundle.nbytes,
+        layer_bytes=sum(count for part, count in parts.items() if part != "rest"),
+        action_error=error,
+        rollouts=rollouts,
+        latency=latency,
+    )
+
+
+def _read_plan(path: Path, bundle: Bundle, sensitivities: Sensitivities) -> BitPlan | None:
+    if bundle.plan is None:
+        if path.exists():
+            raise ArtifactMismatch(f"{path} lies beside the bundle of a float policy. {_REMEDY}")
+        return None
+    with damage_named(path, "bit plan"):
+        plan = BitPlan.load(path)
+        shipped = str(bundle.plan["digest"])
+    _require(f"bundle and plan {path.parent.name}", shipped, sha256_file(path))
+    sizes = sensitivities.weights_per_channel
+    shapes = {name: (v.shape[1], sizes[name]) for name, v in sensitivities.values.items()}
+    plan.require_fits(shapes, sensitivities.policy_digest)
+    if plan.sensitivities_digest is not None:
+        _require("plan and sensitivities", plan.sensitivities_digest, sensitivities.digest)
+    return plan
+
+
+def _if_there(path: Path, read: Callable[[Path], _T]) -> _T | None:
+    return read(path) if path.exists() else None
+
+
+def _require(what: str, expected: str, got: str) -> None:
+    require_same(what, expected, got, _REMEDY)

@@ -1,0 +1,246 @@
+"""The page's words and numbers: the sentence, the comparison table, the smaller tables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qvla_export.report.measured import Latency, Share
+from qvla_export.report.run_data import RunData, Setting
+from qvla_export.target import WIDTHS
+
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number and, smaller below it, what qualifies it."""
+
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows below a heading; the first cell of a row names it."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+_COLUMNS = (
+    "Setting",
+    "Mean bits",
+    "Quantized layers",
+    "Bundle",
+    "Action error",
+    "Solved episodes",
+    "Latency",
+    "Latency ratio",
+)
+
+
+def comparison(data: RunData) -> Table:
+    """Return the table of all settings."""
+    return Table(_COLUMNS, tuple(_setting_row(setting, data) for setting in data.settings))
+
+
+def summary(data: RunData) -> str:
+    """Return one sentence about the smallest planned setting, from its numbers."""
+    planned = [s for s in data.settings if s.measured_widths] or [
+        s for s in data.settings if s.plan is not None
+    ]
+    if not planned:
+        return "Only the float policy is in this run folder; nothing is quantized yet."
+    chosen = min(planned, key=lambda setting: setting.layer_bytes)
+    assert chosen.plan is not None
+    share = chosen.layer_bytes / data.float16_bytes
+    clauses = [
+        f"At {chosen.plan.mean_bits_per_channel:.2f} mean bits per channel ({chosen.name}) the "
+        f"quantized layers take {_percent(share)} of their float16 bytes"
+    ]
+    reference = data.float_setting
+    if chosen.rollouts is not None:
+        solved = chosen.rollouts.success
+        text = f"the policy solves {_percent(solved.value)} of {solved.episodes} episodes"
+        if reference is not None and reference.rollouts is not None:
+            text += f" (float: {_percent(reference.rollouts.success.value)})"
+        clauses.append(text)
+    if chosen.action_error is not None:
+        clauses.append(_error_clause(chosen, data))
+    return _joined(clauses) + "."
+
+
+def controls(data: RunData) -> Table:
+    """Return the controls' success; empty rows where none were run."""
+    rows = tuple(
+        (
+            Cell(name, rollouts.policy),
+            _success(rollouts.success),
+            Cell(", ".join(rollouts.by_task)),
+        )
+        for name, rollouts in data.controls.items()
+    )
+    return Table(("Control", "Solved episodes", "Tasks"), rows)
+
+
+def dimensions(data: RunData) -> Table:
+    """Return the action error of every action dimension."""
+    errors = [(s.name, s.action_error) for s in data.settings if s.action_error is not None]
+    count = max((len(e.mean_abs_physical) for _, e in errors), default=0)
+    rows = tuple(
+        (Cell(name), Cell(kind), *(Cell(f"{v:.3g}") for v in values))
+        for name, e in errors
+        for kind, values in (
+            ("mean, physical", e.mean_abs_physical),
+            ("mean, normalized", e.mean_abs_normalized),
+            ("largest, normalized", e.max_abs_normalized),
+        )
+    )
+    return Table(("Setting", "|ΔA|", *(f"Dimension {i}" for i in range(count))), rows)
+
+
+def tasks(data: RunData) -> Table:
+    """Return the success of every task and setting."""
+    judged = [(s.name, s.rollouts) for s in data.settings if s.rollouts is not None]
+    names = list(dict.fromkeys(task for _, rollouts in judged for task in rollouts.by_task))
+    rows = tuple(
+        (Cell(task), *(_success(rollouts.by_task.get(task)) for _, rollouts in judged))
+        for task in names
+    )
+    return Table(("Task", *(name for name, _ in judged)), rows)
+
+
+def plans(data: RunData) -> Table:
+    """Return channels by width, budget, and the predicted beside the measured error."""
+    rows = []
+    for setting in data.settings:
+        if setting.plan is None:
+            continue
+        counts = setting.plan.histogram()
+        expected = setting.plan.expected_error
+        error = setting.action_error
+        rows.append(
+            (
+                Cell(setting.name, setting.plan.budget),
+                *(Cell(f"{counts[bits]:,}") for bits in WIDTHS),
+                Cell(_NONE if expected is None else f"{expected:.3g}"),
+                Cell(_NONE if error is None else f"{error.mse:.3g}"),
+                Cell(f"{error.mse / expected:.3g}×" if error and expected else _NONE),
+            )
+        )
+    widths = (f"{bits} bits" for bits in WIDTHS)
+    return Table(
+        ("Plan", *widths, "Predicted ‖ΔA‖²", "Measured ‖ΔA‖²", "Measured / predicted"), tuple(rows)
+    )
+
+
+def latencies(data: RunData) -> Table:
+    """Return percentiles of every profile and stage."""
+    profiles = {s.name: s.latency for s in data.settings if s.latency is not None}
+    rows = tuple(
+        (
+            Cell(name, latency.transport),
+            Cell(stage),
+            *(Cell(f"{latency.percentile(percent, stage):.3f}") for percent in (50, 90, 99, 100)),
+            Cell(str(len(latency.samples_ms[stage]))),
+        )
+        for name, latency in {**profiles, **data.other_latencies}.items()
+        for stage in latency.samples_ms
+    )
+    return Table(("Profile", "Stage, ms", "p50", "p90", "p99", "Largest", "Actions"), rows)
+
+
+def _setting_row(setting: Setting, data: RunData) -> tuple[Cell, ...]:
+    return (
+        Cell(setting.name, _budget(setting)),
+        _mean_bits(setting, data),
+        Cell(
+            f"{100 * setting.layer_bytes / data.float16_bytes:.1f} % of FP16",
+            f"{setting.layer_bytes:,} bytes",
+        ),
+        Cell(f"{setting.bundle_bytes / 1e6:.2f} MB", f"{setting.bundle_bytes:,} bytes"),
+        _error(setting),
+        _success(setting.rollouts.success if setting.rollouts else None),
+        _latency(setting.latency),
+        _ratio(setting.latency),
+    )
+
+
+def _budget(setting: Setting) -> str:
+    if setting.plan is None:
+        return "not quantized"
+    if setting.measured_widths:
+        return setting.plan.budget
+    return f"{setting.plan.budget}, round to nearest"
+
+
+def _mean_bits(setting: Setting, data: RunData) -> Cell:
+    stored = 16 * setting.layer_bytes / data.float16_bytes
+    if setting.plan is None:
+        return Cell("float", f"stored {stored:.2f} per weight")
+    plan = setting.plan
+    return Cell(
+        f"{plan.mean_bits_per_channel:.2f} per channel",
+        f"{plan.mean_bits_per_weight:.2f} per weight, stored {stored:.2f}",
+    )
+
+
+def _error(setting: Setting) -> Cell:
+    error = setting.action_error
+    if error is None:
+        return Cell(_NONE)
+    drift = f"engine drift {error.engine_drift_max:.1e}"
+    return Cell(f"{error.rms:.3g} RMS", f"‖ΔA‖² {error.mse:.3g}, n\u00a0{error.held_out}; {drift}")
+
+
+def _success(share: Share | None) -> Cell:
+    if share is None:
+        return Cell(_NONE)
+    interval = f"[{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    return Cell(f"{100 * share.value:.1f} %", f"{interval}, n\u00a0{share.episodes}")
+
+
+def _latency(latency: Latency | None) -> Cell:
+    if latency is None:
+        return Cell(_NONE)
+    return Cell(
+        f"{latency.percentile(50):.2f} ms",
+        f"p99\u00a0{latency.percentile(99):.2f}\u00a0ms, n\u00a0{len(latency.samples_ms['total'])}",
+    )
+
+
+def _ratio(latency: Latency | None) -> Cell:
+    if latency is None:
+        return Cell(_NONE)
+    ratio = latency.ratio
+    if ratio is None:
+        return Cell("1", "baseline")
+    return Cell(f"{ratio.value:.2f}×", f"[{ratio.low:.2f}, {ratio.high:.2f}] of {ratio.baseline}")
+
+
+def _error_clause(chosen: Setting, data: RunData) -> str:
+    assert chosen.action_error is not None
+    text = f"its action error is {chosen.action_error.rms:.3g} RMS"
+    uniform = [
+        s
+        for s in data.settings
+        if s.plan is not None and not s.measured_widths and s.action_error is not None
+    ]
+    if not uniform or not chosen.measured_widths:
+        return text
+    # The fair rival is the one of most nearly the same bytes.
+    rival = min(uniform, key=lambda s: abs(s.layer_bytes - chosen.layer_bytes))
+    assert rival.action_error is not None
+    if rival.action_error.rms == 0:
+        return text
+    times = chosen.action_error.rms / rival.action_error.rms
+    return f"{text}, {times:.2f}× that of round-to-nearest ({rival.name})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}\u00a0%"
+
+
+def _joined(clauses: Sequence[str]) -> str:
+    if len(clauses) == 1:
+        return clauses[0]
+    return ", ".join(clauses[:-1]) + ", and " + clauses[-1]
