@@ -24,6 +24,7 @@ from qvla_export.float_graph import (
 from qvla_export.float_storage import STORED_SUFFIX, store_exactly
 from qvla_export.layers import fake_quantized, layer_shapes
 from qvla_export.observation import Observation
+from qvla_export.passes.merge import merge_parallel
 from qvla_export.plan import BitPlan
 from qvla_export.policies.base import Policy
 from qvla_export.target import Target
@@ -97,7 +98,8 @@ def _require_traced_from(graph: ir.Model, policy: Policy, target: Target) -> Non
 def _stored_model(graph: ir.Model, plan: BitPlan | None) -> tuple[ir.Model, dict[str, int]]:
     """Return the graph as it is shipped and the bytes of its constants by part."""
     if plan is not None:
-        model = store_exactly(bucketize(graph, plan.widths, plan.quantizer))
+        merged, widths = merge_parallel(graph, plan.widths)
+        model = store_exactly(bucketize(merged, widths, plan.quantizer))
         return model, _bucket_bytes(model)
     layer_weights = _layer_weights(graph)
     model = store_exactly(graph)

@@ -21,6 +21,7 @@ from qvla_export.export import export_bundle
 from qvla_export.float_graph import ExportError, _tag_layers, layer_nodes
 from qvla_export.layers import layer_shapes
 from qvla_export.observation import Observation
+from qvla_export.passes.merge import merge_parallel
 from qvla_export.plan import uniform_plan
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
 from qvla_export.policies.oft_init import new_module, save_checkpoint, train_tokenizer
@@ -80,9 +81,9 @@ def test_every_packed_bucket_becomes_matmulnbits(
     mixed_bundle: Bundle, tiny_policy: OftPolicy, tmp_path: Path
 ) -> None:
     packed = packed_matmuls(mixed_bundle.model_path, tmp_path / "optimized.onnx")
-    plan = mixed_plan(tiny_policy)
+    _, widths = merge_parallel(float_graph(tiny_policy), mixed_plan(tiny_policy).widths)
     for bits in (2, 4, 8):
-        assert packed[bits] == sum(bool((w == bits).any()) for w in plan.widths.values())
+        assert packed[bits] == sum(bool((w == bits).any()) for w in widths.values())
 
 
 def test_stored_bytes_are_the_plans(mixed_bundle: Bundle, tiny_policy: OftPolicy) -> None:
