@@ -30,8 +30,11 @@ def train_policy(
 
     Killed and started again with the same arguments it continues from the last saved state;
     `steps` and the decay may change between runs.
+
+    Raises:
+        QvlaError: the data do not fit the network or the batch.
+        ArtifactMismatch: `output` holds a training with other settings, network or data.
     """
-    output.mkdir(parents=True, exist_ok=True)
     frames = load_frames(LeRobotDataset(root), REFERENCE_CONFIG, data_name, size.vocab_size)
     trainer = Trainer(frames, size, config)
     state_path, log_path = output / "training_state.pt", output / "training_log.jsonl"
