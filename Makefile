@@ -14,10 +14,9 @@ POLICY ?= checkpoints/reference
 TARGET ?= cpu
 RUN ?= runs/demo
 
-# Tests run on WORKERS processes of one thread each: threads of several processes that spin for
-# each other on two cores take fifty times as long.
+# Processes that run tests, of one thread each; see tests/conftest.py.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS)
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 .ONESHELL:
 .SHELLFLAGS := -euc

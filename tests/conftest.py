@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from qvla_export.observation import Observation
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
@@ -19,6 +20,11 @@ from qvla_export.policies.oft_init import (
     save_checkpoint,
     train_tokenizer,
 )
+
+# Threads of several processes that spin for each other on shared cores take fifty times as long.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 TINY_SIZE = OftSize(
     image_size=28,
