@@ -14,6 +14,7 @@ from qvla_export.artifacts import require_same
 from qvla_export.bucketize import bucketize
 from qvla_export.buckets_to_onnx import CODES_SUFFIX, HALVES_SUFFIX, SCALES_SUFFIX
 from qvla_export.bundle import MODEL, PLAN, Bundle, BundleParts, Golden, TensorSpec, write_bundle
+from qvla_export.coupling import find_couplings
 from qvla_export.float_graph import (
     POLICY_KEY,
     TARGET_KEY,
@@ -24,6 +25,7 @@ from qvla_export.float_graph import (
 from qvla_export.float_storage import STORED_SUFFIX, store_exactly
 from qvla_export.layers import fake_quantized, layer_shapes
 from qvla_export.observation import Observation
+from qvla_export.passes.couple import couple_mlps
 from qvla_export.passes.merge import merge_parallel
 from qvla_export.plan import BitPlan
 from qvla_export.policies.base import Policy
@@ -98,7 +100,9 @@ def _require_traced_from(graph: ir.Model, policy: Policy, target: Target) -> Non
 def _stored_model(graph: ir.Model, plan: BitPlan | None) -> tuple[ir.Model, dict[str, int]]:
     """Return the graph as it is shipped and the bytes of its constants by part."""
     if plan is not None:
-        merged, widths = merge_parallel(graph, plan.widths)
+        couplings = find_couplings(plan.widths, plan.weights_per_channel)
+        coupled, widths = couple_mlps(graph, plan.widths, couplings)
+        merged, widths = merge_parallel(coupled, widths)
         model = store_exactly(bucketize(merged, widths, plan.quantizer))
         return model, _bucket_bytes(model)
     layer_weights = _layer_weights(graph)

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qvla_export.coupling import fake_quantize_coupled, find_couplings
 from qvla_export.plan import BitPlan
 from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec, as_rows, fake_quantize, quantize_channels
@@ -95,16 +96,21 @@ def replaced_weights(
 def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
     """Run the block with the policy's weights as the plan's engine will have them.
 
-    Biases stay: a channel of 0 bits puts out its bias.
+    Biases stay: a channel of 0 bits puts out its bias. Consumers of coupled layers are quantized
+    in their producers' order; see `qvla_export.coupling`.
 
     Raises:
         PlanMismatch: the plan is for another policy.
     """
     layers = traced_layers(policy)
     plan.require_fits(layer_shapes(layers), policy.digest)
-    rows = {
-        name: fake_quantize(weight_rows(layers[name]), widths, plan.quantizer)
-        for name, widths in plan.widths.items()
-    }
+    couplings = {c.consumer: c for c in find_couplings(plan.widths, plan.weights_per_channel)}
+    rows = {}
+    for name, widths in plan.widths.items():
+        weight = weight_rows(layers[name])
+        if name in couplings:
+            rows[name] = fake_quantize_coupled(weight, widths, plan.quantizer, couplings[name])
+        else:
+            rows[name] = fake_quantize(weight, widths, plan.quantizer)
     with replaced_weights(layers, rows):
         yield

@@ -16,11 +16,13 @@ from engines.load import load_engine
 from engines.targets import CPU
 from engines.verify import compare_golden, verify
 from qvla_export.bundle import Bundle
+from qvla_export.coupling import find_couplings
 from qvla_export.errors import ArtifactMismatch, PlanMismatch
 from qvla_export.export import export_bundle
 from qvla_export.float_graph import ExportError, _tag_layers, layer_nodes
 from qvla_export.layers import layer_shapes
 from qvla_export.observation import Observation
+from qvla_export.passes.couple import couple_mlps
 from qvla_export.passes.merge import merge_parallel
 from qvla_export.plan import uniform_plan
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
@@ -71,6 +73,23 @@ def test_unpacked_weights_compute_the_same(mixed_bundle: Bundle) -> None:
         assert compare_golden(mixed_bundle, engine).worst <= 1e-3
 
 
+def test_no_gather_between_the_layers_of_an_mlp(mixed_bundle: Bundle) -> None:
+    """Walk from each activation both ways until the weights' MatMuls."""
+    graph = ir.load(mixed_bundle.model_path).graph
+    seen: set[ir.Node] = set()
+    todo = [node for node in graph if node.op_type in ("Gelu", "Sigmoid")]
+    assert len(todo) >= 2 * (TINY_SIZE.vision_depth - 1) + TINY_SIZE.depth
+    while todo:
+        node = todo.pop()
+        if node in seen or node.op_type in ("MatMul", "Gemm"):
+            continue
+        seen.add(node)
+        todo += [v.producer() for v in node.inputs if v is not None and v.producer() is not None]
+        todo += [use.node for use in node.outputs[0].uses()]
+    assert {"Gelu", "Sigmoid", "Mul", "Concat"} <= {node.op_type for node in seen}
+    assert "Gather" not in {node.op_type for node in seen}
+
+
 def test_golden_prompts_have_different_lengths(mixed_bundle: Bundle) -> None:
     lengths = {feeds["input_ids"].shape[1] for feeds in mixed_bundle.golden().feeds}
     assert len(lengths) > 1
@@ -81,16 +100,31 @@ def test_every_packed_bucket_becomes_matmulnbits(
     mixed_bundle: Bundle, tiny_policy: OftPolicy, tmp_path: Path
 ) -> None:
     packed = packed_matmuls(mixed_bundle.model_path, tmp_path / "optimized.onnx")
-    _, widths = merge_parallel(float_graph(tiny_policy), mixed_plan(tiny_policy).widths)
+    plan = mixed_plan(tiny_policy)
+    couplings = find_couplings(plan.widths, plan.weights_per_channel)
+    coupled = couple_mlps(float_graph(tiny_policy), plan.widths, couplings)
+    _, widths = merge_parallel(*coupled)
     for bits in (2, 4, 8):
         assert packed[bits] == sum(bool((w == bits).any()) for w in widths.values())
 
 
-def test_stored_bytes_are_the_plans(mixed_bundle: Bundle, tiny_policy: OftPolicy) -> None:
+def test_stored_bytes_are_the_plans_without_constant_units(
+    mixed_bundle: Bundle, tiny_policy: OftPolicy
+) -> None:
     plan = mixed_plan(tiny_policy)
+    widths, inputs = dict(plan.widths), dict(plan.weights_per_channel)
+    for coupling in find_couplings(plan.widths, plan.weights_per_channel):
+        inputs[coupling.consumer] = len(coupling.order)
+        widths |= {name: plan.widths[name][coupling.order] for name in coupling.producers}
+    expected = sum(
+        plan.containers[int(bits)].row_bits(inputs[name]) / 8
+        for name, layer_widths in widths.items()
+        for bits in layer_widths
+    )
     stored = sum(n for part, n in mixed_bundle.weight_bytes.items() if part != "rest")
     # Up to three channels of zeros a layer fill its 2-bit bucket.
-    assert plan.weight_bytes <= stored <= 1.02 * plan.weight_bytes
+    assert expected <= stored <= 1.02 * expected
+    assert stored < plan.weight_bytes
     data = (mixed_bundle.path / "model.onnx.data").stat().st_size
     assert data <= sum(mixed_bundle.weight_bytes.values())
 

@@ -1,0 +1,186 @@
+"""Pass: constant hidden units leave an MLP; the others take the order of the producers' widths.
+
+No order needs to be restored behind the producers then; see `qvla_export.coupling`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from scipy.special import erf, expit
+
+from qvla_export.coupling import Coupling
+from qvla_export.float_graph import ExportError, layer_nodes, weight_rows
+
+Widths = Mapping[str, NDArray[np.int8]]
+_Units = NDArray[np.float64]
+
+# What may lie between producers and consumer; each unit must stay by itself.
+_ELEMENTWISE: dict[str, Callable[..., _Units]] = {
+    "Add": np.add,
+    "Gelu": lambda x: x / 2 * (1 + erf(x / np.sqrt(2))),
+    "Mul": np.multiply,
+    "Sigmoid": expit,
+}
+
+
+def couple_mlps(
+    model: ir.Model, widths: Widths, couplings: Iterable[Coupling]
+) -> tuple[ir.Model, dict[str, NDArray[np.int8]]]:
+    """Return a copy of a float graph with reordered and pruned hidden units, and its widths.
+
+    Args:
+        model: from `export_float`; left as it is.
+        widths: layer name -> int8 [channels] of the planned layers.
+        couplings: from `find_couplings`.
+
+    Raises:
+        ExportError: between producers and consumer lies what this pass cannot follow.
+    """
+    model = model.clone()
+    nodes = layer_nodes(model)
+    coupled = dict(widths)
+    for coupling in couplings:
+        hidden = _hidden_nodes(nodes, coupling)
+        constants = _constants(nodes, coupling, hidden)[coupling.removed]
+        consumer = nodes[coupling.consumer]
+        rows = weight_rows(consumer)
+        if constants.any():
+            offset = rows[:, coupling.removed].astype(np.float64) @ constants
+            _add_to_output(model.graph, consumer, coupling.consumer, offset.astype(np.float32))
+        _set_weight(model.graph, consumer, coupling.consumer, rows[:, coupling.order])
+        for name in coupling.producers:
+            kept = weight_rows(nodes[name])[coupling.order]
+            _set_weight(model.graph, nodes[name], name, kept)
+            coupled[name] = widths[name][coupling.order]
+        _reorder(model.graph, hidden, coupling)
+    return model, coupled
+
+
+def _hidden_nodes(nodes: Mapping[str, ir.Node], coupling: Coupling) -> list[ir.Node]:
+    """Return the nodes between producers and consumer, in graph order.
+
+    Their values must go nowhere else, and with two producers nothing may be added in between:
+    a unit is constant whichever of both is pruned only if silu(0) * up and silu(gate) * 0 are.
+    """
+    ends = [nodes[name] for name in coupling.producers]
+    consumer = nodes[coupling.consumer]
+    found: list[ir.Node] = []
+
+    def visit(value: ir.Value | None) -> None:
+        node = None if value is None else value.producer()
+        if node is None or node in found or node in ends or _vector(value) is not None:
+            return
+        unknown = node.op_type not in _ELEMENTWISE or (node.op_type == "Add" and len(ends) > 1)
+        if unknown or node.attributes.get_string("approximate", "none") != "none":
+            raise ExportError(
+                f"{node.op_type} {node.name} lies between {coupling.producers} and "
+                f"{coupling.consumer}; the pass follows {sorted(_ELEMENTWISE)} only"
+            )
+        for item in node.inputs:
+            visit(item)
+        found.append(node)
+
+    visit(consumer.inputs[0])
+    _require_private(ends, found, consumer, coupling)
+    return found
+
+
+def _require_private(
+    ends: list[ir.Node], hidden: list[ir.Node], consumer: ir.Node, coupling: Coupling
+) -> None:
+    """Refuse layers that are no MatMul and hidden units that others use as well."""
+    if any(node.op_type != "MatMul" for node in (*ends, consumer)):
+        raise ExportError(f"{coupling.producers} and {coupling.consumer} must be MatMul nodes")
+    inside = {*hidden, consumer}
+    for node in (*ends, *hidden):
+        users = {use.node for use in node.outputs[0].uses()}
+        if not users <= inside or node.outputs[0].is_graph_output():
+            raise ExportError(
+                f"hidden units of {coupling.consumer} are also used by "
+                f"{sorted(str(user.name) for user in users - inside) or 'the graph'}"
+            )
+
+
+def _constants(
+    nodes: Mapping[str, ir.Node], coupling: Coupling, hidden: Iterable[ir.Node]
+) -> _Units:
+    """Return what each unit puts out where its producers put out 0.  float64 [units]"""
+    values: dict[ir.Value | None, _Units] = {
+        nodes[name].outputs[0]: np.zeros(coupling.units) for name in coupling.producers
+    }
+    for node in hidden:
+        inputs = [
+            values[item] if item in values else _required_vector(item) for item in node.inputs
+        ]
+        values[node.outputs[0]] = _ELEMENTWISE[node.op_type](*inputs)
+    return values[nodes[coupling.consumer].inputs[0]]
+
+
+def _reorder(graph: ir.Graph, hidden: Iterable[ir.Node], coupling: Coupling) -> None:
+    """Take the units that stay out of the constants and shapes between producers and consumer."""
+    for node in hidden:
+        _narrow(node.outputs[0], len(coupling.order))
+        for index, value in enumerate(node.inputs):
+            vector = _vector(value)
+            if vector is not None and vector.size == coupling.units:
+                name = f"{coupling.consumer}.hidden.{node.name}"
+                constant = _register(graph, name, vector[coupling.order])
+                node.replace_input_with(index, constant)
+
+
+def _set_weight(graph: ir.Graph, node: ir.Node, name: str, rows: NDArray[np.float32]) -> None:
+    weight = _register(graph, f"{name}.coupled", np.ascontiguousarray(rows.T))
+    node.replace_input_with(1, weight)
+    _narrow(node.outputs[0], len(rows))
+
+
+def _add_to_output(graph: ir.Graph, node: ir.Node, name: str, offset: NDArray[np.float32]) -> None:
+    """Add a constant [channels] to a MatMul's output: to its bias, if it has one."""
+    users = [use.node for use in node.outputs[0].uses()]
+    if len(users) == 1 and users[0].op_type == "Add":
+        for index, value in enumerate(users[0].inputs):
+            bias = _vector(value)
+            if bias is not None and bias.shape == offset.shape:
+                folded = _register(graph, f"{name}.folded_bias", bias + offset)
+                users[0].replace_input_with(index, folded)
+                return
+    tape = ir.tape.Tape()
+    output = node.outputs[0]
+    shifted = tape.op("Add", [output, _register(graph, f"{name}.folded_bias", offset)])
+    shifted.type, shifted.shape = output.type, output.shape
+    shifted.name, output.name = output.name, f"{output.name}.unshifted"
+    output.replace_all_uses_with(shifted, replace_graph_outputs=True)
+    tape.nodes[0].replace_input_with(0, output)
+    graph.insert_after(node, list(tape.nodes))
+
+
+def _narrow(value: ir.Value, units: int) -> None:
+    if value.shape is not None:
+        value.shape = ir.Shape([*value.shape[:-1], units])
+
+
+def _vector(value: ir.Value | None) -> NDArray[Any] | None:
+    """Return the numbers of a constant of one dimension, else None."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return tensor.numpy() if tensor is not None and len(tensor.shape) == 1 else None
+
+
+def _required_vector(value: ir.Value | None) -> NDArray[Any]:
+    vector = _vector(value)
+    if vector is None:
+        raise ExportError(f"{value} is neither a hidden unit nor a constant vector")
+    return vector
+
+
+def _register(graph: ir.Graph, name: str, values: NDArray[Any]) -> ir.Value:
+    value = ir.Value(
+        name=name,
+        const_value=ir.Tensor(values, name=name),
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape(values.shape),
+    )
+    graph.register_initializer(value)
+    return value
