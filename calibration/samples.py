@@ -128,7 +128,7 @@ def sample_dataset(dataset: LeRobotDataset, count: int, held_out: int, seed: int
             f"{len(order)}; ask for fewer or record more"
         )
     episodes = (dataset.episode(int(number)) for number in order)
-    source = {**dataset_source(dataset.root), "seed": seed}
+    source = {**dataset_source(dataset), "seed": seed}
     return _draw(episodes, count, held_out, seed, source)
 
 
@@ -156,10 +156,15 @@ def sample_simulator(tasks: Sequence[str], count: int, held_out: int, seed: int)
     return _draw(episodes(), count, held_out, seed, source)
 
 
-def dataset_source(root: Path) -> dict[str, str]:
-    """Return what tells one LeRobot data set from another: its name and its metadata's digest."""
+def dataset_source(dataset: LeRobotDataset) -> dict[str, Any]:
+    """Return what tells one drawing's data from another's: name, metadata digest, columns used."""
+    root = dataset.root
     files = (p.relative_to(root).as_posix() for p in (root / "meta").rglob("*") if p.is_file())
-    return {"dataset": root.resolve().name, "dataset_digest": sha256_tree(root, files)}
+    return {
+        "dataset": root.resolve().name,
+        "dataset_digest": sha256_tree(root, files),
+        "columns": {**dataset.keys.images, "state": dataset.keys.state},
+    }
 
 
 def _require_counts(count: int, held_out: int) -> None:

@@ -40,7 +40,7 @@ def sha256_tree(root: Path, names: Iterable[str] | None = None) -> str:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    remove_leftovers(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
     try:
         with os.fdopen(handle, "wb") as file:
@@ -83,7 +83,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     An existing folder at `path` is replaced after the new one is complete and synced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    remove_leftovers(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
     try:
         yield temporary
@@ -138,7 +138,7 @@ def _prefix(path: Path) -> str:
     return f".{path.name}.{platform.node()}.{os.getpid()}."
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Remove temporary files of an artifact whose writer, of this machine, was killed."""
     start = f".{path.name}.{platform.node()}."
     for entry in path.parent.iterdir():

@@ -205,8 +205,8 @@ def test_observations_that_differ_in_kind_are_not_written(
 
 
 def test_another_data_set_of_the_same_name_is_another_source(tmp_path: Path) -> None:
-    first = write_small_dataset(tmp_path / "a" / "demos", [3, 3])
-    second = write_small_dataset(tmp_path / "b" / "demos", [3, 4])
+    first = LeRobotDataset(write_small_dataset(tmp_path / "a" / "demos", [3, 3]))
+    second = LeRobotDataset(write_small_dataset(tmp_path / "b" / "demos", [3, 4]))
     assert dataset_source(first) == dataset_source(first)
     assert dataset_source(first)["dataset"] == dataset_source(second)["dataset"] == "demos"
     assert dataset_source(first) != dataset_source(second)

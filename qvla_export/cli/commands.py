@@ -7,15 +7,18 @@ import typer
 
 from qvla_export.cli import deploying, judging_commands, robot, simulation
 from qvla_export.cli.options import (
+    CamerasOption,
     DatasetOption,
     PolicyOption,
     PresetOption,
     RunOption,
     SeedOption,
     SettingOption,
+    StateColumnOption,
     TargetOption,
     UnnormKeyOption,
     open_checkpoint,
+    open_dataset,
 )
 from qvla_export.errors import QvlaError
 from qvla_export.run_folder import RunFolder, made, parse_setting
@@ -32,6 +35,8 @@ app = typer.Typer(
 def calibrate(
     run: RunOption,
     dataset: DatasetOption = None,
+    cameras: CamerasOption = None,
+    state_column: StateColumnOption = "observation.state",
     count: Annotated[int, typer.Option(help="Observations to measure on.")] = 64,
     held_out: Annotated[int, typer.Option(help="Observations to judge by.")] = 64,
     seed: SeedOption = 0,
@@ -42,7 +47,8 @@ def calibrate(
     from qvla_export.cli import stages
 
     folder = RunFolder(run)
-    drawn = stages.calibrate(folder, dataset, list(TASKS), count, held_out, seed)
+    opened = open_dataset(dataset, cameras, state_column)
+    drawn = stages.calibrate(folder, opened, list(TASKS), count, held_out, seed)
     typer.echo(f"calibration: {describe(drawn)} -> {folder.calibration}")
 
 

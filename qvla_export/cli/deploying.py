@@ -14,18 +14,22 @@ from rich.table import Table
 from qvla_export.artifacts import read_json, versions, write_json
 from qvla_export.cli.opening import PolicySource
 from qvla_export.cli.options import (
+    CamerasOption,
     DatasetOption,
     PresetOption,
     SeedOption,
+    StateColumnOption,
     TargetOption,
     UnnormKeyOption,
     WorkersOption,
     open_checkpoint,
+    open_dataset,
 )
 from qvla_export.cli.simulation import TasksOption, chosen_tasks
 from qvla_export.run_folder import RunFolder, Setting, parse_setting
 
 if TYPE_CHECKING:
+    from calibration.lerobot import LeRobotDataset
     from qvla_export.policies.oft import OftPolicy
 
 
@@ -37,7 +41,7 @@ class Deployment:
     source: PolicySource
     target: str
     settings: tuple[Setting, ...]
-    dataset: Path | None
+    dataset: "LeRobotDataset | None"
     tasks: tuple[str, ...]
     # Observations to measure on and to judge by.
     count: int
@@ -67,6 +71,8 @@ def deploy(
         str, typer.Option(help="Comma-separated: float, w<mean bits>, w<bits>-rtn.")
     ] = "float,w8,w4,w4-rtn",
     dataset: DatasetOption = None,
+    cameras: CamerasOption = None,
+    state_column: StateColumnOption = "observation.state",
     tasks: TasksOption = None,
     count: Annotated[int, typer.Option(help="Observations to measure on.")] = 64,
     held_out: Annotated[int, typer.Option(help="Observations to judge by.")] = 64,
@@ -88,7 +94,7 @@ def deploy(
         source=PolicySource(str(policy), unnorm_key, preset, threads=1),
         target=target,
         settings=tuple(parse_setting(name.strip()) for name in settings.split(",")),
-        dataset=dataset,
+        dataset=open_dataset(dataset, cameras, state_column),
         tasks=chosen_tasks(tasks) if dataset is None or episodes else (),
         count=count,
         held_out=held_out,

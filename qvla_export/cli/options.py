@@ -9,6 +9,7 @@ from qvla_export.cli.opening import PolicySource
 from qvla_export.errors import QvlaError
 
 if TYPE_CHECKING:
+    from calibration.lerobot import LeRobotDataset
     from qvla_export.policies.oft import OftPolicy
 
 RunOption = Annotated[Path, typer.Option("--run", help="Run folder, one artifact a stage.")]
@@ -28,6 +29,15 @@ DatasetOption = Annotated[
     Path | None,
     typer.Option("--dataset", help="LeRobotDataset v3.0 folder; without it, the simulator."),
 ]
+CamerasOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--camera", help="NAME=COLUMN: the data set column of the policy's camera NAME; repeat."
+    ),
+]
+StateColumnOption = Annotated[
+    str, typer.Option(help="Data set column of the state; empty for a policy without one.")
+]
 SettingOption = Annotated[
     str, typer.Option("--setting", help="float, w<mean bits> (w4), or w<bits>-rtn (uniform).")
 ]
@@ -38,6 +48,27 @@ WeightsOption = Annotated[
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; default one a core.")]
 WorkersOption = Annotated[int, typer.Option("--workers", help="Processes, one a core.")]
+
+
+def open_dataset(
+    root: Path | None, cameras: list[str] | None, state_column: str
+) -> "LeRobotDataset | None":
+    """Open a LeRobot data set under the policy's own camera names; None for the simulator.
+
+    Raises:
+        QvlaError: a camera is not of the form NAME=COLUMN, or the data set lacks a column.
+    """
+    if root is None:
+        return None
+    from calibration.lerobot import KeyMap, LeRobotDataset
+
+    pairs = [text.partition("=") for text in cameras or ()]
+    if bad := [name for name, _, column in pairs if not name or not column]:
+        raise QvlaError(
+            f"--camera takes NAME=COLUMN, such as full_image=observation.images.front, got {bad}"
+        )
+    columns = {name: column for name, _, column in pairs}
+    return LeRobotDataset(root, KeyMap(columns, state_column or None))
 
 
 def open_checkpoint(place: Path, unnorm_key: str | None, preset: str | None) -> "OftPolicy":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.progress import Progress
 
 from qvla_export.allocation import Budget, allocate_bits
-from qvla_export.artifacts import require_same, sha256_file
+from qvla_export.artifacts import remove_leftovers, require_same, sha256_file
 from qvla_export.errors import ArtifactError
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.quantize import QuantizerSpec, spec_for
@@ -18,6 +18,7 @@ from qvla_export.sensitivity import Sensitivities
 from qvla_export.target import Target
 
 if TYPE_CHECKING:
+    from calibration.lerobot import LeRobotDataset
     from calibration.samples import CalibrationSet
     from qvla_export.agreement import Agreement
     from qvla_export.bundle import Bundle
@@ -33,10 +34,14 @@ _MEASURE = "Measure the sensitivities of this policy: qvla sensitivities."
 
 
 def calibrate(
-    run: RunFolder, dataset: Path | None, tasks: Sequence[str], count: int, held_out: int, seed: int
+    run: RunFolder,
+    dataset: "LeRobotDataset | None",
+    tasks: Sequence[str],
+    count: int,
+    held_out: int,
+    seed: int,
 ) -> "CalibrationSet":
-    """Draw the calibration set, or keep the one of the same source."""
-    from calibration.lerobot import LeRobotDataset
+    """Draw the calibration set of a data set or the simulator, or keep that of the same source."""
     from calibration.samples import (
         CalibrationSet,
         dataset_source,
@@ -44,14 +49,13 @@ def calibrate(
         sample_simulator,
     )
 
-    opened = None if dataset is None else LeRobotDataset(dataset)
     wanted: dict[str, Any] = {"count": count, "held_out": held_out, "seed": seed}
     wanted |= {"simulator": list(tasks)} if dataset is None else dataset_source(dataset)
     kept = kept_artifact(run.calibration, CalibrationSet.load)
     if kept is not None and dict(kept.source) == wanted:
         return kept
-    if opened is not None:
-        drawn = sample_dataset(opened, count, held_out, seed)
+    if dataset is not None:
+        drawn = sample_dataset(dataset, count, held_out, seed)
     else:
         drawn = sample_simulator(tasks, count, held_out, seed)
     drawn.save(run.calibration)
@@ -191,6 +195,8 @@ def kept_artifact(path: Path, load: Callable[[Path], T]) -> T | None:
     """Load an artifact that may be reused; a damaged one is reported and made anew."""
     if not path.exists():
         return None
+    # Of a kill after the artifact was in place: nothing else would remove them.
+    remove_leftovers(path)
     try:
         return load(path)
     except ArtifactError as error:
