@@ -13,6 +13,8 @@ from qvla_export.quantize import QuantizedWeight, QuantizerSpec, quantize_channe
 
 # Names of a bucket's constants are "<layer>.b<bits>" and one of these.
 CODES_SUFFIX, SCALES_SUFFIX, HALVES_SUFFIX = ".codes", ".scales", ".halves"
+# Name of the constant that restores a layer's order by a Gather: "<layer>" and this.
+ORDER_SUFFIX = ".order"
 _CODE_TYPES = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
 # ONNX Runtime 1.32 repacks INT2 columns four at a time and computes garbage otherwise.
 _COLUMN_MULTIPLE = {2: 4}
@@ -111,7 +113,7 @@ def _restore_order(
             for i in range(*np.searchsorted(bounds, [start, stop]))
         ]
         return tape.op("Concat", picked, {"axis": -1})
-    order = _constant(tape, f"{name}.order", index.astype(np.int32))
+    order = _constant(tape, name + ORDER_SUFFIX, index.astype(np.int32))
     if rank is None:
         return tape.op("Gather", [joined, order], {"axis": -1})
     rows = tape.op("Transpose", [joined], {"perm": [rank - 1, *range(rank - 1)]})

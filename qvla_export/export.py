@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qvla_export.float_graph import (
     layer_nodes,
 )
 from qvla_export.float_storage import STORED_SUFFIX, store_exactly
+from qvla_export.graph_figures import measure_graph
 from qvla_export.layers import fake_quantized, layer_shapes
 from qvla_export.observation import Observation
 from qvla_export.passes.couple import couple_mlps
@@ -77,7 +79,7 @@ def export_bundle(
         golden=golden_actions(policy, plan, observations),
         policy_digest=policy.digest,
         weight_bytes=weight_bytes,
-        plan=None if plan is None else _summary(plan),
+        plan=None if plan is None else _summary(plan, model),
         engine_options=engine_options,
     )
 
@@ -130,7 +132,7 @@ def _actions(policy: Policy, observations: Sequence[Observation]) -> NDArray[np.
     return np.concatenate(chunks)
 
 
-def _summary(plan: BitPlan) -> dict[str, Any]:
+def _summary(plan: BitPlan, model: ir.Model) -> dict[str, Any]:
     return {
         "budget": plan.budget,
         "mean_bits_per_channel": plan.mean_bits_per_channel,
@@ -139,6 +141,7 @@ def _summary(plan: BitPlan) -> dict[str, Any]:
         "weight_bytes": plan.weight_bytes,
         "float16_bytes": plan.float16_bytes,
         "channels_by_width": {str(bits): n for bits, n in plan.histogram().items()},
+        "graph": asdict(measure_graph(model, plan)),
     }
 
 

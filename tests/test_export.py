@@ -90,6 +90,27 @@ def test_no_gather_between_the_layers_of_an_mlp(mixed_bundle: Bundle) -> None:
     assert "Gather" not in {node.op_type for node in seen}
 
 
+def test_manifest_states_the_figures_of_the_graph(
+    mixed_bundle: Bundle, tiny_policy: OftPolicy
+) -> None:
+    assert mixed_bundle.plan is not None
+    figures = mixed_bundle.plan["graph"]
+    graph = ir.load(mixed_bundle.model_path).graph
+    assert figures["matmuls"] == [node.op_type for node in graph].count("MatMul")
+    gathers = [node for node in graph if node.op_type == "Gather"]
+    assert figures["order_gathers"] == len(gathers) - len(float_gathers(tiny_policy)) > 0
+    plan = mixed_plan(tiny_policy)
+    every = sum(len(w) * plan.weights_per_channel[n] for n, w in plan.widths.items())
+    pruned = sum(int((w == 0).sum()) * plan.weights_per_channel[n] for n, w in plan.widths.items())
+    assert figures["multiplications"] == every
+    # Constant hidden units take the consumers' inputs and the other producer's channels along.
+    assert pruned < figures["multiplications_removed"] < 3 * pruned
+
+
+def float_gathers(policy: OftPolicy) -> list[ir.Node]:
+    return [node for node in float_graph(policy).graph if node.op_type == "Gather"]
+
+
 def test_golden_prompts_have_different_lengths(mixed_bundle: Bundle) -> None:
     lengths = {feeds["input_ids"].shape[1] for feeds in mixed_bundle.golden().feeds}
     assert len(lengths) > 1
