@@ -159,7 +159,8 @@ def try_stage(stage: Stage, before: Path, work: Path, seed: int) -> dict[str, An
     expected = contents(run, stage.artifacts)
     shutil.move(run, whole)
     names = {str(p.relative_to(whole)) for p in whole.rglob("*")}
-    drawn = random.Random(seed).sample(range(1, operations), min(stage.moments, operations) - 1)
+    others = range(1, operations)
+    drawn = random.Random(seed).sample(others, min(stage.moments - 1, len(others)))
     attempts = []
     for moment in sorted([*drawn, operations]):
         shutil.copytree(before, run)
