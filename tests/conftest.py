@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from qvla_export.observation import Observation
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
@@ -21,10 +22,12 @@ from qvla_export.policies.oft_init import (
     train_tokenizer,
 )
 
-# Threads of several processes that spin for each other on shared cores take fifty times as long.
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start
+# Processes that tests start take one thread each, as tests do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# How long an example takes depends on what else the machine does.
+settings.register_profile("qvla", deadline=None)
+settings.load_profile("qvla")
 
 TINY_SIZE = OftSize(
     image_size=28,
@@ -50,6 +53,15 @@ TINY_CONFIG = OftConfig(
 )
 # The second instruction is longer than the first, so that batches are ragged.
 TINY_INSTRUCTIONS = ("push the button", "open the small drawer slowly", "close the window")
+
+
+def pytest_runtest_setup() -> None:
+    """Give torch one thread; a command under test may have changed that.
+
+    Threads of several processes that spin for each other on shared cores take fifty times as
+    long, and sums in another order are not bit for bit the same.
+    """
+    torch.set_num_threads(1)
 
 
 def write_tiny_checkpoint(path: Path, seed: int = 0, config: OftConfig = TINY_CONFIG) -> Path:
