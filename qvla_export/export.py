@@ -66,8 +66,7 @@ def export_bundle(
     if not observations:
         raise ExportError("a bundle needs at least one golden observation, got none")
     if plan is not None:
-        require_same("plan and target", plan.target, target.name, "Make the plan for this target.")
-        plan.require_fits(layer_shapes(policy.layers()), policy.digest)
+        _require_planned_for(plan, policy, target)
     graph = export_float(policy, target) if float_graph is None else float_graph
     _require_traced_from(graph, policy, target)
     model, weight_bytes = _stored_model(graph, plan)
@@ -91,6 +90,11 @@ def export_bundle(
     bundle = write_bundle(path, parts, save_files)
     _LOGGER.info("bundle %s: %d bytes, %s", path, bundle.nbytes, dict(weight_bytes))
     return bundle
+
+
+def _require_planned_for(plan: BitPlan, policy: Policy, target: Target) -> None:
+    require_same("plan and target", plan.target, target.name, "Make the plan for this target.")
+    plan.require_fits(layer_shapes(policy.layers()), policy.digest)
 
 
 def _require_traced_from(graph: ir.Model, policy: Policy, target: Target) -> None:
