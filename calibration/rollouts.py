@@ -1,6 +1,5 @@
 """Closed-loop rollouts: paired seeds, action deviation along episodes, controls, resumable."""
 
-import atexit
 import json
 import multiprocessing
 import os
@@ -231,15 +230,12 @@ def _start_worker(
     # The pool has a worker for each core: more threads in the renderer only contend.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     _worker = _Worker(factory, reference, config)
-    # A renderer that outlives the interpreter's OpenGL prints errors.
-    atexit.register(_worker.close)
 
 
 def _close_worker() -> None:
     global _worker
     if _worker is not None:
         _worker.close()
-        atexit.unregister(_worker.close)
         _worker = None
 
 

@@ -1,5 +1,6 @@
 """One task of the simulator: seeded episodes, control steps, pictures on demand."""
 
+import atexit
 import os
 import warnings
 from types import TracebackType
@@ -76,6 +77,7 @@ class Simulator:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+            atexit.unregister(self.close)
         self._environment.close()
 
     @property
@@ -138,6 +140,9 @@ class Simulator:
         """Return the picture of the fixed camera.  uint8 [image_size, image_size, 3]"""
         if self._renderer is None:
             self._renderer = _make_renderer(self._mujoco, self._environment.model, self.image_size)
+            # Registered after mujoco's own handler, so called before it shuts OpenGL down: a
+            # renderer that outlives it prints errors.
+            atexit.register(self.close)
         self._renderer.update_scene(self._environment.data, self._camera, self._options)
         image: NDArray[np.uint8] = self._renderer.render().copy()
         return image
