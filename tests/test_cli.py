@@ -137,7 +137,7 @@ def test_deploy_makes_every_artifact(deployed: tuple[Path, Outcome], inputs: Inp
         assert folder.plan(setting).exists() == (setting.kind != "float")
         assert setting.name in outcome.out
     profiles = LatencyComparison.load(folder.latency).profiles
-    assert [p.name for p in profiles] == ["float", "w4", "w4-rtn", "w4 served"]
+    assert [p.name for p in profiles] == ["float", "w4", "w4-rtn", "w4 unpacked", "w4 served"]
     assert {p.bundle_digest for p in profiles} == digests
     assert {len(p.samples_ms["total"]) for p in profiles} == {5}
     assert "float against quantized" in outcome.out

@@ -79,7 +79,7 @@ def test_what_came_out_is_valid(work: Path, results: dict[str, Any]) -> None:
     setting = parse_setting("w4")
     assert len(load_evaluation(run.evaluation(setting)).results) == 2
     compared = LatencyComparison.load(run.latency)
-    assert [p.name for p in compared.profiles] == ["float", "w4", "w4 served"]
+    assert [p.name for p in compared.profiles] == ["float", "w4", "w4 unpacked", "w4 served"]
     assert results["report"]["artifacts"] == ["report.html"]
 
 

@@ -50,6 +50,7 @@ class Deployment:
     episodes: int
     check_pairs: int
     samples: int
+    threads: int | None
     seed: int
     workers: int
 
@@ -69,7 +70,7 @@ def deploy(
     target: TargetOption = "cpu",
     settings: Annotated[
         str, typer.Option(help="Comma-separated: float, w<mean bits>, w<bits>-rtn.")
-    ] = "float,w8,w4,w4-rtn",
+    ] = "float,w8,w4,w4-rtn,w2,w2-rtn",
     dataset: DatasetOption = None,
     cameras: CamerasOption = None,
     state_column: StateColumnOption = "observation.state",
@@ -83,6 +84,9 @@ def deploy(
         int, typer.Option(help="(channel, width) pairs compared with exact measurement.")
     ] = 60,
     samples: Annotated[int, typer.Option(help="Actions of each latency profile.")] = 200,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads of each engine in the latency profile.")
+    ] = 1,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
     seed: SeedOption = 0,
@@ -101,6 +105,7 @@ def deploy(
         episodes=episodes,
         check_pairs=check_pairs,
         samples=samples,
+        threads=threads,
         seed=seed,
         workers=workers,
     )
@@ -129,7 +134,7 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
         stages.export(run, setting, policy, target)
         judging.action_error(run, setting, policy)
     _say("latency, in process and served over HTTP")
-    judging.latency(run, wanted.settings, wanted.samples, None)
+    judging.latency(run, wanted.settings, wanted.samples, wanted.threads)
     if wanted.episodes:
         _run_episodes(wanted)
     from qvla_export.report.page import write_report
@@ -174,21 +179,22 @@ def _describe(wanted: Deployment, policy: "OftPolicy") -> None:
 
 
 def _table(run: RunFolder, settings: Sequence[Setting]) -> Table:
+    from qvla_export.bundle import Bundle
+
     table = Table(title="float against quantized")
     for column in ("setting", "layers / FP16", "bundle", "action RMS", "success", "p50", "p99"):
         table.add_column(column, justify="left" if column == "setting" else "right")
     latency = _latency_rows(run)
     for setting in settings:
-        manifest = read_json(run.bundle(setting) / "manifest.json", "manifest")
-        plan = manifest["plan"]
+        bundle = Bundle.load(run.bundle(setting))
+        plan = bundle.plan
         ratio = 1.0 if plan is None else plan["weight_bytes"] / plan["float16_bytes"]
-        size = sum(file["bytes"] for file in manifest["files"].values())
         error = read_json(run.action_error(setting), "action error")
         p50, p99 = latency[setting.name]
         table.add_row(
             setting.name,
             f"{ratio:.3f}",
-            f"{size / 1e6:.2f} MB",
+            f"{bundle.nbytes / 1e6:.2f} MB",
             f"{error['rms']:.5f}",
             _success(run, setting),
             f"{p50:.2f} ms",

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rich.progress import Progress
@@ -12,6 +12,8 @@ from qvla_export.artifacts import read_json, write_json
 from qvla_export.cli.opening import PolicySource
 from qvla_export.cli.stages import bar, kept_artifact, load_plan
 from qvla_export.run_folder import RunFolder, Setting, made
+
+Weights = Literal["packed", "unpacked"]
 
 if TYPE_CHECKING:
     from calibration.evaluation import Evaluation, RolloutConfig
@@ -100,7 +102,11 @@ def rollouts(
 def latency(
     run: RunFolder, settings: Sequence[Setting], samples: int, threads: int | None
 ) -> "LatencyComparison":
-    """Profile all bundles interleaved, the last also over real HTTP; the first is the baseline."""
+    """Profile all bundles interleaved; the first is the baseline.
+
+    Planned ones are measured with packed weights and with weights unpacked at load, the last of
+    them also over real HTTP.
+    """
     from calibration.samples import CalibrationSet
     from engines.load import load_engine
     from jetson.latency import LatencyComparison
@@ -112,7 +118,10 @@ def latency(
     bundles = {setting.name: load_bundle(run, setting) for setting in settings}
     # Baselines are not what one would serve, unless there is nothing else.
     served = [*bundles, *(s.name for s in settings if s.kind != "uniform")][-1]
-    names = {**{n: b.digest for n, b in bundles.items()}, f"{served} served": ""}
+    planned = [setting.name for setting in settings if setting.kind == "planned"]
+    engines: list[tuple[str, Bundle, Weights]] = [(n, b, "packed") for n, b in bundles.items()]
+    engines += [(f"{n} unpacked", bundles[n], "unpacked") for n in planned]
+    names = {**{name: bundle.digest for name, bundle, _ in engines}, f"{served} served": ""}
     kept = kept_artifact(run.latency, LatencyComparison.load)
     if kept is not None and _same_profiles(kept, names, samples):
         return kept
@@ -120,9 +129,9 @@ def latency(
     policies: dict[str, Any] = {}
     cold_start_ms: dict[str, float] = {}
     with ExitStack() as stack, Progress() as progress:
-        for name, bundle in bundles.items():
+        for name, bundle, weights in engines:
             start = time.perf_counter()
-            engine = stack.enter_context(load_engine(bundle, threads))
+            engine = stack.enter_context(load_engine(bundle, threads, weights))
             cold_start_ms[name] = (time.perf_counter() - start) * 1e3
             policies[name] = EnginePolicy(bundle, engine)
         settings_ = ServerSettings(port=0)

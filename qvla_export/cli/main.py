@@ -16,7 +16,7 @@ def main() -> None:
     from qvla_export.cli.commands import app
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "torch", "onnxscript", "onnx_ir", "matplotlib"):
+    for noisy in ("httpx", "OpenGL", "torch", "onnxscript", "onnx_ir", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app()
