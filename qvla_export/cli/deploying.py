@@ -187,8 +187,8 @@ def _table(run: RunFolder, settings: Sequence[Setting]) -> Table:
     latency = _latency_rows(run)
     for setting in settings:
         bundle = Bundle.load(run.bundle(setting))
-        plan = bundle.plan
-        ratio = 1.0 if plan is None else plan["weight_bytes"] / plan["float16_bytes"]
+        layers = sum(n for part, n in bundle.weight_bytes.items() if part != "rest")
+        ratio = 1.0 if bundle.plan is None else layers / bundle.plan["float16_bytes"]
         error = read_json(run.action_error(setting), "action error")
         p50, p99 = latency[setting.name]
         table.add_row(

@@ -131,7 +131,7 @@ def _result_drawings(data: RunData) -> Iterator[Drawing]:
             "Error over time",
             "Running sum of the squared action deviation from the float policy on the same "
             "observations along closed-loop episodes; mean and its 95 % band. An episode that has "
-            "ended keeps its sum.",
+            "ended keeps its sum; an exact engine has none to show.",
             "Rising curves over decisions, one a setting.",
             lambda: result_figures.draw_deviation(data, deviating),
         )
