@@ -43,6 +43,8 @@ class LatencyProfile:
     versions: Mapping[str, str]
     board_before: BoardState
     board_after: BoardState
+    # How the engine ran, e.g. "1 threads, packed"; empty where nobody said.
+    conditions: str = ""
 
     def __post_init__(self) -> None:
         arrays = {
@@ -96,6 +98,7 @@ class LatencyProfile:
             "transport": self.transport,
             "bundle_digest": self.bundle_digest,
             "target": self.target,
+            "conditions": self.conditions,
             "versions": dict(self.versions),
             "board_before": self.board_before.to_json(),
             "board_after": self.board_after.to_json(),
@@ -111,7 +114,7 @@ class LatencyProfile:
         """
         plain = (
             "name", "warmup", "first_action_ms", "cold_start_ms",
-            "transport", "bundle_digest", "target", "versions",
+            "transport", "bundle_digest", "target", "conditions", "versions",
         )  # fmt: skip
         if not isinstance(value, dict):
             raise ArtifactError(f"a latency profile must be an object, got {value!r:.100}")

@@ -1,6 +1,7 @@
 """Measure latency through the code path that serves: real bodies, the real handler."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -62,6 +63,7 @@ def profile_latency(
     samples: int = 200,
     progress: Progress | None = None,
     cold_start_ms: Mapping[str, float] | None = None,
+    conditions: Mapping[str, str] | None = None,
 ) -> LatencyComparison:
     """Measure one or more policies, interleaved action by action; the first is the baseline.
 
@@ -75,6 +77,7 @@ def profile_latency(
         samples: rounds measured.
         progress: called after every action.
         cold_start_ms: name -> loading time, where the caller measured it.
+        conditions: name -> how the engine runs (threads, weights), for the record.
 
     Raises:
         QvlaError: there is nothing to measure, or an observation does not fit a policy.
@@ -94,10 +97,13 @@ def profile_latency(
     finally:
         for remote in opened:
             remote.close()
-    cold = cold_start_ms or {}
+    cold, said = cold_start_ms or {}, conditions or {}
     return compare_profiles(
         [
-            _profile(name, endpoint, taken[name], warmup, cold.get(name), (before, after))
+            replace(
+                _profile(name, endpoint, taken[name], warmup, cold.get(name), (before, after)),
+                conditions=said.get(name, ""),
+            )
             for name, endpoint in endpoints.items()
         ]
     )

@@ -37,6 +37,8 @@ class Agreement:
     sensitivities_digest: str
     # The pairs: layer, channel, bits, estimated, exact.
     pairs: list[tuple[str, int, int, float, float]]
+    # That drew the pairs.
+    seed: int = 0
 
     @property
     def time_ratio(self) -> float:
@@ -103,6 +105,7 @@ def compare_with_exact(
         spearman=_spearman(estimated, exact),
         spearman_by_width=_by_width(sample, estimated, exact),
         samples=len(observations),
+        seed=seed,
         exact_pair_seconds=pair_seconds,
         exact_all_seconds=pair_seconds * total,
         first_order_seconds=_first_order_seconds(sensitivities, policy, observations, batch_size),

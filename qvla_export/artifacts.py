@@ -95,7 +95,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             stale = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
             path.rename(stale / "old")
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                (stale / "old").rename(path)
+                raise
             shutil.rmtree(stale)
         else:
             temporary.rename(path)

@@ -111,6 +111,7 @@ def measure_first_order(
         method=METHOD,
         samples=len(observations),
         probes=settings.probes or 0,
+        seed=settings.seed,
         policy_digest=policy.digest,
         calibration_digest=calibration_digest,
         quantizer=settings.quantizer,

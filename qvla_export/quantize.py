@@ -1,8 +1,9 @@
 """THE quantizer: rows of a weight matrix -> integer codes and scales. numpy only.
 
-Fake quantization, sensitivities and packing all use this one implementation, so that what is
-measured is what is shipped. Symmetric: w ~ code * scale, scale > 0, one scale per channel or
-per group of consecutive inputs.
+Fake quantization, sensitivities and packing all use this one implementation. Fake quantization and
+packing also share the order of inputs (`qvla_export.coupling`), so what is judged is what is
+shipped; sensitivities are measured in the natural order. Symmetric: w ~ code * scale, scale > 0,
+one scale per channel or per group of consecutive inputs.
 """
 
 from collections.abc import Mapping

@@ -28,6 +28,7 @@ _FIELDS = (
     "method",
     "samples",
     "probes",
+    "seed",
     "policy_digest",
     "calibration_digest",
     "quantizer",
@@ -61,6 +62,8 @@ class Sensitivities:
     policy_digest: str
     calibration_digest: str
     quantizer: QuantizerSpec
+    # Of the probes.
+    seed: int = 0
     made_with: Mapping[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
@@ -108,6 +111,7 @@ class Sensitivities:
             "method": self.method,
             "samples": self.samples,
             "probes": self.probes,
+            "seed": self.seed,
             "policy_digest": self.policy_digest,
             "calibration_digest": self.calibration_digest,
             "quantizer": self.quantizer.to_json(),
@@ -133,6 +137,7 @@ class Sensitivities:
                 method=value["method"],
                 samples=value["samples"],
                 probes=value["probes"],
+                seed=value["seed"],
                 policy_digest=value["policy_digest"],
                 calibration_digest=value["calibration_digest"],
                 quantizer=QuantizerSpec.from_json(value["quantizer"]),

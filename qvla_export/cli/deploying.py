@@ -26,6 +26,7 @@ from qvla_export.cli.options import (
     open_dataset,
 )
 from qvla_export.cli.simulation import TasksOption, chosen_tasks
+from qvla_export.errors import InvalidObservation
 from qvla_export.run_folder import RunFolder, Setting, parse_setting
 
 if TYPE_CHECKING:
@@ -78,14 +79,19 @@ def deploy(
     count: Annotated[int, typer.Option(help="Observations to measure on.")] = 64,
     held_out: Annotated[int, typer.Option(help="Observations to judge by.")] = 64,
     episodes: Annotated[
-        int, typer.Option(help="Simulated episodes of each task and setting; 0: no simulator.")
-    ] = 20,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Simulated episodes of each task and setting; default 20, with --dataset 0.",
+        ),
+    ] = None,
     check_pairs: Annotated[
-        int, typer.Option(help="(channel, width) pairs compared with exact measurement.")
-    ] = 60,
-    samples: Annotated[int, typer.Option(help="Actions of each latency profile.")] = 200,
+        int,
+        typer.Option(min=0, help="(channel, width) pairs compared with exact measurement."),
+    ] = 500,
+    samples: Annotated[int, typer.Option(min=1, help="Actions of each latency profile.")] = 200,
     threads: Annotated[
-        int, typer.Option(help="CPU threads of each engine in the latency profile.")
+        int, typer.Option(min=1, help="CPU threads of each engine in the latency profile.")
     ] = 1,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
@@ -102,7 +108,7 @@ def deploy(
         tasks=chosen_tasks(tasks) if dataset is None or episodes else (),
         count=count,
         held_out=held_out,
-        episodes=episodes,
+        episodes=(20 if dataset is None else 0) if episodes is None else episodes,
         check_pairs=check_pairs,
         samples=samples,
         threads=threads,
@@ -118,6 +124,7 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     from qvla_export.cli import judging, stages
 
     run, target = wanted.run, find_target(wanted.target)
+    _check_inputs(wanted, policy)
     _say("calibration")
     stages.calibrate(run, wanted.dataset, wanted.tasks, wanted.count, wanted.held_out, wanted.seed)
     _describe(wanted, policy)
@@ -146,6 +153,30 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     _say(f"serve one: qvla serve {served}/<setting>/bundle")
 
 
+def _check_inputs(wanted: Deployment, policy: "OftPolicy") -> None:
+    """Refuse data and simulator that do not fit the policy, before the first stage."""
+    from calibration.simulator import Simulator
+    from calibration.tasks import find_task
+
+    if wanted.dataset is not None:
+        try:
+            policy.processor.feeds(wanted.dataset[0].observation)
+        except InvalidObservation as error:
+            raise InvalidObservation(
+                f"{wanted.dataset.root}: {error}; name the data set's columns with "
+                "--camera NAME=COLUMN and --state-column"
+            ) from error
+    if wanted.dataset is None or wanted.episodes:
+        with Simulator(find_task(wanted.tasks[0])) as simulator:
+            observation = simulator.reset(0)
+        try:
+            policy.processor.feeds(observation)
+        except InvalidObservation as error:
+            raise InvalidObservation(
+                f"the simulator does not fit this policy: {error}; use --dataset and --episodes 0"
+            ) from error
+
+
 def _run_episodes(wanted: Deployment) -> None:
     from calibration.evaluation import CONTROLS, RolloutConfig
     from qvla_export.cli import judging
@@ -153,7 +184,8 @@ def _run_episodes(wanted: Deployment) -> None:
     base = RolloutConfig(wanted.tasks, wanted.episodes)
     for setting in wanted.settings:
         judging.rollouts(wanted.run, setting, base, wanted.source, wanted.workers)
-    first = wanted.settings[0]
+    floats = [setting for setting in wanted.settings if setting.kind == "float"]
+    first = [*floats, *wanted.settings][0]
     for control in CONTROLS[1:]:
         config = RolloutConfig(wanted.tasks, wanted.episodes, control=control)
         judging.rollouts(wanted.run, first, config, wanted.source, wanted.workers)

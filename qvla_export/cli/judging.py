@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from rich.progress import Progress
 
-from qvla_export.artifacts import read_json, write_json
+from qvla_export.artifacts import read_json, require_same, write_json
 from qvla_export.cli.opening import PolicySource
-from qvla_export.cli.stages import bar, kept_artifact, load_plan
+from qvla_export.cli.stages import bar, kept_artifact, load_plan, require_calibration
 from qvla_export.run_folder import RunFolder, Setting, made
 
 Weights = Literal["packed", "unpacked"]
@@ -36,6 +36,10 @@ def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[
 
     bundle, path = load_bundle(run, setting), run.action_error(setting)
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    planned = load_plan(run, setting)
+    require_same("bundle and policy", bundle.policy_digest, policy.digest, "Export it again.")
+    if planned is not None and planned.calibration_digest is not None:
+        require_calibration(calibration, planned.calibration_digest, "plan")
     identity = {
         "setting": setting.name,
         "bundle_digest": bundle.digest,
@@ -44,7 +48,7 @@ def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[
     kept = kept_artifact(path, lambda p: read_json(p, "action error"))
     if kept is not None and all(kept.get(name) == value for name, value in identity.items()):
         return dict(kept)
-    golden = golden_actions(policy, load_plan(run, setting), calibration.held_out)
+    golden = golden_actions(policy, planned, calibration.held_out)
     with load_engine(bundle) as engine:
         robot = EnginePolicy(bundle, engine)
         actions = np.stack([robot.infer(o).normalized for o in calibration.held_out])
@@ -116,14 +120,16 @@ def latency(
     from jetson.settings import ServerSettings
 
     bundles = {setting.name: load_bundle(run, setting) for setting in settings}
+    threads_ = "all cores" if threads is None else f"{threads} threads"
     # Baselines are not what one would serve, unless there is nothing else.
     served = [*bundles, *(s.name for s in settings if s.kind != "uniform")][-1]
     planned = [setting.name for setting in settings if setting.kind == "planned"]
     engines: list[tuple[str, Bundle, Weights]] = [(n, b, "packed") for n, b in bundles.items()]
     engines += [(f"{n} unpacked", bundles[n], "unpacked") for n in planned]
     names = {**{name: bundle.digest for name, bundle, _ in engines}, f"{served} served": ""}
+    conditions = {name: f"{threads_}, {weights}" for name, _, weights in engines}
     kept = kept_artifact(run.latency, LatencyComparison.load)
-    if kept is not None and _same_profiles(kept, names, samples):
+    if kept is not None and _same_profiles(kept, names, samples, conditions):
         return kept
     observations = CalibrationSet.load(made(run.calibration, "calibrate")).held_out
     policies: dict[str, Any] = {}
@@ -144,6 +150,7 @@ def latency(
             samples=samples,
             progress=bar(progress, "latency"),
             cold_start_ms=cold_start_ms,
+            conditions=conditions,
         )
     compared.save(run.latency)
     return compared
@@ -160,11 +167,18 @@ def load_bundle(run: RunFolder, setting: Setting) -> "Bundle":
     return Bundle.load(made(run.bundle(setting), f"export --setting {setting.name}"))
 
 
-def _same_profiles(kept: "LatencyComparison", digests: Mapping[str, str], samples: int) -> bool:
+def _same_profiles(
+    kept: "LatencyComparison",
+    digests: Mapping[str, str],
+    samples: int,
+    conditions: Mapping[str, str],
+) -> bool:
     found = {profile.name: profile for profile in kept.profiles}
     if set(found) != set(digests):
         return False
     counts = {len(profile.samples_ms["total"]) for profile in kept.profiles}
+    if any(found[name].conditions != condition for name, condition in conditions.items()):
+        return False
     return counts == {samples} and all(
         not digest or found[name].bundle_digest == digest for name, digest in digests.items()
     )

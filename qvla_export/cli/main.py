@@ -9,6 +9,12 @@ from qvla_export.errors import QvlaError
 
 # What typer exits with after Ctrl-C.
 _INTERRUPTED = 130
+# Libraries that a robot does not have -> the extra that brings them.
+_EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "onnxscript"), "host"),
+    **dict.fromkeys(("scipy", "matplotlib", "jinja2", "pyarrow", "ml_dtypes"), "host"),
+    **dict.fromkeys(("mujoco", "metaworld", "gymnasium", "OpenGL"), "sim"),
+}
 
 
 def main() -> None:
@@ -23,6 +29,12 @@ def main() -> None:
     except (QvlaError, OSError) as error:
         # A library's message may have several lines; scripts and logs want one.
         _say(f"error: {' '.join(str(error).split())}", "red")
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in _EXTRAS:
+            raise
+        _say(f"error: this command needs {package}: pip install 'qvla[{_EXTRAS[package]}]'", "red")
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:

@@ -46,7 +46,7 @@ WeightsOption = Annotated[
     Literal["packed", "unpacked"],
     typer.Option(help="packed: compute with stored codes; unpacked: float32 in memory, faster."),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; default one a core.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default one a core.")]
 WorkersOption = Annotated[int, typer.Option("--workers", help="Processes, one a core.")]
 
 

@@ -54,7 +54,7 @@ def train(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 6000,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 64,
     precision: Annotated[str, typer.Option(help="bf16 (AVX512-BF16 CPUs) or fp32.")] = "bf16",
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     seed: SeedOption = 0,
 ) -> None:
     """Train a small OpenVLA-OFT policy from demonstrations by imitation."""

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from rich.progress import Progress
 
 from qvla_export.allocation import Budget, allocate_bits
 from qvla_export.artifacts import remove_leftovers, require_same, sha256_file
 from qvla_export.errors import ArtifactError
+from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.quantize import QuantizerSpec, spec_for
 from qvla_export.run_folder import RunFolder, Setting, made
@@ -30,6 +32,7 @@ T = TypeVar("T")
 
 # Bits per weight that a uniform plan stores per nominal bit: scales of 16 bits, blocks of 64.
 _STORED_PER_BIT = 17 / 16
+_MEASURE_AGAIN = "Measure and plan again on this set: qvla sensitivities, qvla plan."
 _MEASURE = "Measure the sensitivities of this policy: qvla sensitivities."
 
 
@@ -70,12 +73,13 @@ def sensitivities(
     from qvla_export.first_order import FirstOrder, measure_first_order
 
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
-    quantizer = spec_for(target)
+    settings = FirstOrder(spec_for(target), probes=probes, seed=seed)
     journal = run.sensitivities.with_suffix(".progress")
     kept = kept_artifact(run.sensitivities, Sensitivities.load)
     if kept is not None and (
-        (kept.policy_digest, kept.calibration_digest, kept.quantizer, kept.probes)
-        == (policy.digest, calibration.digest, quantizer, probes or 0)
+        (kept.policy_digest, kept.calibration_digest, kept.quantizer)
+        == (policy.digest, calibration.digest, settings.quantizer)
+        and (kept.probes, kept.seed, kept.widths) == (probes or 0, seed, settings.widths)
     ):
         journal.unlink(missing_ok=True)
         return kept
@@ -84,7 +88,7 @@ def sensitivities(
             policy,
             calibration.observations,
             calibration.digest,
-            FirstOrder(quantizer, probes=probes, seed=seed),
+            settings,
             journal,
             bar(progress, "sensitivities"),
         )
@@ -101,9 +105,14 @@ def agreement(run: RunFolder, policy: "OftPolicy", pairs: int, seed: int) -> "Ag
     measured = Sensitivities.load(made(run.sensitivities, "sensitivities"))
     require_same("policy and sensitivities", measured.policy_digest, policy.digest, _MEASURE)
     kept = kept_artifact(run.agreement, Agreement.load)
-    if kept is not None and kept.sensitivities_digest == measured.digest:
+    if kept is not None and (
+        (kept.sensitivities_digest, kept.seed) == (measured.digest, seed)
+        and len(kept.pairs) == min(pairs, _pairs_in_all(measured))
+    ):
         return kept
-    observations = CalibrationSet.load(made(run.calibration, "calibrate")).observations
+    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    require_calibration(calibration, measured.calibration_digest, "sensitivities")
+    observations = calibration.observations
     with Progress() as progress:
         compared = compare_with_exact(
             measured, policy, observations, pairs, seed, on_progress=bar(progress, "exact sample")
@@ -142,9 +151,16 @@ def export(run: RunFolder, setting: Setting, policy: "OftPolicy", target: Target
 
     path = run.bundle(setting)
     planned = load_plan(run, setting)
-    golden = CalibrationSet.load(made(run.calibration, "calibrate")).held_out[:8]
+    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    if planned is not None and planned.calibration_digest is not None:
+        require_calibration(calibration, planned.calibration_digest, "plan")
+    golden = calibration.held_out[:8]
     kept = kept_artifact(path, Bundle.load)
-    if kept is not None and _is_of(kept, policy, planned, run, setting):
+    if (
+        kept is not None
+        and _is_of(kept, policy, planned, run, setting)
+        and _has_golden(kept, policy, golden)
+    ):
         return kept
     if planned is not None:
         planned.require_fits(layer_shapes(policy.layers()), policy.digest)
@@ -176,6 +192,31 @@ def _is_of(
         return False
     stored = bundle.path / "plan.json"
     return planned is None or sha256_file(stored) == sha256_file(run.plan(setting))
+
+
+def _pairs_in_all(measured: Sensitivities) -> int:
+    channels = sum(int(values.shape[1]) for values in measured.values.values())
+    return len(measured.widths) * channels
+
+
+def _has_golden(bundle: "Bundle", policy: "OftPolicy", golden: Sequence[Observation]) -> bool:
+    stored = bundle.golden().feeds
+    wanted = [policy.processor.feeds(observation) for observation in golden]
+    return len(stored) == len(wanted) and all(
+        set(a) == set(b) and all(np.array_equal(a[name], b[name]) for name in a)
+        for a, b in zip(stored, wanted, strict=True)
+    )
+
+
+def require_calibration(calibration: "CalibrationSet", digest: str, what: str) -> None:
+    """Refuse a calibration set that sensitivities or a plan were not made from.
+
+    Held-out observations of another set may be the very ones the plan was fitted to.
+
+    Raises:
+        ArtifactMismatch: naming both digests.
+    """
+    require_same(f"{what} and calibration set", digest, calibration.digest, _MEASURE_AGAIN)
 
 
 def _round_to_nearest(target: Target) -> QuantizerSpec:

@@ -1,7 +1,9 @@
 """OpenVLA-OFT as a `Policy`: load a checkpoint, batch observations, act."""
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -168,20 +170,22 @@ def load_oft_policy(
         module,
         Processor(spec, statistics, tokenizer),
         config,
-        checkpoint_digest(checkpoint, config),
+        policy_digest(checkpoint, config, statistics.key),
         _token_centers(checkpoint, config),
     )
 
 
-def checkpoint_digest(checkpoint: Path, config: OftConfig) -> str:
-    """Return the SHA-256 over every file of the checkpoint that the policy reads."""
+def policy_digest(checkpoint: Path, config: OftConfig, unnorm_key: str) -> str:
+    """Return the SHA-256 over all that decides actions: files read, configuration, statistics."""
     names = [p.name for p in checkpoint.glob("model*.safetensors*")]
     names += ["config.json", "preprocessor_config.json", _STATISTICS, _TOKENIZER]
     if config.head == "l1":
         names.append(part_file(checkpoint, "action_head").name)
     if config.state_dim:
         names.append(part_file(checkpoint, "proprio_projector").name)
-    return sha256_tree(checkpoint, [n for n in names if (checkpoint / n).is_file()])
+    files = sha256_tree(checkpoint, [n for n in names if (checkpoint / n).is_file()])
+    identity = {"files": files, "config": asdict(config), "unnorm_key": unnorm_key}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _token_centers(checkpoint: Path, config: OftConfig) -> Tensor:

@@ -59,6 +59,8 @@ class Rollouts:
     # Of its checkpoint or bundle.
     digest: str
     control: str
+    # Which episodes were run and how: count, first seed, actions executed.
+    episodes: tuple[int, int, int]
     success: Share
     by_task: Mapping[str, Share]
     # Running sum of ||dA||^2 by decision; an episode that has ended keeps its sum.
@@ -177,10 +179,15 @@ def read_rollouts(path: Path) -> Rollouts:
             policy=str(value["policy"]),
             digest=str(value["digest"]),
             control=str(value["config"]["control"]),
+            episodes=_episodes(value["config"]),
             success=_share([solved for _, solved in results]),
             by_task={task: _share(solved) for task, solved in tasks.items() if solved},
             cumulative=_cumulative([row["deviations"] for row in value["results"]]),
         )
+
+
+def _episodes(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    return int(config["episodes"]), int(config["seed"]), int(config["execute"])
 
 
 def read_latencies(path: Path) -> dict[str, Latency]:

@@ -94,9 +94,10 @@ def _drawings(data: RunData) -> Iterator[Drawing]:
             "agreement",
             "First order against exact",
             f"Ranks of {len(agreement.bits)} randomly drawn (channel, width) pairs on "
-            f"{agreement.samples} observations. Measuring all pairs took {100 * share:.2f} % of "
+            f"{agreement.samples} observations. Measuring all pairs takes {100 * share:.2f} % of "
             f"the time that exact measurement would ({agreement.first_order_seconds:.0f} s "
-            f"against {agreement.exact_all_seconds:.0f} s, extrapolated).",
+            f"against {agreement.exact_all_seconds:.0f} s; scaled from one batch and from these "
+            "pairs).",
             f"Scatter along the diagonal; Spearman rank correlation {agreement.spearman:.3f}.",
             lambda: figures.draw_agreement(agreement),
         )

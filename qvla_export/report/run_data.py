@@ -1,6 +1,6 @@
 """A run folder -> `RunData`, everything the page shows, checked to belong together."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -50,6 +50,7 @@ class Setting:
     """One way to store the policy, and what became of its actions."""
 
     name: str
+    bundle_digest: str
     # None for the float policy.
     plan: BitPlan | None
     # Bytes of the bundle's model: graph and weights.
@@ -174,6 +175,7 @@ def read_run(run: Path) -> RunData:
         for name in CONTROLS
         if (rollouts := _if_there(run / "controls" / f"{name}.json", read_rollouts)) is not None
     }
+    _require_judged_alike(info, settings, controls)
     return RunData(
         folder=str(run),
         info=info,
@@ -184,6 +186,26 @@ def read_run(run: Path) -> RunData:
         controls=controls,
         other_latencies={n: v for n, v in latencies.items() if n not in info.settings},
     )
+
+
+def _require_judged_alike(
+    info: RunInfo, settings: Sequence[Setting], controls: Mapping[str, Rollouts]
+) -> None:
+    """Refuse success rates of other policies, or of other episodes, side by side."""
+    known = {info.policy_digest, *(setting.bundle_digest for setting in settings)}
+    for name, control in controls.items():
+        if control.digest not in known:
+            raise ArtifactMismatch(
+                f"control {name} is of another policy ({control.digest[:16]}) than this run's; "
+                "remove it, `qvla deploy` makes it again"
+            )
+    judged = {s.name: s.rollouts.episodes for s in settings if s.rollouts is not None}
+    judged |= {name: control.episodes for name, control in controls.items()}
+    if len(set(judged.values())) > 1:
+        raise ArtifactMismatch(
+            f"evaluations must be of the same episodes (count, seed, execute), got {judged}; "
+            "`qvla deploy` runs what differs again"
+        )
 
 
 def _read_info(path: Path) -> RunInfo:
@@ -237,6 +259,7 @@ def _read_setting(
     if rollouts is not None and rollouts.digest not in (bundle.digest, bundle.policy_digest):
         _require(f"evaluation and bundle {folder.name}", rollouts.digest, bundle.digest)
     return Setting(
+        bundle_digest=bundle.digest,
         name=folder.name,
         plan=plan,
         bundle_bytes=bundle.nbytes,
