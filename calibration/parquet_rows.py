@@ -10,6 +10,9 @@ import pyarrow.parquet as pq
 
 from qvla_export.errors import ArtifactError
 
+# What pyarrow raises for damaged bytes; names that are no UTF-8 come as a bare decoding error.
+_DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
+
 
 class ParquetRows:
     """Reads runs of rows from a folder's parquet files; the last row group is kept."""
@@ -70,7 +73,7 @@ class ParquetRows:
         if group != self._group:
             try:
                 self._table = self._file.read_row_group(group, columns=self._columns)
-            except (pa.ArrowException, OSError) as error:
+            except _DAMAGED as error:
                 self._group = None
                 raise _damaged(self._root / str(self._name), error) from None
             self._group = group
@@ -87,7 +90,7 @@ def open_parquet(path: Path) -> Any:
         return pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise ArtifactError(f"a file of the dataset is missing: {path}") from None
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGED as error:
         raise _damaged(path, error) from None
 
 
@@ -98,13 +101,13 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
         ArtifactError: it is missing, damaged or lacks a column.
     """
     with open_parquet(path) as file:
-        present = file.schema_arrow.names
-        missing = [key for key in columns or () if key not in present]
-        if missing:
-            raise ArtifactError(f"{path} lacks the columns {missing}; it has {present}")
         try:
+            present = file.schema_arrow.names
+            missing = [key for key in columns or () if key not in present]
+            if missing:
+                raise ArtifactError(f"{path} lacks the columns {missing}; it has {present}")
             return file.read(columns=None if columns is None else list(columns))
-        except (pa.ArrowException, OSError) as error:
+        except _DAMAGED as error:
             raise _damaged(path, error) from None
 
 

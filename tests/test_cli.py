@@ -409,3 +409,23 @@ def test_an_interrupt_says_that_the_command_continues(monkeypatch: pytest.Monkey
     outcome = qvla("verify", "x")
     assert outcome.code == 130
     assert "the same command continues" in outcome.err
+
+
+def test_data_that_do_not_fit_the_policy_are_refused_before_the_first_stage(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    outcome = inputs.deploy(tmp_path / "run", "--camera", "other=observation.images.image")
+    assert outcome.code == 2
+    assert "missing ['image']" in outcome.error
+    assert "--camera NAME=COLUMN" in outcome.error
+    assert not list(tmp_path.iterdir())
+    outcome = inputs.deploy(tmp_path / "run", "--camera", "observation.images.image")
+    assert "--camera takes NAME=COLUMN" in outcome.error
+
+
+def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_torch() -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("qvla_export.cli.commands.app", without_torch)
+    assert "pip install 'qvla[host]'" in qvla("sensitivities").error

@@ -190,3 +190,17 @@ def test_digest_follows_the_weights(checkpoint: Path, tiny_policy: OftPolicy) ->
     tensors["projector.fc1.bias"] += 1
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     assert load_oft_policy(checkpoint).digest != tiny_policy.digest
+
+
+def test_digest_follows_configuration_and_statistics(checkpoint: Path) -> None:
+    """The same weights under another un-normalization key act in other units."""
+    path = checkpoint / "dataset_statistics.json"
+    statistics = json.loads(path.read_text())
+    path.write_text(json.dumps({**statistics, "other": statistics["tiny"]}))
+    config = load_config(checkpoint)
+    digests = {
+        load_oft_policy(checkpoint, key, changed).digest
+        for key in ("tiny", "other")
+        for changed in (config, replace(config, center_crop=True))
+    }
+    assert len(digests) == 4
