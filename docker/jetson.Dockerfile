@@ -1,21 +1,20 @@
 # The robot side: serve a bundle and profile it; no torch, transformers or onnx. Build it on the
 # board. Not built where this was written, which has neither a docker engine nor a board.
 #
-# JetPack 6 (Ubuntu 22.04, Python 3.10; CUDA 12.6 and TensorRT 10.3 come with the image):
+# Any arm64 board with Ubuntu 24.04 (JetPack 7, Python 3.12), the cpu target:
 #   docker build -f docker/jetson.Dockerfile -t qvla-jetson .
-# JetPack 7 (Ubuntu 24.04, Python 3.12, SBSA): a generic arm64 image plus the TensorRT packages of
-# NVIDIA's SBSA repository, which BASE must already have set up:
+# With the TensorRT packages of NVIDIA's SBSA repository, which BASE must already have set up:
 #   docker build -f docker/jetson.Dockerfile -t qvla-jetson \
 #       --build-arg BASE=<your Ubuntu 24.04 CUDA 13 arm64 image> \
 #       --build-arg TENSORRT="libnvinfer-bin python3-libnvinfer" .
-# BASE=ubuntu:24.04 with no TENSORRT runs the cpu target on any arm64 board.
+# JetPack 6 (Ubuntu 22.04, Python 3.10; BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0) installs and imports
+# everything but cannot run a cpu bundle: ONNX Runtime's last release for 3.10 is too old for it.
 #
 #   docker run --rm --runtime nvidia --ipc=host --ulimit memlock=-1 --network host \
 #       -v /path/to/bundle:/bundle:ro qvla-jetson serve /bundle
 #
 # The server listens on loopback; --host and --allow-remote open it, without authentication.
-# Bundles of the cpu target need ONNX Runtime 1.32, hence Python 3.11 or newer: JetPack 7.
-ARG BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0
+ARG BASE=ubuntu:24.04
 FROM ${BASE}
 ARG TENSORRT=""
 
