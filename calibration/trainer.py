@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from calibration.training_data import POSITION_DIM, TrainingFrames
 from qvla_export.errors import ArtifactMismatch, QvlaError
 from qvla_export.policies.oft_config import OftConfig
-from qvla_export.policies.oft_init import BOS_ID, STOP_ID, SUFFIX_ID, OftSize, new_module
+from qvla_export.policies.oft_init import (
+    BOS_ID,
+    IMAGE_MEANS,
+    IMAGE_STDS,
+    STOP_ID,
+    SUFFIX_ID,
+    OftSize,
+    new_module,
+)
 from qvla_export.policies.oft_module import OftModule
 
 REFERENCE_CONFIG = OftConfig(
@@ -205,9 +213,14 @@ class Trainer:
 def normalize_pixels(images: Tensor) -> Tensor:
     """Return both towers' inputs [B, 6, S, S] of float or uint8 frames [B, S, S, 3], 0..255."""
     scaled = images.permute(0, 3, 1, 2).float() / 255
-    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    return torch.cat([(scaled - mean) / std, (scaled - 0.5) / 0.5], dim=1)
+    towers = zip(IMAGE_MEANS, IMAGE_STDS, strict=True)
+    return torch.cat(
+        [
+            (scaled - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+            for mean, std in towers
+        ],
+        dim=1,
+    )
 
 
 def _jitter(images: Tensor, amount: float, random: torch.Generator) -> Tensor:

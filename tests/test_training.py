@@ -21,8 +21,9 @@ from calibration.training import REFERENCE_CONFIG, TrainingConfig, train_policy
 from calibration.training_data import load_frames
 from qvla_export.artifacts import sha256_tree
 from qvla_export.errors import ArtifactError, ArtifactMismatch, QvlaError
+from qvla_export.images import pixel_values
 from qvla_export.observation import Observation
-from qvla_export.policies.oft import load_oft_policy
+from qvla_export.policies.oft import OftPolicy, load_oft_policy
 from qvla_export.policies.oft_init import PAD_ID, SUFFIX_ID, OftSize
 from qvla_export.processor import OPENVLA_PROMPT
 
@@ -300,3 +301,10 @@ def test_data_that_do_not_fit_are_refused(demos: Path, tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(QvlaError, match=next(iter(change))):
         replace(CONFIG, **change)  # type: ignore[arg-type]
+
+
+def test_training_sees_the_pixels_that_the_policy_sees(tiny_policy: OftPolicy) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    ours = normalize_pixels(torch.from_numpy(image)[None])[0].numpy()
+    theirs = pixel_values(image, tiny_policy.processor.spec.image)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)

@@ -22,6 +22,9 @@ from qvla_export.policies.oft_module import OftArchitecture, OftModule
 _SPECIAL = ("<unk>", "<s>", "</s>", "<empty>", "<pad>")
 BOS_ID, STOP_ID, SUFFIX_ID, PAD_ID = 1, 2, 3, 4
 _PADDING = 64
+# RGB mean and standard deviation of the DINOv2 (ImageNet) and the SigLIP input.
+IMAGE_MEANS = ((0.485, 0.456, 0.406), (0.5, 0.5, 0.5))
+IMAGE_STDS = ((0.229, 0.224, 0.225), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,7 @@ def save_checkpoint(
 
 def _preprocessor(arch: OftArchitecture) -> str:
     side = arch.dino.image_size
-    means = [[0.485, 0.456, 0.406], [0.5, 0.5, 0.5]]
-    stds = [[0.229, 0.224, 0.225], [0.5, 0.5, 0.5]]
+    means, stds = [list(mean) for mean in IMAGE_MEANS], [list(std) for std in IMAGE_STDS]
     return json.dumps(
         {
             "image_processor_type": "PrismaticImageProcessor",
