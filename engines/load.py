@@ -3,7 +3,7 @@
 from typing import Literal
 
 from engines.base import Engine, EngineError
-from engines.targets import RUNTIMES, find_target
+from engines.targets import find_target
 from qvla_export.bundle import Bundle
 
 
@@ -25,9 +25,8 @@ def load_engine(
         EngineError: the runtime is not installed or refuses the graph.
     """
     target = find_target(bundle.target)
-    runtime = RUNTIMES[target.name]
-    if runtime != "ort":
-        raise EngineError(f"no engine for runtime {runtime!r} of target {target.name!r}")
+    if target.runtime != "ort":
+        raise EngineError(f"no engine for runtime {target.runtime!r} of target {target.name!r}")
     try:
         from engines.ort import OrtEngine  # only the runtime of this target need be installed
     except ImportError as error:

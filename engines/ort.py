@@ -7,7 +7,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from engines.base import EngineError, Feeds, check_feeds
-from qvla_export.bundle import Bundle, TensorSpec
+from qvla_export.bundle import Bundle, Stage, TensorSpec
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 _UNPACK = "session.disable_quant_qdq"
@@ -18,10 +18,14 @@ WeightForm = Literal["packed", "unpacked"]
 
 
 class OrtEngine:
-    """A bundle's graph on ONNX Runtime; see `Engine`."""
+    """A bundle's graphs on ONNX Runtime, one after the other; see `Engine`."""
 
     def __init__(
-        self, bundle: Bundle, threads: int | None = None, weights: WeightForm = "packed"
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        weights: WeightForm = "packed",
+        keep_loaded: bool = True,
     ) -> None:
         """Load a bundle.
 
@@ -29,21 +33,20 @@ class OrtEngine:
             bundle: verified by `Bundle.load`.
             threads: threads of one operator; None for one a physical core.
             weights: how quantized weights are held in memory.
+            keep_loaded: False loads each stage when its turn comes and frees it afterwards: one
+                stage's memory instead of the policy's, at the cost of loading for every action.
 
         Raises:
             EngineError: the runtime refuses the graph or a setting.
         """
         self._bundle = bundle
-        options = session_options(bundle, threads, weights)
-        try:
-            self._session: Any = onnxruntime.InferenceSession(
-                str(bundle.model_path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # the runtime's exceptions share no public base
-            raise EngineError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load {bundle.model_path}: {error}. "
-                f"The bundle was made with {bundle.manifest['versions']}; use that version."
-            ) from error
+        self._options = session_options(bundle, threads, weights)
+        self._keep_loaded = keep_loaded
+        self._open = True
+        # Stage name -> session.
+        self._sessions: dict[str, Any] = {}
+        if keep_loaded:
+            self._sessions = {stage.name: self._load(stage) for stage in bundle.stages}
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -57,15 +60,33 @@ class OrtEngine:
 
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Return the named outputs of named inputs."""
-        if self._session is None:
+        if not self._open:
             raise EngineError("the engine is closed; load it again")
         check_feeds(self.inputs, feeds)
-        names = [spec.name for spec in self.outputs]
-        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        values = dict(feeds)
+        for stage in self._bundle.stages:
+            session = self._sessions[stage.name] if self._keep_loaded else self._load(stage)
+            names = [spec.name for spec in stage.outputs]
+            inputs = {spec.name: values[spec.name] for spec in stage.inputs}
+            values.update(zip(names, session.run(names, inputs), strict=True))
+        return {spec.name: values[spec.name] for spec in self.outputs}
 
     def close(self) -> None:
-        """Free the session."""
-        self._session = None
+        """Free the sessions."""
+        self._open = False
+        self._sessions = {}
+
+    def _load(self, stage: Stage) -> Any:
+        path = self._bundle.model_path(stage)
+        try:
+            return onnxruntime.InferenceSession(
+                str(path), self._options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # the runtime's exceptions share no public base
+            raise EngineError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}. The bundle "
+                f"was made with {self._bundle.manifest['versions']}; use that version."
+            ) from error
 
     def __enter__(self) -> "OrtEngine":
         return self

@@ -1,9 +1,10 @@
 """The table of targets. What a container really costs was measured, not read from a data sheet."""
 
 import difflib
+from dataclasses import replace
 
 from qvla_export.errors import QvlaError
-from qvla_export.target import Container, Target
+from qvla_export.target import Container, PowerMode, Target
 
 # ONNX Runtime 1.32 on a CPU (AVX2), measured 2026-11:
 # - DequantizeLinear -> MatMul becomes MatMulNBits for 8, 4 and 2 bits, per channel and for blocks
@@ -18,6 +19,8 @@ from qvla_export.target import Container, Target
 #   included), 0.142 with 64 (4.25), 0.166 with 128 (4.12): a quarter bit buys what it costs.
 CPU = Target(
     name="cpu",
+    runtime="ort",
+    runtime_versions=">=1.32",
     opset=25,
     ir_version=13,
     containers={
@@ -29,9 +32,101 @@ CPU = Target(
     },
 )
 
-TARGETS: dict[str, Target] = {target.name: target for target in (CPU,)}
-# Target name -> the runtime that runs its bundles; see `engines.load`.
-RUNTIMES: dict[str, str] = {"cpu": "ort"}
+# float16, not bfloat16: equally fast on sm_87 and sm_89, and its 11 bits of precision move actions
+# an eighth as much as bfloat16's 8. Its range is enough where norms and softmax stay in float32
+# (`qvla_export.passes.compute_type`). 8-bit scales are one a channel, 4-bit scales one a block of
+# 128 inputs, the block of NVIDIA's own int4 kernels. No 2-bit type exists: 2 bits cost 4.
+# TensorRT-RTX 1.7 parses whole blocks only and refuses int4 tensors of odd size (measured 2026-11).
+# 32 channels of 4 bits are the 16 bytes that a vectorized load reads.
+_INT4 = Container(4, 128, 16, whole_groups=True)
+_TENSORRT = Target(
+    name="tensorrt",
+    runtime="tensorrt",
+    runtime_versions=">=10.3",
+    # The lowest operator set with int4 and blocked DequantizeLinear, so that every version parses.
+    opset=21,
+    ir_version=10,
+    containers={
+        0: Container(0, None, 0),
+        2: _INT4,
+        4: _INT4,
+        8: Container(8, None, 16),
+        16: Container(16, None, 0),
+    },
+    compute="float16",
+    channel_multiple=32,
+    refusals={
+        "zero points": "TensorRT quantizes symmetrically, a zero point must be all zeros "
+        "(IDequantizeLayer, NvInfer.h 11.1)",
+        "int2": "TensorRT's DataType has no 2-bit type (NvInferRuntimeBase.h 11.1); "
+        "2-bit channels are stored in int4",
+        "int8 blocks": "blocks along the input exist for int4, fp8 and fp4 only "
+        "(IDequantizeLayer, NvInfer.h 11.1)",
+    },
+)
+_NO_FP8 = (
+    "sm_87 has no fp8 or fp4 arithmetic; fp8 needs sm_89, fp4 sm_100 (TensorRT support matrix)"
+)
+_NO_FP4 = "fp4 matrix products need sm_100 or later (TensorRT support matrix)"
+
+# Memory and dense tensor-core rates of nvpmodel's modes: nvpmodel_p3701_0000.conf (64 GB module),
+# 256 FP16 and 512 INT8 multiply-adds a clock and tensor core, 4 tensor cores an SM. float32 is the
+# CUDA cores' 128 a clock and SM.
+ORIN_MODES = (
+    PowerMode("MAXN", 204.8, {"float32": 5.3, "float16": 42.5, "int8": 85.0}),
+    PowerMode("50W", 204.8, {"float32": 3.3, "float16": 26.7, "int8": 53.4}),
+    PowerMode("30W", 204.8, {"float32": 1.25, "float16": 10.0, "int8": 20.0}),
+    PowerMode("15W", 136.5, {"float32": 0.63, "float16": 5.0, "int8": 10.0}),
+)
+
+RTX4070 = replace(
+    _TENSORRT,
+    name="rtx4070",
+    runtime="tensorrt_rtx",
+    runtime_versions=">=1.4",
+    compute_capability="sm_89",
+    # AD104: 46 SM at 2475 MHz, 504 GB/s; float16 with float32 accumulation.
+    power_modes=(PowerMode("200W", 504.0, {"float32": 29.1, "float16": 58.3, "int8": 233.0}),),
+    refusals={
+        **_TENSORRT.refusals,
+        "fp8": "sm_89 has it, but this project packs no fp8 weights or activations",
+        "fp4": _NO_FP4,
+    },
+)
+# JetPack 7.2: TensorRT 10.16, or 11.4.1 from 7.2.2 on.
+ORIN_JP7 = replace(
+    _TENSORRT,
+    name="orin-jp7",
+    runtime_versions=">=10.13",
+    compute_capability="sm_87",
+    power_modes=ORIN_MODES,
+    refusals={**_TENSORRT.refusals, "fp8": _NO_FP8, "fp4": _NO_FP8},
+)
+# JetPack 6.1 and 6.2: TensorRT 10.3, 10.7 at most. Best effort: NVIDIA's own GR00T N1.7 backbone
+# does not build there.
+ORIN_JP6 = replace(
+    ORIN_JP7,
+    name="orin-jp6",
+    runtime_versions=">=10.3,<10.8",
+)
+# ONNX Runtime's CUDA execution provider, best effort: never run here. It has no 2-bit kernels.
+CUDA = replace(
+    _TENSORRT,
+    name="cuda",
+    runtime="ort-cuda",
+    runtime_versions=">=1.23",
+    channel_multiple=1,
+    refusals={
+        "int2": "ONNX Runtime's CUDA DequantizeLinear takes 4 and 8 bits; "
+        "2-bit channels are stored in int4",
+        "fp8": "this project packs no fp8 weights or activations",
+        "fp4": "ONNX Runtime's CUDA execution provider has no fp4 matrix product",
+    },
+)
+
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (CPU, CUDA, RTX4070, ORIN_JP7, ORIN_JP6)
+}
 
 
 class UnknownTarget(QvlaError):

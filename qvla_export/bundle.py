@@ -1,49 +1,38 @@
 """The noun `Bundle`: a folder with everything a robot needs to act, each file vouched for.
 
-manifest.json, model.onnx and its weights model.onnx.data, tokenizer.json, golden.safetensors and,
-for a quantized policy, plan.json. The robot imports this module: no torch, no onnx.
+manifest.json, one graph `<stage>.onnx` a stage with its weights `<stage>.onnx.data`,
+tokenizer.json, golden.safetensors and, for a quantized policy, plan.json. The robot imports this
+module: no torch, no onnx. `qvla_export.bundle_writer` writes it.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from qvla_export.artifacts import (
-    new_folder,
-    read_json,
-    require_fields,
-    sha256_file,
-    versions,
-    write_json,
-)
-from qvla_export.errors import ArtifactError, ArtifactMismatch, CheckpointError
-from qvla_export.processor import (
-    Processor,
-    load_tokenizer,
-    processor_from_json,
-    processor_to_json,
-)
+from qvla_export.artifacts import read_json, require_fields, sha256_file
+from qvla_export.errors import ArtifactError, ArtifactMismatch
+from qvla_export.processor import Processor, load_tokenizer, processor_from_json
 
-_FORMAT = "qvla-bundle-1"
-_MANIFEST = "manifest.json"
-MODEL = "model.onnx"
+FORMAT = "qvla-bundle-2"
+MANIFEST = "manifest.json"
 PLAN = "plan.json"
-_TOKENIZER = "tokenizer.json"
-_GOLDEN = "golden.safetensors"
+TOKENIZER = "tokenizer.json"
+GOLDEN = "golden.safetensors"
 _FIELDS = (
     "target",
     "policy_digest",
     "plan",
     "inputs",
     "outputs",
+    "stages",
     "processor",
     "engine_options",
     "weight_bytes",
@@ -65,6 +54,21 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One graph of a bundle, run in order; it reads the bundle's inputs and earlier outputs."""
+
+    # "vision", "decoder", "head".
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def model(self) -> str:
+        """File name of the graph; its weights lie beside it, with `.data` appended."""
+        return f"{self.name}.onnx"
+
+
+@dataclass(frozen=True)
 class Golden:
     """Held-out model inputs and the actions that torch computes for them."""
 
@@ -77,32 +81,16 @@ class Golden:
 
 
 @dataclass(frozen=True)
-class BundleParts:
-    """What `write_bundle` puts into a bundle beside the graph."""
-
-    target: str
-    processor: Processor
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    golden: Golden
-    # SHA-256 of the policy's checkpoint.
-    policy_digest: str
-    # Bytes of the graph's constants: planned layers by kind, everything else as "rest".
-    weight_bytes: Mapping[str, int]
-    # Averages and budget of the plan; None for the float policy.
-    plan: Mapping[str, Any] | None = None
-    # What the engine must be set to for the golden actions to hold.
-    engine_options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Bundle:
     """A verified bundle on disk."""
 
     path: Path
     processor: Processor = field(repr=False)
+    # What an observation becomes, and what the last stage makes of it.
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    # In the order they run.
+    stages: tuple[Stage, ...]
     # The whole manifest, as read.
     manifest: Mapping[str, Any] = field(repr=False)
 
@@ -135,11 +123,11 @@ class Bundle:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the model: graph and weights, without tokenizer and golden observations."""
+        """Bytes of the model: graphs and weights, without tokenizer and golden observations."""
         return sum(
             int(entry["bytes"])
             for name, entry in self.manifest["files"].items()
-            if name.startswith(MODEL)
+            if name.endswith((".onnx", ".onnx.data"))
         )
 
     @property
@@ -148,19 +136,18 @@ class Bundle:
         options: Mapping[str, Any] = self.manifest["engine_options"]
         return options
 
-    @property
-    def model_path(self) -> Path:
-        """The graph; its weights lie beside it."""
-        return self.path / MODEL
+    def model_path(self, stage: Stage) -> Path:
+        """Return the path of a stage's graph; its weights lie beside it."""
+        return self.path / stage.model
 
     def golden(self) -> Golden:
         """Read the golden observations and reference actions."""
         try:
-            tensors = load_file(self.path / _GOLDEN)
+            tensors = load_file(self.path / GOLDEN)
             reference = tensors.pop("reference")
             full_precision = tensors.pop("full_precision")
         except (SafetensorError, KeyError, OSError) as error:
-            raise ArtifactError(f"{self.path / _GOLDEN} is damaged: {error}; {_REMEDY}") from error
+            raise ArtifactError(f"{self.path / GOLDEN} is damaged: {error}; {_REMEDY}") from error
         feeds: list[dict[str, NDArray[Any]]] = [{} for _ in reference]
         for key, tensor in tensors.items():
             index, name = key.split("/", 1)
@@ -177,15 +164,17 @@ class Bundle:
         """
         if not path.is_dir():
             raise ArtifactError(f"bundle folder not found: {path}; qvla export makes one")
-        manifest = _read_manifest(path / _MANIFEST)
+        manifest = _read_manifest(path / MANIFEST)
         try:
-            _verify_files(path, manifest["files"])
-            tokenizer = load_tokenizer(path / _TOKENIZER)
+            stages = tuple(_stage_from_json(value) for value in manifest["stages"])
+            _verify_files(path, manifest["files"], {stage.model for stage in stages})
+            tokenizer = load_tokenizer(path / TOKENIZER)
             return Bundle(
                 path=path,
                 processor=processor_from_json(manifest["processor"], tokenizer),
                 inputs=_specs_from_json(manifest["inputs"]),
                 outputs=_specs_from_json(manifest["outputs"]),
+                stages=stages,
                 manifest=manifest,
             )
         except (AttributeError, KeyError, TypeError) as error:
@@ -194,81 +183,24 @@ class Bundle:
             ) from error
 
 
-def write_bundle(path: Path, parts: BundleParts, save_files: Callable[[Path], None]) -> Bundle:
-    """Write a bundle whole or not at all, replacing one at `path`.
-
-    Args:
-        path: the folder.
-        parts: what the manifest says.
-        save_files: writes `MODEL`, its weights and, of a quantized policy, `PLAN` into a folder.
-
-    Raises:
-        CheckpointError: the policy has no tokenizer, without which a robot cannot read prompts.
-    """
-    tokenizer = parts.processor.tokenizer
-    if tokenizer is None:
-        raise CheckpointError(
-            "a bundle needs the policy's tokenizer; add tokenizer.json to the checkpoint"
-        )
-    with new_folder(path) as folder:
-        save_files(folder)
-        tokenizer.save(str(folder / _TOKENIZER))
-        save_file(_golden_tensors(parts.golden), folder / _GOLDEN)
-        write_json(folder / _MANIFEST, _manifest(folder, parts))
-    return Bundle.load(path)
-
-
-def _manifest(folder: Path, parts: BundleParts) -> dict[str, Any]:
-    files = {
-        file.name: {"sha256": sha256_file(file), "bytes": file.stat().st_size}
-        for file in sorted(folder.iterdir())
-    }
-    plan = None if parts.plan is None else {**parts.plan, "digest": files[PLAN]["sha256"]}
-    manifest: dict[str, Any] = {
-        "format": _FORMAT,
-        "target": parts.target,
-        "policy_digest": parts.policy_digest,
-        "plan": plan,
-        "inputs": [asdict(spec) for spec in parts.inputs],
-        "outputs": [asdict(spec) for spec in parts.outputs],
-        "processor": processor_to_json(parts.processor),
-        "engine_options": dict(parts.engine_options),
-        "weight_bytes": dict(parts.weight_bytes),
-        "versions": versions(),
-        "files": files,
-    }
-    return {**manifest, "digest": _digest(manifest)}
-
-
-def _golden_tensors(golden: Golden) -> dict[str, NDArray[Any]]:
-    tensors: dict[str, NDArray[Any]] = {
-        f"{index:03d}/{name}": np.ascontiguousarray(tensor)
-        for index, feeds in enumerate(golden.feeds)
-        for name, tensor in feeds.items()
-    }
-    tensors["reference"] = np.ascontiguousarray(golden.reference)
-    tensors["full_precision"] = np.ascontiguousarray(golden.full_precision)
-    return tensors
-
-
 def _read_manifest(path: Path) -> Mapping[str, Any]:
     manifest = read_json(path, "bundle manifest")
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise ArtifactError(
-            f"{path} must be of format {_FORMAT!r}, got {found!r}; "
+            f"{path} must be of format {FORMAT!r}, got {found!r}; "
             "export the bundle with this version"
         )
     stated = manifest.get("digest")
-    found = _digest({key: value for key, value in manifest.items() if key != "digest"})
+    found = manifest_digest({key: value for key, value in manifest.items() if key != "digest"})
     if stated != found:
         raise ArtifactMismatch(_damaged(path, str(stated), found))
     require_fields(manifest, _FIELDS, f"bundle manifest {path}")
     return manifest
 
 
-def _verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    if missing := sorted({MODEL, _TOKENIZER, _GOLDEN} - set(files)):
+def _verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], models: set[str]) -> None:
+    if missing := sorted({TOKENIZER, GOLDEN, *models} - set(files)):
         raise ArtifactError(f"the manifest of {folder} does not list {missing}; {_REMEDY}")
     for name, entry in files.items():
         parts = PurePosixPath(name).parts
@@ -289,7 +221,7 @@ def _damaged(path: Path, expected: str, found: str) -> str:
     return f"{path} is damaged: expected SHA-256 {expected}, found {found}; {_REMEDY}"
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -297,4 +229,10 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def _specs_from_json(values: Any) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(value["name"], value["dtype"], tuple(value["shape"])) for value in values
+    )
+
+
+def _stage_from_json(value: Any) -> Stage:
+    return Stage(
+        value["name"], _specs_from_json(value["inputs"]), _specs_from_json(value["outputs"])
     )

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from qvla_export.artifacts import require_same
 from qvla_export.bucketize import bucketize
 from qvla_export.buckets_to_onnx import CODES_SUFFIX, HALVES_SUFFIX, SCALES_SUFFIX
-from qvla_export.bundle import MODEL, PLAN, Bundle, BundleParts, Golden, TensorSpec, write_bundle
+from qvla_export.bundle import PLAN, Bundle, Golden, Stage, TensorSpec
+from qvla_export.bundle_writer import BundleParts, write_bundle
 from qvla_export.coupling import find_couplings
 from qvla_export.float_graph import (
     POLICY_KEY,
@@ -70,11 +71,13 @@ def export_bundle(
     graph = export_float(policy, target) if float_graph is None else float_graph
     _require_traced_from(graph, policy, target)
     model, weight_bytes = _stored_model(graph, plan)
+    stage = Stage("policy", _specs(graph.graph.inputs), _specs(graph.graph.outputs))
     parts = BundleParts(
         target=target.name,
         processor=policy.processor,
-        inputs=_specs(graph.graph.inputs),
-        outputs=_specs(graph.graph.outputs),
+        inputs=stage.inputs,
+        outputs=stage.outputs,
+        stages=(stage,),
         golden=golden_actions(policy, plan, observations),
         policy_digest=policy.digest,
         weight_bytes=weight_bytes,
@@ -83,7 +86,7 @@ def export_bundle(
     )
 
     def save_files(folder: Path) -> None:
-        ir.save(model, folder / MODEL, external_data=f"{MODEL}.data")
+        ir.save(model, folder / stage.model, external_data=f"{stage.model}.data")
         if plan is not None:
             plan.save(folder / PLAN)
 
