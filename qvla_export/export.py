@@ -12,24 +12,18 @@ import torch
 from numpy.typing import NDArray
 
 from qvla_export.artifacts import require_same
-from qvla_export.bucketize import bucketize
-from qvla_export.buckets_to_onnx import CODES_SUFFIX, HALVES_SUFFIX, SCALES_SUFFIX
 from qvla_export.bundle import PLAN, Bundle, Golden, Stage, TensorSpec
 from qvla_export.bundle_writer import BundleParts, write_bundle
-from qvla_export.coupling import find_couplings
 from qvla_export.float_graph import (
     POLICY_KEY,
     TARGET_KEY,
     ExportError,
     export_float,
-    layer_nodes,
 )
-from qvla_export.float_storage import STORED_SUFFIX, store_exactly
 from qvla_export.graph_figures import measure_graph
 from qvla_export.layers import fake_quantized, layer_shapes
+from qvla_export.lowering import lower
 from qvla_export.observation import Observation
-from qvla_export.passes.couple import couple_mlps
-from qvla_export.passes.merge import merge_parallel
 from qvla_export.plan import BitPlan
 from qvla_export.policies.base import Policy
 from qvla_export.target import Target
@@ -70,7 +64,7 @@ def export_bundle(
         _require_planned_for(plan, policy, target)
     graph = export_float(policy, target) if float_graph is None else float_graph
     _require_traced_from(graph, policy, target)
-    model, weight_bytes = _stored_model(graph, plan)
+    model, weight_bytes = lower(graph, plan, target)
     stage = Stage("policy", _specs(graph.graph.inputs), _specs(graph.graph.outputs))
     parts = BundleParts(
         target=target.name,
@@ -104,19 +98,6 @@ def _require_traced_from(graph: ir.Model, policy: Policy, target: Target) -> Non
     for key, expected in ((POLICY_KEY, policy.digest), (TARGET_KEY, target.name)):
         found = graph.metadata_props.get(key, "nothing")
         require_same(f"float graph and {key}", found, expected, "Export the float graph anew.")
-
-
-def _stored_model(graph: ir.Model, plan: BitPlan | None) -> tuple[ir.Model, dict[str, int]]:
-    """Return the graph as it is shipped and the bytes of its constants by part."""
-    if plan is not None:
-        couplings = find_couplings(plan.widths, plan.weights_per_channel)
-        coupled, widths = couple_mlps(graph, plan.widths, couplings)
-        merged, widths = merge_parallel(coupled, widths)
-        model = store_exactly(bucketize(merged, widths, plan.quantizer))
-        return model, _bucket_bytes(model)
-    layer_weights = _layer_weights(graph)
-    model = store_exactly(graph)
-    return model, _float_bytes(model, layer_weights | {n + STORED_SUFFIX for n in layer_weights})
 
 
 def golden_actions(
@@ -160,34 +141,3 @@ def _spec(value: ir.Value) -> TensorSpec:
     assert value.name is not None and value.dtype is not None and value.shape is not None
     sizes = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
     return TensorSpec(value.name, value.dtype.numpy().name, sizes)
-
-
-def _layer_weights(model: ir.Model) -> set[str]:
-    values = (node.inputs[1] for node in layer_nodes(model).values())
-    return {value.name for value in values if value is not None and value.name is not None}
-
-
-def _float_bytes(model: ir.Model, layer_weights: set[str]) -> dict[str, int]:
-    found = {"float": 0, "rest": 0}
-    for name, nbytes in _constant_bytes(model):
-        found["float" if name in layer_weights else "rest"] += nbytes
-    return found
-
-
-def _bucket_bytes(model: ir.Model) -> dict[str, int]:
-    """Bytes of the constants: "2", "4", "8", "16" of planned layers, "scales", "rest"."""
-    found: dict[str, int] = {"16": 0, "8": 0, "4": 0, "2": 0, "scales": 0, "rest": 0}
-    for name, nbytes in _constant_bytes(model):
-        if name.endswith(SCALES_SUFFIX):
-            found["scales"] += nbytes
-        elif name.endswith((CODES_SUFFIX, HALVES_SUFFIX)):
-            found[name.rsplit(".", 2)[1].removeprefix("b")] += nbytes
-        else:
-            found["rest"] += nbytes
-    return found
-
-
-def _constant_bytes(model: ir.Model) -> Iterable[tuple[str, int]]:
-    for name, value in model.graph.initializers.items():
-        if value.const_value is not None:
-            yield name, value.const_value.nbytes
