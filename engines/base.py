@@ -35,6 +35,11 @@ class Engine(Protocol):
         """Names, dtypes and shapes that `infer` returns."""
         ...
 
+    @property
+    def runtime(self) -> str:
+        """What runs the graph, with its version: "onnxruntime 1.32.0 CPUExecutionProvider"."""
+        ...
+
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Return the named outputs.
 

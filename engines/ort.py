@@ -58,6 +58,11 @@ class OrtEngine:
         """Names, dtypes and shapes that `infer` returns."""
         return self._bundle.outputs
 
+    @property
+    def runtime(self) -> str:
+        """Name, version and execution provider of the runtime."""
+        return f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
+
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Return the named outputs of named inputs."""
         if not self._open:

@@ -42,6 +42,8 @@ class ProcessorSpec:
     training_image_size: int = 0
     # Crop the central 90 % of the area, for policies trained with random crops.
     center_crop: bool = False
+    # Bins over [-1, 1] that a token head's actions are the centres of; 0 for continuous actions.
+    action_bins: int = 0
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class ConstantEngine:
     """Puts out one number everywhere."""
 
     def __init__(self, bundle: Bundle, value: float) -> None:
-        self.inputs, self.outputs = bundle.inputs, bundle.outputs
+        self.inputs, self.outputs, self.runtime = bundle.inputs, bundle.outputs, "constant 1"
         self._value = value
 
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
