@@ -1,11 +1,10 @@
-"""A policy's float graph: from pixels, prompt and state to the normalized action, batch size 1.
+"""A policy's float graphs: from pixels, prompt and state to the normalized action, batch size 1.
 
 Every plannable layer's node carries its module name in the metadata property `LAYER_KEY`, so that
 later passes find layers by name, whatever the exporter did to initializers. Exported once and
 reused for all plans.
 """
 
-import ast
 import contextlib
 import logging
 import warnings
@@ -16,11 +15,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-from torch import Tensor, nn
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from onnxscript.optimizer import optimize_ir
+from torch import nn
 
 from qvla_export.errors import QvlaError
-from qvla_export.policies.base import Policy, PolicyBatch
+from qvla_export.lazy_tensors import mapped
+from qvla_export.policies.base import Policy, PolicyStage
 from qvla_export.quantize import as_rows
 from qvla_export.target import Target
 
@@ -31,7 +32,6 @@ POLICY_KEY, TARGET_KEY = "qvla.policy", "qvla.target"
 # runs them as fast as opset 23's or faster.
 _EXPORT_OPSET = 21
 _PREFIX = "module."
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _LINEAR_OPS = ("MatMul", "Gemm", "Conv")
 _LOGGER = logging.getLogger(__name__)
 
@@ -40,23 +40,8 @@ class ExportError(QvlaError):
     """A policy or plan cannot be turned into a graph."""
 
 
-class _ActionGraph(nn.Module):
-    """What is traced: named inputs of batch size 1 to the executed normalized action."""
-
-    def __init__(self, policy: Policy) -> None:
-        super().__init__()
-        self.module = policy.module
-        self._policy = policy
-
-    def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, state: Tensor | None = None
-    ) -> Tensor:
-        """Return normalized actions [1, horizon, dim]."""
-        return self._policy.greedy_actions(PolicyBatch(pixel_values, input_ids, None, state))
-
-
 def export_float(policy: Policy, target: Target) -> ir.Model:
-    """Trace a policy into a float32 graph for a target's operator set.
+    """Trace a whole policy into one float32 graph for a target's operator set.
 
     Inputs `pixel_values` float32 [1, 6 * images, S, S], `input_ids` int64 [1, prompt] (any length
     from 2), `state` float32 [1, n] where the policy takes one; output `actions` float32
@@ -65,32 +50,67 @@ def export_float(policy: Policy, target: Target) -> ir.Model:
     Raises:
         ExportError: a layer of the policy is not in the graph exactly once.
     """
-    feeds = _example_feeds(policy)
-    lengths = {"input_ids": {1: torch.export.Dim("prompt", min=2)}}
+    (stage,) = policy.stages()
+    model = export_stage(policy, stage, policy.layers(), target)
+    if missing := sorted(set(policy.layers()) - set(layer_nodes(model))):
+        raise ExportError(f"layers not found in the exported graph: {missing}")
+    return model
+
+
+def export_stage(
+    policy: Policy,
+    stage: PolicyStage,
+    layers: Mapping[str, nn.Module],
+    target: Target,
+) -> ir.Model:
+    """Trace one stage into a float32 graph whose constants are read only when needed.
+
+    Args:
+        policy: where the weights are read.
+        stage: one of its stages.
+        layers: its quantizable layers; those of the stage are tagged in the graph.
+        target: for its operator set.
+
+    Raises:
+        ExportError: a layer is applied more than once.
+    """
+    sizes = {name: torch.export.Dim(name, min=2) for name in _dynamic_names(stage)}
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
-            _ActionGraph(policy).eval(),
-            tuple(feeds.values()),
+            stage.module,
+            tuple(stage.inputs.values()),
             dynamo=True,
             opset_version=_EXPORT_OPSET,
-            input_names=list(feeds),
-            output_names=["actions"],
-            dynamic_shapes=tuple(lengths.get(name, {}) for name in feeds),
+            input_names=list(stage.inputs),
+            output_names=[stage.output],
+            # One entry for *inputs, the forward's only parameter.
+            dynamic_shapes=(
+                tuple(
+                    {axis: sizes[size] for axis, size in stage.dynamic.get(name, {}).items()}
+                    for name in stage.inputs
+                ),
+            ),
             verbose=False,
+            # Ours happens below: the exporter's own would read every weight to transpose it.
+            optimize=False,
         )
     assert program is not None
     model = program.model
-    found = _tag_layers(model, policy.layers())
-    tags = {node: node.metadata_props[LAYER_KEY] for node in found}
+    _bind_weights(model, policy)
+    optimize_ir(model, should_fold=lambda node: False if _is_weight_transpose(node) else None)
+    _transpose_weights(model)
+    RemoveUnusedNodesPass()(model)
+    tags = _tagged_layers(model, layers)
     ClearMetadataAndDocStringPass()(model)  # stack traces name the files of the exporting machine
-    for node, name in tags.items():
+    for name, node in tags.items():
         node.metadata_props[LAYER_KEY] = name
-    _fix_signature(model, policy)
+    _fix_signature(model, policy, stage)
     # From 21 to 25 the operators used here only gained types and optional inputs.
     model.graph.opset_imports[""] = target.opset
     model.ir_version = target.ir_version
     model.producer_name, model.producer_version = "qvla", None
     model.metadata_props.update({POLICY_KEY: policy.digest, TARGET_KEY: target.name})
+    _LOGGER.info("float graph %s: %d nodes, %d layers", stage.name, len(model.graph), len(tags))
     return model
 
 
@@ -127,50 +147,77 @@ def weight_rows(node: ir.Node) -> NDArray[np.float32]:
     return weight if node.attributes.get_int("transB", 0) else np.ascontiguousarray(weight.T)
 
 
-def _tag_layers(model: ir.Model, layers: Mapping[str, nn.Module]) -> list[ir.Node]:
-    """Write each layer's name on its node; the name comes from the scope, the weight confirms."""
+def _bind_weights(model: ir.Model, policy: Policy) -> None:
+    """Make every parameter a constant that is read from the policy when its numbers are needed."""
+    for key, value in model.graph.initializers.items():
+        name = key.removeprefix(_PREFIX)
+        if name == key or value.const_value is None:
+            continue
+
+        def read(name: str = name, key: str = key) -> ir.Tensor[Any]:
+            return ir.Tensor(np.ascontiguousarray(policy.read_weight(name)), name=key)
+
+        value.const_value = ir.LazyTensor(
+            read, dtype=ir.DataType.FLOAT, shape=ir.Shape(value.const_value.shape.numpy()), name=key, cache=False
+        )
+
+
+def _is_weight_transpose(node: ir.Node) -> bool:
+    return (
+        node.op_type == "Transpose"
+        and node.inputs[0] is not None
+        and node.inputs[0].is_initializer()
+        and str(node.inputs[0].name).startswith(_PREFIX)
+    )
+
+
+def _transpose_weights(model: ir.Model) -> None:
+    """Turn Transpose of a matrix of weights into a transposed constant, still unread."""
+    for node in list(model.graph):
+        if not _is_weight_transpose(node):
+            continue
+        weight = node.inputs[0]
+        assert weight is not None and weight.const_value is not None
+        tensor = weight.const_value
+        shape = tensor.shape.numpy()[::-1]
+        name = f"{weight.name}.transposed"
+        constant = mapped([tensor], np.transpose, tensor.dtype, shape, name)
+        value = ir.Value(
+            name=name, const_value=constant, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape)
+        )
+        model.graph.register_initializer(value)
+        node.outputs[0].replace_all_uses_with(value)
+
+
+def _tagged_layers(model: ir.Model, layers: Mapping[str, nn.Module]) -> dict[str, ir.Node]:
+    """Return the node of each layer that the graph has, found by the name of its weight."""
     found: dict[str, ir.Node] = {}
     for node in model.graph:
-        name = _scope_of(node)
-        if node.op_type not in _LINEAR_OPS or name not in layers:
+        if node.op_type not in _LINEAR_OPS or node.inputs[1] is None:
             continue
-        weight = getattr(layers[name], "weight").detach().numpy()  # noqa: B009  # typed as union
-        if not np.array_equal(weight_rows(node), as_rows(weight)):
-            raise ExportError(f"node {node.name} is in layer {name} but has another weight")
-        if name in found:
+        weight = str(node.inputs[1].name).removesuffix(".transposed").removeprefix(_PREFIX)
+        name = weight.removesuffix(".weight")
+        if name in layers and name in found:
             raise ExportError(f"layer {name} is applied more than once; its plan is ambiguous")
-        node.metadata_props[LAYER_KEY] = name
-        found[name] = node
-    if missing := sorted(set(layers) - set(found)):
-        raise ExportError(f"layers not found in the exported graph: {missing}")
-    _LOGGER.info("float graph: %d nodes, %d layers", len(model.graph), len(found))
-    return list(found.values())
+        if name in layers:
+            found[name] = node
+    return found
 
 
-def _scope_of(node: ir.Node) -> str:
-    """Module that made a node: the last but one of its scopes, without the wrapper's prefix."""
-    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    return str(scopes[-2]).removeprefix(_PREFIX) if len(scopes) > 1 else ""
+def _dynamic_names(stage: PolicyStage) -> set[str]:
+    return {name for sizes in stage.dynamic.values() for name in sizes.values()}
 
 
-def _example_feeds(policy: Policy) -> dict[str, Tensor]:
+def _fix_signature(model: ir.Model, policy: Policy, stage: PolicyStage) -> None:
+    """State shapes that the exporter may leave symbolic."""
+    (output,) = model.graph.outputs
+    output.dtype = ir.DataType.FLOAT
     spec = policy.processor.spec
-    side = spec.image.size
-    feeds = {
-        "pixel_values": torch.zeros(1, 6 * len(spec.cameras), side, side),
-        "input_ids": torch.tensor([[spec.bos_token_id] * 5 + [spec.suffix_token_id]]),
-    }
-    if spec.state_dim:
-        feeds["state"] = torch.zeros(1, spec.state_dim)
-    return feeds
-
-
-def _fix_signature(model: ir.Model, policy: Policy) -> None:
-    """State the action's shape, which the exporter may leave symbolic."""
-    spec = policy.processor.spec
-    (actions,) = model.graph.outputs
-    actions.shape = ir.Shape((1, spec.horizon, spec.action_dim))
-    actions.dtype = ir.DataType.FLOAT
+    if stage.output == "actions":
+        output.shape = ir.Shape((1, spec.horizon, spec.action_dim))
+    elif stage.output.startswith("hidden"):
+        assert output.shape is not None
+        output.shape = ir.Shape((1, "tokens", output.shape[-1]))
 
 
 @contextlib.contextmanager

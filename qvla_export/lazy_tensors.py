@@ -27,7 +27,7 @@ def mapped(
         name: of the result.
     """
 
-    def evaluate() -> ir.Tensor:
+    def evaluate() -> ir.Tensor[Any]:
         values = function(*(source.numpy() for source in sources))
         return ir.Tensor(np.ascontiguousarray(values), name=name)
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvla_export.action import ActionChunk
@@ -28,6 +30,21 @@ class PolicyBatch:
         return self.pixel_values.shape[0]
 
 
+@dataclass(frozen=True)
+class PolicyStage:
+    """A part of a policy that is traced by itself; its inputs may be earlier stages' outputs."""
+
+    name: str
+    # Takes the inputs in their order and returns one tensor. Parameters are named as the policy's,
+    # behind "module.".
+    module: nn.Module
+    # Input name -> example, batch size 1.
+    inputs: Mapping[str, Tensor]
+    output: str
+    # Input name -> axis -> name of a size that may vary.
+    dynamic: Mapping[str, Mapping[int, str]]
+
+
 class Policy(Protocol):
     """A loaded VLA: preprocess, differentiable normalized action, quantizable layers."""
 
@@ -43,7 +60,10 @@ class Policy(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """The network: float32, eval mode, gradients off for all parameters."""
+        """The network: float32, eval mode, gradients off for all parameters.
+
+        On device "meta", without numbers, where the policy was opened without loading it.
+        """
         ...
 
     def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
@@ -63,6 +83,17 @@ class Policy(Protocol):
 
     def layers(self) -> Mapping[str, nn.Linear | nn.Conv2d]:
         """Return the quantizable layers that reach the action, by module name, in forward order."""
+        ...
+
+    def stages(self, layers_per_stage: int | None = None) -> Sequence[PolicyStage]:
+        """Return the parts of the executed policy, from model inputs to "actions".
+
+        None gives one stage; a number cuts the decoder into runs of that many blocks.
+        """
+        ...
+
+    def read_weight(self, name: str) -> NDArray[np.float32]:
+        """Return a parameter or buffer of `module` by name, as float32."""
         ...
 
     def infer(self, observation: Observation) -> ActionChunk:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qvla_export.action import ActionChunk
 from qvla_export.artifacts import read_json, sha256_tree
@@ -16,10 +18,12 @@ from qvla_export.clock import StageClock
 from qvla_export.errors import CheckpointError
 from qvla_export.images import load_image_spec
 from qvla_export.observation import Observation
-from qvla_export.policies.base import PolicyBatch
-from qvla_export.policies.oft_checkpoint import load_module, part_file
+from qvla_export.policies.base import PolicyBatch, PolicyStage
+from qvla_export.policies.oft_checkpoint import empty_module, load_module
 from qvla_export.policies.oft_config import OftConfig, load_config
 from qvla_export.policies.oft_module import IGNORED_TOKEN_ID, OftModule
+from qvla_export.policies.oft_stages import cut_stages, whole_stage
+from qvla_export.policies.oft_weights import CheckpointWeights, open_weights, part_file
 from qvla_export.processor import Processor, ProcessorSpec, load_tokenizer
 from qvla_export.statistics import load_statistics
 
@@ -38,6 +42,8 @@ class OftPolicy:
     digest: str
     # Centre of each action token's bin, ordered by token id.  float32 [256]; empty for L1 heads.
     token_centers: Tensor
+    # Where the weights lie if `module` has none of them in memory, else None.
+    stored: CheckpointWeights | None = None
 
     def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
         """Preprocess observations into one padded batch."""
@@ -100,14 +106,37 @@ class OftPolicy:
     @torch.no_grad()
     def greedy_actions(self, batch: PolicyBatch) -> Tensor:
         """Return the normalized actions the policy executes; argmax for token heads [B, H, D]."""
+        output = self.module(batch.pixel_values, batch.input_ids, batch.state, batch.prompt_lengths)
+        return self._executed(output)
+
+    def stages(self, layers_per_stage: int | None = None) -> tuple[PolicyStage, ...]:
+        """Return one stage, or vision, runs of decoder blocks, head."""
+        spec = self.processor.spec
+        if layers_per_stage is None:
+            return (whole_stage(self.module, spec, self._executed),)
+        return cut_stages(self.module, spec, self._executed, layers_per_stage)
+
+    def read_weight(self, name: str) -> NDArray[np.float32]:
+        """Return a parameter or buffer by name, as float32, from memory or the checkpoint."""
+        if self.stored is not None and name in self.stored.shapes:
+            return self.stored.read(name).float().numpy()
+        if self.stored is not None:
+            # What no checkpoint holds follows from the configuration alone.
+            rotary = LlamaRotaryEmbedding(self.module.arch.llama)
+            tensor = rotary.get_buffer(name.removeprefix("language_model.model.rotary_emb."))
+        else:
+            tensor = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}[
+                name
+            ]
+        return tensor.detach().numpy()
+
+    def _executed(self, output: Tensor) -> Tensor:
+        """The head's output [B, H, D] or logits [B, H, D, vocab] -> executed actions [B, H, D]."""
         if self.config.head == "l1":
-            return self.normalized_actions(batch)
-        tokens = self.module(
-            batch.pixel_values, batch.input_ids, batch.state, batch.prompt_lengths
-        ).argmax(dim=-1)
+            return output
         # Any token of the vocabulary may win; upstream clips it into the bins.
-        index = (tokens - self._first_action_token()).clip(0, len(self.token_centers) - 1)
-        return self.token_centers[index]
+        index = output.argmax(dim=-1) - self._first_action_token()
+        return self.token_centers[index.clip(0, len(self.token_centers) - 1)]
 
     def _first_action_token(self) -> int:
         """Lowest id of an action token; the vocabulary's last ids stand for the lowest actions."""
@@ -117,14 +146,18 @@ class OftPolicy:
     def _probe_inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
         arch = self.module.arch
         side = self.processor.spec.image.size
-        pixels = torch.zeros(1, 6 * len(self.config.cameras), side, side)
-        ids = torch.tensor([[self.config.bos_token_id, self.config.suffix_token_id]])
-        state = torch.zeros(1, arch.state_dim) if arch.state_dim else None
+        device = self.module.projector.fc1.weight.device
+        pixels = torch.zeros(1, 6 * len(self.config.cameras), side, side, device=device)
+        ids = torch.tensor([[self.config.bos_token_id, self.config.suffix_token_id]], device=device)
+        state = torch.zeros(1, arch.state_dim, device=device) if arch.state_dim else None
         return pixels, ids, state
 
 
 def load_oft_policy(
-    checkpoint: Path, unnorm_key: str | None = None, config: OftConfig | None = None
+    checkpoint: Path,
+    unnorm_key: str | None = None,
+    config: OftConfig | None = None,
+    resident: bool = True,
 ) -> OftPolicy:
     """Load an OpenVLA-OFT checkpoint folder in the published layout.
 
@@ -132,6 +165,8 @@ def load_oft_policy(
         checkpoint: folder with config.json, weights, head files, statistics, tokenizer.
         unnorm_key: data set whose statistics un-normalize actions; may be None if only one.
         config: explicit inputs and dimensions; None reads `qvla_policy.json`.
+        resident: False leaves the weights on disk: the policy can be exported stage by stage, in
+            the memory of one stage, but not run by torch as a whole.
 
     Raises:
         CheckpointError, StatisticsError: what is wrong and what is available.
@@ -139,7 +174,8 @@ def load_oft_policy(
     if not checkpoint.is_dir():
         raise CheckpointError(f"checkpoint folder not found: {checkpoint}")
     config = config or load_config(checkpoint)
-    module = load_module(checkpoint, config)
+    weights = open_weights(checkpoint, config)
+    module = (load_module if resident else empty_module)(checkpoint, config, weights)
     image = load_image_spec(checkpoint / "preprocessor_config.json")
     if image.size != module.arch.dino.image_size:
         raise CheckpointError(
@@ -153,6 +189,7 @@ def load_oft_policy(
         config.action_dim,
         config.state_dim,
     )
+    token_centers = _token_centers(checkpoint, config)
     spec = ProcessorSpec(
         cameras=config.cameras,
         image=image,
@@ -163,6 +200,8 @@ def load_oft_policy(
         suffix_token_id=config.suffix_token_id,
         training_image_size=config.training_image_size,
         center_crop=config.center_crop,
+        # The two highest token ids share the lowest bin.
+        action_bins=max(len(token_centers) - 1, 0),
     )
     tokenizer_path = checkpoint / _TOKENIZER
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
@@ -171,7 +210,8 @@ def load_oft_policy(
         Processor(spec, statistics, tokenizer),
         config,
         policy_digest(checkpoint, config, statistics.key),
-        _token_centers(checkpoint, config),
+        token_centers,
+        None if resident else weights,
     )
 
 

@@ -1,13 +1,11 @@
 """Read and write OpenVLA-OFT checkpoints in the published on-disk layout."""
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Dinov2WithRegistersConfig, LlamaConfig, SiglipVisionConfig
@@ -15,35 +13,48 @@ from transformers import Dinov2WithRegistersConfig, LlamaConfig, SiglipVisionCon
 from qvla_export.artifacts import read_json
 from qvla_export.errors import CheckpointError
 from qvla_export.policies.oft_config import OftConfig
-from qvla_export.policies.oft_keys import check_keys, from_upstream, to_upstream
+from qvla_export.policies.oft_keys import check_keys, to_upstream
 from qvla_export.policies.oft_module import OftArchitecture, OftModule
+from qvla_export.policies.oft_weights import CheckpointWeights
 
 _VISION_EPS = 1e-6  # timm's LayerNorm default, of both towers
 # Present in transformers' modules, absent from timm checkpoints.
 _NOT_UPSTREAM = ("vision_backbone.featurizer.embeddings.mask_token",)
 
 
-def load_module(checkpoint: Path, config: OftConfig) -> OftModule:
+def load_module(checkpoint: Path, config: OftConfig, weights: CheckpointWeights) -> OftModule:
     """Build the network of a checkpoint and load its weights as float32.
 
     Raises:
-        CheckpointError: a file is missing, truncated or unsafe, or keys do not fit; the message
-            lists every missing, unexpected and misshapen key.
+        CheckpointError: keys do not fit; the message lists every missing, unexpected and misshapen
+            key.
     """
-    tensors = read_safetensors(checkpoint)
-    parts = {"action_head": config.head == "l1", "proprio_projector": config.state_dim > 0}
-    for part, wanted in parts.items():
-        if wanted:
-            tensors.update({f"{part}.{k}": v for k, v in _read_part(checkpoint, part).items()})
-    renamed = from_upstream(tensors)
-    if config.head == "l1":  # the L1 head replaces the vocabulary's output layer
-        renamed.pop("language_model.lm_head.weight", None)
-    arch = _architecture(checkpoint, config, renamed)
-    module = OftModule(arch)
-    expected = module.state_dict()
-    check_keys(renamed, expected, _NOT_UPSTREAM, str(checkpoint))
-    module.load_state_dict({k: v.float() for k, v in renamed.items()}, strict=False)
+    module = OftModule(_checked_architecture(checkpoint, config, weights))
+    for name, tensor in module.state_dict().items():
+        if name in weights.shapes:
+            tensor.copy_(weights.read(name))
     return module.eval().requires_grad_(False)
+
+
+def empty_module(checkpoint: Path, config: OftConfig, weights: CheckpointWeights) -> OftModule:
+    """Build the network of a checkpoint without memory for its weights (device "meta").
+
+    Raises:
+        CheckpointError: as `load_module`.
+    """
+    with torch.device("meta"):
+        module = OftModule(_checked_architecture(checkpoint, config, weights))
+    return module.eval().requires_grad_(False)
+
+
+def _checked_architecture(
+    checkpoint: Path, config: OftConfig, weights: CheckpointWeights
+) -> OftArchitecture:
+    arch = _architecture(checkpoint, config, weights.shapes)
+    with torch.device("meta"):
+        expected = OftModule(arch).state_dict()
+    check_keys(weights.shapes, expected, _NOT_UPSTREAM, str(checkpoint))
+    return arch
 
 
 def save_module(module: OftModule, checkpoint: Path, step: int) -> None:
@@ -65,61 +76,6 @@ def save_module(module: OftModule, checkpoint: Path, step: int) -> None:
     for part, state in parts.items():
         if state:
             torch.save(state, checkpoint / f"{part}--{step}_checkpoint.pt")
-
-
-def read_safetensors(checkpoint: Path) -> dict[str, Tensor]:
-    """Read `model.safetensors` or all shards of `model.safetensors.index.json`.
-
-    Raises:
-        CheckpointError: no weights, a missing or truncated shard.
-    """
-    index = checkpoint / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index, "shard index").get("weight_map", {})
-        names = sorted(set(weight_map.values()))
-    else:
-        weight_map, names = None, ["model.safetensors"]
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"weights not found: {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  # not a dict
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is not a complete safetensors file ({error}); download it again"
-            ) from error
-    if weight_map is not None and (absent := sorted(set(weight_map) - set(tensors))):
-        raise CheckpointError(f"{index} names weights that no shard holds: {absent}")
-    return tensors
-
-
-def part_file(checkpoint: Path, part: str) -> Path:
-    """Return the only `{part}--*_checkpoint.pt` of a checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or more than one.
-    """
-    found = sorted(checkpoint.glob(f"*{part}*checkpoint*"))
-    if len(found) != 1:
-        raise CheckpointError(
-            f"{checkpoint} must hold exactly one {part}--STEP_checkpoint.pt, "
-            f"found {[p.name for p in found]}"
-        )
-    return found[0]
-
-
-def _read_part(checkpoint: Path, part: str) -> dict[str, Tensor]:
-    path = part_file(checkpoint, part)
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be loaded safely: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} must hold a state dict of tensors")
-    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
 
 
 def _architecture(

@@ -40,7 +40,8 @@ _QKV = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.(weight|bias)$")
 def from_upstream(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename one upstream state dict, splitting fused q/k/v; dead keys are left out.
 
-    Heads and projectors saved from a DDP wrapper lose their `module.` prefix elsewhere.
+    Each key is renamed by itself, so a state dict may be renamed piece by piece. Heads and
+    projectors saved from a DDP wrapper lose their `module.` prefix elsewhere.
     """
     renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

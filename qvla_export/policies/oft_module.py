@@ -57,10 +57,15 @@ class VisionBackbone(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return patch features [B, images * patches, dino + siglip] of [B, 6 * images, S, S]."""
+        towers = [self.features(pixel_values, "dino"), self.features(pixel_values, "siglip")]
+        return torch.cat(towers, dim=-1)
+
+    def features(self, pixel_values: Tensor, tower: Literal["dino", "siglip"]) -> Tensor:
+        """Return one tower's features [B, images * patches, width] of [B, 6 * images, S, S]."""
         batch, channels, height, width = pixel_values.shape
         frames = pixel_values.reshape(batch * (channels // 6), 6, height, width)
-        features = torch.cat([self._dino(frames[:, :3]), self._siglip(frames[:, 3:])], dim=-1)
-        return features.reshape(batch, -1, features.shape[-1])
+        found = self._dino(frames[:, :3]) if tower == "dino" else self._siglip(frames[:, 3:])
+        return found.reshape(batch, -1, found.shape[-1])
 
     def _dino(self, frames: Tensor) -> Tensor:
         embeddings = self.featurizer.embeddings
@@ -174,15 +179,21 @@ class LanguageModel(nn.Module):
             nn.Linear(llama.hidden_size, llama.vocab_size, bias=False) if with_head else None
         )
 
-    def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return final-norm hidden states [B, N, hidden]; `mask` is additive [B, 1, 1, N]."""
-        positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
-        rotary = self.model.rotary_emb(embeddings, position_ids=positions)
-        hidden = embeddings
-        for layer in self.model.layers:
+    def forward(
+        self, hidden: Tensor, mask: Tensor | None = None, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """Run the blocks [first, last) on hidden states [B, N, hidden].
+
+        The final norm follows the last block of all, which `last` = None stands for; `mask` is
+        additive [B, 1, 1, N].
+        """
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rotary = self.model.rotary_emb(hidden, position_ids=positions)
+        for layer in self.model.layers[first:last]:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-        output: Tensor = self.model.norm(hidden)
-        return output
+        if last is None or last == len(self.model.layers):
+            hidden = self.model.norm(hidden)
+        return hidden
 
 
 class OftModule(nn.Module):

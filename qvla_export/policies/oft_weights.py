@@ -1,0 +1,127 @@
+"""The tensors of an OpenVLA-OFT checkpoint under this project's names, each read when asked for."""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qvla_export.artifacts import read_json
+from qvla_export.errors import CheckpointError
+from qvla_export.policies.oft_config import OftConfig
+from qvla_export.policies.oft_keys import from_upstream
+
+# Replaced by the L1 head, but part of every published file.
+_LM_HEAD = "language_model.lm_head.weight"
+
+
+@dataclass(frozen=True)
+class CheckpointWeights:
+    """Where each tensor of a checkpoint lies; holds none of the safetensors' numbers."""
+
+    # Our name -> the tensor without its numbers (device "meta").
+    shapes: Mapping[str, Tensor]
+    # Our name -> safetensors file and upstream key.
+    places: Mapping[str, tuple[Path, str]]
+    # Our name -> tensor of the small head files, which lie in memory.
+    parts: Mapping[str, Tensor]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor by our name, as stored.
+
+        Raises:
+            CheckpointError: its file was damaged or removed since it was opened.
+        """
+        if name in self.parts:
+            return self.parts[name]
+        path, key = self.places[name]
+        return from_upstream({key: _read(path, key)})[name]
+
+
+def open_weights(checkpoint: Path, config: OftConfig) -> CheckpointWeights:
+    """Find every tensor of a checkpoint: safetensors, single or sharded, and the head files.
+
+    Raises:
+        CheckpointError: no weights, a missing, truncated or unsafe file.
+    """
+    shapes: dict[str, Tensor] = {}
+    places: dict[str, tuple[Path, str]] = {}
+    for path, key, stored in _stored_tensors(checkpoint):
+        for name, tensor in from_upstream({key: stored}).items():
+            if config.head == "l1" and name == _LM_HEAD:
+                continue
+            shapes[name], places[name] = tensor, (path, key)
+    parts: dict[str, Tensor] = {}
+    wanted = {"action_head": config.head == "l1", "proprio_projector": config.state_dim > 0}
+    for part in (name for name, needed in wanted.items() if needed):
+        parts |= {f"{part}.{key}": value for key, value in _read_part(checkpoint, part).items()}
+    shapes |= {name: tensor.to("meta") for name, tensor in parts.items()}
+    return CheckpointWeights(shapes, places, parts)
+
+
+def part_file(checkpoint: Path, part: str) -> Path:
+    """Return the only `{part}--*_checkpoint.pt` of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or more than one.
+    """
+    found = sorted(checkpoint.glob(f"*{part}*checkpoint*"))
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{checkpoint} must hold exactly one {part}--STEP_checkpoint.pt, "
+            f"found {[p.name for p in found]}"
+        )
+    return found[0]
+
+
+def _stored_tensors(checkpoint: Path) -> list[tuple[Path, str, Tensor]]:
+    """File, upstream key and shape of every tensor in `model.safetensors` or its shards."""
+    index = checkpoint / "model.safetensors.index.json"
+    weight_map = read_json(index, "shard index").get("weight_map", {}) if index.is_file() else None
+    names = ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values()))
+    found: list[tuple[Path, str, Tensor]] = []
+    for path in (checkpoint / name for name in names):
+        if not path.is_file():
+            raise CheckpointError(f"weights not found: {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # not a dict
+                    shape = file.get_slice(key).get_shape()
+                    found.append((path, key, torch.empty(shape, device="meta")))
+        except (SafetensorError, OSError) as error:
+            raise _incomplete(path, error) from error
+    absent = sorted(set(weight_map or ()) - {key for _, key, _ in found})
+    if absent:
+        raise CheckpointError(f"{index} names weights that no shard holds: {absent}")
+    return found
+
+
+def _read(path: Path, key: str) -> Tensor:
+    try:
+        # Opened for this tensor alone: an open file keeps every page that was read mapped.
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise _incomplete(path, error) from error
+    return tensor
+
+
+def _incomplete(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a complete safetensors file ({error}); download it again"
+    )
+
+
+def _read_part(checkpoint: Path, part: str) -> dict[str, Tensor]:
+    path = part_file(checkpoint, part)
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be loaded safely: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} must hold a state dict of tensors")
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
