@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.coupling import fake_quantize_coupled, find_couplings
+from qvla_export.coupling import Coupling, fake_quantize_coupled, find_couplings
 from qvla_export.plan import BitPlan
 from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec, as_rows, fake_quantize, quantize_channels
@@ -92,6 +92,25 @@ def replaced_weights(
                 layers[name].weight.copy_(weight)
 
 
+def planned_rows(
+    name: str,
+    rows: NDArray[np.float32],
+    plan: BitPlan,
+    couplings: Mapping[str, Coupling],
+) -> NDArray[np.float32]:
+    """Return a layer's weights as a plan's engine computes with them, [channels, inputs].
+
+    Args:
+        name: of the layer.
+        rows: its float weights.
+        plan: gives its widths.
+        couplings: of the plan, by their consumer.
+    """
+    if name in couplings:
+        return fake_quantize_coupled(rows, plan.widths[name], plan.quantizer, couplings[name])
+    return fake_quantize(rows, plan.widths[name], plan.quantizer)
+
+
 @contextlib.contextmanager
 def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
     """Run the block with the policy's weights as the plan's engine will have them.
@@ -105,12 +124,8 @@ def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
     layers = traced_layers(policy)
     plan.require_fits(layer_shapes(layers), policy.digest)
     couplings = {c.consumer: c for c in find_couplings(plan.widths, plan.weights_per_channel)}
-    rows = {}
-    for name, widths in plan.widths.items():
-        weight = weight_rows(layers[name])
-        if name in couplings:
-            rows[name] = fake_quantize_coupled(weight, widths, plan.quantizer, couplings[name])
-        else:
-            rows[name] = fake_quantize(weight, widths, plan.quantizer)
+    rows = {
+        name: planned_rows(name, weight_rows(layers[name]), plan, couplings) for name in plan.widths
+    }
     with replaced_weights(layers, rows):
         yield
