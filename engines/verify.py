@@ -1,108 +1,279 @@
-"""How far an engine's actions are from reference actions on the same observations."""
+"""The noun `Verdict`: does an engine act as it must on given observations, by which figures."""
 
+import hashlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine, EngineError
-from qvla_export.bundle import Bundle
+from engines.base import Engine, EngineError, Feeds
+from engines.drift import ActionDrift, action_drift
+from engines.targets import find_target
+from engines.thresholds import Thresholds, thresholds_for
+from qvla_export.artifacts import require_same
+from qvla_export.bundle import PLAN, Bundle, Golden
+from qvla_export.plan import BitPlan
 
-# An engine that computes what torch computes stays far below this, in units where the range of an
-# action is 2.
-MAX_DRIFT = 1e-3
 _LOGGER = logging.getLogger(__name__)
 
 
 class VerificationError(EngineError):
-    """An engine does not reproduce its bundle's reference actions."""
+    """An engine does not reproduce the actions it must."""
 
 
 @dataclass(frozen=True)
-class ActionDrift:
-    """Difference of two policies' actions on the same observations, by action dimension."""
+class EngineIdentity:
+    """What ran."""
 
-    # Cosine between all actions as one vector; 1 is equal.
-    cosine: float
-    # Largest and mean |difference|, normalized (the range is 2).  float64 [dim]
-    max_normalized: NDArray[np.float64]
-    mean_normalized: NDArray[np.float64]
-    # The same in the robot's units.  float64 [dim]
-    max_physical: NDArray[np.float64]
-    mean_physical: NDArray[np.float64]
-    # Observations compared.
-    observations: int
+    bundle_digest: str
+    target: str
+    # Runtime and version.
+    runtime: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Actions an engine must reproduce, on which observations, and how closely."""
+
+    # Whose actions: "torch", or a runtime and bundle.
+    source: str
+    # "golden" or "held-out".
+    observations: str
+    # Named model inputs of each observation, batch size 1.
+    feeds: tuple[Feeds, ...]
+    # Normalized.  float32 [n, horizon, dim]
+    actions: NDArray[np.float32]
+    # The full-precision policy's in torch, where known.  float32 [n, horizon, dim]
+    full_precision: NDArray[np.float32] | None
+    thresholds: Thresholds
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An engine's figures against its thresholds."""
+
+    engine: EngineIdentity
+    # What the engine was compared with.
+    against: str
+    observations: str
+    # SHA-256 of the model inputs.
+    observations_digest: str
+    # From the reference: what the engine itself is answerable for.
+    drift: ActionDrift
+    # From the full-precision policy: plan and engine together; None where not known.
+    action_error: ActionDrift | None
+    # The reference from the full-precision policy: the plan alone; None where not known.
+    plan_error: ActionDrift | None
+    # A float engine of the same policy from torch: what no engine of the runtime falls below.
+    float_floor: ActionDrift | None
+    thresholds: Thresholds
+    # What exceeds its threshold, in words; none if the engine is good.
+    breaches: tuple[str, ...]
 
     @property
-    def worst(self) -> float:
-        """Largest normalized |difference| of any dimension."""
-        return float(self.max_normalized.max())
+    def passed(self) -> bool:
+        """Whether every figure is within its threshold."""
+        return not self.breaches
+
+    def require_passed(self) -> None:
+        """Refuse a bad engine.
+
+        Raises:
+            VerificationError: dimension, figure, what is allowed and the remedy.
+        """
+        if not self.breaches:
+            return
+        raise VerificationError(
+            f"{self.engine.runtime} differs from {self.against} on {self.drift.observations} "
+            f"{self.observations} observations: {'; '.join(self.breaches)} "
+            f"({self.thresholds.reason}). Do not use this engine: build it anew with the runtime "
+            "version its bundle was made with, or export the bundle anew; "
+            "qvla verify --runtime ort tells whether the bundle or the engine is wrong"
+        )
 
     def to_json(self) -> dict[str, object]:
         """Return what a report stores."""
+        drifts = {
+            "drift": self.drift,
+            "action_error": self.action_error,
+            "plan_error": self.plan_error,
+            "float_floor": self.float_floor,
+        }
         return {
-            "cosine": self.cosine,
+            "passed": self.passed,
+            "breaches": list(self.breaches),
+            "engine": asdict(self.engine),
+            "against": self.against,
             "observations": self.observations,
-            "max_normalized": self.max_normalized.tolist(),
-            "mean_normalized": self.mean_normalized.tolist(),
-            "max_physical": self.max_physical.tolist(),
-            "mean_physical": self.mean_physical.tolist(),
+            "observations_digest": self.observations_digest,
+            "thresholds": self.thresholds.to_json(),
+            **{name: None if d is None else d.to_json() for name, d in drifts.items()},
         }
 
 
-def action_drift(
-    reference: NDArray[np.float32], candidate: NDArray[np.float32], unit: NDArray[np.float64]
-) -> ActionDrift:
-    """Compare normalized actions.
-
-    Args:
-        reference, candidate: float32 [observations, horizon, dim].
-        unit: physical size of one normalized unit, `Bounds.scale()`.  float64 [dim]
-
-    Raises:
-        EngineError: the shapes differ or an action is not finite.
-    """
-    if reference.shape != candidate.shape or reference.ndim != 3 or not len(reference):
-        raise EngineError(
-            f"actions to compare must both be [n, horizon, dim] with n > 0, "
-            f"got {list(reference.shape)} and {list(candidate.shape)}"
-        )
-    a, b = reference.astype(np.float64), candidate.astype(np.float64)
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise EngineError("actions to compare must be finite, got NaN or infinity")
-    difference = np.abs(a - b)
-    length = float(np.linalg.norm(a) * np.linalg.norm(b))
-    largest, mean = difference.max(axis=(0, 1)), difference.mean(axis=(0, 1))
-    return ActionDrift(
-        cosine=float((a * b).sum()) / length if length else float(np.array_equal(a, b)),
-        max_normalized=largest,
-        mean_normalized=mean,
-        max_physical=largest * unit,
-        mean_physical=mean * unit,
-        observations=len(a),
+def torch_reference(
+    bundle: Bundle, golden: Golden | None = None, observations: str = "golden"
+) -> Reference:
+    """Return torch's actions with the bundle's weights: the golden ones, or others given."""
+    golden = bundle.golden() if golden is None else golden
+    thresholds = _thresholds(bundle, _plan_error(bundle, golden))
+    return Reference(
+        "torch", observations, golden.feeds, golden.reference, golden.full_precision, thresholds
     )
 
 
-def compare_golden(bundle: Bundle, engine: Engine) -> ActionDrift:
-    """Return an engine's drift from torch on the bundle's golden observations."""
-    golden = bundle.golden()
-    actions = np.concatenate([engine.infer(feeds)["actions"] for feeds in golden.feeds])
-    return action_drift(golden.reference, actions, bundle.processor.statistics.action.scale())
+def engine_reference(
+    bundle: Bundle,
+    other: Bundle,
+    engine: Engine,
+    feeds: Sequence[Feeds] | None = None,
+    observations: str = "golden",
+) -> Reference:
+    """Return another engine's actions on the bundle's golden observations, or others given.
 
+    Thresholds are those of both engines; between different plans, the plans' errors on the golden
+    observations come on top.
 
-def verify(bundle: Bundle, engine: Engine, max_drift: float = MAX_DRIFT) -> ActionDrift:
-    """Return the drift on the golden observations, or refuse the engine.
+    Args:
+        bundle: of the engine to judge.
+        other, engine: what to compare it with.
+        feeds: model inputs of other observations.
 
     Raises:
-        VerificationError: the largest normalized |difference| exceeds `max_drift`.
+        ArtifactMismatch: the bundles are of different policies.
     """
-    drift = compare_golden(bundle, engine)
-    if drift.worst > max_drift:
+    require_same(
+        "the bundles to compare",
+        bundle.policy_digest,
+        other.policy_digest,
+        "Compare bundles of one policy.",
+    )
+    golden, theirs = bundle.golden(), other.golden()
+    errors = (_plan_error(bundle, golden), _plan_error(other, theirs))
+    thresholds = _thresholds(bundle, errors[0]).plus(_thresholds(other, errors[1]))
+    if _plan_digest(bundle) != _plan_digest(other):
+        for error, own in zip(errors, (bundle, other), strict=True):
+            thresholds = thresholds.beyond(error if own.plan is not None else None)
+    chosen = golden.feeds if feeds is None else tuple(feeds)
+    return Reference(
+        f"{engine.runtime} (bundle {other.digest[:16]}, {other.target})",
+        observations,
+        chosen,
+        run_engine(engine, chosen),
+        golden.full_precision if feeds is None else None,
+        thresholds,
+    )
+
+
+def judge(
+    bundle: Bundle,
+    engine: Engine,
+    reference: Reference | None = None,
+    float_floor: ActionDrift | None = None,
+) -> Verdict:
+    """Compare an engine with a reference; without one, with torch on the golden observations.
+
+    Args:
+        bundle: what the engine was made from.
+        engine: of any runtime.
+        reference: from `torch_reference` or `engine_reference`.
+        float_floor: the drift of a float engine of the same policy; a float bundle's own if None.
+
+    Raises:
+        EngineError: an action is not finite.
+    """
+    reference = torch_reference(bundle) if reference is None else reference
+    actions = run_engine(engine, reference.feeds)
+    drift = _drift(bundle, reference.actions, actions)
+    error = plan_error = None
+    if reference.full_precision is not None:
+        error = _drift(bundle, reference.full_precision, actions)
+        plan_error = _drift(bundle, reference.full_precision, reference.actions)
+    if float_floor is None and bundle.plan is None:
+        float_floor = error
+    return Verdict(
+        EngineIdentity(bundle.digest, bundle.target, engine.runtime),
+        reference.source,
+        reference.observations,
+        feeds_digest(reference.feeds),
+        drift,
+        error,
+        plan_error,
+        float_floor,
+        reference.thresholds,
+        reference.thresholds.breaches(drift),
+    )
+
+
+def verify(bundle: Bundle, engine: Engine, reference: Reference | None = None) -> Verdict:
+    """Judge an engine and refuse a bad one; see `judge`.
+
+    Raises:
+        VerificationError: a figure exceeds its threshold.
+    """
+    verdict = judge(bundle, engine, reference)
+    verdict.require_passed()
+    _LOGGER.info(
+        "verified: max |difference| %.1e, cosine %.7f", verdict.drift.worst, verdict.drift.cosine
+    )
+    return verdict
+
+
+def float_drift(bundle: Bundle, engine: Engine, reference: Reference) -> ActionDrift:
+    """Return a float engine's drift from torch in full precision: the floor of a runtime.
+
+    Raises:
+        VerificationError: the bundle is quantized, or torch's actions are not known.
+    """
+    if bundle.plan is not None:
+        raise VerificationError(f"the floor is a float bundle's, {bundle.path} is quantized")
+    if reference.full_precision is None:
         raise VerificationError(
-            f"the engine differs from torch by {drift.worst:.2e} (normalized action) on "
-            f"{drift.observations} golden observations, allowed are {max_drift:.0e}; "
-            "use the runtime version the bundle was made with"
+            "the floor needs torch's full-precision actions, which another engine on held-out "
+            "observations does not have; compare with a checkpoint or on the golden observations"
         )
-    _LOGGER.info("verified: max |difference| %.1e, cosine %.7f", drift.worst, drift.cosine)
-    return drift
+    return _drift(bundle, reference.full_precision, run_engine(engine, reference.feeds))
+
+
+def run_engine(engine: Engine, feeds: Sequence[Feeds]) -> NDArray[np.float32]:
+    """Return normalized actions, one observation at a time.  float32 [n, horizon, dim]"""
+    return np.concatenate([engine.infer(inputs)["actions"] for inputs in feeds])
+
+
+def feeds_digest(feeds: Sequence[Mapping[str, NDArray[np.generic]]]) -> str:
+    """Return the SHA-256 over names, shapes, types and bytes of model inputs, in order."""
+    digest = hashlib.sha256()
+    for inputs in feeds:
+        for name in sorted(inputs):
+            value = np.ascontiguousarray(inputs[name])
+            digest.update(f"{name} {value.dtype} {value.shape}\0".encode() + value.tobytes())
+    return digest.hexdigest()
+
+
+def _drift(
+    bundle: Bundle, reference: NDArray[np.float32], actions: NDArray[np.float32]
+) -> ActionDrift:
+    processor = bundle.processor
+    unit = processor.statistics.action.scale()
+    return action_drift(reference, actions, unit, processor.spec.action_bins)
+
+
+def _plan_error(bundle: Bundle, golden: Golden) -> ActionDrift:
+    return _drift(bundle, golden.full_precision, golden.reference)
+
+
+def _thresholds(bundle: Bundle, plan_error: ActionDrift) -> Thresholds:
+    planned = bundle.plan is not None
+    rounded = planned and BitPlan.load(bundle.path / PLAN).activations is not None
+    return thresholds_for(
+        find_target(bundle.target).compute,
+        plan_error if planned else None,
+        plan_error,
+        rounded,
+    )
+
+
+def _plan_digest(bundle: Bundle) -> str | None:
+    return None if bundle.plan is None else str(bundle.plan["digest"])

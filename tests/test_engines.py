@@ -126,7 +126,7 @@ def test_nan_never_becomes_an_action(
 
 
 def test_verify_refuses_another_policys_actions(bundle: Bundle) -> None:
-    with pytest.raises(VerificationError, match="differs from torch by"):
+    with pytest.raises(VerificationError, match="differs from torch on"):
         verify(bundle, ConstantEngine(bundle, 0.3))
 
 

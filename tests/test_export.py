@@ -14,7 +14,7 @@ from tiny_bundles import float_graph, make_bundle, mixed_plan
 
 from engines.load import load_engine
 from engines.targets import CPU
-from engines.verify import compare_golden, verify
+from engines.verify import judge, verify
 from qvla_export.bundle import Bundle
 from qvla_export.coupling import find_couplings
 from qvla_export.errors import ArtifactMismatch, PlanMismatch
@@ -53,7 +53,7 @@ def mixed_bundle(
 
 def test_float_bundle_equals_torch(float_bundle: Bundle) -> None:
     with load_engine(float_bundle, threads=1) as engine:
-        drift = verify(float_bundle, engine)
+        drift = verify(float_bundle, engine).drift
     assert drift.worst <= 1e-4
     assert drift.cosine > 0.999999
 
@@ -61,7 +61,7 @@ def test_float_bundle_equals_torch(float_bundle: Bundle) -> None:
 def test_mixed_bundle_equals_fake_quantized_torch(mixed_bundle: Bundle) -> None:
     golden = mixed_bundle.golden()
     with load_engine(mixed_bundle, threads=1) as engine:
-        drift = compare_golden(mixed_bundle, engine)
+        drift = judge(mixed_bundle, engine).drift
     assert drift.observations == 32
     assert drift.worst <= 1e-3
     # The plan is coarse enough that equality with the float policy would be a mistake.
@@ -70,7 +70,7 @@ def test_mixed_bundle_equals_fake_quantized_torch(mixed_bundle: Bundle) -> None:
 
 def test_unpacked_weights_compute_the_same(mixed_bundle: Bundle) -> None:
     with load_engine(mixed_bundle, threads=1, weights="unpacked") as engine:
-        assert compare_golden(mixed_bundle, engine).worst <= 1e-3
+        assert judge(mixed_bundle, engine).drift.worst <= 1e-3
 
 
 def test_no_gather_between_the_layers_of_an_mlp(mixed_bundle: Bundle) -> None:
@@ -159,7 +159,7 @@ def test_uniform_bytes_are_exactly_the_plans(
     assert stored == plan.weight_bytes
     assert plan.weight_bytes <= 0.29 * plan.float16_bytes
     with load_engine(bundle, threads=1) as engine:
-        assert compare_golden(bundle, engine).worst <= 1e-3
+        assert judge(bundle, engine).drift.worst <= 1e-3
 
 
 def test_checkpoint_weights_are_stored_in_16_bits(float_bundle: Bundle) -> None:
@@ -214,7 +214,7 @@ def test_token_policy_with_two_cameras_puts_out_the_greedy_action(
     assert [spec.name for spec in bundle.inputs] == ["pixel_values", "input_ids"]
     assert bundle.inputs[0].shape == (1, 12, 28, 28)
     with load_engine(bundle, threads=1) as engine:
-        assert compare_golden(bundle, engine).worst <= 1e-6
+        assert judge(bundle, engine).drift.worst <= 1e-6
 
 
 def test_plan_of_another_policy_is_refused(

@@ -34,7 +34,7 @@ assert not host, host
 assert Path(importlib.util.find_spec("jetson").origin).is_relative_to(sys.prefix)
 bundle = Bundle.load(Path(sys.argv[1]))
 with load_engine(bundle, threads=1) as engine:
-    worst = verify(bundle, engine).worst
+    worst = verify(bundle, engine).drift.worst
     seen = Observation({"image": np.zeros((28, 28, 3), np.uint8)}, "push it", np.zeros(4))
     chunk = EnginePolicy(bundle, engine).infer(seen)
 assert worst <= 1e-3, worst

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from rich.progress import Progress
 
 from qvla_export.artifacts import read_json, require_same, write_json
 from qvla_export.cli.opening import PolicySource
 from qvla_export.cli.stages import bar, kept_artifact, load_plan, require_calibration
+from qvla_export.cli.verifying import held_out_reference
 from qvla_export.run_folder import RunFolder, Setting, made
 
 Weights = Literal["packed", "unpacked"]
@@ -25,14 +25,13 @@ if TYPE_CHECKING:
 def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[str, Any]:
     """Compare a bundle's engine with the float policy on the held-out observations.
 
-    The engine's drift from torch with the same fake-quantized weights is the floor. It is refused
-    above `engines.verify.MAX_DRIFT`.
+    Raises:
+        VerificationError: the engine's drift from torch with the same fake-quantized weights
+            exceeds a threshold, see `engines.thresholds`.
     """
     from calibration.samples import CalibrationSet
     from engines.load import load_engine
-    from engines.verify import MAX_DRIFT, VerificationError, action_drift
-    from jetson.policy import EnginePolicy
-    from qvla_export.export import golden_actions
+    from engines.verify import verify
 
     bundle, path = load_bundle(run, setting), run.action_error(setting)
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
@@ -48,28 +47,22 @@ def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[
     kept = kept_artifact(path, lambda p: read_json(p, "action error"))
     if kept is not None and all(kept.get(name) == value for name, value in identity.items()):
         return dict(kept)
-    golden = golden_actions(policy, planned, calibration.held_out)
+    reference = held_out_reference(bundle, policy, planned, calibration.held_out)
     with load_engine(bundle) as engine:
-        robot = EnginePolicy(bundle, engine)
-        actions = np.stack([robot.infer(o).normalized for o in calibration.held_out])
-    unit = policy.processor.statistics.action.scale()
-    error = action_drift(golden.full_precision, actions, unit)
-    floor = action_drift(golden.reference, actions, unit)
-    if floor.worst > MAX_DRIFT:
-        raise VerificationError(
-            f"{bundle.path}: the engine differs from torch by {floor.worst:.2e} (normalized), "
-            f"allowed are {MAX_DRIFT:.0e} on {len(actions)} held-out observations"
-        )
-    squared = np.square(actions.astype(np.float64) - golden.full_precision)
+        verdict = verify(bundle, engine, reference)
+    error = verdict.action_error
+    assert error is not None
+    _, horizon, dimensions = reference.actions.shape
     value = {
         **identity,
-        "held_out": len(actions),
-        "mse": float(squared.sum(axis=(1, 2)).mean()),
-        "rms": float(np.sqrt(squared.mean())),
+        "held_out": error.observations,
+        # Squared error of a whole chunk, averaged over observations.
+        "mse": error.rms**2 * horizon * dimensions,
+        "rms": error.rms,
         "mean_abs_normalized": error.mean_normalized.tolist(),
         "max_abs_normalized": error.max_normalized.tolist(),
         "mean_abs_physical": error.mean_physical.tolist(),
-        "engine_drift_max": floor.worst,
+        "engine_drift_max": verdict.drift.worst,
         "cosine": error.cosine,
     }
     write_json(path, value)

@@ -1,4 +1,4 @@
-"""Commands that judge a policy or bundle: evaluate, verify, profile."""
+"""Commands that judge a policy or bundle: evaluate, profile."""
 
 import time
 from contextlib import ExitStack
@@ -21,7 +21,6 @@ from qvla_export.cli.simulation import TasksOption, chosen_tasks
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(evaluate)
-    app.command()(verify)
     app.command()(profile)
 
 
@@ -62,25 +61,6 @@ def evaluate(
     typer.echo(
         f"success {result.success():.1%} [{low:.1%}, {high:.1%}] of {len(result.results)} "
         f"episodes -> {output}"
-    )
-
-
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    threads: ThreadsOption = None,
-    weights: WeightsOption = "packed",
-) -> None:
-    """Run a bundle's engine on its golden observations; exit 2 if it differs from torch."""
-    from engines.load import load_engine
-    from engines.verify import verify as verify_engine
-    from qvla_export.bundle import Bundle
-
-    loaded = Bundle.load(bundle)
-    with load_engine(loaded, threads, weights) as engine:
-        drift = verify_engine(loaded, engine)
-    typer.echo(
-        f"verified: max |difference| {drift.worst:.1e} (normalized), cosine {drift.cosine:.7f}, "
-        f"{drift.observations} observations"
     )
 
 
