@@ -159,7 +159,7 @@ from qvla_export.observation import Observation
 
 bundle = Bundle.load(Path(sys.argv[1]))
 with load_engine(bundle, threads=1) as engine:
-    assert verify(bundle, engine).worst <= 1e-3
+    assert verify(bundle, engine).drift.worst <= 1e-3
     seen = Observation({"image": np.zeros((28, 28, 3), np.uint8)}, "push it", np.zeros(4))
     chunk = EnginePolicy(bundle, engine).infer(seen)
 assert chunk.actions.shape == (4, 4)
