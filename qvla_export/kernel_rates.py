@@ -1,0 +1,102 @@
+"""The nouns `KernelRates` and `DeviceRates`: what kernels make of a device, for predictions."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qvla_export.artifacts import read_json, require_fields, versions, write_json
+from qvla_export.errors import ArtifactError, QvlaError
+from qvla_export.target import PowerMode
+
+_FORMAT = "qvla-device-rates-1"
+
+
+@dataclass(frozen=True)
+class KernelRates:
+    """Reached shares of a power mode's rates, where they were found, and how sure they are.
+
+    Raises:
+        QvlaError: a rate that is not positive, an uncertainty below 1.
+    """
+
+    # Reached shares of the power mode's bandwidth and dense rates.
+    bandwidth_share: float
+    compute_share: float
+    # Start of one kernel, microseconds.
+    launch_us: float
+    # A product computes its channels in multiples of this.
+    channel_tile: int
+    # A prediction of t milliseconds means t / uncertainty to t * uncertainty.
+    uncertainty: float
+    # The same where no figure has been compared: other power modes, 8-bit activations.
+    unchecked_uncertainty: float
+    # Power mode of the figures compared.
+    checked_mode: str
+    # Which figures the shares were fitted on and which were only compared.
+    source: str
+    # Stored bits -> share of the float rate that products reach which expand their codes anew for
+    # every tile of rows; 1 where absent.
+    expanded_share: Mapping[int, float] = field(default_factory=dict)
+    # Stored bits -> codes expanded, 1e9 a second; no limit where absent.
+    expanded_gcodes_s: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rates = (self.bandwidth_share, self.compute_share, self.channel_tile)
+        rates += (*self.expanded_share.values(), *self.expanded_gcodes_s.values())
+        spreads = (self.uncertainty, self.unchecked_uncertainty)
+        if not min(rates) > 0 or not self.launch_us >= 0 or not min(spreads) >= 1:
+            raise QvlaError(
+                f"kernel rates must be positive and their uncertainty at least 1, got {self}; "
+                "measure or fit them again"
+            )
+
+    def uncertainty_of(self, mode: PowerMode, activations: str) -> float:
+        """Return the interval's factor for a prediction."""
+        checked = mode.name == self.checked_mode and activations == "none"
+        return self.uncertainty if checked else self.unchecked_uncertainty
+
+
+@dataclass(frozen=True)
+class DeviceRates:
+    """A power mode and its kernel rates, as measured on one machine."""
+
+    mode: PowerMode
+    rates: KernelRates
+
+    def save(self, path: Path) -> None:
+        """Write JSON, atomically."""
+        write_json(path, {"format": _FORMAT, "versions": versions(), **asdict(self)})
+
+    @staticmethod
+    def load(path: Path) -> "DeviceRates":
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: the file is missing, damaged or of another kind.
+        """
+        value = read_json(path, "device rates")
+        if not isinstance(value, dict) or value.get("format") != _FORMAT:
+            raise ArtifactError(
+                f"{path} holds no device rates of format {_FORMAT}; "
+                "measure them with: qvla predict --calibrate-cpu"
+            )
+        require_fields(value, ("mode", "rates"), f"device rates {path}")
+        try:
+            rates = value["rates"]
+            return DeviceRates(
+                PowerMode(**value["mode"]),
+                KernelRates(
+                    **{
+                        **rates,
+                        "expanded_share": _by_bits(rates["expanded_share"]),
+                        "expanded_gcodes_s": _by_bits(rates["expanded_gcodes_s"]),
+                    }
+                ),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"device rates {path} are damaged: {error}") from error
+
+
+def _by_bits(value: Mapping[str, Any]) -> dict[int, float]:
+    return {int(bits): float(rate) for bits, rate in value.items()}
