@@ -92,12 +92,18 @@ class Thresholds:
         cosine = None if None in (self.cosine, other.cosine) else self.cosine
         return Thresholds(cosine, allowed, f"{self.reason}; and the other's: {other.reason}")
 
-    def beyond(self, error: ActionDrift | None) -> "Thresholds":
-        """Return thresholds wider by a plan's own error, for an engine of another plan."""
-        if error is None:
-            return self
-        allowed = {name: limit + getattr(error, name) for name, limit in self.allowed.items()}
-        return Thresholds(None, allowed, f"{self.reason}; another plan's action error on top")
+    def beyond(self, *plan_errors: ActionDrift) -> "Thresholds":
+        """Return thresholds wider by plans' own errors, for engines of different plans.
+
+        Twice their errors, which may have been measured on other observations; of those the
+        largest difference says nothing, so that it is no longer judged.
+        """
+        allowed = {
+            name: limit + 2 * sum(getattr(error, name) for error in plan_errors)
+            for name, limit in self.allowed.items()
+            if name != "max_normalized"
+        }
+        return Thresholds(None, allowed, f"{self.reason}; twice the plans' own errors on top")
 
 
 def thresholds_for(

@@ -133,8 +133,7 @@ def engine_reference(
 ) -> Reference:
     """Return another engine's actions on the bundle's golden observations, or others given.
 
-    Thresholds are those of both engines; between different plans, the plans' errors on the golden
-    observations come on top.
+    Thresholds are those of both engines; see `Thresholds.beyond` for engines of different plans.
 
     Args:
         bundle: of the engine to judge.
@@ -154,8 +153,7 @@ def engine_reference(
     errors = (_plan_error(bundle, golden), _plan_error(other, theirs))
     thresholds = _thresholds(bundle, errors[0]).plus(_thresholds(other, errors[1]))
     if _plan_digest(bundle) != _plan_digest(other):
-        for error, own in zip(errors, (bundle, other), strict=True):
-            thresholds = thresholds.beyond(error if own.plan is not None else None)
+        thresholds = thresholds.beyond(*errors)
     chosen = golden.feeds if feeds is None else tuple(feeds)
     return Reference(
         f"{engine.runtime} (bundle {other.digest[:16]}, {other.target})",

@@ -114,8 +114,8 @@ def verify(
             )
     if output is not None:
         write_json(output, report)
-    verdict.require_passed()
     _say(verdict, report)
+    verdict.require_passed()
 
 
 def require_target(bundle: "Bundle", target: str) -> None:
@@ -231,34 +231,37 @@ def _profile(
 def _say(verdict: "Verdict", report: dict[str, Any]) -> None:
     engine = verdict.engine
     typer.echo(
-        f"verified: {engine.runtime} ({engine.target}) against {verdict.against}, "
+        f"{engine.runtime} ({engine.target}) against {verdict.against}, "
         f"{verdict.drift.observations} {verdict.observations} observations"
     )
     rows = {
-        "engine against its reference": verdict.drift,
-        "engine against full precision": verdict.action_error,
-        "plan against full precision": verdict.plan_error,
-        "float engine against torch (floor)": verdict.float_floor,
+        "engine": ("engine against its reference", verdict.drift),
+        "action": ("engine against full precision", verdict.action_error),
+        "plan": ("its reference against full precision", verdict.plan_error),
+        "floor": ("float engine against torch", verdict.float_floor),
     }
-    Console().print(_table({name: drift for name, drift in rows.items() if drift is not None}))
-    typer.echo(f"allowed: {verdict.thresholds.reason}")
+    shown = {name: (text, drift) for name, (text, drift) in rows.items() if drift is not None}
+    for name, (text, drift) in shown.items():
+        typer.echo(f"{name}: {text}: cosine {drift.cosine:.7f}, RMS {drift.rms:.1e}")
+    Console().print(_table({name: drift for name, (_, drift) in shown.items()}))
     if "latency" in report:
         total = report["latency"]["summary_ms"]["total"]
         typer.echo(f"latency: p50 {total['p50']:.2f} ms, p99 {total['p99']:.2f} ms")
+    if verdict.passed:
+        typer.echo(f"verified: within {verdict.thresholds.reason}")
 
 
 def _table(drifts: "dict[str, ActionDrift]") -> Table:
-    table = Table(title="differences of normalized actions (range 2), and in the robot's units")
-    for column in ("", "cosine", "RMS", "dimension", "max", "mean", "max, units", "mean, units"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = Table(title="|difference| of normalized actions (range 2) and in the robot's units")
+    for column in ("", "dimension", "max", "mean", "max, units", "mean, units"):
+        table.add_column(column, justify="right" if column else "left")
     for name, drift in drifts.items():
         for i in range(len(drift.max_normalized)):
-            head = (name, f"{drift.cosine:.6f}", f"{drift.rms:.1e}") if i == 0 else ("", "", "")
             figures = (
                 drift.max_normalized[i],
                 drift.mean_normalized[i],
                 drift.max_physical[i],
                 drift.mean_physical[i],
             )
-            table.add_row(*head, str(i), *(f"{figure:.1e}" for figure in figures))
+            table.add_row(name if i == 0 else "", str(i), *(f"{f:.1e}" for f in figures))
     return table
