@@ -166,7 +166,7 @@ class Bundle:
             raise ArtifactError(f"bundle folder not found: {path}; qvla export makes one")
         manifest = _read_manifest(path / MANIFEST)
         try:
-            stages = tuple(_stage_from_json(value) for value in manifest["stages"])
+            stages = tuple(stage_from_json(value) for value in manifest["stages"])
             _verify_files(path, manifest["files"], {stage.model for stage in stages})
             tokenizer = load_tokenizer(path / TOKENIZER)
             return Bundle(
@@ -232,7 +232,8 @@ def _specs_from_json(values: Any) -> tuple[TensorSpec, ...]:
     )
 
 
-def _stage_from_json(value: Any) -> Stage:
+def stage_from_json(value: Any) -> Stage:
+    """Rebuild a stage from what `dataclasses.asdict` made of it."""
     return Stage(
         value["name"], _specs_from_json(value["inputs"]), _specs_from_json(value["outputs"])
     )

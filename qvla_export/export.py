@@ -1,31 +1,32 @@
-"""Policy + plan -> bundle."""
+"""Policy + plan -> bundle, stage by stage."""
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-import torch
-from numpy.typing import NDArray
 
-from qvla_export.artifacts import require_same
-from qvla_export.bundle import PLAN, Bundle, Golden, Stage, TensorSpec
+from qvla_export.artifacts import read_json, require_same, versions, write_json
+from qvla_export.bundle import PLAN, Bundle, Golden
 from qvla_export.bundle_writer import BundleParts, write_bundle
-from qvla_export.float_graph import (
-    POLICY_KEY,
-    TARGET_KEY,
-    ExportError,
-    export_float,
-)
-from qvla_export.graph_figures import measure_graph
-from qvla_export.layers import fake_quantized, layer_shapes
-from qvla_export.lowering import lower
+from qvla_export.float_graph import POLICY_KEY, TARGET_KEY, ExportError
+from qvla_export.golden import golden_actions, staged_golden_actions
+from qvla_export.graph_figures import GraphFigures
+from qvla_export.layers import layer_shapes
 from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan
 from qvla_export.policies.base import Policy
+from qvla_export.stage_export import (
+    ExportedStage,
+    kept_stage,
+    total_bytes,
+    total_figures,
+    write_stage,
+)
 from qvla_export.target import Target
 
 # Arithmetic of ONNX Runtime's MatMulNBits: 0 keeps activations in float32. 4 rounds them to 8 bits
@@ -42,17 +43,23 @@ def export_bundle(
     path: Path,
     float_graph: ir.Model | None = None,
     engine_options: Mapping[str, Any] = FLOAT_ACTIVATIONS,
+    layers_per_stage: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Bundle:
     """Write the bundle of a policy under a plan.
 
+    An interrupted export goes on at the first stage it had not finished.
+
     Args:
-        policy: the full-precision policy.
+        policy: the full-precision policy; its weights may have been left on disk.
         plan: widths of the channels; None for the float bundle.
         target: what the bundle is made for; must be the plan's.
         observations: held-out; become the golden observations.
         path: folder to create or replace.
         float_graph: result of `export_float(policy, target)`, to share it between plans.
         engine_options: stored in the manifest and obeyed by the engine.
+        layers_per_stage: decoder blocks a stage; None makes one graph of the whole policy.
+        on_progress: called with (stages done, stages in all).
 
     Raises:
         PlanMismatch, ArtifactMismatch: the plan or the float graph is for another policy or target.
@@ -60,38 +67,100 @@ def export_bundle(
     """
     if not observations:
         raise ExportError("a bundle needs at least one golden observation, got none")
+    layers = policy.layers()
     if plan is not None:
-        _require_planned_for(plan, policy, target)
-    graph = export_float(policy, target) if float_graph is None else float_graph
-    _require_traced_from(graph, policy, target)
-    model, weight_bytes = lower(graph, plan, target)
-    stage = Stage("policy", _specs(graph.graph.inputs), _specs(graph.graph.outputs))
-    parts = BundleParts(
-        target=target.name,
-        processor=policy.processor,
-        inputs=stage.inputs,
-        outputs=stage.outputs,
-        stages=(stage,),
-        golden=golden_actions(policy, plan, observations),
-        policy_digest=policy.digest,
-        weight_bytes=weight_bytes,
-        plan=None if plan is None else _summary(plan, model),
-        engine_options=engine_options,
-    )
-
-    def save_files(folder: Path) -> None:
-        ir.save(model, folder / stage.model, external_data=f"{stage.model}.data")
-        if plan is not None:
-            plan.save(folder / PLAN)
-
-    bundle = write_bundle(path, parts, save_files)
-    _LOGGER.info("bundle %s: %d bytes, %s", path, bundle.nbytes, dict(weight_bytes))
+        require_same("plan and target", plan.target, target.name, "Make the plan for this target.")
+        plan.require_fits(layer_shapes(layers), policy.digest)
+    if float_graph is not None:
+        _require_traced_from(float_graph, policy, target)
+    stages = policy.stages(layers_per_stage)
+    with _unfinished(path, _identity(policy, plan, target, layers_per_stage)) as folder:
+        exported = []
+        for number, stage in enumerate(stages):
+            kept = kept_stage(folder, stage.name)
+            exported.append(
+                kept or write_stage(policy, stage, layers, plan, target, folder, float_graph)
+            )
+            if on_progress is not None:
+                on_progress(number + 1, len(stages))
+        _require_all_planned(exported, layers)
+        if layers_per_stage is None:
+            golden = golden_actions(policy, plan, observations)
+        else:
+            reads = {item.stage.name: item.weights for item in exported}
+            golden = staged_golden_actions(policy, plan, observations, stages, reads)
+        parts = _parts(policy, plan, target, exported, golden, engine_options)
+        bundle = write_bundle(path, parts, lambda new: _take_over(folder, new, exported, plan))
+    _LOGGER.info("bundle %s: %d bytes, %s", path, bundle.nbytes, dict(parts.weight_bytes))
     return bundle
 
 
-def _require_planned_for(plan: BitPlan, policy: Policy, target: Target) -> None:
-    require_same("plan and target", plan.target, target.name, "Make the plan for this target.")
-    plan.require_fits(layer_shapes(policy.layers()), policy.digest)
+def _parts(
+    policy: Policy,
+    plan: BitPlan | None,
+    target: Target,
+    exported: Sequence[ExportedStage],
+    golden: Golden,
+    engine_options: Mapping[str, Any],
+) -> BundleParts:
+    stages = tuple(item.stage for item in exported)
+    made = {spec.name for stage in stages for spec in stage.outputs}
+    read = {spec.name: spec for stage in stages for spec in stage.inputs}
+    return BundleParts(
+        target=target.name,
+        processor=policy.processor,
+        inputs=tuple(spec for name, spec in read.items() if name not in made),
+        outputs=stages[-1].outputs,
+        stages=stages,
+        golden=golden,
+        policy_digest=policy.digest,
+        weight_bytes=total_bytes(exported),
+        plan=None if plan is None else _summary(plan, total_figures(exported)),
+        engine_options=engine_options,
+    )
+
+
+def _identity(
+    policy: Policy, plan: BitPlan | None, target: Target, layers_per_stage: int | None
+) -> dict[str, Any]:
+    """What must be equal for the stages of an interrupted export to be used."""
+    return {
+        "policy_digest": policy.digest,
+        "plan_digest": None if plan is None else plan.digest,
+        "target": target.name,
+        "layers_per_stage": layers_per_stage,
+        "versions": versions(),
+    }
+
+
+@contextlib.contextmanager
+def _unfinished(path: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the folder of the stages done so far; it is removed only if the block succeeds."""
+    folder = path.with_name(f".{path.name}.unfinished")
+    stated = folder / "identity.json"
+    if folder.exists() and not (stated.is_file() and read_json(stated, "identity") == identity):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(stated, identity)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _take_over(
+    folder: Path, new: Path, exported: Sequence[ExportedStage], plan: BitPlan | None
+) -> None:
+    """Put the finished stages into the bundle's folder; links, since they may be large."""
+    for item in exported:
+        for name in (item.stage.model, f"{item.stage.model}.data"):
+            (new / name).hardlink_to(folder / name)
+    if plan is not None:
+        plan.save(new / PLAN)
+
+
+def _require_all_planned(exported: Iterable[ExportedStage], layers: Iterable[str]) -> None:
+    found = {name.removesuffix(".weight") for item in exported for name in item.weights}
+    if missing := sorted(set(layers) - found):
+        raise ExportError(f"layers not found in the exported graphs: {missing}")
 
 
 def _require_traced_from(graph: ir.Model, policy: Policy, target: Target) -> None:
@@ -100,27 +169,7 @@ def _require_traced_from(graph: ir.Model, policy: Policy, target: Target) -> Non
         require_same(f"float graph and {key}", found, expected, "Export the float graph anew.")
 
 
-def golden_actions(
-    policy: Policy, plan: BitPlan | None, observations: Sequence[Observation]
-) -> Golden:
-    """Return model inputs of observations with torch's actions, quantized and full precision."""
-    full_precision = _actions(policy, observations)
-    reference = full_precision
-    if plan is not None:
-        with fake_quantized(policy, plan):
-            reference = _actions(policy, observations)
-    feeds = tuple(policy.processor.feeds(observation) for observation in observations)
-    return Golden(feeds, reference, full_precision)
-
-
-@torch.no_grad()
-def _actions(policy: Policy, observations: Sequence[Observation]) -> NDArray[np.float32]:
-    """Normalized actions one observation at a time, as the engine computes them."""
-    chunks = [policy.greedy_actions(policy.batch([item])).numpy() for item in observations]
-    return np.concatenate(chunks)
-
-
-def _summary(plan: BitPlan, model: ir.Model) -> dict[str, Any]:
+def _summary(plan: BitPlan, figures: GraphFigures) -> dict[str, Any]:
     return {
         "budget": plan.budget,
         "mean_bits_per_channel": plan.mean_bits_per_channel,
@@ -129,15 +178,5 @@ def _summary(plan: BitPlan, model: ir.Model) -> dict[str, Any]:
         "weight_bytes": plan.weight_bytes,
         "float16_bytes": plan.float16_bytes,
         "channels_by_width": {str(bits): n for bits, n in plan.histogram().items()},
-        "graph": asdict(measure_graph(model, plan)),
+        "graph": asdict(figures),
     }
-
-
-def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
-    return tuple(_spec(value) for value in values)
-
-
-def _spec(value: ir.Value) -> TensorSpec:
-    assert value.name is not None and value.dtype is not None and value.shape is not None
-    sizes = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
-    return TensorSpec(value.name, value.dtype.numpy().name, sizes)

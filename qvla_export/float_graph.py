@@ -6,6 +6,7 @@ reused for all plans.
 """
 
 import contextlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,10 +29,12 @@ from qvla_export.target import Target
 LAYER_KEY = "qvla.layer"
 # Metadata of the whole graph: digest of the policy and name of the target it was traced for.
 POLICY_KEY, TARGET_KEY = "qvla.policy", "qvla.target"
+# The same: names of the policy's weights that it was made of; not in shipped graphs.
+WEIGHTS_KEY = "qvla.weights"
 # Plain operators (no Attention, RMSNormalization): every runtime parses them, and ONNX Runtime
 # runs them as fast as opset 23's or faster.
 _EXPORT_OPSET = 21
-_PREFIX = "module."
+_PREFIX, _TRANSPOSED = "module.", ".transposed"
 _LINEAR_OPS = ("MatMul", "Gemm", "Conv")
 _LOGGER = logging.getLogger(__name__)
 
@@ -96,7 +99,8 @@ def export_stage(
         )
     assert program is not None
     model = program.model
-    _bind_weights(model, policy)
+    # Before anything is folded: a slice of a parameter has another name afterwards.
+    weights = _bind_weights(model, policy)
     optimize_ir(model, should_fold=lambda node: False if _is_weight_transpose(node) else None)
     _transpose_weights(model)
     RemoveUnusedNodesPass()(model)
@@ -110,6 +114,7 @@ def export_stage(
     model.ir_version = target.ir_version
     model.producer_name, model.producer_version = "qvla", None
     model.metadata_props.update({POLICY_KEY: policy.digest, TARGET_KEY: target.name})
+    model.metadata_props[WEIGHTS_KEY] = json.dumps(weights)
     _LOGGER.info("float graph %s: %d nodes, %d layers", stage.name, len(model.graph), len(tags))
     return model
 
@@ -121,6 +126,11 @@ def layer_nodes(model: ir.Model) -> dict[str, ir.Node]:
         for node in model.graph
         if LAYER_KEY in node.metadata_props
     }
+
+
+def policy_weights(model: ir.Model) -> tuple[str, ...]:
+    """Return the names of the policy's parameters and buffers that a float graph was made of."""
+    return tuple(json.loads(model.metadata_props[WEIGHTS_KEY]))
 
 
 def weight_rows(node: ir.Node) -> NDArray[np.float32]:
@@ -147,8 +157,13 @@ def weight_rows(node: ir.Node) -> NDArray[np.float32]:
     return weight if node.attributes.get_int("transB", 0) else np.ascontiguousarray(weight.T)
 
 
-def _bind_weights(model: ir.Model, policy: Policy) -> None:
-    """Make every parameter a constant that is read from the policy when its numbers are needed."""
+def _bind_weights(model: ir.Model, policy: Policy) -> list[str]:
+    """Make every parameter a constant that is read from the policy when its numbers are needed.
+
+    Returns their names.
+    """
+    RemoveUnusedNodesPass()(model)
+    bound = []
     for key, value in model.graph.initializers.items():
         name = key.removeprefix(_PREFIX)
         if name == key or value.const_value is None:
@@ -158,8 +173,14 @@ def _bind_weights(model: ir.Model, policy: Policy) -> None:
             return ir.Tensor(np.ascontiguousarray(policy.read_weight(name)), name=key)
 
         value.const_value = ir.LazyTensor(
-            read, dtype=ir.DataType.FLOAT, shape=ir.Shape(value.const_value.shape.numpy()), name=key, cache=False
+            read,
+            dtype=ir.DataType.FLOAT,
+            shape=ir.Shape(value.const_value.shape.numpy()),
+            name=key,
+            cache=False,
         )
+        bound.append(name)
+    return bound
 
 
 def _is_weight_transpose(node: ir.Node) -> bool:
@@ -180,7 +201,7 @@ def _transpose_weights(model: ir.Model) -> None:
         assert weight is not None and weight.const_value is not None
         tensor = weight.const_value
         shape = tensor.shape.numpy()[::-1]
-        name = f"{weight.name}.transposed"
+        name = f"{weight.name}{_TRANSPOSED}"
         constant = mapped([tensor], np.transpose, tensor.dtype, shape, name)
         value = ir.Value(
             name=name, const_value=constant, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape)
@@ -195,7 +216,7 @@ def _tagged_layers(model: ir.Model, layers: Mapping[str, nn.Module]) -> dict[str
     for node in model.graph:
         if node.op_type not in _LINEAR_OPS or node.inputs[1] is None:
             continue
-        weight = str(node.inputs[1].name).removesuffix(".transposed").removeprefix(_PREFIX)
+        weight = str(node.inputs[1].name).removesuffix(_TRANSPOSED).removeprefix(_PREFIX)
         name = weight.removesuffix(".weight")
         if name in layers and name in found:
             raise ExportError(f"layer {name} is applied more than once; its plan is ambiguous")

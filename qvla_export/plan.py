@@ -1,14 +1,17 @@
 """The bit plan: the width of every channel, its origin and its cost. numpy only."""
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.activations import ActivationRanges
 from qvla_export.artifacts import read_json, require_fields, versions, write_json
 from qvla_export.errors import ArtifactError, PlanMismatch, QvlaError
 from qvla_export.quantize import QuantizerSpec, spec_for
@@ -48,8 +51,8 @@ class BitPlan:
     # SHA-256 of the sensitivities' file and of their calibration set; None for uniform plans.
     sensitivities_digest: str | None = None
     calibration_digest: str | None = None
-    # Activation setting; "none" leaves activations in float.
-    activations: str = "none"
+    # How the layers' inputs are rounded; None leaves activations in float.
+    activations: ActivationRanges | None = None
     # Sum of the assigned sensitivities: the additive model's E||dA||^2; None where unknown.
     expected_error: float | None = None
     made_with: Mapping[str, str] = field(default_factory=versions)
@@ -60,6 +63,8 @@ class BitPlan:
                 f"a plan needs widths and weights per channel for the same layers, "
                 f"got {len(self.widths)} and {len(self.weights_per_channel)}"
             )
+        if self.activations is not None:
+            self.activations.require_layers(self.widths)
         available = set(WIDTHS) & {0, *self.containers}
         for name, widths in self.widths.items():
             if widths.ndim != 1 or widths.dtype != np.int8:
@@ -111,6 +116,15 @@ class BitPlan:
         """Return the number of channels at each width."""
         return {bits: sum(int((w == bits).sum()) for w in self.widths.values()) for bits in WIDTHS}
 
+    def restricted(self, names: Collection[str]) -> "BitPlan":
+        """Return the plan of some of its layers, in their order here."""
+        return replace(
+            self,
+            widths={name: w for name, w in self.widths.items() if name in names},
+            weights_per_channel={n: k for n, k in self.weights_per_channel.items() if n in names},
+            activations=None if self.activations is None else self.activations.restricted(names),
+        )
+
     def require_fits(self, shapes: LayerShapes, policy_digest: str) -> None:
         """Refuse a policy the plan was not made for.
 
@@ -129,8 +143,16 @@ class BitPlan:
                 "Make sensitivities and plan of this policy."
             )
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything the plan says."""
+        return hashlib.sha256(json.dumps(self._to_json()).encode()).hexdigest()
+
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically; each layer's widths are one string."""
+        write_json(path, self._to_json())
+
+    def _to_json(self) -> dict[str, Any]:
         layers = {
             name: {
                 "weights_per_channel": self.weights_per_channel[name],
@@ -138,11 +160,11 @@ class BitPlan:
             }
             for name, widths in self.widths.items()
         }
-        value = {
+        return {
             "format": _FORMAT,
             "target": self.target,
             "budget": self.budget,
-            "activations": self.activations,
+            "activations": None if self.activations is None else self.activations.to_json(),
             "mean_bits_per_channel": self.mean_bits_per_channel,
             "mean_bits_per_weight": self.mean_bits_per_weight,
             "stored_bits_per_weight": self.stored_bits_per_weight,
@@ -157,7 +179,6 @@ class BitPlan:
             "quantizer": self.quantizer.to_json(),
             "layers": layers,
         }
-        write_json(path, value)
 
     @staticmethod
     def load(path: Path) -> "BitPlan":
@@ -172,7 +193,7 @@ class BitPlan:
         require_fields(value, _FIELDS, f"bit plan {path}")
         try:
             plan = _from_json(value)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, QvlaError) as error:
             raise ArtifactError(f"bit plan {path} is damaged: {error}; make it anew") from error
         if plan.weight_bytes != value["weight_bytes"]:
             raise ArtifactError(
@@ -269,7 +290,7 @@ def _from_json(value: Mapping[str, Any]) -> BitPlan:
         policy_digest=value["policy_digest"],
         sensitivities_digest=value["sensitivities_digest"],
         calibration_digest=value["calibration_digest"],
-        activations=value["activations"],
+        activations=ActivationRanges.from_json(value["activations"]),
         expected_error=value["expected_error"],
         made_with=value["versions"],
     )

@@ -16,7 +16,8 @@ from engines.targets import CPU
 from jetson.policy import EnginePolicy
 from qvla_export.allocation import Budget, allocate_bits
 from qvla_export.bundle import Bundle
-from qvla_export.export import export_bundle, golden_actions
+from qvla_export.export import export_bundle
+from qvla_export.golden import golden_actions
 from qvla_export.first_order import FirstOrder, measure_first_order
 from qvla_export.layers import layer_shapes
 from qvla_export.plan import BitPlan, uniform_plan
