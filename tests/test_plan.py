@@ -20,10 +20,12 @@ from qvla_export.sensitivity import Sensitivities
 from qvla_export.target import WIDTHS, Container, Target
 
 TARGET = Target(
-    "test",
-    25,
-    13,
-    {
+    name="test",
+    runtime="ort",
+    runtime_versions=">=1.32",
+    opset=25,
+    ir_version=13,
+    containers={
         16: Container(16, None, 0),
         8: Container(8, None, 32),
         4: Container(4, 64, 32),
