@@ -27,6 +27,8 @@ class Arithmetic:
     max: float
     # Share of a token head's actions whose argmax was a near tie.
     flipped: float
+    # Of a quantized policy: share of the plan's own action error, where that is more.
+    plan_share: float
 
 
 # Measured 2026-11 against float32 torch, 32 observations of the reference policy and 64 of the
@@ -36,15 +38,15 @@ class Arithmetic:
 # float16    5.4e-3 (autocast)      8.5e-4               0.15 %
 # bfloat16   5.3e-2 (autocast)      6.6e-3               0.63 %
 ARITHMETIC: Mapping[ComputeType, Arithmetic] = {
-    "float32": Arithmetic(rms=1e-4, max=1e-3, flipped=0.002),
-    "float16": Arithmetic(rms=4e-3, max=2e-2, flipped=0.01),
-    "bfloat16": Arithmetic(rms=3e-2, max=0.16, flipped=0.03),
+    "float32": Arithmetic(rms=1e-4, max=1e-3, flipped=0.002, plan_share=0.01),
+    "float16": Arithmetic(rms=4e-3, max=2e-2, flipped=0.01, plan_share=0.1),
+    "bfloat16": Arithmetic(rms=3e-2, max=0.16, flipped=0.03, plan_share=0.1),
 }
-# Share of the plan's own action error that an engine may add. Independent errors add in quadrature:
-# a tenth makes the policy's error 0.5 % larger. Where activations are rounded, the last bits of the
-# arithmetic decide ties, each a whole code: the engine's error is a draw of the same kind as the
-# plan's own, and half of it (12 % more error together) is allowed.
-_FRACTION, _FRACTION_ROUNDED = 0.1, 0.5
+# Independent errors add in quadrature: a tenth of the plan's makes the policy's error 0.5 % larger.
+# Where activations are rounded, the last bits of the arithmetic decide ties, each a whole code: the
+# engine's error is a draw of the same kind as the plan's own, and half of it (12 % more error
+# together) is allowed.
+_ROUNDED_SHARE = 0.5
 
 Figure = Literal["max_normalized", "mean_normalized", "rms_normalized", "flipped"]
 _WORDS: Mapping[Figure, str] = {
@@ -130,10 +132,10 @@ def thresholds_for(
     if plan_error is None:
         cosine = MIN_COSINE if like.flipped is None else None
         return Thresholds(cosine, allowed, f"rounding of {compute}")
-    fraction = _FRACTION_ROUNDED if rounded else _FRACTION
+    share = _ROUNDED_SHARE if rounded else floor.plan_share
     for name, limit in allowed.items():
-        np.maximum(limit, fraction * getattr(plan_error, name), out=limit)
-    reason = f"{fraction:.0%} of the plan's own action error, at least rounding of {compute}"
+        np.maximum(limit, share * getattr(plan_error, name), out=limit)
+    reason = f"{share:.0%} of the plan's own action error, at least rounding of {compute}"
     return Thresholds(None, allowed, reason)
 
 

@@ -1,0 +1,124 @@
+"""`qvla verify`: exit codes, reports, and a bundle whose weights are wrong though vouched for."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import qvla
+from tiny_bundles import make_bundle, mixed_plan
+
+from calibration.samples import CalibrationSet
+from engines.targets import CPU
+from qvla_export.artifacts import sha256_file, write_json
+from qvla_export.bundle import GOLDEN, MANIFEST, manifest_digest
+from qvla_export.export import export_bundle
+from qvla_export.observation import Observation
+from qvla_export.policies.oft import OftPolicy, load_oft_policy
+
+Observations = Callable[..., list[Observation]]
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tiny_policy: OftPolicy,
+    tiny_checkpoint: Path,
+    tiny_observations: Observations,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A float bundle, a quantized one, both of a policy with wrong weights, and observations."""
+    root, seen = tmp_path_factory.mktemp("verified"), tiny_observations(6)
+    wrong = load_oft_policy(tiny_checkpoint)
+    with torch.no_grad():
+        next(layer for name, layer in wrong.layers().items() if "language" in name).weight.mul_(3)
+    for name, plan in (("float", None), ("mixed", mixed_plan(tiny_policy))):
+        make_bundle(tiny_policy, plan, seen[:3], root / name)
+        export_bundle(wrong, plan, CPU, seen[:3], root / f"wrong-{name}")
+        take_golden(root / name, root / f"wrong-{name}")
+    CalibrationSet(tuple(seen[:2]), tuple(seen[2:]), {"test": 1}).save(root / "calibration")
+    return root
+
+
+def take_golden(source: Path, bundle: Path) -> None:
+    """Give a bundle another's golden actions, with every digest mended."""
+    golden = Path(shutil.copy(source / GOLDEN, bundle / GOLDEN))
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    del manifest["digest"]
+    manifest["files"][GOLDEN] = {"sha256": sha256_file(golden), "bytes": golden.stat().st_size}
+    write_json(bundle / MANIFEST, {**manifest, "digest": manifest_digest(manifest)})
+
+
+@pytest.mark.parametrize("name", ["float", "mixed"])
+def test_a_good_bundle_passes_with_all_its_figures(folder: Path, name: str, tmp_path: Path) -> None:
+    output = tmp_path / "report.json"
+    outcome = qvla(
+        *("verify", folder / name, "--float", folder / "float", "--output", output),
+        *("--latency", "--samples", 3, "--target", "cpu"),
+    )
+    assert outcome.code == 0, outcome.err
+    assert "floor: float engine against torch: cosine 1.0000" in outcome.out
+    report = json.loads(output.read_text())
+    manifest = json.loads((folder / name / MANIFEST).read_text())
+    assert report["passed"] is True
+    assert report["engine"]["bundle_digest"] == manifest["digest"]
+    assert report["engine"]["runtime"].startswith("onnxruntime ")
+    assert report["drift"]["observations"] == 3
+    assert len(report["thresholds"]["allowed"]["max_normalized"]) == 4
+    assert (report["plan_error"]["rms"] > 0.01) == (name == "mixed")
+    assert report["float_floor"]["max_normalized"] <= [1e-4] * 4
+    assert len(report["latency"]["samples_ms"]["total"]) == 3
+
+
+@pytest.mark.parametrize("name", ["float", "mixed"])
+def test_wrong_weights_are_refused_however_well_vouched_for(
+    folder: Path, name: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "report.json"
+    outcome = qvla("verify", folder / f"wrong-{name}", "--output", output, "--latency")
+    assert outcome.code == 2
+    for part in ("differs from torch on 3 golden", "in dimension", "allowed are", "export the"):
+        assert part in outcome.error
+    report = json.loads(output.read_text())
+    assert (report["passed"], "latency" in report) == (False, False)
+    assert report["breaches"][0] in outcome.error
+
+
+def test_against_another_bundle_and_a_checkpoint(folder: Path, tiny_checkpoint: Path) -> None:
+    held_out = ("--observations", folder / "calibration")
+    for other in (folder / "float", tiny_checkpoint):
+        for seen in ((), held_out):
+            outcome = qvla("verify", folder / "mixed", "--against", other, *seen)
+            assert outcome.code == 0, outcome.err
+            assert ("4 held-out" if seen else "3 golden") in outcome.out
+    wrong = qvla("verify", folder / "wrong-float", "--against", tiny_checkpoint, *held_out)
+    assert (wrong.code, "4 held-out" in wrong.error) == (2, True)
+    wrong = qvla("verify", folder / "wrong-float", "--against", folder / "float", *held_out)
+    assert (wrong.code, "differs from onnxruntime" in wrong.error) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--observations {0}/calibration", "name a checkpoint or another bundle with --against"),
+        ("--observations {0}/nowhere --against {0}/float", "calibration set not found"),
+        ("--against {0}/nowhere", "is neither a checkpoint folder"),
+        ("--against http://localhost:1", "got a server"),
+        ("--target rtx4070", "made for cpu, given rtx4070. Plan and export for it"),
+        ("--target rtx4071", "Did you mean 'rtx4070'"),
+        ("--float {0}/mixed", "is quantized"),
+        (
+            "--float {0}/float --against {0}/float --observations {0}/calibration",
+            "compare with a checkpoint",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    folder: Path, tmp_path: Path, options: str, message: str
+) -> None:
+    words = options.format(folder).split(" ")
+    outcome = qvla("verify", folder / "mixed", *words, "--output", tmp_path / "report.json")
+    assert outcome.code == 2
+    assert message in outcome.error
+    assert list(tmp_path.iterdir()) == []
