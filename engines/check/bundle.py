@@ -1,0 +1,97 @@
+"""Check a bundle or a graph, for a target, without running it."""
+
+from pathlib import Path
+
+from engines.check.finding import Finding
+from engines.check.model import CheckedGraph, open_graph, shape_of
+from engines.check.operator_rules import check_imports, check_operators, check_types
+from engines.check.ort_rules import check_ort
+from engines.check.quantization_rules import check_quantization
+from engines.check.rules import RULES
+from engines.check.runtimes import is_tensorrt
+from qvla_export.bundle import MANIFEST, Bundle, Stage, TensorSpec
+from qvla_export.target import Target
+
+
+def check_graph(graph: CheckedGraph, target: Target) -> tuple[Finding, ...]:
+    """Return every place of a graph that breaks a rule of a target, in graph order by kind."""
+    check_imports(graph, target)
+    check_types(graph, target)
+    check_operators(graph, target)
+    if is_tensorrt(target):
+        check_quantization(graph, target)
+    else:
+        check_ort(graph, target)
+    return tuple(graph.findings)
+
+
+def check_model(path: Path, target: Target) -> tuple[Finding, ...]:
+    """Check one ONNX file, which is for no target in particular.
+
+    Args:
+        path: of the graph; its external weights lie where it says.
+        target: whose rules it must keep.
+
+    Raises:
+        ArtifactError: the file is missing or is no ONNX graph.
+    """
+    return check_graph(open_graph(path, path.stem), target)
+
+
+def check_bundle(bundle: Bundle, target: Target) -> tuple[Finding, ...]:
+    """Check a bundle's manifest and each of its graphs.
+
+    Args:
+        bundle: verified by `Bundle.load`.
+        target: whose rules it must keep; another than the bundle's own is a finding.
+
+    Raises:
+        ArtifactError: a stage is no ONNX graph.
+    """
+    found: list[Finding] = []
+    if bundle.target != target.name:
+        rule = RULES["bundle.target"]
+        message = (
+            f"the bundle was made for target {bundle.target!r} and is not built for "
+            f"{target.name!r}, even where the graphs are alike: its plan was priced in other "
+            f"bytes and milliseconds; qvla export --target {target.name} makes one"
+        )
+        found.append(Finding(rule.name, rule.severity, "", MANIFEST, "", message, rule.source))
+    for stage in bundle.stages:
+        graph = open_graph(bundle.model_path(stage), stage.name)
+        _check_contract(graph, stage)
+        found.extend(check_graph(graph, target))
+    return tuple(found)
+
+
+def check_path(path: Path, target: Target) -> tuple[Finding, ...]:
+    """Check a bundle folder or a bare ONNX file.
+
+    Raises:
+        ArtifactError: it is neither, or a bundle is damaged.
+    """
+    return check_bundle(Bundle.load(path), target) if path.is_dir() else check_model(path, target)
+
+
+def _check_contract(graph: CheckedGraph, stage: Stage) -> None:
+    sides = (
+        ("inputs", stage.inputs, graph.model.graph.inputs),
+        ("outputs", stage.outputs, graph.model.graph.outputs),
+    )
+    for side, specs, values in sides:
+        stated = {spec.name: _stated(spec) for spec in specs}
+        real = {
+            str(v.name): ("?" if v.dtype is None else v.dtype.numpy().name, shape_of(v))
+            for v in values
+        }
+        if stated != real:
+            graph.add(
+                "bundle.contract",
+                None,
+                f"{side} of the graph are {real}, the manifest says {stated}; export it again",
+            )
+
+
+def _stated(spec: TensorSpec) -> tuple[str, tuple[int, ...] | None]:
+    sizes = tuple(size for size in spec.shape if isinstance(size, int))
+    return spec.dtype, sizes if len(sizes) == len(spec.shape) else None

@@ -1,0 +1,65 @@
+"""The noun `Finding`: one place of a graph that breaks one rule of a target."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from qvla_export.errors import QvlaError
+
+# "error": the graph will not parse or build, or computes something else.
+# "warning": no document promises the kernel; it may take float16's time and memory.
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of a target and where it is written down."""
+
+    # Dotted name, its group first: "quantization.symmetric".
+    name: str
+    severity: Severity
+    # Document and version, or what was measured.
+    source: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One place of a graph that breaks one rule."""
+
+    rule: str
+    severity: Severity
+    # Name of the bundle's stage; the file's stem for a bare graph.
+    stage: str
+    # Name of the node or constant and its operator; empty for the graph as a whole.
+    node: str
+    op: str
+    # The rule, the value found and the remedy.
+    message: str
+    source: str
+
+
+class CheckFailed(QvlaError):
+    """A graph breaks a rule of its target."""
+
+
+def errors(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Return the findings that are errors."""
+    return tuple(finding for finding in findings if finding.severity == "error")
+
+
+def require_no_errors(findings: Iterable[Finding]) -> None:
+    """Refuse findings of severity "error".
+
+    Raises:
+        CheckFailed: with the first three, one of each rule first.
+    """
+    first: dict[str, Finding] = {}
+    failed = errors(findings)
+    for finding in failed:
+        first.setdefault(finding.rule, finding)
+    if failed:
+        shown = "; ".join(
+            f"{f.stage}/{f.node or 'graph'} [{f.rule}] {f.message}"
+            for f in list(first.values())[:3]
+        )
+        raise CheckFailed(f"{len(failed)} errors of {sorted(first)}: {shown}")

@@ -1,0 +1,140 @@
+"""Open a graph for checking: element types inferred, constants read only when asked for."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.check.finding import Finding
+from engines.check.rules import RULES
+from qvla_export.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# Operators that leave a constant a constant on its way to DequantizeLinear.
+_KEEP_CONSTANT = ("Cast", "Identity")
+
+
+@dataclass(frozen=True)
+class CheckedGraph:
+    """A graph with what the rules ask about it, and the findings so far."""
+
+    # Name of the stage, for findings.
+    stage: str
+    model: "ir.Model"
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> "Iterator[ir.Node]":
+        """Nodes of the graph in order; those of subgraphs belong to an unsupported operator."""
+        return iter(self.model.graph)
+
+    @property
+    def opset(self) -> int:
+        """Imported operator set of the default domain; 0 if there is none."""
+        return self.model.graph.opset_imports.get("", 0)
+
+    @cached_property
+    def boundary(self) -> "frozenset[ir.Value]":
+        """Inputs and outputs of the graph."""
+        return frozenset([*self.model.graph.inputs, *self.model.graph.outputs])
+
+    def add(self, rule: str, node: "ir.Node | ir.Value | None", message: str) -> None:
+        """Record a finding at a node, a constant, or the graph as a whole."""
+        severity, source = RULES[rule].severity, RULES[rule].source
+        name = "" if node is None else str(node.name)
+        op = str(getattr(node, "op_type", ""))
+        self.findings.append(Finding(rule, severity, self.stage, name, op, message, source))
+
+
+def open_graph(path: Path, stage: str) -> CheckedGraph:
+    """Read an ONNX file; weights stay on disk until a rule reads their numbers.
+
+    Raises:
+        ArtifactError: the file is missing or is no ONNX graph.
+    """
+    import onnx_ir
+
+    if not path.is_file():
+        raise ArtifactError(f"graph not found: {path}; name a bundle folder or an .onnx file")
+    try:
+        model = onnx_ir.load(path)
+    except Exception as error:  # protobuf and onnx_ir raise whatever the bytes led them to
+        raise ArtifactError(f"{path} is no ONNX graph: {error}; export it again") from error
+    if not model.graph.outputs:  # an empty file is a valid protobuf message
+        raise ArtifactError(f"{path} is a graph without outputs; export it again")
+    return of_model(model, stage)
+
+
+def of_model(model: "ir.Model", stage: str) -> CheckedGraph:
+    """Return a graph in memory for checking; its values get the types that ONNX infers."""
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    return CheckedGraph(stage, model)
+
+
+def type_groups(node: "ir.Node", opset: int) -> "list[list[ir.Value]] | None":
+    """Return the inputs that must have one element type, group by group.
+
+    None if the operator does not exist in the operator set.
+    """
+    import onnx
+
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    except onnx.defs.SchemaError:
+        return None
+    groups: dict[str, list[ir.Value]] = {}
+    last = len(schema.inputs) - 1
+    for index, value in enumerate(node.inputs):
+        formal = schema.inputs[min(index, last)]
+        if value is not None and (index <= last or formal.is_homogeneous):
+            groups.setdefault(formal.type_str, []).append(value)
+    return [values for values in groups.values() if len(values) > 1]
+
+
+def dtype_name(value: "ir.Value | None") -> str:
+    """Return an element type's name in ONNX, "FLOAT16"; empty if it is not known."""
+    return "" if value is None or value.dtype is None else value.dtype.name
+
+
+def shape_of(value: "ir.Value | None") -> tuple[int, ...] | None:
+    """Return a shape whose every size is known, else None."""
+    if value is None or value.shape is None:
+        return None
+    sizes = tuple(size for size in value.shape if isinstance(size, int))
+    return sizes if len(sizes) == len(value.shape) else None
+
+
+def constant_root(value: "ir.Value | None") -> "ir.Value | None":
+    """Return the constant a value is made of by Cast and Identity alone; None if there is none."""
+    while value is not None:
+        producer = value.producer()
+        if producer is None:
+            return value if value.const_value is not None else None
+        if producer.op_type == "Constant":
+            return value
+        if producer.op_type not in _KEEP_CONSTANT:
+            return None
+        value = producer.inputs[0]
+    return None
+
+
+def numbers(root: "ir.Value") -> NDArray[Any]:
+    """Read the numbers of a constant; nothing of them is kept."""
+    from onnx_ir import convenience
+
+    tensor = convenience.get_const_tensor(root)
+    assert tensor is not None, f"{root.name} is no constant"
+    return np.asarray(tensor.numpy())
+
+
+def consumers(value: "ir.Value") -> "list[tuple[ir.Node, int]]":
+    """Return the nodes that read a value, with the index of the input."""
+    return [(use.node, use.idx) for use in value.uses()]

@@ -1,0 +1,33 @@
+"""Rules of quantized weights on ONNX Runtime."""
+
+from engines.check.model import CheckedGraph, dtype_name
+from engines.check.quantization_rules import check_scale
+from engines.check.quantized import read_quantized
+from qvla_export.target import Target
+
+_INT2_COLUMNS = 4
+
+
+def check_ort(graph: CheckedGraph, target: Target) -> None:
+    """Every quantizing node of a graph for ONNX Runtime."""
+    for node in graph.nodes:
+        found = read_quantized(node)
+        if found is None or node.op_type != "DequantizeLinear":
+            continue
+        check_scale(graph, found, whole_blocks=False)
+        if found.bits == "INT2" and found.shape and found.shape[-1] % _INT2_COLUMNS:
+            graph.add(
+                "ort.int2-columns",
+                node,
+                f"int2 weights need a multiple of {_INT2_COLUMNS} channels, their shape is "
+                f"{list(found.shape)}; fill up with channels of zeros",
+            )
+        weight = found.root is not None and bool(found.products)
+        scale = dtype_name(found.scale)
+        if target.compute == "float32" and weight and scale != "FLOAT":
+            graph.add(
+                "ort.unfused-scale",
+                node,
+                f"the scale must be FLOAT where DequantizeLinear reads it, it is {scale}; "
+                "put a Cast between a stored float16 scale and DequantizeLinear",
+            )

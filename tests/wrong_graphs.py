@@ -1,0 +1,326 @@
+"""Small graphs for TensorRT and ONNX Runtime: right ones, and one wrong in each known way."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+INPUTS, CHANNELS, BLOCK = 256, 128, 128
+FLOAT, HALF, INT8 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8
+Build = Callable[["Graph"], ir.Value]
+
+
+class Graph:
+    """x [1, 8, inputs] and the nodes that a case makes of it."""
+
+    def __init__(self, inputs: int, dtype: ir.DataType) -> None:
+        self.tape = ir.tape.Tape()
+        self.x = ir.val("x", dtype, (1, 8, inputs))
+        self.generator = np.random.default_rng(0)
+
+    def op(self, name: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> Any:
+        return self.tape.op(name, list(inputs), attributes, domain=domain)
+
+    def const(self, value: NDArray[Any]) -> ir.Value:
+        name = f"c{len(self.tape.initializers)}"
+        return self.tape.initializer(ir.Tensor(np.ascontiguousarray(value), name=name))
+
+    def codes(self, *shape: int, dtype: Any = np.int8, low: int = -7) -> ir.Value:
+        return self.const(self.generator.integers(low, 8, shape).astype(dtype))
+
+    def scales(self, *shape: int, dtype: Any = np.float16) -> ir.Value:
+        return self.const(self.generator.uniform(0.001, 0.01, shape).astype(dtype))
+
+    def one(self, value: float = 0.01, dtype: Any = np.float16) -> ir.Value:
+        return self.const(np.array(value, dtype))
+
+    def quantized(self, scale: ir.Value | None = None) -> ir.Value:
+        """x through a pair of QuantizeLinear and DequantizeLinear."""
+        shared = scale or self.one()
+        codes = self.op("QuantizeLinear", self.x, shared, self.const(np.zeros((), np.int8)))
+        return self.op("DequantizeLinear", codes, shared)
+
+    def w8a8(self, codes: ir.Value, scale: ir.Value, *zero: ir.Value, **attributes: Any) -> Any:
+        """Quantized x times int8 weights."""
+        weight = self.op("DequantizeLinear", codes, scale, *zero, **{"axis": 1, **attributes})
+        return self.op("MatMul", self.quantized(), weight)
+
+    def w4(self, codes: ir.Value, scale: ir.Value, *zero: ir.Value, **attributes: Any) -> Any:
+        """x times int4 weights in blocks along the inputs."""
+        settings = {"axis": 0, "block_size": BLOCK, **attributes}
+        return self.op(
+            "MatMul", self.x, self.op("DequantizeLinear", codes, scale, *zero, **settings)
+        )
+
+
+def int4(g: Graph, *shape: int) -> ir.Value:
+    return g.codes(*shape, dtype=ml_dtypes.int4)
+
+
+def model(
+    build: Build,
+    opset: int = 21,
+    ir_version: int = 10,
+    inputs: int = INPUTS,
+    dtype: ir.DataType = HALF,
+    output: ir.DataType | None = None,
+) -> ir.Model:
+    g = Graph(inputs, dtype)
+    y = build(g)
+    y.name, y.dtype = "y", output or dtype
+    graph = ir.Graph(
+        [g.x],
+        [y],
+        nodes=g.tape.nodes,
+        initializers=g.tape.initializers,
+        opset_imports={"": opset, "com.microsoft": 1},
+        name="case",
+    )
+    return ir.Model(graph, ir_version=ir_version)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph that breaks exactly one rule."""
+
+    rule: str
+    build: Build
+    # What the parser and builder of TensorRT-RTX 1.7.1 do with it. "accepts": the table forbids
+    # what this parser takes, because it computes something else or loses the packed weights, or
+    # because another version or target does not take it.
+    parser: Literal["rejects", "accepts", "not tried"] = "rejects"
+    target: str = "rtx4070"
+    opset: int = 21
+    ir_version: int = 10
+    inputs: int = INPUTS
+    dtype: ir.DataType = HALF
+    output: ir.DataType | None = None
+
+    def model(self) -> ir.Model:
+        return model(self.build, self.opset, self.ir_version, self.inputs, self.dtype, self.output)
+
+
+def _scale(value: float) -> Build:
+    return lambda g: g.w8a8(
+        g.codes(INPUTS, CHANNELS), g.const(np.full(CHANNELS, value, np.float16))
+    )
+
+
+def _block_scale(value: float) -> Build:
+    return lambda g: g.w4(
+        int4(g, INPUTS, CHANNELS), g.const(np.full((2, CHANNELS), value, np.float16))
+    )
+
+
+def _cast(to: ir.DataType) -> Build:
+    return lambda g: g.op("Cast", g.op("Cast", g.x, to=to), to=HALF)
+
+
+def _per_channel_activations(g: Graph) -> ir.Value:
+    scale, zero = g.scales(INPUTS), g.const(np.zeros(INPUTS, np.int8))
+    return g.op("DequantizeLinear", g.op("QuantizeLinear", g.x, scale, zero, axis=2), scale, axis=2)
+
+
+def _float_scale(g: Graph) -> ir.Value:
+    zero, scale = g.const(np.zeros((), np.int8)), g.one(0.5, np.float32)
+    return g.op("DequantizeLinear", g.op("QuantizeLinear", g.x, scale, zero), g.one(0.5))
+
+
+def _other_scale(g: Graph) -> ir.Value:
+    codes = g.op("QuantizeLinear", g.x, g.one(0.01), g.const(np.zeros((), np.int8)))
+    return g.op("DequantizeLinear", codes, g.one(0.02))
+
+
+def _transposed(g: Graph) -> ir.Value:
+    weight = g.op("DequantizeLinear", g.codes(CHANNELS, INPUTS), g.scales(CHANNELS), axis=0)
+    return g.op("MatMul", g.quantized(), g.op("Transpose", weight, perm=[1, 0]))
+
+
+def _gemm_axis(g: Graph) -> ir.Value:
+    rows = g.op("Reshape", g.quantized(), g.const(np.array([8, INPUTS])))
+    weight = g.op("DequantizeLinear", g.codes(CHANNELS, INPUTS), g.scales(INPUTS), axis=1)
+    return g.op("Gemm", rows, weight, transB=1)
+
+
+def _untyped(g: Graph) -> ir.Value:
+    return g.op("Identity", g.op("Concat", g.x, g.x))
+
+
+def _norm_outputs(g: Graph) -> ir.Value:
+    mean = g.tape.op_multi_out("LayerNormalization", [g.x, g.scales(INPUTS)], num_outputs=2)[1]
+    return g.op("Identity", mean)
+
+
+def _weight(codes: Build, *scale: int, **attributes: Any) -> Build:
+    """x times dequantized weights."""
+
+    def build(g: Graph) -> ir.Value:
+        weight = g.op("DequantizeLinear", codes(g), g.scales(*scale), **attributes)
+        return g.op("MatMul", g.x, weight)
+
+    return build
+
+
+def _computed_scale(g: Graph) -> ir.Value:
+    start, stop, axis = (g.const(np.array([value])) for value in (0, 1, 1))
+    row = g.op("Slice", g.x, start, stop, axis)
+    return g.w4(int4(g, INPUTS, CHANNELS), g.op("Reshape", row, g.const(np.array([2, CHANNELS]))))
+
+
+def _int4_activations(g: Graph) -> ir.Value:
+    codes = g.op("QuantizeLinear", g.x, g.one(), output_dtype=ir.DataType.INT4)
+    return g.op("DequantizeLinear", codes, g.one())
+
+
+def _relu(g: Graph) -> ir.Value:
+    return g.op("Relu", g.x)
+
+
+def _int2(channels: int, dtype: Any = np.float16) -> Build:
+    def build(g: Graph) -> ir.Value:
+        codes = g.codes(INPUTS, channels, dtype=ml_dtypes.int2, low=-2)
+        return g.w4(codes, g.scales(2, channels, dtype=dtype))
+
+    return build
+
+
+def _uint4(g: Graph) -> ir.Value:
+    return g.w4(g.codes(INPUTS, 8, dtype=ml_dtypes.uint4, low=0), g.scales(2, 8))
+
+
+def _add(dtype: Any) -> Build:
+    return lambda g: g.op("Add", g.x, g.one(1, dtype))
+
+
+def _zero_points(zero: NDArray[Any]) -> Build:
+    return lambda g: g.w8a8(g.codes(INPUTS, 8), g.scales(8), g.const(zero))
+
+
+_int8: Build = lambda g: g.codes(INPUTS, 8)  # noqa: E731  # as the other cases
+_int4: Build = lambda g: int4(g, INPUTS, 8)  # noqa: E731  # as the other cases
+_fp8 = _weight(lambda g: g.codes(INPUTS, 8, dtype=ml_dtypes.float8_e4m3fn))
+_NO_ZERO_POINTS = np.zeros(8, np.int8)
+Q = "quantization"
+CASES = [
+    Case("graph.opset", _relu, "accepts", opset=26, ir_version=13),
+    Case("graph.opset", _relu, "accepts", "orin-jp7", 25),
+    Case("graph.opset", _relu, "accepts", "orin-jp6", 22),
+    Case("graph.opset", _relu, "not tried", "cpu", 26),
+    Case("graph.opset-undocumented", _relu, "accepts", opset=23),
+    Case("graph.opset-undocumented", _relu, "accepts", "orin-jp6"),
+    Case("graph.ir-version", _relu, "accepts", ir_version=14),
+    Case("graph.domain", lambda g: g.op("BiasGelu", g.x, g.one(), domain="com.microsoft")),
+    Case("graph.untyped", lambda g: g.op("Identity", g.op("Concat", g.x, g.x))),
+    Case("operator.unsupported", lambda g: g.op("BitwiseNot", g.op("Cast", g.x, to=6))),
+    Case("operator.unknown", lambda g: g.op("Det", g.x), inputs=8),
+    Case(
+        "operator.runtime-version",
+        lambda g: g.op("RMSNormalization", g.x, g.scales(INPUTS)),
+        "accepts",
+        "orin-jp7",
+        23,
+    ),
+    Case("operator.opset", lambda g: g.op("Gelu", g.x), "accepts", opset=19),
+    Case("operator.opset", lambda g: g.op("Gelu", g.x), "not tried", "cpu", opset=19),
+    Case(
+        "operator.type",
+        lambda g: g.op("MatMul", g.x, g.codes(8, 4, dtype=np.int64)),
+        inputs=8,
+        dtype=ir.DataType.INT64,
+    ),
+    Case("operator.limit", _norm_outputs),
+    Case("operator.limit", lambda g: g.op("Cast", g.x, to=INT8), "accepts", output=INT8),
+    Case("operator.limit", lambda g: g.op("Pow", g.x, g.const(np.array(2))), "accepts", "orin-jp6"),
+    Case("operator.equal-types", _add(np.float32)),
+    Case(
+        "operator.equal-types", lambda g: g.op("MatMul", g.x, g.scales(INPUTS, 4, dtype=np.float32))
+    ),
+    Case("operator.equal-types", _add(np.float16), "not tried", "cpu", dtype=FLOAT),
+    Case("type.missing", _uint4),
+    Case("type.missing", _int2(8), opset=22),
+    Case("type.missing", _int2(8), "not tried", "cuda"),
+    Case("type.missing", _cast(ir.DataType.DOUBLE), "accepts"),
+    Case("type.missing", _fp8, "accepts"),
+    Case("type.missing", _fp8, "not tried", "orin-jp7"),
+    Case("type.uint8", _cast(ir.DataType.UINT8)),
+    Case(f"{Q}.scale-constant", _computed_scale, "accepts"),
+    *(Case(f"{Q}.scale-values", _scale(value)) for value in (0.0, -1.0, np.nan)),
+    Case(f"{Q}.scale-values", _scale(np.inf), "accepts"),
+    *(Case(f"{Q}.scale-values", _block_scale(value), "accepts") for value in (0.0, -1.0, np.nan)),
+    Case(f"{Q}.scale-values", _block_scale(0.0), "not tried", "cuda"),
+    Case(f"{Q}.scale-shape", lambda g: g.w8a8(_int8(g), g.scales(6))),
+    Case(
+        f"{Q}.scale-shape", lambda g: g.w4(int4(g, 200, 8), g.scales(2, 8)), "accepts", inputs=200
+    ),
+    Case(
+        f"{Q}.scale-type",
+        lambda g: g.w4(_int4(g), g.scales(2, 8, dtype=np.float32)),
+        "accepts",
+        dtype=FLOAT,
+    ),
+    Case(f"{Q}.symmetric", _zero_points(np.ones(8, np.int8))),
+    Case(f"{Q}.symmetric", _zero_points(np.zeros(8, ml_dtypes.int4)), "accepts"),
+    Case(f"{Q}.int8-blocks", lambda g: g.w8a8(_int8(g), g.scales(2, 8), axis=0, block_size=BLOCK)),
+    Case(
+        f"{Q}.block-axis",
+        lambda g: g.w4(int4(g, 4, INPUTS, 8), g.scales(2, INPUTS, 8), block_size=2),
+    ),
+    Case(
+        f"{Q}.even-int4", lambda g: g.w4(int4(g, INPUTS, 7), g.scales(2, 7)), "accepts", "orin-jp7"
+    ),
+    Case(f"{Q}.even-int4", _weight(lambda g: int4(g, 3, 7)), inputs=3),
+    Case(f"{Q}.constant-weights", _int4_activations, "accepts"),
+    Case(
+        f"{Q}.constant-weights",
+        lambda g: g.op("DequantizeLinear", g.x, g.scales(INPUTS), axis=2),
+        "accepts",
+        dtype=INT8,
+        output=HALF,
+    ),
+    Case(f"{Q}.per-tensor-activations", _per_channel_activations, "accepts"),
+    Case(f"{Q}.channel-axis", _weight(_int8, INPUTS, axis=0), "accepts"),
+    Case(
+        f"{Q}.channel-axis",
+        lambda g: g.w4(int4(g, INPUTS, 128), g.scales(INPUTS, 1), axis=1),
+        "accepts",
+    ),
+    Case(f"{Q}.channel-axis", _gemm_axis, "accepts"),
+    Case(f"{Q}.between", _transposed, "accepts"),
+    Case(f"{Q}.pairs", _other_scale, "accepts"),
+    Case(
+        f"{Q}.pairs",
+        lambda g: g.op("QuantizeLinear", g.x, g.one(), g.const(np.zeros((), np.int8))),
+        "accepts",
+        output=INT8,
+    ),
+    Case(
+        f"{Q}.pairs",
+        lambda g: g.op("DequantizeLinear", g.x, g.one()),
+        "accepts",
+        dtype=INT8,
+        output=HALF,
+    ),
+    Case(f"{Q}.input-type", _float_scale, "accepts"),
+    Case(
+        f"{Q}.output-type",
+        lambda g: g.op("DequantizeLinear", g.op("QuantizeLinear", g.x, g.one()), g.one()),
+        "accepts",
+    ),
+    Case(f"{Q}.block-size", lambda g: g.w4(_int4(g), g.scales(8, 8), block_size=32), "accepts"),
+    Case(f"{Q}.int4-per-channel", _weight(_int4, 8, axis=1), "accepts"),
+    Case(f"{Q}.int8-weight-only", _weight(_int8, 8, axis=1), "accepts"),
+    Case("ort.int2-columns", _int2(6, np.float32), "not tried", "cpu", 25, 13, dtype=FLOAT),
+    Case(
+        "ort.unfused-scale",
+        _weight(_int8, 8, axis=1, output_dtype=FLOAT),
+        "not tried",
+        "cpu",
+        25,
+        13,
+        dtype=FLOAT,
+    ),
+]
