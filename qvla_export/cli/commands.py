@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qvla_export.cli import deploying, judging_commands, robot, simulation
+from qvla_export.cli import checking, deploying, judging_commands, robot, simulation
 from qvla_export.cli.options import (
     CamerasOption,
     DatasetOption,
@@ -132,5 +132,6 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 simulation.register(app)
 judging_commands.register(app)
+checking.register(app)
 robot.register(app)
 deploying.register(app)
