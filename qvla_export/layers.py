@@ -1,13 +1,14 @@
 """A policy's quantizable layers: their shapes, weights as rows, and temporary replacement."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qvla_export.activations import ActivationRanges
 from qvla_export.coupling import Coupling, fake_quantize_coupled, find_couplings
 from qvla_export.plan import BitPlan
 from qvla_export.policies.base import Policy
@@ -113,10 +114,11 @@ def planned_rows(
 
 @contextlib.contextmanager
 def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
-    """Run the block with the policy's weights as the plan's engine will have them.
+    """Run the block with the policy's weights and activations as the plan's engine has them.
 
     Biases stay: a channel of 0 bits puts out its bias. Consumers of coupled layers are quantized
-    in their producers' order; see `qvla_export.coupling`.
+    in their producers' order; see `qvla_export.coupling`. Hidden units that leave an MLP are not
+    rounded on their way: the engine has their constant outputs in the consumer's bias.
 
     Raises:
         PlanMismatch: the plan is for another policy.
@@ -127,5 +129,52 @@ def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
     rows = {
         name: planned_rows(name, weight_rows(layers[name]), plan, couplings) for name in plan.widths
     }
-    with replaced_weights(layers, rows):
+    removed = {name: coupling.removed for name, coupling in couplings.items()}
+    with replaced_weights(layers, rows), rounded_inputs(layers, plan.activations, removed):
         yield
+
+
+@contextlib.contextmanager
+def rounded_inputs(
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    activations: ActivationRanges | None,
+    untouched: Mapping[str, NDArray[np.int64]] | None = None,
+) -> Iterator[None]:
+    """Run the block with the layers' inputs rounded as the engine rounds them.
+
+    Gradients pass as if nothing were rounded.
+
+    Args:
+        layers: by name.
+        activations: how; None for not at all. Layers without a range keep their inputs.
+        untouched: layer name -> indices of the last axis that stay as they are.
+    """
+    handles = []
+    try:
+        for name in () if activations is None else activations.ranges:
+            assert activations is not None
+            kept = torch.from_numpy((untouched or {}).get(name, np.zeros(0, np.int64)))
+            hook = _rounding_hook(float(activations.scale(name)), activations.codes, kept)
+            handles.append(layers[name].register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rounding_hook(
+    scale: float, codes: tuple[int, int], untouched: Tensor
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def round_inputs(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs = arguments[0]
+        # A tensor: by a Python number torch may multiply with the reciprocal, which rounds
+        # differently.
+        step = torch.tensor(scale, dtype=inputs.dtype, device=inputs.device)
+        with torch.no_grad():
+            rounded = (inputs / step).round_().clamp_(*codes).mul_(step)
+            if len(untouched):
+                rounded[..., untouched] = inputs[..., untouched]
+        # The difference is exactly zero and carries the gradient.
+        return (rounded + (inputs - inputs.detach()), *arguments[1:])
+
+    return round_inputs

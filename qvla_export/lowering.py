@@ -10,7 +10,9 @@ from qvla_export.coupling import find_couplings
 from qvla_export.float_graph import layer_nodes
 from qvla_export.float_storage import STORED_SUFFIX, store_exactly
 from qvla_export.passes.couple import couple_mlps
+from qvla_export.passes.integer_products import keep_integer_products
 from qvla_export.passes.merge import merge_parallel
+from qvla_export.passes.quantize_activations import quantize_activations
 from qvla_export.plan import BitPlan
 from qvla_export.target import Target
 
@@ -29,8 +31,13 @@ def lower(graph: ir.Model, plan: BitPlan | None, target: Target) -> tuple[ir.Mod
     if plan is not None:
         couplings = find_couplings(plan.widths, plan.weights_per_channel)
         coupled, widths = couple_mlps(graph, plan.widths, couplings)
+        if plan.activations is not None:
+            coupled = quantize_activations(coupled, plan.activations, target)
         merged, widths = merge_parallel(coupled, widths)
-        model = store_exactly(bucketize(merged, widths, plan.quantizer))
+        bucketized = bucketize(merged, widths, plan.quantizer)
+        if plan.activations is not None and target.runtime == "ort":
+            bucketized = keep_integer_products(bucketized)
+        model = store_exactly(bucketized)
         return model, _bucket_bytes(model)
     layer_weights = _layer_weights(graph)
     model = store_exactly(graph)

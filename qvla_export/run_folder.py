@@ -5,23 +5,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qvla_export.activations import ACTIVATION_CODES
 from qvla_export.errors import ArtifactError, QvlaError
 
-_SETTING = re.compile(r"w(?P<bits>\d+(\.\d+)?)(?P<uniform>-rtn)?")
+_SETTING = re.compile(r"w(?P<bits>\d+(\.\d+)?)(a(?P<activations>\d+))?(?P<uniform>-rtn)?")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How the weights of one bundle are quantized.
+    """How the weights and activations of one bundle are quantized.
 
     "float": not at all. "w4": planned, 4 mean bits per channel and at most the bytes of uniform
     4 bits. "w4-rtn": every channel 4 bits, scale from the largest weight, round to nearest.
+    "w8a8", "w4a8-rtn": the inputs of the layers have 8 bits as well; "w4a4" is for torch only.
     """
 
     name: str
     kind: Literal["float", "planned", "uniform"]
     # Mean bits per channel; 16 for float.
     bits: float
+    # Bits of activations; None leaves them in float.
+    activation_bits: int | None = None
 
 
 def parse_setting(name: str) -> Setting:
@@ -36,12 +40,17 @@ def parse_setting(name: str) -> Setting:
     if found is None or not 0 < float(found["bits"]) <= 16:
         raise QvlaError(
             f"a setting is 'float', 'w<mean bits>' such as w4 or w2.5, or 'w<bits>-rtn' for "
-            f"uniform round-to-nearest, got {name!r}"
+            f"uniform round-to-nearest, both also with 'a8' for 8-bit activations (w8a8), "
+            f"got {name!r}"
         )
     bits = float(found["bits"])
     if found["uniform"] and bits not in (2, 4, 8, 16):
         raise QvlaError(f"uniform widths are 2, 4, 8 or 16, got {name!r}")
-    return Setting(name, "uniform" if found["uniform"] else "planned", bits)
+    activations = None if found["activations"] is None else int(found["activations"])
+    if activations not in (None, *ACTIVATION_CODES):
+        raise QvlaError(f"activations have 8 bits, or 4 in simulation, got {name!r}")
+    kind: Literal["planned", "uniform"] = "uniform" if found["uniform"] else "planned"
+    return Setting(name, kind, bits, activations)
 
 
 def made(path: Path, command: str) -> Path:
@@ -75,6 +84,11 @@ class RunFolder:
     def sensitivities(self) -> Path:
         """Sensitivities of every channel and width."""
         return self.root / "sensitivities.safetensors"
+
+    @property
+    def activations(self) -> Path:
+        """Histograms of what the layers are fed."""
+        return self.root / "activations.safetensors"
 
     @property
     def agreement(self) -> Path:

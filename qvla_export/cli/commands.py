@@ -1,11 +1,20 @@
 """Commands of the host side: from data to bundles."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from qvla_export.cli import checking, deploying, judging_commands, robot, simulation
+from qvla_export.activations import DEFAULT_METHOD
+from qvla_export.cli import (
+    checking,
+    deploying,
+    judging_commands,
+    predicting,
+    robot,
+    simulation,
+    verifying,
+)
 from qvla_export.cli.options import (
     CamerasOption,
     DatasetOption,
@@ -84,7 +93,34 @@ def sensitivities(
 
 
 @app.command()
-def plan(run: RunOption, setting: SettingOption, target: TargetOption = "cpu") -> None:
+def activations(
+    run: RunOption,
+    policy: PolicyOption,
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+) -> None:
+    """Record what the layers are fed; settings such as w8a8 take their ranges from it."""
+    from qvla_export.cli import stages
+
+    folder, loaded = RunFolder(run), open_checkpoint(policy, unnorm_key, preset)
+    fed = stages.activations(folder, loaded)
+    layers = sum(len(names) for names in fed.histograms)
+    typer.echo(
+        f"activations: {len(fed.histograms)} inputs of {layers} layers on {fed.samples} "
+        f"observations -> {folder.activations}"
+    )
+
+
+@app.command()
+def plan(
+    run: RunOption,
+    setting: SettingOption,
+    target: TargetOption = "cpu",
+    activations_method: Annotated[
+        Literal["max", "percentile", "mse", "entropy"],
+        typer.Option(help="How the ranges of 8-bit activations are chosen."),
+    ] = DEFAULT_METHOD,
+) -> None:
     """Allocate bits to channels under a budget (Algorithm 1)."""
     from engines.targets import find_target
     from qvla_export.cli import stages
@@ -92,9 +128,9 @@ def plan(run: RunOption, setting: SettingOption, target: TargetOption = "cpu") -
 
     folder, wanted, device = RunFolder(run), parse_setting(setting), find_target(target)
     digest = Sensitivities.load(made(folder.sensitivities, "sensitivities")).policy_digest
-    planned = stages.plan(folder, wanted, device, digest)
+    planned = stages.plan(folder, wanted, device, digest, activations_method)
     if planned is None:
-        raise QvlaError("the float setting has no plan; choose w4, w8, w4-rtn, ...")
+        raise QvlaError("the float setting has no plan; choose w4, w8a8, w4-rtn, ...")
     typer.echo(
         f"plan: {planned.mean_bits_per_channel:.2f} mean bits per channel, "
         f"{planned.mean_bits_per_weight:.2f} per weight, "
@@ -133,5 +169,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 simulation.register(app)
 judging_commands.register(app)
 checking.register(app)
+verifying.register(app)
 robot.register(app)
+predicting.register(app)
 deploying.register(app)

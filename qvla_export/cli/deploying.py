@@ -135,6 +135,9 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
         _say(
             f"Spearman {compared.spearman:.4f} with exact, at {compared.time_ratio:.4f} of its time"
         )
+    if any(setting.activation_bits for setting in wanted.settings):
+        _say("activations of every layer")
+        stages.activations(run, policy)
     for setting in wanted.settings:
         _say(f"{setting.name}: plan, bundle, engine")
         stages.plan(run, setting, target, policy.digest)

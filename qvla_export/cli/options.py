@@ -39,7 +39,11 @@ StateColumnOption = Annotated[
     str, typer.Option(help="Data set column of the state; empty for a policy without one.")
 ]
 SettingOption = Annotated[
-    str, typer.Option("--setting", help="float, w<mean bits> (w4), or w<bits>-rtn (uniform).")
+    str,
+    typer.Option(
+        "--setting",
+        help="float, w<mean bits> (w4), w<bits>-rtn (uniform); with a8 8-bit activations (w8a8).",
+    ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random draw.")]
 WeightsOption = Annotated[

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from rich.progress import Progress
 
+from qvla_export.activation_statistics import ActivationStatistics
+from qvla_export.activations import DEFAULT_METHOD, RangeMethod
 from qvla_export.allocation import Budget, allocate_bits
 from qvla_export.artifacts import remove_leftovers, require_same, sha256_file
 from qvla_export.errors import ArtifactError
@@ -121,7 +123,32 @@ def agreement(run: RunFolder, policy: "OftPolicy", pairs: int, seed: int) -> "Ag
     return compared
 
 
-def plan(run: RunFolder, setting: Setting, target: Target, policy_digest: str) -> BitPlan | None:
+def activations(run: RunFolder, policy: "OftPolicy") -> "ActivationStatistics":
+    """Record what the layers are fed, or keep what was recorded on the same."""
+    from calibration.samples import CalibrationSet
+    from qvla_export.activation_calibration import measure_activations
+
+    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    kept = kept_artifact(run.activations, ActivationStatistics.load)
+    if kept is not None and (
+        (kept.policy_digest, kept.calibration_digest) == (policy.digest, calibration.digest)
+    ):
+        return kept
+    with Progress() as progress:
+        measured = measure_activations(
+            policy, calibration.observations, calibration.digest, bar(progress, "activations")
+        )
+    measured.save(run.activations)
+    return measured
+
+
+def plan(
+    run: RunFolder,
+    setting: Setting,
+    target: Target,
+    policy_digest: str,
+    method: RangeMethod = DEFAULT_METHOD,
+) -> BitPlan | None:
     """Allocate bits for a setting, and leave a file of the same plan alone; None for float."""
     if setting.kind == "float":
         return None
@@ -137,8 +164,24 @@ def plan(run: RunFolder, setting: Setting, target: Target, policy_digest: str) -
             uniform = uniform_plan(_shapes(measured), int(setting.bits), target, policy_digest)
             cap = uniform.ratio
         planned = allocate_bits(measured, Budget("bits per channel", setting.bits, cap), target)
+    if setting.activation_bits is not None:
+        planned = _with_activations(run, planned, setting.activation_bits, method)
     planned.save(run.plan(setting))
     return planned
+
+
+def _with_activations(run: RunFolder, planned: BitPlan, bits: int, method: RangeMethod) -> BitPlan:
+    fed = ActivationStatistics.load(made(run.activations, "activations"))
+    again = "Record this policy's activations: qvla activations."
+    require_same("policy and activations", fed.policy_digest, planned.policy_digest, again)
+    if planned.calibration_digest is not None:
+        digests = (planned.calibration_digest, fed.calibration_digest)
+        require_same("sensitivities and activations", *digests, again)
+    return replace(
+        planned,
+        activations=fed.ranges(bits, method),
+        calibration_digest=fed.calibration_digest,
+    )
 
 
 def export(run: RunFolder, setting: Setting, policy: "OftPolicy", target: Target) -> "Bundle":
