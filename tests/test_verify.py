@@ -160,7 +160,7 @@ def test_a_breach_says_dimension_amount_both_units_and_limit() -> None:
     assert rms == "the RMS difference in dimension 1 is 5.00e-01, allowed are 1.0e-02"
     assert largest == (
         "the largest |difference| in dimension 1 is 5.00e-01 (normalized; 1.00e+00 in the "
-        "robot's units), allowed are 1.0e-02"
+        "robot's units), allowed are 2.0e-02"
     )
     assert allowed.plus(allowed).breaches(shifted(0.015)) == ()
 
