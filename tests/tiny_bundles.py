@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from graph_checks import require_clean
 
 from engines.targets import CPU
 from qvla_export.bundle import Bundle
@@ -53,4 +54,6 @@ def make_bundle(
     observations: Sequence[Observation],
     path: Path,
 ) -> Bundle:
-    return export_bundle(policy, plan, CPU, observations, path, float_graph(policy))
+    bundle = export_bundle(policy, plan, CPU, observations, path, float_graph(policy))
+    require_clean(bundle)
+    return bundle

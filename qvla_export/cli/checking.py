@@ -1,11 +1,11 @@
 """`qvla check`: a bundle or graph against what a target documents, without running it."""
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qvla_export.artifacts import write_json
@@ -13,8 +13,6 @@ from qvla_export.artifacts import write_json
 if TYPE_CHECKING:
     from engines.check.finding import Finding
 
-# What is shown of a rule that many nodes break alike.
-_NAMED = 2
 _FAILED = 2
 
 
@@ -61,15 +59,20 @@ def check(
 
 
 def _table(findings: "tuple[Finding, ...]") -> Table:
-    """One row a rule and stage: how often, where first, and why."""
-    table = Table("severity", "rule", "stage", "nodes", "first", "what", "source")
-    counts = Counter((finding.rule, finding.stage) for finding in findings)
-    first: dict[tuple[str, str], list[Finding]] = {}
+    """One row a rule and stage, errors first: how often, where first, and why."""
+    table = Table("rule", show_lines=True)
+    table.add_column("where", overflow="fold", max_width=26)
+    table.add_column("what")
+    groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
-        first.setdefault((finding.rule, finding.stage), []).append(finding)
-    for (rule, stage), group in sorted(first.items(), key=lambda item: item[1][0].severity):
+        groups.setdefault((finding.rule, finding.stage), []).append(finding)
+    for group in sorted(groups.values(), key=lambda group: group[0].severity):
         shown = group[0]
-        nodes = ", ".join(finding.node or "the graph" for finding in group[:_NAMED])
-        count = str(counts[rule, stage])
-        table.add_row(shown.severity, rule, stage, count, nodes, shown.message, shown.source)
+        style = "red" if shown.severity == "error" else "yellow"
+        count = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        table.add_row(
+            f"[{style}]{shown.severity}[/]\n{shown.rule.replace('.', '.' + chr(10), 1)}",
+            escape(f"{shown.stage}\n{shown.node or 'the graph'}{count}"),
+            f"{escape(shown.message)}\n[dim]{escape(shown.source)}[/]",
+        )
     return table
