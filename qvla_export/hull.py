@@ -6,8 +6,9 @@ all hulls by added error per saved cost and take them until the budget is met, t
 part (Sinha and Zoltners 1979). Taking the last one whole is at most one jump worse.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,11 @@ from numpy.typing import NDArray
 from qvla_export.demotions import DemotionTable, Levels
 from qvla_export.errors import QvlaError
 from qvla_export.greedy import unreachable
+
+# Channels handled at a time: their arrays stay in a cache.
+_CHUNK = 16384
+# Slope, channel, level, saved, added of jumps.
+_Part = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -51,57 +57,75 @@ def hull_jumps(
         start: levels the channels are at.
         allowed: levels a channel may jump to.  bool [levels, channels]
     """
-    columns = np.arange(len(start))
-    here = start.astype(np.int64)
-    slopes, found = np.full(len(start), -np.inf), []
-    for _ in range(len(cost) - 1):
-        jump = _next_vertex(cost, errors, here, columns, allowed)
-        slope, level, moves = jump
-        if not moves.any():
-            break
-        # Rounding must not put a channel's later jump before its earlier one.
-        slopes[columns[moves]] = np.maximum(slopes[columns[moves]], slope[moves])
-        columns, before, here = columns[moves], here[moves], level[moves]
-        allowed = allowed[:, moves]
-        found.append(
-            (
-                slopes[columns],
-                columns.astype(np.int32),
-                here.astype(np.int8),
-                cost[before, columns] - cost[here, columns],
-                errors[here, columns] - errors[before, columns],
-            )
-        )
-    if not found:
-        empty = np.zeros(0)
-        return HullJumps(empty.astype(np.int32), empty.astype(np.int8), empty, empty)
-    slope, channel, level, saved, added = (
-        np.concatenate(part) for part in zip(*found, strict=True)
+    parts = [
+        part
+        for first in range(0, len(start), _CHUNK)
+        for part in _jumps_of(cost, errors, start, allowed, slice(first, first + _CHUNK))
+    ]
+    order = np.argsort(_joined(parts, 0, np.float64), kind="stable")
+    return HullJumps(
+        channel=_joined(parts, 1, np.int32)[order],
+        level=_joined(parts, 2, np.int8)[order],
+        saved=_joined(parts, 3, np.float64)[order],
+        added=_joined(parts, 4, np.float64)[order],
     )
-    order = np.argsort(slope, kind="stable")
-    return HullJumps(channel[order], level[order], saved[order], added[order])
+
+
+def _joined(parts: list[_Part], field: int, dtype: type[Any]) -> NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *(part[field] for part in parts)])
+
+
+def _jumps_of(
+    cost: NDArray[np.float64],
+    errors: NDArray[np.float64],
+    start: Levels,
+    allowed: NDArray[np.bool_],
+    chunk: slice,
+) -> Iterator[_Part]:
+    """Jumps of a run of channels, first ones first."""
+    cost, errors, allowed = cost[:, chunk], errors[:, chunk], allowed[:, chunk]
+    here = start[chunk].astype(np.int64)
+    columns = np.arange(len(here))
+    slopes = np.full(len(here), -np.inf)
+    for _ in range(len(cost) - 1):
+        slope, level = _next_vertex(cost, errors, here, allowed)
+        moves = level != here
+        if not moves.any():
+            return
+        cost, errors, allowed = cost[:, moves], errors[:, moves], allowed[:, moves]
+        # Rounding must not put a channel's later jump before its earlier one.
+        slopes = np.maximum(slopes[moves], slope[moves])
+        columns, before, here = columns[moves], here[moves], level[moves]
+        saved = _pick(cost, before) - _pick(cost, here)
+        added = _pick(errors, here) - _pick(errors, before)
+        channels = (columns + chunk.start).astype(np.int32)
+        yield slopes, channels, here.astype(np.int8), saved, added
 
 
 def _next_vertex(
     cost: NDArray[np.float64],
     errors: NDArray[np.float64],
     here: NDArray[np.int64],
-    columns: NDArray[np.int64],
     allowed: NDArray[np.bool_],
-) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Slope and level of the flattest way to a lower cost, and whether there is one."""
-    cost_here, error_here = cost[here, columns], errors[here, columns]
-    slope, level = np.full(len(columns), np.inf), here.copy()
-    most_saved = np.zeros(len(columns))
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Slope and level of the flattest way to a lower cost; the level itself where there is none."""
+    cost_here, error_here = _pick(cost, here), _pick(errors, here)
+    slope, level = np.full(len(here), np.inf), here.copy()
+    most_saved = np.zeros(len(here))
     for target in range(len(cost)):
-        saved = cost_here - cost[target, columns]
-        candidate = np.full(len(columns), np.inf)
+        saved = cost_here - cost[target]
         open_to = allowed[target] & (saved > 0)
-        np.divide(errors[target, columns] - error_here, saved, out=candidate, where=open_to)
+        candidate = np.full(len(here), np.inf)
+        np.divide(errors[target] - error_here, saved, out=candidate, where=open_to)
         better = (candidate < slope) | ((candidate == slope) & open_to & (saved > most_saved))
         slope[better], level[better] = candidate[better], target
         most_saved[better] = saved[better]
-    return slope, level, most_saved > 0
+    return slope, level
+
+
+def _pick(values: NDArray[Any], levels: NDArray[np.integer[Any]]) -> NDArray[Any]:
+    """Each channel's value at its level.  [levels, channels] -> [channels]"""
+    return values[levels, np.arange(len(levels))]
 
 
 def demote_along_hull(
@@ -111,7 +135,7 @@ def demote_along_hull(
 
     Args and errors: as of `qvla_export.greedy.demote_greedily`.
     """
-    spent = float(_at(cost, levels).sum())
+    spent = float(_pick(cost, levels).sum())
 
     def enough(jumps: HullJumps) -> int:
         return max(_count_to(jumps, spent - limit), int((jumps.added < 0).sum()))
@@ -171,12 +195,6 @@ def error_bound(table: DemotionTable, cost: NDArray[np.int64], limit: float) -> 
     if count and jumps.added[count - 1] > 0:
         error -= float(jumps.added[count - 1]) * unused / float(jumps.saved[count - 1])
     return error
-
-
-def _at(values: NDArray[np.int64], levels: Levels) -> NDArray[np.int64]:
-    """Pick each channel's value at its level.  [channels]"""
-    picked: NDArray[np.int64] = np.take_along_axis(values, levels[None].astype(np.int64), 0)[0]
-    return picked
 
 
 def _count_to(jumps: HullJumps, excess: float) -> int:

@@ -79,7 +79,7 @@ class DeviceRates:
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise ArtifactError(
                 f"{path} holds no device rates of format {_FORMAT}; "
-                "measure them with: qvla predict --calibrate-cpu"
+                "measure them with: qvla rates"
             )
         require_fields(value, ("mode", "rates"), f"device rates {path}")
         try:

@@ -16,7 +16,7 @@ from qvla_export.coupling import find_couplings
 from qvla_export.errors import QvlaError
 from qvla_export.kernel_rates import KernelRates
 from qvla_export.network_shape import AttentionShape, LayerShape, NetworkShape, StageShape
-from qvla_export.target import PowerMode, Target
+from qvla_export.target import ActivationSupport, PowerMode, Target
 
 # Layer name -> width of each channel.  int8 [channels]
 Widths = Mapping[str, NDArray[np.int8]]
@@ -86,7 +86,9 @@ class LatencyModel:
     mode: PowerMode
     rates: KernelRates
 
-    def predict(self, widths: Widths | None = None, activations: str = "none") -> LatencyPrediction:
+    def predict(
+        self, widths: Widths | None = None, activations: ActivationSupport = "none"
+    ) -> LatencyPrediction:
         """Predict the milliseconds of one action.
 
         Args:
@@ -112,7 +114,7 @@ class LatencyModel:
         return LatencyPrediction(stages, self.rates.uncertainty_of(self.mode, activations))
 
     def channel_ms(
-        self, layer: str, widths: tuple[int, ...], activations: str = "none"
+        self, layer: str, widths: tuple[int, ...], activations: ActivationSupport = "none"
     ) -> NDArray[np.float64]:
         """Return what one channel of a layer adds at each width, launches aside.
 
@@ -130,13 +132,13 @@ class LatencyModel:
                     total += stage.runs * np.array(costs)
         return total
 
-    def _channel_ms(self, shape: LayerShape, bits: int, activations: str) -> float:
+    def _channel_ms(self, shape: LayerShape, bits: int, activations: ActivationSupport) -> float:
         if bits == 0:
             return 0.0
         return self._matmul_ms(shape.rows, shape.inputs, 1.0, bits, activations)
 
     def _stage(
-        self, stage: StageShape, widths: Widths, units: _Units, activations: str
+        self, stage: StageShape, widths: Widths, units: _Units, activations: ActivationSupport
     ) -> StagePrediction:
         products = _products(stage, widths, units)
         weights = sum(self._product_ms(product, activations) for product in products)
@@ -151,8 +153,8 @@ class LatencyModel:
             between_ms=stage.runs * between,
         )
 
-    def _product_ms(self, product: _Product, activations: str) -> float:
-        setting = activations if product.planned else "none"
+    def _product_ms(self, product: _Product, activations: ActivationSupport) -> float:
+        setting: ActivationSupport = activations if product.planned else "none"
         tile = self.rates.channel_tile
         total = 0.0
         for bits, channels in product.channels.items():
@@ -168,7 +170,7 @@ class LatencyModel:
         inputs: int,
         channels: float,
         bits: int,
-        activations: str,
+        activations: ActivationSupport,
         filled: float = 1.0,
     ) -> float:
         """Rows [rows, inputs] times the channels of one width, without launch."""
@@ -191,7 +193,7 @@ class LatencyModel:
             times.append(codes / (self.rates.expanded_gcodes_s[stored] * 1e6))
         return max(times)
 
-    def _between_ms(self, product: _Product, activations: str) -> float:
+    def _between_ms(self, product: _Product, activations: ActivationSupport) -> float:
         """Norms, activation functions, residuals, Q/DQ and channel order around one product.
 
         They are taken as one kernel that reads the product's input and passes over its output.
@@ -218,15 +220,14 @@ class LatencyModel:
         """Bits of one weight where the product reads it; 16-bit weights in the compute type."""
         return 8 * self._element_bytes if bits == 16 else self.target.containers[bits].bits
 
-    def _arithmetic(self, stored: int, activations: str) -> str:
-        """Integers multiply integers of 8 bits; ONNX Runtime also widens narrower codes to them.
+    def _arithmetic(self, stored: int, activations: ActivationSupport) -> str:
+        """8-bit weights multiply 8-bit activations as integers; narrower ones do not.
 
-        TensorRT's int4 products take float activations only, so 4 bits gain nothing there.
+        TensorRT's int4 products take float activations only, and ONNX Runtime's graphs keep them
+        in float (`qvla_export.passes.integer_products`).
         """
-        narrow = self.target.runtime == "ort" and stored < 8
-        if activations == "int8" and (stored == 8 or narrow):
-            return "int8"
-        return self._float_arithmetic
+        both = activations == "int8" and stored == 8
+        return "int8" if both else self._float_arithmetic
 
     @property
     def _float_arithmetic(self) -> str:
