@@ -171,6 +171,10 @@ def _computed_scale(g: Graph) -> ir.Value:
     return g.w4(int4(g, INPUTS, CHANNELS), g.op("Reshape", row, g.const(np.array([2, CHANNELS]))))
 
 
+def _int32_slice(g: Graph) -> ir.Value:
+    return g.op("Slice", g.x, *(g.const(np.array([value], np.int32)) for value in (0, 4, 2)))
+
+
 def _int4_activations(g: Graph) -> ir.Value:
     codes = g.op("QuantizeLinear", g.x, g.one(), output_dtype=ir.DataType.INT4)
     return g.op("DequantizeLinear", codes, g.one())
@@ -235,6 +239,7 @@ CASES = [
     Case("operator.limit", _norm_outputs),
     Case("operator.limit", lambda g: g.op("Cast", g.x, to=INT8), "accepts", output=INT8),
     Case("operator.limit", lambda g: g.op("Pow", g.x, g.const(np.array(2))), "accepts", "orin-jp6"),
+    Case("operator.limit", _int32_slice),
     Case("operator.equal-types", _add(np.float32)),
     Case(
         "operator.equal-types", lambda g: g.op("MatMul", g.x, g.scales(INPUTS, 4, dtype=np.float32))
@@ -246,6 +251,13 @@ CASES = [
     Case("type.missing", _cast(ir.DataType.DOUBLE), "accepts"),
     Case("type.missing", _fp8, "accepts"),
     Case("type.missing", _fp8, "not tried", "orin-jp7"),
+    Case(
+        "type.compute",
+        lambda g: g.op("MatMul", g.x, g.scales(INPUTS, 8, dtype=np.float32)),
+        "accepts",
+        dtype=FLOAT,
+    ),
+    Case("operator.type", lambda g: g.op("Relu", g.x), dtype=ir.DataType.UINT8),
     Case("type.uint8", _cast(ir.DataType.UINT8)),
     Case(f"{Q}.scale-constant", _computed_scale, "accepts"),
     *(Case(f"{Q}.scale-values", _scale(value)) for value in (0.0, -1.0, np.nan)),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from engines.check.finding import Finding
 from engines.check.model import CheckedGraph, open_graph, shape_of
-from engines.check.operator_rules import check_imports, check_operators, check_types
+from engines.check.operator_rules import check_imports, check_operators, check_products, check_types
 from engines.check.ort_rules import check_ort
 from engines.check.quantization_rules import check_quantization
 from engines.check.rules import RULES
@@ -19,6 +19,7 @@ def check_graph(graph: CheckedGraph, target: Target) -> tuple[Finding, ...]:
     check_types(graph, target)
     check_operators(graph, target)
     if is_tensorrt(target):
+        check_products(graph, target)
         check_quantization(graph, target)
     else:
         check_ort(graph, target)

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING
 
 from engines.check.model import CheckedGraph, constant_root, dtype_name, shape_of, type_groups
 from engines.check.operators import OLDER, OPERATORS, UNSUPPORTED, Limit, Operator
-from engines.check.runtimes import is_tensorrt, missing_type, operator_version, reader
+from engines.check.quantized import WEIGHT_INPUT
+from engines.check.runtimes import (
+    ONNX_COMPUTE,
+    is_tensorrt,
+    missing_type,
+    operator_version,
+    reader,
+)
 from qvla_export.target import Target
 
 if TYPE_CHECKING:
@@ -149,7 +156,8 @@ def _check_operator(
     value = node.inputs[operator.data] if len(node.inputs) > operator.data else None
     value = value or (node.outputs[0] if node.op_type == "Constant" else None)
     dtype = dtype_name(value)
-    missing = missing_type(dtype, target) is not None or dtype == "UINT8"
+    missing = missing_type(dtype, target) is not None
+    missing |= dtype == "UINT8" and value not in graph.boundary
     if dtype and dtype not in operator.types and not missing:
         graph.add(
             "operator.type",
@@ -173,6 +181,9 @@ def _broken(node: "ir.Node", limit: Limit) -> str | None:
         static = shape_of(node.inputs[0]) is not None
         known = value is not None or static
         return None if known else f"input {limit.index} must be given, sizes are not known"
+    if limit.kind == "int64 or steps":
+        given = len(node.inputs) > 4 or dtype_name(value) == "INT64"
+        return None if given else f"input {limit.index} must be INT64, or steps must be given"
     if limit.kind == "attribute":
         return _broken_attribute(node, limit)
     if value is None:
@@ -185,6 +196,25 @@ def _broken(node: "ir.Node", limit: Limit) -> str | None:
     if limit.kind == "rank" and rank is not None and rank not in limit.values:
         return f"input {limit.index} must have rank {limit.values[0]}, it has {rank}; reshape it"
     return None
+
+
+def check_products(graph: CheckedGraph, target: Target) -> None:
+    """Matrix products with weights multiply in the target's compute type."""
+    wanted = ONNX_COMPUTE[target.compute]
+    for node in graph.nodes:
+        index = WEIGHT_INPUT.get(node.op_type)
+        weight = None if index is None else node.inputs[index]
+        if weight is None or dtype_name(weight) in ("", wanted):
+            continue
+        producer = weight.producer()
+        dequantized = producer is not None and producer.op_type == "DequantizeLinear"
+        if constant_root(weight) is not None or dequantized:
+            graph.add(
+                "type.compute",
+                node,
+                f"{node.op_type} with weights multiplies in {dtype_name(weight)}, target "
+                f"{target.name!r} is fast in {wanted}; convert the weights before export",
+            )
 
 
 def _broken_attribute(node: "ir.Node", limit: Limit) -> str | None:

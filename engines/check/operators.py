@@ -22,6 +22,7 @@ class Limit:
 
     # "constant": input `index` is a constant if given. "given or static": input `index` is given
     # unless the sizes of the first are known.
+    # "int64 or steps": input `index` is INT64 unless Slice's steps are given.
     # "floats": input `index` is floating point. "one output". "rank": of input `index`.
     # "attribute": `name` has one of `values`.
     kind: str
@@ -70,8 +71,8 @@ _OPERATORS = [
     *_rows("GlobalAveragePool BatchNormalization InstanceNormalization", _FLOATS),
     *_rows("And Not Or Xor", ("BOOL",)),
     *_rows("Concat Expand Flatten Gather GatherElements GatherND", _ANY),
-    *_rows("Reshape Shape Size Slice Tile Transpose Trilu", _ANY),
-    *_rows("Split", _ANY),
+    *_rows("Reshape Shape Size Split Tile Transpose Trilu", _ANY),
+    *_rows("Slice", _ANY, Limit("int64 or steps", "TensorRT-RTX 1.7.1.116, measured 2026-11", 1)),
     *_rows("Constant", (*_ANY, "INT4", "INT8")),
     *_rows("ConstantOfShape", ("INT64",)),
     *_rows("Cast", _CASTS, Limit("attribute", _TABLE, name="to", values=_CASTS)),

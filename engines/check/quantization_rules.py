@@ -12,12 +12,12 @@ from engines.check.model import (
     numbers,
 )
 from engines.check.quantized import Quantized, read_quantized, weight_axes
+from engines.check.runtimes import ONNX_COMPUTE
 from qvla_export.target import Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_ONNX_COMPUTE = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 # Block sizes of NVIDIA's int4 matrix products.
 _DOCUMENTED_BLOCKS = (64, 128)
 
@@ -89,7 +89,7 @@ def _scale_shape(found: Quantized, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _check_scale_type(graph: CheckedGraph, found: Quantized, target: Target) -> None:
     node, scale = found.node, dtype_name(found.scale)
-    wanted = _ONNX_COMPUTE[target.compute]
+    wanted = ONNX_COMPUTE[target.compute]
     output = dtype_name(node.outputs[0])
     if node.op_type == "DequantizeLinear" and (scale != wanted or output not in ("", scale)):
         graph.add(

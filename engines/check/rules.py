@@ -41,6 +41,7 @@ RULES = _table(
     # Element types.
     ("type.missing", "error", _RUNTIME_HEADER),
     ("type.uint8", "error", f"{_OPERATORS}: UINT8 as network input or output only"),
+    ("type.compute", "warning", "compute type of `engines.targets`, with its reason there"),
     # Quantization.
     ("quantization.scale-constant", "error", f"{_HEADER}: build-time constant"),
     ("quantization.scale-values", "error", f"{_HEADER}: strictly positive; {_RTX}: rejected"),

@@ -66,6 +66,8 @@ READERS: Mapping[Runtime, tuple[Reader, ...]] = {
 _TENSORRT_TYPES = frozenset(
     ("FLOAT", "FLOAT16", "BFLOAT16", "INT64", "INT32", "INT8", "INT4", "UINT8", "BOOL")
 )
+# A target's compute type -> its name in ONNX.
+ONNX_COMPUTE = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 # Element type -> the target's refusal that explains why it is missing.
 REFUSED_TYPES = {
     **dict.fromkeys(("INT2", "UINT2"), "int2"),
