@@ -73,7 +73,8 @@ def _widen_bias(graph: ir.Graph, product: ir.Node) -> None:
         tensor = None if value is None else ir.convenience.get_const_tensor(value)
         if value is not None and tensor is not None and len(tensor.shape) == 1:
             wide = ir.Tensor(tensor.numpy()[None, None], name=f"{value.name}.wide")
-            constant = ir.Value(
+            # Layers of equal biases share one.
+            constant = graph.initializers.get(f"{value.name}.wide") or ir.Value(
                 name=wide.name, const_value=wide, type=value.type, shape=ir.Shape(wide.shape)
             )
             graph.register_initializer(constant)
