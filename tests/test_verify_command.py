@@ -11,9 +11,11 @@ from test_cli import qvla
 from tiny_bundles import make_bundle, mixed_plan
 
 from calibration.samples import CalibrationSet
+from engines.ort import OrtEngine
 from engines.targets import CPU
+from engines.trt.gpu import Gpu
 from qvla_export.artifacts import sha256_file, write_json
-from qvla_export.bundle import GOLDEN, MANIFEST, manifest_digest
+from qvla_export.bundle import GOLDEN, MANIFEST, Bundle, manifest_digest
 from qvla_export.export import export_bundle
 from qvla_export.observation import Observation
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
@@ -44,9 +46,15 @@ def folder(
 def take_golden(source: Path, bundle: Path) -> None:
     """Give a bundle another's golden actions, with every digest mended."""
     golden = Path(shutil.copy(source / GOLDEN, bundle / GOLDEN))
-    manifest = json.loads((bundle / MANIFEST).read_text())
+    files = json.loads((bundle / MANIFEST).read_text())["files"]
+    files[GOLDEN] = {"sha256": sha256_file(golden), "bytes": golden.stat().st_size}
+    rewrite(bundle, files=files)
+
+
+def rewrite(bundle: Path, **changes: object) -> None:
+    """Change fields of a manifest and mend its digest."""
+    manifest = {**json.loads((bundle / MANIFEST).read_text()), **changes}
     del manifest["digest"]
-    manifest["files"][GOLDEN] = {"sha256": sha256_file(golden), "bytes": golden.stat().st_size}
     write_json(bundle / MANIFEST, {**manifest, "digest": manifest_digest(manifest)})
 
 
@@ -122,3 +130,50 @@ def test_what_cannot_be_compared_is_refused(
     assert outcome.code == 2
     assert message in outcome.error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def rtx(folder: Path, tmp_path: Path) -> Path:
+    """A bundle that says it is for a GPU."""
+    bundle = shutil.copytree(folder / "float", tmp_path / "rtx")
+    rewrite(bundle, target="rtx4070")
+    return bundle
+
+
+@pytest.mark.parametrize("gpu", [None, Gpu("Orin", "sm_87")])
+def test_without_the_gpu_the_command_says_what_is_missing(
+    rtx: Path, gpu: Gpu | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.trt.gpu.find_gpu", lambda: gpu)
+    outcome = qvla("verify", rtx, "--target", "rtx4070", "--latency")
+    assert outcome.code == 2
+    for part in ("NVIDIA GPU of compute capability sm_89", "Orin" if gpu else "none", "--runtime"):
+        assert part in outcome.error
+    here = qvla("verify", rtx, "--target", "rtx4070", "--runtime", "ort")
+    assert here.code == 0, here.err
+    assert "rounding of float16" in here.out
+
+
+def test_with_the_gpu_one_command_builds_verifies_and_profiles(
+    rtx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+
+    def build(bundle: Bundle, place: Path) -> None:
+        built.append(place)
+
+    def load(bundle: Bundle, *settings: object, runtime: object) -> OrtEngine:
+        assert built, "loaded before it was built"
+        return OrtEngine(bundle, 1)
+
+    monkeypatch.setattr("engines.trt.gpu.find_gpu", lambda: Gpu("RTX", "sm_89"))
+    monkeypatch.setattr("qvla_export.cli.building.build_with_progress", build)
+    monkeypatch.setattr("engines.load.load_engine", load)
+    output = tmp_path / "report.json"
+    outcome = qvla(
+        *("verify", rtx, "--target", "rtx4070", "--latency", "--samples", 2, "--output", output)
+    )
+    assert outcome.code == 0, outcome.err
+    assert built == [tmp_path / "engines/rtx4070"]
+    report = json.loads(output.read_text())
+    assert (report["passed"], report["latency"]["target"]) == (True, "rtx4070")

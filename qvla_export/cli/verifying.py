@@ -63,7 +63,7 @@ def verify(
         typer.Option("--float", help="Float bundle of the same policy; its drift is the floor."),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Refuse a bundle for another target; build its engine.")
+        str | None, typer.Option(help="Refuse a bundle for another; build its engines if absent.")
     ] = None,
     runtime: Annotated[
         RuntimeName, typer.Option(help="auto: the target's own; ort: ONNX Runtime on the CPU.")
@@ -87,6 +87,8 @@ def verify(
     loaded = Bundle.load(bundle)
     if target is not None:
         require_target(loaded, target)
+        if runtime == "auto":
+            build_absent_engines(loaded)
     wanted = _Comparison(against, observations, preset, against_runtime, threads)
     with ExitStack() as stack:
         start = time.perf_counter()
@@ -140,11 +142,34 @@ def open_engine(
     """Load a bundle's engine: of its target, or of ONNX Runtime on this CPU."""
     from engines.load import load_engine
 
-    if runtime == "auto":
-        return load_engine(bundle, threads, weights)
-    from engines.ort import OrtEngine
+    return load_engine(bundle, threads, weights, runtime=None if runtime == "auto" else runtime)
 
-    return OrtEngine(bundle, threads, weights)
+
+def build_absent_engines(bundle: "Bundle") -> None:
+    """Build the engines of a TensorRT bundle; up to date ones are kept.
+
+    Raises:
+        EngineError: this machine cannot run them, or they cannot be built.
+    """
+    from engines.base import EngineError
+    from engines.targets import find_target
+    from engines.trt.gpu import find_gpu
+    from engines.trt.modules import is_tensorrt
+    from engines.trt.sidecar import engine_folder
+    from qvla_export.cli.building import build_with_progress
+
+    target = find_target(bundle.target)
+    if not is_tensorrt(target):
+        return
+    gpu = find_gpu()
+    if gpu is None or gpu.compute_capability != target.compute_capability:
+        found = "none" if gpu is None else f"{gpu.name} ({gpu.compute_capability})"
+        raise EngineError(
+            f"engines for target {target.name!r} run on an NVIDIA GPU of compute capability "
+            f"{target.compute_capability} with its driver, found here: {found}. Run this command "
+            "there; here, --runtime ort checks the bundle's graphs on the CPU"
+        )
+    build_with_progress(bundle, engine_folder(bundle))
 
 
 def held_out_reference(
