@@ -327,6 +327,14 @@ CASES = [
     Case(f"{Q}.int8-weight-only", _weight(_int8, 8, axis=1), "accepts"),
     Case("ort.int2-columns", _int2(6, np.float32), "not tried", "cpu", 25, 13, dtype=FLOAT),
     Case(
+        "ort.zero-point",
+        lambda g: g.op("QuantizeLinear", g.x, g.one(dtype=np.float32), output_dtype=INT8),
+        "not tried",
+        "cpu",
+        dtype=FLOAT,
+        output=INT8,
+    ),
+    Case(
         "ort.unfused-scale",
         _weight(_int8, 8, axis=1, output_dtype=FLOAT),
         "not tried",

@@ -12,10 +12,22 @@ def check_ort(graph: CheckedGraph, target: Target) -> None:
     """Every quantizing node of a graph for ONNX Runtime."""
     for node in graph.nodes:
         found = read_quantized(node)
-        if found is None or node.op_type != "DequantizeLinear":
+        if found is None:
             continue
         check_scale(graph, found, whole_blocks=False)
-        if found.bits == "INT2" and found.shape and found.shape[-1] % _INT2_COLUMNS:
+        if found.root is None and found.zero_point is None:
+            graph.add(
+                "ort.zero-point",
+                node,
+                "activations are not multiplied as integers without a zero point, "
+                f"{node.op_type} has none; give it one of 0",
+            )
+        if (
+            found.root is not None
+            and found.bits == "INT2"
+            and found.shape
+            and found.shape[-1] % _INT2_COLUMNS
+        ):
             graph.add(
                 "ort.int2-columns",
                 node,

@@ -18,6 +18,8 @@ from qvla_export.target import Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+# What TensorRT moves Q/DQ across (TensorRT documentation, Explicit Quantization).
+_COMMUTE = ("Reshape", "Transpose")
 # Block sizes of NVIDIA's int4 matrix products.
 _DOCUMENTED_BLOCKS = (64, 128)
 
@@ -287,4 +289,7 @@ def _warn_of_kernels(graph: CheckedGraph, found: Quantized) -> None:
 def _quantized_input(product: "ir.Node") -> bool:
     value = product.inputs[0]
     producer = None if value is None else value.producer()
+    while producer is not None and producer.op_type in _COMMUTE:
+        value = producer.inputs[0]
+        producer = None if value is None else value.producer()
     return producer is not None and producer.op_type == "DequantizeLinear"
