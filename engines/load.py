@@ -1,16 +1,20 @@
 """Choose and load the engine of a bundle's target."""
 
+from pathlib import Path
 from typing import Literal
 
 from engines.base import Engine, EngineError
 from engines.targets import find_target
 from qvla_export.bundle import Bundle
+from qvla_export.target import Runtime, Target
 
 
 def load_engine(
     bundle: Bundle,
     threads: int | None = None,
     weights: Literal["packed", "unpacked"] = "packed",
+    runtime: Runtime | None = None,
+    engines: Path | None = None,
 ) -> Engine:
     """Return an engine that runs a bundle on this machine.
 
@@ -19,18 +23,43 @@ def load_engine(
         threads: CPU threads of one operator; None for one a physical core.
         weights: "packed" computes with the stored codes; "unpacked" makes them float32 at load,
             which takes a float policy's memory and can be faster.
+        runtime: None for the target's own; "ort" runs any bundle on a CPU, to check its graphs
+            where the device is not.
+        engines: folder of built TensorRT engines; None for the one beside the bundle.
 
     Raises:
         UnknownTarget: the bundle is for a target this version does not know.
-        EngineError: the runtime is not installed or refuses the graph.
+        EngineError: the runtime is not installed, refuses the graph, or has no engine yet.
     """
     target = find_target(bundle.target)
-    if target.runtime != "ort":
-        raise EngineError(f"no engine for runtime {target.runtime!r} of target {target.name!r}")
+    runtime = runtime or target.runtime
+    if runtime in ("tensorrt", "tensorrt_rtx"):
+        if runtime != target.runtime:
+            raise EngineError(
+                f"a bundle for target {target.name!r} runs on {target.runtime} or, to check it, "
+                f"on ort; not on {runtime}"
+            )
+        from engines.trt.engine import TensorRtEngine
+
+        return TensorRtEngine(bundle, engines)
+    return _load_ort(bundle, target, threads, weights, runtime)
+
+
+def _load_ort(
+    bundle: Bundle,
+    target: Target,
+    threads: int | None,
+    weights: Literal["packed", "unpacked"],
+    runtime: Runtime,
+) -> Engine:
     try:
         from engines.ort import OrtEngine  # only the runtime of this target need be installed
     except ImportError as error:
+        package = "onnxruntime-gpu" if runtime == "ort-cuda" else "onnxruntime"
         raise EngineError(
-            f"target {target.name!r} needs onnxruntime ({error}); pip install onnxruntime"
+            f"target {target.name!r} needs onnxruntime ({error}); pip install {package}"
         ) from error
-    return OrtEngine(bundle, threads, weights)
+    provider: Literal["CUDAExecutionProvider", "CPUExecutionProvider"] = (
+        "CUDAExecutionProvider" if runtime == "ort-cuda" else "CPUExecutionProvider"
+    )
+    return OrtEngine(bundle, threads, weights, provider=provider)

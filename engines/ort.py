@@ -1,4 +1,4 @@
-"""ONNX Runtime on a CPU."""
+"""ONNX Runtime on a CPU, or on a GPU by its CUDA execution provider."""
 
 from types import TracebackType
 from typing import Any, Literal
@@ -11,10 +11,13 @@ from qvla_export.bundle import Bundle, Stage, TensorSpec
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 _UNPACK = "session.disable_quant_qdq"
+# Only where u8 x s8 products saturate, on x86-64 without VNNI: exact and a little slower.
+_EXACT_INTEGERS = "session.x64quantprecision"
 _ERRORS_ONLY = 3
 # "packed": MatMulNBits reads the stored codes. "unpacked": codes become float32 at load; the memory
 # of a float policy, and its speed where many rows make a layer compute-bound.
 WeightForm = Literal["packed", "unpacked"]
+Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider"]
 
 
 class OrtEngine:
@@ -26,6 +29,7 @@ class OrtEngine:
         threads: int | None = None,
         weights: WeightForm = "packed",
         keep_loaded: bool = True,
+        provider: Provider = "CPUExecutionProvider",
     ) -> None:
         """Load a bundle.
 
@@ -35,10 +39,13 @@ class OrtEngine:
             weights: how quantized weights are held in memory.
             keep_loaded: False loads each stage when its turn comes and frees it afterwards: one
                 stage's memory instead of the policy's, at the cost of loading for every action.
+            provider: what computes. Operators that CUDA lacks run on the CPU.
 
         Raises:
-            EngineError: the runtime refuses the graph or a setting.
+            EngineError: the runtime refuses the graph or a setting, or lacks the provider.
         """
+        _require_provider(provider)
+        self._provider = provider
         self._bundle = bundle
         self._options = session_options(bundle, threads, weights)
         self._keep_loaded = keep_loaded
@@ -61,7 +68,7 @@ class OrtEngine:
     @property
     def runtime(self) -> str:
         """Name, version and execution provider of the runtime."""
-        return f"onnxruntime {onnxruntime.__version__} CPUExecutionProvider"
+        return f"onnxruntime {onnxruntime.__version__} {self._provider}"
 
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Return the named outputs of named inputs."""
@@ -83,15 +90,21 @@ class OrtEngine:
 
     def _load(self, stage: Stage) -> Any:
         path = self._bundle.model_path(stage)
+        providers = list(dict.fromkeys((self._provider, "CPUExecutionProvider")))
         try:
-            return onnxruntime.InferenceSession(
-                str(path), self._options, providers=["CPUExecutionProvider"]
-            )
+            session = onnxruntime.InferenceSession(str(path), self._options, providers=providers)
         except Exception as error:  # the runtime's exceptions share no public base
             raise EngineError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}. The bundle "
                 f"was made with {self._bundle.manifest['versions']}; use that version."
             ) from error
+        if self._provider not in session.get_providers():
+            # A provider whose libraries do not load is left out with a warning only.
+            raise EngineError(
+                f"{self._provider} did not start (found {session.get_providers()}); check the "
+                "NVIDIA driver and that CUDA and cuDNN are those onnxruntime-gpu was built for"
+            )
+        return session
 
     def __enter__(self) -> "OrtEngine":
         return self
@@ -105,15 +118,28 @@ class OrtEngine:
         self.close()
 
 
+def _require_provider(provider: Provider) -> None:
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise EngineError(
+            f"onnxruntime {onnxruntime.__version__} here has no {provider}, only {available}; "
+            "pip uninstall onnxruntime, then pip install 'qvla[gpu]'"
+        )
+
+
 def session_options(bundle: Bundle, threads: int | None, weights: WeightForm = "packed") -> Any:
     """Return the session options a bundle asks for.
 
     `accuracy_level` 0 computes with float32 activations. Without it ONNX Runtime 1.32 uses 4:
     activations rounded to 8 bits per block, about 0.5 % of a layer's largest output away.
     """
+    return ort_options(bundle.engine_options.get("accuracy_level", 0), threads, weights)
+
+
+def ort_options(level: object, threads: int | None, weights: WeightForm = "packed") -> Any:
+    """Return session options; `level` is the accuracy level of `session_options`."""
     if threads is not None and threads < 1:
         raise EngineError(f"threads must be at least 1 or None, got {threads}")
-    level = bundle.engine_options.get("accuracy_level", 0)
     if level not in (0, 1, 2, 3, 4):
         raise EngineError(f"accuracy_level must be 0 to 4, got {level!r}; export the bundle anew")
     options = onnxruntime.SessionOptions()
@@ -123,4 +149,5 @@ def session_options(bundle: Bundle, threads: int | None, weights: WeightForm = "
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry(_ACCURACY_LEVEL, str(level))
     options.add_session_config_entry(_UNPACK, str(int(weights == "unpacked")))
+    options.add_session_config_entry(_EXACT_INTEGERS, "1")
     return options

@@ -7,6 +7,7 @@ import typer
 
 from qvla_export.activations import DEFAULT_METHOD
 from qvla_export.cli import (
+    building,
     checking,
     deploying,
     judging_commands,
@@ -169,6 +170,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 simulation.register(app)
 judging_commands.register(app)
 checking.register(app)
+building.register(app)
 verifying.register(app)
 robot.register(app)
 predicting.register(app)

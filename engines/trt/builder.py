@@ -1,0 +1,249 @@
+"""Build a bundle's engines stage by stage; what is up to date is kept."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engines.targets import find_target
+from engines.trt.failures import explain, explain_killed
+from engines.trt.gpu import Gpu, find_gpu, read_power_mode
+from engines.trt.log import Log
+from engines.trt.modules import BuildError, TrtModule, load_module, require_device
+from engines.trt.network import Network, parse_stage, stage_inputs, stage_outputs
+from engines.trt.progress import Progress
+from engines.trt.shapes import PromptRange, ShapeRange, input_ranges
+from engines.trt.sidecar import Origin, Sidecar, engine_path, sidecar_path
+from engines.trt.timing_cache import TimingCache
+from engines.trt.vouching import NotVouchedFor
+from qvla_export.artifacts import read_json, sha256_file, write_bytes, write_json
+from qvla_export.bundle import Bundle, Stage
+from qvla_export.errors import ArtifactError
+from qvla_export.target import Target
+
+_LOGGER = logging.getLogger(__name__)
+# Called with (stage, phase, steps done, steps in all).
+OnProgress = Callable[[str, str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How engines are built."""
+
+    prompt: PromptRange = field(default_factory=PromptRange)
+    # Device memory the builder may use as scratch.
+    workspace_bytes: int = 4 << 30
+    # 0 to 5; more searches longer for faster kernels.
+    level: int = 3
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.level <= 5:
+            raise BuildError(f"the builder's level must be 0 to 5, got {self.level}")
+        if self.workspace_bytes < 1 << 20:
+            raise BuildError(
+                f"the workspace must be at least 1 MB, got {self.workspace_bytes} bytes"
+            )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all stages of one build share."""
+
+    bundle: Bundle
+    target: Target
+    module: TrtModule
+    gpu: Gpu | None
+    folder: Path
+    settings: BuildSettings
+    on_progress: OnProgress | None
+
+
+def build_engines(
+    bundle: Bundle,
+    folder: Path,
+    settings: BuildSettings | None = None,
+    on_progress: OnProgress | None = None,
+    find: Callable[[], Gpu | None] = find_gpu,
+) -> tuple[Sidecar, ...]:
+    """Build the engine of every stage; stages whose engine is up to date are kept.
+
+    One stage's weights and engine are in memory at a time. Each stage is `<stage>.engine` and
+    `<stage>.json`, written whole; after an interruption the next call goes on.
+
+    Args:
+        bundle: verified by `Bundle.load`, for a target of TensorRT or TensorRT for RTX.
+        folder: where engines go.
+        settings: shapes and effort.
+        on_progress: hears of every phase of every stage.
+        find: returns the GPU of this machine.
+
+    Raises:
+        BuildError: module or device are missing, or a stage cannot be parsed or built.
+        TimingCacheError: the timing cache is not for this build.
+    """
+    settings = settings or BuildSettings()
+    target = find_target(bundle.target)
+    module = load_module(target)
+    gpu = find()
+    require_device(target, module, gpu)
+    if settings.timing_cache is not None:
+        TimingCache.open(settings.timing_cache, module, gpu).read()
+    folder.mkdir(parents=True, exist_ok=True)
+    job = _Job(bundle, target, module, gpu, folder, settings, on_progress)
+    known = input_ranges(bundle.inputs, settings.prompt)
+    built = []
+    for stage in bundle.stages:
+        sidecar = _kept(job, stage, known) or _build_stage(job, stage, known)
+        known |= sidecar.outputs
+        built.append(sidecar)
+    return tuple(built)
+
+
+def _origin(job: _Job, stage: Stage, inputs: Mapping[str, ShapeRange]) -> Origin:
+    files = job.bundle.manifest["files"]
+    weights = files.get(f"{stage.model}.data", {"sha256": ""})
+    timed = not job.module.traits.ahead_of_time and job.gpu is not None
+    return Origin(
+        target=job.target.name,
+        stage=stage.name,
+        bundle_digest=job.bundle.digest,
+        model_sha256=files[stage.model]["sha256"],
+        weights_sha256=weights["sha256"],
+        module=job.module.name,
+        module_version=job.module.version,
+        compute_capability=job.target.compute_capability,
+        gpu=job.gpu.name if timed and job.gpu is not None else None,
+        level=job.settings.level,
+        workspace_bytes=job.settings.workspace_bytes,
+        inputs=dict(inputs),
+    )
+
+
+def _kept(job: _Job, stage: Stage, known: Mapping[str, ShapeRange]) -> Sidecar | None:
+    """Return what an earlier build of this very engine left behind; None if it must be built."""
+    try:
+        found = Sidecar.load(sidecar_path(job.folder, stage.name))
+    except (ArtifactError, NotVouchedFor):
+        return None
+    inputs = {name: known[name] for name in found.origin.inputs if name in known}
+    path = engine_path(job.folder, stage.name)
+    current = (
+        found.origin == _origin(job, stage, inputs)
+        and path.is_file()
+        and sha256_file(path) == found.engine_sha256
+    )
+    return found if current else None
+
+
+def _build_stage(job: _Job, stage: Stage, known: Mapping[str, ShapeRange]) -> Sidecar:
+    log, model = Log(job.module), job.bundle.model_path(stage)
+    with _Marker(job.folder, stage.name):
+        network = parse_stage(job.module, model, job.target, log)
+        inputs = stage_inputs(network, known, model)
+        outputs = stage_outputs(network, inputs)
+        config, cache = _configure(job, network, inputs)
+        engine = _serialize(job, stage, network, config, log)
+    digest = hashlib.sha256(engine).hexdigest()
+    layers, missing = _layers(job, engine)
+    sidecar = Sidecar(
+        origin=_origin(job, stage, inputs),
+        outputs=outputs,
+        engine_sha256=digest,
+        engine_bytes=engine.nbytes,
+        weights_bytes=log.weights_bytes,
+        power_mode=read_power_mode(),
+        timing_cache_sha256=None if cache is None else cache.keep(config),
+        layers=layers,
+        layers_missing=missing,
+    )
+    # The sidecar comes last: it vouches for an engine that is wholly there.
+    write_bytes(engine_path(job.folder, stage.name), engine)
+    sidecar.save(sidecar_path(job.folder, stage.name))
+    _LOGGER.info("engine of %s: %d bytes, %s", stage.name, engine.nbytes, log.weights_bytes)
+    return sidecar
+
+
+def _configure(
+    job: _Job, network: Network, inputs: Mapping[str, ShapeRange]
+) -> tuple[Any, TimingCache | None]:
+    api, settings = job.module.api, job.settings
+    config = network.builder.create_builder_config()
+    config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
+    config.builder_optimization_level = settings.level
+    config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
+    # On by default: it would round what the bundle leaves in float32 to 10 bits.
+    config.clear_flag(api.BuilderFlag.TF32)
+    if job.module.traits.ahead_of_time:
+        capability = str(job.target.compute_capability).replace("sm_", "SM")
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(api.ComputeCapability, capability), 0)
+    if any(shapes.dynamic for shapes in inputs.values()):
+        profile = network.builder.create_optimization_profile()
+        for name, shapes in inputs.items():
+            profile.set_shape(name, shapes.min, shapes.opt, shapes.max)
+        config.add_optimization_profile(profile)
+    cache = None
+    if settings.timing_cache is not None:
+        cache = TimingCache.open(settings.timing_cache, job.module, job.gpu)
+        cache.attach(config)
+    return config, cache
+
+
+def _serialize(job: _Job, stage: Stage, network: Network, config: Any, log: Log) -> memoryview:
+    def on_phase(phase: str, done: int, steps: int) -> None:
+        if job.on_progress is not None:
+            job.on_progress(stage.name, phase, done, steps)
+
+    progress = Progress(job.module.api, on_phase)
+    progress.attach(config)
+    with log.native_errors():
+        engine = network.builder.build_serialized_network(network.definition, config)
+    progress.require_uninterrupted()
+    if engine is None:
+        what = f"building stage {stage.name!r} for target {job.target.name!r} failed"
+        raise BuildError(explain(what, log.messages))
+    return memoryview(engine)
+
+
+def _layers(job: _Job, engine: memoryview) -> tuple[list[Any] | None, str | None]:
+    """Layers after fusion by the inspector's account, or why there is none."""
+    if job.gpu is None:
+        return None, "no GPU: the inspector needs a deserialized engine"
+    log, api = Log(job.module), job.module.api
+    loaded = api.Runtime(log.logger).deserialize_cuda_engine(engine)
+    if loaded is None:
+        return None, explain("the new engine does not load on this GPU", log.messages)
+    inspector = loaded.create_engine_inspector()
+    text = inspector.get_engine_information(api.LayerInformationFormat.JSON)
+    layers = json.loads(text).get("Layers")
+    return (layers, None) if layers else (None, "the inspector lists no layers")
+
+
+class _Marker:
+    """A file that is there while a stage is built, and after a build that was killed."""
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        self._path, self._stage = folder / f".{stage}.building", stage
+
+    def __enter__(self) -> None:
+        if self._path.is_file() and not _is_alive(self._path):
+            _LOGGER.warning("%s", explain_killed(self._stage))
+        write_json(self._path, {"pid": os.getpid()})
+
+    def __exit__(self, *_: object) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def _is_alive(marker: Path) -> bool:
+    try:
+        os.kill(int(read_json(marker, "build marker")["pid"]), 0)
+    except (ArtifactError, KeyError, ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,255 @@
+"""The seam to the GPU: memory, copies, one stream, events and graphs. `PycudaDevice` is the real
+one; tests run the runner on one that computes on the CPU."""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, NewType, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from engines.base import EngineError
+from engines.trt.gpu import DRIVER, Gpu
+
+# Address of device memory; an event or a captured graph, as the device knows them.
+Address = NewType("Address", int)
+Event = Any
+Graph = Any
+
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may use CUDA meanwhile
+
+
+class DeviceError(EngineError):
+    """The GPU or its driver refuses a call."""
+
+
+class CaptureError(DeviceError):
+    """Work cannot be captured as a graph; it runs without one."""
+
+
+class Device(Protocol):
+    """One GPU with one stream; everything but `synchronize` returns before the GPU is done."""
+
+    @property
+    def gpu(self) -> Gpu:
+        """Which GPU it is."""
+        ...
+
+    @property
+    def stream(self) -> int:
+        """Handle of the stream that all work goes to."""
+        ...
+
+    def allocate(self, nbytes: int) -> Address:
+        """Return device memory.
+
+        Raises:
+            DeviceError: there is not enough.
+        """
+        ...
+
+    def free(self, address: Address) -> None:
+        """Give device memory back."""
+        ...
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Return host memory that copies do not stage through another buffer."""
+        ...
+
+    def copy_in(self, address: Address, source: NDArray[Any]) -> None:
+        """Copy pinned host memory to the device; `source` must stay as it is until then."""
+        ...
+
+    def copy_out(self, destination: NDArray[Any], address: Address) -> None:
+        """Copy device memory to pinned host memory."""
+        ...
+
+    def record(self) -> Event:
+        """Mark this point of the stream."""
+        ...
+
+    def elapsed_ms(self, start: Event, end: Event) -> float:
+        """Return the milliseconds between two events that are past."""
+        ...
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Record what `work` puts into the stream instead of running it.
+
+        Raises:
+            CaptureError: something in it cannot be recorded.
+        """
+        ...
+
+    def launch(self, graph: Graph) -> None:
+        """Run a captured graph."""
+        ...
+
+    def free_graph(self, graph: Graph) -> None:
+        """Give a graph's memory back."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the stream is empty.
+
+        Raises:
+            DeviceError: something in it failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave the GPU."""
+        ...
+
+
+class PycudaDevice:
+    """The first GPU through pycuda; graphs, which pycuda lacks, through the driver itself.
+
+    The primary context is used, as TensorRT's own allocations are there.
+    """
+
+    def __init__(self) -> None:
+        """Open the GPU.
+
+        Raises:
+            DeviceError: pycuda or the GPU is missing.
+        """
+        try:
+            import pycuda.driver as cuda
+        except ImportError as error:
+            raise DeviceError(
+                f"running TensorRT engines needs pycuda ({error}); pip install 'qvla[board]'"
+            ) from error
+        try:
+            cuda.init()
+            device = cuda.Device(0)
+            self._context = device.retain_primary_context()
+        except cuda.Error as error:
+            raise DeviceError(f"no usable NVIDIA GPU: {error}") from error
+        self._cuda = cuda
+        self._context.push()
+        major, minor = device.compute_capability()
+        self._gpu = Gpu(device.name(), f"sm_{major}{minor}")
+        self._stream = cuda.Stream()
+        self._driver = ctypes.CDLL(DRIVER)
+        self._context.pop()
+        # Address -> allocation, which frees itself when it is dropped.
+        self._memory: dict[Address, Any] = {}
+
+    @property
+    def gpu(self) -> Gpu:
+        """Which GPU it is."""
+        return self._gpu
+
+    @property
+    def stream(self) -> int:
+        """Handle of the stream that all work goes to."""
+        return int(self._stream.handle)
+
+    def allocate(self, nbytes: int) -> Address:
+        """Return device memory."""
+        with _Current(self._context):
+            try:
+                allocation = self._cuda.mem_alloc(max(1, nbytes))
+            except self._cuda.Error as error:
+                raise DeviceError(f"cannot allocate {nbytes} bytes on the GPU: {error}") from error
+        address = Address(int(allocation))
+        self._memory[address] = allocation
+        return address
+
+    def free(self, address: Address) -> None:
+        """Give device memory back."""
+        with _Current(self._context):
+            self._memory.pop(address).free()
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Return page-locked host memory."""
+        with _Current(self._context):
+            array: NDArray[Any] = self._cuda.pagelocked_empty(shape, np.dtype(dtype))
+        return array
+
+    def copy_in(self, address: Address, source: NDArray[Any]) -> None:
+        """Copy pinned host memory to the device."""
+        with _Current(self._context):
+            self._cuda.memcpy_htod_async(address, source, self._stream)
+
+    def copy_out(self, destination: NDArray[Any], address: Address) -> None:
+        """Copy device memory to pinned host memory."""
+        with _Current(self._context):
+            self._cuda.memcpy_dtoh_async(destination, address, self._stream)
+
+    def record(self) -> Event:
+        """Mark this point of the stream."""
+        with _Current(self._context):
+            return self._cuda.Event().record(self._stream)
+
+    def elapsed_ms(self, start: Event, end: Event) -> float:
+        """Return the milliseconds between two events that are past."""
+        with _Current(self._context):
+            return float(start.time_till(end))
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Record what `work` puts into the stream instead of running it."""
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        stream = ctypes.c_void_p(self.stream)
+        with _Current(self._context):
+            self._call(CaptureError, "cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)
+            try:
+                work()
+            finally:
+                # A capture that failed must be ended too, or the stream stays unusable.
+                status = self._driver.cuStreamEndCapture(stream, ctypes.byref(graph))
+            if status:
+                raise CaptureError(f"CUDA error {status} in cuStreamEndCapture")
+            flags = ctypes.c_ulonglong(0)
+            try:
+                self._call(
+                    CaptureError,
+                    "cuGraphInstantiateWithFlags",
+                    ctypes.byref(executable),
+                    graph,
+                    flags,
+                )
+            finally:
+                self._driver.cuGraphDestroy(graph)
+        return executable
+
+    def launch(self, graph: Graph) -> None:
+        """Run a captured graph."""
+        with _Current(self._context):
+            self._call(DeviceError, "cuGraphLaunch", graph, ctypes.c_void_p(self.stream))
+
+    def free_graph(self, graph: Graph) -> None:
+        """Give a graph's memory back."""
+        with _Current(self._context):
+            self._call(DeviceError, "cuGraphExecDestroy", graph)
+
+    def synchronize(self) -> None:
+        """Wait until the stream is empty."""
+        with _Current(self._context):
+            try:
+                self._stream.synchronize()
+            except self._cuda.Error as error:
+                raise DeviceError(f"the GPU failed: {error}") from error
+
+    def close(self) -> None:
+        """Leave the GPU."""
+        with _Current(self._context):
+            self._memory.clear()
+        self._context.detach()
+
+    def _call(self, error: type[DeviceError], function: str, *arguments: Any) -> None:
+        if status := getattr(self._driver, function)(*arguments):
+            raise error(f"CUDA error {status} in {function}")
+
+
+class _Current:
+    """Makes a context current in this thread: a server infers in other threads than it loads."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def __enter__(self) -> None:
+        self._context.push()
+
+    def __exit__(self, *_: object) -> None:
+        self._context.pop()

@@ -1,0 +1,214 @@
+"""TensorRT engines of a bundle, checked before they are loaded, run as one `Engine`."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from engines.base import EngineError, Feeds, InvalidFeeds, check_feeds
+from engines.targets import find_target
+from engines.trt.admission import (
+    admitted_engine,
+    admitted_sidecar,
+    require_gpu,
+    require_tensors,
+    require_version,
+)
+from engines.trt.buffers import Buffers
+from engines.trt.device import Device, PycudaDevice
+from engines.trt.failures import explain
+from engines.trt.log import Log
+from engines.trt.modules import TrtModule, load_module
+from engines.trt.runner import Scratch, StageRunner
+from engines.trt.shapes import Shape, ShapeRange
+from engines.trt.sidecar import Sidecar, engine_folder, engine_path
+from qvla_export.bundle import Bundle, Stage, TensorSpec
+
+_UPLOAD, _DOWNLOAD = "upload", "download"
+
+
+class TensorRtEngine:
+    """A bundle's engines on one GPU and stream; see `Engine`.
+
+    Inputs are copied once, outputs of a stage stay on the device for the next. All buffers have
+    the size of the longest prompt and are allocated at load. The first action of a prompt length
+    runs the stages one by one, later ones launch what was captured of it: a graph per stage, so
+    that events between them tell where the time goes.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        folder: Path | None = None,
+        open_device: Callable[[], Device] = PycudaDevice,
+        module: TrtModule | None = None,
+        kept_shapes: int = 8,
+    ) -> None:
+        """Check and load a bundle's engines.
+
+        Args:
+            bundle: verified by `Bundle.load`.
+            folder: of the engines; None for the one beside the bundle.
+            open_device: opens the GPU, once every check that needs none has passed.
+            module: TensorRT; None imports the target's.
+            kept_shapes: prompt lengths whose contexts and graphs are kept.
+
+        Raises:
+            EngineError: an engine is missing, was built elsewhere, for something else or by
+                another version, or does not load.
+        """
+        folder = engine_folder(bundle) if folder is None else folder
+        sidecars = {stage.name: admitted_sidecar(bundle, stage, folder) for stage in bundle.stages}
+        self._module = module or load_module(find_target(bundle.target))
+        for sidecar in sidecars.values():
+            require_version(sidecar, self._module)
+        self._bundle = bundle
+        self._ranges: dict[str, ShapeRange] = {}
+        for sidecar in sidecars.values():
+            self._ranges |= {**sidecar.origin.inputs, **sidecar.outputs}
+        # Milliseconds of the last action on the GPU: "upload", each stage, "download".
+        self.stage_ms: dict[str, float] = {}
+        self._log = Log(self._module)
+        self._stack: ExitStack | None = ExitStack()
+        try:
+            self._open(self._stack, open_device(), folder, sidecars, kept_shapes)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Names, dtypes and shapes that `infer` takes."""
+        return self._bundle.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Names, dtypes and shapes that `infer` returns."""
+        return self._bundle.outputs
+
+    @property
+    def runtime(self) -> str:
+        """Module, version and GPU."""
+        return f"{self._module.name} {self._module.version} {self._gpu.name}"
+
+    @property
+    def uncaptured(self) -> Mapping[str, str]:
+        """Stages that run without a CUDA graph, and why."""
+        found = {name: runner.uncaptured for name, runner in self._runners.items()}
+        return {name: why for name, why in found.items() if why is not None}
+
+    def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Return the named outputs of named inputs.
+
+        Raises:
+            InvalidFeeds: an input does not fit, or is beyond what the engines were built for.
+            EngineError: the engine is closed, or the GPU fails.
+        """
+        if self._stack is None:
+            raise EngineError("the engine is closed; load it again")
+        check_feeds(self.inputs, feeds)
+        shapes = {name: tuple(value.shape) for name, value in feeds.items()}
+        self._require_in_range(shapes)
+        device, stages = self._device, self._bundle.stages
+        events = [device.record()]
+        for name, value in feeds.items():
+            self._buffers.upload(name, value)
+        events.append(device.record())
+        for stage in stages:
+            shapes |= self._runners[stage.name].enqueue(_of(stage, shapes))
+            events.append(device.record())
+        views = {s.name: self._buffers.download(s.name, shapes[s.name]) for s in self.outputs}
+        events.append(device.record())
+        device.synchronize()
+        names = (_UPLOAD, *(stage.name for stage in stages), _DOWNLOAD)
+        pairs = zip(names, events[:-1], events[1:], strict=True)
+        self.stage_ms = {name: device.elapsed_ms(start, end) for name, start, end in pairs}
+        # Copies, since the next action overwrites the pinned memory.
+        results = {name: view.copy() for name, view in views.items()}
+        for stage in stages:
+            self._runners[stage.name].capture(_of(stage, shapes))
+        return results
+
+    def close(self) -> None:
+        """Free graphs, contexts, buffers and the GPU; `infer` fails afterwards."""
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def _open(
+        self,
+        stack: ExitStack,
+        device: Device,
+        folder: Path,
+        sidecars: Mapping[str, Sidecar],
+        kept_shapes: int,
+    ) -> None:
+        """Load the engines and allocate; what `stack` holds is freed in reverse order."""
+        stack.callback(device.close)
+        self._device, self._gpu = device, device.gpu
+        for sidecar in sidecars.values():
+            require_gpu(sidecar, device.gpu)
+        self._runtime = self._module.api.Runtime(self._log.logger)
+        stages = self._bundle.stages
+        engines = {s.name: self._deserialize(s, folder, sidecars[s.name]) for s in stages}
+        tensors = [spec for stage in stages for spec in (*stage.inputs, *stage.outputs)]
+        at_host = (*self.inputs, *self.outputs)
+        self._buffers = Buffers(device, tensors, at_host, self._ranges)
+        stack.callback(self._buffers.free)
+        nbytes = max(int(engine.device_memory_size_v2) for engine in engines.values())
+        scratch = Scratch(device.allocate(nbytes), nbytes)
+        stack.callback(device.free, scratch.address)
+        self._runners: dict[str, StageRunner] = {}
+        for stage in stages:
+            names = [spec.name for spec in (*stage.inputs, *stage.outputs)]
+            runner = StageRunner(
+                stage.name,
+                engines[stage.name],
+                self._module,
+                self._log,
+                device,
+                {name: self._buffers.addresses[name] for name in names},
+                scratch,
+                kept_shapes,
+            )
+            stack.callback(runner.close)
+            self._runners[stage.name] = runner
+
+    def _deserialize(self, stage: Stage, folder: Path, sidecar: Sidecar) -> Any:
+        path = engine_path(folder, stage.name)
+        data = admitted_engine(path, sidecar)
+        with self._log.native_errors():
+            engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise EngineError(explain(f"{path} does not load", self._log.messages))
+        require_tensors(stage, engine, self._module.api, path)
+        return engine
+
+    def _require_in_range(self, shapes: Mapping[str, Shape]) -> None:
+        for name, shape in shapes.items():
+            built = self._ranges[name]
+            if not built.admits(shape):
+                raise InvalidFeeds(
+                    f"input {name!r} has shape {list(shape)}, the engines were built for "
+                    f"{list(built.min)} to {list(built.max)}; build them for longer or shorter "
+                    "prompts: qvla build BUNDLE --prompt-max, --prompt-min"
+                )
+
+    def __enter__(self) -> "TensorRtEngine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _of(stage: Stage, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Shapes of a stage's inputs."""
+    return {spec.name: shapes[spec.name] for spec in stage.inputs}

@@ -1,0 +1,59 @@
+"""The noun `Gpu`: which NVIDIA GPU this machine has, asked of the driver; no other library."""
+
+import ctypes
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+DRIVER = "libcuda.so.1"
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+_MODE = re.compile(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that the driver offers."""
+
+    # "NVIDIA GeForce RTX 4070", "Orin".
+    name: str
+    # "sm_89".
+    compute_capability: str
+
+
+def find_gpu() -> Gpu | None:
+    """Return the first GPU; None without a driver or a device."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        return None
+    count, device = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value < 1:
+        return None
+    name = ctypes.create_string_buffer(256)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    failed = (
+        driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGetName(name, len(name), device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+    )
+    return None if failed else Gpu(name.value.decode(), f"sm_{major.value}{minor.value}")
+
+
+def read_power_mode(root: Path = Path("/")) -> str | None:
+    """Return a Jetson's power mode by name ("MAXN"), or its number; None elsewhere.
+
+    nvpmodel's service keeps "pmode:0000" in its status file and the names in its configuration.
+    """
+    try:
+        status = (root / "var/lib/nvpmodel/status").read_text()
+    except OSError:
+        return None
+    number = re.search(r"pmode:\s*(\d+)", status)
+    if number is None:
+        return None
+    try:
+        names = dict(_MODE.findall((root / "etc/nvpmodel.conf").read_text()))
+    except OSError:
+        names = {}
+    return {str(int(k)): v for k, v in names.items()}.get(str(int(number[1])), number[1])

@@ -1,0 +1,157 @@
+"""One stage on the GPU: an execution context and a captured graph for every shape it meets."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engines.base import EngineError
+from engines.trt.device import Address, CaptureError, Device, Graph
+from engines.trt.failures import explain
+from engines.trt.log import Log
+from engines.trt.modules import TrtModule
+from engines.trt.shapes import Shape
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Device memory for activations; stages run one after the other, so they share it."""
+
+    address: Address
+    nbytes: int
+
+
+@dataclass
+class _Prepared:
+    """A context whose shapes and addresses are set once, and what was captured of it."""
+
+    context: Any
+    outputs: Mapping[str, Shape]
+    graph: Graph | None = None
+    # Whether capturing was tried.
+    tried: bool = False
+
+
+class StageRunner:
+    """Puts one stage's work into the device's stream.
+
+    Every input shape has a context of its own: a captured graph holds the context's state, and
+    TensorRT forbids changing that state afterwards. Contexts are small, since the memory for
+    activations is shared; the least recently used beyond `kept_shapes` is dropped.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: Any,
+        module: TrtModule,
+        log: Log,
+        device: Device,
+        addresses: Mapping[str, Address],
+        scratch: Scratch,
+        kept_shapes: int,
+    ) -> None:
+        """Prepare nothing yet; contexts are made for the shapes that come.
+
+        Args:
+            name: the stage's.
+            engine: deserialized, an `ICudaEngine`.
+            module: that made it.
+            log: what its messages go to.
+            device: where it runs.
+            addresses: device memory of every input and output, of the largest shape.
+            scratch: at least `engine.device_memory_size_v2` bytes.
+            kept_shapes: input shapes whose contexts are kept.
+        """
+        self._name, self._engine, self._module, self._log = name, engine, module, log
+        self._device, self._addresses, self._scratch = device, dict(addresses), scratch
+        self._kept_shapes = kept_shapes
+        self._prepared: OrderedDict[tuple[tuple[str, Shape], ...], _Prepared] = OrderedDict()
+        # Why the stage runs without a graph; None while it does not.
+        self.uncaptured: str | None = None
+
+    def enqueue(self, inputs: Mapping[str, Shape]) -> Mapping[str, Shape]:
+        """Put the stage into the stream; return the shapes of its outputs.
+
+        Raises:
+            EngineError: TensorRT refuses a shape, or the work.
+        """
+        prepared = self._for(inputs)
+        if prepared.graph is not None:
+            self._device.launch(prepared.graph)
+        else:
+            self._execute(prepared)
+        return prepared.outputs
+
+    def capture(self, inputs: Mapping[str, Shape]) -> None:
+        """Capture the stage for shapes that `enqueue` has run, if that was not tried before.
+
+        The first run does what TensorRT puts off until then, which a graph must not hold.
+        """
+        prepared = self._for(inputs)
+        if prepared.tried:
+            return
+        prepared.tried = True
+        try:
+            prepared.graph = self._device.capture(lambda: self._execute(prepared))
+        except (CaptureError, EngineError) as error:
+            self.uncaptured = str(error)
+            _LOGGER.warning("stage %s runs without a CUDA graph: %s", self._name, error)
+
+    def close(self) -> None:
+        """Free graphs and contexts."""
+        while self._prepared:
+            self._drop(self._prepared.popitem()[1])
+
+    def _for(self, inputs: Mapping[str, Shape]) -> _Prepared:
+        key = tuple(sorted(inputs.items()))
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(inputs)
+        self._prepared.move_to_end(key)
+        while len(self._prepared) > self._kept_shapes:
+            # A launched graph may still be running.
+            self._device.synchronize()
+            self._drop(self._prepared.popitem(last=False)[1])
+        return self._prepared[key]
+
+    def _prepare(self, inputs: Mapping[str, Shape]) -> _Prepared:
+        context = _new_context(self._engine, self._module.api)
+        self._require(context is not None, "has no execution context")
+        context.set_device_memory(self._scratch.address, self._scratch.nbytes)
+        stream = self._device.stream
+        self._require(context.set_optimization_profile_async(0, stream), "has no profile")
+        for name, shape in inputs.items():
+            self._require(context.set_input_shape(name, shape), f"refuses {name!r} of {shape}")
+        for name, address in self._addresses.items():
+            self._require(context.set_tensor_address(name, address), f"refuses {name!r}")
+        names = self._addresses.keys() - inputs.keys()
+        outputs = {name: tuple(context.get_tensor_shape(name)) for name in sorted(names)}
+        return _Prepared(context, outputs)
+
+    def _execute(self, prepared: _Prepared) -> None:
+        self._require(prepared.context.execute_async_v3(self._device.stream), "cannot be executed")
+
+    def _drop(self, prepared: _Prepared) -> None:
+        if prepared.graph is not None:
+            self._device.free_graph(prepared.graph)
+
+    def _require(self, ok: bool, what: str) -> None:
+        if not ok:
+            raise EngineError(explain(f"stage {self._name!r} {what}", self._log.messages))
+
+
+def _new_context(engine: Any, api: Any) -> Any:
+    """Return a context whose activations lie in memory that it is given."""
+    strategy = api.ExecutionContextAllocationStrategy.USER_MANAGED
+    specialization: Any = getattr(api, "DynamicShapesKernelSpecializationStrategy", None)
+    if specialization is None:
+        return engine.create_execution_context(strategy)
+    # TensorRT for RTX compiles kernels for a shape in the background and changes over later; a
+    # graph captured before would keep the slower ones.
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(strategy)
+    config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+    return engine.create_execution_context(config)
