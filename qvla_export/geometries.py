@@ -40,8 +40,8 @@ class Geometry:
     def layers(self) -> dict[str, tuple[int, int]]:
         """Quantizable layers: name -> (channels, weights of one channel)."""
         patch = 3 * self.patch_size**2
-        found = {}
         tower = "vision_backbone.featurizer"
+        found: dict[str, tuple[int, int]] = {}
         found[f"{tower}.embeddings.patch_embeddings.projection"] = (self.dino.width, patch)
         for i in range(self.dino.depth):
             block = f"{tower}.encoder.layer.{i}"
@@ -62,7 +62,7 @@ class Geometry:
 
 def llama_layers(size: TransformerSize) -> dict[str, tuple[int, int]]:
     """Return a Llama decoder's layers: name -> (channels, weights of one channel)."""
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
     for i in range(size.depth):
         block = f"language_model.model.layers.{i}"
         found |= _attention(size, f"{block}.self_attn", "o_proj")

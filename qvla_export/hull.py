@@ -125,7 +125,8 @@ def _next_vertex(
 
 def _pick(values: NDArray[Any], levels: NDArray[np.integer[Any]]) -> NDArray[Any]:
     """Each channel's value at its level.  [levels, channels] -> [channels]"""
-    return values[levels, np.arange(len(levels))]
+    picked: NDArray[Any] = values[levels, np.arange(len(levels))]
+    return picked
 
 
 def demote_along_hull(

@@ -35,15 +35,14 @@ class KernelRates:
     checked_mode: str
     # Which figures the shares were fitted on and which were only compared.
     source: str
-    # Stored bits -> share of the float rate that products reach which expand their codes anew for
-    # every tile of rows; 1 where absent.
+    # Stored bits -> share of the float rate that products of such codes reach; 1 where absent.
     expanded_share: Mapping[int, float] = field(default_factory=dict)
-    # Stored bits -> codes expanded, 1e9 a second; no limit where absent.
+    # Stored bits -> codes expanded before a product, 1e9 a second; in no time where absent.
     expanded_gcodes_s: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        rates = (self.bandwidth_share, self.compute_share, self.channel_tile)
-        rates += (*self.expanded_share.values(), *self.expanded_gcodes_s.values())
+        by_bits = (*self.expanded_share.values(), *self.expanded_gcodes_s.values())
+        rates = (self.bandwidth_share, self.compute_share, self.channel_tile, *by_bits)
         spreads = (self.uncertainty, self.unchecked_uncertainty)
         if not min(rates) > 0 or not self.launch_us >= 0 or not min(spreads) >= 1:
             raise QvlaError(
@@ -78,8 +77,7 @@ class DeviceRates:
         value = read_json(path, "device rates")
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise ArtifactError(
-                f"{path} holds no device rates of format {_FORMAT}; "
-                "measure them with: qvla rates"
+                f"{path} holds no device rates of format {_FORMAT}; measure them with: qvla rates"
             )
         require_fields(value, ("mode", "rates"), f"device rates {path}")
         try:
@@ -96,6 +94,24 @@ class DeviceRates:
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"device rates {path} are damaged: {error}") from error
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A chain of equal products x [rows, width] -> y [rows, width], to be timed."""
+
+    # ONNX graph with input "x" float32 [rows, width] and output "y".
+    model: bytes
+    width: int
+    products: int
+    # Stored bits of a weight, and whether the products are of integers.
+    bits: int
+    integer: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Weights of all products."""
+        return self.products * self.width**2
 
 
 def _by_bits(value: Mapping[str, Any]) -> dict[int, float]:

@@ -1,7 +1,7 @@
 """Roofline prediction of what one action costs on a target in a power mode. numpy only.
 
-Of each product the slowest of three counts: reading its weights and activations, its
-multiplications, and the expansion of its codes; launches come on top. Layers that share an input
+Of each product the slower of two counts, reading its weights and writing its outputs or its
+multiplications; where a runtime expands codes beforehand that comes on top, and so do launches. Layers that share an input
 are one product for each width (`qvla_export.passes.merge`), constant hidden units are gone
 (`qvla_export.coupling`). Everything here is a prediction, never a measurement.
 """
@@ -185,13 +185,11 @@ class LatencyModel:
         arithmetic = self._arithmetic(stored, activations)
         if arithmetic != "int8" and bits != 16:
             share *= self.rates.expanded_share.get(stored, 1.0)
-        times = [
-            self._read_ms(read),
-            operations / (self._dense_tops(arithmetic) * share * 1e9),
-        ]
-        if bits != 16 and stored in self.rates.expanded_gcodes_s:
-            times.append(codes / (self.rates.expanded_gcodes_s[stored] * 1e6))
-        return max(times)
+        compute_ms = operations / (self._dense_tops(arithmetic) * share * 1e9)
+        expansion_ms = 0.0
+        if arithmetic != "int8" and stored in self.rates.expanded_gcodes_s and bits != 16:
+            expansion_ms = codes / (self.rates.expanded_gcodes_s[stored] * 1e6)
+        return max(self._read_ms(read), compute_ms) + expansion_ms
 
     def _between_ms(self, product: _Product, activations: ActivationSupport) -> float:
         """Norms, activation functions, residuals, Q/DQ and channel order around one product.
@@ -255,7 +253,8 @@ class LatencyModel:
 
 
 def _units(widths: Widths, inputs: Mapping[str, int]) -> _Units:
-    produced, read = {}, {}
+    produced: dict[str, NDArray[np.int64]] = {}
+    read: dict[str, int] = {}
     for coupling in find_couplings(widths, inputs):
         produced |= dict.fromkeys(coupling.producers, coupling.order)
         read[coupling.consumer] = len(coupling.order)

@@ -175,8 +175,8 @@ def _decoder(
         )
         decoder = StageShape("decoder", state + decoder.layers, decoder.attentions)
     if inputs.head == "tokens":
-        head = (LayerShape("language_model.lm_head", inputs.vocab_size, hidden, inputs.slots),)
-        return decoder, StageShape("head", head)
+        lm_head = LayerShape("language_model.lm_head", inputs.vocab_size, hidden, inputs.slots)
+        return decoder, StageShape("head", (lm_head,))
     sizes = [(hidden, hidden * inputs.action_dim), *[(hidden, hidden)] * 2]
     sizes.append((inputs.action_dim, hidden))
     head = tuple(

@@ -89,10 +89,10 @@ def rates(
 ) -> None:
     """Measure this CPU's bandwidth, products and launches under ONNX Runtime; half a minute."""
     from engines.cpu_rates import measure_cpu_rates
-
+    from engines.targets import find_target
     from qvla_export.probe_graphs import probe_graphs
 
-    measured = measure_cpu_rates(probe_graphs(), threads)
+    measured = measure_cpu_rates(probe_graphs(find_target("cpu")), threads)
     measured.save(output)
     tops = measured.mode.dense_tops
     typer.echo(
