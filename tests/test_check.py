@@ -143,6 +143,31 @@ def test_findings_say_the_value_the_remedy_and_the_source() -> None:
         require_no_errors([finding])
 
 
+@given(st.data())
+def test_no_graph_stops_the_check(data: st.DataObject) -> None:
+    """Nodes with too few inputs, wrong types and senseless attributes give findings, not errors."""
+
+    def build(g: Graph) -> ir.Value:
+        values = [
+            g.x,
+            g.codes(4, 8),
+            int4(g, 256, 6),
+            g.scales(8),
+            g.scales(),
+            g.const(np.arange(2)),
+        ]
+        for _ in range(data.draw(st.integers(1, 4))):
+            name = data.draw(st.sampled_from([*OPERATORS, "Det", "BitShift", "NoSuchOperator"]))
+            inputs = data.draw(st.lists(st.sampled_from([None, *values]), max_size=4))
+            keys = data.draw(st.sets(st.sampled_from(["axis", "block_size", "to", "transB"])))
+            settings = {key: data.draw(st.integers(-3, 9)) for key in keys}
+            values.append(g.op(name, *inputs, **settings))
+        return values[-1]
+
+    target = data.draw(st.sampled_from(sorted(TARGETS)))
+    assert all(finding.rule in RULES for finding in check(model(build), target))
+
+
 def test_only_the_first_untyped_node_is_reported() -> None:
     def build(g: Graph) -> ir.Value:
         return g.op("Relu", g.op("Relu", g.op("Concat", g.x, g.x)))

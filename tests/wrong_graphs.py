@@ -230,6 +230,7 @@ CASES = [
     ),
     Case("operator.opset", lambda g: g.op("Gelu", g.x), "accepts", opset=19),
     Case("operator.opset", lambda g: g.op("Gelu", g.x), "not tried", "cpu", opset=19),
+    Case("operator.inputs", lambda g: g.op("MatMul", g.x)),
     Case(
         "operator.type",
         lambda g: g.op("MatMul", g.x, g.codes(8, 4, dtype=np.int64)),

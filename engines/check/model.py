@@ -1,5 +1,6 @@
 """Open a graph for checking: element types inferred, constants read only when asked for."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,7 @@ from engines.check.rules import RULES
 from qvla_export.errors import ArtifactError
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 # Operators that leave a constant a constant on its way to DequantizeLinear.
@@ -75,21 +77,34 @@ def of_model(model: "ir.Model", stage: str) -> CheckedGraph:
     """Return a graph in memory for checking; its values get the types that ONNX infers."""
     from onnx_ir.passes.common import ShapeInferencePass
 
+    # It logs a traceback where a node is wrong; the rules say so in one line.
+    logging.getLogger("onnx_ir.passes.common.shape_inference").setLevel(logging.ERROR)
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
     return CheckedGraph(stage, model)
 
 
-def type_groups(node: "ir.Node", opset: int) -> "list[list[ir.Value]] | None":
-    """Return the inputs that must have one element type, group by group.
-
-    None if the operator does not exist in the operator set.
-    """
+def schema_of(node: "ir.Node", opset: int) -> "onnx.defs.OpSchema | None":
+    """Return the schema of a node's operator; None if the operator set has no such operator."""
     import onnx
 
     try:
-        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+        return onnx.defs.get_schema(node.op_type, opset, node.domain)
     except onnx.defs.SchemaError:
         return None
+
+
+def missing_inputs(node: "ir.Node", schema: "onnx.defs.OpSchema") -> str | None:
+    """Say which inputs a node lacks or has too many; None if they fit the schema."""
+    if not schema.min_input <= len(node.inputs) <= schema.max_input:
+        return f"between {schema.min_input} and {schema.max_input}, the node has {len(node.inputs)}"
+    for index in range(schema.min_input):
+        if node.inputs[index] is None:
+            return f"its input {index}, the node leaves it out"
+    return None
+
+
+def type_groups(node: "ir.Node", schema: "onnx.defs.OpSchema") -> "list[list[ir.Value]]":
+    """Return the inputs that must have one element type, group by group."""
     groups: dict[str, list[ir.Value]] = {}
     last = len(schema.inputs) - 1
     for index, value in enumerate(node.inputs):
@@ -119,8 +134,8 @@ def constant_root(value: "ir.Value | None") -> "ir.Value | None":
         if producer is None:
             return value if value.const_value is not None else None
         if producer.op_type == "Constant":
-            return value
-        if producer.op_type not in _KEEP_CONSTANT:
+            return value if _constant(value) is not None else None
+        if producer.op_type not in _KEEP_CONSTANT or not producer.inputs:
             return None
         value = producer.inputs[0]
     return None
@@ -128,11 +143,15 @@ def constant_root(value: "ir.Value | None") -> "ir.Value | None":
 
 def numbers(root: "ir.Value") -> NDArray[Any]:
     """Read the numbers of a constant; nothing of them is kept."""
-    from onnx_ir import convenience
-
-    tensor = convenience.get_const_tensor(root)
+    tensor = _constant(root)
     assert tensor is not None, f"{root.name} is no constant"
     return np.asarray(tensor.numpy())
+
+
+def _constant(value: "ir.Value") -> "ir.TensorProtocol | None":
+    from onnx_ir import convenience
+
+    return convenience.get_const_tensor(value)
 
 
 def consumers(value: "ir.Value") -> "list[tuple[ir.Node, int]]":

@@ -3,7 +3,15 @@
 import difflib
 from typing import TYPE_CHECKING
 
-from engines.check.model import CheckedGraph, constant_root, dtype_name, shape_of, type_groups
+from engines.check.model import (
+    CheckedGraph,
+    constant_root,
+    dtype_name,
+    missing_inputs,
+    schema_of,
+    shape_of,
+    type_groups,
+)
 from engines.check.operators import OLDER, OPERATORS, UNSUPPORTED, Limit, Operator
 from engines.check.quantized import WEIGHT_INPUT
 from engines.check.runtimes import (
@@ -16,6 +24,7 @@ from engines.check.runtimes import (
 from qvla_export.target import Target
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 _QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
@@ -73,10 +82,13 @@ def check_types(graph: CheckedGraph, target: Target) -> None:
 def check_operators(graph: CheckedGraph, target: Target) -> None:
     """Every node: its operator exists on the target, with its types and within its limits."""
     for node in graph.nodes:
-        groups = _known(graph, node, target)
-        if groups is None:
+        schema = _known(graph, node, target)
+        if schema is None:
             continue
-        _check_equal_types(graph, node, groups)
+        if (wrong := missing_inputs(node, schema)) is not None:
+            graph.add("operator.inputs", node, f"{node.op_type} needs {wrong}; export it again")
+            continue
+        _check_equal_types(graph, node, type_groups(node, schema))
         if is_tensorrt(target) and (operator := OPERATORS.get(node.op_type)) is not None:
             _check_operator(graph, node, operator, target)
         typed = all(dtype_name(value) for value in node.inputs if value is not None)
@@ -88,8 +100,8 @@ def check_operators(graph: CheckedGraph, target: Target) -> None:
             )
 
 
-def _known(graph: CheckedGraph, node: "ir.Node", target: Target) -> "list[list[ir.Value]] | None":
-    """Return the node's type groups; None, with a finding, if the target lacks its operator."""
+def _known(graph: CheckedGraph, node: "ir.Node", target: Target) -> "onnx.defs.OpSchema | None":
+    """Return an operator's schema; None, with a finding, if the target lacks the operator."""
     tensorrt = is_tensorrt(target)
     if node.domain not in ("", "ai.onnx") and (tensorrt or node.domain != "com.microsoft"):
         graph.add(
@@ -114,15 +126,15 @@ def _known(graph: CheckedGraph, node: "ir.Node", target: Target) -> "list[list[i
             "If the parser documents it, add it to `engines.check.operators` with the source",
         )
         return None
-    groups = type_groups(node, graph.opset)
-    if groups is None:
+    schema = schema_of(node, graph.opset)
+    if schema is None:
         graph.add(
             "operator.opset",
             node,
             f"operator set {graph.opset} has no {node.op_type}; export at {target.opset} or write "
             "it with older operators",
         )
-    return groups
+    return schema
 
 
 def _check_equal_types(
@@ -203,7 +215,7 @@ def check_products(graph: CheckedGraph, target: Target) -> None:
     wanted = ONNX_COMPUTE[target.compute]
     for node in graph.nodes:
         index = WEIGHT_INPUT.get(node.op_type)
-        weight = None if index is None else node.inputs[index]
+        weight = None if index is None or index >= len(node.inputs) else node.inputs[index]
         if weight is None or dtype_name(weight) in ("", wanted):
             continue
         producer = weight.producer()

@@ -31,6 +31,7 @@ RULES = _table(
     ("operator.unknown", "error", _OPERATORS),
     ("operator.runtime-version", "error", _OPERATORS),
     ("operator.opset", "error", _SPEC),
+    ("operator.inputs", "error", _SPEC),
     ("operator.type", "error", _OPERATORS),
     ("operator.limit", "error", _OPERATORS),
     (
