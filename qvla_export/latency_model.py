@@ -1,9 +1,10 @@
 """Roofline prediction of what one action costs on a target in a power mode. numpy only.
 
 Of each product the slower of two counts, reading its weights and writing its outputs or its
-multiplications; where a runtime expands codes beforehand that comes on top, and so do launches. Layers that share an input
-are one product for each width (`qvla_export.passes.merge`), constant hidden units are gone
-(`qvla_export.coupling`). Everything here is a prediction, never a measurement.
+multiplications; where a runtime expands codes beforehand that comes on top, and so do launches.
+Layers that share an input are one product for each width (`qvla_export.passes.merge`), constant
+hidden units are gone (`qvla_export.coupling`). Everything here is a prediction, never a
+measurement.
 """
 
 from collections.abc import Mapping

@@ -30,6 +30,12 @@ from qvla_export.cli.options import (
     open_checkpoint,
     open_dataset,
 )
+from qvla_export.cli.predicting import (
+    LimitedPolicyOption,
+    MaxPredictedOption,
+    PowerModeOption,
+    RatesOption,
+)
 from qvla_export.errors import QvlaError
 from qvla_export.run_folder import RunFolder, made, parse_setting
 
@@ -121,15 +127,30 @@ def plan(
         Literal["max", "percentile", "mse", "entropy"],
         typer.Option(help="How the ranges of 8-bit activations are chosen."),
     ] = DEFAULT_METHOD,
+    method: Annotated[
+        Literal["greedy", "hull"],
+        typer.Option(help="Algorithm 1 as printed, or along the channels' convex hulls."),
+    ] = "greedy",
+    max_predicted_ms: MaxPredictedOption = None,
+    power_mode: PowerModeOption = None,
+    rates: RatesOption = None,
+    policy: LimitedPolicyOption = None,
+    preset: PresetOption = None,
 ) -> None:
-    """Allocate bits to channels under a budget (Algorithm 1)."""
+    """Allocate bits to channels under a budget, and under a predicted latency if one is given."""
     from engines.targets import find_target
     from qvla_export.cli import stages
     from qvla_export.sensitivity import Sensitivities
 
     folder, wanted, device = RunFolder(run), parse_setting(setting), find_target(target)
-    digest = Sensitivities.load(made(folder.sensitivities, "sensitivities")).policy_digest
-    planned = stages.plan(folder, wanted, device, digest, activations_method)
+    measured = Sensitivities.load(made(folder.sensitivities, "sensitivities"))
+    limit = None
+    if max_predicted_ms is not None:
+        asked = (max_predicted_ms, power_mode, rates, policy, preset)
+        limit = predicting.latency_limit(measured, wanted, device, *asked)
+    planned = stages.plan(
+        folder, wanted, device, measured.policy_digest, activations_method, limit, method
+    )
     if planned is None:
         raise QvlaError("the float setting has no plan; choose w4, w8a8, w4-rtn, ...")
     typer.echo(
@@ -138,6 +159,7 @@ def plan(
         f"{planned.stored_bits_per_weight:.2f} stored, {planned.ratio:.3f} of float16 "
         f"-> {folder.plan(wanted)}"
     )
+    typer.echo(predicting.plan_figures(planned, measured, wanted, device, limit))
 
 
 @app.command()

@@ -12,16 +12,28 @@ from qvla_export.cli.options import ThreadsOption
 from qvla_export.errors import QvlaError
 
 if TYPE_CHECKING:
+    from qvla_export.allocation import LatencyLimit
     from qvla_export.kernel_rates import KernelRates
     from qvla_export.latency_model import LatencyModel, LatencyPrediction
     from qvla_export.network_shape import NetworkShape, PolicyInputs
+    from qvla_export.plan import BitPlan
+    from qvla_export.run_folder import Setting
+    from qvla_export.sensitivity import Sensitivities
     from qvla_export.target import ActivationSupport, PowerMode, Target
 
 RatesOption = Annotated[
     Path | None, typer.Option("--rates", help="Device rates that `qvla rates` measured, for cpu.")
 ]
 PowerModeOption = Annotated[
-    str | None, typer.Option("--power-mode", help="Power mode of the target; its fastest.")
+    str | None,
+    typer.Option("--power-mode", help="Power mode the prediction is for; the target's fastest."),
+]
+MaxPredictedOption = Annotated[
+    float | None, typer.Option(help="Longest predicted action, ms; needs --policy.")
+]
+LimitedPolicyOption = Annotated[
+    Path | None,
+    typer.Option("--policy", help="Checkpoint that says the images and chunk a prediction needs."),
 ]
 
 
@@ -101,18 +113,56 @@ def rates(
     )
 
 
-def latency_model(
-    shapes: dict[str, tuple[int, int]],
-    inputs: "PolicyInputs",
+def latency_limit(
+    measured: "Sensitivities",
+    setting: "Setting",
     target: "Target",
+    max_ms: float,
     power_mode: str | None,
-    measured: Path | None,
-) -> "LatencyModel":
-    """Return the model of a policy on a target in one power mode, the fastest for None."""
+    rates: Path | None,
+    policy: Path | None,
+    preset: str | None,
+) -> "LatencyLimit":
+    """Return the limit that a planned setting must keep.
+
+    Raises:
+        QvlaError: the setting is not planned, or nothing says what the policy is given.
+    """
+    from qvla_export.allocation import LatencyLimit
     from qvla_export.network_shape import network_of
 
-    mode, kernels = _modes(target, power_mode, measured)[0]
-    return _model(network_of(shapes, inputs), target, mode, kernels)
+    if setting.kind != "planned":
+        raise QvlaError(f"setting {setting.name} has fixed widths; limit a planned one, such as w4")
+    if policy is None:
+        raise QvlaError(
+            "--max-predicted-ms needs --policy, the checkpoint that says how many images a policy "
+            "sees and how many actions it returns"
+        )
+    shapes = {n: (v.shape[1], measured.weights_per_channel[n]) for n, v in measured.values.items()}
+    network = network_of(shapes, checkpoint_inputs(policy, preset))
+    mode, kernels = _modes(target, power_mode, rates)[0]
+    model = _model(network, target, mode, kernels)
+    return LatencyLimit(max_ms, model, "int8" if setting.activation_bits else "none")
+
+
+def plan_figures(
+    planned: "BitPlan",
+    measured: "Sensitivities",
+    setting: "Setting",
+    target: "Target",
+    limit: "LatencyLimit | None",
+) -> str:
+    """Say how far an allocated plan is from the bound, and how long an action is predicted."""
+    from qvla_export.allocation import Budget, least_error
+
+    if planned.expected_error is None:
+        return "error: unknown, the plan is uniform"
+    least = least_error(measured, Budget("bits per channel", setting.bits), target)
+    text = f"additive error: {planned.expected_error:.4g}, at least {least:.4g} under this budget"
+    if limit is None:
+        return text
+    predicted = limit.model.predict(planned.widths, limit.activations)
+    return f"{text}; an action: predicted {predicted.total_ms:.2f} ms ({limit})"
 
 
 def checkpoint_inputs(checkpoint: Path, preset: str | None) -> "PolicyInputs":

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from qvla_export.activation_statistics import ActivationStatistics
 from qvla_export.activations import DEFAULT_METHOD, RangeMethod
-from qvla_export.allocation import Budget, allocate_bits
+from qvla_export.allocation import AllocationMethod, Budget, LatencyLimit, allocate_bits
 from qvla_export.artifacts import remove_leftovers, require_same, sha256_file
 from qvla_export.errors import ArtifactError
 from qvla_export.observation import Observation
@@ -148,6 +148,8 @@ def plan(
     target: Target,
     policy_digest: str,
     method: RangeMethod = DEFAULT_METHOD,
+    latency: LatencyLimit | None = None,
+    allocation: AllocationMethod = "greedy",
 ) -> BitPlan | None:
     """Allocate bits for a setting, and leave a file of the same plan alone; None for float."""
     if setting.kind == "float":
@@ -163,7 +165,8 @@ def plan(
         if setting.bits in target.containers:
             uniform = uniform_plan(_shapes(measured), int(setting.bits), target, policy_digest)
             cap = uniform.ratio
-        planned = allocate_bits(measured, Budget("bits per channel", setting.bits, cap), target)
+        budget = Budget("bits per channel", setting.bits, cap)
+        planned = allocate_bits(measured, budget, target, latency=latency, method=allocation)
     if setting.activation_bits is not None:
         planned = _with_activations(run, planned, setting.activation_bits, method)
     planned.save(run.plan(setting))
