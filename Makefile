@@ -46,7 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	echo "installing the pinned versions into $(VENV) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip==$(PIP_VERSION)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    -c constraints.txt -e '.[host,sim,rtx,dev]'
+	    -c constraints.txt -e '.[host,sim,rtx,camera,dev]'
 	touch $@
 
 system:

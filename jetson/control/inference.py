@@ -1,0 +1,133 @@
+"""Inference beside execution: one policy on one thread, one request at a time."""
+
+import threading
+from dataclasses import dataclass
+from typing import Protocol
+
+from jetson.control.clock import Clock
+from jetson.control.sources import TimedObservation
+from qvla_export.action import ActionChunk, ActionPolicy
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """How one request ended: with a chunk or with an error."""
+
+    observation: TimedObservation
+    chunk: ActionChunk | None
+    error: Exception | None
+    # From the request to the end, milliseconds.
+    infer_ms: float
+
+
+class Inference(Protocol):
+    """Where chunks are computed."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way or its result has not been taken."""
+        ...
+
+    def request(self, observation: TimedObservation) -> None:
+        """Start computing; only when not busy."""
+        ...
+
+    def poll(self) -> Inferred | None:
+        """Take a result that is ready; never waits."""
+        ...
+
+    def close(self) -> None:
+        """Release the thread."""
+        ...
+
+
+class ThreadedInference:
+    """Runs a policy on a thread of its own, so that a slow engine never delays a command."""
+
+    def __init__(self, policy: ActionPolicy, clock: Clock) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._wanted: TimedObservation | None = None
+        self._result: Inferred | None = None
+        self._busy = False
+        self._closed = False
+        self._changed = threading.Condition()
+        # A daemon: an engine that never returns must not keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name="qvla-inference", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way or its result has not been taken."""
+        return self._busy
+
+    def request(self, observation: TimedObservation) -> None:
+        """Hand an observation to the thread."""
+        with self._changed:
+            self._busy = True
+            self._wanted = observation
+            self._changed.notify()
+
+    def poll(self) -> Inferred | None:
+        """Take a result that is ready."""
+        with self._changed:
+            result, self._result = self._result, None
+            if result is not None:
+                self._busy = False
+            return result
+
+    def close(self) -> None:
+        """End the thread; one that is inside an engine is left to itself after a second."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout=1.0)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._wanted is not None)
+                if self._closed or self._wanted is None:
+                    return
+                observation, self._wanted = self._wanted, None
+            result = infer(self._policy, observation, self._clock)
+            with self._changed:
+                self._result = result
+
+
+class InlineInference:
+    """Runs a policy while the loop waits: for simulated time, where thinking takes none."""
+
+    def __init__(self, policy: ActionPolicy, clock: Clock) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._result: Inferred | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the last result has not been taken."""
+        return self._result is not None
+
+    def request(self, observation: TimedObservation) -> None:
+        """Compute at once."""
+        self._result = infer(self._policy, observation, self._clock)
+
+    def poll(self) -> Inferred | None:
+        """Take the last result."""
+        result, self._result = self._result, None
+        return result
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def infer(policy: ActionPolicy, observation: TimedObservation, clock: Clock) -> Inferred:
+    """Ask a policy once; whatever it raises is the result."""
+    start_s = clock.now_s()
+    chunk: ActionChunk | None = None
+    error: Exception | None = None
+    try:
+        chunk = policy.infer(observation.observation)
+    except Exception as failure:  # an engine may raise anything; the loop holds the robot for it
+        error = failure
+    return Inferred(observation, chunk, error, (clock.now_s() - start_s) * 1000.0)

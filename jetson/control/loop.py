@@ -1,0 +1,285 @@
+"""The control loop: sends one safe command at each slot while the policy thinks beside it.
+
+At slot k, due k periods after the start, the loop takes a finished chunk if there is one, sends
+the action that is due, and then looks: the newest observation goes to the inference thread when
+the next chunk will soon be needed. Slots are absolute, so no delay adds up; a slot that has
+passed is skipped, never made up for. What is sent in which state is drawn in `states`.
+"""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+
+import numpy as np
+
+from jetson.control.chunks import ChunkBuffer, CommandTimes, TimedChunk
+from jetson.control.clock import Clock
+from jetson.control.inference import Inference, Inferred
+from jetson.control.records import Counters, Recorder, RunResult, StepRecord
+from jetson.control.safety import ActionSafety, Vector
+from jetson.control.settings import LoopSettings
+from jetson.control.sinks import Command, Sink
+from jetson.control.sources import Source
+from jetson.control.states import State
+from jetson.control.supervisor import Decision, Supervisor
+from jetson.policy import UnsafeAction
+
+_LOG = logging.getLogger(__name__)
+# Inferences whose slowest says when the next chunk is asked for. Few, so that a slow first one
+# is forgotten; and what is added to it.
+_LATENCIES = 8
+_LATENCY_MARGIN = 1.1
+# By how much, in periods or seconds, floating point may miss a slot.
+_EARLY = 1e-6
+
+
+class ControlLoop:
+    """One run of a policy on a robot. `tick` does one slot, `run` all of them."""
+
+    def __init__(
+        self,
+        source: Source,
+        inference: Inference,
+        sink: Sink,
+        safety: ActionSafety,
+        settings: LoopSettings,
+        clock: Clock,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.counters = Counters()
+        # Why the loop stops; empty until it is asked to.
+        self.reason = ""
+        self._source = source
+        self._inference = inference
+        self._sink = sink
+        self._dimensions = safety.low.size
+        self._settings = settings
+        self._clock = clock
+        self._recorder = recorder
+        self._supervisor = Supervisor(safety, settings)
+        self._chunks = ChunkBuffer(settings)
+        self._chunk_count = 0
+        keep = math.ceil(settings.max_action_age_ms / 1000.0 * settings.rate_hz) + 2
+        self._sent = CommandTimes(keep)
+        self._infer_ms: deque[float] = deque(maxlen=_LATENCIES)
+        self._start_s = clock.now_s()
+        self._slot = 0
+        # When the policy last moved the robot, or the start.
+        self._moved_s = self._start_s
+        # When the observation that was last asked about, or dropped, was taken.
+        self._looked_s = -math.inf
+        self._broken = False
+        self._unreachable = False
+        self._events: list[str] = []
+        self._said = ""
+
+    @property
+    def state(self) -> State:
+        """What the loop is doing."""
+        return self._supervisor.state
+
+    def run(self, seconds: float | None = None) -> RunResult:
+        """Run until stopped, ended, broken or out of time; the last command is the safe action."""
+        try:
+            while not self.state.terminal:
+                if seconds is not None and self._slot * self._settings.period_s >= seconds - _EARLY:
+                    self.stop("the time is up")
+                self.tick()
+        except BaseException:
+            # Not foreseen: whatever it is, the robot does not keep the policy's last command.
+            self.stop("the loop itself failed", fault=True)
+            while not self.state.terminal:
+                self._clock.sleep_until(self._due_s())
+                self._send(self._supervisor.finish(State.FAULT), self._clock.now_s())
+                self._slot += 1
+            raise
+        finally:
+            self._inference.close()
+        seconds_run = self._clock.now_s() - self._start_s
+        return RunResult(self.state, self.reason, asdict(self.counters), seconds_run)
+
+    def stop(self, reason: str, fault: bool = False) -> None:
+        """Ask for the end: from the next slot on, ramp to the safe action. For signal handlers."""
+        self.reason = self.reason or reason
+        self._broken = self._broken or fault
+
+    def tick(self) -> StepRecord:
+        """Wait for the next slot, send what is due there, look; return what happened."""
+        self._clock.sleep_until(self._due_s())
+        self._skip_passed_slots()
+        arrived = self._take_chunk()
+        now_s = self._clock.now_s()
+        self._consider_ending(now_s)
+        decision = self._decide(now_s)
+        sent = self._send(decision, now_s)
+        if not self.reason:
+            self._look()
+        record = self._record_of(decision, now_s if sent else None, arrived)
+        self._record(lambda recorder: recorder.stepped(record))
+        self._slot += 1
+        return record
+
+    def _due_s(self) -> float:
+        return self._start_s + self._slot * self._settings.period_s
+
+    def _skip_passed_slots(self) -> None:
+        elapsed_s = self._clock.now_s() - self._start_s
+        reached = math.floor(elapsed_s / self._settings.period_s + _EARLY)
+        if reached > self._slot:
+            self.counters.skipped_slots += reached - self._slot
+            self._slot = reached
+
+    def _take_chunk(self) -> Inferred | None:
+        """Take a finished inference into the buffer, if it is of any use."""
+        arrived = self._inference.poll()
+        if arrived is None:
+            return None
+        self._infer_ms.append(arrived.infer_ms)
+        try:
+            actions = self._checked_actions(arrived)
+        except Exception as error:
+            # Whatever else an engine that fails has said is not trusted either.
+            self._chunks.clear()
+            self._fail("inference", error)
+            return arrived
+        observed_s = arrived.observation.observed_s
+        first = self._sent.sent_before(observed_s)
+        chunk = TimedChunk(self._chunk_count, actions, observed_s, first)
+        self._chunk_count += 1
+        self._record(lambda recorder: recorder.planned(chunk))
+        # A ramp has taken the robot away from where an older observation saw it.
+        displaced = observed_s < self._supervisor.displaced_s
+        usable = self._chunks.usable(chunk, self._sent.count, self._clock.now_s())
+        if usable and not displaced:
+            self._chunks.add(chunk)
+        else:
+            self.counters.stale_chunks += 1
+            self._events.append(f"chunk {chunk.number} is stale")
+        return arrived
+
+    def _checked_actions(self, arrived: Inferred) -> Vector:
+        """Return the chunk's actions; raise what kept them from being usable."""
+        if arrived.chunk is None:
+            raise arrived.error or UnsafeAction("the inference returned nothing")
+        actions = np.asarray(arrived.chunk.actions, np.float32)
+        if actions.ndim != 2 or actions.shape[1] != self._dimensions or not len(actions):
+            raise UnsafeAction(
+                f"a chunk must be [steps, {self._dimensions}], got {list(actions.shape)}"
+            )
+        if not np.isfinite(actions).all():
+            bad = np.argwhere(~np.isfinite(actions)).tolist()
+            raise UnsafeAction(f"NaN or infinity at [step, dimension] {bad[:4]}")
+        return actions
+
+    def _consider_ending(self, now_s: float) -> None:
+        if self.reason:
+            return
+        if self._source.ended:
+            self.stop("the source has ended")
+        elif now_s - self._moved_s >= self._settings.give_up_s:
+            self.stop(f"no usable action for {self._settings.give_up_s:g} s", fault=True)
+            self.counters.faults += 1
+        if self.reason:
+            self._events.append(self.reason)
+
+    def _decide(self, now_s: float) -> Decision:
+        if self.reason:
+            return self._supervisor.finish(State.FAULT if self._broken else State.STOPPED)
+        planned = self._chunks.plan(self._sent.count, now_s)
+        if planned is None and self._supervisor.started:
+            self.counters.missed_deadlines += 1
+        return self._supervisor.proceed(planned, now_s)
+
+    def _send(self, decision: Decision, now_s: float) -> bool:
+        """Send a decision; return whether anything reached the robot."""
+        if decision.action is None:
+            return False
+        planned = decision.planned
+        observed_s = planned.observed_s if planned else None
+        command = Command(self._slot, decision.action, now_s, observed_s, self.state.value)
+        try:
+            self._sink.send(command)
+        except Exception as error:
+            self._fail("robot", error)
+            self.stop(f"the robot cannot be reached: {error}", fault=True)
+            # One more try to leave it with the safe action; not a second one.
+            if self._unreachable or self.state.terminal:
+                self._supervisor.abandon()
+            self._unreachable = True
+            return False
+        if planned is None:
+            self.counters.held += 1
+        else:
+            self.counters.sent += 1
+            self.counters.clamped_values += decision.clamped
+            self._sent.sent(now_s)
+            self._moved_s = now_s
+        return True
+
+    def _look(self) -> None:
+        """Ask about the newest observation if the next chunk will soon be needed."""
+        now_s = self._clock.now_s()
+        if self._inference.busy or not self._chunks.next_due(self._sent.count, now_s, self._lead):
+            return
+        try:
+            seen = self._source.read()
+        except Exception as error:
+            self._fail("source", error)
+            return
+        if seen is None or seen.observed_s <= self._looked_s:
+            return
+        self._looked_s = seen.observed_s
+        age_ms = (self._clock.now_s() - seen.observed_s) * 1000.0
+        if age_ms > self._settings.max_observation_age_ms:
+            self.counters.dropped_observations += 1
+            self._events.append(f"dropped an observation {age_ms:.0f} ms old")
+            return
+        self._record(lambda recorder: recorder.observed(seen))
+        self._inference.request(seen)
+
+    @property
+    def _lead(self) -> int:
+        """Commands that will be sent while the next chunk is computed."""
+        slowest_s = max(self._infer_ms, default=0.0) / 1000.0 * _LATENCY_MARGIN
+        return max(0, math.ceil(slowest_s / self._settings.period_s) - 1)
+
+    def _fail(self, what: str, error: Exception) -> None:
+        self.counters.faults += 1
+        said = f"{what}: {type(error).__name__}: {error}"
+        self._events.append(said)
+        # A camera that is unplugged fails at every slot; once is enough for a log.
+        if said != self._said:
+            _LOG.warning("%s", said)
+        self._said = said
+
+    def _record_of(
+        self, decision: Decision, sent_s: float | None, arrived: Inferred | None
+    ) -> StepRecord:
+        planned, action = decision.planned, decision.action
+        events = tuple(self._events)
+        self._events.clear()
+        return StepRecord(
+            slot=self._slot,
+            due_s=self._due_s(),
+            sent_s=sent_s,
+            state=self.state,
+            action=None if sent_s is None or action is None else tuple(action.tolist()),
+            observed_s=planned.observed_s if planned else None,
+            chunk=planned.chunk if planned else None,
+            step=planned.step if planned else None,
+            clamped=decision.clamped,
+            infer_ms=arrived.infer_ms if arrived else None,
+            events=events,
+        )
+
+    def _record(self, keep: Callable[[Recorder], None]) -> None:
+        if self._recorder is None:
+            return
+        try:
+            keep(self._recorder)
+        except Exception as error:
+            # A full disk must not stop a robot in the middle of a movement.
+            self._recorder = None
+            self._fail("recorder, the rest is not recorded", error)

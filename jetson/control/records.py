@@ -1,0 +1,134 @@
+"""What a run says of itself: a record of every slot, counters, the result, and who keeps them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from jetson.control.chunks import TimedChunk
+from jetson.control.sources import TimedObservation
+from jetson.control.states import State
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What happened at one slot."""
+
+    # Slots are numbered from 0; slot k is due k periods after the start.
+    slot: int
+    # Monotonic seconds.
+    due_s: float
+    # When the command was sent, monotonic seconds; None where none was.
+    sent_s: float | None
+    # After the slot.
+    state: State
+    # The command, in the robot's units; None where none was sent.
+    action: tuple[float, ...] | None
+    # When the observation behind the command was taken, monotonic seconds; None for a command
+    # that holds or ramps.
+    observed_s: float | None
+    # The chunk and which of its actions; None for a command that holds or ramps.
+    chunk: int | None
+    step: int | None
+    # Values of the policy's action that were cut to a limit.
+    clamped: int
+    # Milliseconds of the inference whose result arrived at this slot; None where none did.
+    infer_ms: float | None
+    # What else happened, in words: failures, dropped observations, stale chunks, the stop.
+    events: tuple[str, ...] = ()
+
+    @property
+    def age_ms(self) -> float | None:
+        """Age of the observation behind the command when it was sent."""
+        if self.sent_s is None or self.observed_s is None:
+            return None
+        return (self.sent_s - self.observed_s) * 1000.0
+
+    @property
+    def late_ms(self) -> float | None:
+        """How long after its slot the command was sent."""
+        return None if self.sent_s is None else (self.sent_s - self.due_s) * 1000.0
+
+
+@dataclass
+class Counters:
+    """Counts of one run."""
+
+    # Commands that came from the policy.
+    sent: int = 0
+    # Commands that held, ramped or stopped the robot instead.
+    held: int = 0
+    # Slots after the first policy command, and before the stop, without a usable action.
+    missed_deadlines: int = 0
+    # Slots that passed while the loop itself was kept from running.
+    skipped_slots: int = 0
+    # Observations that were too old to be acted on.
+    dropped_observations: int = 0
+    # Chunks that arrived too late to be used at all.
+    stale_chunks: int = 0
+    # Values cut to a limit.
+    clamped_values: int = 0
+    # Failures of the engine, the source, the robot or the recorder.
+    faults: int = 0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    # STOPPED or FAULT.
+    state: State
+    # Why, in words.
+    reason: str
+    counters: Mapping[str, int]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was stopped as asked and nothing failed."""
+        return self.state is State.STOPPED and not self.counters["faults"]
+
+
+class Recorder(Protocol):
+    """Keeps a run. Called from the control thread: must not wait."""
+
+    def observed(self, observation: TimedObservation) -> None:
+        """Take an observation that the policy is asked about."""
+        ...
+
+    def planned(self, chunk: TimedChunk) -> None:
+        """Take a chunk that came of one."""
+        ...
+
+    def stepped(self, record: StepRecord) -> None:
+        """Take the record of a slot."""
+        ...
+
+    def close(self) -> None:
+        """Write what is left."""
+        ...
+
+
+class JsonlRecorder:
+    """One JSON object a line and slot, without pictures; what a killed run wrote can be read."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("w", encoding="utf-8")
+
+    def observed(self, observation: TimedObservation) -> None:
+        """Pictures do not go into JSON."""
+
+    def planned(self, chunk: TimedChunk) -> None:
+        """The commands that came of it are enough here."""
+
+    def stepped(self, record: StepRecord) -> None:
+        """Append one line."""
+        value = {**asdict(record), "state": record.state.value}
+        value["age_ms"], value["late_ms"] = record.age_ms, record.late_ms
+        self._file.write(json.dumps(value, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._file.close()
