@@ -55,6 +55,8 @@ def add_numbers(histogram: Histogram, values: Tensor, name: str) -> None:
     Raises:
         QvlaError: a number is not finite; the message has the layer's name.
     """
+    if values.numel() == 0:
+        return
     sizes = values.detach().abs().flatten().float()
     largest = float(sizes.max())
     if not largest < float("inf"):

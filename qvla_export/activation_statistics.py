@@ -31,8 +31,9 @@ _FORMAT = "qvla-activations-1"
 _FIELDS = ("groups", "samples", "policy_digest", "calibration_digest", "versions")
 # Bins start this narrow: 2^-40 * BINS holds nothing but zeros.
 _FIRST_EXPONENT = -40
-# Ranges to try, as shares of the largest |x|: sixteen an octave, down to 1/64.
-_SHARES = 2.0 ** (-np.arange(97) / 16)
+# Ranges to try, as shares of the largest |x|: sixteen an octave, down to 1/16. Further down a bin
+# holds few codes, and the divergence no longer sees what rounding loses.
+_SHARES = 2.0 ** (-np.arange(65) / 16)
 _LOG = logging.getLogger(__name__)
 
 

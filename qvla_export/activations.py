@@ -16,7 +16,9 @@ from qvla_export.errors import QvlaError
 
 RangeMethod = Literal["max", "percentile", "mse", "entropy"]
 METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
-DEFAULT_METHOD: RangeMethod = "mse"
+# Action error of the reference policy, 8 bits, 64 observations to measure on and 64 to judge by:
+# 0.0151 RMS; "mse" 0.0204, "max" 0.0235, "entropy" 0.10. Few numbers of heavy tails fix a range.
+DEFAULT_METHOD: RangeMethod = "percentile"
 # Lowest and highest code. 8 bits run on every target; 4 bits are simulated in torch only.
 ACTIVATION_CODES: Mapping[int, tuple[int, int]] = {8: (-128, 127), 4: (-8, 7)}
 # float16's smallest normal number and its largest.
