@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import TINY_CONFIG, write_tiny_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -28,7 +30,7 @@ from engines.verify import (
 from qvla_export.bundle import Bundle
 from qvla_export.errors import ArtifactMismatch
 from qvla_export.observation import Observation
-from qvla_export.policies.oft import OftPolicy
+from qvla_export.policies.oft import OftPolicy, load_oft_policy
 
 Observations = Callable[..., list[Observation]]
 Actions = NDArray[np.float32]
@@ -181,6 +183,18 @@ def test_near_ties_of_a_token_head_are_counted_not_measured() -> None:
     assert "another bin" in limits[1].breaches(flips(150, 10_000, jump=2 / BINS))[0]
     # Few enough, but each far away.
     assert "the mean" in limits[1].breaches(flips(90, 10_000, jump=1.9))[0]
+
+
+def test_a_token_policy_says_how_many_bins_its_actions_have(
+    tiny_observations: Observations, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(TINY_CONFIG, head="tokens", horizon=2)
+    policy = load_oft_policy(write_tiny_checkpoint(tmp_path / "tokens", config=config))
+    bins = policy.processor.spec.action_bins
+    acted = policy.greedy_actions(policy.batch(tiny_observations(2))).numpy()
+    index = (acted + 1) * bins / 2 - 0.5
+    assert bins == BINS
+    np.testing.assert_allclose(index, np.rint(index), atol=1e-4)
 
 
 # Verdicts.

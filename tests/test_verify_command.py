@@ -17,6 +17,7 @@ from engines.trt.gpu import Gpu
 from qvla_export.artifacts import sha256_file, write_json
 from qvla_export.bundle import GOLDEN, MANIFEST, Bundle, manifest_digest
 from qvla_export.export import export_bundle
+from qvla_export.float_graph import export_float
 from qvla_export.observation import Observation
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
 
@@ -35,9 +36,10 @@ def folder(
     wrong = load_oft_policy(tiny_checkpoint)
     with torch.no_grad():
         next(layer for name, layer in wrong.layers().items() if "language" in name).weight.mul_(3)
+    graph = export_float(wrong, CPU)
     for name, plan in (("float", None), ("mixed", mixed_plan(tiny_policy))):
         make_bundle(tiny_policy, plan, seen[:3], root / name)
-        export_bundle(wrong, plan, CPU, seen[:3], root / f"wrong-{name}")
+        export_bundle(wrong, plan, CPU, seen[:3], root / f"wrong-{name}", graph)
         take_golden(root / name, root / f"wrong-{name}")
     CalibrationSet(tuple(seen[:2]), tuple(seen[2:]), {"test": 1}).save(root / "calibration")
     return root
