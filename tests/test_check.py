@@ -24,6 +24,9 @@ from engines.check.operators import OPERATORS, UNSUPPORTED
 from engines.check.rules import RULES
 from engines.check.runtimes import READERS, oldest_version, reader
 from engines.targets import CPU, TARGETS, find_target
+from engines.trt.log import Log
+from engines.trt.modules import BuildError, load_module
+from engines.trt.network import parse_stage
 from qvla_export.bundle import Bundle
 from qvla_export.cli.commands import app
 from qvla_export.errors import ArtifactError
@@ -67,16 +70,19 @@ def test_what_the_real_parser_and_builder_say(case: Case, tmp_path: Path) -> Non
 
 def builds(path: Path) -> bool:
     """Say whether TensorRT-RTX parses a graph and builds an engine for the RTX 4070."""
-    trt = pytest.importorskip("tensorrt_rtx")
-    builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, builder.logger)
-    if not parser.parse_from_file(str(path)):
+    pytest.importorskip("tensorrt_rtx")
+    target = find_target("rtx4070")
+    module = load_module(target)
+    log = Log(module)
+    try:
+        network = parse_stage(module, path, target, log)
+    except BuildError:
         return False
-    config = builder.create_builder_config()
+    config = network.builder.create_builder_config()
     config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    return builder.build_serialized_network(network, config) is not None
+    config.set_compute_capability(module.api.ComputeCapability.SM89, 0)
+    with log.native_errors():
+        return network.builder.build_serialized_network(network.definition, config) is not None
 
 
 def test_the_real_parser_has_the_operators_of_the_table() -> None:

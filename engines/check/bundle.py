@@ -8,7 +8,7 @@ from engines.check.operator_rules import check_imports, check_operators, check_p
 from engines.check.ort_rules import check_ort
 from engines.check.quantization_rules import check_quantization
 from engines.check.rules import RULES
-from engines.check.runtimes import is_tensorrt
+from engines.trt.modules import is_tensorrt
 from qvla_export.bundle import MANIFEST, Bundle, Stage, TensorSpec
 from qvla_export.target import Target
 

@@ -16,11 +16,11 @@ from engines.check.operators import OLDER, OPERATORS, UNSUPPORTED, Limit, Operat
 from engines.check.quantized import WEIGHT_INPUT
 from engines.check.runtimes import (
     ONNX_COMPUTE,
-    is_tensorrt,
     missing_type,
     operator_version,
     reader,
 )
+from engines.trt.modules import is_tensorrt
 from qvla_export.target import Target
 
 if TYPE_CHECKING:

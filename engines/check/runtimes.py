@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from engines.trt.modules import is_tensorrt
 from qvla_export.target import Runtime, Target
 
 Version = tuple[int, ...]
@@ -74,11 +75,6 @@ REFUSED_TYPES = {
     **dict.fromkeys(("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ"), "fp8"),
     **dict.fromkeys(("FLOAT4E2M1", "FLOAT8E8M0"), "fp4"),
 }
-
-
-def is_tensorrt(target: Target) -> bool:
-    """Say whether a target's runtime is TensorRT or TensorRT for RTX."""
-    return target.runtime in ("tensorrt", "tensorrt_rtx")
 
 
 def oldest_version(target: Target) -> Version:
