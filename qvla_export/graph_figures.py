@@ -27,12 +27,12 @@ class GraphFigures:
     multiplications_removed: int
 
 
-def measure_graph(model: ir.Model, plan: BitPlan) -> GraphFigures:
+def measure_graph(model: ir.Model, plan: BitPlan | None) -> GraphFigures:
     """Count a bucketed graph's operators, and its plan's multiplications.
 
     Args:
         model: as it is shipped.
-        plan: what it was made with.
+        plan: what it was made with, of its own layers; None where none is planned.
     """
     running = [node for node in model.graph if node.op_type not in ("Cast", "DequantizeLinear")]
     operators = [node.op_type for node in running]
@@ -42,13 +42,15 @@ def measure_graph(model: ir.Model, plan: BitPlan) -> GraphFigures:
         if node.op_type == "Gather"
         and str(node.inputs[1] and node.inputs[1].name).endswith(ORDER_SUFFIX)
     ]
-    every = sum(len(w) * plan.weights_per_channel[name] for name, w in plan.widths.items())
+    every = 0
+    if plan is not None:
+        every = sum(len(w) * plan.weights_per_channel[name] for name, w in plan.widths.items())
     return GraphFigures(
         nodes=len(running),
         matmuls=operators.count("MatMul"),
         order_gathers=len(orders),
         multiplications=every,
-        multiplications_removed=every - _multiplications_left(plan),
+        multiplications_removed=0 if plan is None else every - _multiplications_left(plan),
     )
 
 

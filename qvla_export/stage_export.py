@@ -27,8 +27,7 @@ class ExportedStage:
     stage: Stage
     # Bytes of the graph's constants by part; see `qvla_export.lowering.lower`.
     weight_bytes: Mapping[str, int]
-    # None where the stage has no planned layer.
-    figures: GraphFigures | None
+    figures: GraphFigures
     # Parameters and buffers of the policy that the stage reads.
     weights: tuple[str, ...]
 
@@ -59,7 +58,7 @@ def write_stage(
     path = folder / f"{stage.name}.onnx"
     with ExternalData(path) as data:
         model, weight_bytes = lower(graph, own, target)
-        figures = None if own is None else measure_graph(model, own)
+        figures = measure_graph(model, own)
         model.metadata_props.pop(WEIGHTS_KEY, None)
         data.save(model)
     exported = ExportedStage(
@@ -85,7 +84,7 @@ def kept_stage(folder: Path, name: str) -> ExportedStage | None:
 
 def total_figures(stages: Iterable[ExportedStage]) -> GraphFigures:
     """Return the figures of all graphs together."""
-    found = [asdict(stage.figures) for stage in stages if stage.figures is not None]
+    found = [asdict(stage.figures) for stage in stages]
     return GraphFigures(**{name: sum(f[name] for f in found) for name in found[0]})
 
 
@@ -103,11 +102,10 @@ def _record(folder: Path, name: str) -> Path:
 
 
 def _from_json(value: Mapping[str, Any]) -> ExportedStage:
-    figures = value["figures"]
     return ExportedStage(
         stage_from_json(value["stage"]),
         value["weight_bytes"],
-        None if figures is None else GraphFigures(**figures),
+        GraphFigures(**value["figures"]),
         tuple(value["weights"]),
     )
 

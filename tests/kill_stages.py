@@ -49,7 +49,7 @@ class Stage:
 
 def damage_bundle(run: Path) -> None:
     """Cut a bundle's end off, so that exporting has to replace it."""
-    weights = run / "settings/w4/bundle/model.onnx.data"
+    weights = run / "settings/w4/bundle/policy.onnx.data"
     weights.write_bytes(weights.read_bytes()[:-1])
 
 

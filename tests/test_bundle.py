@@ -23,8 +23,8 @@ from qvla_export.policies.oft import OftPolicy
 
 FILES = (
     "manifest.json",
-    "model.onnx",
-    "model.onnx.data",
+    "policy.onnx",
+    "policy.onnx.data",
     "tokenizer.json",
     "golden.safetensors",
     "plan.json",
@@ -51,7 +51,7 @@ def rewrite_manifest(folder: Path, **changes: Any) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest = {**manifest, **changes}
     manifest.pop("digest")
-    manifest["digest"] = bundle_module._digest(manifest)
+    manifest["digest"] = bundle_module.manifest_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -103,7 +103,7 @@ def test_truncated_manifest(copied: Path) -> None:
 @pytest.mark.parametrize("value", [[], {"format": "onnx-model-9"}, {}])
 def test_foreign_manifest(copied: Path, value: object) -> None:
     (copied / "manifest.json").write_text(json.dumps(value))
-    with pytest.raises(ArtifactError, match="qvla-bundle-1"):
+    with pytest.raises(ArtifactError, match="qvla-bundle-2"):
         Bundle.load(copied)
 
 
@@ -123,8 +123,8 @@ def test_file_outside_the_folder_is_refused(copied: Path, name: str) -> None:
 
 
 def test_link_is_refused(copied: Path, tmp_path: Path) -> None:
-    (copied / "model.onnx").rename(tmp_path / "elsewhere")
-    (copied / "model.onnx").symlink_to(tmp_path / "elsewhere")
+    (copied / "policy.onnx").rename(tmp_path / "elsewhere")
+    (copied / "policy.onnx").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ArtifactError, match="missing or a link"):
         Bundle.load(copied)
 

@@ -252,7 +252,7 @@ def test_a_plan_of_another_model(run: Path, inputs: Inputs) -> None:
 
 def test_a_flipped_byte_in_a_bundle(run: Path, inputs: Inputs) -> None:
     bundle = run / "settings/w4/bundle"
-    weights = bundle / "model.onnx.data"
+    weights = bundle / "policy.onnx.data"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
@@ -265,13 +265,13 @@ def test_a_flipped_byte_in_a_bundle(run: Path, inputs: Inputs) -> None:
         ("profile", bundle, "--output", run / "profile.json"),
     ):
         error = refused(run, *command)
-        assert "model.onnx.data is damaged: expected SHA-256" in error
+        assert "policy.onnx.data is damaged: expected SHA-256" in error
         assert "export it anew" in error
 
 
 def test_a_damaged_bundle_is_exported_anew(run: Path, inputs: Inputs) -> None:
     before = listing(run)
-    weights = run / "settings/w4/bundle/model.onnx.data"
+    weights = run / "settings/w4/bundle/policy.onnx.data"
     weights.write_bytes(weights.read_bytes()[:-1])
     done = qvla("export", "--run", run, "--setting", "w4", "--policy", inputs.checkpoint)
     assert done.code == 0, done.err

@@ -19,7 +19,7 @@ from qvla_export.bundle import Bundle
 from qvla_export.coupling import find_couplings
 from qvla_export.errors import ArtifactMismatch, PlanMismatch
 from qvla_export.export import export_bundle
-from qvla_export.float_graph import ExportError, _tag_layers, layer_nodes
+from qvla_export.float_graph import ExportError, layer_nodes
 from qvla_export.layers import layer_shapes
 from qvla_export.observation import Observation
 from qvla_export.passes.couple import couple_mlps
@@ -75,7 +75,7 @@ def test_unpacked_weights_compute_the_same(mixed_bundle: Bundle) -> None:
 
 def test_no_gather_between_the_layers_of_an_mlp(mixed_bundle: Bundle) -> None:
     """Walk from each activation both ways until the weights' MatMuls."""
-    graph = ir.load(mixed_bundle.model_path).graph
+    graph = ir.load(mixed_bundle.model_path(mixed_bundle.stages[0])).graph
     seen: set[ir.Node] = set()
     todo = [node for node in graph if node.op_type in ("Gelu", "Sigmoid")]
     assert len(todo) >= 2 * (TINY_SIZE.vision_depth - 1) + TINY_SIZE.depth
@@ -95,7 +95,7 @@ def test_manifest_states_the_figures_of_the_graph(
 ) -> None:
     assert mixed_bundle.plan is not None
     figures = mixed_bundle.plan["graph"]
-    graph = ir.load(mixed_bundle.model_path).graph
+    graph = ir.load(mixed_bundle.model_path(mixed_bundle.stages[0])).graph
     assert figures["matmuls"] == [node.op_type for node in graph].count("MatMul")
     gathers = [node for node in graph if node.op_type == "Gather"]
     assert figures["order_gathers"] == len(gathers) - len(float_gathers(tiny_policy)) > 0
@@ -120,7 +120,7 @@ def test_golden_prompts_have_different_lengths(mixed_bundle: Bundle) -> None:
 def test_every_packed_bucket_becomes_matmulnbits(
     mixed_bundle: Bundle, tiny_policy: OftPolicy, tmp_path: Path
 ) -> None:
-    packed = packed_matmuls(mixed_bundle.model_path, tmp_path / "optimized.onnx")
+    packed = packed_matmuls(mixed_bundle.model_path(mixed_bundle.stages[0]), tmp_path / "optimized.onnx")
     plan = mixed_plan(tiny_policy)
     couplings = find_couplings(plan.widths, plan.weights_per_channel)
     coupled = couple_mlps(float_graph(tiny_policy), plan.widths, couplings)
@@ -146,7 +146,7 @@ def test_stored_bytes_are_the_plans_without_constant_units(
     # Up to three channels of zeros a layer fill its 2-bit bucket.
     assert expected <= stored <= 1.02 * expected
     assert stored < plan.weight_bytes
-    data = (mixed_bundle.path / "model.onnx.data").stat().st_size
+    data = (mixed_bundle.path / "policy.onnx.data").stat().st_size
     assert data <= sum(mixed_bundle.weight_bytes.values())
 
 
@@ -163,7 +163,7 @@ def test_uniform_bytes_are_exactly_the_plans(
 
 
 def test_checkpoint_weights_are_stored_in_16_bits(float_bundle: Bundle) -> None:
-    graph = ir.load(float_bundle.model_path).graph
+    graph = ir.load(float_bundle.model_path(float_bundle.stages[0])).graph
     wide = [
         value.name
         for value in graph.initializers.values()
@@ -187,9 +187,9 @@ def test_dead_layers_are_absent(tiny_policy: OftPolicy) -> None:
 
 def test_graph_does_not_name_the_exporting_machine(mixed_bundle: Bundle) -> None:
     assert (
-        b"/" + Path(__file__).parents[1].name.encode() not in mixed_bundle.model_path.read_bytes()
+        b"/" + Path(__file__).parents[1].name.encode() not in mixed_bundle.model_path(mixed_bundle.stages[0]).read_bytes()
     )
-    assert b".py" not in mixed_bundle.model_path.read_bytes()
+    assert b".py" not in mixed_bundle.model_path(mixed_bundle.stages[0]).read_bytes()
 
 
 def test_token_policy_with_two_cameras_puts_out_the_greedy_action(
@@ -245,9 +245,18 @@ def test_float_graph_of_another_policy_is_refused(
         export_bundle(tiny_policy, None, CPU, [], tmp_path / "b", graph)
 
 
-def test_layer_missing_from_the_graph_is_refused(tiny_policy: OftPolicy) -> None:
+def test_layer_missing_from_the_graph_is_refused(
+    tiny_policy: OftPolicy,
+    tiny_observations: Observations,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dead = tiny_policy.module.get_submodule(
         f"vision_backbone.featurizer.encoder.layer.{TINY_SIZE.vision_depth - 1}.mlp.fc1"
     )
+    layers = {**tiny_policy.layers(), "tower.dead": dead}
+    monkeypatch.setattr(OftPolicy, "layers", lambda self: layers)
     with pytest.raises(ExportError, match=r"not found in the exported graph.*tower\.dead"):
-        _tag_layers(float_graph(tiny_policy).clone(), {"tower.dead": dead})
+        export_bundle(
+            tiny_policy, None, CPU, tiny_observations(1), tmp_path / "b", float_graph(tiny_policy)
+        )

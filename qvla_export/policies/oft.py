@@ -114,6 +114,8 @@ class OftPolicy:
         spec = self.processor.spec
         if layers_per_stage is None:
             return (whole_stage(self.module, spec, self._executed),)
+        if layers_per_stage < 1:
+            raise CheckpointError(f"layers_per_stage must be at least 1, got {layers_per_stage}")
         return cut_stages(self.module, spec, self._executed, layers_per_stage)
 
     def read_weight(self, name: str) -> NDArray[np.float32]:
@@ -174,6 +176,11 @@ def load_oft_policy(
     if not checkpoint.is_dir():
         raise CheckpointError(f"checkpoint folder not found: {checkpoint}")
     config = config or load_config(checkpoint)
+    if config.head == "tokens" and not resident:
+        raise CheckpointError(
+            f"{checkpoint}: a policy with a token head must be loaded whole; the table of its "
+            "bins is not among the weights that stay on disk"
+        )
     weights = open_weights(checkpoint, config)
     module = (load_module if resident else empty_module)(checkpoint, config, weights)
     image = load_image_spec(checkpoint / "preprocessor_config.json")
