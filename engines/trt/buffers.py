@@ -35,10 +35,14 @@ class Buffers:
         self._device = device
         self.addresses: dict[str, Address] = {}
         self._pinned: dict[str, NDArray[Any]] = {}
-        for spec in tensors:
-            if spec.name not in self.addresses:
-                nbytes = _size(ranges[spec.name].max) * np.dtype(spec.dtype).itemsize
-                self.addresses[spec.name] = device.allocate(nbytes)
+        try:
+            for spec in tensors:
+                if spec.name not in self.addresses:
+                    nbytes = _size(ranges[spec.name].max) * np.dtype(spec.dtype).itemsize
+                    self.addresses[spec.name] = device.allocate(nbytes)
+        except BaseException:
+            self.free()
+            raise
         for spec in at_host:
             self._pinned[spec.name] = device.pinned((_size(ranges[spec.name].max),), spec.dtype)
 

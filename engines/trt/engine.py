@@ -1,7 +1,7 @@
 """TensorRT engines of a bundle, checked before they are loaded, run as one `Engine`."""
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from engines.trt.admission import (
     require_version,
 )
 from engines.trt.buffers import Buffers
-from engines.trt.device import Device, PycudaDevice
+from engines.trt.device import Device, DeviceError, PycudaDevice
 from engines.trt.failures import explain
 from engines.trt.log import Log
 from engines.trt.modules import TrtModule, load_module
@@ -112,6 +112,21 @@ class TensorRtEngine:
         check_feeds(self.inputs, feeds)
         shapes = {name: tuple(value.shape) for name, value in feeds.items()}
         self._require_in_range(shapes)
+        try:
+            return self._run(feeds, shapes)
+        except BaseException:
+            # What was put into the stream must not run into the next action's buffers.
+            with suppress(DeviceError):
+                self._device.synchronize()
+            raise
+
+    def close(self) -> None:
+        """Free graphs, contexts, buffers and the GPU; `infer` fails afterwards."""
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def _run(self, feeds: Feeds, shapes: dict[str, Shape]) -> dict[str, NDArray[Any]]:
         device, stages = self._device, self._bundle.stages
         events = [device.record()]
         for name, value in feeds.items():
@@ -131,12 +146,6 @@ class TensorRtEngine:
         for stage in stages:
             self._runners[stage.name].capture(_of(stage, shapes))
         return results
-
-    def close(self) -> None:
-        """Free graphs, contexts, buffers and the GPU; `infer` fails afterwards."""
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.close()
 
     def _open(
         self,
