@@ -7,8 +7,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.bundle import TensorSpec
+from qvla_export.bundle import PLAN, Bundle, TensorSpec
 from qvla_export.errors import QvlaError
+from qvla_export.plan import BitPlan
 
 _Self = TypeVar("_Self")  # typing.Self needs Python 3.11
 Feeds = Mapping[str, NDArray[Any]]
@@ -60,6 +61,11 @@ class Engine(Protocol):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
+
+
+def rounds_activations(bundle: Bundle) -> bool:
+    """Say whether a bundle's plan rounds activations to integers."""
+    return bundle.plan is not None and BitPlan.load(bundle.path / PLAN).activations is not None
 
 
 def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds) -> None:

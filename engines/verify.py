@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine, EngineError, Feeds
+from engines.base import Engine, EngineError, Feeds, rounds_activations
 from engines.drift import ActionDrift, action_drift
 from engines.targets import find_target
 from engines.thresholds import Thresholds, thresholds_for
 from qvla_export.artifacts import require_same
-from qvla_export.bundle import PLAN, Bundle, Golden
-from qvla_export.plan import BitPlan
+from qvla_export.bundle import Bundle, Golden
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -264,12 +263,11 @@ def _plan_error(bundle: Bundle, golden: Golden) -> ActionDrift:
 
 def _thresholds(bundle: Bundle, plan_error: ActionDrift) -> Thresholds:
     planned = bundle.plan is not None
-    rounded = planned and BitPlan.load(bundle.path / PLAN).activations is not None
     return thresholds_for(
         find_target(bundle.target).compute,
         plan_error if planned else None,
         plan_error,
-        rounded,
+        rounds_activations(bundle),
     )
 
 
