@@ -39,7 +39,9 @@ def key_path() -> Path:
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON statement with the seal of this machine, making the key if there is none."""
-    write_json(path, {**value, SEAL: _seal(value, _key(make=True))})
+    key = _key(make=True)
+    assert key is not None
+    write_json(path, {**value, SEAL: _seal(value, key)})
 
 
 def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
@@ -59,11 +61,7 @@ def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
         raise NotVouchedFor(f"{what} {path} must be an object with a seal; {remedy}")
     stated = value.pop(SEAL, None)
     key = _key(make=False)
-    if (
-        key is None
-        or not isinstance(stated, str)
-        or not hmac.compare_digest(stated.encode(), _seal(value, key).encode())
-    ):
+    if key is None or not isinstance(stated, str) or not _agrees(stated, value, key):
         raise NotVouchedFor(
             f"{what} {path} was not made by this user on this machine, or was changed since; "
             f"{remedy}"
@@ -71,8 +69,15 @@ def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
     return value
 
 
-def _seal(value: Mapping[str, Any], key: bytes | None) -> str:
-    assert key is not None
+def _agrees(stated: str, value: Mapping[str, Any], key: bytes) -> bool:
+    try:
+        expected = _seal(value, key)
+    except ValueError:  # NaN, which no statement of ours holds
+        return False
+    return hmac.compare_digest(stated.encode(errors="replace"), expected.encode())
+
+
+def _seal(value: Mapping[str, Any], key: bytes) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
