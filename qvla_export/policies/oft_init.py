@@ -121,11 +121,22 @@ def save_checkpoint(
     """
     with new_folder(path) as folder:
         save_module(module, folder, step)
-        (folder / "config.json").write_text(upstream_config(module.arch))
-        (folder / "preprocessor_config.json").write_text(_preprocessor(module.arch))
-        write_json(folder / "dataset_statistics.json", statistics)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        save_config(config, folder)
+        save_description(folder, module.arch, config, tokenizer, statistics)
+
+
+def save_description(
+    folder: Path,
+    arch: OftArchitecture,
+    config: OftConfig,
+    tokenizer: Tokenizer,
+    statistics: Mapping[str, Any],
+) -> None:
+    """Write everything but the weights into an existing folder; see `save_checkpoint`."""
+    (folder / "config.json").write_text(upstream_config(arch))
+    (folder / "preprocessor_config.json").write_text(_preprocessor(arch))
+    write_json(folder / "dataset_statistics.json", statistics)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_config(config, folder)
 
 
 def _preprocessor(arch: OftArchitecture) -> str:
