@@ -45,9 +45,9 @@ ARITHMETIC: Mapping[ComputeType, Arithmetic] = {
 # Independent errors add in quadrature: a tenth of the plan's makes the policy's error 0.5 % larger.
 # Where activations are rounded, the last bits of the arithmetic decide ties, each a whole code: the
 # engine's error is a draw of the same kind as the plan's own. Measured with 8-bit weights and
-# activations on ONNX Runtime, reference policy: up to 0.40 of the plan's RMS in a dimension and 0.61
-# of its largest difference, while the error of the whole was 1.04 of the plan's. Three quarters of
-# the RMS would make it 1.25.
+# activations on ONNX Runtime, reference policy: up to 0.40 of the plan's RMS in a dimension and
+# 0.61 of its largest difference, while the error of both together was 1.04 of the plan's. Three
+# quarters of the RMS would make it 1.25.
 _ROUNDED_SHARE = 0.75
 # The largest difference of a few observations varies more than the RMS does.
 _MAX_SHARES = 2
