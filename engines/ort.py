@@ -11,8 +11,6 @@ from qvla_export.bundle import Bundle, Stage, TensorSpec
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 _UNPACK = "session.disable_quant_qdq"
-# Only where u8 x s8 products saturate, on x86-64 without VNNI: exact and a little slower.
-_EXACT_INTEGERS = "session.x64quantprecision"
 _ERRORS_ONLY = 3
 # "packed": MatMulNBits reads the stored codes. "unpacked": codes become float32 at load; the memory
 # of a float policy, and its speed where many rows make a layer compute-bound.
@@ -136,8 +134,7 @@ def session_options(bundle: Bundle, threads: int | None, weights: WeightForm = "
     options = ort_options(bundle.engine_options.get("accuracy_level", 0), threads, weights)
     if rounds_activations(bundle):
         # Elsewhere ONNX Runtime 1.32 then fails on 8-bit weights that have no zero point.
-        options.add_session_config_entry(_EXACT_INTEGERS, "1")
-    return options
+        return options
 
 
 def ort_options(level: object, threads: int | None, weights: WeightForm = "packed") -> Any:
