@@ -128,7 +128,8 @@ def action_safety(
     high = np.where(high > limits.high, np.nextafter(high, np.float32(-np.inf)), high)
     return ActionSafety(
         low=low,
-        high=np.maximum(low, high),
+        # A dimension that never moves keeps one value.
+        high=np.where(limits.low == limits.high, low, high),
         hold=np.asarray(hold, np.float32),
         safe=np.full(low.shape, np.nan, np.float32) if safe is None else safe.astype(np.float32),
         max_step=(

@@ -13,6 +13,7 @@ from qvla_export.cli import (
     judging_commands,
     predicting,
     robot,
+    running,
     simulation,
     verifying,
 )
@@ -195,5 +196,6 @@ checking.register(app)
 building.register(app)
 verifying.register(app)
 robot.register(app)
+running.register(app)
 predicting.register(app)
 deploying.register(app)
