@@ -6,7 +6,7 @@ from typing import Any, Literal
 import onnxruntime
 from numpy.typing import NDArray
 
-from engines.base import EngineError, Feeds, check_feeds, rounds_activations
+from engines.base import EngineError, Feeds, check_feeds
 from qvla_export.bundle import Bundle, Stage, TensorSpec
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -131,10 +131,7 @@ def session_options(bundle: Bundle, threads: int | None, weights: WeightForm = "
     `accuracy_level` 0 computes with float32 activations. Without it ONNX Runtime 1.32 uses 4:
     activations rounded to 8 bits per block, about 0.5 % of a layer's largest output away.
     """
-    options = ort_options(bundle.engine_options.get("accuracy_level", 0), threads, weights)
-    if rounds_activations(bundle):
-        # Elsewhere ONNX Runtime 1.32 then fails on 8-bit weights that have no zero point.
-        return options
+    return ort_options(bundle.engine_options.get("accuracy_level", 0), threads, weights)
 
 
 def ort_options(level: object, threads: int | None, weights: WeightForm = "packed") -> Any:
