@@ -13,7 +13,7 @@ import pytest
 from graph_checks import require_clean
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_bundles import make_bundle, mixed_plan
+from tiny_bundles import float_graph, make_bundle, mixed_plan
 from typer.testing import CliRunner
 from wrong_graphs import BLOCK, CASES, Case, Graph, int4, model
 
@@ -26,7 +26,7 @@ from engines.check.runtimes import READERS, oldest_version, reader
 from engines.targets import CPU, TARGETS, find_target
 from engines.trt.log import Log
 from engines.trt.modules import BuildError, load_module
-from engines.trt.network import parse_stage
+from engines.trt.network import Network, parse_stage
 from qvla_export.bundle import Bundle
 from qvla_export.cli.commands import app
 from qvla_export.errors import ArtifactError
@@ -68,15 +68,26 @@ def test_what_the_real_parser_and_builder_say(case: Case, tmp_path: Path) -> Non
     assert ("accepts" if builds(tmp_path / "case.onnx") else "rejects") == case.parser
 
 
+def parse(path: Path, log: Log) -> Network | None:
+    """Parse a graph with TensorRT-RTX; None if it is refused."""
+    try:
+        return parse_stage(load_module(find_target("rtx4070")), path, find_target("rtx4070"), log)
+    except BuildError:
+        return None
+
+
+def parses(path: Path) -> bool:
+    pytest.importorskip("tensorrt_rtx")
+    return parse(path, Log(load_module(find_target("rtx4070")))) is not None
+
+
 def builds(path: Path) -> bool:
     """Say whether TensorRT-RTX parses a graph and builds an engine for the RTX 4070."""
     pytest.importorskip("tensorrt_rtx")
-    target = find_target("rtx4070")
-    module = load_module(target)
+    module = load_module(find_target("rtx4070"))
     log = Log(module)
-    try:
-        network = parse_stage(module, path, target, log)
-    except BuildError:
+    network = parse(path, log)
+    if network is None:
         return False
     config = network.builder.create_builder_config()
     config.num_compute_capabilities = 1
@@ -172,6 +183,27 @@ def test_no_graph_stops_the_check(data: st.DataObject) -> None:
 
     target = data.draw(st.sampled_from(sorted(TARGETS)))
     assert all(finding.rule in RULES for finding in check(model(build), target))
+
+
+def test_what_the_real_parser_rejects_is_found(tiny_policy: OftPolicy, tmp_path: Path) -> None:
+    """One input of one node of a real policy gets another type, a dozen times."""
+    path, generator = tmp_path / "cast.onnx", np.random.default_rng(0)
+    other = [ir.DataType[name] for name in ("FLOAT16", "INT8", "INT32", "INT64", "BOOL")]
+    rejected = 0
+    for _ in range(12):
+        changed = float_graph(tiny_policy).clone()
+        node = generator.choice(np.array([n for n in changed.graph if n.inputs], object))
+        index = int(generator.integers(len(node.inputs)))
+        cast = ir.Node(
+            "", "Cast", [node.inputs[index]], {"to": ir.AttrInt64("to", generator.choice(other))}
+        )
+        changed.graph.insert_before(node, cast)
+        node.replace_input_with(index, cast.outputs[0])
+        ir.save(changed, path)
+        if not parses(path):
+            rejected += 1
+            assert errors(check_model(path, find_target("rtx4070"))), (node, index, cast)
+    assert rejected > 5
 
 
 def test_only_the_first_untyped_node_is_reported() -> None:

@@ -74,11 +74,20 @@ def open_graph(path: Path, stage: str) -> CheckedGraph:
 
 
 def of_model(model: "ir.Model", stage: str) -> CheckedGraph:
-    """Return a graph in memory for checking; its values get the types that ONNX infers."""
+    """Return a graph in memory for checking; its values get the types that ONNX infers.
+
+    Types that the file states of values inside the graph are not believed.
+    """
     from onnx_ir.passes.common import ShapeInferencePass
 
-    # It logs a traceback where a node is wrong; the rules say so in one line.
-    logging.getLogger("onnx_ir.passes.common.shape_inference").setLevel(logging.ERROR)
+    # They log what is missing or wrong value by value; the rules say so in one line.
+    for chatty in ("onnx_ir.passes.common.shape_inference", "onnx_ir.serde"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in outputs:
+                value.type = None
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
     return CheckedGraph(stage, model)
 
@@ -101,6 +110,21 @@ def missing_inputs(node: "ir.Node", schema: "onnx.defs.OpSchema") -> str | None:
         if node.inputs[index] is None:
             return f"its input {index}, the node leaves it out"
     return None
+
+
+def foreign_types(
+    node: "ir.Node", schema: "onnx.defs.OpSchema"
+) -> "list[tuple[ir.Value, list[str]]]":
+    """Return the inputs whose element type the operator does not have, with those it has."""
+    found = []
+    last = len(schema.inputs) - 1
+    for index, value in enumerate(node.inputs):
+        if value is None or value.dtype is None:
+            continue
+        allowed = schema.inputs[min(index, last)].types
+        if f"tensor({value.dtype.name.lower()})" not in allowed:
+            found.append((value, sorted(allowed)))
+    return found
 
 
 def type_groups(node: "ir.Node", schema: "onnx.defs.OpSchema") -> "list[list[ir.Value]]":

@@ -7,6 +7,7 @@ from engines.check.model import (
     CheckedGraph,
     constant_root,
     dtype_name,
+    foreign_types,
     missing_inputs,
     schema_of,
     shape_of,
@@ -87,6 +88,17 @@ def check_operators(graph: CheckedGraph, target: Target) -> None:
             continue
         if (wrong := missing_inputs(node, schema)) is not None:
             graph.add("operator.inputs", node, f"{node.op_type} needs {wrong}; export it again")
+            continue
+        foreign = foreign_types(node, schema)
+        for value, allowed in foreign:
+            if missing_type(dtype_name(value), target) is None:
+                graph.add(
+                    "operator.type",
+                    node,
+                    f"{node.op_type} of operator set {graph.opset} takes {', '.join(allowed)}, "
+                    f"{value.name!r} is {dtype_name(value)}; insert a Cast",
+                )
+        if foreign:
             continue
         _check_equal_types(graph, node, type_groups(node, schema))
         if is_tensorrt(target) and (operator := OPERATORS.get(node.op_type)) is not None:
