@@ -80,7 +80,7 @@ def test_a_local_build_is_loaded(bundle: Bundle, folder: Path) -> None:
 @pytest.mark.parametrize("suffix", [".engine", ".json"])
 def test_a_missing_engine_names_the_command(bundle: Bundle, folder: Path, suffix: str) -> None:
     (folder / f"decoder{suffix}").unlink()
-    with pytest.raises(EngineError, match="no engine of stage 'decoder'.*qvla build"):
+    with pytest.raises(EngineError, match=r"no engine of stage 'decoder'.*qvla build"):
         load_engine(bundle, engines=folder)
 
 
