@@ -40,7 +40,8 @@ class Progress:
 
     def finish(self, phase: str) -> None:
         """End a phase."""
-        self._report(phase, self._steps.pop(phase, 1))
+        self._report(phase, self._steps.get(phase, 1))
+        self._steps.pop(phase, None)
 
     def _report(self, phase: str, done: int) -> None:
         # Called by native code, which an exception must not cross.
