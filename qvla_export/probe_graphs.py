@@ -17,7 +17,7 @@ from qvla_export.quantize import QuantizerSpec, spec_for
 from qvla_export.target import Target
 
 # A product big enough that its start does not count; enough of them to come from memory.
-_WIDTH, _PRODUCTS = 2048, 6
+_WIDTH, _PRODUCTS = 1024, 12
 # A product of no size, whose time is its start.
 _SMALL_WIDTH, _SMALL_PRODUCTS = 16, 100
 

@@ -140,15 +140,15 @@ def plan(
 ) -> None:
     """Allocate bits to channels under a budget, and under a predicted latency if one is given."""
     from engines.targets import find_target
-    from qvla_export.cli import stages
+    from qvla_export.cli import prediction, stages
     from qvla_export.sensitivity import Sensitivities
 
     folder, wanted, device = RunFolder(run), parse_setting(setting), find_target(target)
     measured = Sensitivities.load(made(folder.sensitivities, "sensitivities"))
     limit = None
     if max_predicted_ms is not None:
-        asked = (max_predicted_ms, power_mode, rates, policy, preset)
-        limit = predicting.latency_limit(measured, wanted, device, *asked)
+        where = prediction.Device(device, power_mode, rates)
+        limit = prediction.latency_limit(max_predicted_ms, where, measured, wanted, policy, preset)
     planned = stages.plan(
         folder, wanted, device, measured.policy_digest, activations_method, limit, method
     )
@@ -160,7 +160,7 @@ def plan(
         f"{planned.stored_bits_per_weight:.2f} stored, {planned.ratio:.3f} of float16 "
         f"-> {folder.plan(wanted)}"
     )
-    typer.echo(predicting.plan_figures(planned, measured, wanted, device, limit))
+    typer.echo(prediction.plan_figures(planned, measured, wanted, device, limit))
 
 
 @app.command()
