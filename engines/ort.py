@@ -1,16 +1,19 @@
 """ONNX Runtime on a CPU, or on a GPU by its CUDA execution provider."""
 
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import onnxruntime
 from numpy.typing import NDArray
 
-from engines.base import EngineError, Feeds, check_feeds
+from engines.base import EngineError, Feeds, check_feeds, rounds_activations
 from qvla_export.bundle import Bundle, Stage, TensorSpec
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 _UNPACK = "session.disable_quant_qdq"
+# Products of u8 x u8 instead of u8 x s8.
+_EXACT_INTEGERS = "session.x64quantprecision"
 _ERRORS_ONLY = 3
 # "packed": MatMulNBits reads the stored codes. "unpacked": codes become float32 at load; the memory
 # of a float policy, and its speed where many rows make a layer compute-bound.
@@ -131,7 +134,30 @@ def session_options(bundle: Bundle, threads: int | None, weights: WeightForm = "
     `accuracy_level` 0 computes with float32 activations. Without it ONNX Runtime 1.32 uses 4:
     activations rounded to 8 bits per block, about 0.5 % of a layer's largest output away.
     """
-    return ort_options(bundle.engine_options.get("accuracy_level", 0), threads, weights)
+    options = ort_options(bundle.engine_options.get("accuracy_level", 0), threads, weights)
+    if rounds_activations(bundle) and saturates(_cpu_description()):
+        # Not elsewhere: ONNX Runtime 1.32 then fails on 8-bit weights of float activations, and
+        # where integers do not saturate the same numbers take four times as long.
+        options.add_session_config_entry(_EXACT_INTEGERS, "1")
+    return options
+
+
+def saturates(cpu_description: str) -> bool:
+    """Say whether 8-bit products overflow 16 bits: on x86-64 without VNNI or AMX.
+
+    Args:
+        cpu_description: Linux's /proc/cpuinfo; only x86 CPUs have a line "flags" in it.
+    """
+    lines = (line.partition(":") for line in cpu_description.splitlines())
+    flags = next((value.split() for key, _, value in lines if key.strip() == "flags"), None)
+    return flags is not None and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags)
+
+
+def _cpu_description() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return ""
 
 
 def ort_options(level: object, threads: int | None, weights: WeightForm = "packed") -> Any:

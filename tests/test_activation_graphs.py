@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ort_graphs import LAYER, constant, conv_model, float_options, linear_model, run_model
 from torch import nn
 
+from engines.ort import saturates
 from engines.targets import CPU, RTX4070
 from qvla_export.activations import ActivationRanges
 from qvla_export.bucketize import bucketize
@@ -48,7 +49,7 @@ def kernels(model: ir.Model, folder: Path) -> Counter[str]:
 
 def rounded_layer(model: ir.Model, widths: NDArray[np.int8], limit: float) -> ir.Model:
     activated = quantize_activations(model, ranges_of(limit, LAYER), CPU)
-    return keep_integer_products(bucketize(activated, {LAYER: widths}, SPEC))
+    return keep_integer_products(bucketize(activated, {LAYER: widths}, SPEC, CPU))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -111,7 +112,7 @@ def test_layers_of_one_input_are_rounded_once_and_still_merge(tmp_path: Path) ->
     model = quantize_activations(parallel_layers(), ranges_of(3.0, "t.a", "t.b"), CPU)
     widths = {name: np.full(64, 8, np.int8) for name in ("t.a", "t.b")}
     merged, widths = merge_parallel(model, widths)
-    used = kernels(keep_integer_products(bucketize(merged, widths, SPEC)), tmp_path)
+    used = kernels(keep_integer_products(bucketize(merged, widths, SPEC, CPU)), tmp_path)
     assert used["QuantizeLinear"] == used["MatMulIntegerToFloat"] == 1
     uneven = ActivationRanges(8, "max", {"t.a": 3.0, "t.b": 2.0})
     with pytest.raises(ExportError, match="must share its range"):
@@ -136,3 +137,17 @@ def test_what_no_target_multiplies_is_refused() -> None:
         quantize_activations(parallel_layers(), ranges_of(1.0, "t.a"), floats)
     with pytest.raises(UnsupportedOnTarget, match="simulated in torch only"):
         quantize_activations(parallel_layers(), ActivationRanges(4, "max", {"t.a": 1.0}), CPU)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 fma\n", True),
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx_vnni\n", False),
+        ("flags\t\t: avx512_vnni\n", False),
+        ("processor\t: 0\nFeatures\t: fp asimd asimddp\n", False),
+        ("", False),
+    ],
+)
+def test_exact_integers_are_for_cpus_whose_products_saturate(cpuinfo: str, expected: bool) -> None:
+    assert saturates(cpuinfo) == expected
