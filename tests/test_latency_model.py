@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_cli import qvla
 from test_plan import random_sensitivities
 
 from engines.kernel_rates import ORIN_RATES, PublishedFigure, kernel_rates, published_figures
@@ -286,35 +285,3 @@ def test_device_rates_round_trip_and_refuse_damage(tmp_path: Path) -> None:
         path.write_text(json.dumps(value | change))
         with pytest.raises(ArtifactError, match="device rates"):
             DeviceRates.load(path)
-
-
-def test_the_command_labels_everything_as_predicted(tmp_path: Path) -> None:
-    output = tmp_path / "predicted.json"
-    shown = qvla(
-        "predict", "--geometry", "openvla-oft-7b", "--bits", "8:0.5,4:0.4,0:0.1", "--json", output
-    )
-    assert shown.code == 0, shown.err
-    lines = shown.out.splitlines()
-    assert "predicted, not measured" in lines[0]
-    rows = [line for line in lines if " ms " in line]
-    assert len(rows) == 2 * len(ORIN_JP7.power_modes)
-    assert all("predicted" in row for row in rows)
-    stored = json.loads(output.read_text())["rows"]
-    assert all(row["low_ms"] < row["predicted_ms"] < row["high_ms"] for row in stored)
-    one = qvla("predict", "--geometry", "openvla-7b", "--target", "rtx4070", "--power-mode", "200W")
-    assert one.code == 0 and one.out.count("predicted ") == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "one of the two"),
-        (("--geometry", "openvla-7b", "--bits", "3"), "add up to 1"),
-        (("--geometry", "openvla-7b", "--bits", "8:0.5,4:0.4"), "add up to 1"),
-        (("--geometry", "openvla-7b", "--target", "cpu"), "qvla rates"),
-        (("--geometry", "openvla-7b", "--power-mode", "60W"), "no power mode '60W'"),
-        (("--geometry", "openvla-7b", "--rates", "nowhere.json"), "not found"),
-    ],
-)
-def test_the_command_refuses(arguments: tuple[str, ...], message: str) -> None:
-    assert message in qvla("predict", *arguments).error
