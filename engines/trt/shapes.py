@@ -46,15 +46,31 @@ class ShapeRange:
 
 
 def input_ranges(inputs: Sequence[TensorSpec], prompt: PromptRange) -> dict[str, ShapeRange]:
-    """Return the ranges of a bundle's inputs; every named dimension is a prompt length."""
+    """Return the ranges of a bundle's inputs.
+
+    A named dimension is "prompt", its length in tokens, or "prompt+N": the whole sequence.
+
+    Raises:
+        BuildError: another name.
+    """
 
     def at(spec: TensorSpec, length: int) -> Shape:
-        return tuple(length if isinstance(size, str) else size for size in spec.shape)
+        return tuple(_size(size, length) if isinstance(size, str) else size for size in spec.shape)
 
     return {
         spec.name: ShapeRange(*(at(spec, n) for n in (prompt.min, prompt.opt, prompt.max)))
         for spec in inputs
     }
+
+
+def _size(name: str, prompt: int) -> int:
+    base, _, more = name.partition("+")
+    if base != "prompt" or (more and not more.isdigit()):
+        raise BuildError(
+            f"a dynamic dimension must be named 'prompt' or 'prompt+N', got {name!r}; "
+            "export the bundle with this version"
+        )
+    return prompt + int(more or 0)
 
 
 def ranges_to_json(ranges: Mapping[str, ShapeRange]) -> dict[str, list[list[int]]]:

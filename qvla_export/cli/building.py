@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from qvla_export.artifacts import versions, write_json
 from qvla_export.cli.verifying import require_target
 
 if TYPE_CHECKING:
@@ -15,12 +16,16 @@ if TYPE_CHECKING:
 
     from engines.trt.builder import BuildSettings
     from engines.trt.sidecar import Sidecar
+    from engines.trt.sizes import BundleSizes
     from qvla_export.bundle import Bundle
+
+_SIZES_FORMAT = "qvla.sizes/1"
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(build)
+    app.command()(sizes)
 
 
 def build(
@@ -70,6 +75,30 @@ def build(
     _verify(loaded, folder)
 
 
+def sizes(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders.")],
+    output: Annotated[Path | None, typer.Option("--output", help="The same as JSON.")] = None,
+) -> None:
+    """Compare the bytes a plan promises with those of the graph and of the TensorRT engine.
+
+    Engines are built if they are not there and can be built on this machine.
+    """
+    from engines.trt.sizes import measure_sizes
+    from qvla_export.bundle import Bundle
+
+    measured = []
+    for path in bundles:
+        loaded = Bundle.load(path)
+        measured.append(measure_sizes(loaded, *_engines_or_why_not(loaded)))
+    Console().print(_sizes_table(measured))
+    for found in measured:
+        if found.engine_missing:
+            typer.echo(f"{found.name}: no engine: {found.engine_missing}")
+    if output is not None:
+        report = {"format": _SIZES_FORMAT, "bundles": [found.to_json() for found in measured]}
+        write_json(output, {**report, "versions": versions()})
+
+
 def build_with_progress(
     bundle: "Bundle", folder: Path, settings: "BuildSettings | None" = None
 ) -> "tuple[Sidecar, ...]":
@@ -110,6 +139,43 @@ def _verify(bundle: "Bundle", folder: Path) -> None:
         f"verified: cosine {verdict.drift.cosine:.6f}, largest difference "
         f"{verdict.drift.worst:.1e} (normalized) on {verdict.drift.observations} observations"
     )
+
+
+def _engines_or_why_not(bundle: "Bundle") -> "tuple[tuple[Sidecar, ...] | None, str | None]":
+    from engines.targets import find_target
+    from engines.trt.modules import BuildError, is_tensorrt
+    from engines.trt.sidecar import engine_folder
+
+    target = find_target(bundle.target)
+    if not is_tensorrt(target):
+        return None, f"{target.runtime} runs the bundle itself"
+    try:
+        return build_with_progress(bundle, engine_folder(bundle)), None
+    except BuildError as error:
+        return None, str(error)
+
+
+def _sizes_table(measured: "Sequence[BundleSizes]") -> Table:
+    table = Table(title="weights, MB (1e6 bytes)")
+    for column in ("bundle", "target", "plan", "graph", "engine", "off", "engine file", "/ FP16"):
+        table.add_column(column, justify="left" if column in ("bundle", "target") else "right")
+    for found in measured:
+        error = found.engine_error
+        table.add_row(
+            found.name,
+            found.target,
+            _megabytes(found.planned_bytes),
+            _megabytes(found.onnx_bytes),
+            _megabytes(found.engine_weight_bytes),
+            "" if error is None else f"{error:+.1%}",
+            _megabytes(found.engine_bytes),
+            f"{found.ratio:.3f}",
+        )
+    return table
+
+
+def _megabytes(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{nbytes / 1e6:.3f}"
 
 
 def _build_table(sidecars: "Sequence[Sidecar]") -> Table:
