@@ -77,7 +77,7 @@ def export_stage(
     Raises:
         ExportError: a layer is applied more than once.
     """
-    sizes = {name: torch.export.Dim(name, min=2) for name in _dynamic_names(stage)}
+    dynamic = {name: _dimensions(sizes) for name, sizes in stage.dynamic.items()}
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             stage.module,
@@ -87,12 +87,7 @@ def export_stage(
             input_names=list(stage.inputs),
             output_names=[stage.output],
             # One entry for *inputs, the forward's only parameter.
-            dynamic_shapes=(
-                tuple(
-                    {axis: sizes[size] for axis, size in stage.dynamic.get(name, {}).items()}
-                    for name in stage.inputs
-                ),
-            ),
+            dynamic_shapes=(tuple(dynamic.get(name, {}) for name in stage.inputs),),
             verbose=False,
             # Ours happens below: the exporter's own would read every weight to transpose it.
             optimize=False,
@@ -225,20 +220,23 @@ def _tagged_layers(model: ir.Model, layers: Mapping[str, nn.Module]) -> dict[str
     return found
 
 
-def _dynamic_names(stage: PolicyStage) -> set[str]:
-    return {name for sizes in stage.dynamic.values() for name in sizes.values()}
+def _dimensions(sizes: Mapping[int, str]) -> dict[int, Any]:
+    """Sizes that may vary, for the tracer, which takes identifiers only."""
+    return {axis: torch.export.Dim(f"size_{axis}", min=2) for axis in sizes}
 
 
 def _fix_signature(model: ir.Model, policy: Policy, stage: PolicyStage) -> None:
-    """State shapes that the exporter may leave symbolic."""
+    """State the sizes that the exporter leaves symbolic, under their own names."""
     (output,) = model.graph.outputs
     output.dtype = ir.DataType.FLOAT
     spec = policy.processor.spec
     if stage.output == "actions":
         output.shape = ir.Shape((1, spec.horizon, spec.action_dim))
-    elif stage.output.startswith("hidden"):
-        assert output.shape is not None
-        output.shape = ir.Shape((1, "tokens", output.shape[-1]))
+    named = {**stage.dynamic, stage.output: stage.dynamic_output}
+    for value in (*model.graph.inputs, output):
+        assert value.shape is not None
+        sizes = named.get(str(value.name), {})
+        value.shape = ir.Shape([sizes.get(axis, size) for axis, size in enumerate(value.shape)])
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The interface the method is written against: a loaded policy and a batch of its inputs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -41,8 +41,10 @@ class PolicyStage:
     # Input name -> example, batch size 1.
     inputs: Mapping[str, Tensor]
     output: str
-    # Input name -> axis -> name of a size that may vary.
+    # Input name -> axis -> name of a size that may vary: "prompt" (tokens) or "prompt+N".
     dynamic: Mapping[str, Mapping[int, str]]
+    # The same of the output.
+    dynamic_output: Mapping[int, str] = field(default_factory=dict)
 
 
 class Policy(Protocol):

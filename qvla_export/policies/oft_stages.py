@@ -92,7 +92,7 @@ def _decoder(
 ) -> PolicyStage:
     """Decoder blocks [first, last); the first stage embeds, the last one has the final norm."""
     decoder = module.language_model
-    name_out = f"hidden_{last:02d}"
+    name_out, sequence = f"hidden_{last:02d}", {1: _sequence(module, spec)}
 
     def run(hidden: Tensor) -> Tensor:
         output: Tensor = decoder(hidden, None, first, last)
@@ -103,10 +103,12 @@ def _decoder(
 
     if first == 0:
         inputs = {"patches": _patches(module, spec), **_text(module, spec)}
-        return PolicyStage(name, _Part(module, run_first).eval(), inputs, name_out, _PROMPT)
-    tokens = {f"hidden_{first:02d}": {1: "tokens"}}
+        return PolicyStage(
+            name, _Part(module, run_first).eval(), inputs, name_out, _PROMPT, sequence
+        )
+    tokens = {f"hidden_{first:02d}": sequence}
     inputs = {f"hidden_{first:02d}": _hidden(module, spec)}
-    return PolicyStage(name, _Part(module, run).eval(), inputs, name_out, tokens)
+    return PolicyStage(name, _Part(module, run).eval(), inputs, name_out, tokens, sequence)
 
 
 def _head(module: OftModule, spec: ProcessorSpec, act: Callable[[Tensor], Tensor]) -> PolicyStage:
@@ -118,7 +120,8 @@ def _head(module: OftModule, spec: ProcessorSpec, act: Callable[[Tensor], Tensor
 
     inputs = {source: _hidden(module, spec)}
     part = _Part(module, run).eval()
-    return PolicyStage("head", part, inputs, "actions", {source: {1: "tokens"}})
+    sizes = {source: {1: _sequence(module, spec)}}
+    return PolicyStage("head", part, inputs, "actions", sizes)
 
 
 def _device(module: OftModule) -> torch.device:
@@ -144,6 +147,12 @@ def _patches(module: OftModule, spec: ProcessorSpec) -> Tensor:
     patches = len(spec.cameras) * (spec.image.size // patch_size) ** 2
     shape = (1, patches, module.arch.llama.hidden_size)
     return torch.zeros(shape, device=_device(module))
+
+
+def _sequence(module: OftModule, spec: ProcessorSpec) -> str:
+    """Length of the decoder's sequence: prompt, patches, state, action slots, stop."""
+    fixed = _patches(module, spec).shape[1] + bool(spec.state_dim) + module.arch.slots + 1
+    return f"prompt+{fixed}"
 
 
 def _hidden(module: OftModule, spec: ProcessorSpec) -> Tensor:
