@@ -204,8 +204,9 @@ def _zero_points(zero: NDArray[Any]) -> Build:
     return lambda g: g.w8a8(g.codes(INPUTS, 8), g.scales(8), g.const(zero))
 
 
-_int8: Build = lambda g: g.codes(INPUTS, 8)  # noqa: E731  # as the other cases
-_int4: Build = lambda g: int4(g, INPUTS, 8)  # noqa: E731  # as the other cases
+_bitwise: Build = lambda g: g.op("BitwiseNot", g.op("Cast", g.x, to=6))  # noqa: E731  # short
+_int8: Build = lambda g: g.codes(INPUTS, 8)  # noqa: E731  # short
+_int4: Build = lambda g: int4(g, INPUTS, 8)  # noqa: E731  # short
 _fp8 = _weight(lambda g: g.codes(INPUTS, 8, dtype=ml_dtypes.float8_e4m3fn))
 _NO_ZERO_POINTS = np.zeros(8, np.int8)
 Q = "quantization"
@@ -219,7 +220,8 @@ CASES = [
     Case("graph.ir-version", _relu, "accepts", ir_version=14),
     Case("graph.domain", lambda g: g.op("BiasGelu", g.x, g.one(), domain="com.microsoft")),
     Case("graph.untyped", lambda g: g.op("Identity", g.op("Concat", g.x, g.x))),
-    Case("operator.unsupported", lambda g: g.op("BitwiseNot", g.op("Cast", g.x, to=6))),
+    Case("graph.output-type", _relu, "not tried", output=FLOAT),
+    Case("operator.unsupported", _bitwise, output=ir.DataType.INT32),
     Case("operator.unknown", lambda g: g.op("Det", g.x), inputs=8),
     Case(
         "operator.runtime-version",
@@ -237,7 +239,7 @@ CASES = [
         inputs=8,
         dtype=ir.DataType.INT64,
     ),
-    Case("operator.limit", _norm_outputs),
+    Case("operator.limit", _norm_outputs, output=FLOAT),
     Case("operator.limit", lambda g: g.op("Cast", g.x, to=INT8), "accepts", output=INT8),
     Case("operator.limit", lambda g: g.op("Pow", g.x, g.const(np.array(2))), "accepts", "orin-jp6"),
     Case("operator.limit", _int32_slice),

@@ -76,20 +76,30 @@ def open_graph(path: Path, stage: str) -> CheckedGraph:
 def of_model(model: "ir.Model", stage: str) -> CheckedGraph:
     """Return a graph in memory for checking; its values get the types that ONNX infers.
 
-    Types that the file states of values inside the graph are not believed.
+    Types that the file states of anything but inputs and constants are not believed.
     """
     from onnx_ir.passes.common import ShapeInferencePass
 
     # They log what is missing or wrong value by value; the rules say so in one line.
     for chatty in ("onnx_ir.passes.common.shape_inference", "onnx_ir.serde"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    outputs = set(model.graph.outputs)
+    stated = {value: value.type for value in model.graph.outputs}
     for node in model.graph:
         for value in node.outputs:
-            if value not in outputs:
-                value.type = None
+            value.type = None
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
-    return CheckedGraph(stage, model)
+    graph = CheckedGraph(stage, model)
+    for value, kind in stated.items():
+        if value.type is None:
+            value.type = kind
+        elif kind is not None and value.dtype != kind.dtype:
+            graph.add(
+                "graph.output-type",
+                value.producer(),
+                f"output {value.name!r} is stated as {kind.dtype.name} and computed as "
+                f"{dtype_name(value)}; insert a Cast",
+            )
+    return graph
 
 
 def schema_of(node: "ir.Node", opset: int) -> "onnx.defs.OpSchema | None":
