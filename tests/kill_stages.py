@@ -24,7 +24,7 @@ from calibration.evaluation import RolloutConfig
 from calibration.lerobot import LeRobotDataset
 from engines.targets import CPU
 from qvla_export.artifacts import sha256_file, versions, write_json
-from qvla_export.cli import judging, stages
+from qvla_export.cli import exporting, judging, stages
 from qvla_export.cli.opening import PolicySource
 from qvla_export.float_graph import export_float
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
@@ -70,12 +70,12 @@ def all_stages(checkpoint: Path, dataset: Path, policy: OftPolicy) -> list[Stage
         Stage("plan", lambda r: stages.plan(r, W4, CPU, policy.digest), ("settings/w4/plan.json",)),
         Stage(
             "export",
-            lambda r: [stages.export(r, setting, policy, CPU) for setting in (FLOAT, W4)],
+            lambda r: [exporting.export(r, setting, policy, CPU) for setting in (FLOAT, W4)],
             ("settings/w4/bundle", "settings/float/bundle"),
         ),
         Stage(
             "export anew",
-            lambda r: stages.export(r, W4, policy, CPU),
+            lambda r: exporting.export(r, W4, policy, CPU),
             ("settings/w4/bundle",),
             moments=6,
             prepare=damage_bundle,
@@ -204,7 +204,7 @@ def main(checkpoint: Path, dataset: Path, work: Path) -> None:
     torch.set_num_threads(1)
     policy = load_oft_policy(checkpoint)
     # Traced once here, as `qvla deploy` does for all settings of a run.
-    stages._GRAPHS[policy.digest] = export_float(policy, CPU)
+    exporting._GRAPHS[policy.digest, CPU.name] = export_float(policy, CPU)
     before = work / "empty"
     before.mkdir(parents=True)
     write_json(before / "run.json", description(checkpoint, policy))

@@ -169,16 +169,24 @@ def export(
     policy: PolicyOption,
     setting: SettingOption,
     target: TargetOption = "cpu",
+    layers_per_stage: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Decoder blocks a stage: for a policy that does not fit into memory. Default: "
+            "one graph of the whole policy.",
+        ),
+    ] = None,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
 ) -> None:
     """Write the bundle a robot receives: bucketed ONNX, packed weights, golden observations."""
     from engines.targets import find_target
-    from qvla_export.cli import stages
+    from qvla_export.cli import exporting
 
     folder, wanted = RunFolder(run), parse_setting(setting)
-    loaded = open_checkpoint(policy, unnorm_key, preset)
-    bundle = stages.export(folder, wanted, loaded, find_target(target))
+    loaded = open_checkpoint(policy, unnorm_key, preset, resident=layers_per_stage is None)
+    bundle = exporting.export(folder, wanted, loaded, find_target(target), layers_per_stage)
     typer.echo(f"bundle: {bundle.nbytes / 1e6:.2f} MB -> {bundle.path}")
 
 

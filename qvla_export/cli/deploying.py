@@ -121,7 +121,7 @@ def deploy(
 def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     """Run every stage; what is up to date is kept."""
     from engines.targets import find_target
-    from qvla_export.cli import judging, stages
+    from qvla_export.cli import exporting, judging, stages
 
     run, target = wanted.run, find_target(wanted.target)
     _check_inputs(wanted, policy)
@@ -141,7 +141,7 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     for setting in wanted.settings:
         _say(f"{setting.name}: plan, bundle, engine")
         stages.plan(run, setting, target, policy.digest)
-        stages.export(run, setting, policy, target)
+        exporting.export(run, setting, policy, target)
         judging.action_error(run, setting, policy)
     _say("latency, in process and served over HTTP")
     judging.latency(run, wanted.settings, wanted.samples, wanted.threads)

@@ -20,6 +20,8 @@ class PolicySource:
     threads: int | None = None
     # Of a bundle: compute with the stored codes, or make them float32 at load.
     weights: Literal["packed", "unpacked"] = "packed"
+    # Of a checkpoint: False leaves its weights on disk; it can be exported only.
+    resident: bool = True
 
     @property
     def kind(self) -> str:
@@ -59,7 +61,7 @@ class PolicySource:
         if self.preset is not None and self.preset not in PRESETS:
             raise QvlaError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
         config = None if self.preset is None else PRESETS[self.preset]
-        return load_oft_policy(Path(self.place), self.unnorm_key, config)
+        return load_oft_policy(Path(self.place), self.unnorm_key, config, self.resident)
 
     def digest(self, policy: ActionPolicy) -> str:
         """Return the digest of the checkpoint or bundle behind an opened policy."""

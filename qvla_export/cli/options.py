@@ -16,7 +16,10 @@ RunOption = Annotated[Path, typer.Option("--run", help="Run folder, one artifact
 PolicyOption = Annotated[
     Path, typer.Option("--policy", help="Checkpoint folder in the OpenVLA-OFT layout.")
 ]
-TargetOption = Annotated[str, typer.Option("--target", help="Device and runtime: cpu.")]
+TargetOption = Annotated[
+    str,
+    typer.Option("--target", help="Device and runtime: cpu, cuda, rtx4070, orin-jp7 or orin-jp6."),
+]
 UnnormKeyOption = Annotated[
     str | None,
     typer.Option(help="Data set whose statistics un-normalize actions; needed if several."),
@@ -75,15 +78,17 @@ def open_dataset(
     return LeRobotDataset(root, KeyMap(columns, state_column or None))
 
 
-def open_checkpoint(place: Path, unnorm_key: str | None, preset: str | None) -> "OftPolicy":
-    """Load a checkpoint folder on the host.
+def open_checkpoint(
+    place: Path, unnorm_key: str | None, preset: str | None, resident: bool = True
+) -> "OftPolicy":
+    """Load a checkpoint folder on the host; `resident` False leaves its weights on disk.
 
     Raises:
         QvlaError: it is no checkpoint.
     """
     from qvla_export.policies.oft import OftPolicy
 
-    source = PolicySource(str(place), unnorm_key, preset)
+    source = PolicySource(str(place), unnorm_key, preset, resident=resident)
     if source.kind != "checkpoint":
         raise QvlaError(f"{place} must be a checkpoint folder, it is a {source.kind}")
     policy = source()

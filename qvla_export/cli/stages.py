@@ -6,15 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 from rich.progress import Progress
 
 from qvla_export.activation_statistics import ActivationStatistics
 from qvla_export.activations import DEFAULT_METHOD, RangeMethod
 from qvla_export.allocation import AllocationMethod, Budget, LatencyLimit, allocate_bits
-from qvla_export.artifacts import remove_leftovers, require_same, sha256_file
+from qvla_export.artifacts import remove_leftovers, require_same
 from qvla_export.errors import ArtifactError
-from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.quantize import QuantizerSpec, spec_for
 from qvla_export.run_folder import RunFolder, Setting, made
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from calibration.lerobot import LeRobotDataset
     from calibration.samples import CalibrationSet
     from qvla_export.agreement import Agreement
-    from qvla_export.bundle import Bundle
     from qvla_export.policies.oft import OftPolicy
 
 _LOG = logging.getLogger(__name__)
@@ -187,35 +184,6 @@ def _with_activations(run: RunFolder, planned: BitPlan, bits: int, method: Range
     )
 
 
-def export(run: RunFolder, setting: Setting, policy: "OftPolicy", target: Target) -> "Bundle":
-    """Export a setting's bundle, or keep the one of the same policy and plan."""
-    from calibration.samples import CalibrationSet
-    from qvla_export.bundle import Bundle
-    from qvla_export.export import export_bundle
-    from qvla_export.float_graph import export_float
-    from qvla_export.layers import layer_shapes
-
-    path = run.bundle(setting)
-    planned = load_plan(run, setting)
-    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
-    if planned is not None and planned.calibration_digest is not None:
-        require_calibration(calibration, planned.calibration_digest, "plan")
-    golden = calibration.held_out[:8]
-    kept = kept_artifact(path, Bundle.load)
-    if (
-        kept is not None
-        and _is_of(kept, policy, planned, run, setting)
-        and _has_golden(kept, policy, golden)
-    ):
-        return kept
-    if planned is not None:
-        planned.require_fits(layer_shapes(policy.layers()), policy.digest)
-    if policy.digest not in _GRAPHS:
-        _GRAPHS.clear()
-        _GRAPHS[policy.digest] = export_float(policy, target)
-    return export_bundle(policy, planned, target, golden, path, _GRAPHS[policy.digest])
-
-
 def load_plan(run: RunFolder, setting: Setting) -> BitPlan | None:
     """Read a setting's plan; None for float.
 
@@ -227,31 +195,9 @@ def load_plan(run: RunFolder, setting: Setting) -> BitPlan | None:
     return BitPlan.load(made(run.plan(setting), f"plan --setting {setting.name}"))
 
 
-# Policy digest -> float graph, traced once for all settings of a run.
-_GRAPHS: dict[str, Any] = {}
-
-
-def _is_of(
-    bundle: "Bundle", policy: "OftPolicy", planned: BitPlan | None, run: RunFolder, setting: Setting
-) -> bool:
-    if bundle.policy_digest != policy.digest or (bundle.plan is None) != (planned is None):
-        return False
-    stored = bundle.path / "plan.json"
-    return planned is None or sha256_file(stored) == sha256_file(run.plan(setting))
-
-
 def _pairs_in_all(measured: Sensitivities) -> int:
     channels = sum(int(values.shape[1]) for values in measured.values.values())
     return len(measured.widths) * channels
-
-
-def _has_golden(bundle: "Bundle", policy: "OftPolicy", golden: Sequence[Observation]) -> bool:
-    stored = bundle.golden().feeds
-    wanted = [policy.processor.feeds(observation) for observation in golden]
-    return len(stored) == len(wanted) and all(
-        set(a) == set(b) and all(np.array_equal(a[name], b[name]) for name in a)
-        for a, b in zip(stored, wanted, strict=True)
-    )
 
 
 def require_calibration(calibration: "CalibrationSet", digest: str, what: str) -> None:

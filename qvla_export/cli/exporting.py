@@ -1,0 +1,94 @@
+"""The stage that exports bundles, and keeps those that are up to date."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.progress import Progress
+
+from qvla_export.artifacts import sha256_file
+from qvla_export.cli.stages import bar, kept_artifact, load_plan, require_calibration
+from qvla_export.observation import Observation
+from qvla_export.plan import BitPlan
+from qvla_export.run_folder import RunFolder, Setting, made
+from qvla_export.target import Target
+
+if TYPE_CHECKING:
+    from qvla_export.bundle import Bundle
+    from qvla_export.policies.oft import OftPolicy
+
+# Policy digest and target -> float graph.
+_GRAPHS: dict[tuple[str, str], Any] = {}
+
+
+def export(
+    run: RunFolder,
+    setting: Setting,
+    policy: "OftPolicy",
+    target: Target,
+    layers_per_stage: int | None = None,
+) -> "Bundle":
+    """Export a setting's bundle, or keep the one of the same policy, plan, target and stages."""
+    from calibration.samples import CalibrationSet
+    from qvla_export.bundle import Bundle
+    from qvla_export.export import export_bundle
+    from qvla_export.layers import layer_shapes
+
+    path = run.bundle(setting)
+    planned = load_plan(run, setting)
+    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    if planned is not None and planned.calibration_digest is not None:
+        require_calibration(calibration, planned.calibration_digest, "plan")
+    golden = calibration.held_out[:8]
+    kept = kept_artifact(path, Bundle.load)
+    stages = [stage.name for stage in policy.stages(layers_per_stage)]
+    if (
+        kept is not None
+        and (kept.target, [stage.name for stage in kept.stages]) == (target.name, stages)
+        and _is_of(kept, policy, planned, run, setting)
+        and _has_golden(kept, policy, golden)
+    ):
+        return kept
+    if planned is not None:
+        planned.require_fits(layer_shapes(policy.layers()), policy.digest)
+    graph = _float_graph(policy, target) if layers_per_stage is None else None
+    with Progress(transient=True) as progress:
+        return export_bundle(
+            policy,
+            planned,
+            target,
+            golden,
+            path,
+            graph,
+            layers_per_stage=layers_per_stage,
+            on_progress=bar(progress, "stages"),
+        )
+
+
+def _float_graph(policy: "OftPolicy", target: Target) -> Any:
+    """Trace the policy once for all settings of a run."""
+    from qvla_export.float_graph import export_float
+
+    key = (policy.digest, target.name)
+    if key not in _GRAPHS:
+        _GRAPHS.clear()
+        _GRAPHS[key] = export_float(policy, target)
+    return _GRAPHS[key]
+
+
+def _is_of(
+    bundle: "Bundle", policy: "OftPolicy", planned: BitPlan | None, run: RunFolder, setting: Setting
+) -> bool:
+    if bundle.policy_digest != policy.digest or (bundle.plan is None) != (planned is None):
+        return False
+    stored = bundle.path / "plan.json"
+    return planned is None or sha256_file(stored) == sha256_file(run.plan(setting))
+
+
+def _has_golden(bundle: "Bundle", policy: "OftPolicy", golden: Sequence[Observation]) -> bool:
+    stored = bundle.golden().feeds
+    wanted = [policy.processor.feeds(observation) for observation in golden]
+    return len(stored) == len(wanted) and all(
+        set(a) == set(b) and all(np.array_equal(a[name], b[name]) for name in a)
+        for a, b in zip(stored, wanted, strict=True)
+    )
