@@ -22,13 +22,21 @@ _WIDTH, _PRODUCTS = 1024, 12
 _SMALL_WIDTH, _SMALL_PRODUCTS = 16, 100
 
 
-def probe_graphs(target: Target) -> tuple[Probe, ...]:
-    """Return the probes of a target: float, each stored width, 8-bit activations, launches."""
+def probe_graphs(
+    target: Target, width: int = _WIDTH, products: int = _PRODUCTS
+) -> tuple[Probe, ...]:
+    """Return the probes of a target: float, each stored width, 8-bit activations, launches.
+
+    Args:
+        target: whose graphs to make.
+        width: inputs and channels of a product, more than those of the tiny ones.
+        products: in each chain.
+    """
     stored = sorted({c.bits for bits, c in target.containers.items() if 0 < bits < 16})
     return (
-        _probe(target, None, _WIDTH, _PRODUCTS),
-        *(_probe(target, bits, _WIDTH, _PRODUCTS) for bits in stored),
-        _probe(target, 8, _WIDTH, _PRODUCTS, integer=True),
+        _probe(target, None, width, products),
+        *(_probe(target, bits, width, products) for bits in stored),
+        _probe(target, 8, width, products, integer=True),
         _probe(target, None, _SMALL_WIDTH, _SMALL_PRODUCTS),
     )
 
