@@ -164,6 +164,13 @@ def test_a_failing_engine_is_a_state_and_nothing_of_it_is_sent(behaviour) -> Non
     assert states(bench.ticks(20))[-1] is State.RUNNING
 
 
+def test_a_failing_engine_holds_at_once_though_its_last_chunk_has_actions_left() -> None:
+    bench = Bench(settings(execute=1))
+    assert states(bench.ticks(4))[-1] is State.RUNNING
+    bench.engine.behaviour = raising
+    assert states(bench.ticks(1)) == [State.HOLDING]
+
+
 def test_values_are_cut_to_the_limits_and_counted() -> None:
     bench = Bench(behaviour=lambda request: np.full((8, 3), 7.0, np.float32))
     bench.ticks(3)

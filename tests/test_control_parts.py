@@ -5,9 +5,11 @@ import json
 import threading
 from pathlib import Path
 
+import json_numpy
 import numpy as np
 import pytest
 from control_doubles import HOLD, PICTURE, SAFE, Bench, Clock, safety, settings
+from echo_policy import IMAGE, OFT, oft_fields
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,12 +17,13 @@ from jetson.control import states
 from jetson.control.camera import CameraSource, open_camera
 from jetson.control.clock import MonotonicClock, SimulatedClock
 from jetson.control.inference import Inferred, ThreadedInference
+from jetson.control.pipes import PipedSource
 from jetson.control.records import JsonlRecorder
 from jetson.control.safety import ActionSafety, action_safety
 from jetson.control.sinks import Command, StreamSink
 from jetson.control.sources import EpisodeSource, PushedSource, TimedObservation
 from jetson.control.states import TRANSITIONS, State
-from jetson.errors import RefusedSetting
+from jetson.errors import RefusedSetting, RequestTooLarge, WireError
 from jetson.policy import UnsafeAction
 from qvla_export.action import ActionChunk
 from qvla_export.observation import Observation
@@ -144,6 +147,28 @@ def test_a_driver_behind_a_pipe_reads_lines() -> None:
     assert json.loads(stream.getvalue()) == {
         "slot": 3, "action": [0.5, -1.0], "sent_s": 1.5, "observed_s": None, "state": "holding",
     }  # fmt: skip
+
+
+def piped(*bodies: bytes, limit: int = 1 << 20) -> PipedSource:
+    source = PipedSource(io.BytesIO(b"\n".join(bodies)), OFT, Clock(10.0), limit)
+    while not source.ended:
+        threading.Event().wait(0.001)
+    return source
+
+
+def test_a_client_behind_a_pipe_is_read_line_by_line() -> None:
+    body = json_numpy.dumps(oft_fields()).encode()
+    seen = piped(body, body).read()
+    assert seen is not None and seen.observed_s == 10.0
+    assert list(seen.observation.images) == ["front", "hand"]
+    assert (seen.observation.images["front"] == IMAGE).all()
+    for wrong, kind in ((b"{", WireError), (body[:90] + b"}", WireError), (b"[]", WireError)):
+        source = piped(body, wrong)
+        with pytest.raises(kind):
+            source.read()
+        assert source.read() is not None, "one bad line is one failure"
+    with pytest.raises(RequestTooLarge, match="99 bytes"):
+        piped(body, limit=99).read()
 
 
 def test_the_record_says_what_happened_at_each_slot(tmp_path: Path) -> None:

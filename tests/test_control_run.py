@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import json_numpy
 import numpy as np
 import pytest
 from echo_policy import OPENVLA, EchoPolicy
@@ -143,6 +144,31 @@ def test_a_signal_ends_with_the_safe_action(episodes: Path) -> None:
     stopping = [c["action"] for c in commands if c["observed_s"] is None]
     assert len(stopping) == 3 and stopping[-1][:3] == [0.0, 0.0, 0.5]
     assert stopping[0][:2] == [0.0, 0.0] and stopping[0][2] != 0.5, "a ramp, not a jump"
+
+
+def test_a_remote_client_behind_a_pipe() -> None:
+    with running_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url:
+        command = [
+            sys.executable, "-c", "from qvla_export.cli import main; main()", "run", url,
+            "--source", "stdin", "--commands", "stdout", "--rate-hz", "20", "--limits", "-99:99",
+            "--hold", "0", "--max-action-age-ms", "60000", "--give-up-s", "60",
+        ]  # fmt: skip
+        run = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert run.stdin is not None and run.stdout is not None
+        for level in (30, 60):
+            image = np.full((4, 4, 3), level, np.uint8)
+            print(json_numpy.dumps({"image": image, "instruction": "go"}), file=run.stdin)
+            run.stdin.flush()
+            commands = (json.loads(line) for line in run.stdout)
+            acted = next(c for c in commands if c["state"] == "running")
+            assert acted["action"][0] == level
+            held = next(c for c in commands if c["state"] == "holding")
+            assert held["action"] == [0.0] * 7, "a paused client"
+        out, _ = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert json.loads(out.splitlines()[-1])["state"] == "stopped"
 
 
 def test_a_camera_needs_names_an_instruction_and_no_state(tmp_path: Path) -> None:

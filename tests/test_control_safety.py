@@ -80,7 +80,7 @@ class ControlLoopMachine(RuleBasedStateMachine):
 
     @initialize(
         rate_hz=st.sampled_from([5.0, 10.0, 29.97]),
-        execute=st.integers(1, 9),
+        execute=st.sampled_from([1, 3, 8]),
         max_step=st.sampled_from([np.inf, 0.3, 0.02]),
         bound_ms=st.sampled_from([400.0, 1000.0]),
         hold_ms=st.sampled_from([0.0, 500.0]),
@@ -121,13 +121,13 @@ class ControlLoopMachine(RuleBasedStateMachine):
         return not self.state.terminal
 
     @precondition(lambda self: self.running)
-    @rule(count=st.integers(1, 12))
+    @rule(count=st.integers(1, 25))
     def let_time_pass(self, count: int) -> None:
         for _ in range(count):
             if self.running:
                 self.tick()
 
-    @rule(delay_s=st.sampled_from([0.0, 0.03, 0.12, 0.3, 0.9, 2.0]))
+    @rule(delay_s=st.sampled_from([0.0, 0.03, 0.03, 0.12, 0.3, 0.9, 2.0]))
     def the_engine_sleeps(self, delay_s: float) -> None:
         self.bench.engine.delay_s = delay_s
 
@@ -135,27 +135,23 @@ class ControlLoopMachine(RuleBasedStateMachine):
     def the_engine_behaves(self, behaviour: object) -> None:
         self.bench.engine.behaviour = behaviour
 
-    @rule()
-    def the_client_pauses(self) -> None:
-        self.bench.engine.ready_s = self.bench.clock.time_s + NEVER_S
+    @rule(paused=st.sampled_from([False, False, True]))
+    def the_client_pauses(self, paused: bool) -> None:
+        self.bench.engine.ready_s = self.bench.clock.time_s + (NEVER_S if paused else 0)
 
-    @rule()
-    def the_client_goes_on(self) -> None:
-        self.bench.engine.ready_s = self.bench.clock.time_s
-
-    @rule(stalled=st.booleans())
+    @rule(stalled=st.sampled_from([False, False, True]))
     def the_camera_stalls(self, stalled: bool) -> None:
         self.bench.camera.stalled = stalled
 
-    @rule(lag_s=st.sampled_from([0.0, 0.1, 0.35, 2.0]))
+    @rule(lag_s=st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.35, 2.0]))
     def the_camera_lags(self, lag_s: float) -> None:
         self.bench.camera.lag_s = lag_s
 
-    @rule(unplugged=st.booleans())
+    @rule(unplugged=st.sampled_from([False, False, False, True]))
     def the_camera_is_unplugged(self, unplugged: bool) -> None:
         self.bench.camera.error = OSError("no device") if unplugged else None
 
-    @rule(slow_s=st.sampled_from([0.0, 0.01, 0.15, 0.5]), robot=st.booleans())
+    @rule(slow_s=st.sampled_from([0.0, 0.0, 0.01, 0.15, 0.5]), robot=st.booleans())
     def something_is_slow(self, slow_s: float, robot: bool) -> None:
         (self.bench.robot if robot else self.bench.camera).slow_s = slow_s
 
@@ -289,6 +285,6 @@ class ControlLoopMachine(RuleBasedStateMachine):
 
 
 ControlLoopMachine.TestCase.settings = hypothesis_settings(
-    max_examples=60, stateful_step_count=40, deadline=None
+    max_examples=80, stateful_step_count=50, deadline=None
 )
 TestControlLoop = ControlLoopMachine.TestCase

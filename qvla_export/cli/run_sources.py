@@ -31,8 +31,20 @@ def open_source(
         simulator.reset(options.seed, options.instruction)
         robot = SimulatedRobot(simulator, clock)
         return robot, robot
+    if options.source_kind == "ros2":
+        from jetson.ros2 import RosTopics, open_ros2
+
+        topics = RosTopics(
+            contract,
+            options.instruction or "",
+            tuple(filter(None, options.joints.split(","))),
+            tuple(filter(None, options.command_joints.split(","))),
+            1.0 / options.rate_hz,
+        )
+        node = stack.enter_context(closing(open_ros2(topics, clock)))
+        return node, node
     sink = StreamSink(sys.stdout) if options.commands == "stdout" else NullSink()
-    opener = _episode if options.source_kind == "episode" else _camera
+    opener = {"episode": _episode, "camera": _camera, "stdin": _stdin}[options.source_kind]
     return stack.enter_context(closing(opener(options, contract, clock))), sink
 
 
@@ -76,6 +88,14 @@ def _camera(options: RunOptions, contract: "PolicyContract", clock: "Clock") -> 
         )
     openers = {name: _opener(device) for name, device in devices.items()}
     return CameraSource(openers, options.instruction, clock)
+
+
+def _stdin(options: RunOptions, contract: "PolicyContract", clock: "Clock") -> "Source":
+    from jetson.control.pipes import PipedSource
+
+    if options.instruction is not None:
+        raise QvlaError("over stdin every observation brings its own instruction")
+    return PipedSource(sys.stdin.buffer, contract, clock)
 
 
 def _camera_pairs(place: str, contract: "PolicyContract") -> Iterator[tuple[str, str]]:

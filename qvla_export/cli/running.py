@@ -43,16 +43,19 @@ class RunOptions:
     seed: int = 1_000_000
     cameras: tuple[str, ...] = ()
     state_column: str = "observation.state"
+    joints: str = ""
+    command_joints: str = ""
     threads: int | None = None
     weights: Literal["packed", "unpacked"] = "packed"
 
     @property
     def source_kind(self) -> str:
-        """ "simulator", "episode" or "camera"."""
-        kind, colon, place = self.source.partition(":")
-        if kind not in ("simulator", "episode", "camera") or not colon or not place:
+        """ "simulator", "episode", "camera", "stdin" or "ros2"."""
+        kind, _, place = self.source.partition(":")
+        placed = kind in ("simulator", "episode", "camera") and place
+        if not placed and self.source not in ("stdin", "ros2"):
             raise QvlaError(
-                "--source is simulator:TASK, episode:DATASET#N or camera:DEVICE, "
+                "--source is simulator:TASK, episode:DATASET#N, camera:DEVICE, stdin or ros2, "
                 f"got {self.source!r}"
             )
         return kind
@@ -73,7 +76,8 @@ def run(
     source: Annotated[
         str,
         typer.Option(
-            help="simulator:TASK, episode:DATASET#N, camera:DEVICE or camera:NAME=DEVICE,..."
+            help="simulator:TASK, episode:DATASET#N, camera:DEVICE or camera:NAME=DEVICE,..., "
+            "stdin (a POST /act body a line), ros2 (a node, which is also the robot)"
         ),
     ],
     rate_hz: Annotated[float, typer.Option(help="Commands a second, as the policy was trained.")],
@@ -107,7 +111,7 @@ def run(
     ] = None,
     max_action_age_ms: Annotated[
         float | None,
-        typer.Option(help="No command comes of an older observation; default one slot more than a chunk."),
+        typer.Option(help="No command comes of an older observation; default a chunk and a slot."),
     ] = None,
     max_observation_age_ms: Annotated[
         float | None, typer.Option(help="Older ones are dropped; default half of the above.")
@@ -130,6 +134,10 @@ def run(
     seed: SeedOption = 1_000_000,
     cameras: CamerasOption = None,
     state_column: StateColumnOption = "observation.state",
+    joints: Annotated[str, typer.Option(help="ros2: joints of the state, in its order.")] = "",
+    command_joints: Annotated[
+        str, typer.Option(help="ros2: joints the actions are positions of: trajectories.")
+    ] = "",
     threads: ThreadsOption = None,
     weights: WeightsOption = "packed",
 ) -> None:
@@ -164,6 +172,8 @@ def run(
         seed=seed,
         cameras=tuple(cameras or ()),
         state_column=state_column,
+        joints=joints,
+        command_joints=command_joints,
         threads=threads,
         weights=weights,
     )
