@@ -12,6 +12,7 @@ from qvla_export.cli import (
     deploying,
     judging_commands,
     predicting,
+    real_size,
     robot,
     running,
     simulation,
@@ -206,4 +207,5 @@ verifying.register(app)
 robot.register(app)
 running.register(app)
 predicting.register(app)
+real_size.register(app)
 deploying.register(app)

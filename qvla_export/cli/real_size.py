@@ -1,0 +1,256 @@
+"""`qvla real-size`: a policy of a published size through export, engines and one action.
+
+Its weights are random and stay on disk; what counts is memory, bytes and time.
+"""
+
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from qvla_export.artifacts import versions, write_json
+from qvla_export.errors import QvlaError
+
+if TYPE_CHECKING:
+    from qvla_export.observation import Observation
+    from qvla_export.plan import BitPlan
+    from qvla_export.policies.oft import OftPolicy
+
+# Shares of the channels at each width: 4 mean bits.
+_MIX = "8:0.1,4:0.8,0:0.1"
+
+
+@dataclass(frozen=True)
+class RealSize:
+    """What `qvla real-size` was asked for."""
+
+    work: Path
+    geometry: str
+    target: str
+    # Width -> share of the channels; None for float.
+    mix: Mapping[int, float] | None
+    layers_per_stage: int
+
+    @property
+    def checkpoint(self) -> Path:
+        """The random checkpoint."""
+        return self.work / "checkpoint"
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle of this mix."""
+        return self.work / ("float" if self.mix is None else "planned") / "bundle"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's cost, measured in a process of its own."""
+
+    name: str
+    seconds: float
+    # Peak resident memory beyond that of the interpreter with its libraries imported.
+    peak_bytes: int
+    result: Mapping[str, Any]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("real-size")(real_size)
+
+
+def real_size(
+    work: Annotated[Path, typer.Argument(help="Folder for checkpoint, bundle and engines.")],
+    geometry: Annotated[str, typer.Option(help="Published size.")] = "openvla-oft-7b",
+    target: Annotated[str, typer.Option(help="Target of bundle and engines.")] = "rtx4070",
+    mix: Annotated[
+        str, typer.Option(help="Shares of the channels at each width, or float.")
+    ] = _MIX,
+    layers_per_stage: Annotated[int, typer.Option(min=1, help="Decoder blocks a stage.")] = 2,
+    engines: Annotated[bool, typer.Option(help="Build TensorRT engines, if the target's.")] = True,
+    act: Annotated[bool, typer.Option(help="Run one action through ONNX Runtime.")] = True,
+    output: Annotated[Path | None, typer.Option(help="Figures as JSON.")] = None,
+) -> None:
+    """Take a random policy of a published size through every stage; needs tens of GB of disk."""
+    wanted = RealSize(work, geometry, target, _shares(mix), layers_per_stage)
+    steps = [] if wanted.checkpoint.is_dir() else [_measured("checkpoint", _checkpoint, wanted)]
+    steps.append(_measured("export", _export, wanted))
+    if engines and target != "cpu":
+        steps.append(_measured("engines", _engines, wanted))
+    if act:
+        steps.append(_measured("one action", _act, wanted))
+    if output is not None:
+        figures = {
+            "geometry": geometry,
+            "target": target,
+            "mix": mix,
+            "layers_per_stage": layers_per_stage,
+            "command": " ".join(["qvla", *sys.argv[1:]]),
+            "versions": versions(),
+            "steps": [asdict(step) for step in steps],
+        }
+        write_json(output, figures)
+    Console().print(_table(steps))
+
+
+def _shares(text: str) -> dict[int, float] | None:
+    if text == "float":
+        return None
+    try:
+        return {int(b): float(s) for b, _, s in (item.partition(":") for item in text.split(","))}
+    except ValueError as error:
+        raise QvlaError(f"--mix takes WIDTH:SHARE,..., such as {_MIX}, got {text!r}") from error
+
+
+def _checkpoint(wanted: RealSize) -> dict[str, Any]:
+    from qvla_export.geometries import find_geometry
+    from qvla_export.policies.oft_random import write_random_checkpoint
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("checkpoint")
+        write_random_checkpoint(
+            wanted.checkpoint,
+            find_geometry(wanted.geometry),
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    files = [path.stat().st_size for path in wanted.checkpoint.iterdir()]
+    return {"bytes": sum(files)}
+
+
+def _export(wanted: RealSize) -> dict[str, Any]:
+    from engines.targets import find_target
+    from qvla_export.export import export_bundle
+    from qvla_export.policies.oft import load_oft_policy
+
+    policy = load_oft_policy(wanted.checkpoint, resident=False)
+    plan = _plan(wanted, policy)
+    observation = _observation(policy)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("stages")
+        bundle = export_bundle(
+            policy,
+            plan,
+            find_target(wanted.target),
+            [observation],
+            wanted.bundle,
+            layers_per_stage=wanted.layers_per_stage,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    weights = (policy.stored.shapes if policy.stored else {}).values()
+    return {
+        "stages": len(bundle.stages),
+        "bytes": bundle.nbytes,
+        "float16_bytes": 2 * sum(tensor.numel() for tensor in weights),
+        "weight_bytes": dict(bundle.weight_bytes),
+        "plan": bundle.plan,
+    }
+
+
+def _observation(policy: "OftPolicy") -> "Observation":
+    import numpy as np
+
+    from qvla_export.observation import Observation
+
+    spec, generator = policy.processor.spec, np.random.default_rng(0)
+    images = {
+        name: generator.integers(0, 256, (224, 224, 3), dtype=np.uint8) for name in spec.cameras
+    }
+    state = generator.uniform(-1, 1, spec.state_dim).astype(np.float32)
+    return Observation(images, "pick up the black bowl", state)
+
+
+def _plan(wanted: RealSize, policy: "OftPolicy") -> "BitPlan | None":
+    from engines.targets import find_target
+    from qvla_export.drawn_plan import draw_plan
+    from qvla_export.layers import layer_shapes
+
+    if wanted.mix is None:
+        return None
+    shapes = layer_shapes(policy.layers())
+    return draw_plan(shapes, wanted.mix, find_target(wanted.target), policy.digest)
+
+
+def _engines(wanted: RealSize) -> dict[str, Any]:
+    from engines.trt.sidecar import engine_folder
+    from qvla_export.bundle import Bundle
+    from qvla_export.cli.building import build_with_progress
+
+    bundle = Bundle.load(wanted.bundle)
+    built = build_with_progress(bundle, engine_folder(bundle))
+    return {"engines": len(built), "bytes": sum(sidecar.engine_bytes for sidecar in built)}
+
+
+def _act(wanted: RealSize) -> dict[str, Any]:
+    import numpy as np
+
+    from engines.ort import OrtEngine
+    from qvla_export.bundle import Bundle
+
+    bundle = Bundle.load(wanted.bundle)
+    golden = bundle.golden()
+    with OrtEngine(bundle, keep_loaded=False) as engine:
+        start = time.perf_counter()
+        actions = engine.infer(golden.feeds[0])["actions"]
+        action_s = time.perf_counter() - start
+    error = np.abs(actions - golden.reference[:1])
+    moved = np.abs(golden.reference - golden.full_precision)
+    return {
+        "action_s": action_s,
+        "largest_drift_from_torch": float(error.max()),
+        "largest_action": float(np.abs(golden.reference).max()),
+        "largest_change_by_plan": float(moved.max()),
+    }
+
+
+def _measured(name: str, step: Callable[[RealSize], dict[str, Any]], wanted: RealSize) -> Step:
+    """Run a step in a process of its own, so that its peak memory is its own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(step, wanted, sender))
+    start = time.perf_counter()
+    process.start()
+    sender.close()
+    try:
+        result, peak_bytes = receiver.recv()
+    except EOFError:
+        process.join()
+        raise QvlaError(f"{name} ended with exit code {process.exitcode}") from None
+    process.join()
+    return Step(name, time.perf_counter() - start, peak_bytes, result)
+
+
+def _child(
+    step: Callable[[RealSize], dict[str, Any]], wanted: RealSize, sender: Connection
+) -> None:
+    # What every run of the command has in memory before it touches a weight.
+    import onnxruntime  # noqa: F401  # imported for its memory
+    import torch  # noqa: F401  # the same
+    import transformers  # noqa: F401  # the same
+
+    import qvla_export.export  # noqa: F401  # the same
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = step(wanted)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sender.send((result, (peak - before) * 1024))
+
+
+def _table(steps: list[Step]) -> Table:
+    table = Table(title="real size")
+    for column in ("step", "minutes", "peak above the interpreter", "result"):
+        table.add_column(column)
+    for step in steps:
+        shown = {k: v for k, v in step.result.items() if isinstance(v, int | float)}
+        texts = [f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in shown.items()]
+        peak = f"{step.peak_bytes / 1e9:.2f} GB"
+        table.add_row(step.name, f"{step.seconds / 60:.1f}", peak, ", ".join(texts))
+    return table
