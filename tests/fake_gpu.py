@@ -5,7 +5,9 @@ for, memory is a size and an address, a captured graph holds the context it was 
 context that was captured must not change. Breaking a rule is an AssertionError.
 """
 
+import gc
 import hashlib
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -45,8 +47,10 @@ class FakeDevice:
         self.gpu, self.stream = gpu, 7
         self.memory: dict[int, NDArray[np.uint8]] = {}
         self.graphs: list[Graph] = []
-        self.launched = 0
+        self.launched = self.events = 0
         self.captures = True
+        # Engines that must be gone before the GPU is left.
+        self.holders: list[weakref.ref[Engine]] = []
         self.closed = False
         self._free_bytes = memory_bytes
         self._next, self._clock_ms = 0x7F00_0000_0000, 0.0
@@ -82,14 +86,15 @@ class FakeDevice:
 
         self.put(work)
 
-    def record(self) -> Event:
-        event = Event()
+    def event(self) -> Event:
+        self.events += 1
+        return Event()
 
+    def record(self, event: Event) -> None:
         def work() -> None:
             event.ms = self._clock_ms
 
         self.put(work)
-        return event
 
     def elapsed_ms(self, start: Event, end: Event) -> float:
         assert start.ms is not None and end.ms is not None, "the events are not past"
@@ -118,6 +123,8 @@ class FakeDevice:
     def free_graph(self, graph: Graph) -> None:
         assert graph.alive and not self._queue, "graph freed twice, or while it may run"
         graph.alive = False
+        graph.work.clear()
+        graph.contexts.clear()
 
     def synchronize(self) -> None:
         assert self._capturing is None, "synchronize while capturing"
@@ -127,6 +134,9 @@ class FakeDevice:
 
     def close(self) -> None:
         assert not self._queue
+        if any(engine() for engine in self.holders):
+            gc.collect()
+        assert not any(engine() for engine in self.holders), "an engine outlives its GPU"
         self.closed = True
 
     @property
@@ -296,7 +306,9 @@ class FakeTensorRt:
                     message = "The engine plan file is generated on an incompatible device"
                     self.logger.log(rtx.ILogger.ERROR, message)
                     return None
-                return Engine(fake, known[digest], self.logger)
+                engine = Engine(fake, known[digest], self.logger)
+                fake.device.holders.append(weakref.ref(engine))
+                return engine
 
         self.api = SimpleNamespace(
             Runtime=Runtime,

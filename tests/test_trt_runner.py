@@ -133,6 +133,15 @@ def test_stage_times_come_from_events(rig: Rig) -> None:
         assert list(engine.stage_ms.values()) == [4, 2, 2, 2, 2]
 
 
+def test_acting_allocates_nothing(rig: Rig) -> None:
+    with rig.open() as engine:
+        before = (dict(rig.device.memory), rig.device.events)
+        for length in LENGTHS:
+            engine.infer(feeds_of(length))
+        assert rig.device.memory.keys() == before[0].keys()
+        assert rig.device.events == before[1]
+
+
 def test_nothing_is_left_behind(rig: Rig) -> None:
     engine = rig.open()
     engine.infer(feeds_of(4))

@@ -1,5 +1,4 @@
-"""The seam to the GPU: memory, copies, one stream, events and graphs. `PycudaDevice` is the real
-one; tests run the runner on one that computes on the CPU."""
+"""The seam to the GPU: memory, copies, one stream, events and graphs."""
 
 import ctypes
 from collections.abc import Callable
@@ -9,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from engines.base import EngineError
-from engines.trt.gpu import DRIVER, Gpu
+from engines.trt.gpu import DRIVER, Gpu, find_gpu
 
 # Address of device memory; an event or a captured graph, as the device knows them.
 Address = NewType("Address", int)
@@ -53,7 +52,10 @@ class Device(Protocol):
         ...
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Return host memory that copies do not stage through another buffer."""
+        """Return host memory that copies do not stage through another buffer.
+
+        It is given back by `close`, after which it must not be touched.
+        """
         ...
 
     def copy_in(self, address: Address, source: NDArray[Any]) -> None:
@@ -64,8 +66,12 @@ class Device(Protocol):
         """Copy device memory to pinned host memory."""
         ...
 
-    def record(self) -> Event:
-        """Mark this point of the stream."""
+    def event(self) -> Event:
+        """Return a mark that can be put into the stream, again and again."""
+        ...
+
+    def record(self, event: Event) -> None:
+        """Put a mark at this point of the stream."""
         ...
 
     def elapsed_ms(self, start: Event, end: Event) -> float:
@@ -104,7 +110,9 @@ class Device(Protocol):
 class PycudaDevice:
     """The first GPU through pycuda; graphs, which pycuda lacks, through the driver itself.
 
-    The primary context is used, as TensorRT's own allocations are there.
+    The primary context is used, as TensorRT's own allocations are there. A server infers on another
+    thread than it loads on, and pycuda frees what belongs to a context only where that context is
+    current: so it is made current for every call, and everything allocated is kept until `close`.
     """
 
     def __init__(self) -> None:
@@ -113,27 +121,32 @@ class PycudaDevice:
         Raises:
             DeviceError: pycuda or the GPU is missing.
         """
+        if find_gpu() is None:
+            raise DeviceError(
+                f"running TensorRT engines needs an NVIDIA GPU and its driver ({DRIVER}), found "
+                "none; to check a bundle without one: qvla verify --runtime ort"
+            )
         try:
             import pycuda.driver as cuda
         except ImportError as error:
             raise DeviceError(
                 f"running TensorRT engines needs pycuda ({error}); pip install 'qvla[board]'"
             ) from error
+        self._cuda = cuda
         try:
             cuda.init()
             device = cuda.Device(0)
             self._context = device.retain_primary_context()
+            with _Current(self._context):
+                self._stream = cuda.Stream()
         except cuda.Error as error:
-            raise DeviceError(f"no usable NVIDIA GPU: {error}") from error
-        self._cuda = cuda
-        self._context.push()
+            raise DeviceError(f"the NVIDIA GPU cannot be opened: {error}") from error
         major, minor = device.compute_capability()
         self._gpu = Gpu(device.name(), f"sm_{major}{minor}")
-        self._stream = cuda.Stream()
         self._driver = ctypes.CDLL(DRIVER)
-        self._context.pop()
-        # Address -> allocation, which frees itself when it is dropped.
+        # Address -> allocation; pinned arrays and events.
         self._memory: dict[Address, Any] = {}
+        self._kept: list[Any] = []
 
     @property
     def gpu(self) -> Gpu:
@@ -164,8 +177,13 @@ class PycudaDevice:
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Return page-locked host memory."""
         with _Current(self._context):
-            array: NDArray[Any] = self._cuda.pagelocked_empty(shape, np.dtype(dtype))
-        return array
+            try:
+                array: NDArray[Any] = self._cuda.pagelocked_empty(shape, np.dtype(dtype))
+            except self._cuda.Error as error:
+                raise DeviceError(f"cannot allocate pinned memory: {error}") from error
+        self._kept.append(array)
+        # A view: the array itself is dropped by `close` only.
+        return array.view()
 
     def copy_in(self, address: Address, source: NDArray[Any]) -> None:
         """Copy pinned host memory to the device."""
@@ -177,10 +195,17 @@ class PycudaDevice:
         with _Current(self._context):
             self._cuda.memcpy_dtoh_async(destination, address, self._stream)
 
-    def record(self) -> Event:
-        """Mark this point of the stream."""
+    def event(self) -> Event:
+        """Return a mark that can be put into the stream, again and again."""
         with _Current(self._context):
-            return self._cuda.Event().record(self._stream)
+            event = self._cuda.Event()
+        self._kept.append(event)
+        return event
+
+    def record(self, event: Event) -> None:
+        """Put a mark at this point of the stream."""
+        with _Current(self._context):
+            event.record(self._stream)
 
     def elapsed_ms(self, start: Event, end: Event) -> float:
         """Return the milliseconds between two events that are past."""
@@ -194,21 +219,15 @@ class PycudaDevice:
         with _Current(self._context):
             self._call(CaptureError, "cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)
             try:
-                work()
-            finally:
-                # A capture that failed must be ended too, or the stream stays unusable.
-                status = self._driver.cuStreamEndCapture(stream, ctypes.byref(graph))
-            if status:
-                raise CaptureError(f"CUDA error {status} in cuStreamEndCapture")
-            flags = ctypes.c_ulonglong(0)
-            try:
-                self._call(
-                    CaptureError,
-                    "cuGraphInstantiateWithFlags",
-                    ctypes.byref(executable),
-                    graph,
-                    flags,
-                )
+                try:
+                    work()
+                finally:
+                    # A capture that failed must be ended too, or the stream stays unusable.
+                    status = self._driver.cuStreamEndCapture(stream, ctypes.byref(graph))
+                if status:
+                    raise CaptureError(f"CUDA error {status} in cuStreamEndCapture")
+                made = (ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+                self._call(CaptureError, "cuGraphInstantiateWithFlags", *made)
             finally:
                 self._driver.cuGraphDestroy(graph)
         return executable
@@ -235,7 +254,8 @@ class PycudaDevice:
         """Leave the GPU."""
         with _Current(self._context):
             self._memory.clear()
-        self._context.detach()
+            self._kept.clear()
+            del self._stream
 
     def _call(self, error: type[DeviceError], function: str, *arguments: Any) -> None:
         if status := getattr(self._driver, function)(*arguments):

@@ -128,18 +128,18 @@ class TensorRtEngine:
 
     def _run(self, feeds: Feeds, shapes: dict[str, Shape]) -> dict[str, NDArray[Any]]:
         device, stages = self._device, self._bundle.stages
-        events = [device.record()]
+        device.record(self._events[0])
         for name, value in feeds.items():
             self._buffers.upload(name, value)
-        events.append(device.record())
-        for stage in stages:
+        device.record(self._events[1])
+        for stage, event in zip(stages, self._events[2:], strict=False):
             shapes |= self._runners[stage.name].enqueue(_of(stage, shapes))
-            events.append(device.record())
+            device.record(event)
         views = {s.name: self._buffers.download(s.name, shapes[s.name]) for s in self.outputs}
-        events.append(device.record())
+        device.record(self._events[-1])
         device.synchronize()
         names = (_UPLOAD, *(stage.name for stage in stages), _DOWNLOAD)
-        pairs = zip(names, events[:-1], events[1:], strict=True)
+        pairs = zip(names, self._events[:-1], self._events[1:], strict=True)
         self.stage_ms = {name: device.elapsed_ms(start, end) for name, start, end in pairs}
         # Copies, since the next action overwrites the pinned memory.
         results = {name: view.copy() for name, view in views.items()}
@@ -160,9 +160,15 @@ class TensorRtEngine:
         self._device, self._gpu = device, device.gpu
         for sidecar in sidecars.values():
             require_gpu(sidecar, device.gpu)
-        self._runtime = self._module.api.Runtime(self._log.logger)
+        self._runners: dict[str, StageRunner] = {}
+        engines: dict[str, Any] = {}
+        # Their memory must go before the GPU is left.
+        stack.callback(self._runners.clear)
+        stack.callback(engines.clear)
+        runtime = self._module.api.Runtime(self._log.logger)
         stages = self._bundle.stages
-        engines = {s.name: self._deserialize(s, folder, sidecars[s.name]) for s in stages}
+        for stage in stages:
+            engines[stage.name] = self._load(runtime, stage, folder, sidecars[stage.name])
         tensors = [spec for stage in stages for spec in (*stage.inputs, *stage.outputs)]
         at_host = (*self.inputs, *self.outputs)
         self._buffers = Buffers(device, tensors, at_host, self._ranges)
@@ -170,7 +176,8 @@ class TensorRtEngine:
         nbytes = max(int(engine.device_memory_size_v2) for engine in engines.values())
         scratch = Scratch(device.allocate(nbytes), nbytes)
         stack.callback(device.free, scratch.address)
-        self._runners: dict[str, StageRunner] = {}
+        # Before the first stage, between any two, and around the copies.
+        self._events = [device.event() for _ in range(len(stages) + 3)]
         for stage in stages:
             names = [spec.name for spec in (*stage.inputs, *stage.outputs)]
             runner = StageRunner(
@@ -186,11 +193,11 @@ class TensorRtEngine:
             stack.callback(runner.close)
             self._runners[stage.name] = runner
 
-    def _deserialize(self, stage: Stage, folder: Path, sidecar: Sidecar) -> Any:
+    def _load(self, runtime: Any, stage: Stage, folder: Path, sidecar: Sidecar) -> Any:
         path = engine_path(folder, stage.name)
         data = admitted_engine(path, sidecar)
         with self._log.native_errors():
-            engine = self._runtime.deserialize_cuda_engine(data)
+            engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise EngineError(explain(f"{path} does not load", self._log.messages))
         require_tensors(stage, engine, self._module.api, path)

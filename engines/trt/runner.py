@@ -99,7 +99,7 @@ class StageRunner:
             prepared.graph = self._device.capture(lambda: self._execute(prepared))
         except (CaptureError, EngineError) as error:
             self.uncaptured = str(error)
-            _LOGGER.warning("stage %s runs without a CUDA graph: %s", self._name, error)
+            _LOGGER.warning("stage %s runs without a CUDA graph: %s", self._name, str(error))
 
     def close(self) -> None:
         """Free graphs and contexts."""
