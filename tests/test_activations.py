@@ -23,7 +23,7 @@ from engines.verify import action_drift
 from qvla_export.activation_calibration import add_numbers, measure_activations
 from qvla_export.activation_statistics import ActivationStatistics, Histogram
 from qvla_export.activations import METHODS, ActivationRanges, RangeMethod, storable_range
-from qvla_export.cli import stages
+from qvla_export.cli import exporting, stages
 from qvla_export.errors import ArtifactError, QvlaError
 from qvla_export.layers import fake_quantized, rounded_inputs, traced_layers
 from qvla_export.observation import Observation
@@ -298,7 +298,7 @@ def test_from_calibration_to_an_engine(
     assert planned is not None and planned.activations is not None
     assert planned.activations.method == "mse"
     assert planned.calibration_digest == CalibrationSet.load(run.calibration).digest
-    bundle = stages.export(run, setting, tiny_policy, CPU)
+    bundle = exporting.export(run, setting, tiny_policy, CPU)
     golden = bundle.golden()
     for weights in ("packed", "unpacked"):
         with load_engine(bundle, threads=1, weights=weights) as engine:

@@ -1,10 +1,11 @@
-"""Pass: what ONNX Runtime 1.32 needs on a CPU to run a graph with rounded activations well.
+"""Pass: what runtimes need to run a graph with rounded activations, or to run it well.
 
-Neither change moves a number (measured 2026-11):
+Neither change moves a number. ONNX Runtime 1.32 on a CPU, measured 2026-11:
 - A bias gets three dimensions. With a vector, MatMul and Add become a Gemm before integer products
   are looked for, and a Gemm stays in float and unpacks its weight anew in every run.
 - A product with weights other than int8 reads the rounded activations through a Clip that clips
-  nothing. Behind a DequantizeLinear, 4- and 2-bit weights are unpacked anew in every run too.
+  nothing. Behind a DequantizeLinear, 4- and 2-bit weights are unpacked anew in every run too, and
+  TensorRT-RTX 1.7 cannot build a product of such weights at all.
 """
 
 import numpy as np
