@@ -34,8 +34,8 @@ from qvla_export.observation import Observation
 from qvla_export.policies.oft import OftPolicy
 
 TENSORRT = ("rtx4070", "orin-jp7", "orin-jp6")
-# Rules of a bundle, not of a graph.
-OF_BUNDLES = {"bundle.target", "bundle.contract"}
+# Rules whose wrong graphs are made below.
+OF_BUNDLES = {"bundle.target", "bundle.contract", "graph.constant-shape"}
 
 
 def check(graph: ir.Model, target: str) -> tuple[Finding, ...]:
@@ -204,6 +204,13 @@ def test_what_the_real_parser_rejects_is_found(tiny_policy: OftPolicy, tmp_path:
             rejected += 1
             assert errors(check_model(path, find_target("rtx4070"))), (node, index, cast)
     assert rejected > 5
+
+
+def test_a_constant_of_another_shape_than_stated() -> None:
+    wrong = model(lambda g: g.op("Add", g.x, g.one()))
+    wrong.graph.initializers["c0"].shape = ir.Shape([7])
+    found = check(wrong, "rtx4070")
+    assert [(finding.rule, finding.node) for finding in found] == [("graph.constant-shape", "c0")]
 
 
 def test_only_the_first_untyped_node_is_reported() -> None:

@@ -83,12 +83,22 @@ def of_model(model: "ir.Model", stage: str) -> CheckedGraph:
     # They log what is missing or wrong value by value; the rules say so in one line.
     for chatty in ("onnx_ir.passes.common.shape_inference", "onnx_ir.serde"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    graph = CheckedGraph(stage, model)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and value.shape is not None and value.shape != tensor.shape:
+            graph.add(
+                "graph.constant-shape",
+                value,
+                f"constant {value.name!r} is stated with shape {list(value.shape)} and stored "
+                f"with {list(tensor.shape)}; export it again",
+            )
+            value.shape = None  # or nothing at all would be inferred
     stated = {value: value.type for value in model.graph.outputs}
     for node in model.graph:
         for value in node.outputs:
             value.type = None
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
-    graph = CheckedGraph(stage, model)
     for value, kind in stated.items():
         if value.type is None:
             value.type = kind

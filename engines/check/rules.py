@@ -23,6 +23,7 @@ RULES = _table(
     ("graph.ir-version", "warning", "ONNX release the parser is built with, see `runtimes.py`"),
     ("graph.domain", "error", f"{_OPERATORS}: default domain; another one is looked up as plugin"),
     ("graph.untyped", "error", "ONNX type inference; a type that is not known cannot be checked"),
+    ("graph.constant-shape", "error", "ONNX: value_info and initializer of one name agree"),
     ("graph.output-type", "error", "ONNX type inference of the graph's outputs"),
     # The bundle.
     ("bundle.target", "error", "DESIGN: a bundle for one target is not built for another"),
