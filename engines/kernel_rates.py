@@ -23,6 +23,7 @@ ORIN_RATES = KernelRates(
     bandwidth_share=0.58,
     compute_share=0.80,
     launch_us=2.0,
+    kernels_between=1,
     channel_tile=64,
     uncertainty=1.35,
     # Users report int8 products slower than float16 ones on Orin (TensorRT issues 2067, 4242).

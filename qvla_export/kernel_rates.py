@@ -25,6 +25,9 @@ class KernelRates:
     compute_share: float
     # Start of one kernel, microseconds.
     launch_us: float
+    # Kernels between two products that each pass over memory: 1 where a runtime fuses norms,
+    # activation functions and residuals, more where it does not.
+    kernels_between: int
     # A product computes its channels in multiples of this.
     channel_tile: int
     # A prediction of t milliseconds means t / uncertainty to t * uncertainty.
@@ -42,7 +45,8 @@ class KernelRates:
 
     def __post_init__(self) -> None:
         by_bits = (*self.expanded_share.values(), *self.expanded_gcodes_s.values())
-        rates = (self.bandwidth_share, self.compute_share, self.channel_tile, *by_bits)
+        counts = (self.kernels_between, self.channel_tile)
+        rates = (self.bandwidth_share, self.compute_share, *counts, *by_bits)
         spreads = (self.uncertainty, self.unchecked_uncertainty)
         if not min(rates) > 0 or not self.launch_us >= 0 or not min(spreads) >= 1:
             raise QvlaError(

@@ -195,10 +195,11 @@ class LatencyModel:
     def _between_ms(self, product: _Product, activations: ActivationSupport) -> float:
         """Norms, activation functions, residuals, Q/DQ and channel order around one product.
 
-        They are taken as one kernel that reads the product's input and passes over its output.
+        Each kernel is taken to read the product's input and to pass over its output.
         """
         numbers = product.rows * (product.inputs + 2 * product.outputs)
-        total = self._read_ms(numbers * self._element_bytes) + self._launch_ms
+        once = self._read_ms(numbers * self._element_bytes) + self._launch_ms
+        total = self.rates.kernels_between * once
         if activations == "int8" and product.planned:
             moved = product.rows * product.inputs * (self._element_bytes + _INT8_BYTES)
             total += self._read_ms(moved) + self._launch_ms
