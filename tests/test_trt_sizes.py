@@ -1,0 +1,69 @@
+"""TensorRT builds the reference policy, and its engine holds the bytes that the plan promised."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from calibration.samples import CalibrationSet, sample_simulator
+from calibration.tasks import TASKS
+from engines.targets import RTX4070
+from engines.trt.builder import build_engines
+from engines.trt.sizes import BundleSizes, measure_sizes
+from qvla_export.activation_calibration import measure_activations
+from qvla_export.export import export_bundle
+from qvla_export.float_graph import export_float
+from qvla_export.layers import layer_shapes
+from qvla_export.plan import BitPlan, uniform_plan
+from qvla_export.policies.oft import OftPolicy, load_oft_policy
+
+REFERENCE = Path(__file__).parents[1] / "checkpoints" / "reference"
+SETTINGS = ("float", "w8", "w4", "w8a8")
+
+
+def plan_of(policy: OftPolicy, setting: str, calibration: CalibrationSet) -> BitPlan | None:
+    if setting == "float":
+        return None
+    bits = int(setting[1])
+    plan = uniform_plan(layer_shapes(policy.layers()), bits, RTX4070, policy.digest)
+    if not setting.endswith("a8"):
+        return plan
+    fed = measure_activations(policy, calibration.observations, calibration.digest)
+    return replace(plan, activations=fed.ranges(8, "percentile"))
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BundleSizes]:
+    root = tmp_path_factory.mktemp("reference")
+    policy = load_oft_policy(REFERENCE)
+    calibration = sample_simulator(list(TASKS), 4, 1, seed=7)
+    graph = export_float(policy, RTX4070)
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(root / "state"))
+        for setting in SETTINGS:
+            plan = plan_of(policy, setting, calibration)
+            path = root / setting / "bundle"
+            bundle = export_bundle(policy, plan, RTX4070, calibration.held_out, path, graph)
+            sidecars = build_engines(bundle, root / setting / "engines", find=lambda: None)
+            found[setting] = measure_sizes(bundle, sidecars)
+    return found
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_engine_holds_what_the_plan_promised(
+    sizes: dict[str, BundleSizes], setting: str
+) -> None:
+    size = sizes[setting]
+    assert size.engine_weight_bytes is not None and size.engine_bytes is not None
+    assert abs(size.engine_weight_bytes / size.planned_bytes - 1) < 0.1
+    assert abs(size.onnx_bytes / size.planned_bytes - 1) < 0.1
+    # Kernels, which no plan counts: about 7 MB for one graph of this policy.
+    assert 0 < size.engine_bytes - size.engine_weight_bytes < 16e6
+
+
+def test_fewer_bits_are_fewer_bytes(sizes: dict[str, BundleSizes]) -> None:
+    weights = {name: size.engine_weight_bytes or 0 for name, size in sizes.items()}
+    assert weights["float"] > 1.5 * weights["w8"] > 2 * weights["w4"] > 0
+    assert weights["w8a8"] == pytest.approx(weights["w8"], rel=0.02)
+    assert sizes["w4"].ratio < sizes["w8"].ratio < sizes["float"].ratio == pytest.approx(1, abs=0.1)
