@@ -11,20 +11,31 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qvla_export.buckets_to_onnx import BucketedWeight, bucket_weight, emit_buckets
+from qvla_export.buckets_to_onnx import BucketedWeight, BucketEmitter, Store, bucket_weight, keep
 from qvla_export.float_graph import LAYER_KEY, ExportError, layer_nodes, weight_rows
+from qvla_export.passes.merge import MEMBERS_KEY
 from qvla_export.quantize import QuantizerSpec
+from qvla_export.target import Target
 
 
 def bucketize(
-    model: ir.Model, widths: Mapping[str, NDArray[np.int8]], spec: QuantizerSpec
+    model: ir.Model,
+    widths: Mapping[str, NDArray[np.int8]],
+    spec: QuantizerSpec,
+    target: Target,
+    store: Store = keep,
 ) -> ir.Model:
     """Return a copy of a float graph with every planned layer in buckets.
+
+    Weights are read one layer at a time. Where the target's compute type is not float32, buckets
+    have it already; `to_compute_type` does the rest of the graph.
 
     Args:
         model: from `export_float`; left as it is.
         widths: layer name -> int8 [channels], each in {0, 2, 4, 8, 16}.
         spec: quantizer of the plan.
+        target: whose containers and compute type the buckets get.
+        store: gets every packed constant as soon as it is made; may put it on disk.
 
     Raises:
         ExportError: a planned layer is not in the graph or has another number of channels.
@@ -44,47 +55,64 @@ def bucketize(
                 f"the plan gives {len(layer_widths)} widths to layer {name}, "
                 f"which has {len(rows)} channels; make the plan from this policy"
             )
-        _replace(model.graph, node, name, bucket_weight(rows, layer_widths, spec))
+        emitter = BucketEmitter(target, store)
+        _replace(model.graph, node, name, bucket_weight(rows, layer_widths, spec), emitter)
     RemoveUnusedNodesPass()(model)
     return model
 
 
-def _replace(graph: ir.Graph, node: ir.Node, name: str, weight: BucketedWeight) -> None:
-    tape = ir.tape.Tape()
-    inputs = node.inputs[0]
+def _replace(
+    graph: ir.Graph,
+    node: ir.Node,
+    name: str,
+    weight: BucketedWeight,
+    emitter: BucketEmitter,
+) -> None:
+    """Put buckets in the place of a layer, and of the Split behind it if it is a merged one."""
+    inputs, old_nodes = node.inputs[0], [node]
     assert inputs is not None
     if node.op_type == "Conv":
-        output = _emit_patches(tape, node, name, weight)
+        outputs = [_emit_patches(emitter, node, name, weight)]
+    elif MEMBERS_KEY in node.metadata_props:
+        sizes = [int(size) for size in node.metadata_props[MEMBERS_KEY].split(",")]
+        ((split, _),) = node.outputs[0].uses()
+        old_nodes.append(split)
+        outputs = emitter.emit(name, inputs, weight, sizes)
     else:
-        output = emit_buckets(tape, name, inputs, weight)
+        outputs = emitter.emit(name, inputs, weight, [weight.channels])
         # A MatMul's bias is an Add of its own and stays where it is.
         if node.op_type == "Gemm" and len(node.inputs) > 2:
-            output = tape.op("Add", [output, node.inputs[2]])
-    for value in tape.initializers:
+            outputs = [emitter.tape.op("Add", [*outputs, node.inputs[2]])]
+    for value in emitter.tape.initializers:
         graph.register_initializer(value)
-    old = node.outputs[0]
-    for new in tape.nodes:
+    for new in emitter.tape.nodes:
         new.metadata_props[LAYER_KEY + ".part"] = name
-    output.name, old_name = old.name, old.name
-    old.name = f"{old_name}.float"
-    ir.convenience.replace_nodes_and_values(graph, node, [node], list(tape.nodes), [old], [output])
+    old = list(old_nodes[-1].outputs)
+    for output, replaced in zip(outputs, old, strict=True):
+        output.name, old_name = replaced.name, replaced.name
+        replaced.name = f"{old_name}.float"
+    ir.convenience.replace_nodes_and_values(
+        graph, node, old_nodes[::-1], list(emitter.tape.nodes), old, outputs
+    )
 
 
-def _emit_patches(tape: ir.tape.Tape, node: ir.Node, name: str, weight: BucketedWeight) -> ir.Value:
+def _emit_patches(
+    emitter: BucketEmitter, node: ir.Node, name: str, weight: BucketedWeight
+) -> ir.Value:
     """Unfold [B, C, H, W] into patches [B, h * w, C * k * k], multiply, fold to [B, N, h, w]."""
-    image = node.inputs[0]
+    image, tape = node.inputs[0], emitter.tape
     assert image is not None
     channels, (high, wide), kernel = _patch_grid(node, name)
 
     def constant(suffix: str, values: list[int]) -> ir.Value:
-        return tape.initializer(ir.Tensor(np.array(values, np.int64), name=f"{name}.{suffix}"))
+        return emitter.constant(f"{name}.{suffix}", np.array(values, np.int64))
 
     grid = [-1, channels, high, kernel[0], wide, kernel[1]]
     split = tape.op("Reshape", [image, constant("grid", grid)])
     moved = tape.op("Transpose", [split], {"perm": [0, 2, 4, 1, 3, 5]})
     flat = [-1, high * wide, channels * kernel[0] * kernel[1]]
     patches = tape.op("Reshape", [moved, constant("patches", flat)])
-    output = emit_buckets(tape, name, patches, weight)
+    (output,) = emitter.emit(name, patches, weight, [weight.channels])
     if len(node.inputs) > 2:
         output = tape.op("Add", [output, node.inputs[2]])
     rows = tape.op("Transpose", [output], {"perm": [0, 2, 1]})

@@ -1,6 +1,7 @@
 """One bucketed linear map as ONNX nodes: packed codes, DequantizeLinear, MatMul, channel order."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -10,17 +11,31 @@ from numpy.typing import NDArray
 
 from qvla_export.buckets import ChannelBuckets, bucket_channels
 from qvla_export.quantize import QuantizedWeight, QuantizerSpec, quantize_channels
+from qvla_export.storage import stored_columns
+from qvla_export.target import Target
 
+COMPUTE_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
 # Names of a bucket's constants are "<layer>.b<bits>" and one of these.
 CODES_SUFFIX, SCALES_SUFFIX, HALVES_SUFFIX = ".codes", ".scales", ".halves"
 # Name of the constant that restores a layer's order by a Gather: "<layer>" and this.
 ORDER_SUFFIX = ".order"
+# By the container's bits.
 _CODE_TYPES = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
-# ONNX Runtime 1.32 repacks INT2 columns four at a time and computes garbage otherwise.
-_COLUMN_MULTIPLE = {2: 4}
 # Pieces up to which Split + Concat is used instead of a Gather. Two layers that share an order
 # (gate and up of a gated MLP) need at most 4 + 16.
 _MOST_PIECES = 24
+
+# Puts a packed constant where it stays until the graph is saved, maybe on disk.
+Store = Callable[[ir.TensorProtocol], ir.TensorProtocol]
+
+
+def keep(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """Leave a constant in memory."""
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -49,76 +64,194 @@ def bucket_weight(
     return BucketedWeight(buckets, weights)
 
 
-def emit_buckets(
-    tape: ir.tape.Tape, name: str, inputs: ir.Value, weight: BucketedWeight
-) -> ir.Value:
-    """Record the nodes that compute inputs [..., K] -> outputs [..., channels], bias excluded.
+class BucketEmitter:
+    """Records the nodes of bucketed layers as a target takes them.
 
-    Cases:
-        1. every channel is pruned: zeros of the right shape;
-        2. one width, no filling: a single MatMul, no Concat, no Gather;
-        3. else the buckets' outputs side by side and the channels' order restored.
-           Pruned channels pick a column of zeros: a filled-up one if there is one.
+    ONNX Runtime on a CPU fuses DequantizeLinear and MatMul if the scale is float32 then, so stored
+    float16 scales and 16-bit weights pass a Cast, which it folds at load. Elsewhere scales are in
+    the compute type and go straight in, as TensorRT's parser requires.
     """
-    if not weight.weights:
-        return _zeros(tape, name, inputs, weight.channels)
-    columns = [_filled(w.codes.shape[0], w.bits) for w in weight.weights]
-    outputs = [
-        _bucket(tape, f"{name}.b{w.bits}", inputs, w, filled)
-        for w, filled in zip(weight.weights, columns, strict=True)
-    ]
-    index, needs_zero = _gather_index(weight, columns)
-    if needs_zero:
-        outputs[-1] = _append_zero(tape, name, outputs[-1])
-    joined = outputs[0] if len(outputs) == 1 else tape.op("Concat", outputs, {"axis": -1})
-    rank = None if inputs.shape is None else inputs.shape.rank()
-    return _restore_order(tape, name, joined, index, sum(columns) + needs_zero, rank)
 
+    def __init__(self, target: Target, store: Store = keep) -> None:
+        """Emit for a target.
 
-def _restore_order(
-    tape: ir.tape.Tape,
-    name: str,
-    joined: ir.Value,
-    index: NDArray[np.int64],
-    columns: int,
-    rank: int | None,
-) -> ir.Value:
-    """Pick columns of [..., columns] by index, as ONNX Runtime does it fastest.
+        Args:
+            target: its containers and compute type.
+            store: gets every packed constant as soon as it is made.
+        """
+        self.tape = ir.tape.Tape()
+        self._target = target
+        self._store = store
+        self._compute = COMPUTE_TYPES[target.compute]
 
-    Cases:
-        1. all columns as they are: nothing;
-        2. few runs of consecutive columns: Slice, or Split and Concat;
-        3. else a Gather of the transposed: it copies whole rows, along the last axis single
-           numbers. 90 x 768 on one AVX2 thread: 38 us, transposing included, and 157 us.
-    """
-    if np.array_equal(index, np.arange(columns)):
-        return joined
-    cuts = np.flatnonzero(np.diff(index) != 1) + 1
-    starts = index[np.concatenate([[0], cuts])]
-    stops = index[np.concatenate([cuts - 1, [-1]])] + 1
-    bounds = np.unique(np.concatenate([starts, stops, [0, columns]]))
-    if len(starts) == 1:
-        limits = [np.array([value], np.int64) for value in (starts[0], stops[0], -1)]
-        names = ("start", "stop", "axis")
-        constants = [_constant(tape, f"{name}.{n}", v) for n, v in zip(names, limits, strict=True)]
-        return tape.op("Slice", [joined, *constants])
-    if max(len(starts), len(bounds) - 1) <= _MOST_PIECES:
-        sizes = _constant(tape, f"{name}.pieces", np.diff(bounds))
-        pieces = tape.op_multi_out(
-            "Split", [joined, sizes], {"axis": -1}, num_outputs=len(bounds) - 1
-        )
-        picked = [
-            pieces[i]
-            for start, stop in zip(starts, stops, strict=True)
-            for i in range(*np.searchsorted(bounds, [start, stop]))
+    def constant(self, name: str, value: NDArray[np.generic]) -> ir.Value:
+        """Record a constant."""
+        return self.tape.initializer(ir.Tensor(value, name=name))
+
+    def emit(
+        self, name: str, inputs: ir.Value, weight: BucketedWeight, sizes: Sequence[int]
+    ) -> list[ir.Value]:
+        """Record inputs [..., K] -> outputs [..., n], one for each layer that is merged in this.
+
+        Biases are not included. Pruned channels pick a column of zeros: a filled-up one if there
+        is one. Where every channel is pruned the outputs are zeros.
+
+        Args:
+            name: of the layer; starts the constants' names.
+            inputs: buckets that are stored in whole groups read it filled up with zeros.
+            weight: of all layers side by side.
+            sizes: their channels.
+        """
+        if not weight.weights:
+            return [self._zeros(f"{name}.{i}", inputs, size) for i, size in enumerate(sizes)]
+        columns = [
+            stored_columns(w.codes.shape[0], self._target.containers[w.bits])
+            for w in weight.weights
         ]
-        return tape.op("Concat", picked, {"axis": -1})
-    order = _constant(tape, name + ORDER_SUFFIX, index.astype(np.int32))
-    if rank is None:
-        return tape.op("Gather", [joined, order], {"axis": -1})
-    rows = tape.op("Transpose", [joined], {"perm": [rank - 1, *range(rank - 1)]})
-    gathered = tape.op("Gather", [rows, order], {"axis": 0})
-    return tape.op("Transpose", [gathered], {"perm": [*range(1, rank), 0]})
+        width = weight.weights[0].codes.shape[1]
+        rows = [self._target.containers[w.bits].stored_inputs(width) for w in weight.weights]
+        read = {width: inputs}
+        if max(rows) > width:
+            read[max(rows)] = self._filled(name, inputs, max(rows) - width)
+        outputs = [
+            self._bucket(f"{name}.b{w.bits}", read[height], w, (height, filled))
+            for w, height, filled in zip(weight.weights, rows, columns, strict=True)
+        ]
+        index, needs_zero = _gather_index(weight, columns)
+        if needs_zero:
+            outputs[-1] = self._pad(name, outputs[-1], 1)
+            columns[-1] += 1
+        members = np.split(index, np.cumsum(sizes)[:-1])
+        starts = np.concatenate([[0], np.cumsum(columns)])
+        runs = [_runs(member, starts) for member in members]
+        if sum(map(len, runs)) <= _MOST_PIECES:
+            return self._pieces(name, outputs, starts, runs)
+        joined = self._joined(outputs)
+        rank = None if inputs.shape is None else inputs.shape.rank()
+        ordered = self._gathered(name, joined, index, rank)
+        if len(sizes) == 1:
+            return [ordered]
+        lengths = self.constant(f"{name}.members", np.array(sizes, np.int64))
+        split = self.tape.op_multi_out(
+            "Split", [ordered, lengths], {"axis": -1}, num_outputs=len(sizes)
+        )
+        return list(split)
+
+    def _filled(self, name: str, inputs: ir.Value, missing: int) -> ir.Value:
+        """Record zeros behind the last axis of an activation."""
+        filled = self._pad(f"{name}.fill", inputs, missing)
+        shape = inputs.shape
+        if shape is not None and isinstance(shape[-1], int):
+            filled.type = inputs.type
+            filled.shape = ir.Shape([*shape[:-1], shape[-1] + missing])
+        return filled
+
+    def _pieces(
+        self,
+        name: str,
+        outputs: Sequence[ir.Value],
+        starts: NDArray[np.int64],
+        runs: Sequence[Sequence[tuple[int, int]]],
+    ) -> list[ir.Value]:
+        """Put each layer together from runs of consecutive columns of the buckets."""
+        pieces: dict[tuple[int, int], ir.Value] = {}
+        wanted = {run for member in runs for run in member}
+        for number, output in enumerate(outputs):
+            low, high = int(starts[number]), int(starts[number + 1])
+            inside = sorted(run for run in wanted if low <= run[0] < high)
+            pieces.update(self._cut(f"{name}.{number}", output, low, high, inside))
+        return [self._joined([pieces[run] for run in member]) for member in runs]
+
+    def _cut(
+        self, name: str, output: ir.Value, low: int, high: int, runs: Sequence[tuple[int, int]]
+    ) -> dict[tuple[int, int], ir.Value]:
+        """Cut a bucket's output, columns low to high of all, into the runs of it."""
+        if not runs or runs == [(low, high)]:
+            return dict.fromkeys(runs, output)
+        if len(runs) == 1:
+            values = (runs[0][0] - low, runs[0][1] - low, -1)
+            limits = [
+                self.constant(f"{name}.{part}", np.array([value], np.int64))
+                for part, value in zip(("start", "stop", "axis"), values, strict=True)
+            ]
+            return {runs[0]: self.tape.op("Slice", [output, *limits])}
+        bounds = sorted({low, high, *(bound for run in runs for bound in run)})
+        sizes = self.constant(f"{name}.pieces", np.diff(bounds).astype(np.int64))
+        parts = self.tape.op_multi_out(
+            "Split", [output, sizes], {"axis": -1}, num_outputs=len(bounds) - 1
+        )
+        cut = dict(zip(itertools.pairwise(bounds), parts, strict=True))
+        return {
+            run: self._joined([part for (a, b), part in cut.items() if run[0] <= a and b <= run[1]])
+            for run in runs
+        }
+
+    def _gathered(
+        self, name: str, joined: ir.Value, index: NDArray[np.int64], rank: int | None
+    ) -> ir.Value:
+        """Pick columns one by one.
+
+        ONNX Runtime does it fastest with a Gather of the transposed: it copies whole rows, along
+        the last axis single numbers. 90 x 768 on one AVX2 thread: 38 us, transposing included,
+        and 157 us.
+        """
+        order = self.constant(name + ORDER_SUFFIX, index.astype(np.int32))
+        if rank is None or self._target.runtime != "ort":
+            return self.tape.op("Gather", [joined, order], {"axis": -1})
+        rows = self.tape.op("Transpose", [joined], {"perm": [rank - 1, *range(rank - 1)]})
+        gathered = self.tape.op("Gather", [rows, order], {"axis": 0})
+        return self.tape.op("Transpose", [gathered], {"perm": [*range(1, rank), 0]})
+
+    def _bucket(
+        self, name: str, inputs: ir.Value, weight: QuantizedWeight, shape: tuple[int, int]
+    ) -> ir.Value:
+        """One width: codes of a shape [K, columns], blocks of scales along K, MatMul."""
+        codes = _stored(weight.codes, *shape, 0)
+        if weight.bits == 16:
+            halves = self._stored(name + HALVES_SUFFIX, codes)
+            return self.tape.op("MatMul", [inputs, self._in_compute_type(halves, codes)])
+        code_type = _CODE_TYPES[self._target.containers[weight.bits].bits]
+        packed = self._stored(name + CODES_SUFFIX, codes.astype(code_type))
+        scales = _stored(weight.scales, weight.scales.shape[1], shape[1], 1)
+        attributes = {"axis": 0, "block_size": weight.group_size}
+        if weight.group_size is None:
+            scales = scales.reshape(-1)
+            attributes = {"axis": 1}
+        scale = self._in_compute_type(self._stored(name + SCALES_SUFFIX, scales), scales)
+        matrix = self.tape.op("DequantizeLinear", [packed, scale], attributes)
+        return self.tape.op("MatMul", [inputs, matrix])
+
+    def _in_compute_type(self, value: ir.Value, stored: NDArray[np.generic]) -> ir.Value:
+        if ir.DataType.from_numpy(stored.dtype) == self._compute:
+            return value
+        return self.tape.op("Cast", [value], {"to": self._compute})
+
+    def _stored(self, name: str, value: NDArray[np.generic]) -> ir.Value:
+        return self.tape.initializer(self._store(ir.Tensor(value, name=name)), name=name)
+
+    def _joined(self, parts: Sequence[ir.Value]) -> ir.Value:
+        return parts[0] if len(parts) == 1 else self.tape.op("Concat", parts, {"axis": -1})
+
+    def _pad(self, name: str, outputs: ir.Value, missing: int) -> ir.Value:
+        pads = self.constant(f"{name}.pads", np.array([0, missing], np.int64))
+        axes = self.constant(f"{name}.pad_axis", np.array([-1], np.int64))
+        return self.tape.op("Pad", [outputs, pads, None, axes])
+
+    def _zeros(self, name: str, inputs: ir.Value, channels: int) -> ir.Value:
+        leading = self.tape.op("Shape", [inputs], {"start": 0, "end": -1})
+        leading.dtype = ir.DataType.INT64
+        width = self.constant(f"{name}.channels", np.array([channels], np.int64))
+        shape = self.tape.op("Concat", [leading, width], {"axis": 0})
+        zero = self.constant(f"{name}.zero", np.zeros(1, np.float32))
+        return self.tape.op("Expand", [zero, shape])
+
+
+def _runs(index: NDArray[np.int64], starts: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Consecutive columns in an index, each run within one bucket: (start, stop)."""
+    bucket = np.searchsorted(starts, index, side="right")
+    cuts = np.flatnonzero((np.diff(index) != 1) | (np.diff(bucket) != 0)) + 1
+    firsts, lasts = np.concatenate([[0], cuts]), np.concatenate([cuts - 1, [len(index) - 1]])
+    return [(int(index[a]), int(index[b]) + 1) for a, b in zip(firsts, lasts, strict=True)]
 
 
 def _gather_index(weight: BucketedWeight, columns: Sequence[int]) -> tuple[NDArray[np.int64], bool]:
@@ -137,55 +270,10 @@ def _gather_index(weight: BucketedWeight, columns: Sequence[int]) -> tuple[NDArr
     return index, zero_column is None and len(pruned) > 0
 
 
-def _bucket(
-    tape: ir.tape.Tape, name: str, inputs: ir.Value, weight: QuantizedWeight, columns: int
-) -> ir.Value:
-    """One width: codes [K, columns], blocks of scales along K, MatMul."""
-    codes = _columns(weight.codes, columns, 0)
-    if weight.bits == 16:
-        stored = _constant(tape, name + HALVES_SUFFIX, codes)
-        matrix = tape.op("Cast", [stored], {"to": ir.DataType.FLOAT})
-        return tape.op("MatMul", [inputs, matrix])
-    packed = _constant(tape, name + CODES_SUFFIX, codes.astype(_CODE_TYPES[weight.bits]))
-    scales = _columns(weight.scales, columns, 1)
-    if weight.group_size is None:
-        attributes = {"axis": 1}
-        scales = scales[0]
-    else:
-        attributes = {"axis": 0, "block_size": weight.group_size}
-    scale = _constant(tape, name + SCALES_SUFFIX, scales)
-    if scales.dtype != np.float32:
-        # Folded at load. A float16 scale fed directly would keep MatMulNBits from forming.
-        scale = tape.op("Cast", [scale], {"to": ir.DataType.FLOAT})
-    matrix = tape.op("DequantizeLinear", [packed, scale], attributes)
-    return tape.op("MatMul", [inputs, matrix])
-
-
-def _filled(channels: int, bits: int) -> int:
-    multiple = _COLUMN_MULTIPLE.get(bits, 1)
-    return -(-channels // multiple) * multiple
-
-
-def _columns(rows: NDArray[np.generic], columns: int, value: int) -> NDArray[np.generic]:
-    """Transpose [channels, n] to [n, columns], further columns filled with a value."""
-    missing = columns - rows.shape[0]
-    padded = np.pad(rows, ((0, missing), (0, 0)), constant_values=value) if missing else rows
+def _stored(
+    rows: NDArray[np.generic], height: int, columns: int, value: int
+) -> NDArray[np.generic]:
+    """Transpose [channels, n] to [height, columns], what is further filled with a value."""
+    missing = ((0, columns - rows.shape[0]), (0, height - rows.shape[1]))
+    padded = np.pad(rows, missing, constant_values=value) if np.any(missing) else rows
     return np.ascontiguousarray(padded.T)
-
-
-def _append_zero(tape: ir.tape.Tape, name: str, outputs: ir.Value) -> ir.Value:
-    pads = _constant(tape, f"{name}.pads", np.array([0, 1], np.int64))
-    axes = _constant(tape, f"{name}.pad_axis", np.array([-1], np.int64))
-    return tape.op("Pad", [outputs, pads, None, axes])
-
-
-def _zeros(tape: ir.tape.Tape, name: str, inputs: ir.Value, channels: int) -> ir.Value:
-    leading = tape.op("Shape", [inputs], {"start": 0, "end": -1})
-    width = _constant(tape, f"{name}.channels", np.array([channels], np.int64))
-    shape = tape.op("Concat", [leading, width], {"axis": 0})
-    zero = _constant(tape, f"{name}.zero", np.zeros(1, np.float32))
-    return tape.op("Expand", [zero, shape])
-
-
-def _constant(tape: ir.tape.Tape, name: str, value: NDArray[np.generic]) -> ir.Value:
-    return tape.initializer(ir.Tensor(value, name=name))

@@ -29,6 +29,7 @@ def mapped(
 
     def evaluate() -> ir.Tensor[Any]:
         values = function(*(source.numpy() for source in sources))
-        return ir.Tensor(np.ascontiguousarray(values), name=name)
+        # A contiguous copy of a scalar would have one dimension.
+        return ir.Tensor(np.ascontiguousarray(values).reshape(shape), name=name)
 
     return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name, cache=False)

@@ -5,19 +5,22 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from qvla_export.bucketize import bucketize
-from qvla_export.buckets_to_onnx import CODES_SUFFIX, HALVES_SUFFIX, SCALES_SUFFIX
+from qvla_export.buckets_to_onnx import CODES_SUFFIX, HALVES_SUFFIX, SCALES_SUFFIX, Store, keep
 from qvla_export.coupling import find_couplings
 from qvla_export.float_graph import layer_nodes
-from qvla_export.float_storage import STORED_SUFFIX, store_exactly
+from qvla_export.float_storage import store_exactly
+from qvla_export.passes.compute_type import to_compute_type
 from qvla_export.passes.couple import couple_mlps
 from qvla_export.passes.integer_products import keep_integer_products
 from qvla_export.passes.merge import merge_parallel
 from qvla_export.passes.quantize_activations import quantize_activations
 from qvla_export.plan import BitPlan
-from qvla_export.target import Target
+from qvla_export.target import Target, UnsupportedOnTarget
 
 
-def lower(graph: ir.Model, plan: BitPlan | None, target: Target) -> tuple[ir.Model, dict[str, int]]:
+def lower(
+    graph: ir.Model, plan: BitPlan | None, target: Target, store: Store = keep
+) -> tuple[ir.Model, dict[str, int]]:
     """Return a float graph as it is shipped, and the bytes of its constants by part.
 
     The parts are "2", "4", "8", "16" and "scales" of planned layers, "float" of layers without a
@@ -27,26 +30,67 @@ def lower(graph: ir.Model, plan: BitPlan | None, target: Target) -> tuple[ir.Mod
         graph: from `export_float`; left as it is.
         plan: widths of the channels; None keeps every layer in float.
         target: whose containers and arithmetic the graph gets.
+        store: gets packed constants layer by layer, as they are made; may put them on disk.
+
+    Raises:
+        UnsupportedOnTarget: the plan is for another target or has what this one lacks.
     """
-    if plan is not None:
-        couplings = find_couplings(plan.widths, plan.weights_per_channel)
-        coupled, widths = couple_mlps(graph, plan.widths, couplings)
-        if plan.activations is not None:
-            coupled = quantize_activations(coupled, plan.activations, target)
-        merged, widths = merge_parallel(coupled, widths)
-        bucketized = bucketize(merged, widths, plan.quantizer)
-        if plan.activations is not None and target.runtime == "ort":
-            bucketized = keep_integer_products(bucketized)
-        model = store_exactly(bucketized)
-        return model, _bucket_bytes(model)
-    layer_weights = _layer_weights(graph)
-    model = store_exactly(graph)
-    return model, _float_bytes(model, layer_weights | {n + STORED_SUFFIX for n in layer_weights})
+    if plan is None:
+        model = _finished(graph, target)
+        return model, _float_bytes(model, _layer_weights(model))
+    _require_plan_for(plan, target)
+    couplings = find_couplings(plan.widths, plan.weights_per_channel)
+    model, widths = couple_mlps(graph, plan.widths, couplings, plan.containers)
+    if plan.activations is not None:
+        model = quantize_activations(model, plan.activations, target)
+    model, widths = merge_parallel(model, widths)
+    model = bucketize(model, widths, plan.quantizer, target, store)
+    if plan.activations is not None:
+        model = keep_integer_products(model)
+    model = _finished(model, target)
+    return model, _bucket_bytes(model)
+
+
+def _finished(model: ir.Model, target: Target) -> ir.Model:
+    """Give what is not in buckets the target's compute type, or 16 bits where that is exact."""
+    if target.compute == "float32":
+        return store_exactly(model)
+    return to_compute_type(model, target)
+
+
+def _require_plan_for(plan: BitPlan, target: Target) -> None:
+    if plan.target != target.name:
+        raise UnsupportedOnTarget(
+            f"the plan is for target {plan.target!r}, the graph for {target.name!r}; "
+            f"plan again with --target {target.name}"
+        )
+    used = {bits for bits, channels in plan.histogram().items() if channels and bits}
+    for bits in sorted(used):
+        if plan.containers[bits] != target.containers.get(bits):
+            raise UnsupportedOnTarget(
+                f"the plan stores {bits} bits as {plan.containers[bits]}, target {target.name!r} "
+                f"as {target.containers.get(bits)}; plan again for this version of the target"
+            )
+        container = target.containers[bits]
+        rule = plan.quantizer.rules.get(bits)
+        if container.bits != 16 and (rule is None or rule.group_size != container.group_size):
+            raise UnsupportedOnTarget(
+                f"the plan's {bits}-bit scales are one for {rule and rule.group_size} inputs, "
+                f"target {target.name!r} has one for {container.group_size} (None: one a "
+                "channel); measure and plan again for this target"
+            )
 
 
 def _layer_weights(model: ir.Model) -> set[str]:
-    values = (node.inputs[1] for node in layer_nodes(model).values())
-    return {value.name for value in values if value is not None and value.name is not None}
+    """Names of the constants behind the layers' weights, with or without a Cast in between."""
+    found = set()
+    for node in layer_nodes(model).values():
+        value = node.inputs[1]
+        cast = None if value is None else value.producer()
+        stored = value if cast is None else cast.inputs[0]
+        if stored is not None and stored.name is not None:
+            found.add(stored.name)
+    return found
 
 
 def _float_bytes(model: ir.Model, layer_weights: set[str]) -> dict[str, int]:

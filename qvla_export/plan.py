@@ -15,6 +15,7 @@ from qvla_export.activations import ActivationRanges
 from qvla_export.artifacts import read_json, require_fields, versions, write_json
 from qvla_export.errors import ArtifactError, PlanMismatch, QvlaError
 from qvla_export.quantize import QuantizerSpec, spec_for
+from qvla_export.storage import stored_bytes
 from qvla_export.target import WIDTHS, Container, Target
 
 # Layer name -> (channels, weights of one channel).
@@ -95,12 +96,15 @@ class BitPlan:
     @property
     def stored_bits_per_weight(self) -> float:
         """Average of what the target stores: containers and scales."""
-        return self._stored_bits / self._weights
+        return 8 * self.weight_bytes / self._weights
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the planned layers' packed weights on the target, scales included."""
-        return -(-self._stored_bits // 8)
+        """Bytes of the planned layers' packed weights on the target, scales included.
+
+        What an export really stores: see `qvla_export.storage`.
+        """
+        return stored_bytes(self.widths, self.weights_per_channel, self.containers)
 
     @property
     def float16_bytes(self) -> int:
@@ -227,15 +231,6 @@ class BitPlan:
     @property
     def _weights(self) -> int:
         return sum(len(w) * self.weights_per_channel[n] for n, w in self.widths.items())
-
-    @property
-    def _stored_bits(self) -> int:
-        total = 0
-        for name, widths in self.widths.items():
-            for bits in np.unique(widths[widths > 0]).tolist():
-                row = self.containers[bits].row_bits(self.weights_per_channel[name])
-                total += int((widths == bits).sum()) * row
-        return total
 
 
 _FIELDS = (

@@ -28,7 +28,7 @@ def check_linear(widths: NDArray[np.int8], inputs: int, bias: bool, folder: Path
     weight = random_weight(0, len(widths), inputs)
     offset = random_weight(1, len(widths)) if bias else None
     x = random_weight(2, 2, 3, inputs)
-    model = bucketize(linear_model(weight, offset), {LAYER: widths}, SPEC)
+    model = bucketize(linear_model(weight, offset), {LAYER: widths}, SPEC, CPU)
     expected = x @ fake_quantize(weight, widths, SPEC).T + (0 if offset is None else offset)
     got = run_model(model, x, folder)
     assert got.shape == expected.shape
@@ -65,7 +65,8 @@ def test_single_width(bits: int, channels: int, tmp_path: Path) -> None:
     ("widths", "expected", "absent"),
     [
         ([8] * 20 + [4] * 20, {"Concat"}, {"Split", "Gather", "Slice"}),
-        ([4] * 20 + [8] * 20, {"Concat", "Split"}, {"Gather", "Slice"}),
+        ([4] * 20 + [8] * 20, {"Concat"}, {"Split", "Gather", "Slice"}),
+        ([4] * 10 + [8] * 20 + [4] * 10, {"Concat", "Split"}, {"Gather", "Slice"}),
         ([4, 8] * 20, {"Concat", "Gather", "Transpose"}, {"Split", "Slice"}),
     ],
 )
@@ -88,7 +89,7 @@ def test_runtime_still_needs_the_filling(tmp_path: Path) -> None:
     """Fails when ONNX Runtime mends INT2; then `_COLUMN_MULTIPLE` can go."""
     codes = np.random.default_rng(0).integers(-2, 2, (64, 5)).astype(np.float32)
     weight = np.concatenate([codes, codes[:, :3] * 0], axis=1).T.copy()
-    model = bucketize(linear_model(weight, None), {LAYER: np.full(8, 2, np.int8)}, SPEC)
+    model = bucketize(linear_model(weight, None), {LAYER: np.full(8, 2, np.int8)}, SPEC, CPU)
     narrow = model.clone()
     for name, value in list(narrow.graph.initializers.items()):
         assert value.const_value is not None
@@ -103,7 +104,7 @@ def test_runtime_still_needs_the_filling(tmp_path: Path) -> None:
 def test_gemm_keeps_its_bias(tmp_path: Path) -> None:
     weight, bias, x = random_weight(0, 12, 70), random_weight(1, 12), random_weight(2, 4, 70)
     widths = np.array([0, 2, 4, 8, 16, 0] * 2, np.int8)
-    model = bucketize(gemm_model(weight, bias), {LAYER: widths}, SPEC)
+    model = bucketize(gemm_model(weight, bias), {LAYER: widths}, SPEC, CPU)
     expected = x @ fake_quantize(weight, widths, SPEC).T + bias
     np.testing.assert_allclose(run_model(model, x, tmp_path), expected, atol=1e-4)
 
@@ -117,7 +118,7 @@ def test_patch_embedding(bias: bool, uniform: int | None, tmp_path: Path) -> Non
     x = random_weight(2, 2, 3, 21, 21)
     rounded = fake_quantize(as_rows(weight), widths, SPEC).reshape(weight.shape)
     expected = run_model(conv_model(rounded, offset, 21), x, tmp_path)
-    model = bucketize(conv_model(weight, offset, 21), {LAYER: widths}, SPEC)
+    model = bucketize(conv_model(weight, offset, 21), {LAYER: widths}, SPEC, CPU)
     assert not any(node.op_type == "Conv" for node in model.graph)
     np.testing.assert_allclose(run_model(model, x, tmp_path), expected, atol=2e-4)
 
@@ -131,7 +132,7 @@ def test_every_packed_width_runs_packed(tmp_path: Path) -> None:
 
 def test_float_graph_is_left_alone() -> None:
     model = linear_model(random_weight(0, 8, 16), None)
-    bucketize(model, {LAYER: np.full(8, 4, np.int8)}, SPEC)
+    bucketize(model, {LAYER: np.full(8, 4, np.int8)}, SPEC, CPU)
     assert [node.op_type for node in model.graph] == ["MatMul"]
 
 
@@ -142,11 +143,11 @@ def test_float_graph_is_left_alone() -> None:
 def test_plan_of_another_policy_is_refused(name: str, channels: int, message: str) -> None:
     model = linear_model(random_weight(0, 8, 16), None)
     with pytest.raises(ExportError, match=message):
-        bucketize(model, {name: np.full(channels, 4, np.int8)}, SPEC)
+        bucketize(model, {name: np.full(channels, 4, np.int8)}, SPEC, CPU)
 
 
 @pytest.mark.parametrize("attributes", [{"pads": [1, 1, 1, 1]}, {"strides": [3, 3]}])
 def test_overlapping_convolution_is_refused(attributes: dict[str, list[int]]) -> None:
     model = conv_model(random_weight(0, 4, 3, 7, 7), None, 21, **attributes)
     with pytest.raises(ExportError, match="must tile its input"):
-        bucketize(model, {LAYER: np.full(4, 4, np.int8)}, SPEC)
+        bucketize(model, {LAYER: np.full(4, 4, np.int8)}, SPEC, CPU)

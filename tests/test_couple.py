@@ -102,8 +102,8 @@ def test_plain_mlp(choices: tuple[int, ...], output_bias: bool, tmp_path: Path) 
     hidden = X @ first.T + random(9, UNITS)
     hidden = hidden * (1 + erf(hidden / np.sqrt(2))) / 2
     expected = hidden @ second.T + (random(9, OUTPUTS) if output_bias else 0)
-    coupled = couple_mlps(plain_model(output_bias), widths, [coupling_of(widths)])
-    got = run_model(bucketize(*coupled, SPEC), X, tmp_path)
+    coupled = couple_mlps(plain_model(output_bias), widths, [coupling_of(widths)], CPU.containers)
+    got = run_model(bucketize(*coupled, SPEC, CPU), X, tmp_path)
     np.testing.assert_allclose(got, expected, atol=2e-3)
 
 
@@ -113,15 +113,15 @@ def test_gated_mlp(choices: tuple[int, ...], tmp_path: Path) -> None:
     gate, up, down = rounded(widths)
     gated = X @ gate.T
     expected = (gated / (1 + np.exp(-gated)) * (X @ up.T)) @ down.T
-    coupled = couple_mlps(gated_model(), widths, [coupling_of(widths)])
-    got = run_model(bucketize(*coupled, SPEC), X, tmp_path)
+    coupled = couple_mlps(gated_model(), widths, [coupling_of(widths)], CPU.containers)
+    got = run_model(bucketize(*coupled, SPEC, CPU), X, tmp_path)
     np.testing.assert_allclose(got, expected, atol=2e-3 * np.sqrt(UNITS))
 
 
 def test_constant_units_leave_producers_and_consumer() -> None:
     widths = widths_of(GATED, MIXTURE)
     before = gated_model()
-    model, coupled = couple_mlps(before, widths, [coupling_of(widths)])
+    model, coupled = couple_mlps(before, widths, [coupling_of(widths)], CPU.containers)
     kept = int(((widths[GATED[0]] > 0) & (widths[GATED[1]] > 0)).sum())
     assert 0 < kept < UNITS
     nodes = layer_nodes(model)
@@ -160,7 +160,7 @@ def test_layers_of_other_sizes_or_names_are_not_coupled() -> None:
 def test_what_cannot_be_followed_is_refused(model: ir.Model, names: tuple[str, ...]) -> None:
     widths = widths_of(names, MIXTURE)
     with pytest.raises(ExportError, match="the pass follows"):
-        couple_mlps(model, widths, [coupling_of(widths)])
+        couple_mlps(model, widths, [coupling_of(widths)], CPU.containers)
 
 
 def test_hidden_units_used_elsewhere_are_refused() -> None:
@@ -169,4 +169,4 @@ def test_hidden_units_used_elsewhere_are_refused() -> None:
     model.graph.outputs.append(gelu.outputs[0])
     widths = widths_of(PLAIN, MIXTURE)
     with pytest.raises(ExportError, match="also used by the graph"):
-        couple_mlps(model, widths, [coupling_of(widths)])
+        couple_mlps(model, widths, [coupling_of(widths)], CPU.containers)

@@ -120,32 +120,20 @@ def test_golden_prompts_have_different_lengths(mixed_bundle: Bundle) -> None:
 def test_every_packed_bucket_becomes_matmulnbits(
     mixed_bundle: Bundle, tiny_policy: OftPolicy, tmp_path: Path
 ) -> None:
-    packed = packed_matmuls(mixed_bundle.model_path(mixed_bundle.stages[0]), tmp_path / "optimized.onnx")
+    packed = packed_matmuls(
+        mixed_bundle.model_path(mixed_bundle.stages[0]), tmp_path / "optimized.onnx"
+    )
     plan = mixed_plan(tiny_policy)
     couplings = find_couplings(plan.widths, plan.weights_per_channel)
-    coupled = couple_mlps(float_graph(tiny_policy), plan.widths, couplings)
+    coupled = couple_mlps(float_graph(tiny_policy), plan.widths, couplings, plan.containers)
     _, widths = merge_parallel(*coupled)
     for bits in (2, 4, 8):
         assert packed[bits] == sum(bool((w == bits).any()) for w in widths.values())
 
 
-def test_stored_bytes_are_the_plans_without_constant_units(
-    mixed_bundle: Bundle, tiny_policy: OftPolicy
-) -> None:
-    plan = mixed_plan(tiny_policy)
-    widths, inputs = dict(plan.widths), dict(plan.weights_per_channel)
-    for coupling in find_couplings(plan.widths, plan.weights_per_channel):
-        inputs[coupling.consumer] = len(coupling.order)
-        widths |= {name: plan.widths[name][coupling.order] for name in coupling.producers}
-    expected = sum(
-        plan.containers[int(bits)].row_bits(inputs[name]) / 8
-        for name, layer_widths in widths.items()
-        for bits in layer_widths
-    )
+def test_stored_bytes_are_exactly_the_plans(mixed_bundle: Bundle, tiny_policy: OftPolicy) -> None:
     stored = sum(n for part, n in mixed_bundle.weight_bytes.items() if part != "rest")
-    # Up to three channels of zeros a layer fill its 2-bit bucket.
-    assert expected <= stored <= 1.02 * expected
-    assert stored < plan.weight_bytes
+    assert stored == mixed_plan(tiny_policy).weight_bytes
     data = (mixed_bundle.path / "policy.onnx.data").stat().st_size
     assert data <= sum(mixed_bundle.weight_bytes.values())
 
@@ -187,7 +175,8 @@ def test_dead_layers_are_absent(tiny_policy: OftPolicy) -> None:
 
 def test_graph_does_not_name_the_exporting_machine(mixed_bundle: Bundle) -> None:
     assert (
-        b"/" + Path(__file__).parents[1].name.encode() not in mixed_bundle.model_path(mixed_bundle.stages[0]).read_bytes()
+        b"/" + Path(__file__).parents[1].name.encode()
+        not in mixed_bundle.model_path(mixed_bundle.stages[0]).read_bytes()
     )
     assert b".py" not in mixed_bundle.model_path(mixed_bundle.stages[0]).read_bytes()
 

@@ -52,7 +52,7 @@ def test_merged_layers_compute_the_same(choices: tuple[int, ...], tmp_path: Path
     x = random(6, 2, 3, INPUTS)
     model, merged = merge_parallel(parallel_model(), widths)
     assert list(merged) == ["block.q+k+v"]
-    got = run_model(bucketize(model, merged, SPEC), x, tmp_path)
+    got = run_model(bucketize(model, merged, SPEC, CPU), x, tmp_path)
     parts = [
         x @ fake_quantize(weight, widths[name], SPEC).T + random(9, len(weight))
         for name, weight in weights().items()
@@ -61,7 +61,7 @@ def test_merged_layers_compute_the_same(choices: tuple[int, ...], tmp_path: Path
 
 
 def test_one_matmul_for_each_width(tmp_path: Path) -> None:
-    model = bucketize(*merge_parallel(parallel_model(), random_widths((0, 2, 4, 8, 16))), SPEC)
+    model = bucketize(*merge_parallel(parallel_model(), random_widths((0, 2, 4, 8, 16))), SPEC, CPU)
     run_model(model, random(6, 2, 3, INPUTS), tmp_path)
     assert [node.op_type for node in model.graph].count("MatMul") == 4
     packed = packed_matmuls(tmp_path / "model.onnx", tmp_path / "optimized.onnx")

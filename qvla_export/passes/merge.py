@@ -9,7 +9,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qvla_export.float_graph import LAYER_KEY, layer_nodes, weight_rows
+from qvla_export.float_graph import LAYER_KEY, layer_nodes
+from qvla_export.passes.weights import matrix, side_by_side
+
+# Metadata of a merged layer: channels of its members, as "64,64,64".
+MEMBERS_KEY = "qvla.members"
 
 Widths = Mapping[str, NDArray[np.int8]]
 
@@ -41,15 +45,18 @@ def _merge(model: ir.Model, members: Sequence[str]) -> str:
     """Replace the members' nodes by one MatMul and a Split; return its name."""
     found = layer_nodes(model)
     nodes = [found[name] for name in members]
-    rows = [weight_rows(node) for node in nodes]
+    weights = [matrix(node) for node in nodes]
+    channels = [int(weight.shape.numpy()[1]) for weight in weights]
     parent = members[0].rpartition(".")[0]
     name = ".".join([parent, "+".join(m.removeprefix(f"{parent}.") for m in members)])
     tape = ir.tape.Tape()
-    weight = ir.Tensor(np.ascontiguousarray(np.concatenate(rows).T), name=f"{name}.weight")
-    sizes = ir.Tensor(np.array([len(r) for r in rows], np.int64), name=f"{name}.sizes")
+    weight = side_by_side(weights, f"{name}.weight")
+    sizes = ir.Tensor(np.array(channels, np.int64), name=f"{name}.sizes")
     inputs = nodes[0].inputs[0]
     product = tape.op(
-        "MatMul", [inputs, tape.initializer(weight)], metadata_props={LAYER_KEY: name}
+        "MatMul",
+        [inputs, tape.initializer(weight)],
+        metadata_props={LAYER_KEY: name, MEMBERS_KEY: ",".join(map(str, channels))},
     )
     outputs = tape.op_multi_out(
         "Split", [product, tape.initializer(sizes)], {"axis": -1}, num_outputs=len(nodes)

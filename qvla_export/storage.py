@@ -1,0 +1,121 @@
+"""Bytes of packed weights: what the buckets of a plan really occupy on a target. numpy only.
+
+Three things make them differ from channels times width: hidden units that are constant leave
+producers and consumer (`qvla_export.coupling`), runtimes that want whole groups get inputs filled
+up with zeros (by further units of the layer before it where that is coupled, else by a Pad), and
+ONNX Runtime's 2-bit columns come in fours.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.coupling import find_couplings
+from qvla_export.target import Container
+
+Widths = Mapping[str, NDArray[np.int8]]
+# ONNX Runtime 1.32 repacks INT2 columns four at a time and computes garbage otherwise.
+_COLUMN_MULTIPLE = {2: 4}
+# Last parts of the names of layers that share an input and become one.
+_PARALLEL = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+)
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """Layers that are stored as one, after coupling and filling."""
+
+    # Names of its members, in the plan's order.
+    names: tuple[str, ...]
+    # Widths of all members' channels, filled-up ones included.  int8 [channels]
+    widths: NDArray[np.int8]
+    # Weights of a channel; more are stored in whole groups.
+    inputs: int
+
+
+def stored_columns(channels: int, container: Container) -> int:
+    """Return how many channels a bucket is stored with; further ones are zeros."""
+    multiple = _COLUMN_MULTIPLE.get(container.bits, 1)
+    return -(-channels // multiple) * multiple
+
+
+def stored_inputs(
+    inputs: int, widths: NDArray[np.int8], containers: Mapping[int, Container]
+) -> int:
+    """Return how many inputs the widest stored bucket of a layer reads.
+
+    Args:
+        inputs: weights of a channel.
+        widths: int8 [channels] of all layers that share the input.
+        containers: of the target.
+    """
+    used = [containers[bits] for bits in np.unique(widths).tolist() if bits]
+    return max([inputs, *(container.stored_inputs(inputs) for container in used)])
+
+
+def filled_widths(widths: NDArray[np.int8], units: int) -> NDArray[np.int8]:
+    """Append units of zeros to a coupled producer: channels of its last unit's width."""
+    return np.pad(widths, (0, units - len(widths)), mode="edge")
+
+
+def stored_layers(
+    widths: Widths, weights_per_channel: Mapping[str, int], containers: Mapping[int, Container]
+) -> tuple[StoredLayer, ...]:
+    """Return the layers that a target's graph holds.
+
+    Args:
+        widths: layer name -> int8 [channels].
+        weights_per_channel: layer name -> weights of one channel.
+        containers: of the target.
+    """
+    widths, inputs = dict(widths), dict(weights_per_channel)
+    for coupling in find_couplings(widths, weights_per_channel):
+        consumer = coupling.consumer
+        units = stored_inputs(len(coupling.order), widths[consumer], containers)
+        inputs[consumer] = units
+        for name in coupling.producers:
+            widths[name] = filled_widths(widths[name][coupling.order], units)
+    layers = []
+    for names in parallel_layers(widths, weights_per_channel):
+        joined = np.concatenate([widths[name] for name in names])
+        layers.append(StoredLayer(names, joined, inputs[names[0]]))
+    return tuple(layers)
+
+
+def stored_bytes(
+    widths: Widths, weights_per_channel: Mapping[str, int], containers: Mapping[int, Container]
+) -> int:
+    """Return the bytes of all buckets, scales included; arguments as of `stored_layers`."""
+    return sum(
+        bucket_bytes(int((layer.widths == bits).sum()), layer.inputs, containers[bits])
+        for layer in stored_layers(widths, weights_per_channel, containers)
+        for bits in np.unique(layer.widths).tolist()
+        if bits
+    )
+
+
+def bucket_bytes(channels: int, inputs: int, container: Container) -> int:
+    """Return the bytes of one bucket's codes and scales, for channels of so many inputs."""
+    columns = stored_columns(channels, container)
+    groups = 1 if container.group_size is None else -(-inputs // container.group_size)
+    codes = -(-columns * container.stored_inputs(inputs) * container.bits // 8)
+    return codes + columns * groups * container.scale_bits // 8
+
+
+def parallel_layers(
+    names: Iterable[str], weights_per_channel: Mapping[str, int]
+) -> tuple[tuple[str, ...], ...]:
+    """Group layers by name as their graph merges them; most are alone."""
+    groups: dict[tuple[str, int, int], list[str]] = {}
+    alone = len(_PARALLEL)
+    for number, name in enumerate(names):
+        parent, _, last = name.rpartition(".")
+        kind = next((i for i, group in enumerate(_PARALLEL) if last in group), alone)
+        key = (parent, kind, weights_per_channel[name])
+        groups.setdefault(key if kind < alone else (name, alone, number), []).append(name)
+    return tuple(tuple(group) for group in groups.values())
