@@ -57,7 +57,7 @@ def write_stage(
     own = None if plan is None or not inside else plan.restricted(inside)
     path = folder / f"{stage.name}.onnx"
     with ExternalData(path) as data:
-        model, weight_bytes = lower(graph, own, target)
+        model, weight_bytes = lower(graph, own, target, data.store)
         figures = measure_graph(model, own)
         model.metadata_props.pop(WEIGHTS_KEY, None)
         data.save(model)
