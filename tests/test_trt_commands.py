@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_gpu import FakeDevice, FakeTensorRt
 from fake_tensorrt import tensorrt
 from test_cli import qvla
 from trt_bundles import staged_bundle
 
 from engines.load import load_engine
+from engines.trt.engine import TensorRtEngine
 from engines.trt.sidecar import Sidecar
 from qvla_export.bundle import Bundle
 from qvla_export.policies.oft import OftPolicy
@@ -28,9 +30,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make(tiny_policy: OftPolicy, tiny_observations: Callable[..., Any], tmp_path: Path) -> Make:
-    def write(setting: str, target: str = "rtx4070") -> Bundle:
+    def write(setting: str, target: str = "rtx4070", seed: int = 0) -> Bundle:
         path = tmp_path / "settings" / setting / "bundle"
-        return staged_bundle(tiny_policy, tiny_observations(1), path, target)
+        return staged_bundle(tiny_policy, tiny_observations(1), path, target, seed)
 
     return write
 
@@ -47,6 +49,30 @@ def test_build_puts_engines_beside_the_bundle(make: Make, tmp_path: Path) -> Non
     assert "not verified: this machine has no NVIDIA GPU" in outcome.out
     origin = Sidecar.load(folder / "decoder.json").origin
     assert (origin.inputs["input_ids"].max, origin.level) == ((1, 64), 2)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_where_the_gpu_is_a_build_is_verified(
+    make: Make, monkeypatch: pytest.MonkeyPatch, right: bool
+) -> None:
+    bundle = make("float")
+    other = bundle if right else make("other", seed=1)
+    device = FakeDevice()
+
+    def open_engine(given: Bundle, folder: Path) -> TensorRtEngine:
+        sidecars = [Sidecar.load(folder / f"{stage.name}.json") for stage in given.stages]
+        trt = FakeTensorRt(other, sidecars, device, "tensorrt_rtx")
+        return TensorRtEngine(given, folder, lambda: device, trt.module())
+
+    monkeypatch.setattr("engines.trt.gpu.find_gpu", lambda: device.gpu)
+    monkeypatch.setattr("engines.trt.engine.TensorRtEngine", open_engine)
+    outcome = qvla("build", bundle.path)
+    if right:
+        assert outcome.code == 0, outcome.err
+        assert "verified: cosine 1.0" in outcome.out
+    else:
+        assert "differs from torch" in outcome.error
+    assert device.closed and not device.memory
 
 
 def test_build_elsewhere(make: Make, tmp_path: Path) -> None:

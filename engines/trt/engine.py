@@ -36,7 +36,7 @@ class TensorRtEngine:
     Inputs are copied once, outputs of a stage stay on the device for the next. All buffers have
     the size of the longest prompt and are allocated at load. The first action of a prompt length
     runs the stages one by one, later ones launch what was captured of it: a graph per stage, so
-    that events between them tell where the time goes.
+    that events between them tell where the time goes. One action at a time; any thread may act.
     """
 
     def __init__(

@@ -44,30 +44,38 @@ class Progress:
         self._steps.pop(phase, None)
 
     def _report(self, phase: str, done: int) -> None:
-        # Called by native code, which an exception must not cross.
-        try:
-            if self._on_phase is not None:
-                self._on_phase(phase, done, self._steps.get(phase, 1))
-        except KeyboardInterrupt:
-            self.interrupted = True
+        if self._on_phase is not None:
+            self._on_phase(phase, done, self._steps.get(phase, 1))
 
 
 def _monitor_class(base: Any) -> Any:
     class Monitor(base):  # type: ignore[misc]  # the module is known at run time only
+        """Called by native code, which an exception must not cross."""
+
         def __init__(self, progress: Progress) -> None:
             base.__init__(self)
             self._progress = progress
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            """Begin a phase; called by native code."""
-            self._progress.start(phase_name, num_steps)
+            """Begin a phase."""
+            try:
+                self._progress.start(phase_name, num_steps)
+            except KeyboardInterrupt:
+                self._progress.interrupted = True
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            """Note a step; called by native code."""
-            return self._progress.step(phase_name, step)
+            """Note a step; False stops the build."""
+            try:
+                return self._progress.step(phase_name, step)
+            except KeyboardInterrupt:
+                self._progress.interrupted = True
+                return False
 
         def phase_finish(self, phase_name: str) -> None:
-            """End a phase; called by native code."""
-            self._progress.finish(phase_name)
+            """End a phase."""
+            try:
+                self._progress.finish(phase_name)
+            except KeyboardInterrupt:
+                self._progress.interrupted = True
 
     return Monitor
