@@ -3,7 +3,7 @@
 Three things make them differ from channels times width: hidden units that are constant leave
 producers and consumer (`qvla_export.coupling`), runtimes that want whole groups get inputs filled
 up with zeros (by further units of the layer before it where that is coupled, else by a Pad), and
-ONNX Runtime's 2-bit columns come in fours.
+columns of 2 and 4 bits come in fours or pairs.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,9 @@ from qvla_export.target import Container
 
 Widths = Mapping[str, NDArray[np.int8]]
 # ONNX Runtime 1.32 repacks INT2 columns four at a time and computes garbage otherwise.
-_COLUMN_MULTIPLE = {2: 4}
+_INT2_COLUMNS = 4
+# TensorRT packs two int4 a byte and documents no row that ends within one.
+_INT4_COLUMNS = 2
 # Last parts of the names of layers that share an input and become one.
 _PARALLEL = (
     ("q_proj", "k_proj", "v_proj"),
@@ -40,7 +42,11 @@ class StoredLayer:
 
 def stored_columns(channels: int, container: Container) -> int:
     """Return how many channels a bucket is stored with; further ones are zeros."""
-    multiple = _COLUMN_MULTIPLE.get(container.bits, 1)
+    multiple = 1
+    if container.bits == 2:
+        multiple = _INT2_COLUMNS
+    elif container.bits == 4 and container.whole_groups:
+        multiple = _INT4_COLUMNS
     return -(-channels // multiple) * multiple
 
 
