@@ -3,7 +3,7 @@
 `qvla_export.greedy` is Algorithm 1 of the paper, `qvla_export.hull` the allocation with a bound.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -22,6 +22,8 @@ from qvla_export.target import WIDTHS, ActivationSupport, Target
 BudgetKind = Literal["bits per channel", "bits per weight", "bytes"]
 # "greedy": Algorithm 1 as printed. "hull": along lower convex hulls.
 AllocationMethod = Literal["greedy", "hull"]
+# Channels below which filled-up bytes are removed step by step: the fewest steps are found then.
+_ONE_BY_ONE = 10_000
 __all__ = [
     "AllocationMethod",
     "Budget",
@@ -114,15 +116,22 @@ def allocate_bits(
     table = _table(sensitivities, budget, target, widths, pruning)
     step = demote_greedily if method == "greedy" else demote_along_hull
     levels = np.zeros(table.channels, np.int8)
+    wanted = str(budget) if latency is None else f"{budget}, {latency}"
+
+    def planned(at: Levels) -> BitPlan:
+        return _plan(sensitivities, wanted, target, table, at)
+
     cost, limit = _cost(budget, table)
-    levels = step(table, levels, cost, limit, f"the budget of {budget}")
+    if budget.kind == "bytes":
+        levels = _within_bytes(table, levels, step, limit, f"the budget of {budget}", planned)
+    else:
+        levels = step(table, levels, cost, limit, f"the budget of {budget}")
     if budget.max_stored_ratio is not None:
         cap = budget.max_stored_ratio * table.float16_bits
-        levels = step(table, levels, table.stored_bits(), cap, f"the limit in {budget}")
+        levels = _within_bytes(table, levels, step, cap, f"the limit in {budget}", planned)
     if latency is not None:
         levels = _within_latency(table, levels, latency)
-    wanted = str(budget) if latency is None else f"{budget}, {latency}"
-    return _plan(sensitivities, wanted, target, table, levels)
+    return planned(levels)
 
 
 def least_error(
@@ -188,6 +197,29 @@ def _cost(budget: Budget, table: DemotionTable) -> tuple[NDArray[np.int64], floa
     if budget.kind == "bits per weight":
         return table.weight_bits(), budget.value * table.float16_bits / 16
     return table.nominal_bits(), budget.value * table.channels
+
+
+def _within_bytes(
+    table: DemotionTable,
+    levels: Levels,
+    step: Callable[[DemotionTable, Levels, NDArray[np.int64], float, str], Levels],
+    limit: float,
+    what: str,
+    planned: Callable[[Levels], BitPlan],
+) -> Levels:
+    """Take steps until the plan's own bytes are within the limit in bits.
+
+    Columns and groups that are filled up are in no channel's own bits: where they exceed the
+    limit, further steps are taken, one by one where that is quick.
+    """
+    stored, allowed = table.stored_bits(), limit
+    while True:
+        levels = step(table, levels, stored, allowed, what)
+        excess = 8 * planned(levels).weight_bytes - limit
+        if excess <= 0:
+            return levels
+        spent = np.take_along_axis(stored, levels[None].astype(np.int64), 0).sum()
+        allowed = float(spent) - (1.0 if table.channels < _ONE_BY_ONE else max(excess, 1.0))
 
 
 def _within_latency(table: DemotionTable, levels: Levels, latency: LatencyLimit) -> Levels:
