@@ -53,7 +53,7 @@ class Model:
         # Policy commands sent when the newest chunk's observation was taken.
         self.first = 0
         self.known = 0
-        self.looked = 0
+        self.looked, self.looked_s = 0, -np.inf
         # Times of commands that were the policy's, and of those that moved the robot otherwise.
         self.policy_s: list[float] = []
         self.displaced_s = -np.inf
@@ -195,6 +195,8 @@ class ControlLoopMachine(RuleBasedStateMachine):
         for seen in self.bench.notes.observations[self.model.looked :]:
             age_ms = (self.bench.clock.time_s - seen.observed_s) * 1000
             assert age_ms <= self.bench.settings.max_observation_age_ms
+            assert seen.observed_s > self.model.looked_s, "no picture is asked about twice"
+            self.model.looked_s = seen.observed_s
         self.model.looked = len(self.bench.notes.observations)
         self.check_slot(record)
         self.check_state(record)

@@ -25,7 +25,11 @@ class Command:
 
 
 class Sink(Protocol):
-    """The robot. Called from the control thread, at slots only: must not wait."""
+    """The robot. Called from the control thread, at slots only: must not wait.
+
+    What executes the commands must itself stop the robot when they cease to come: a process that
+    is killed, or a board without power, sends no safe action.
+    """
 
     def send(self, command: Command) -> None:
         """Execute one command; an exception ends the run."""
