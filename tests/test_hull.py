@@ -1,5 +1,6 @@
 """The convex-hull allocation against brute force, its bound, caps, and size."""
 
+import tracemalloc
 from dataclasses import replace
 from itertools import product
 
@@ -12,6 +13,7 @@ from test_plan import FOUR_BIT_TARGET, TARGET, random_sensitivities, tables, wid
 
 from qvla_export.allocation import Budget, PruningRule, allocate_bits, least_error
 from qvla_export.errors import QvlaError
+from qvla_export.geometries import TransformerSize, llama_layers
 from qvla_export.hull import hull_jumps
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.target import WIDTHS
@@ -191,3 +193,22 @@ def test_many_channels_are_allocated_within_a_hundredth_of_a_percent() -> None:
     plan = allocate_bits(table, budget, TARGET, method="hull")
     assert plan.expected_error is not None
     assert plan.expected_error / least_error(table, budget, TARGET) - 1 < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["greedy", "hull"])
+def test_a_7b_decoder_is_allocated_within_a_gigabyte(method: str) -> None:
+    """1.36 million channels at five widths."""
+    shapes = llama_layers(TransformerSize(4096, 11008, 32))
+    table = random_sensitivities(5, tuple(channels for channels, _ in shapes.values()))
+    budget = Budget("bits per channel", 4.0)
+    tracemalloc.start()
+    try:
+        plan = allocate_bits(table, budget, TARGET, method=method)  # type: ignore[arg-type]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1e9
+    assert plan.expected_error is not None
+    gap = plan.expected_error / least_error(table, budget, TARGET) - 1
+    assert 0 <= gap + 1e-9 < (1e-4 if method == "hull" else 0.01)
