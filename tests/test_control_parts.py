@@ -47,6 +47,10 @@ def test_what_is_admitted_is_finite_inside_and_near(action, last, max_step) -> N
     assert limits.admit(admitted, admitted).clamped == 0, "a command may be repeated"
 
 
+def test_what_float32_cannot_say_is_cut_too() -> None:
+    assert safety().admit(np.array([1e300, -1e300, 0.5]), None).action.tolist() == [1, -1, 0.5]
+
+
 def test_limits_are_not_widened_by_rounding() -> None:
     low, high = np.array([-0.1, 0.3]), np.array([0.1, 0.3])
     made = action_safety(Bounds(low, high, np.ones(2, bool)), np.array([0, np.nan]))

@@ -81,10 +81,10 @@ class ActionSafety:
             raise UnsafeAction(
                 f"a command is {self.low.size} finite numbers, got {np.asarray(action).tolist()}"
             )
-        cut = np.clip(action, self.low, self.high).astype(np.float32)
-        # float64 actions may lie outside by less than float32 can say.
-        admitted = self.slowed(np.clip(cut, self.low, self.high), last)
-        return Admitted(admitted, int((admitted != action.astype(np.float32)).sum()))
+        with np.errstate(over="ignore"):  # what overflows float32 is cut like the rest
+            wanted = action.astype(np.float32)
+        admitted = self.slowed(np.clip(wanted, self.low, self.high), last)
+        return Admitted(admitted, int((admitted != wanted).sum()))
 
     def slowed(self, target: Vector, last: Vector | None) -> Vector:
         """Return the command nearest to the target within one largest step of the last one."""
