@@ -45,6 +45,26 @@ def load_engine(
     return _load_ort(bundle, target, threads, weights, runtime)
 
 
+def runtime_here(target: Target) -> Runtime:
+    """Return the target's own runtime if this machine can run its engines, else "ort".
+
+    ONNX Runtime on a CPU then executes the target's graphs: what they compute can be judged, not
+    how long they take.
+    """
+    if target.runtime in ("tensorrt", "tensorrt_rtx"):
+        from engines.trt.gpu import find_gpu
+
+        gpu = find_gpu()
+        same = gpu is not None and gpu.compute_capability == target.compute_capability
+        return target.runtime if same else "ort"
+    if target.runtime == "ort-cuda":
+        import onnxruntime
+
+        has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        return "ort-cuda" if has_cuda else "ort"
+    return target.runtime
+
+
 def _load_ort(
     bundle: Bundle,
     target: Target,
@@ -59,6 +79,10 @@ def _load_ort(
         raise EngineError(
             f"target {target.name!r} needs onnxruntime ({error}); pip install {package}"
         ) from error
+    if runtime == "ort" and target.runtime != "ort":
+        # Only checked here: operators as the graph has them. ONNX Runtime 1.32's own integer
+        # products refuse TensorRT's signed activations behind a Reshape.
+        weights = "unpacked"
     provider: Literal["CUDAExecutionProvider", "CPUExecutionProvider"] = (
         "CUDAExecutionProvider" if runtime == "ort-cuda" else "CPUExecutionProvider"
     )

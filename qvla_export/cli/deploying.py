@@ -120,8 +120,13 @@ def deploy(
 
 def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     """Run every stage; what is up to date is kept."""
+    from engines.check.bundle import check_bundle
+    from engines.check.finding import require_no_errors
+    from engines.load import runtime_here
     from engines.targets import find_target
+    from engines.trt.sidecar import engine_folder
     from qvla_export.cli import exporting, judging, stages
+    from qvla_export.cli.building import build_with_progress
 
     run, target = wanted.run, find_target(wanted.target)
     _check_inputs(wanted, policy)
@@ -138,13 +143,23 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     if any(setting.activation_bits for setting in wanted.settings):
         _say("activations of every layer")
         stages.activations(run, policy)
+    native = runtime_here(target) == target.runtime
     for setting in wanted.settings:
         _say(f"{setting.name}: plan, bundle, engine")
         stages.plan(run, setting, target, policy.digest)
-        exporting.export(run, setting, policy, target)
+        bundle = exporting.export(run, setting, policy, target)
+        require_no_errors(check_bundle(bundle, target))
+        if target.runtime == "tensorrt_rtx" or (native and target.runtime == "tensorrt"):
+            build_with_progress(bundle, engine_folder(bundle))
         judging.action_error(run, setting, policy)
-    _say("latency, in process and served over HTTP")
-    judging.latency(run, wanted.settings, wanted.samples, wanted.threads)
+    if native:
+        _say("latency, in process and served over HTTP")
+        judging.latency(run, wanted.settings, wanted.samples, wanted.threads)
+    else:
+        _say(
+            f"this machine cannot run engines for {target.name}: its graphs are judged on ONNX "
+            "Runtime, latency is not measured; on the device: qvla verify BUNDLE --latency"
+        )
     if wanted.episodes:
         _run_episodes(wanted)
     from qvla_export.report.page import write_report
@@ -225,15 +240,15 @@ def _table(run: RunFolder, settings: Sequence[Setting]) -> Table:
         layers = sum(n for part, n in bundle.weight_bytes.items() if part != "rest")
         ratio = 1.0 if bundle.plan is None else layers / bundle.plan["float16_bytes"]
         error = read_json(run.action_error(setting), "action error")
-        p50, p99 = latency[setting.name]
+        p50, p99 = latency.get(setting.name, ("not run", ""))
         table.add_row(
             setting.name,
             f"{ratio:.3f}",
             f"{bundle.nbytes / 1e6:.2f} MB",
             f"{error['rms']:.5f}",
             _success(run, setting),
-            f"{p50:.2f} ms",
-            f"{p99:.2f} ms",
+            p50,
+            p99,
         )
     return table
 
@@ -247,11 +262,16 @@ def _success(run: RunFolder, setting: Setting) -> str:
     return f"{summary['success']:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def _latency_rows(run: RunFolder) -> dict[str, tuple[float, float]]:
+def _latency_rows(run: RunFolder) -> dict[str, tuple[str, str]]:
+    """Setting -> p50 and p99 in words; empty where no latency was measured."""
     from jetson.latency import LatencyComparison
 
+    if not run.latency.is_file():
+        return {}
     profiles: Any = LatencyComparison.load(run.latency).profiles
-    return {p.name: (p.percentile_ms(50), p.percentile_ms(99)) for p in profiles}
+    return {
+        p.name: (f"{p.percentile_ms(50):.2f} ms", f"{p.percentile_ms(99):.2f} ms") for p in profiles
+    }
 
 
 def _say(text: str) -> None:

@@ -30,7 +30,8 @@ def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[
             exceeds a threshold, see `engines.thresholds`.
     """
     from calibration.samples import CalibrationSet
-    from engines.load import load_engine
+    from engines.load import load_engine, runtime_here
+    from engines.targets import find_target
     from engines.verify import verify
 
     bundle, path = load_bundle(run, setting), run.action_error(setting)
@@ -39,16 +40,18 @@ def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[
     require_same("bundle and policy", bundle.policy_digest, policy.digest, "Export it again.")
     if planned is not None and planned.calibration_digest is not None:
         require_calibration(calibration, planned.calibration_digest, "plan")
+    runtime = runtime_here(find_target(bundle.target))
     identity = {
         "setting": setting.name,
         "bundle_digest": bundle.digest,
         "calibration_digest": calibration.digest,
+        "runtime": runtime,
     }
     kept = kept_artifact(path, lambda p: read_json(p, "action error"))
     if kept is not None and all(kept.get(name) == value for name, value in identity.items()):
         return dict(kept)
     reference = held_out_reference(bundle, policy, planned, calibration.held_out)
-    with load_engine(bundle) as engine:
+    with load_engine(bundle, runtime=runtime) as engine:
         verdict = verify(bundle, engine, reference)
     error = verdict.action_error
     assert error is not None
@@ -75,6 +78,8 @@ def rollouts(
     """Run a bundle closed loop beside the float policy of `source`; or its float control."""
     from calibration.evaluation import load_evaluation
     from calibration.rollouts import evaluate
+    from engines.load import runtime_here
+    from engines.targets import find_target
 
     path = run.evaluation(setting) if config.control == "none" else run.control(config.control)
     bundle = load_bundle(run, setting)
@@ -87,7 +92,7 @@ def rollouts(
     return evaluate(
         name,
         bundle.digest,
-        PolicySource(str(bundle.path), threads=1),
+        PolicySource(str(bundle.path), threads=1, runtime=runtime_here(find_target(bundle.target))),
         config,
         path,
         reference=None if config.control != "none" else source,

@@ -6,6 +6,7 @@ from typing import Literal
 
 from qvla_export.action import ActionPolicy
 from qvla_export.errors import QvlaError
+from qvla_export.target import Runtime
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class PolicySource:
     threads: int | None = None
     # Of a bundle: compute with the stored codes, or make them float32 at load.
     weights: Literal["packed", "unpacked"] = "packed"
+    # Of a bundle: None for its target's own; "ort" executes its graphs on a CPU.
+    runtime: Runtime | None = None
     # Of a checkpoint: False leaves its weights on disk; it can be exported only.
     resident: bool = True
 
@@ -50,7 +53,9 @@ class PolicySource:
             from qvla_export.bundle import Bundle
 
             bundle = Bundle.load(Path(self.place))
-            return EnginePolicy(bundle, load_engine(bundle, self.threads, self.weights))
+            return EnginePolicy(
+                bundle, load_engine(bundle, self.threads, self.weights, self.runtime)
+            )
         import torch
 
         from qvla_export.policies.oft import load_oft_policy
