@@ -164,7 +164,7 @@ def _build_stage(job: _Job, stage: Stage, known: Mapping[str, ShapeRange]) -> Si
     # The sidecar comes last: it vouches for an engine that is wholly there.
     write_bytes(engine_path(job.folder, stage.name), engine)
     sidecar.save(sidecar_path(job.folder, stage.name))
-    _LOGGER.info("engine of %s: %d bytes, %s", stage.name, engine.nbytes, log.weights_bytes)
+    _LOGGER.debug("engine of %s: %d bytes, %s", stage.name, engine.nbytes, log.weights_bytes)
     return sidecar
 
 

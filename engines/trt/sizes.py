@@ -1,11 +1,12 @@
 """The noun `BundleSizes`: what a plan promises, what the graph stores, what the engine holds.
 
-An engine's bytes are weights and code. The code of a small policy is larger than its weights (1 to
-8 MB a stage of fused float32 kernels in TensorRT for RTX 1.7, hardly growing with the policy), so
-engines are compared with plans by their weights: what the builder itself counts ("Total Weights
-Memory"). A test shows what the figure is worth: flipping a bit in every byte of every constant
-changes just as many bytes of the engine as the constants have, and the builder's figure is those
-plus at most 2 KB. Weights that were unpacked or stored twice would show.
+An engine's bytes are weights and code. Code grows with the kinds of kernels, not with the weights:
+0.1 MB for a chain of equal layers, 5 to 10 MB for the reference policy, 23 MB where every layer has
+every width (TensorRT for RTX 1.7.1). For a small policy that is more than the weights, so engines
+are compared with plans by their weights: what the builder itself counts ("Total Weights Memory"). A
+test shows what the figure is worth: flipping a bit in every byte of every constant changes just as
+many bytes of the engine as the constants have, and the builder's figure is those plus at most 2 KB.
+Weights that were unpacked or stored twice would show.
 
 The other way, building with STRIP_PLAN and taking the difference, needs a GPU: TensorRT for RTX
 compiles refittable engines at once.
