@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.coupling import find_couplings
+from qvla_export.coupling import Coupling, find_couplings
 from qvla_export.target import Container
 
 Widths = Mapping[str, NDArray[np.int8]]
@@ -64,9 +64,23 @@ def stored_inputs(
     return max([inputs, *(container.stored_inputs(inputs) for container in used)])
 
 
-def filled_widths(widths: NDArray[np.int8], units: int) -> NDArray[np.int8]:
-    """Append units of zeros to a coupled producer: channels of its last unit's width."""
-    return np.pad(widths, (0, units - len(widths)), mode="edge")
+def producer_widths(widths: Widths, coupling: Coupling, units: int) -> dict[str, NDArray[np.int8]]:
+    """Return the widths of a coupling's producers as they are stored.
+
+    Units of zeros that fill the consumer's groups up get the lowest width that occurs.
+
+    Args:
+        widths: layer name -> int8 [channels].
+        coupling: of the layers.
+        units: inputs that the consumer is stored with.
+
+    Returns:
+        Producer -> int8 [units].
+    """
+    kept = {name: widths[name][coupling.order] for name in coupling.producers}
+    lowest = min(int(layer.min()) for layer in kept.values())
+    missing = units - len(coupling.order)
+    return {n: np.pad(layer, (0, missing), constant_values=lowest) for n, layer in kept.items()}
 
 
 def stored_layers(
@@ -81,11 +95,9 @@ def stored_layers(
     """
     widths, inputs = dict(widths), dict(weights_per_channel)
     for coupling in find_couplings(widths, weights_per_channel):
-        consumer = coupling.consumer
-        units = stored_inputs(len(coupling.order), widths[consumer], containers)
-        inputs[consumer] = units
-        for name in coupling.producers:
-            widths[name] = filled_widths(widths[name][coupling.order], units)
+        units = stored_inputs(len(coupling.order), widths[coupling.consumer], containers)
+        inputs[coupling.consumer] = units
+        widths |= producer_widths(widths, coupling, units)
     layers = []
     for names in parallel_layers(widths, weights_per_channel):
         joined = np.concatenate([widths[name] for name in names])

@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from qvla_export.activation_statistics import ActivationStatistics
 from qvla_export.activations import DEFAULT_METHOD, RangeMethod
+from qvla_export.alignment import align_within
 from qvla_export.allocation import AllocationMethod, Budget, LatencyLimit, allocate_bits
 from qvla_export.artifacts import remove_leftovers, require_same
 from qvla_export.errors import ArtifactError
@@ -162,8 +163,12 @@ def plan(
         if setting.bits in target.containers:
             uniform = uniform_plan(_shapes(measured), int(setting.bits), target, policy_digest)
             cap = uniform.ratio
-        budget = Budget("bits per channel", setting.bits, cap)
-        planned = allocate_bits(measured, budget, target, latency=latency, method=allocation)
+
+        def allocate(share: float) -> BitPlan:
+            budget = Budget("bits per channel", share * setting.bits, share * cap)
+            return allocate_bits(measured, budget, target, latency=latency, method=allocation)
+
+        planned = align_within(allocate, measured, target)
     if setting.activation_bits is not None:
         planned = _with_activations(run, planned, setting.activation_bits, method)
     planned.save(run.plan(setting))

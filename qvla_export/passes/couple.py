@@ -14,7 +14,7 @@ from scipy.special import erf, expit
 from qvla_export.coupling import Coupling
 from qvla_export.float_graph import ExportError, layer_nodes
 from qvla_export.passes.weights import matrix, picked, register
-from qvla_export.storage import filled_widths, stored_inputs
+from qvla_export.storage import producer_widths, stored_inputs
 from qvla_export.target import Container
 
 Widths = Mapping[str, NDArray[np.int8]]
@@ -68,7 +68,7 @@ def couple_mlps(
             kept = picked(matrix(nodes[name]), order, 1, units, f"{name}.coupled")
             nodes[name].replace_input_with(1, register(model.graph, kept))
             _narrow(nodes[name].outputs[0], units)
-            coupled[name] = filled_widths(widths[name][order], units)
+        coupled |= producer_widths(widths, coupling, units)
         _reorder(model.graph, hidden, coupling, units)
     return model, coupled
 

@@ -1,0 +1,167 @@
+"""Bucket sizes in the multiples that a target's kernels like: channels promoted to fill buckets up.
+
+A plan's widths are changed, so fake quantization, the plan's bytes and the graph all agree. numpy
+only.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.coupling import find_couplings
+from qvla_export.errors import QvlaError
+from qvla_export.plan import BitPlan
+from qvla_export.sensitivity import Sensitivities
+from qvla_export.storage import parallel_layers
+from qvla_export.target import Target
+
+# Of smaller budgets; two or three do.
+_ROUNDS = 20
+
+
+@dataclass
+class _Group:
+    """Channels that share buckets: those of layers that are merged, side by side.
+
+    A coupled MLP's producers prune a unit together, so `units` ties their channels.
+    """
+
+    # int8 [channels], changed in place.
+    widths: NDArray[np.int8]
+    # Sensitivities at every width of the plan.  width -> float [channels]
+    errors: dict[int, NDArray[np.float64]]
+    # Channels of a unit that are pruned together.  int64 [units, channels of a unit]
+    units: NDArray[np.int64]
+
+
+def align_plan(plan: BitPlan, sensitivities: Sensitivities, target: Target) -> BitPlan:
+    """Return the plan with bucket sizes rounded up to the target's multiple of channels.
+
+    From the widest bucket down, each takes the channels of the next lower width that gain most in
+    sensitivity; within a group all of them add the same bytes. The lowest kept width takes pruned
+    channels, and whatever remains.
+
+    Guaranteed: no channel gets a lower width, but a unit of an MLP that one producer prunes is
+    pruned in both, which changes no number. Where the channels of the layers that are merged are a
+    multiple, every bucket is; otherwise all but that of the lowest kept width are, as far as there
+    are channels to promote. A multiple of 1 leaves the plan as it is.
+
+    Args:
+        plan: its layers and widths have sensitivities.
+        sensitivities: what the plan was made of.
+        target: its `channel_multiple`.
+    """
+    if target.channel_multiple == 1:
+        return plan
+    widths = _pruned_together(plan)
+    for names, group in list(_groups(plan, widths, sensitivities)):
+        _align(group, target.channel_multiple)
+        parts = np.split(group.widths, np.cumsum([len(widths[name]) for name in names])[:-1])
+        widths.update(zip(names, parts, strict=True))
+    return replace(plan, widths=widths, expected_error=_error(plan, widths, sensitivities))
+
+
+def align_within(
+    allocate: Callable[[float], BitPlan], sensitivities: Sensitivities, target: Target
+) -> BitPlan:
+    """Return an aligned plan that costs no more than the plan it was made of without alignment may.
+
+    Alignment adds bits, so the allocation gets a smaller budget until the aligned plan fits.
+
+    Args:
+        allocate: returns a plan within a share of the budget, all its limits scaled alike.
+        sensitivities, target: as of `align_plan`.
+
+    Raises:
+        QvlaError: no smaller share of the budget helps.
+    """
+    whole = allocate(1.0)
+    share, aligned = 1.0, align_plan(whole, sensitivities, target)
+    for _ in range(_ROUNDS):
+        over = max(
+            aligned.weight_bytes / whole.weight_bytes,
+            aligned.mean_bits_per_channel / whole.mean_bits_per_channel,
+        )
+        if over <= 1:
+            return aligned
+        share /= over
+        aligned = align_plan(allocate(share), sensitivities, target)
+    raise QvlaError(
+        f"no plan within {whole.budget} has buckets of whole {target.channel_multiple} channels: "
+        f"{aligned.weight_bytes} bytes instead of {whole.weight_bytes}; the layers are too small "
+        f"for target {target.name!r}, raise the budget"
+    )
+
+
+def _error(plan: BitPlan, widths: dict[str, NDArray[np.int8]], table: Sensitivities) -> float:
+    """Sum of sensitivities; a unit pruned with another counts as it did, it was constant before."""
+    total = 0.0
+    for name, layer in widths.items():
+        counted = np.where(layer == 0, plan.widths[name], layer)
+        for bits in np.unique(counted).tolist():
+            total += float(table.at(name, bits)[counted == bits].sum(dtype=np.float64))
+    return total
+
+
+def _pruned_together(plan: BitPlan) -> dict[str, NDArray[np.int8]]:
+    """Prune a hidden unit in all producers of an MLP where one prunes it."""
+    widths = {name: layer.copy() for name, layer in plan.widths.items()}
+    for coupling in find_couplings(plan.widths, plan.weights_per_channel):
+        producers = [widths[name] for name in coupling.producers]
+        pruned = np.min(producers, axis=0) == 0
+        for layer in producers:
+            layer[pruned] = 0
+    return widths
+
+
+def _groups(
+    plan: BitPlan, widths: dict[str, NDArray[np.int8]], sensitivities: Sensitivities
+) -> Iterator[tuple[tuple[str, ...], _Group]]:
+    kept = sorted({0, *plan.containers})
+    coupled = {
+        coupling.producers for coupling in find_couplings(plan.widths, plan.weights_per_channel)
+    }
+    for names in parallel_layers(widths, plan.weights_per_channel):
+        joined = np.concatenate([widths[name] for name in names])
+        present = [bits for bits in kept if bits in (*sensitivities.widths, 16)]
+        errors = {
+            bits: np.concatenate([sensitivities.at(name, bits) for name in names]).astype(float)
+            for bits in present
+        }
+        units = np.arange(len(joined))[:, None]
+        if any(set(names) == set(producers) for producers in coupled):
+            units = np.arange(len(joined)).reshape(len(names), -1).T
+        yield names, _Group(joined, errors, units)
+
+
+def _align(group: _Group, multiple: int) -> None:
+    """Round a group's buckets up, from the widest down."""
+    used = sorted(set(group.widths.tolist()) - {0}, reverse=True)
+    for place, bits in enumerate(used):
+        for lower in used[place + 1 :]:
+            missing = -int((group.widths == bits).sum()) % multiple
+            if missing:
+                _promote(group, np.flatnonzero(group.widths == lower)[:, None], bits, missing)
+    kept = group.widths[group.widths > 0]
+    if len(kept) == 0:
+        return
+    # Every wider bucket is whole now.
+    lowest = int(kept.min())
+    pruned = group.units[(group.widths[group.units] == 0).all(axis=1)]
+    together = group.units.shape[1]
+    missing = -int((kept == lowest).sum()) % multiple
+    # Too few pruned units would only cost bytes.
+    if missing % together == 0 and len(pruned) * together >= missing:
+        _promote(group, pruned, lowest, missing // together)
+
+
+def _promote(group: _Group, units: NDArray[np.int64], bits: int, count: int) -> None:
+    """Give the units that gain most, at most `count`, a width; ties go to the first."""
+    if not len(units):
+        return
+    now = group.widths[units[0, 0]]
+    gain = (group.errors[int(now)] - group.errors[bits])[units].sum(axis=1)
+    chosen = np.argsort(-gain, kind="stable")[:count]
+    group.widths[units[chosen]] = bits
