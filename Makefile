@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PIP_VERSION := 26.1
+# Its metadata wants numpy 1; the websocket client that the tests drive works with numpy 2.
+OPENPI_CLIENT := openpi-client==0.1.2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
@@ -47,6 +49,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip==$(PIP_VERSION)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    -c constraints.txt -e '.[host,sim,rtx,camera,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(OPENPI_CLIENT)
 	touch $@
 
 system:

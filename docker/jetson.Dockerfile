@@ -13,7 +13,7 @@
 #   docker run --rm --runtime nvidia --ipc=host --ulimit memlock=-1 --network host \
 #       -v /path/to/bundle:/bundle:ro qvla-jetson serve /bundle
 #
-# The server listens on loopback; --host and --allow-remote open it, without authentication.
+# The server listens on loopback; --host opens it to those who know the token (--token-file).
 ARG BASE=ubuntu:24.04
 FROM ${BASE}
 ARG TENSORRT=""

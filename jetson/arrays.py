@@ -1,11 +1,16 @@
-"""json-numpy arrays without trust: base64 bytes, a plain numeric dtype and a shape that agree.
+"""Arrays as the protocols spell them, decoded without trust.
 
-The format is that of the `json_numpy` package 2.1 and of both OpenVLA servers:
-`{"__numpy__": base64, "dtype": "|u1", "shape": [h, w, 3]}`. Its `object_hook` believes every
-field; here all three are checked before any memory is taken. No pickle, no object arrays.
+    json-numpy   {"__numpy__": base64, "dtype": "|u1", "shape": [h, w, 3]}          OpenVLA, OFT
+    packed       {b"__ndarray__": true, b"data", b"dtype", b"shape"}, as msgpack    openpi
+    npy          the bytes of `np.save`                                             GR00T
+
+Upstream's decoders believe every field; here a plain numeric dtype, a shape and as many bytes as
+they need must agree before any memory is taken. No pickle, no object arrays, no `ast`.
+Sources: `json_numpy` 2.1; `openpi_client.msgpack_numpy`; numpy's `numpy.lib.format`.
 """
 
 import binascii
+import io
 import math
 import re
 from typing import Any
@@ -19,6 +24,12 @@ from jetson.errors import WireError
 # Byte order, kind (bool, signed, unsigned, float) and bytes; nothing structured, no objects.
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])", re.ASCII)
 _MAX_DIMENSIONS = 8
+# What np.save writes before the data; the alignment's spaces and the newline follow.
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([^']{2,3})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d{1,10},? ?){0,8})\), \}\s*"
+)
+_NPY_MAGIC = b"\x93NUMPY"
 
 
 def encode_array(array: NDArray[Any]) -> dict[str, Any]:
@@ -42,6 +53,71 @@ def decode_array(value: Any, name: str) -> NDArray[Any]:
     dtype, shape = _dtype(value.get("dtype"), name), _shape(value.get("shape"), name)
     size_bytes = math.prod(shape) * dtype.itemsize
     return np.frombuffer(_bytes(value["__numpy__"], size_bytes, name), dtype).reshape(shape)
+
+
+def encode_packed(array: NDArray[Any]) -> dict[bytes, Any]:
+    """Return an array as the map that `openpi_client.msgpack_numpy` reads."""
+    return {
+        b"__ndarray__": True,
+        b"data": array.tobytes(),
+        b"dtype": array.dtype.str,
+        b"shape": array.shape,
+    }
+
+
+def decode_packed(value: Any, name: str) -> NDArray[Any]:
+    """Return the array that such a map holds, without copying; read-only.
+
+    Raises:
+        WireError: it is no such map, or dtype, shape and bytes do not agree.
+    """
+    if not isinstance(value, dict) or b"__ndarray__" not in value:
+        raise WireError(
+            f"{name!r} must be an array packed by openpi_client.msgpack_numpy, "
+            f"got {type(value).__name__}"
+        )
+    dtype, shape = _dtype(value.get(b"dtype"), name), _shape(value.get(b"shape"), name)
+    return _view(value.get(b"data"), dtype, shape, name)
+
+
+def encode_npy(array: NDArray[Any]) -> bytes:
+    """Return an array as the bytes of `np.save`."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def decode_npy(data: Any, name: str) -> NDArray[Any]:
+    """Return the array that the bytes of `np.save` hold, without copying; read-only.
+
+    Raises:
+        WireError: the header is not one that np.save writes for plain numbers, or it promises
+            another number of bytes than there are.
+    """
+    if not isinstance(data, bytes) or data[:6] != _NPY_MAGIC or data[6:8] not in (b"\1\0", b"\2\0"):
+        raise WireError(f"{name!r} must be the bytes of np.save, got {data!r:.40}")
+    # Version 1 counts its header in two bytes, version 2 in four.
+    first = 10 if data[6] == 1 else 12
+    end = first + int.from_bytes(data[8:first], "little")
+    header = _NPY_HEADER.fullmatch(data[first : min(end, first + 1000)])
+    if header is None:
+        raise WireError(
+            f"{name!r}: the npy header must be np.save's for plain numbers, "
+            f"got {data[first : min(end, first + 80)]!r}"
+        )
+    sizes = [int(size) for size in re.findall(rb"\d+", header[3])]
+    dtype, shape = _dtype(header[1].decode("latin-1"), name), _shape(sizes, name)
+    if header[2] == b"True":
+        return _view(data[end:], dtype, shape[::-1], name).transpose()
+    return _view(data[end:], dtype, shape, name)
+
+
+def _view(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> NDArray[Any]:
+    size_bytes = math.prod(shape) * dtype.itemsize
+    if not isinstance(data, bytes) or len(data) != size_bytes:
+        got = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
+        raise WireError(f"{name!r}: dtype and shape need {size_bytes} bytes, got {got}")
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def _dtype(value: Any, name: str) -> np.dtype[Any]:

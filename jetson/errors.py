@@ -2,9 +2,12 @@
 
 QvlaError
 ├── InvalidObservation  422  the observation breaks the policy's contract (qvla_export.errors)
-├── WireError           400  the bytes are not the JSON and json-numpy that the protocol speaks
-├── RequestTooLarge     413  the body is longer than the server accepts
+├── WireError           400  the bytes are not what the protocol speaks
+├── Unauthorized        401  the token is missing or wrong
+├── Forbidden           403  the request comes through a browser or a name that is not ours
 ├── RequestTooSlow      408  the body did not arrive in time
+├── RequestTooLarge     413  the body is longer than the server accepts
+├── RateLimited         429  one peer asks more often than the server allows
 ├── ServerBusy          503  too many requests wait for the one engine
 ├── PolicyFailure       500  the policy failed or returned no usable action
 ├── RefusedSetting           a server setting that is unsafe or impossible
@@ -15,7 +18,15 @@ from qvla_export.errors import InvalidObservation, QvlaError
 
 
 class WireError(QvlaError):
-    """The bytes are not the JSON and json-numpy that the protocol speaks."""
+    """The bytes are not what the protocol speaks."""
+
+
+class Unauthorized(QvlaError):
+    """The token is missing or wrong."""
+
+
+class Forbidden(QvlaError):
+    """The request comes through a browser or a name that is not ours."""
 
 
 class RequestTooLarge(QvlaError):
@@ -24,6 +35,10 @@ class RequestTooLarge(QvlaError):
 
 class RequestTooSlow(QvlaError):
     """The body did not arrive in time."""
+
+
+class RateLimited(QvlaError):
+    """One peer asks more often than the server allows."""
 
 
 class ServerBusy(QvlaError):
@@ -45,8 +60,11 @@ class RemoteError(QvlaError):
 _STATUS: tuple[tuple[type[QvlaError], int], ...] = (
     (InvalidObservation, 422),
     (WireError, 400),
-    (RequestTooLarge, 413),
+    (Unauthorized, 401),
+    (Forbidden, 403),
     (RequestTooSlow, 408),
+    (RequestTooLarge, 413),
+    (RateLimited, 429),
     (ServerBusy, 503),
 )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from jetson.contract import PolicyContract
 from jetson.errors import PolicyFailure
 from jetson.latency import LatencyComparison, LatencyProfile, compare_profiles
 from jetson.service import ActionService
-from jetson.wire import encode_request
+from jetson.wire import decode_request, encode_request
 from qvla_export.action import ActionPolicy
 from qvla_export.artifacts import versions
 from qvla_export.errors import QvlaError
@@ -31,6 +32,10 @@ class _Endpoint(Protocol):
         ...
 
 
+# Also where the body is OpenVLA's, whose clients expect the first action alone.
+_WHOLE_CHUNK = partial(decode_request, reply="chunk")
+
+
 class _InProcess:
     transport = "in-process"
 
@@ -39,7 +44,7 @@ class _InProcess:
         self.contract = self._service.contract
 
     def request(self, body: bytes) -> Mapping[str, float]:
-        answer = self._service.answer(body, "chunk")
+        answer = self._service.answer(body, _WHOLE_CHUNK)
         if answer.status != 200:
             raise PolicyFailure(f"an action failed while measuring: {answer.body.decode()}")
         return answer.timing_ms

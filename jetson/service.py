@@ -7,14 +7,15 @@ action of the promised shape. Protocols differ in decoding and encoding only.
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 from jetson.contract import PolicyContract, contract_of
 from jetson.errors import PolicyFailure, http_status
-from jetson.wire import Reply, decode_request, encode_reply, encode_request
+from jetson.wire import decode_request, encode_request
 from qvla_export.action import ActionChunk, ActionPolicy
 from qvla_export.clock import StageClock
 from qvla_export.errors import InvalidObservation, QvlaError
@@ -23,16 +24,44 @@ from qvla_export.observation import Observation
 _LOG = logging.getLogger(__name__)
 
 
+class Request(Protocol):
+    """A decoded request, which knows the form its reply must have."""
+
+    @property
+    def observation(self) -> Observation:
+        """What the client sees."""
+        ...
+
+    def encode(self, chunk: ActionChunk, infer_ms: float) -> bytes:
+        """Return the body of the reply; `infer_ms` is what the policy took."""
+        ...
+
+
+# How a protocol reads a request: its body, or the map it found there. Raises only QvlaError
+# for what that holds.
+Decoder = Callable[[Any, PolicyContract], Request]
+
+
 @dataclass(frozen=True)
 class Answer:
     """The reply to one request."""
 
-    # HTTP status; 200 carries an action, everything else a reason.
-    status: int
-    # JSON text.
+    # The protocol's reply with the actions, or the JSON reason why there are none.
     body: bytes
     # Stage -> milliseconds; "total" spans them all.
     timing_ms: Mapping[str, float]
+    # Why there is no action; None where there is one.
+    error: QvlaError | None = None
+
+    @property
+    def status(self) -> int:
+        """HTTP status; 200 carries an action, everything else a reason."""
+        return 200 if self.error is None else http_status(self.error)
+
+    @classmethod
+    def of_error(cls, error: QvlaError, timing_ms: Mapping[str, float] | None = None) -> "Answer":
+        """Return the answer that says why there is no action."""
+        return cls(error_body(error), timing_ms or {}, error)
 
 
 class ActionService:
@@ -66,30 +95,28 @@ class ActionService:
         timing_ms = {name: float(ms) for name, ms in chunk.timing_ms.items()}
         return ActionChunk(chunk.actions, chunk.normalized, timing_ms or clock.timing_ms)
 
-    def answer(self, body: bytes, reply: Reply = "auto") -> Answer:
-        """Return the reply to one `POST /act` body; never raises for what a body holds."""
+    def answer(self, body: Any, decode: Decoder = decode_request) -> Answer:
+        """Return the reply to one request; never raises for what a body holds."""
         clock = StageClock()
         timing_ms: dict[str, float] = {}
-        status = 200
+        failure: QvlaError | None = None
         with clock.stage("total"):
             try:
                 with clock.stage("decode"):
-                    request = decode_request(body, self.contract, reply)
-                chunk = self.act(request.observation)
+                    request = decode(body, self.contract)
+                with clock.stage("act"):
+                    chunk = self.act(request.observation)
                 timing_ms.update(chunk.timing_ms)
                 with clock.stage("encode"):
-                    content = encode_reply(chunk, request)
+                    content = request.encode(chunk, clock.timing_ms["act"])
             except QvlaError as error:
-                status, content = http_status(error), error_body(error)
-                _LOG.log(
-                    logging.ERROR if status >= 500 else logging.WARNING,
-                    "no action: %s",
-                    error,
-                    exc_info=error if status >= 500 else None,
-                )
-        timing_ms.pop("total", None)
+                failure, content = error, error_body(error)
+                _log(error)
         measured = clock.timing_ms
-        return Answer(status, content, {"decode": measured.pop("decode"), **timing_ms, **measured})
+        measured.pop("act", None)
+        timing_ms.pop("total", None)
+        stages = {"decode": measured.pop("decode"), **timing_ms, **measured}
+        return Answer(content, stages, failure)
 
     def warm_up(self, count: int, observation: Observation | None = None) -> float:
         """Answer `count` requests that nobody sent; return the first one's milliseconds.
@@ -100,7 +127,7 @@ class ActionService:
         body = encode_request(observation or self.contract.blank_observation(), self.contract)
         first_ms = 0.0
         for index in range(count):
-            answer = self.answer(body, "full")
+            answer = self.answer(body)
             if answer.status != 200:
                 raise PolicyFailure(
                     f"warm-up failed, the port stays closed: {json.loads(answer.body)['error']}"
@@ -109,6 +136,12 @@ class ActionService:
         return first_ms
 
     def _check_chunk(self, chunk: ActionChunk) -> None:
+        arrays = [getattr(chunk, name, None) for name in ("actions", "normalized")]
+        if any(not isinstance(a, np.ndarray) or a.dtype.kind != "f" for a in arrays):
+            raise PolicyFailure(
+                f"the policy must return an ActionChunk of floats, got {type(chunk).__name__}; "
+                "see qvla_export.action"
+            )
         shape = (self.contract.horizon, self.contract.action_dim)
         if chunk.actions.shape != shape or chunk.normalized.shape != shape:
             raise PolicyFailure(
@@ -121,6 +154,16 @@ class ActionService:
                 f"the policy returned NaN or infinity at [step, dimension] {bad[:4].tolist()}; "
                 "no action is sent. Verify the engine against its golden observations"
             )
+
+
+def _log(error: QvlaError) -> None:
+    own_fault = http_status(error) >= 500
+    _LOG.log(
+        logging.ERROR if own_fault else logging.WARNING,
+        "no action: %s",
+        error,
+        exc_info=error if own_fault else None,
+    )
 
 
 def error_body(error: Exception) -> bytes:

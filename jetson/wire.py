@@ -12,18 +12,16 @@ Sources: openvla and openvla-oft `vla-scripts/deploy.py`.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jetson.arrays import decode_array, encode_array
 from jetson.contract import PolicyContract
 from jetson.errors import WireError
+from jetson.fields import observation_of
 from qvla_export.action import ActionChunk
-from qvla_export.errors import InvalidObservation
 from qvla_export.observation import Observation
 
 Reply = Literal["auto", "action", "chunk", "full"]
@@ -31,9 +29,6 @@ REPLIES: tuple[Reply, ...] = get_args(Reply)
 
 # Not json.loads: a process that called json_numpy.patch() has replaced it.
 _DECODER = json.JSONDecoder()
-# Beyond these a request is a mistake or an attack; JPEG's own limit is 65535.
-_MAX_IMAGE_SIDE = 8192
-_MAX_INSTRUCTION_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,10 @@ class ActRequest:
     reply: Reply
     # The body came as {"encoded": text}, so the reply is a JSON string of JSON text.
     encoded: bool
+
+    def encode(self, chunk: ActionChunk, infer_ms: float) -> bytes:
+        """Return the body of the reply."""
+        return encode_reply(chunk, self)
 
 
 def decode_request(body: bytes, contract: PolicyContract, reply: Reply = "auto") -> ActRequest:
@@ -63,14 +62,7 @@ def decode_request(body: bytes, contract: PolicyContract, reply: Reply = "auto")
                 f"got {type(fields['encoded']).__name__} beside {sorted(fields)[:8]}"
             )
         fields = _object(fields["encoded"])
-    _check_key(fields.get("unnorm_key"), contract)
-    sources = _camera_fields(fields, contract)
-    observation = Observation(
-        images={camera: _image(fields[name], name) for camera, name in sources.items()},
-        instruction=_instruction(fields.get("instruction")),
-        state=_state(fields.get("state"), contract),
-    )
-    contract.check(observation)
+    observation, sources = observation_of(fields, contract, decode_array)
     if reply == "auto":
         openvla = list(sources.values()) == ["image"] and "state" not in fields
         reply = "action" if openvla else "chunk"
@@ -132,87 +124,4 @@ def _object(text: bytes | str) -> dict[str, Any]:
         raise WireError(f"the body must be JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):
         raise WireError(f"the body must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _check_key(key: Any, contract: PolicyContract) -> None:
-    if key is not None and key != contract.unnorm_key:
-        raise InvalidObservation(
-            f"unnorm_key {key!r:.80} is not served; available: [{contract.unnorm_key!r}]. "
-            "Send that one or none"
-        )
-
-
-def _camera_fields(fields: Mapping[str, Any], contract: PolicyContract) -> dict[str, str]:
-    """Return camera -> request field; the policy's own names win over the dialects' roles."""
-    sources = {camera: camera for camera in contract.cameras if camera in fields}
-    primary, *others = contract.cameras
-    roles = [name for name in ("full_image", "image") if name in fields and name not in sources]
-    given = [*roles, *([primary] if primary in sources else [])]
-    if len(given) > 1:
-        raise InvalidObservation(f"{given} are all the camera {primary!r}; send one of them")
-    if roles:
-        sources[primary] = roles[0]
-    wrists = [name for name in fields if "wrist" in name and name not in sources.values()]
-    free = [camera for camera in others if camera not in sources]
-    # Upstream ignores wrist images where the policy was trained on the primary one alone.
-    if others and len(wrists) > len(free):
-        raise InvalidObservation(
-            f"the policy's cameras are {list(contract.cameras)}; "
-            f"{wrists} are more wrist images than it takes"
-        )
-    sources.update(zip(free, wrists, strict=False))
-    missing = [camera for camera in contract.cameras if camera not in sources]
-    if missing:
-        raise InvalidObservation(
-            f"the policy needs images {list(contract.cameras)}, missing {missing}; send them by "
-            "these names, or as 'image' or 'full_image' and '*wrist*'. "
-            f"Got {sorted(fields)[:16]}"
-        )
-    return {camera: sources[camera] for camera in contract.cameras}
-
-
-def _image(value: Any, name: str) -> NDArray[Any]:
-    image = decode_array(value, name)
-    if max(image.shape, default=0) > _MAX_IMAGE_SIDE:
-        raise InvalidObservation(
-            f"image {name!r} must have sides of at most {_MAX_IMAGE_SIDE} pixels, "
-            f"got {list(image.shape)}"
-        )
-    return image
-
-
-def _state(value: Any, contract: PolicyContract) -> NDArray[Any]:
-    # Upstream, too, ignores the state where the policy takes none.
-    if not contract.state_dim:
-        return np.zeros(0, np.float32)
-    if value is None:
-        raise InvalidObservation(
-            f"the policy needs a state of {contract.state_dim} numbers; send it as 'state'"
-        )
-    if isinstance(value, list) and all(type(item) in (int, float) for item in value):
-        try:
-            state = np.array(value, np.float64)
-        except OverflowError:
-            raise InvalidObservation("state must be finite, got an integer beyond 1e308") from None
-    else:
-        state = decode_array(value, "state")
-    if state.dtype.kind == "f":
-        # What overflows float32 becomes infinite here, so that Observation refuses it.
-        with np.errstate(over="ignore"):
-            state = state.astype(np.float32)
-    return state
-
-
-def _instruction(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise InvalidObservation(f"an 'instruction' in words is required, got {value!r:.80}")
-    if len(value) > _MAX_INSTRUCTION_CHARACTERS:
-        raise InvalidObservation(
-            f"an instruction may have {_MAX_INSTRUCTION_CHARACTERS} characters, got {len(value)}"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell lone surrogates, tokenizers choke on them
-        raise InvalidObservation(f"an instruction must be text, got {value!r:.80}") from None
     return value

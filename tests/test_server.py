@@ -87,7 +87,7 @@ def test_the_query_and_the_setting_choose_the_reply(openvla_url: str) -> None:
 
 def test_health_and_metadata(openvla_url: str) -> None:
     health = requests.get(openvla_url + "/healthz", timeout=20)
-    assert (health.status_code, health.text) == (200, "OK")
+    assert (health.status_code, health.text) == (200, "OK\n")
     metadata = requests.get(openvla_url + "/metadata", timeout=20).json()
     assert metadata["cameras"] == ["image"] and metadata["bundle_digest"] == "d1gest"
     assert PolicyContract.from_json(metadata) == OPENVLA
@@ -167,7 +167,7 @@ def test_a_client_that_leaves_or_dawdles_harms_nobody() -> None:
     settings = ServerSettings(port=0, body_timeout_s=1.0)
     with running_server(EchoPolicy(OFT), settings) as url:
         host, port = url.removeprefix("http://").split(":")
-        head = b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+        head = b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
         for _ in range(5):
             with socket.create_connection((host, int(port))) as leaver:
                 leaver.sendall(head)

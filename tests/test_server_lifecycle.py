@@ -62,15 +62,25 @@ def test_a_taken_port_is_named() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "::", "robot.local", ""])
-def test_remote_addresses_need_an_explicit_word(host: str) -> None:
-    with pytest.raises(RefusedSetting, match="no authentication"):
+def test_remote_addresses_need_a_token(host: str) -> None:
+    with pytest.raises(RefusedSetting, match="nothing keeps them out"):
         ServerSettings(host=host)
-    assert ServerSettings(host=host, allow_remote=True).host == host
+    assert ServerSettings(host=host, token="t" * 16).host == host
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"port": -1}, {"port": 70_000}, {"reply": "all"}, {"max_body_bytes": 0}, {"max_pending": 0}],
+    [
+        {"port": -1},
+        {"port": 70_000},
+        {"gr00t_port": 0},
+        {"gr00t_port": 70_000},
+        {"reply": "all"},
+        {"max_body_bytes": 0},
+        {"max_pending": 0},
+        {"max_rate_hz": -1.0},
+        {"max_rate_hz": float("nan")},
+    ],
 )
 def test_impossible_settings_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(RefusedSetting, match=next(iter(change))):
