@@ -53,6 +53,15 @@ def test_slow_inference_overlaps_and_steps_already_executed_are_skipped() -> Non
             assert after.step == before.step + 1
 
 
+@pytest.mark.parametrize("execute", [8, 20])
+def test_the_next_chunk_is_asked_for_in_time_though_inference_varies(execute: int) -> None:
+    bench = Bench(settings(execute=execute))
+    for _ in range(100):
+        bench.engine.delay_s = 0.25 if bench.engine.requests % 3 == 0 else 0.03
+        bench.loop.tick()
+    assert set(states(bench.notes.records[5:])) == {State.RUNNING}
+
+
 @pytest.mark.parametrize("execute", [1, 3, 8, 20])
 def test_a_chunk_is_replaced_after_the_number_of_actions_asked_for(execute: int) -> None:
     bench = Bench(settings(execute=execute), delay_s=0.01)
@@ -84,6 +93,18 @@ def test_a_stalled_engine_holds_within_one_period_then_ramps_then_recovers() -> 
     bench.engine.delay_s = 0.03
     assert states(bench.ticks(40))[-1] is State.RUNNING
     assert bench.loop.counters.stale_chunks >= 1, "the answer that came after three seconds"
+
+
+def test_every_ramp_takes_its_time() -> None:
+    bench = Bench(settings(hold_ms=0, ramp_ms=500))
+    for _ in range(2):
+        bench.engine.delay_s, bench.engine.ready_s = 0.03, bench.clock.time_s
+        assert states(bench.ticks(15))[-1] is State.RUNNING
+        bench.engine.delay_s = 3.0
+        records = bench.ticks(25)
+        ramp = [r.action[1] for r in records if r.state is State.RAMPING][:6]
+        steps = np.diff(ramp)
+        assert np.allclose(steps[:4], steps[0]) and steps[0] > 0 and steps[4] == 0
 
 
 def test_a_chunk_seen_before_the_ramp_moved_the_robot_is_not_executed() -> None:

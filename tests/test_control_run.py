@@ -1,10 +1,12 @@
 """`qvla run` whole: in the simulator, on an episode, a camera, over HTTP, until a signal."""
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import json_numpy
@@ -46,6 +48,20 @@ def episodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def started(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """A `qvla run` in a process of its own, which does not outlive a failing test."""
+    command = [sys.executable, "-c", "from qvla_export.cli import main; main()", "run", *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_the_reference_policy_opens_the_drawer(tmp_path: Path) -> None:
@@ -123,16 +139,15 @@ def test_nan_is_a_fault_and_never_sent(episodes: Path, tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_with_the_safe_action(episodes: Path) -> None:
-    with running_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url:
-        command = [
-            sys.executable, "-c", "from qvla_export.cli import main; main()", "run", url,
-            "--source", f"episode:{episodes}#2", "--rate-hz", "5", "--limits", "-9:9",
-            "--hold", "0,0,last,last,last,last,last", "--safe", "0,0,0.5,hold,hold,hold,hold",
-            "--ramp-ms", "600", "--commands", "stdout", "--max-action-age-ms", "60000",
-        ]  # fmt: skip
-        run = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    options = [
+        "--source", f"episode:{episodes}#2", "--rate-hz", "5", "--limits", "-9:9",
+        "--hold", "0,0,last,last,last,last,last", "--safe", "0,0,0.5,hold,hold,hold,hold",
+        "--ramp-ms", "600", "--commands", "stdout", "--max-action-age-ms", "60000",
+    ]  # fmt: skip
+    with (
+        running_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url,
+        started(url, *options) as run,
+    ):
         assert run.stdout is not None
         first = json.loads(run.stdout.readline())
         run.send_signal(signal.SIGTERM)
@@ -147,15 +162,14 @@ def test_a_signal_ends_with_the_safe_action(episodes: Path) -> None:
 
 
 def test_a_remote_client_behind_a_pipe() -> None:
-    with running_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url:
-        command = [
-            sys.executable, "-c", "from qvla_export.cli import main; main()", "run", url,
-            "--source", "stdin", "--commands", "stdout", "--rate-hz", "20", "--limits", "-99:99",
-            "--hold", "0", "--max-action-age-ms", "60000", "--give-up-s", "60",
-        ]  # fmt: skip
-        run = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    options = [
+        "--source", "stdin", "--commands", "stdout", "--rate-hz", "20", "--limits", "-99:99",
+        "--hold", "0", "--max-action-age-ms", "60000", "--give-up-s", "60",
+    ]  # fmt: skip
+    with (
+        running_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url,
+        started(url, *options) as run,
+    ):
         assert run.stdin is not None and run.stdout is not None
         for level in (30, 60):
             image = np.full((4, 4, 3), level, np.uint8)
