@@ -1,5 +1,6 @@
 """What a plan made of a policy's graph: operators and multiplications."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -16,11 +17,13 @@ class GraphFigures:
     The bytes by width are the manifest's "weight_bytes".
     """
 
-    # Operators that run at inference; constants' Cast and DequantizeLinear not counted.
+    # Operators that run at inference: not the Cast and DequantizeLinear of constants.
     nodes: int
     matmuls: int
     # Gathers that restore the order of a planned layer's channels.
     order_gathers: int
+    # Those of them behind an MLP's producers, whose order its consumer takes: 0.
+    mlp_gathers: int
     # Multiplications of the planned layers per token, and what 0 bits took away of them:
     # pruned channels, and inputs whose hidden unit is constant.
     multiplications: int
@@ -34,7 +37,7 @@ def measure_graph(model: ir.Model, plan: BitPlan | None) -> GraphFigures:
         model: as it is shipped.
         plan: what it was made with, of its own layers; None where none is planned.
     """
-    running = [node for node in model.graph if node.op_type not in ("Cast", "DequantizeLinear")]
+    running = [node for node in model.graph if not _unpacks(node)]
     operators = [node.op_type for node in running]
     orders = [
         node
@@ -49,9 +52,28 @@ def measure_graph(model: ir.Model, plan: BitPlan | None) -> GraphFigures:
         nodes=len(running),
         matmuls=operators.count("MatMul"),
         order_gathers=len(orders),
+        mlp_gathers=0 if plan is None else _of_producers(orders, plan),
         multiplications=every,
         multiplications_removed=0 if plan is None else every - _multiplications_left(plan),
     )
+
+
+def _unpacks(node: ir.Node) -> bool:
+    """Whether a node only restores a constant, which runtimes do at load or in the product."""
+    source = node.inputs[0] if node.inputs else None
+    of_constant = source is not None and source.is_initializer()
+    return node.op_type in ("Cast", "DequantizeLinear") and of_constant
+
+
+def _of_producers(orders: Iterable[ir.Node], plan: BitPlan) -> int:
+    couplings = find_couplings(plan.widths, plan.weights_per_channel)
+    producers = {name for coupling in couplings for name in coupling.producers}
+    layers = {
+        str(node.inputs[1] and node.inputs[1].name).removesuffix(ORDER_SUFFIX) for node in orders
+    }
+    # A merged layer is named "<parent>.<member>+<member>".
+    parts = [(layer.rpartition(".")[0], layer.rpartition(".")[2].split("+")) for layer in layers]
+    return sum(any(f"{parent}.{m}" in producers for m in members) for parent, members in parts)
 
 
 def _multiplications_left(plan: BitPlan) -> int:

@@ -17,9 +17,9 @@ from tiny_bundles import float_graph
 from engines.targets import CPU, RTX4070
 from qvla_export.activations import ActivationRanges
 from qvla_export.bucketize import bucketize
-from qvla_export.buckets_to_onnx import ORDER_SUFFIX
 from qvla_export.external_data import ExternalData
 from qvla_export.float_graph import ExportError, layer_nodes
+from qvla_export.graph_figures import measure_graph
 from qvla_export.layers import layer_shapes
 from qvla_export.lowering import lower
 from qvla_export.observation import Observation
@@ -228,15 +228,8 @@ def test_no_gather_behind_mlp_producers_and_one_product_a_width(tiny_policy: Oft
     plan = plan_of(tiny_policy, "mixed")
     assert plan is not None
     model, _ = lower(traced(tiny_policy), plan, RTX4070)
-    orders = {
-        str(value.name)
-        for node in model.graph
-        if node.op_type == "Gather"
-        for value in node.inputs
-        if value is not None and str(value.name).endswith(ORDER_SUFFIX)
-    }
-    assert orders
-    assert not any(part in name for name in orders for part in ("fc1", "gate_proj", "up_proj"))
+    figures = measure_graph(model, plan)
+    assert figures.order_gathers > figures.mlp_gathers == 0
     products = Counter(
         node.metadata_props["qvla.layer.part"]
         for node in model.graph
