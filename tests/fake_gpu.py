@@ -18,6 +18,7 @@ import onnxruntime
 import tensorrt_rtx as rtx
 from numpy.typing import DTypeLike, NDArray
 
+from engines.ort import session_options
 from engines.trt.device import Address, CaptureError, DeviceError
 from engines.trt.gpu import Gpu
 from engines.trt.modules import TRAITS, TrtModule
@@ -245,10 +246,10 @@ class Engine:
         self.sidecar, self.logger, self.runtime = sidecar, logger, runtime
         self.stage = next(s for s in bundle.stages if s.name == sidecar.origin.stage)
         self.broken = self.stage.name in runtime.broken
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(
-            str(bundle.model_path(self.stage)), options, providers=["CPUExecutionProvider"]
+            str(bundle.model_path(self.stage)),
+            session_options(bundle, 1, "unpacked"),
+            providers=["CPUExecutionProvider"],
         )
         self._specs = (*self.stage.inputs, *self.stage.outputs)
         self.num_io_tensors = len(self._specs)
