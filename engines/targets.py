@@ -6,6 +6,8 @@ from dataclasses import replace
 from qvla_export.errors import QvlaError
 from qvla_export.target import Container, PowerMode, Target
 
+_SYMMETRIC = "this project quantizes symmetrically, so that one plan means the same everywhere"
+
 # ONNX Runtime 1.32 on a CPU (AVX2), measured 2026-11:
 # - DequantizeLinear -> MatMul becomes MatMulNBits for 8, 4 and 2 bits, per channel and for blocks
 #   of 16 to 256 along the input, if the scale is float32 when it reaches DequantizeLinear. A
@@ -29,6 +31,11 @@ CPU = Target(
         4: Container(4, 64, 16),
         8: Container(8, None, 32),
         16: Container(16, None, 0),
+    },
+    refusals={
+        "zero points": _SYMMETRIC,
+        "fp8": "ONNX Runtime's CPU kernels multiply no fp8 (operator tables of 1.32)",
+        "fp4": "ONNX Runtime's CPU kernels multiply no fp4 (operator tables of 1.32)",
     },
 )
 
@@ -117,6 +124,7 @@ CUDA = replace(
     runtime_versions=">=1.23",
     channel_multiple=1,
     refusals={
+        "zero points": _SYMMETRIC,
         "int2": "ONNX Runtime's CUDA DequantizeLinear takes 4 and 8 bits; "
         "2-bit channels are stored in int4",
         "fp8": "this project packs no fp8 weights or activations",

@@ -7,6 +7,7 @@ from typing import Literal
 
 from qvla_export.activations import ACTIVATION_CODES
 from qvla_export.errors import ArtifactError, QvlaError
+from qvla_export.target import Target
 
 _SETTING = re.compile(r"w(?P<bits>\d+(\.\d+)?)(a(?P<activations>\d+))?(?P<uniform>-rtn)?")
 
@@ -28,12 +29,24 @@ class Setting:
     activation_bits: int | None = None
 
 
-def parse_setting(name: str) -> Setting:
+# Part of a setting's name that people try -> what they ask a target for.
+_FORMATS = {"fp8": "fp8", "fp4": "fp4", "int2": "int2", "asym": "zero points"}
+
+
+def parse_setting(name: str, target: Target | None = None) -> Setting:
     """Read a setting's name.
 
+    Args:
+        name: see `Setting`.
+        target: what it is for, if known.
+
     Raises:
+        UnsupportedOnTarget: it names a format that the target lacks; with the reason.
         QvlaError: it is not of a known form.
     """
+    for part, feature in _FORMATS.items():
+        if part in name and target is not None:
+            target.require(feature)
     if name == "float":
         return Setting(name, "float", 16.0)
     found = _SETTING.fullmatch(name)

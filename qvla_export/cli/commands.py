@@ -144,7 +144,8 @@ def plan(
     from qvla_export.cli import prediction, stages
     from qvla_export.sensitivity import Sensitivities
 
-    folder, wanted, device = RunFolder(run), parse_setting(setting), find_target(target)
+    folder, device = RunFolder(run), find_target(target)
+    wanted = parse_setting(setting, device)
     measured = Sensitivities.load(made(folder.sensitivities, "sensitivities"))
     limit = None
     if max_predicted_ms is not None:
@@ -185,9 +186,10 @@ def export(
     from engines.targets import find_target
     from qvla_export.cli import exporting
 
-    folder, wanted = RunFolder(run), parse_setting(setting)
+    folder, device = RunFolder(run), find_target(target)
+    wanted = parse_setting(setting, device)
     loaded = open_checkpoint(policy, unnorm_key, preset, resident=layers_per_stage is None)
-    bundle = exporting.export(folder, wanted, loaded, find_target(target), layers_per_stage)
+    bundle = exporting.export(folder, wanted, loaded, device, layers_per_stage)
     typer.echo(f"bundle: {bundle.nbytes / 1e6:.2f} MB -> {bundle.path}")
 
 

@@ -99,11 +99,14 @@ def deploy(
     workers: WorkersOption = 2,
 ) -> None:
     """Run every stage: calibration, sensitivities, plans, bundles, judgement, latency, report."""
+    from engines.targets import find_target
+
+    device = find_target(target)
     wanted = Deployment(
         run=RunFolder(run),
         source=PolicySource(str(policy), unnorm_key, preset, threads=1),
         target=target,
-        settings=tuple(parse_setting(name.strip()) for name in settings.split(",")),
+        settings=tuple(parse_setting(name.strip(), device) for name in settings.split(",")),
         dataset=open_dataset(dataset, cameras, state_column),
         tasks=chosen_tasks(tasks) if dataset is None or episodes else (),
         count=count,
