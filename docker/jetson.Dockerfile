@@ -13,6 +13,13 @@
 #   docker run --rm --runtime nvidia --ipc=host --ulimit memlock=-1 --network host \
 #       -v /path/to/bundle:/bundle:ro qvla-jetson serve /bundle
 #
+# A bundle for orin-jp7 or orin-jp6 needs engines, built once on this board: mount the setting's
+# folder, and keep the key by which an engine is known to have been built here:
+#
+#   RUN="docker run --rm --runtime nvidia --ipc=host --ulimit memlock=-1 --network host \
+#       -v /path/to/settings/w4:/w4 -v qvla-state:/root/.local/state qvla-jetson"
+#   $RUN build /w4/bundle && $RUN serve /w4/bundle
+#
 # The server listens on loopback; --host opens it to those who know the token (--token-file).
 ARG BASE=ubuntu:24.04
 FROM ${BASE}
