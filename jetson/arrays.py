@@ -22,7 +22,10 @@ from numpy.typing import NDArray
 from jetson.errors import WireError
 
 # Byte order, kind (bool, signed, unsigned, float) and bytes; nothing structured, no objects.
-_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])", re.ASCII)
+_KINDS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+_DTYPES: dict[str, np.dtype[Any]] = {
+    order + kind: np.dtype(order + kind) for order in ("", *"<>|=") for kind in _KINDS
+}
 _MAX_DIMENSIONS = 8
 # What np.save writes before the data; the alignment's spaces and the newline follow.
 _NPY_HEADER = re.compile(
@@ -121,11 +124,12 @@ def _view(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) ->
 
 
 def _dtype(value: Any, name: str) -> np.dtype[Any]:
-    if not isinstance(value, str) or not _DTYPE.fullmatch(value):
+    dtype = _DTYPES.get(value) if isinstance(value, str) else None
+    if dtype is None:
         raise WireError(
             f"{name!r}: dtype must be a plain number such as '|u1' or '<f4', got {value!r:.60}"
         )
-    return np.dtype(value)
+    return dtype
 
 
 def _shape(value: Any, name: str) -> tuple[int, ...]:

@@ -113,7 +113,7 @@ def _state(value: Any, contract: PolicyContract, array: ArrayDecoder) -> NDArray
             raise InvalidObservation("state must be finite, got an integer beyond 1e308") from None
     else:
         state = array(value, "state")
-    if state.dtype.kind == "f":
+    if state.dtype.kind == "f" and state.dtype != np.float32:
         # What overflows float32 becomes infinite here, so that Observation refuses it.
         with np.errstate(over="ignore"):
             state = state.astype(np.float32)

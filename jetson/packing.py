@@ -11,7 +11,7 @@ _MAX_LIST = 4096
 _MAX_MAP = 256
 
 
-def unpack_map(body: bytes) -> dict[Any, Any]:
+def unpack_map(body: bytes | bytearray) -> dict[Any, Any]:
     """Return the map that a message holds; keys are str or bytes.
 
     Raises:

@@ -2,8 +2,8 @@
 
 On loopback everybody who has an account on the robot may; a browser there may not act for the
 pages it shows (Origin), nor for a name that somebody else resolves to loopback (Host). Any other
-address needs a token or client certificates (mTLS). `Guard` holds this before the application
-sees a request; the same checks without HTTP serve the ZMQ endpoint.
+address needs a token or client certificates (mTLS). `Gate` holds this before HTTP and websockets;
+ZMQ has no such headers, a browser cannot speak it, and shares the token and the rate.
 """
 
 import hmac
@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from jetson.errors import Forbidden, RateLimited, RefusedSetting, Unauthorized
@@ -161,6 +162,38 @@ class RateLimit:
                 f"{peer} asks more than {self._rate_hz:g} times a second; wait, or raise "
                 "the server's --max-rate-hz"
             )
+
+
+class Headers(Protocol):
+    """Request headers by lower-case name, of whichever library."""
+
+    def get(self, name: str, /) -> str | None:
+        """Return a header's value, or None."""
+        ...
+
+
+class Gate:
+    """What a request must show before anything else of it is looked at."""
+
+    def __init__(self, token: str | None, names: tuple[str, ...], rate: RateLimit) -> None:
+        self._token = token
+        self._names = names
+        self.rate = rate
+
+    def check(self, headers: Headers, peer: str, public: bool = False) -> None:
+        """Check Host, Origin and, unless what is asked for is public, rate and token.
+
+        Raises:
+            Forbidden, RateLimited, Unauthorized: which it is not.
+        """
+        host = headers.get("host")
+        check_host(host, self._names)
+        check_origin(headers.get("origin"), host)
+        if public:
+            return
+        # Before the token is looked at: guessing is limited as well.
+        self.rate.take(peer)
+        check_authorization(headers.get("authorization"), self._token)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,15 @@
 
     port         HTTP and websockets on Starlette and uvicorn
                  POST /act        OpenVLA and OpenVLA-OFT      jetson.protocols.act
-                 websocket, /*    openpi                       jetson.protocols.openpi
+                 websocket        openpi                       jetson.protocols.openpi
                  GET /healthz, GET /metadata
     gr00t port   ZMQ, if asked for                             jetson.protocols.gr00t
 
-The event loop only moves bytes; requests of all protocols are answered one after another on one
-thread. The ports open after warm-up and close, on SIGTERM, after the requests under way are
-answered.
+One inference runs at a time, whoever asks. The ports open after warm-up and close, on SIGTERM,
+after the requests under way are answered.
 """
 
+import asyncio
 import contextlib
 import logging
 import signal
@@ -27,17 +27,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import Route
 
 from jetson.contract import PolicyContract
 from jetson.errors import RefusedSetting
 from jetson.guard import Guard
+from jetson.line import ActionLine
 from jetson.protocols.act import ActEndpoint
 from jetson.protocols.openpi import OpenpiEndpoint
-from jetson.security import RateLimit
+from jetson.security import Gate, RateLimit
 from jetson.service import ActionService
 from jetson.settings import ServerSettings
-from jetson.worker import ActionWorker
+from jetson.upgrade import WebsocketThreads
 from qvla_export.action import ActionPolicy
 from qvla_export.observation import Observation
 
@@ -46,9 +47,9 @@ _LOG = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 300
 
 
-def create_app(worker: ActionWorker, settings: ServerSettings, rate: RateLimit) -> Starlette:
-    """Return the ASGI application: HTTP and websockets, behind their guard."""
-    contract = worker.service.contract.to_json()
+def create_app(line: ActionLine, settings: ServerSettings, gate: Gate) -> Starlette:
+    """Return the ASGI application: HTTP, behind its guard."""
+    contract = line.service.contract.to_json()
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("OK\n")
@@ -58,12 +59,11 @@ def create_app(worker: ActionWorker, settings: ServerSettings, rate: RateLimit) 
 
     return Starlette(
         routes=[
-            Route("/act", ActEndpoint(worker, settings).act, methods=["POST"]),
+            Route("/act", ActEndpoint(line, settings).act, methods=["POST"]),
             Route("/healthz", healthz, methods=["GET"]),
             Route("/metadata", metadata, methods=["GET"]),
-            WebSocketRoute("/{path:path}", OpenpiEndpoint(worker, settings, rate).serve),
         ],
-        middleware=[Middleware(Guard, settings=settings, rate=rate)],
+        middleware=[Middleware(Guard, gate=gate)],
         exception_handlers={HTTPException: _not_served},
     )
 
@@ -128,27 +128,38 @@ def _ready(
     """Yield a server that only has to run: addresses held, warmed up, ZMQ open."""
     service = ActionService(policy, contract)
     rate = RateLimit(settings.max_rate_hz)
+    gate = Gate(settings.token, (*settings.allowed_hosts, settings.host.lower()), rate)
     with contextlib.ExitStack() as stack:
         bound = stack.enter_context(_bound(settings))
-        worker = stack.enter_context(ActionWorker(service, settings.max_pending))
-        first_ms = worker.warm_up(settings.warmup, warmup)
+        line = stack.enter_context(ActionLine(service, settings.max_pending))
+        first_ms = service.warm_up(settings.warmup, warmup)
         _LOG.info("warmed up, first action %.1f ms", first_ms)
         if settings.token and settings.tls is None and not settings.on_loopback:
             _LOG.warning("the token travels readable; give --tls-cert and --tls-key to encrypt")
+        threads = stack.enter_context(
+            WebsocketThreads(
+                OpenpiEndpoint(line, rate),
+                gate,
+                settings.max_connections,
+                settings.max_body_bytes,
+            )
+        )
         if settings.gr00t_port is not None:
-            # ZMQ is the robot's choice, and its library a cost to every start.
+            # Not imported where nobody asks for it: it takes longer than all the rest.
             from jetson.protocols.gr00t import Gr00tEndpoint
 
-            stack.enter_context(Gr00tEndpoint(worker, settings, rate))
-        yield _Server(_configuration(create_app(worker, settings, rate), settings), worker), bound
+            stack.enter_context(Gr00tEndpoint(line, settings, rate))
+        app = create_app(line, settings, gate)
+        yield _Server(_configuration(app, threads, settings), line, threads), bound
 
 
 class _Server(uvicorn.Server):
     """Tells when clients can connect, and closes no connection before its reply is sent."""
 
-    def __init__(self, config: uvicorn.Config, worker: ActionWorker) -> None:
+    def __init__(self, config: uvicorn.Config, line: ActionLine, threads: WebsocketThreads) -> None:
         super().__init__(config)
-        self._worker = worker
+        self._line = line
+        self._threads = threads
         self.on_open: Callable[[], None] = lambda: None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -156,10 +167,11 @@ class _Server(uvicorn.Server):
         self.on_open()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # uvicorn waits for HTTP requests under way, but closes websockets at once.
         for server in self.servers:
             server.close()
-        await self._worker.drain(self.config.timeout_graceful_shutdown or 0)
+        await self._line.drain(self.config.timeout_graceful_shutdown or 0)
+        # While the event loop still pumps what they say last.
+        await asyncio.to_thread(self._threads.end)
         await super().shutdown(sockets)
 
 
@@ -173,7 +185,9 @@ async def _not_served(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": reason, "kind": "NotServed"}, status, headers)
 
 
-def _configuration(app: Starlette, settings: ServerSettings) -> uvicorn.Config:
+def _configuration(
+    app: Starlette, threads: WebsocketThreads, settings: ServerSettings
+) -> uvicorn.Config:
     tls: dict[str, Any] = {}
     if settings.tls is not None:
         tls = {"ssl_certfile": settings.tls.certificate, "ssl_keyfile": settings.tls.key}
@@ -183,9 +197,8 @@ def _configuration(app: Starlette, settings: ServerSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http="h11",
-        ws="websockets-sansio",
-        ws_max_size=settings.max_body_bytes,
-        ws_per_message_deflate=False,
+        loop="asyncio",
+        ws=threads.protocol,  # type: ignore[arg-type]  # uvicorn calls it as it calls a class
         lifespan="off",
         access_log=False,
         log_config=None,

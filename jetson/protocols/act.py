@@ -14,10 +14,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from jetson.errors import RequestTooLarge, RequestTooSlow, WireError
+from jetson.line import ActionLine
 from jetson.service import Answer
 from jetson.settings import ServerSettings
 from jetson.wire import REPLIES, Reply, decode_request
-from jetson.worker import ActionWorker
 from qvla_export.errors import QvlaError
 
 _LOG = logging.getLogger(__name__)
@@ -27,8 +27,8 @@ _NOT_A_TOKEN = re.compile(r"[^A-Za-z0-9_.-]")
 class ActEndpoint:
     """Answers `POST /act`."""
 
-    def __init__(self, worker: ActionWorker, settings: ServerSettings) -> None:
-        self._worker = worker
+    def __init__(self, line: ActionLine, settings: ServerSettings) -> None:
+        self._line = line
         self._settings = settings
 
     async def act(self, request: Request) -> Response:
@@ -44,6 +44,8 @@ class ActEndpoint:
             # The body may not have been read to its end, and will not be.
             headers = {"connection": "close"}
         else:
+            if answer.error is not None:
+                _LOG.warning("no action: %s", answer.error)
             headers = {"server-timing": _server_timing(answer.timing_ms)}
         if answer.error is not None and self._settings.strict_compat:
             return JSONResponse("error", headers=headers)
@@ -51,9 +53,9 @@ class ActEndpoint:
 
     async def _answer(self, request: Request) -> Answer:
         reply = _reply(request, self._settings)
-        with self._worker.place():
+        with self._line.place():
             body = await _read_body(request, self._settings)
-            return await self._worker.answer(body, partial(decode_request, reply=reply))
+            return await self._line.answer(body, partial(decode_request, reply=reply))
 
 
 def _reply(request: Request, settings: ServerSettings) -> Reply:

@@ -26,11 +26,10 @@ from jetson.arrays import decode_npy, encode_npy
 from jetson.contract import PolicyContract
 from jetson.errors import Forbidden, RefusedSetting, RequestTooLarge, WireError
 from jetson.fields import observation_of
+from jetson.line import ActionLine
 from jetson.packing import pack, unpack_map
 from jetson.security import RateLimit, check_token
-from jetson.service import Answer
 from jetson.settings import ServerSettings
-from jetson.worker import ActionWorker
 from qvla_export.action import ActionChunk
 from qvla_export.errors import InvalidObservation, QvlaError
 from qvla_export.observation import Observation
@@ -85,12 +84,12 @@ def modality_config(contract: PolicyContract) -> dict[str, Any]:
 class Gr00tEndpoint:
     """Serves ZMQ clients on a thread of its own. A context manager; the port is open inside."""
 
-    def __init__(self, worker: ActionWorker, settings: ServerSettings, rate: RateLimit) -> None:
-        self._worker = worker
+    def __init__(self, line: ActionLine, settings: ServerSettings, rate: RateLimit) -> None:
+        self._line = line
         self._settings = settings
         self._rate = rate
         self._ending = threading.Event()
-        self._modalities = modality_config(worker.service.contract)
+        self._modalities = modality_config(line.service.contract)
         self._thread = threading.Thread(target=self._serve, name="qvla-gr00t", daemon=True)
 
     def __enter__(self) -> "Gr00tEndpoint":
@@ -162,8 +161,8 @@ class Gr00tEndpoint:
     def _dispatch(self, message: Mapping[Any, Any]) -> bytes:
         endpoint = message.get("endpoint", "get_action")
         if endpoint == "get_action":
-            with self._worker.place():
-                answer: Answer = self._worker.submit(message, decode_observation).result()
+            with self._line.place():
+                answer = self._line.service.answer(message, decode_observation)
             if answer.error is not None:
                 raise answer.error
             return answer.body

@@ -22,17 +22,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from jetson.arrays import decode_packed, encode_packed
 from jetson.contract import PolicyContract
-from jetson.errors import ServerBusy, WireError
+from jetson.errors import WireError
 from jetson.fields import observation_of
-from jetson.guard import peer_of
+from jetson.line import ActionLine
 from jetson.packing import pack, unpack_map
 from jetson.security import RateLimit
-from jetson.settings import ServerSettings
-from jetson.worker import ActionWorker
+from jetson.websocket import INTERNAL_ERROR, WebsocketConnection
 from qvla_export.action import ActionChunk
 from qvla_export.errors import QvlaError
 from qvla_export.observation import Observation
@@ -40,7 +38,6 @@ from qvla_export.observation import Observation
 _LOG = logging.getLogger(__name__)
 _PREFIX = "observation/"
 _RENAMED = {"prompt": "instruction"}
-_INTERNAL_ERROR = 1011
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class OpenpiRequest:
 
 
 def decode_observation(
-    body: bytes, contract: PolicyContract, prev_total_ms: float | None = None
+    body: bytes | bytearray, contract: PolicyContract, prev_total_ms: float | None = None
 ) -> OpenpiRequest:
     """Return the observation in a message.
 
@@ -80,67 +77,49 @@ def decode_observation(
 
 
 class OpenpiEndpoint:
-    """Serves websocket clients."""
+    """Serves websocket clients, each on its own thread."""
 
-    def __init__(self, worker: ActionWorker, settings: ServerSettings, rate: RateLimit) -> None:
-        self._worker = worker
-        self._settings = settings
+    def __init__(self, line: ActionLine, rate: RateLimit) -> None:
+        self._line = line
         self._rate = rate
-        self._connections = 0
-        self._metadata = pack(worker.service.contract.to_json())
+        self._metadata = pack(line.service.contract.to_json())
 
-    async def serve(self, socket: WebSocket) -> None:
-        """Serve one client until it leaves or a request of its fails."""
-        await socket.accept()
-        self._connections += 1
-        try:
-            if self._connections > self._settings.max_connections:
-                raise ServerBusy(
-                    f"{self._settings.max_connections} websocket clients are connected already; "
-                    "close one or raise the server's limit"
-                )
-            await socket.send_bytes(self._metadata)
-            await self._answer_all(socket)
-        except WebSocketDisconnect:
-            _LOG.info("a websocket client left")
-        except QvlaError as error:
-            await _fail(socket, error)
-        finally:
-            self._connections -= 1
+    def serve(self, connection: WebsocketConnection, peer: str) -> None:
+        """Serve one client until it leaves or a request of its fails.
 
-    async def _answer_all(self, socket: WebSocket) -> None:
-        peer = peer_of(socket)
+        Raises:
+            ConnectionOver: the client left.
+        """
+        connection.send(self._metadata)
         prev_total_ms: float | None = None
         while True:
-            body = await _receive(socket)
+            body = connection.receive()
             start_ns = time.perf_counter_ns()
-            self._rate.take(peer)
-            with self._worker.place():
-                decode = partial(decode_observation, prev_total_ms=prev_total_ms)
-                answer = await self._worker.answer(body, decode)
-                if answer.error is not None:
-                    raise answer.error
-                await socket.send_bytes(answer.body)
+            try:
+                self._answer(connection, body, peer, prev_total_ms)
+            except QvlaError as error:
+                _LOG.warning("no action for %s: %s", peer, error)
+                connection.send(f"{type(error).__name__}: {error}")
+                connection.close(INTERNAL_ERROR, type(error).__name__)
+                return
             prev_total_ms = (time.perf_counter_ns() - start_ns) / 1e6
 
-
-async def _receive(socket: WebSocket) -> bytes:
-    message = await socket.receive()
-    if message["type"] == "websocket.disconnect":
-        raise WebSocketDisconnect(message.get("code", 1006))
-    body = message.get("bytes")
-    if not isinstance(body, bytes):
-        raise WireError("an observation is a binary msgpack message, got text")
-    return body
-
-
-async def _fail(socket: WebSocket, error: QvlaError) -> None:
-    _LOG.warning("no action: %s", error)
-    try:
-        await socket.send_text(f"{type(error).__name__}: {error}")
-        await socket.close(_INTERNAL_ERROR, type(error).__name__)
-    except (WebSocketDisconnect, RuntimeError):
-        _LOG.info("a websocket client left before it could be told why")
+    def _answer(
+        self,
+        connection: WebsocketConnection,
+        body: bytearray | str,
+        peer: str,
+        prev_total_ms: float | None,
+    ) -> None:
+        if isinstance(body, str):
+            raise WireError("an observation is a binary msgpack message, got text")
+        self._rate.take(peer)
+        with self._line.place():
+            decode = partial(decode_observation, prev_total_ms=prev_total_ms)
+            answer = self._line.service.answer(body, decode)
+            if answer.error is not None:
+                raise answer.error
+            connection.send(answer.body)
 
 
 def _fields(message: Mapping[Any, Any]) -> dict[str, Any]:

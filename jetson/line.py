@@ -1,6 +1,7 @@
-"""The one thread that answers, and the bounded line of requests before it.
+"""The line of requests before the one engine: bounded, shared by all protocols.
 
-All protocols share it: an engine is not re-entrant, and a CUDA context belongs to a thread.
+`ActionService` lets one inference run at a time. A websocket or ZMQ client is answered by the
+thread that reads its socket; HTTP, whose event loop must not wait, has one thread more.
 """
 
 import asyncio
@@ -8,16 +9,14 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 from jetson.errors import ServerBusy
 from jetson.service import ActionService, Answer, Decoder
-from qvla_export.observation import Observation
 
 
-class ActionWorker:
-    """Answers one request after another, first come first served. A context manager."""
+class ActionLine:
+    """Admits requests while there is room for them. A context manager."""
 
     def __init__(self, service: ActionService, max_pending: int) -> None:
         self.service = service
@@ -29,7 +28,7 @@ class ActionWorker:
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """Hold a place in the line from before the body is read until the reply is sent.
+        """Hold a place from before the body is read, or decoded, until the reply is sent.
 
         Raises:
             ServerBusy: there is none left, or the server shuts down.
@@ -49,17 +48,10 @@ class ActionWorker:
             with self._lock:
                 self._pending -= 1
 
-    def warm_up(self, count: int, observation: Observation | None = None) -> float:
-        """Let the thread that will answer act `count` times; see `ActionService.warm_up`."""
-        return self._thread.submit(self.service.warm_up, count, observation).result()
-
-    def submit(self, body: Any, decode: Decoder) -> "Future[Answer]":
-        """Answer a request on the worker's thread, after those submitted before."""
-        return self._thread.submit(self.service.answer, body, decode)
-
-    async def answer(self, body: Any, decode: Decoder) -> Answer:
+    async def answer(self, body: bytes, decode: Decoder) -> Answer:
         """Await the answer to a request without holding up the event loop."""
-        return await asyncio.wrap_future(self.submit(body, decode))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self.service.answer, body, decode)
 
     async def drain(self, limit_s: float) -> None:
         """Refuse new requests and wait, at most so long, until those under way are answered."""
@@ -69,7 +61,7 @@ class ActionWorker:
         while self._pending and time.monotonic() < end_s:
             await asyncio.sleep(0.01)
 
-    def __enter__(self) -> "ActionWorker":
+    def __enter__(self) -> "ActionLine":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,152 @@
+"""Websocket messages on a blocking socket: a message wakes one thread, and that one answers it.
+
+An event loop would wake a second thread for every observation and copy it three times more,
+which together cost more than decoding it. Frames are those of RFC 6455, section 5, as a server
+sees them; no extensions.
+"""
+
+import socket
+import struct
+from contextlib import suppress
+
+import numpy as np
+
+_CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+_FINAL, _MASKED = 0x80, 0x80
+_MAX_CONTROL_BYTES = 125
+# How long a client may take to read a reply, and to answer the closing of a connection.
+_SEND_S = 30
+_CLOSING_S = 2.0
+PROTOCOL_ERROR, TOO_BIG, INTERNAL_ERROR, RESTART = 1002, 1009, 1011, 1012
+
+
+class ConnectionOver(Exception):
+    """The client left, or the connection was closed for the code and reason given."""
+
+
+class WebsocketConnection:
+    """One client after the handshake; not thread-safe, except for `wake`.
+
+    Args:
+        stream: a connected socket; closed by `close`.
+        max_bytes: longest message, fragments together.
+    """
+
+    def __init__(self, stream: socket.socket, max_bytes: int) -> None:
+        self._stream = stream
+        self._max_bytes = max_bytes
+        stream.setblocking(True)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _SEND_S, 0))
+        # A client that vanished without a word is noticed within two minutes.
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def receive(self) -> bytearray | str:
+        """Return the next message; answers pings on the way.
+
+        Raises:
+            ConnectionOver: the client left or broke the protocol.
+        """
+        kind, parts, size = None, [], 0
+        while True:
+            opcode, final, payload = self._frame(self._max_bytes - size)
+            if opcode >= _CLOSE:
+                self._control(opcode, payload)
+                continue
+            if (opcode == _CONTINUATION) != (kind is not None):
+                raise self._violation(PROTOCOL_ERROR, "fragments out of order")
+            kind = opcode if kind is None else kind
+            parts.append(payload)
+            size += len(payload)
+            if final:
+                whole = parts[0] if len(parts) == 1 else bytearray().join(parts)
+                return whole if kind == _BINARY else whole.decode("utf-8", "replace")
+
+    def send(self, message: bytes | str) -> None:
+        """Send a binary or a text message.
+
+        Raises:
+            ConnectionOver: the client left, or does not read.
+        """
+        if isinstance(message, str):
+            self._send(_TEXT, message.encode("utf-8", "replace"))
+        else:
+            self._send(_BINARY, message)
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Say why, wait shortly for the client to have read everything, and close."""
+        with suppress(ConnectionOver, OSError):
+            self._send(_CLOSE, struct.pack("!H", code) + reason.encode()[:100])
+            self._stream.shutdown(socket.SHUT_WR)
+            # Closing with bytes unread would reset the connection, and what was said be lost.
+            self._stream.settimeout(_CLOSING_S)
+            for _ in range(64):
+                if not self._stream.recv(1 << 20):
+                    break
+        self._stream.close()
+
+    def wake(self) -> None:
+        """Let a `receive` that waits in another thread find the client gone."""
+        with suppress(OSError):
+            self._stream.shutdown(socket.SHUT_RD)
+
+    def _frame(self, left_bytes: int) -> tuple[int, bool, bytearray]:
+        first, second = self._read(2)
+        opcode, size = first & 0x0F, second & 0x7F
+        if first & 0x70 or not second & _MASKED or _BINARY < opcode < _CLOSE or opcode > _PONG:
+            raise self._violation(PROTOCOL_ERROR, "not a masked frame without extensions")
+        if opcode >= _CLOSE and (size > _MAX_CONTROL_BYTES or not first & _FINAL):
+            raise self._violation(PROTOCOL_ERROR, "a control frame is short and whole")
+        if size > _MAX_CONTROL_BYTES:
+            size = int.from_bytes(self._read(2 if size == 126 else 8), "big")
+        if size > left_bytes and opcode < _CLOSE:
+            raise self._violation(TOO_BIG, f"a message may have {self._max_bytes} bytes")
+        mask = self._read(4)
+        payload = self._read(size)
+        _unmask(payload, mask)
+        return opcode, bool(first & _FINAL), payload
+
+    def _control(self, opcode: int, payload: bytearray) -> None:
+        if opcode == _PING:
+            self._send(_PONG, payload)
+        elif opcode == _CLOSE:
+            with suppress(ConnectionOver):
+                self._send(_CLOSE, payload[:2])
+            raise ConnectionOver("the client closed the connection")
+
+    def _violation(self, code: int, reason: str) -> ConnectionOver:
+        self.close(code, reason)
+        return ConnectionOver(f"closed with {code}: {reason}")
+
+    def _read(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view, got = memoryview(data), 0
+        while got < size:
+            try:
+                count = self._stream.recv_into(view[got:], 0, socket.MSG_WAITALL)
+            except OSError as error:
+                raise ConnectionOver(f"the connection broke: {error}") from None
+            if not count:
+                raise ConnectionOver("the client left")
+            got += count
+        return data
+
+    def _send(self, opcode: int, payload: bytes | bytearray) -> None:
+        size = len(payload)
+        if size <= _MAX_CONTROL_BYTES:
+            head = struct.pack("!BB", _FINAL | opcode, size)
+        elif size < 1 << 16:
+            head = struct.pack("!BBH", _FINAL | opcode, 126, size)
+        else:
+            head = struct.pack("!BBQ", _FINAL | opcode, 127, size)
+        try:
+            self._stream.sendall(head + payload)
+        except OSError as error:
+            raise ConnectionOver(f"the client does not read: {error}") from None
+
+
+def _unmask(payload: bytearray, mask: bytearray) -> None:
+    whole = len(payload) // 4
+    words = np.frombuffer(payload, np.uint32, whole)
+    words ^= np.frombuffer(mask, np.uint32)[0]
+    for index in range(4 * whole, len(payload)):
+        payload[index] ^= mask[index & 3]
