@@ -7,6 +7,7 @@ import httpx
 
 from jetson.contract import PolicyContract
 from jetson.errors import RemoteError, WireError
+from jetson.security import client_tls, read_token
 from jetson.wire import decode_reply, encode_request
 from qvla_export.action import ActionChunk
 from qvla_export.clock import StageClock
@@ -22,17 +23,30 @@ class RemotePolicy:
     # What the server's policy takes and returns.
     contract: PolicyContract
 
-    def __init__(self, url: str, timeout_s: float = 30.0) -> None:
+    def __init__(self, url: str, timeout_s: float = 30.0, token: str | None = None) -> None:
         """Connect and read the server's metadata.
+
+        Args:
+            url: where `qvla serve` listens.
+            timeout_s: seconds that connecting, and each reply, may take.
+            token: what the server asks for; by default the environment's QVLA_TOKEN. Certificates
+                are the environment's too: QVLA_TLS_CA, QVLA_TLS_CERT, QVLA_TLS_KEY.
 
         Raises:
             RemoteError: nobody answers there, or not with a policy's metadata.
+            RefusedSetting: the environment's token or certificates cannot be used.
         """
         if not url.startswith(("http://", "https://")):
             raise RemoteError(f"a server URL starts with http:// or https://, got {url!r}")
         self.url = url.rstrip("/")
         # A proxy from the environment would see, and delay, what the robot sees.
-        self._http = httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
+        self._http = httpx.Client(
+            base_url=self.url,
+            timeout=timeout_s,
+            trust_env=False,
+            verify=client_tls() or True,
+            headers=_authorization(read_token() if token is None else token),
+        )
         try:
             reply = self._send("GET", "/metadata")
             self.contract = PolicyContract.from_json(_json(reply))
@@ -116,6 +130,10 @@ class RemotePolicy:
                 f"{self.url}{path} answered {response.status_code}: {_reason(response)}"
             )
         return response
+
+
+def _authorization(token: str | None) -> dict[str, str]:
+    return {} if token is None else {"authorization": f"Bearer {token}"}
 
 
 def _json(response: httpx.Response) -> object:

@@ -220,3 +220,25 @@ class TlsFiles:
                 f"TLS needs PEM files: certificate {self.certificate}, key {self.key}, "
                 f"client CA {self.client_ca}: {error}"
             ) from None
+
+
+def client_tls() -> ssl.SSLContext | None:
+    """Return how a client trusts servers and shows itself, from the environment.
+
+    QVLA_TLS_CA names who signed the server's certificate, QVLA_TLS_CERT and QVLA_TLS_KEY the
+    client's own. None where none is set: servers are then trusted as browsers trust them.
+
+    Raises:
+        RefusedSetting: a file is missing or is not what it should be.
+    """
+    names = ("QVLA_TLS_CA", "QVLA_TLS_CERT", "QVLA_TLS_KEY")
+    authority, certificate, key = (os.environ.get(name) or None for name in names)
+    if not (authority or certificate or key):
+        return None
+    try:
+        context = ssl.create_default_context(cafile=authority)
+        if certificate or key:
+            context.load_cert_chain(certificate or "", key)
+    except (OSError, ssl.SSLError) as error:
+        raise RefusedSetting(f"{', '.join(names)} must name PEM files: {error}") from None
+    return context
