@@ -135,11 +135,19 @@ def session_options(bundle: Bundle, threads: int | None, weights: WeightForm = "
     activations rounded to 8 bits per block, about 0.5 % of a layer's largest output away.
     """
     options = ort_options(bundle.engine_options.get("accuracy_level", 0), threads, weights)
-    if rounds_activations(bundle) and saturates(_cpu_description()):
-        # Not elsewhere: ONNX Runtime 1.32 then fails on 8-bit weights of float activations, and
-        # where integers do not saturate the same numbers take four times as long.
-        options.add_session_config_entry(_EXACT_INTEGERS, "1")
+    if rounds_activations(bundle):
+        keep_integers_exact(options)
     return options
+
+
+def keep_integers_exact(options: Any) -> None:
+    """Set options of a graph with rounded activations so that this CPU's products do not saturate.
+
+    Not for others: ONNX Runtime 1.32 then fails on 8-bit weights of float activations, and where
+    integers do not saturate the same numbers take four times as long.
+    """
+    if saturates(_cpu_description()):
+        options.add_session_config_entry(_EXACT_INTEGERS, "1")
 
 
 def saturates(cpu_description: str) -> bool:

@@ -35,7 +35,7 @@ HOST_ONLY = {
     "transformers",
 }
 # Of the host although its package is the robot's; that nothing else reaches it is tested below.
-HOST_TOOLS = ("engines.check",)
+HOST_TOOLS = ("engines.check", "engines.bench")
 # The command reaches across the stages, inside its functions.
 COMMAND = ("qvla_export.cli", "qvla_export.__main__")
 

@@ -7,6 +7,7 @@ import typer
 
 from qvla_export.activations import DEFAULT_METHOD
 from qvla_export.cli import (
+    benching,
     building,
     checking,
     deploying,
@@ -205,6 +206,7 @@ simulation.register(app)
 judging_commands.register(app)
 checking.register(app)
 building.register(app)
+benching.register(app)
 verifying.register(app)
 robot.register(app)
 running.register(app)

@@ -1,0 +1,55 @@
+"""Time all contenders in turn, and what the samples say. numpy only."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast as another: quotient of medians, bootstrap interval of 95 %."""
+
+    median: float
+    low: float
+    high: float
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[str, NDArray[np.float64]]:
+    """Call everything once a round, in the same order; the first round warms up and is dropped.
+
+    Between two calls of one contender all others run, so its weights have left the caches if the
+    others' are larger than those.
+
+    Returns:
+        Milliseconds by name, float64 [rounds].
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter_ns()
+            call()
+            samples[name].append((time.perf_counter_ns() - start) / 1e6)
+        on_round()
+    return {name: np.array(values[1:]) for name, values in samples.items()}
+
+
+def speedup(samples: NDArray[np.float64], baseline: NDArray[np.float64], seed: int = 0) -> Ratio:
+    """Return how many times as fast as the baseline, whole rounds resampled.
+
+    Args:
+        samples, baseline: milliseconds of the same rounds, float64 [rounds].
+        seed: of the bootstrap.
+    """
+    draws = np.random.default_rng(seed).integers(0, len(samples), (_RESAMPLES, len(samples)))
+    ratios = np.median(baseline[draws], axis=1) / np.median(samples[draws], axis=1)
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return Ratio(float(np.median(baseline) / np.median(samples)), float(low), float(high))
