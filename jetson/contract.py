@@ -102,14 +102,13 @@ def contract_of(policy: ActionPolicy) -> PolicyContract:
     contract = getattr(policy, "contract", None)
     if isinstance(contract, PolicyContract):
         return contract
-    bundle = getattr(policy, "bundle", None)
-    processor = getattr(bundle if bundle is not None else policy, "processor", None)
+    processor = processor_of(policy)
     if processor is None:
         raise RefusedSetting(
             f"{type(policy).__name__} has neither a contract nor a processor; "
             "pass contract=PolicyContract(...)"
         )
-    spec = processor.spec
+    bundle, spec = getattr(policy, "bundle", None), processor.spec
     return PolicyContract(
         cameras=tuple(spec.cameras),
         horizon=spec.horizon,
@@ -119,3 +118,9 @@ def contract_of(policy: ActionPolicy) -> PolicyContract:
         bundle_digest=getattr(bundle, "digest", ""),
         target=getattr(bundle, "target", ""),
     )
+
+
+def processor_of(policy: ActionPolicy) -> Any:
+    """Return the `qvla_export.processor.Processor` of a policy or its bundle; None without one."""
+    bundle = getattr(policy, "bundle", None)
+    return getattr(bundle if bundle is not None else policy, "processor", None)

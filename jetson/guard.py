@@ -26,15 +26,17 @@ class Guard:
             try:
                 self._gate.check(connection.headers, peer, scope["path"] in _PUBLIC_PATHS)
             except QvlaError as error:
-                await _refusal(error)(scope, receive, send)
+                # Browsers ask people for the token if told to; programs are not asked.
+                scheme = 'Basic realm="QVLA"' if scope["method"] == "GET" else "Bearer"
+                await _refusal(error, scheme)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-def _refusal(error: QvlaError) -> JSONResponse:
+def _refusal(error: QvlaError, scheme: str) -> JSONResponse:
     # The body has not been read, and will not be.
     headers = {"connection": "close"}
     if isinstance(error, Unauthorized):
-        headers["www-authenticate"] = "Bearer"
+        headers["www-authenticate"] = scheme
     reason = {"error": str(error), "kind": type(error).__name__}
     return JSONResponse(reason, http_status(error), headers)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from jetson.errors import ServerBusy
+from jetson.observing import Served
 from jetson.service import ActionService, Answer, Decoder
 
 
@@ -35,9 +36,9 @@ class ActionLine:
         """
         with self._lock:
             if self._draining:
-                raise ServerBusy("the server is shutting down; ask again once it is back")
+                raise self._busy("the server is shutting down; ask again once it is back")
             if self._pending >= self._max_pending:
-                raise ServerBusy(
+                raise self._busy(
                     f"{self._pending} requests are waiting, the limit is {self._max_pending}; "
                     "send the next one after the last reply"
                 )
@@ -47,6 +48,11 @@ class ActionLine:
         finally:
             with self._lock:
                 self._pending -= 1
+
+    def _busy(self, reason: str) -> ServerBusy:
+        error = ServerBusy(reason)
+        self.service.observers.answered(Served(None, None, {}, error))
+        return error
 
     async def answer(self, body: bytes, decode: Decoder) -> Answer:
         """Await the answer to a request without holding up the event loop."""

@@ -6,6 +6,7 @@ address needs a token or client certificates (mTLS). `Gate` holds this before HT
 ZMQ has no such headers, a browser cannot speak it, and shares the token and the rate.
 """
 
+import base64
 import hmac
 import ipaddress
 import os
@@ -22,6 +23,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from jetson.errors import Forbidden, RateLimited, RefusedSetting, Unauthorized
+from qvla_export.errors import QvlaError
 
 TOKEN_VARIABLE = "QVLA_TOKEN"
 # 16 characters of base64 are 96 bits: no rate of guessing finds them.
@@ -86,11 +88,22 @@ def check_token(given: object, token: str | None) -> None:
 def check_authorization(header: str | None, token: str | None) -> None:
     """Check `Authorization: Bearer <token>`, or `Api-Key <token>` as openpi-client sends it.
 
+    `Basic` with the token as the password is what browsers send for the live page.
+
     Raises:
         Unauthorized: the header is missing or holds something else.
     """
     scheme, _, given = (header or "").partition(" ")
-    check_token(given.strip() if scheme.lower() in ("bearer", "api-key") else "", token)
+    given = given.strip() if scheme.lower() in ("bearer", "api-key", "basic") else ""
+    check_token(_password(given) if scheme.lower() == "basic" else given, token)
+
+
+def _password(credentials: str) -> str:
+    """Return the password of base64 "user:password"; empty where there is none."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def check_host(host: str | None, names: tuple[str, ...]) -> None:
@@ -179,6 +192,8 @@ class Gate:
         self._token = token
         self._names = names
         self.rate = rate
+        # Told of everything that is refused.
+        self.on_refusal: Callable[[QvlaError], None] = lambda error: None
 
     def check(self, headers: Headers, peer: str, public: bool = False) -> None:
         """Check Host, Origin and, unless what is asked for is public, rate and token.
@@ -186,6 +201,13 @@ class Gate:
         Raises:
             Forbidden, RateLimited, Unauthorized: which it is not.
         """
+        try:
+            self._check(headers, peer, public)
+        except QvlaError as error:
+            self.on_refusal(error)
+            raise
+
+    def _check(self, headers: Headers, peer: str, public: bool) -> None:
         host = headers.get("host")
         check_host(host, self._names)
         check_origin(headers.get("origin"), host)

@@ -3,7 +3,8 @@
     port         HTTP and websockets on Starlette and uvicorn
                  POST /act        OpenVLA and OpenVLA-OFT      jetson.protocols.act
                  websocket        openpi                       jetson.protocols.openpi
-                 GET /healthz, GET /metadata
+                 GET /healthz, GET /metadata, GET /metrics
+                 GET /            the live page                jetson.live
     gr00t port   ZMQ, if asked for                             jetson.protocols.gr00t
 
 One inference runs at a time, whoever asks. The ports open after warm-up and close, on SIGTERM,
@@ -39,6 +40,7 @@ from jetson.security import Gate, RateLimit
 from jetson.service import ActionService
 from jetson.settings import ServerSettings
 from jetson.upgrade import WebsocketThreads
+from jetson.watching import Watch, watching
 from qvla_export.action import ActionPolicy
 from qvla_export.observation import Observation
 
@@ -47,7 +49,7 @@ _LOG = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 300
 
 
-def create_app(line: ActionLine, settings: ServerSettings, gate: Gate) -> Starlette:
+def create_app(line: ActionLine, settings: ServerSettings, gate: Gate, watch: Watch) -> Starlette:
     """Return the ASGI application: HTTP, behind its guard."""
     contract = line.service.contract.to_json()
 
@@ -62,6 +64,7 @@ def create_app(line: ActionLine, settings: ServerSettings, gate: Gate) -> Starle
             Route("/act", ActEndpoint(line, settings).act, methods=["POST"]),
             Route("/healthz", healthz, methods=["GET"]),
             Route("/metadata", metadata, methods=["GET"]),
+            *watch.routes,
         ],
         middleware=[Middleware(Guard, gate=gate)],
         exception_handlers={HTTPException: _not_served},
@@ -134,6 +137,9 @@ def _ready(
         line = stack.enter_context(ActionLine(service, settings.max_pending))
         first_ms = service.warm_up(settings.warmup, warmup)
         _LOG.info("warmed up, first action %.1f ms", first_ms)
+        watch = stack.enter_context(watching(policy, service.contract, settings))
+        service.observers = watch.observers
+        gate.on_refusal = watch.refused
         if settings.token and settings.tls is None and not settings.on_loopback:
             _LOG.warning("the token travels readable; give --tls-cert and --tls-key to encrypt")
         threads = stack.enter_context(
@@ -149,7 +155,7 @@ def _ready(
             from jetson.protocols.gr00t import Gr00tEndpoint
 
             stack.enter_context(Gr00tEndpoint(line, settings, rate))
-        app = create_app(line, settings, gate)
+        app = create_app(line, settings, gate, watch)
         yield _Server(_configuration(app, threads, settings), line, threads), bound
 
 
@@ -179,7 +185,7 @@ async def _not_served(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     reason = (
         f"{request.method} {request.url.path} is not served; "
-        "use POST /act, GET /healthz, GET /metadata or openpi's websocket"
+        "use POST /act, GET /healthz, /metadata, /metrics, / or openpi's websocket"
     )
     headers = error.headers if isinstance(error, HTTPException) else None
     return JSONResponse({"error": reason, "kind": "NotServed"}, status, headers)

@@ -16,6 +16,7 @@ import numpy as np
 
 from jetson.contract import PolicyContract, contract_of
 from jetson.errors import PolicyFailure, http_status
+from jetson.observing import Observers, Served
 from jetson.wire import decode_request, encode_request
 from qvla_export.action import ActionChunk, ActionPolicy
 from qvla_export.errors import InvalidObservation, QvlaError
@@ -69,6 +70,8 @@ class ActionService:
 
     def __init__(self, policy: ActionPolicy, contract: PolicyContract | None = None) -> None:
         self.contract = contract_of(policy) if contract is None else contract
+        # Who is told of every request; set once the policy is warm.
+        self.observers = Observers()
         self._policy = policy
         # Engines are not re-entrant, and two at once would spoil each other's latency.
         self._lock = threading.Lock()
@@ -105,18 +108,24 @@ class ActionService:
         marks_ns = [time.perf_counter_ns()]
         stages_ms: Mapping[str, float] = {}
         failure: QvlaError | None = None
+        seen: Observation | None = None
+        chunk: ActionChunk | None = None
         try:
             request = decode(body, self.contract)
             marks_ns.append(time.perf_counter_ns())
-            chunk = self.act(request.observation)
+            seen = request.observation
+            chunk = self.act(seen)
             marks_ns.append(time.perf_counter_ns())
             stages_ms = chunk.timing_ms
             content = request.encode(chunk, (marks_ns[2] - marks_ns[1]) / 1e6)
         except QvlaError as error:
-            failure, content = error, error_body(error)
+            failure, content, chunk = error, error_body(error), None
             if http_status(error) >= 500:
                 _LOG.error("no action: %s", error, exc_info=error)
-        return Answer(content, _stages_ms(marks_ns, stages_ms), failure)
+        answer = Answer(content, _stages_ms(marks_ns, stages_ms), failure)
+        if self.observers:
+            self.observers.answered(Served(seen, chunk, answer.timing_ms, failure))
+        return answer
 
     def warm_up(self, count: int, observation: Observation | None = None) -> float:
         """Answer `count` requests that nobody sent; return the first one's milliseconds.

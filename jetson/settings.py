@@ -2,8 +2,10 @@
 
 import ipaddress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from jetson.errors import RefusedSetting
+from jetson.recording.schemas import Images
 from jetson.security import TlsFiles, checked_token
 from jetson.wire import REPLIES, Reply
 
@@ -48,6 +50,11 @@ class ServerSettings:
     body_timeout_s: float = 30.0
     # Whole seconds that requests under way may take after SIGTERM.
     drain_s: int = 10
+    # Milliseconds after which an action counts as missed at /metrics; None counts none.
+    deadline_ms: float | None = None
+    # MCAP file to write every action to, and how its pictures are kept.
+    record: Path | None = None
+    record_images: Images = "png"
 
     def __post_init__(self) -> None:
         if self.reply not in REPLIES:
@@ -55,7 +62,7 @@ class ServerSettings:
         lowest = {
             "port": 0, "gr00t_port": 1, "max_rate_hz": 0, "max_body_bytes": 1,
             "max_connections": 1, "warmup": 0, "max_pending": 1, "body_timeout_s": 0.001,
-            "drain_s": 0,
+            "drain_s": 0, "deadline_ms": 0.001,
         }  # fmt: skip
         for name, low in lowest.items():
             value = getattr(self, name)

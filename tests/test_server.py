@@ -126,7 +126,7 @@ def test_malformed_json(oft_url: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", "/act", 405), ("POST", "/", 404), ("GET", "/x", 404)]
+    ("method", "path", "status"), [("GET", "/act", 405), ("POST", "/", 405), ("GET", "/x", 404)]
 )
 def test_unknown_routes_say_what_exists(oft_url: str, method: str, path: str, status: int) -> None:
     reply = requests.request(method, oft_url + path, timeout=20)

@@ -1,0 +1,1 @@
+"""Runs kept as MCAP files, and replayed."""

@@ -1,0 +1,281 @@
+"""Write a run to MCAP on a thread of its own: the robot never waits for the disk.
+
+What does not fit into the queue is dropped and counted. Once a second what was written becomes a
+complete chunk of the file, so a recorder that is killed leaves a readable file that lacks at most
+its last second.
+"""
+
+import base64
+import io
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import simplejpeg
+from mcap.writer import Writer
+from numpy.typing import NDArray
+from PIL import Image
+
+from jetson.board import BoardState
+from jetson.contract import PolicyContract
+from jetson.errors import RefusedSetting
+from jetson.observing import Served
+from jetson.recording.queue import DropQueue, Waiting
+from jetson.recording.schemas import (
+    ABOUT,
+    ACTION,
+    BOARD,
+    CAMERA,
+    END,
+    FORMAT,
+    IMAGES,
+    OBSERVATION,
+    SCHEMAS,
+    STEP,
+    Images,
+)
+from qvla_export.artifacts import versions
+from qvla_export.observation import Observation
+
+if TYPE_CHECKING:
+    from jetson.control.chunks import TimedChunk
+    from jetson.control.records import StepRecord
+    from jetson.control.sources import TimedObservation
+
+_LOG = logging.getLogger(__name__)
+_FLUSH_S = 1.0
+_BOARD_S = 5.0
+_CHUNK_BYTES = 1 << 20
+_JPEG_QUALITY = 95
+# Pictures are as good as incompressible; a robot's cores have better things to do.
+_PNG_LEVEL = 1
+# What an event costs beside its arrays.
+_EVENT_BYTES = 1024
+
+
+class McapRecorder:
+    """An `Observer` of `qvla serve` and a `Recorder` of `qvla run`. A context manager."""
+
+    def __init__(
+        self,
+        path: Path,
+        contract: PolicyContract,
+        board: Callable[[], BoardState],
+        source: str,
+        images: Images = "png",
+        max_pending_bytes: int = 64 << 20,
+    ) -> None:
+        """Create the file and say in it what is recorded.
+
+        Args:
+            path: to write; must not exist.
+            contract: of the policy, with the digest of its bundle.
+            board: returns the newest sample.
+            source: "serve" or "run".
+            images: "png" is lossless, so that a replay sees what the policy saw; "jpeg" (quality
+                95, 4:4:4) takes about a quarter of the space and changes what a replay sees.
+            max_pending_bytes: of events that wait for the disk; more are dropped.
+
+        Raises:
+            RefusedSetting: the file exists or cannot be made, or `images` is something else.
+        """
+        if images not in IMAGES:
+            raise RefusedSetting(f"images are recorded as one of {list(IMAGES)}, got {images!r}")
+        self.path = path
+        # Events written so far.
+        self.written = 0
+        self._images: Images = images
+        self._board = board
+        self._queue = DropQueue(max_pending_bytes)
+        self._failure: Exception | None = None
+        self._last_ns = 0
+        self._time_lock = threading.Lock()
+        self._channels: dict[str, int] = {}
+        # When the loop's newest observation was taken -> the log time it was given.
+        self._observed: tuple[float, int] = (-1.0, 0)
+        self._open(contract, source)
+        self._thread = threading.Thread(target=self._work, name="qvla-recorder", daemon=True)
+        self._thread.start()
+
+    @property
+    def dropped(self) -> int:
+        """Events that were not recorded because the disk could not follow."""
+        return self._queue.dropped
+
+    def answered(self, served: Served) -> None:
+        """Keep one request of a server: what was seen and what came of it, both or neither."""
+        if served.observation is None:
+            return  # nothing to replay, and strangers could fill the disk
+        seen_ns = self._now_ns()
+        observation, said = served.observation, "" if served.error is None else str(served.error)
+        actions = None if served.chunk is None else served.chunk.actions
+        normalized = None if served.chunk is None else served.chunk.normalized
+        timing_ms = dict(served.timing_ms)
+
+        def write() -> None:
+            self._write_observation(observation, seen_ns)
+            self._write_action(seen_ns, seen_ns, actions, normalized, timing_ms, said)
+
+        self._put(write, observation)
+
+    def observed(self, observation: "TimedObservation") -> None:
+        """Keep an observation that the control loop asks about."""
+        seen_ns = self._now_ns()
+        self._observed = observation.observed_s, seen_ns
+        seen = observation.observation
+        self._put(lambda: self._write_observation(seen, seen_ns), seen)
+
+    def planned(self, chunk: "TimedChunk") -> None:
+        """Keep the actions that came of one."""
+        now_ns, (observed_s, seen_ns) = self._now_ns(), self._observed
+        origin = seen_ns if observed_s == chunk.observed_s else None
+        self._put(lambda: self._write_action(now_ns, origin, chunk.actions, None, {}, ""))
+
+    def stepped(self, record: "StepRecord") -> None:
+        """Keep the record of a slot."""
+        now_ns = self._now_ns()
+        value = {**asdict(record), "state": record.state.value}
+        value["age_ms"], value["late_ms"] = record.age_ms, record.late_ms
+        self._put(lambda: self._write(STEP, STEP, now_ns, value))
+
+    def close(self) -> None:
+        """Write what is waiting and complete the file."""
+        self._queue.close()
+        self._thread.join()
+        if self.dropped:
+            _LOG.warning("%s lacks %d events: the disk could not follow", self.path, self.dropped)
+
+    def __enter__(self) -> "McapRecorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self, contract: PolicyContract, source: str) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("xb")
+        except FileExistsError:
+            raise RefusedSetting(
+                f"{self.path} exists; recordings are not overwritten, choose another name"
+            ) from None
+        except OSError as error:
+            raise RefusedSetting(f"cannot record to {self.path}: {error}") from None
+        self._mcap = Writer(self._file, chunk_size=_CHUNK_BYTES)
+        self._mcap.start(library="qvla")
+        about = {
+            "format": FORMAT,
+            "source": source,
+            "images": self._images,
+            "bundle_digest": contract.bundle_digest,
+            "target": contract.target,
+            "contract": json.dumps(contract.to_json()),
+            "versions": json.dumps(versions()),
+        }
+        self._mcap.add_metadata(ABOUT, about)
+        self._file.flush()
+
+    def _now_ns(self) -> int:
+        """Return the time, always later than before: it is what tells observations apart."""
+        with self._time_lock:
+            self._last_ns = max(self._last_ns + 1, time.time_ns())
+            return self._last_ns
+
+    def _put(self, write: Callable[[], None], observation: Observation | None = None) -> None:
+        if self._failure is not None:
+            raise self._failure
+        images = () if observation is None else observation.images.values()
+        self._queue.put(Waiting(write, _EVENT_BYTES + sum(image.nbytes for image in images)))
+
+    def _work(self) -> None:
+        flushed_s = time.monotonic()
+        sampled_s = flushed_s - _BOARD_S
+        try:
+            while True:
+                event = self._queue.take(_FLUSH_S)
+                now_s = time.monotonic()
+                if now_s - sampled_s >= _BOARD_S:
+                    sampled_s = now_s
+                    self._write(BOARD, BOARD, self._now_ns(), self._board().to_json())
+                if event is not None:
+                    event.write()
+                    self.written += 1
+                elif self._queue.closed:
+                    break
+                if now_s - flushed_s >= _FLUSH_S:
+                    flushed_s = now_s
+                    self._mcap.flush()  # type: ignore[no-untyped-call]  # of mcap
+            counts = {"written": str(self.written), "dropped": str(self.dropped)}
+            self._mcap.add_metadata(END, counts)
+            self._mcap.finish()  # type: ignore[no-untyped-call]  # of mcap
+        except Exception as error:  # whatever a disk or an encoder says, the robot goes on
+            _LOG.error("%s: the rest is not recorded: %s", self.path, error)
+            self._failure = error
+        finally:
+            # Closing flushes, and fails again where the disk is full.
+            with suppress(OSError):
+                self._file.close()
+
+    def _write_observation(self, observation: Observation, seen_ns: int) -> None:
+        for name, image in observation.images.items():
+            picture = {
+                "timestamp": {"sec": seen_ns // 10**9, "nsec": seen_ns % 10**9},
+                "frame_id": name,
+                "data": base64.b64encode(encode_image(image, self._images)).decode(),
+                "format": self._images,
+            }
+            self._write(CAMERA + name, CAMERA, seen_ns, picture)
+        value = {
+            "cameras": list(observation.images),
+            "instruction": observation.instruction,
+            "state": observation.state.tolist(),
+            "dropped": self.dropped,
+        }
+        self._write(OBSERVATION, OBSERVATION, seen_ns, value)
+
+    def _write_action(
+        self,
+        log_ns: int,
+        observation_ns: int | None,
+        actions: NDArray[Any] | None,
+        normalized: NDArray[Any] | None,
+        timing_ms: Mapping[str, float],
+        error: str,
+    ) -> None:
+        value = {
+            "observation_ns": observation_ns,
+            "actions": [] if actions is None else actions.tolist(),
+            "normalized": [] if normalized is None else normalized.tolist(),
+            "timing_ms": dict(timing_ms),
+            "error": error,
+        }
+        self._write(ACTION, ACTION, log_ns, value)
+
+    def _write(self, topic: str, kind: str, log_ns: int, value: dict[str, Any]) -> None:
+        channel = self._channels.get(topic)
+        if channel is None:
+            name, schema = SCHEMAS[kind]
+            schema_id = self._mcap.register_schema(name, "jsonschema", schema)
+            channel = self._mcap.register_channel(topic, "json", schema_id)
+            self._channels[topic] = channel
+        data = json.dumps(value, allow_nan=False).encode()
+        self._mcap.add_message(channel, log_ns, data, publish_time=log_ns)
+
+
+def encode_image(image: NDArray[np.uint8], form: Images) -> bytes:
+    """Return a picture uint8 [h, w, 3] as a PNG or JPEG file."""
+    if form == "jpeg":
+        encoded: bytes = simplejpeg.encode_jpeg(
+            np.ascontiguousarray(image), quality=_JPEG_QUALITY, colorsubsampling="444"
+        )
+        return encoded
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=_PNG_LEVEL)
+    return buffer.getvalue()
