@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,16 @@ class Replay:
     # Time of the policy's own stages then and now.  float64 [n]
     recorded_ms: NDArray[np.float64]
     replayed_ms: NDArray[np.float64]
+
+    @property
+    def times_known(self) -> bool:
+        """Whether the recording and the policy name stages by the same names."""
+        return bool(self.recorded_ms.any() and self.replayed_ms.any())
+
+    def percentile_ms(self, side: Literal["recorded", "replayed"], percent: float) -> float:
+        """Return a percentile of the policy's time then or now."""
+        samples_ms = self.recorded_ms if side == "recorded" else self.replayed_ms
+        return float(np.percentile(samples_ms, percent))
 
     def save(self, path: Path) -> None:
         """Write the replay as JSON, whole or not at all."""

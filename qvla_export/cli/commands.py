@@ -8,12 +8,14 @@ import typer
 from qvla_export.activations import DEFAULT_METHOD
 from qvla_export.cli import (
     benching,
+    benching_server,
     building,
     checking,
     deploying,
     judging_commands,
     predicting,
     real_size,
+    replaying,
     robot,
     running,
     simulation,
@@ -207,8 +209,10 @@ judging_commands.register(app)
 checking.register(app)
 building.register(app)
 benching.register(app)
+benching_server.register(app)
 verifying.register(app)
 robot.register(app)
+replaying.register(app)
 running.register(app)
 predicting.register(app)
 real_size.register(app)

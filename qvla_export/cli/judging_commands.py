@@ -69,6 +69,10 @@ def profile(
     output: Annotated[Path, typer.Option("--output", help="Latency JSON to write.")],
     samples: Annotated[int, typer.Option(help="Actions of each policy.")] = 200,
     warmup: Annotated[int, typer.Option(help="Actions before the samples.")] = 10,
+    recording: Annotated[
+        Path | None,
+        typer.Option(help="MCAP file whose observations are sent; default: blank pictures."),
+    ] = None,
     threads: ThreadsOption = None,
     weights: WeightsOption = "packed",
 ) -> None:
@@ -89,7 +93,12 @@ def profile(
             opened[place] = policy
             if hasattr(policy, "close"):
                 stack.callback(policy.close)
-        observations = [contract_of(next(iter(opened.values()))).blank_observation()]
+        if recording is None:
+            observations = [contract_of(next(iter(opened.values()))).blank_observation()]
+        else:
+            from jetson.recording.reader import Recording
+
+            observations = Recording(recording).observations()
         compared = profile_latency(
             opened, observations, warmup, samples, bar(progress, "latency"), cold_start_ms
         )

@@ -1,7 +1,7 @@
 """Commands that run on the robot: serve."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -50,6 +50,15 @@ def serve(
     ] = 1000.0,
     max_body_mb: Annotated[int, typer.Option(help="Longest request body, MB.")] = 32,
     warmup: Annotated[int, typer.Option(help="Actions before the port opens.")] = 3,
+    deadline_ms: Annotated[
+        float | None, typer.Option(help="Slower actions count as missed at /metrics and /.")
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="MCAP file to write every observation and action to.")
+    ] = None,
+    record_images: Annotated[
+        Literal["png", "jpeg"], typer.Option(help="png: what the policy saw, exactly.")
+    ] = "png",
     threads: ThreadsOption = None,
     weights: WeightsOption = "packed",
     unnorm_key: UnnormKeyOption = None,
@@ -57,7 +66,9 @@ def serve(
 ) -> None:
     """Serve actions as OpenVLA and OpenVLA-OFT (POST /act), openpi (websocket), GR00T (ZMQ) do.
 
-    Only this machine can connect unless a token or client certificates keep others out.
+    Only this machine can connect unless a token or client certificates keep others out. A browser
+    shows what the robot sees and does at /; a token is the password there. Prometheus reads
+    /metrics.
     """
     from jetson.security import read_token
     from jetson.server import serve as run_server
@@ -75,6 +86,9 @@ def serve(
         max_rate_hz=max_rate_hz,
         max_body_bytes=max_body_mb << 20,
         warmup=warmup,
+        deadline_ms=deadline_ms,
+        record=record,
+        record_images=record_images,
     )
     run_server(PolicySource(policy, unnorm_key, preset, threads, weights)(), settings)
 

@@ -4,6 +4,7 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from qvla_export.statistics import Bounds
 if TYPE_CHECKING:
     from jetson.contract import PolicyContract
     from jetson.control.loop import ControlLoop
-    from jetson.control.records import RunResult
+    from jetson.control.records import Recorder, RunResult
     from jetson.control.safety import ActionSafety
     from jetson.control.settings import LoopSettings
 
@@ -46,7 +47,6 @@ def run_policy(
     from jetson.control.clock import MonotonicClock, SimulatedClock
     from jetson.control.inference import InlineInference, ThreadedInference
     from jetson.control.loop import ControlLoop
-    from jetson.control.records import JsonlRecorder
 
     clock = SimulatedClock() if options.simulated_time else MonotonicClock()
     with ExitStack() as stack:
@@ -58,7 +58,7 @@ def run_policy(
         source, sink = open_source(options, contract, clock, stack)
         recorder = None
         if options.record is not None:
-            recorder = stack.enter_context(closing(JsonlRecorder(options.record)))
+            recorder = stack.enter_context(closing(_recorder(options.record, contract)))
         # The first inference of an engine is slow, and nobody waits for it yet.
         policy.infer(contract.blank_observation())
         make = InlineInference if options.simulated_time else ThreadedInference
@@ -68,6 +68,18 @@ def run_policy(
             wait()
         with _stopping_signals(loop):
             return loop.run(options.seconds)
+
+
+def _recorder(path: Path, contract: "PolicyContract") -> "Recorder":
+    """Return what keeps the run, by the file's name."""
+    if path.suffix == ".mcap":
+        from jetson.board import read_board_state
+        from jetson.recording.writer import McapRecorder
+
+        return McapRecorder(path, contract, read_board_state, "run")
+    from jetson.control.records import JsonlRecorder
+
+    return JsonlRecorder(path)
 
 
 def parse_vector(text: str, size: int, what: str) -> NDArray[np.float32]:

@@ -125,7 +125,10 @@ def run(
         Literal["none", "stdout"],
         typer.Option(help="Where commands go; stdout: a JSON line each. The simulator is a robot."),
     ] = "none",
-    record: Annotated[Path | None, typer.Option(help="Write a JSON line a slot here.")] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="FILE.mcap: pictures, actions and slots; else a JSON line a slot."),
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="Stop after this long.")] = None,
     simulated_time: Annotated[
         bool,
