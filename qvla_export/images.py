@@ -69,10 +69,13 @@ def load_image_spec(path: Path) -> ImageSpec:
 
 def pixel_values(image: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
     """Return the stacked, normalized towers' inputs of one frame.  float32 [3 towers, S, S]"""
-    resized: NDArray[np.uint8] = _resize(image, spec)
-    tables = _normalization_tables(spec)
-    planes = [table[channel][resized[:, :, channel]] for table in tables for channel in range(3)]
-    return np.stack(planes)
+    planes = np.ascontiguousarray(_resize(image, spec).transpose(2, 0, 1))
+    tables = np.concatenate(_normalization_tables(spec))
+    values = np.empty((len(tables), *planes.shape[1:]), np.float32)
+    for index, table in enumerate(tables):
+        # "clip" changes no byte and spares `take` a copy of its output: a fifth of the time.
+        np.take(table, planes[index % 3], out=values[index], mode="clip")
+    return values
 
 
 def resize_like_training(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -106,15 +109,27 @@ def center_crop(image: NDArray[np.uint8], size: int = 224) -> NDArray[np.uint8]:
     """
     rows, row_weights = _crop_grid(image.shape[0], size)
     columns, column_weights = _crop_grid(image.shape[1], size)
-    source = image.astype(np.float32) * np.float32(1 / 255)
-    upper, lower = source[rows], source[np.minimum(rows + 1, image.shape[0] - 1)]
-    right = np.minimum(columns + 1, image.shape[1] - 1)
-    across = column_weights[None, :, None]
-    top = upper[:, columns] + (upper[:, right] - upper[:, columns]) * across
-    bottom = lower[:, columns] + (lower[:, right] - lower[:, columns]) * across
-    mixed = top + (bottom - top) * row_weights[:, None, None]
-    cropped: NDArray[np.uint8] = np.floor(np.clip(mixed, 0, 1) * np.float32(255.5)).astype(np.uint8)
-    return cropped
+    source = image.astype(np.float32)
+    source *= np.float32(1 / 255)
+    # Across every row once, not for the upper and the lower neighbours apart.
+    across = _mixed(source, columns, column_weights[:, None], axis=1)
+    mixed = _mixed(across, rows, row_weights[:, None, None], axis=0)
+    np.clip(mixed, 0, 1, out=mixed)
+    mixed *= np.float32(255.5)
+    # The cast cuts off, which is floor where nothing is negative.
+    return mixed.astype(np.uint8)
+
+
+def _mixed(
+    values: NDArray[np.float32], first: NDArray[np.int64], weights: NDArray[np.float32], axis: int
+) -> NDArray[np.float32]:
+    """Return first + (next - first) * weights along an axis; the last has itself for a next."""
+    start = values.take(first, axis)
+    step = values.take(np.minimum(first + 1, values.shape[axis] - 1), axis)
+    step -= start
+    step *= weights
+    start += step
+    return start
 
 
 def _crop_grid(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
