@@ -17,7 +17,7 @@
 # folder, and keep the key by which an engine is known to have been built here:
 #
 #   RUN="docker run --rm --runtime nvidia --ipc=host --ulimit memlock=-1 --network host \
-#       -v /path/to/settings/w4:/w4 -v qvla-state:/root/.local/state qvla-jetson"
+#       -v /path/to/settings/w4:/w4 -v qvla-state:/state -e XDG_STATE_HOME=/state qvla-jetson"
 #   $RUN build /w4/bundle && $RUN serve /w4/bundle
 #
 # The server listens on loopback; --host opens it to those who know the token (--token-file).

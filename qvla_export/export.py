@@ -133,10 +133,15 @@ def _identity(
     }
 
 
+def unfinished_folder(path: Path) -> Path:
+    """Return where the stages of a bundle lie while its export is under way."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
 @contextlib.contextmanager
 def _unfinished(path: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
     """Yield the folder of the stages done so far; it is removed only if the block succeeds."""
-    folder = path.with_name(f".{path.name}.unfinished")
+    folder = unfinished_folder(path)
     stated = folder / "identity.json"
     if folder.exists() and not (stated.is_file() and read_json(stated, "identity") == identity):
         shutil.rmtree(folder)

@@ -8,7 +8,7 @@ import pytest
 
 from calibration.samples import CalibrationSet
 from engines.targets import CPU
-from qvla_export.cli import judging, stages
+from qvla_export.cli import exporting, judging, stages
 from qvla_export.errors import ArtifactMismatch
 from qvla_export.observation import Observation
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
@@ -29,7 +29,7 @@ def run(
     stages.sensitivities(folder, tiny_policy, CPU, 2, 0)
     for setting in (FLOAT, W4):
         stages.plan(folder, setting, CPU, tiny_policy.digest)
-        stages.export(folder, setting, tiny_policy, CPU)
+        exporting.export(folder, setting, tiny_policy, CPU)
     return folder
 
 
@@ -43,7 +43,7 @@ def test_a_plan_is_not_judged_on_what_it_was_fitted_to(
     run: RunFolder, tiny_policy: OftPolicy
 ) -> None:
     _swap(run)
-    for stage in (stages.export, judging_error):
+    for stage in (exporting.export, judging_error):
         with pytest.raises(ArtifactMismatch, match="plan and calibration set"):
             stage(run, W4, tiny_policy, CPU)
     with pytest.raises(ArtifactMismatch, match="sensitivities and calibration set"):
@@ -57,10 +57,10 @@ def judging_error(run: RunFolder, setting: object, policy: OftPolicy, target: ob
 def test_a_float_bundle_takes_the_golden_observations_of_the_set(
     run: RunFolder, tiny_policy: OftPolicy
 ) -> None:
-    before = stages.export(run, FLOAT, tiny_policy, CPU)
-    assert stages.export(run, FLOAT, tiny_policy, CPU).digest == before.digest
+    before = exporting.export(run, FLOAT, tiny_policy, CPU)
+    assert exporting.export(run, FLOAT, tiny_policy, CPU).digest == before.digest
     _swap(run)
-    assert stages.export(run, FLOAT, tiny_policy, CPU).digest != before.digest
+    assert exporting.export(run, FLOAT, tiny_policy, CPU).digest != before.digest
 
 
 def test_another_configuration_is_another_policy(
@@ -69,10 +69,10 @@ def test_another_configuration_is_another_policy(
     config = replace(load_config(tiny_checkpoint), training_image_size=28, center_crop=True)
     other = load_oft_policy(tiny_checkpoint, None, config)
     with pytest.raises(ArtifactMismatch):
-        stages.export(run, W4, other, CPU)
+        exporting.export(run, W4, other, CPU)
     with pytest.raises(ArtifactMismatch):
         judging.action_error(run, FLOAT, other)
-    exported = stages.export(run, FLOAT, other, CPU)
+    exported = exporting.export(run, FLOAT, other, CPU)
     assert exported.policy_digest == other.digest != tiny_policy.digest
     assert exported.processor.spec.center_crop
 

@@ -15,7 +15,7 @@ from calibration.lerobot import LeRobotDataset
 from engines.targets import CPU
 from jetson.latency import LatencyComparison
 from qvla_export.artifacts import new_folder, sha256_tree, write_bytes
-from qvla_export.cli import stages
+from qvla_export.cli import exporting, stages
 from qvla_export.policies.oft import OftPolicy
 from qvla_export.run_folder import RunFolder, parse_setting
 
@@ -90,7 +90,7 @@ def test_another_process_makes_the_same_bytes(
     stages.calibrate(run, LeRobotDataset(work.parent / "demos"), [], 12, 8, 0)
     stages.sensitivities(run, tiny_policy, CPU, 2, 0)
     stages.plan(run, setting, CPU, tiny_policy.digest)
-    stages.export(run, setting, tiny_policy, CPU)
+    exporting.export(run, setting, tiny_policy, CPU)
     theirs = work / "export"
     assert run.sensitivities.read_bytes() == (theirs / "sensitivities.safetensors").read_bytes()
     for path in (run.calibration, run.bundle(setting)):

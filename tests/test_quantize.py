@@ -175,6 +175,8 @@ def test_fake_quantize_mixes_widths() -> None:
 def test_target_decides_groups_and_scale_bits() -> None:
     target = Target(
         "t",
+        "ort",
+        ">=1",
         21,
         10,
         {16: Container(16, None, 0), 8: Container(8, None, 16), 2: Container(2, 64, 32)},

@@ -37,7 +37,14 @@ from qvla_export.target import Container, Target
 
 QUANTIZER = QuantizerSpec({2: WidthRule(64, "mse"), 4: WidthRule(64, "mse"), 8: WidthRule()})
 SETTINGS = FirstOrder(QUANTIZER, batch_size=2)
-TARGET = Target("test", 25, 13, {b: Container(b, None, 32 if b < 16 else 0) for b in (2, 4, 8, 16)})
+TARGET = Target(
+    "test",
+    "ort",
+    ">=1",
+    25,
+    13,
+    {b: Container(b, None, 32 if b < 16 else 0) for b in (2, 4, 8, 16)},
+)
 Make = Callable[..., list[Observation]]
 
 

@@ -1,5 +1,6 @@
 """The stage that exports bundles, and keeps those that are up to date."""
 
+import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ def export(
     """Export a setting's bundle, or keep the one of the same policy, plan, target and stages."""
     from calibration.samples import CalibrationSet
     from qvla_export.bundle import Bundle
-    from qvla_export.export import export_bundle
+    from qvla_export.export import export_bundle, unfinished_folder
     from qvla_export.layers import layer_shapes
 
     path = run.bundle(setting)
@@ -48,6 +49,8 @@ def export(
         and _is_of(kept, policy, planned, run, setting)
         and _has_golden(kept, policy, golden)
     ):
+        # Of a kill after the bundle was in place.
+        shutil.rmtree(unfinished_folder(path), ignore_errors=True)
         return kept
     if planned is not None:
         planned.require_fits(layer_shapes(policy.layers()), policy.digest)

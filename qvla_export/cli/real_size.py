@@ -76,17 +76,21 @@ def real_size(
         str, typer.Option(help="Shares of the channels at each width, or float.")
     ] = _MIX,
     layers_per_stage: Annotated[int, typer.Option(min=1, help="Decoder blocks a stage.")] = 2,
-    engines: Annotated[bool, typer.Option(help="Build TensorRT engines, if the target's.")] = True,
-    act: Annotated[bool, typer.Option(help="Run one action through ONNX Runtime.")] = True,
+    skip_engines: Annotated[
+        bool, typer.Option("--skip-engines", help="Build no TensorRT engines.")
+    ] = False,
+    skip_action: Annotated[
+        bool, typer.Option("--skip-action", help="Run no action through ONNX Runtime.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Figures as JSON.")] = None,
 ) -> None:
     """Take a random policy of a published size through every stage; needs tens of GB of disk."""
     wanted = RealSize(work, geometry, target, _shares(mix), layers_per_stage)
     steps = [] if wanted.checkpoint.is_dir() else [_measured("checkpoint", _checkpoint, wanted)]
     steps.append(_measured("export", _export, wanted))
-    if engines and target != "cpu":
+    if not skip_engines and target == "rtx4070":
         steps.append(_measured("engines", _engines, wanted))
-    if act:
+    if not skip_action:
         steps.append(_measured("one action", _act, wanted))
     if output is not None:
         figures = {
