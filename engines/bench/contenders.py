@@ -1,7 +1,8 @@
 """Everything that is timed: one callable each, with its bytes and its multiplications."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,14 @@ def _dynamic(float_path: Path, threads: int, every: int) -> Contender:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     path = float_path.with_name("dynamic.onnx")
-    quantize_dynamic(
-        float_path,
-        path,
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        use_external_data_format=True,
-    )
+    with _quiet_root_logger():
+        quantize_dynamic(
+            float_path,
+            path,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+        )
     return Contender(DYNAMIC, _session(path, threads), _size(path), every, every, "int8")
 
 
@@ -165,6 +167,18 @@ def _session(
         return output
 
     return run
+
+
+@contextlib.contextmanager
+def _quiet_root_logger() -> Iterator[None]:
+    """Keep ONNX Runtime's quantizer from telling the root logger about every node."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def _save(model: ir.Model, path: Path) -> None:

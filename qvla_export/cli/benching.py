@@ -43,6 +43,7 @@ def bench(
     if environment is not None:
         environment.create()
     peaks = measure_peaks(threads, *((256, 1 << 22) if quick else ()))
+    machine = _machine(threads, REQUIREMENTS[:1] if modelopt else ())
     found: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True)) as progress:
         for regime in QUICK_REGIMES if quick else REGIMES:
@@ -58,8 +59,10 @@ def bench(
                     lambda task=task: progress.advance(task),  # type: ignore[misc]  # bound now
                 )
             found.append(measured)
-    machine = _machine(threads, REQUIREMENTS[:1] if modelopt else ())
-    write_json(output, {**machine, "rounds": rounds, "peaks": vars(peaks), "regimes": found})
+            # After each, so that an interrupted run leaves what it has.
+            write_json(
+                output, {**machine, "rounds": rounds, "peaks": vars(peaks), "regimes": found}
+            )
     for measured in found:
         Console(width=_TABLE_WIDTH).print(_table(measured))
     typer.echo(
