@@ -137,11 +137,13 @@ def _shape(value: Any, name: str) -> tuple[int, ...]:
     if (
         sizes is None
         or len(sizes) > _MAX_DIMENSIONS
-        or any(type(size) is not int or size < 0 or size >= 1 << 31 for size in sizes)
+        or any(type(size) is not int or size < 0 for size in sizes)
+        # Beside a size of 0, others that no array could have would fit as well.
+        or math.prod(size for size in sizes if size) >= 1 << 31
     ):
         raise WireError(
-            f"{name!r}: shape must be a list of at most {_MAX_DIMENSIONS} sizes "
-            f"in 0..2^31-1, got {value!r:.60}"
+            f"{name!r}: shape must be a list of at most {_MAX_DIMENSIONS} sizes of fewer than "
+            f"2^31 elements, got {value!r:.60}"
         )
     return tuple(sizes)
 

@@ -119,9 +119,14 @@ class ActionService:
             stages_ms = chunk.timing_ms
             content = request.encode(chunk, (marks_ns[2] - marks_ns[1]) / 1e6)
         except QvlaError as error:
-            failure, content, chunk = error, error_body(error), None
-            if http_status(error) >= 500:
-                _LOG.error("no action: %s", error, exc_info=error)
+            failure = error
+        except Exception as error:  # a mistake of ours is answered too, and ends no thread
+            failure = PolicyFailure(f"the server failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+        if failure is not None:
+            content, chunk = error_body(failure), None
+            if http_status(failure) >= 500:
+                _LOG.error("no action: %s", failure, exc_info=failure)
         answer = Answer(content, _stages_ms(marks_ns, stages_ms), failure)
         if self.observers:
             self.observers.answered(Served(seen, chunk, answer.timing_ms, failure))

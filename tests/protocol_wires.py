@@ -98,7 +98,10 @@ class OpenpiWire:
         self.connect()
 
     def connect(self) -> None:
-        self.manager = connect(self.url, compression=None, max_size=None, proxy=None)
+        # Without pings: they draw from `random`, which hypothesis wants for itself.
+        self.manager = connect(
+            self.url, compression=None, max_size=None, proxy=None, ping_interval=None
+        )
         self.socket = self.manager.__enter__()
         self.socket.recv(timeout=20)
 

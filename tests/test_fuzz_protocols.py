@@ -116,7 +116,8 @@ def mutate_bytes(data: st.DataObject, body: bytes) -> bytes:
             mutated[at:at] = mutated[at : at + 30]
         elif data.draw(st.integers(0, 50)) == 0:
             mutated[at:at] = bytes(MAX_BODY_BYTES)
-    return bytes(mutated)
+    # A ZMQ message of four times the limit is cut off without a reply.
+    return bytes(mutated[: 3 * MAX_BODY_BYTES])
 
 
 def same(left: Any, right: Any) -> bool:

@@ -274,3 +274,13 @@ def test_a_taken_port_is_named() -> None:
             running_server(EchoPolicy(OFT), settings),
         ):
             pass
+
+
+@pytest.mark.parametrize("shape", [b"(0, 2147483647, 2147483647, 2147483647, 9)", b"(9999999999,)"])
+def test_an_impossible_shape_gets_a_reason(port: int, shape: bytes) -> None:
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': " + shape + b", }\n"
+    data = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header
+    image = {"__ndarray_class__": True, "as_npy": data}
+    with Gr00tClient(port) as client:
+        reply = client.get_action(nested(video={"front": image, "hand": npy(VIDEO)}))
+        assert "shape" in reply["error"]

@@ -157,6 +157,9 @@ class Gr00tEndpoint:
         except QvlaError as error:
             _LOG.warning("no action: %s", error)
             return pack({"error": f"{type(error).__name__}: {error}"})
+        except Exception as error:  # the one thread that serves all ZMQ clients does not end
+            _LOG.exception("a failure of the server's own")
+            return pack({"error": f"the server failed: {type(error).__name__}"})
 
     def _dispatch(self, message: Mapping[Any, Any]) -> bytes:
         endpoint = message.get("endpoint", "get_action")
