@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qvla_export.policies.oft import OftPolicy
 
 # Shares of the channels at each width: 4 mean bits.
-_MIX = "8:0.1,4:0.8,0:0.1"
+_MIX = "8:0.15,4:0.7,0:0.15"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def real_size(
     mix: Annotated[
         str, typer.Option(help="Shares of the channels at each width, or float.")
     ] = _MIX,
-    layers_per_stage: Annotated[int, typer.Option(min=1, help="Decoder blocks a stage.")] = 2,
+    layers_per_stage: Annotated[int, typer.Option(min=1, help="Decoder blocks a stage.")] = 1,
     skip_engines: Annotated[
         bool, typer.Option("--skip-engines", help="Build no TensorRT engines.")
     ] = False,
