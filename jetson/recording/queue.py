@@ -57,6 +57,7 @@ class DropQueue:
             self._changed.notify()
 
     @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
+    def finished(self) -> bool:
+        """Whether it is closed and everything was taken."""
+        with self._changed:
+            return self._closed and not self._waiting

@@ -207,7 +207,7 @@ class McapRecorder:
                 if event is not None:
                     event.write()
                     self.written += 1
-                elif self._queue.closed:
+                elif self._queue.finished:
                     break
                 if now_s - flushed_s >= _FLUSH_S:
                     flushed_s = now_s

@@ -44,9 +44,8 @@ def replay(
     try:
         done = replay_recording(recorded, opened, limit)
     finally:
-        for closable in (opened, getattr(opened, "engine", None)):
-            if hasattr(closable, "close"):
-                closable.close()
+        # A remote policy has a connection, a bundle's an engine.
+        getattr(getattr(opened, "engine", opened), "close", lambda: None)()
     for line in _said(done):
         typer.echo(line)
     if output is not None:
