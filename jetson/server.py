@@ -67,7 +67,7 @@ def create_app(line: ActionLine, settings: ServerSettings, gate: Gate, watch: Wa
             *watch.routes,
         ],
         middleware=[Middleware(Guard, gate=gate)],
-        exception_handlers={HTTPException: _not_served},
+        exception_handlers={HTTPException: _not_served, Exception: _own_failure},
     )
 
 
@@ -191,6 +191,11 @@ async def _not_served(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": reason, "kind": "NotServed"}, status, headers)
 
 
+async def _own_failure(request: Request, error: Exception) -> Response:
+    reason = f"the server failed: {type(error).__name__}; see its log"
+    return JSONResponse({"error": reason, "kind": "ServerFailure"}, 500)
+
+
 def _configuration(
     app: Starlette, threads: WebsocketThreads, settings: ServerSettings
 ) -> uvicorn.Config:
@@ -224,6 +229,7 @@ def _bound(settings: ServerSettings) -> Iterator[socket.socket]:
     # reply waits 40 ms for the client's delayed acknowledgement.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _notice_the_vanished(bound)
         try:
             bound.bind((settings.host, settings.port))
         except OSError as error:
@@ -232,6 +238,14 @@ def _bound(settings: ServerSettings) -> Iterator[socket.socket]:
                 "stop what uses it or choose another --port"
             ) from None
         yield bound
+
+
+def _notice_the_vanished(bound: socket.socket) -> None:
+    """Let connections end two minutes after a client lost its power or its network."""
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, option):  # Linux; accepted connections inherit it
+            bound.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def _url(bound: socket.socket, settings: ServerSettings) -> str:

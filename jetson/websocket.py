@@ -35,10 +35,9 @@ class WebsocketConnection:
     def __init__(self, stream: socket.socket, max_bytes: int) -> None:
         self._stream = stream
         self._max_bytes = max_bytes
+        self._close_sent = False
         stream.setblocking(True)
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _SEND_S, 0))
-        # A client that vanished without a word is noticed within two minutes.
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def receive(self) -> bytearray | str:
         """Return the next message; answers pings on the way.
@@ -73,9 +72,9 @@ class WebsocketConnection:
             self._send(_BINARY, message)
 
     def close(self, code: int = 1000, reason: str = "") -> None:
-        """Say why, wait shortly for the client to have read everything, and close."""
+        """Say why unless that is said, wait shortly for the client to have read it, and close."""
         with suppress(ConnectionOver, OSError):
-            self._send(_CLOSE, struct.pack("!H", code) + reason.encode()[:100])
+            self._send_close(struct.pack("!H", code) + reason.encode()[:100])
             self._stream.shutdown(socket.SHUT_WR)
             # Closing with bytes unread would reset the connection, and what was said be lost.
             self._stream.settimeout(_CLOSING_S)
@@ -110,7 +109,7 @@ class WebsocketConnection:
             self._send(_PONG, payload)
         elif opcode == _CLOSE:
             with suppress(ConnectionOver):
-                self._send(_CLOSE, payload[:2])
+                self._send_close(payload[:2])
             raise ConnectionOver("the client closed the connection")
 
     def _violation(self, code: int, reason: str) -> ConnectionOver:
@@ -129,6 +128,11 @@ class WebsocketConnection:
                 raise ConnectionOver("the client left")
             got += count
         return data
+
+    def _send_close(self, payload: bytes | bytearray) -> None:
+        if not self._close_sent:
+            self._close_sent = True
+            self._send(_CLOSE, payload)
 
     def _send(self, opcode: int, payload: bytes | bytearray) -> None:
         size = len(payload)

@@ -14,6 +14,7 @@ Source: Isaac-GR00T `gr00t/policy/server_client.py` and `gr00t_policy.py`, read 
 """
 
 import logging
+import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,12 +94,11 @@ class Gr00tEndpoint:
         self._thread = threading.Thread(target=self._serve, name="qvla-gr00t", daemon=True)
 
     def __enter__(self) -> "Gr00tEndpoint":
+        address = _address(self._settings.host, self._settings.gr00t_port)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
-        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
-        address = f"tcp://{host}:{self._settings.gr00t_port}"
         options = {
-            zmq.IPV6: int(":" in host),
+            zmq.IPV6: int("[" in address),
             zmq.LINGER: 1000,
             zmq.MAXMSGSIZE: _CUT_OFF_FACTOR * self._settings.max_body_bytes,
             zmq.RCVHWM: self._settings.max_pending,
@@ -178,6 +178,16 @@ class Gr00tEndpoint:
         if endpoint == "kill":
             raise Forbidden("clients may not stop this server; send it SIGTERM on the robot")
         raise WireError(f"endpoint must be one of {list(ENDPOINTS)}, got {endpoint!r:.80}")
+
+
+def _address(host: str, port: int | None) -> str:
+    """Return a ZMQ address; libzmq does not resolve the names that it listens on."""
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise RefusedSetting(f"cannot listen on {host!r}: {error}; name an address") from None
+    numeric = str(found[0][4][0])
+    return f"tcp://[{numeric}]:{port}" if ":" in numeric else f"tcp://{numeric}:{port}"
 
 
 def _map(value: Any, name: str) -> dict[Any, Any]:
