@@ -11,7 +11,7 @@ from rich.table import Table
 from qvla_export.artifacts import versions, write_json
 
 # Wide enough wherever nobody looks at a terminal.
-_TABLE_WIDTH = 110
+_TABLE_WIDTH = 132
 
 
 def register(app: typer.Typer) -> None:
