@@ -84,9 +84,10 @@ def test_the_wheel_has_every_package_and_nothing_else(wheel: Path) -> None:
     data = {
         str(path.relative_to(sources))
         for path in files
-        if path.name == "py.typed" or path.suffix == ".j2"
+        if path.name == "py.typed" or path.suffix == ".j2" or path.parent.name == "static"
     }
     assert data >= {f"{package}/py.typed" for package in PACKAGES}
+    assert "jetson/live/static/page.js" in data
     information = {name for name in names if ".dist-info/" in name}
     assert names - modules - information == data
     assert any(name.endswith("licenses/LICENSE") for name in information)

@@ -8,7 +8,8 @@ movement (lerobot PR #4223).
 """
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ class TimedChunk:
     observed_s: float
     # Number of the policy command that its first action would be.
     first_command: int
+    # What computing them took, stage -> milliseconds; "total" is the whole inference.
+    timing_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

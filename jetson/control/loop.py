@@ -146,7 +146,9 @@ class ControlLoop:
             return arrived
         observed_s = arrived.observation.observed_s
         first = self._sent.sent_before(observed_s)
-        chunk = TimedChunk(self._chunk_count, actions, observed_s, first)
+        stages = arrived.chunk.timing_ms if arrived.chunk else {}
+        timing_ms = {**stages, "total": arrived.infer_ms}
+        chunk = TimedChunk(self._chunk_count, actions, observed_s, first, timing_ms)
         self._chunk_count += 1
         self._record(lambda recorder: recorder.planned(chunk))
         # A ramp has taken the robot away from where an older observation saw it.

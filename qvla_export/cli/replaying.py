@@ -58,9 +58,11 @@ def replay(
 
 def _said(done: "Replay") -> list[str]:
     drift = done.drift
-    same = done.digest == done.recorded_digest and done.digest
+    bundle = ""
+    if done.digest and done.recorded_digest:
+        bundle = ", the same bundle" if done.digest == done.recorded_digest else ", another bundle"
     lines = [
-        f"{drift.observations} observations, {'the same' if same else 'another'} bundle: "
+        f"{drift.observations} observations{bundle}: "
         f"max |difference| {drift.worst:.3g}, RMS {drift.rms:.3g} normalized, "
         f"cosine {drift.cosine:.6f}, worst at observation {done.worst}"
     ]
