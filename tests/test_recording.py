@@ -100,7 +100,7 @@ def test_other_tools_read_it(tmp_path: Path) -> None:
 def test_jpeg_is_smaller_and_says_so(tmp_path: Path) -> None:
     smooth = np.add.outer(np.arange(96), np.arange(96))[..., None].repeat(3, 2).astype(np.uint8)
     noise = np.random.default_rng(0).integers(0, 9, smooth.shape, np.uint8)
-    observation = Observation({"front": smooth + noise, "hand": smooth}, "push")
+    observation = Observation({"front": smooth + noise, "hand": smooth + noise[::-1]}, "push")
     event = Served(observation, served(0).chunk, {"total": 1.0})
     exact = recorded(tmp_path / "png.mcap", [event] * 8)
     lossy = recorded(tmp_path / "jpeg.mcap", [event] * 8, images="jpeg")

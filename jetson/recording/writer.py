@@ -55,7 +55,7 @@ _FLUSH_S = 1.0
 _BOARD_S = 5.0
 _CHUNK_BYTES = 1 << 20
 _JPEG_QUALITY = 95
-# Of camera pictures, repeats are not worth searching for: that takes a third less time, and no more bytes.
+# In camera pictures only neighbours repeat: a third less time than searching, no more bytes.
 _PNG_STRATEGY = zlib.Z_RLE
 # What an event costs beside its arrays.
 _EVENT_BYTES = 1024
