@@ -215,6 +215,8 @@ def _configuration(
         log_config=None,
         log_level="warning",
         server_header=False,
+        # A header must not say who the peer is: the rate is counted by it.
+        proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=settings.drain_s,
         **tls,

@@ -109,10 +109,8 @@ def center_crop(image: NDArray[np.uint8], size: int = 224) -> NDArray[np.uint8]:
     """
     rows, row_weights = _crop_grid(image.shape[0], size)
     columns, column_weights = _crop_grid(image.shape[1], size)
-    source = image.astype(np.float32)
-    source *= np.float32(1 / 255)
     # Across every row once, not for the upper and the lower neighbours apart.
-    across = _mixed(source, columns, column_weights[:, None], axis=1)
+    across = _mixed(image, columns, column_weights[:, None], axis=1)
     mixed = _mixed(across, rows, row_weights[:, None, None], axis=0)
     np.clip(mixed, 0, 1, out=mixed)
     mixed *= np.float32(255.5)
@@ -121,11 +119,19 @@ def center_crop(image: NDArray[np.uint8], size: int = 224) -> NDArray[np.uint8]:
 
 
 def _mixed(
-    values: NDArray[np.float32], first: NDArray[np.int64], weights: NDArray[np.float32], axis: int
+    values: NDArray[Any], first: NDArray[np.int64], weights: NDArray[np.float32], axis: int
 ) -> NDArray[np.float32]:
-    """Return first + (next - first) * weights along an axis; the last has itself for a next."""
-    start = values.take(first, axis)
-    step = values.take(np.minimum(first + 1, values.shape[axis] - 1), axis)
+    """Return first + (next - first) * weights along an axis; the last has itself for a next.
+
+    Bytes become 0..1 after they are picked: fewer of them, and a quarter of the memory to move.
+    """
+    start, step = (
+        values.take(index, axis).astype(np.float32, copy=False)
+        for index in (first, np.minimum(first + 1, values.shape[axis] - 1))
+    )
+    if values.dtype == np.uint8:
+        start *= np.float32(1 / 255)
+        step *= np.float32(1 / 255)
     step -= start
     step *= weights
     start += step

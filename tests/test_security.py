@@ -34,6 +34,7 @@ from jetson.security import (
 from jetson.server import running_server
 from jetson.settings import ServerSettings
 from qvla_export.cli.commands import app
+from qvla_export.errors import QvlaError
 from qvla_export.observation import Observation
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +195,7 @@ def test_many_peers_are_not_all_remembered() -> None:
 def test_too_many_requests_are_told_to_wait() -> None:
     with running_server(EchoPolicy(OFT), ServerSettings(port=0, max_rate_hz=0.01)) as url:
         assert post(url, oft_fields()).status_code == 200
-        reply = post(url, oft_fields())
+        reply = post(url, oft_fields(), headers={"x-forwarded-for": "192.0.2.7"})
         assert reply.status_code == 429 and "--max-rate-hz" in reply.json()["error"]
         assert requests.get(url + "/healthz", timeout=20).status_code == 200
 
@@ -313,3 +314,8 @@ def test_tls_files_must_fit(certificates: Path, tmp_path: Path) -> None:
 def test_the_command_line_takes_no_token() -> None:
     text = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).stdout
     assert "--token-file" in text and "--token " not in text and "--allow-remote" not in text
+
+
+def test_the_command_line_wants_certificate_and_key_together() -> None:
+    done = CliRunner().invoke(app, ["serve", "nowhere", "--tls-cert", "server.pem"])
+    assert isinstance(done.exception, QvlaError) and "--tls-key" in str(done.exception)
