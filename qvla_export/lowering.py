@@ -43,7 +43,7 @@ def lower(
     model, widths = couple_mlps(graph, plan.widths, couplings, plan.containers)
     if plan.activations is not None:
         model = quantize_activations(model, plan.activations, target)
-    model, widths = merge_parallel(model, widths)
+    model, widths = merge_parallel(model, widths, one_width_apart=target.runtime == "ort")
     model = bucketize(model, widths, plan.quantizer, target, store)
     if plan.activations is not None:
         model = keep_integer_products(model)

@@ -93,3 +93,15 @@ def test_attention_and_gated_mlp_of_the_policy_are_merged(tiny_policy: OftPolicy
         name.endswith(("q_proj", "k_proj", "up_proj")) for name in plan.widths if name in merged
     )
     assert sum(map(len, merged.values())) == sum(map(len, plan.widths.values()))
+
+
+@pytest.mark.parametrize(
+    ("choices", "apart"),
+    [((8,), True), ((4,), True), ((2,), False), ((0,), False), ((4, 8), False)],
+)
+def test_layers_of_one_width_may_stay_apart(choices: tuple[int, ...], apart: bool) -> None:
+    widths = random_widths(choices)
+    _, merged = merge_parallel(parallel_model(), widths, one_width_apart=True)
+    assert list(merged) == (list(SIZES) if apart else ["block.q+k+v"])
+    mixed = {**widths, "block.v": np.full(SIZES["block.v"], 16, np.int8)}
+    assert list(merge_parallel(parallel_model(), mixed, True)[1]) == ["block.q+k+v"]

@@ -71,7 +71,7 @@ def deploy(
     target: TargetOption = "cpu",
     settings: Annotated[
         str, typer.Option(help="Comma-separated: float, w<mean bits>, w<bits>-rtn.")
-    ] = "float,w8,w4,w4-rtn,w2,w2-rtn",
+    ] = "float,w8,w8a8,w4,w4-rtn,w2,w2-rtn",
     dataset: DatasetOption = None,
     cameras: CamerasOption = None,
     state_column: StateColumnOption = "observation.state",
