@@ -68,6 +68,11 @@ def rounds_activations(bundle: Bundle) -> bool:
     return bundle.plan is not None and BitPlan.load(bundle.path / PLAN).activations is not None
 
 
+def rounds_in_kernels(bundle: Bundle) -> bool:
+    """Say whether a bundle asks for kernels that round activations to 8 bits a block."""
+    return bool(bundle.engine_options.get("accuracy_level", 0) == 4)
+
+
 def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds) -> None:
     """Refuse inputs that do not fit, before the runtime does so less clearly.
 

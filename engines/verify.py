@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine, EngineError, Feeds, rounds_activations
+from engines.base import Engine, EngineError, Feeds, rounds_activations, rounds_in_kernels
 from engines.drift import ActionDrift, action_drift
 from engines.targets import find_target
 from engines.thresholds import Thresholds, thresholds_for
@@ -267,7 +267,7 @@ def _thresholds(bundle: Bundle, plan_error: ActionDrift) -> Thresholds:
         find_target(bundle.target).compute,
         plan_error if planned else None,
         plan_error,
-        rounds_activations(bundle),
+        rounds_activations(bundle) or rounds_in_kernels(bundle),
     )
 
 

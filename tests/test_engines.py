@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny_bundles import make_bundle
+from tiny_bundles import float_graph, make_bundle
 
 from engines.base import EngineError, Feeds, InvalidFeeds
 from engines.load import load_engine
 from engines.ort import OrtEngine
-from engines.targets import UnknownTarget, find_target
-from engines.verify import VerificationError, action_drift, verify
+from engines.targets import CPU, UnknownTarget, find_target
+from engines.verify import VerificationError, action_drift, judge, verify
 from jetson.policy import EnginePolicy, UnsafeAction
 from qvla_export.bundle import Bundle
+from qvla_export.export import export_bundle
+from qvla_export.layers import layer_shapes
 from qvla_export.observation import Observation
+from qvla_export.plan import uniform_plan
 from qvla_export.policies.oft import OftPolicy
 
 Observations = Callable[..., list[Observation]]
@@ -149,3 +152,26 @@ def test_drift_refuses_other_shapes_and_nan() -> None:
         action_drift(actions, actions[:, :1], unit)
     with pytest.raises(EngineError, match="finite"):
         action_drift(actions, actions * np.nan, unit)
+
+
+def test_kernels_that_round_activations_are_judged_as_such(
+    tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
+) -> None:
+    """The same plan with 8-bit activations in its packed products: other numbers, wider bounds."""
+    plan = uniform_plan(layer_shapes(tiny_policy.layers()), 4, CPU, tiny_policy.digest)
+    verdicts = {}
+    for level in (0, 4):
+        bundle = export_bundle(
+            tiny_policy,
+            plan,
+            CPU,
+            tiny_observations(4),
+            tmp_path / str(level),
+            float_graph(tiny_policy),
+            {"accuracy_level": level},
+        )
+        with OrtEngine(bundle, threads=1) as engine:
+            verdicts[level] = judge(bundle, engine)
+    assert verdicts[0].drift.worst < 1e-4 < verdicts[4].drift.worst
+    exact, rounded = (verdicts[n].thresholds.allowed["rms_normalized"] for n in (0, 4))
+    assert (rounded > 10 * exact).all()

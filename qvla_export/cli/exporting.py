@@ -28,6 +28,7 @@ def export(
     policy: "OftPolicy",
     target: Target,
     layers_per_stage: int | None = None,
+    accuracy_level: int = 0,
 ) -> "Bundle":
     """Export a setting's bundle, or keep the one of the same policy, plan, target and stages."""
     from calibration.samples import CalibrationSet
@@ -42,10 +43,12 @@ def export(
         require_calibration(calibration, planned.calibration_digest, "plan")
     golden = calibration.held_out[:8]
     kept = kept_artifact(path, Bundle.load)
+    options = {"accuracy_level": accuracy_level}
     stages = [stage.name for stage in policy.stages(layers_per_stage)]
     if (
         kept is not None
         and (kept.target, [stage.name for stage in kept.stages]) == (target.name, stages)
+        and dict(kept.engine_options) == options
         and _is_of(kept, policy, planned, run, setting)
         and _has_golden(kept, policy, golden)
     ):
@@ -63,6 +66,7 @@ def export(
             golden,
             path,
             graph,
+            options,
             layers_per_stage=layers_per_stage,
             on_progress=bar(progress, "stages"),
         )
