@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_imports import HOST_ONLY
+from test_imports import HOST_ONLY, HOST_TOOLS
 
 ROOT = Path(__file__).parents[1]
 # Of JetPack or of one target; an engine that needs one is loaded for that target only.
@@ -23,6 +23,8 @@ count = 0
 for package in ("engines", "jetson"):
     package = importlib.import_module(package)
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if module.name.startswith({HOST_TOOLS!r}):
+            continue
         try:
             importlib.import_module(module.name)
         except ModuleNotFoundError as error:
