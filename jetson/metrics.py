@@ -1,12 +1,15 @@
 """What Prometheus reads at `/metrics`: latency by stage, errors, misses, drops, the board.
 
-qvla_stage_seconds{stage}          histogram; stage "total" spans the others
-qvla_actions_total                 requests answered with actions
-qvla_errors_total{kind}            requests answered with a reason instead
-qvla_deadline_misses_total         actions that took longer than the deadline, if there is one
-qvla_drops_total{what}             "request": turned away unread; "recording": not recorded
-qvla_board_*                       the board, as sampled by `BoardWatch`
-process_*                          memory, CPU time and open files of the server
+    qvla_stage_seconds{stage}    histogram; stage "total" spans the others
+    qvla_actions_total           requests answered with actions
+    qvla_errors_total{kind}      requests answered with a reason instead
+    qvla_deadline_misses_total   actions that took longer than the deadline, if there is one
+    qvla_drops_total{what}       "request": turned away unread; "recording": not recorded
+    qvla_loop_*_total            counts of a control loop (`qvla run`)
+    qvla_board_*                 the board, as sampled by `BoardWatch`
+    process_*                    memory, CPU time and open files of the process
+
+Counting an action costs microseconds; everything else is done when somebody reads.
 """
 
 import numbers
@@ -15,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
 from jetson.board import BoardState
@@ -42,6 +45,7 @@ class Metrics:
         board: Callable[[], BoardState],
         deadline_ms: float | None = None,
         recording_drops: Callable[[], int] = lambda: 0,
+        counters: Callable[[], Mapping[str, int]] | None = None,
     ) -> None:
         """Register everything.
 
@@ -50,6 +54,7 @@ class Metrics:
             board: returns the newest sample.
             deadline_ms: what an action may take; None counts no misses.
             recording_drops: returns how much was not recorded so far.
+            counters: returns the counts of a control loop, where there is one.
         """
         self._registry = CollectorRegistry()
         self._deadline_ms = deadline_ms
@@ -78,6 +83,8 @@ class Metrics:
         self._recording_drops = recording_drops
         self._recording_dropped = 0
         self._registry.register(_BoardCollector(board))
+        if counters is not None:
+            self._registry.register(_LoopCollector(counters))
         ProcessCollector(registry=self._registry)
 
     def answered(self, served: Served) -> None:
@@ -153,3 +160,15 @@ class _BoardCollector:
             for place, value in figures.items():
                 gauge.add_metric(["/".join(place)] if labels else [], value)
             yield gauge
+
+
+class _LoopCollector:
+    """Turns the counts of a control loop into counters when somebody reads them."""
+
+    def __init__(self, counters: Callable[[], Mapping[str, int]]) -> None:
+        self._counters = counters
+
+    def collect(self) -> Iterator[Metric]:
+        for name, count in self._counters().items():
+            said = f"Control loop: {name.replace('_', ' ')}"
+            yield CounterMetricFamily(f"qvla_loop_{name}", said, value=count)

@@ -37,6 +37,7 @@ class LiveFeed:
         limits: Bounds | None = None,
         deadline_ms: float | None = None,
         recording: Callable[[], dict[str, Any] | None] = lambda: None,
+        loop: Callable[[], dict[str, Any] | None] = lambda: None,
     ) -> None:
         """Start with nothing seen.
 
@@ -46,12 +47,14 @@ class LiveFeed:
             limits: of its actions; None where they are not known.
             deadline_ms: what an action may take; None draws no line.
             recording: returns the file and counts of a recording, or None.
+            loop: returns the newest slot of a control loop, or None.
         """
         self._contract = contract
         self._board = board
         self._limits = None if limits is None else [limits.low.tolist(), limits.high.tolist()]
         self._deadline_ms = deadline_ms
         self._recording = recording
+        self._loop = loop
         self._start_s = time.monotonic()
         self._lock = threading.Lock()
         self._count = 0
@@ -98,6 +101,7 @@ class LiveFeed:
             "failed": None if failed is None else _failure(failed, now_s),
             "board": self._board().to_json(),
             "recording": self._recording(),
+            "loop": self._loop(),
         }
 
     def picture(self, index: int) -> bytes | None:

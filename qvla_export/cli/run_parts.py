@@ -1,6 +1,7 @@
 """What `qvla run` is put together from: the policy, the limits, the loop, the signals."""
 
 import contextlib
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from jetson.control.records import Recorder, RunResult
     from jetson.control.safety import ActionSafety
     from jetson.control.settings import LoopSettings
+    from jetson.live.running import LoopWatch
 
+_LOG = logging.getLogger(__name__)
 # What stands for NaN in a vector: hold positions and grippers by repeating the last command.
 _WORDS = {"last": np.nan, "hold": np.nan}
 # The simulator's actions are displacements of the hand and an opening of the gripper.
@@ -56,18 +59,40 @@ def run_policy(
         safety = _safety(options, policy, contract)
         settings = _settings(options, contract)
         source, sink = open_source(options, contract, clock, stack)
-        recorder = None
+        recorder: Recorder | None = None
         if options.record is not None:
             recorder = stack.enter_context(closing(_recorder(options.record, contract)))
+        watch = None
+        if options.live is not None:
+            recorder = watch = _live_page(options.live, recorder, contract, safety, stack)
         # The first inference of an engine is slow, and nobody waits for it yet.
         policy.infer(contract.blank_observation())
         make = InlineInference if options.simulated_time else ThreadedInference
         inference = make(policy, clock)
         loop = ControlLoop(source, inference, sink, safety, settings, clock, recorder)
+        if watch is not None:
+            watch.counters = loop.counters
         if wait is not None:
             wait()
         with _stopping_signals(loop):
             return loop.run(options.seconds)
+
+
+def _live_page(
+    address: str,
+    recorder: "Recorder | None",
+    contract: "PolicyContract",
+    safety: "ActionSafety",
+    stack: ExitStack,
+) -> "LoopWatch":
+    """Serve the page until the stack closes; return what the loop must tell."""
+    from jetson.live.running import LoopWatch, live_page
+    from jetson.security import read_token
+
+    watch = LoopWatch(recorder)
+    url = stack.enter_context(live_page(watch, contract, safety, address, read_token()))
+    _LOG.info("live page: %s", url)
+    return watch
 
 
 def _recorder(path: Path, contract: "PolicyContract") -> "Recorder":

@@ -38,6 +38,7 @@ class RunOptions:
     give_up_s: float = 10.0
     commands: Literal["none", "stdout"] = "none"
     record: Path | None = None
+    live: str | None = None
     seconds: float | None = None
     simulated_time: bool = False
     seed: int = 1_000_000
@@ -129,6 +130,13 @@ def run(
         Path | None,
         typer.Option(help="FILE.mcap: pictures, actions and slots; else a JSON line a slot."),
     ] = None,
+    live: Annotated[
+        str | None,
+        typer.Option(
+            help="PORT or HOST:PORT of a page that shows the run, and /metrics; others than this "
+            "machine need QVLA_TOKEN."
+        ),
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="Stop after this long.")] = None,
     simulated_time: Annotated[
         bool,
@@ -170,6 +178,7 @@ def run(
         give_up_s=give_up_s,
         commands=commands,
         record=record,
+        live=live,
         seconds=seconds,
         simulated_time=simulated_time,
         seed=seed,

@@ -3,6 +3,7 @@
 import { digits, element, strip, trace } from "/live/draw.js";
 
 const POLL_MS = 250, PATIENCE_MS = 4000, IDLE_S = 2, ROOM = 120;
+const MOODS = { running: "good", fault: "bad" };
 const UNITS = { bytes: "", mhz: "MHz", hz: "Hz", c: "°C", mw: "mW", w: "W", mv: "mV", percent: "%", s: "s", ms: "ms", rpm: "rpm" };
 
 const by = (id) => document.getElementById(id);
@@ -101,8 +102,16 @@ function showCounts(now) {
   const errors = Object.entries(now.counts.errors).map(([kind, count]) => `${kind} ${count}`).join(", ");
   const failed = now.failed && `${now.failed.kind}, ${ago(now.failed.age_s)} ago: ${now.failed.message}`;
   const kept = now.recording && `${now.recording.file}: ${now.recording.written} written, ${now.recording.dropped} dropped`;
+  const slot = now.loop && [
+    ["slot", String(now.loop.slot)],
+    ["command", now.loop.command ? now.loop.command.map(digits).join(", ") : "none"],
+    ["sent late by", now.loop.late_ms === null ? "" : `${digits(now.loop.late_ms)} ms`],
+    ["observation age", now.loop.age_ms === null ? "" : `${digits(now.loop.age_ms)} ms`],
+    ...Object.entries(now.loop.counters).map(([name, count]) => [name.replaceAll("_", " "), String(count)]),
+  ];
   list("board", Object.entries(now.board).map(([name, value]) => figure(name, value)));
   list("counts", [
+    ...(slot ?? []),
     ["bundle", now.policy.bundle_digest.slice(0, 16)], ["target", now.policy.target],
     ["up", ago(now.uptime_s)], ["actions", String(now.counts.actions)],
     ["errors", errors || "none"], ["last error", failed ?? ""], ["recording", kept || "off"],
@@ -118,6 +127,7 @@ function show(now) {
   const { latest } = now;
   by("policy").textContent = `${now.policy.unnorm_key} · ${now.policy.horizon} × ${now.policy.action_dim} actions`;
   if (!latest) status("wait", "No action yet");
+  else if (now.loop) status(MOODS[now.loop.state] ?? "warn", now.loop.state);
   else if (latest.age_s < IDLE_S) status("good", "Live");
   else status("warn", `Idle ${ago(latest.age_s)}`);
   const failing = now.failed && (!latest || now.failed.age_s < latest.age_s);
