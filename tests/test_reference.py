@@ -17,8 +17,8 @@ from jetson.policy import EnginePolicy
 from qvla_export.allocation import Budget, allocate_bits
 from qvla_export.bundle import Bundle
 from qvla_export.export import export_bundle
-from qvla_export.golden import golden_actions
 from qvla_export.first_order import FirstOrder, measure_first_order
+from qvla_export.golden import golden_actions
 from qvla_export.layers import layer_shapes
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
