@@ -74,7 +74,7 @@ def estimated(table: Sensitivities, pairs: list[ChannelWidth]) -> np.ndarray:
 
 def assert_same_deviations(estimate: np.ndarray, exact: np.ndarray) -> None:
     """Hold root sensitivities to 2 % plus what float32 rounding of the network moves."""
-    np.testing.assert_allclose(np.sqrt(estimate), np.sqrt(exact), rtol=0.02, atol=2e-6)
+    np.testing.assert_allclose(np.sqrt(estimate), np.sqrt(exact), rtol=0.02, atol=5e-6)
     assert (np.sqrt(exact) > 2e-5).mean() > 0.3  # most of the comparison is not rounding
 
 
@@ -132,7 +132,7 @@ def test_exact_equals_replacing_the_row(tiny_policy: OftPolicy, tiny_observation
             with replaced_weights(layers, {pair.layer: rows}):
                 deviation = tiny_policy.normalized_actions(batch) - reference
             expected = deviation.square().sum().item() / len(observations)
-            assert np.sqrt(value) == pytest.approx(np.sqrt(expected), rel=1e-3, abs=2e-6)
+            assert np.sqrt(value) == pytest.approx(np.sqrt(expected), rel=1e-3, abs=5e-6)
         assert torch.equal(tiny_policy.normalized_actions(batch), reference)
 
 
