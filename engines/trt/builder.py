@@ -182,7 +182,7 @@ def _configure(
         capability = str(job.target.compute_capability).replace("sm_", "SM")
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(api.ComputeCapability, capability), 0)
-    if any(shapes.dynamic for shapes in inputs.values()):
+    if network.dynamic:
         profile = network.builder.create_optimization_profile()
         for name, shapes in inputs.items():
             profile.set_shape(name, shapes.min, shapes.opt, shapes.max)

@@ -21,6 +21,11 @@ class Network:
     parser: Any
     definition: Any
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether the graph leaves a size of an input open, however it is to be built."""
+        return any(size < 0 for tensor in _inputs(self) for size in tensor.shape)
+
 
 def parse_stage(module: TrtModule, model: Path, target: Target, log: Log) -> Network:
     """Parse a graph and the weights beside it.

@@ -33,11 +33,6 @@ class ShapeRange:
     opt: Shape
     max: Shape
 
-    @property
-    def dynamic(self) -> bool:
-        """Whether the shape depends on the prompt."""
-        return self.min != self.max
-
     def admits(self, shape: Sequence[int]) -> bool:
         """Say whether an engine built for this range takes a shape."""
         return len(shape) == len(self.min) and all(
