@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.allocation import LatencyLimit
 from qvla_export.coupling import find_couplings
 from qvla_export.errors import QvlaError
 from qvla_export.plan import BitPlan
@@ -17,8 +18,10 @@ from qvla_export.sensitivity import Sensitivities
 from qvla_export.storage import parallel_layers
 from qvla_export.target import Target
 
-# Of smaller budgets; two or three do.
+# Of smaller limits; two or three do.
 _ROUNDS = 20
+# Milliseconds move in steps: a limit that is lowered by less may change nothing.
+_LEAST_STEP = 1.005
 
 
 @dataclass
@@ -64,35 +67,52 @@ def align_plan(plan: BitPlan, sensitivities: Sensitivities, target: Target) -> B
 
 
 def align_within(
-    allocate: Callable[[float], BitPlan], sensitivities: Sensitivities, target: Target
+    allocate: Callable[[float, LatencyLimit | None], BitPlan],
+    sensitivities: Sensitivities,
+    target: Target,
+    latency: LatencyLimit | None = None,
 ) -> BitPlan:
-    """Return an aligned plan that costs no more than the plan it was made of without alignment may.
+    """Return an aligned plan within the limits of the plan it was made of.
 
-    Alignment adds bits, so the allocation gets a smaller budget until the aligned plan fits.
+    Alignment adds bits and with them milliseconds, so the allocation gets smaller limits until the
+    aligned plan keeps the given ones. The plan states those.
 
     Args:
-        allocate: returns a plan within a share of the budget, all its limits scaled alike.
+        allocate: returns a plan within a share of the budget and within a limit on the latency.
         sensitivities, target: as of `align_plan`.
+        latency: the limit; None for none.
 
     Raises:
-        QvlaError: no smaller share of the budget helps.
+        QvlaError: no smaller limits help.
     """
-    whole = allocate(1.0)
-    share, aligned = 1.0, align_plan(whole, sensitivities, target)
+    first = allocate(1.0, latency)
+    # What is fast enough may leave bytes of the budget unused.
+    whole = first if latency is None else allocate(1.0, None)
+    plan, share, limit = first, 1.0, latency
     for _ in range(_ROUNDS):
+        aligned = align_plan(plan, sensitivities, target)
         over = max(
-            aligned.weight_bytes / whole.weight_bytes,
-            aligned.mean_bits_per_channel / whole.mean_bits_per_channel,
+            _ratio(aligned.weight_bytes, whole.weight_bytes),
+            _ratio(aligned.mean_bits_per_channel, whole.mean_bits_per_channel),
         )
-        if over <= 1:
-            return aligned
-        share /= over
-        aligned = align_plan(allocate(share), sensitivities, target)
+        late = 0.0 if latency is None else latency.used_by(aligned.widths)
+        if max(over, late) <= 1:
+            return replace(aligned, budget=first.budget)
+        share /= max(over, 1.0)
+        if limit is not None and late > 1:
+            limit = replace(limit, max_ms=limit.max_ms / max(late, _LEAST_STEP))
+        plan = allocate(share, limit)
     raise QvlaError(
-        f"no plan within {whole.budget} has buckets of whole {target.channel_multiple} channels: "
-        f"{aligned.weight_bytes} bytes instead of {whole.weight_bytes}; the layers are too small "
-        f"for target {target.name!r}, raise the budget"
+        f"no plan within {first.budget} has buckets of whole {target.channel_multiple} channels: "
+        f"{aligned.weight_bytes} bytes instead of {whole.weight_bytes}"
+        f"{f', {late:.2f} of the milliseconds' if latency else ''}; the layers are too small for "
+        f"target {target.name!r}, raise the limit"
     )
+
+
+def _ratio(found: float, allowed: float) -> float:
+    """Share of what is allowed; a plan that prunes everything may have nothing, and has it."""
+    return found / allowed if allowed else float(found > 0)
 
 
 def _error(plan: BitPlan, widths: dict[str, NDArray[np.int8]], table: Sensitivities) -> float:

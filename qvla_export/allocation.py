@@ -14,7 +14,7 @@ from qvla_export.demotions import DemotionTable, Levels, PruningRule, demotion_t
 from qvla_export.errors import QvlaError
 from qvla_export.greedy import demote_greedily
 from qvla_export.hull import HullJumps, demote, demote_along_hull, error_bound
-from qvla_export.latency_model import LatencyModel
+from qvla_export.latency_model import LatencyModel, Widths
 from qvla_export.plan import BitPlan
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.target import WIDTHS, ActivationSupport, Target
@@ -76,6 +76,10 @@ class LatencyLimit:
     def __post_init__(self) -> None:
         if not self.max_ms > 0:
             raise QvlaError(f"a latency limit must be above 0 ms, got {self.max_ms}")
+
+    def used_by(self, widths: Widths) -> float:
+        """Return the share of the limit that widths are predicted to take; 1 just keeps it."""
+        return self.model.predict(widths, self.activations).total_ms / self.max_ms
 
     def __str__(self) -> str:
         return (

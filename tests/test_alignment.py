@@ -1,16 +1,19 @@
 """Buckets of whole multiples of channels: what is promoted, what never happens, what it costs."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from test_latency_model import SMALL, model_of, small_sensitivities
 
-from engines.targets import CPU, RTX4070
+from engines.kernel_rates import ORIN_RATES
+from engines.targets import CPU, ORIN_JP7, RTX4070
 from qvla_export.alignment import align_plan, align_within
-from qvla_export.allocation import Budget, allocate_bits
+from qvla_export.allocation import Budget, LatencyLimit, allocate_bits
 from qvla_export.coupling import find_couplings
 from qvla_export.errors import QvlaError
 from qvla_export.plan import BitPlan, uniform_plan
@@ -145,11 +148,13 @@ def test_multiple_of_one_changes_nothing() -> None:
 def test_budget_holds_after_alignment(mean_bits: float) -> None:
     measured = table(1)
 
-    def allocate(share: float) -> BitPlan:
+    def allocate(share: float, limit: LatencyLimit | None) -> BitPlan:
+        assert limit is None
         return allocate_bits(measured, Budget("bits per channel", share * mean_bits), TARGET)
 
-    plain = allocate(1.0)
+    plain = allocate(1.0, None)
     aligned = align_within(allocate, measured, TARGET)
+    assert aligned.budget == plain.budget == f"{mean_bits:g} mean bits per channel"
     assert 0.8 * plain.weight_bytes <= aligned.weight_bytes <= plain.weight_bytes
     assert aligned.mean_bits_per_channel <= plain.mean_bits_per_channel <= mean_bits
     again = align_within(allocate, measured, TARGET)
@@ -159,4 +164,35 @@ def test_budget_holds_after_alignment(mean_bits: float) -> None:
 def test_budget_that_cannot_be_aligned_is_refused() -> None:
     plan = random_plan(0, [1, 0.02, 1, 1, 0.02])
     with pytest.raises(QvlaError, match="whole 8 channels"):
-        align_within(lambda share: plan, table(0), TARGET)
+        align_within(lambda share, limit: plan, table(0), TARGET)
+
+
+def test_nothing_kept_is_aligned() -> None:
+    nothing = random_plan(0, [1] * 5)
+    nothing = replace(nothing, widths={n: np.zeros_like(w) for n, w in nothing.widths.items()})
+    aligned = align_within(lambda share, limit: nothing, table(0), TARGET)
+    assert aligned.weight_bytes == 0
+
+
+@pytest.mark.parametrize("share_of_free", [0.95, 0.9, 0.8])
+@pytest.mark.parametrize("method", ["greedy", "hull"])
+def test_latency_limit_holds_after_alignment(share_of_free: float, method: Any) -> None:
+    """Without tiles and launches every channel that alignment adds is predicted to take time."""
+    rates = replace(ORIN_RATES, channel_tile=1, launch_us=0.0)
+    model = model_of(SMALL.network, rates)
+    measured, budget = small_sensitivities(), Budget("bits per channel", 8.0)
+
+    def allocate(share: float, limit: LatencyLimit | None) -> BitPlan:
+        part = replace(budget, value=share * budget.value)
+        return allocate_bits(measured, part, ORIN_JP7, latency=limit, method=method)
+
+    free = allocate(1.0, None)
+    max_ms = share_of_free * model.predict(free.widths).total_ms
+    limit = LatencyLimit(max_ms, model)
+    unchecked = align_plan(allocate(1.0, limit), measured, ORIN_JP7)
+    aligned = align_within(allocate, measured, ORIN_JP7, limit)
+    assert (
+        model.predict(aligned.widths).total_ms <= max_ms < model.predict(unchecked.widths).total_ms
+    )
+    assert aligned.weight_bytes <= free.weight_bytes
+    assert aligned.budget == f"{budget}, {limit}"

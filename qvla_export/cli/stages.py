@@ -164,11 +164,11 @@ def plan(
             uniform = uniform_plan(_shapes(measured), int(setting.bits), target, policy_digest)
             cap = uniform.ratio
 
-        def allocate(share: float) -> BitPlan:
+        def allocate(share: float, limit: LatencyLimit | None) -> BitPlan:
             budget = Budget("bits per channel", share * setting.bits, share * cap)
-            return allocate_bits(measured, budget, target, latency=latency, method=allocation)
+            return allocate_bits(measured, budget, target, latency=limit, method=allocation)
 
-        planned = align_within(allocate, measured, target)
+        planned = align_within(allocate, measured, target, latency)
     if setting.activation_bits is not None:
         planned = _with_activations(run, planned, setting.activation_bits, method)
     planned.save(run.plan(setting))
