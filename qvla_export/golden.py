@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qvla_export.bundle import Golden
 from qvla_export.coupling import find_couplings
-from qvla_export.layers import fake_quantized, planned_rows
+from qvla_export.layers import fake_quantized, planned_rows, rounded_inputs, traced_layers
 from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan
 from qvla_export.policies.base import Policy, PolicyStage
@@ -88,9 +88,12 @@ def _run_stage(
             rows = planned_rows(layer, as_rows(values), plan, couplings)
             values = rows.reshape(values.shape)
         parameters[f"module.{name}"] = torch.from_numpy(np.ascontiguousarray(values))
-    for run in runs:
-        inputs = tuple(run[name] for name in stage.inputs)
-        run[stage.output] = torch.func.functional_call(stage.module, parameters, inputs)
+    activations = None if plan is None else plan.activations
+    removed = {name: coupling.removed for name, coupling in couplings.items()}
+    with rounded_inputs(traced_layers(policy), activations, removed):
+        for run in runs:
+            inputs = tuple(run[name] for name in stage.inputs)
+            run[stage.output] = torch.func.functional_call(stage.module, parameters, inputs)
 
 
 @torch.no_grad()

@@ -14,10 +14,12 @@ import qvla_export.export
 from engines.base import EngineError
 from engines.ort import OrtEngine
 from engines.targets import CPU
+from qvla_export.activation_calibration import measure_activations
 from qvla_export.artifacts import sha256_file
 from qvla_export.bundle import Bundle
 from qvla_export.errors import CheckpointError
 from qvla_export.export import export_bundle
+from qvla_export.golden import golden_actions
 from qvla_export.observation import Observation
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
 from qvla_export.policies.oft_config import OftConfig
@@ -78,6 +80,25 @@ def test_stages_are_those_of_the_whole(
     np.testing.assert_allclose(
         staged_bundle.golden().reference, whole.golden().reference, atol=1e-5
     )
+
+
+def test_staged_torch_rounds_activations_as_the_whole_does(
+    stored_policy: OftPolicy,
+    tiny_policy: OftPolicy,
+    tiny_observations: Observations,
+    tmp_path: Path,
+) -> None:
+    observations = tiny_observations(3, seed=4)
+    fed = measure_activations(tiny_policy, observations, "c" * 64)
+    plain = mixed_plan(tiny_policy)
+    plan = dataclasses.replace(plain, activations=fed.ranges(8, "max"))
+    whole, unrounded = (golden_actions(tiny_policy, p, observations) for p in (plan, plain))
+    staged = export_bundle(
+        stored_policy, plan, CPU, observations, tmp_path / "staged", layers_per_stage=1
+    ).golden()
+    difference = np.abs(staged.reference - whole.reference).max()
+    assert difference < 1e-5 < 1e-3 < np.abs(whole.reference - unrounded.reference).max()
+    np.testing.assert_allclose(staged.full_precision, whole.full_precision, atol=1e-5)
 
 
 @pytest.mark.parametrize("keep_loaded", [True, False])
