@@ -9,6 +9,7 @@ from test_cli import qvla
 from test_latency_model import SMALL, model_of, small_sensitivities
 
 from engines.targets import ORIN_JP7
+from qvla_export.cli.predicting import _line
 from qvla_export.network_shape import network_of
 from qvla_export.plan import BitPlan
 from qvla_export.policies.oft_config import OftConfig, save_config
@@ -78,6 +79,32 @@ def test_a_planned_setting_keeps_the_limit_of_the_command(run: RunFolder) -> Non
     fixed = [*arguments[:4], "w8-rtn", *arguments[5:]]
     assert "fixed widths" in qvla(*fixed, *limit, *checkpoint).error
     assert "qvla rates" in qvla(*arguments[:5], *limit, *checkpoint).error
+
+
+def test_sensitivities_of_other_scales_are_refused(run: RunFolder) -> None:
+    """Measured with blocks of 128 inputs, as Orin has them; a CPU has 64."""
+    arguments = ["plan", "--run", run.root, "--setting"]
+    refused = qvla(*arguments, "w8", "--target", "cpu")
+    assert "scale groups of sensitivities and target" in refused.error
+    assert "qvla sensitivities --target cpu" in refused.error
+    assert not run.plan(parse_setting("w8")).exists()
+    # The baseline has scales of its own; the other TensorRT targets have the same blocks.
+    assert qvla(*arguments, "w8-rtn", "--target", "cpu").code == 0
+    assert qvla(*arguments, "w8", "--target", "rtx4070").code == 0
+
+
+@pytest.mark.parametrize(("ms", "shown"), [(0.0042, "0.0042"), (0.437, "0.437"), (839.41, "839")])
+def test_small_predictions_keep_their_digits(ms: float, shown: str) -> None:
+    row = {
+        "power_mode": "MAXN",
+        "weights": "plan",
+        "predicted_ms": ms,
+        "low_ms": ms / 2,
+        "high_ms": ms * 2,
+        "stages_ms": {"decoder": ms},
+    }
+    line = _line(row)
+    assert f"predicted {shown} ms [" in line and line.endswith(f"decoder {shown}")
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,13 @@ def _row(model: "LatencyModel", what: str, predicted: "LatencyPrediction") -> di
 
 
 def _line(row: dict[str, Any]) -> str:
-    stages = ", ".join(f"{name} {ms:.1f}" for name, ms in row["stages_ms"].items())
+    stages = ", ".join(f"{name} {_digits(ms)}" for name, ms in row["stages_ms"].items())
     return (
-        f"{row['power_mode']:>6} {row['weights']:>5}: predicted {row['predicted_ms']:.1f} ms "
-        f"[{row['low_ms']:.0f}, {row['high_ms']:.0f}] = {stages}"
+        f"{row['power_mode']:>6} {row['weights']:>5}: predicted {_digits(row['predicted_ms'])} ms "
+        f"[{_digits(row['low_ms'])}, {_digits(row['high_ms'])}] = {stages}"
     )
+
+
+def _digits(ms: float) -> str:
+    """Three digits of small numbers: a small policy takes less than a millisecond."""
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"

@@ -159,6 +159,7 @@ def plan(
             _shapes(measured), int(setting.bits), target, policy_digest, _round_to_nearest(target)
         )
     else:
+        _require_groups_of(target, measured)
         cap = setting.bits / 16 * _STORED_PER_BIT
         if setting.bits in target.containers:
             uniform = uniform_plan(_shapes(measured), int(setting.bits), target, policy_digest)
@@ -173,6 +174,14 @@ def plan(
         planned = _with_activations(run, planned, setting.activation_bits, method)
     planned.save(run.plan(setting))
     return planned
+
+
+def _require_groups_of(target: Target, measured: Sensitivities) -> None:
+    """Refuse sensitivities of scales that the target does not store; its graphs would as well."""
+    wanted = {bits: rule.group_size for bits, rule in spec_for(target).rules.items()}
+    found = {bits: rule.group_size for bits, rule in measured.quantizer.rules.items()}
+    again = f"Measure for this target: qvla sensitivities --target {target.name}."
+    require_same("scale groups of sensitivities and target", str(found), str(wanted), again)
 
 
 def _with_activations(run: RunFolder, planned: BitPlan, bits: int, method: RangeMethod) -> BitPlan:
