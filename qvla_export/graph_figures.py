@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from qvla_export.buckets_to_onnx import ORDER_SUFFIX
 from qvla_export.coupling import find_couplings
 from qvla_export.plan import BitPlan
+from qvla_export.storage import stored_columns, stored_layers
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,9 @@ class GraphFigures:
     order_gathers: int
     # Those of them behind an MLP's producers, whose order its consumer takes: 0.
     mlp_gathers: int
-    # Multiplications of the planned layers per token, and what 0 bits took away of them:
-    # pruned channels, and inputs whose hidden unit is constant.
+    # Multiplications of the planned layers per token, and how many fewer the graph does: pruned
+    # channels and inputs whose hidden unit is constant, less the zeros that fill up groups and
+    # columns. Below 0 where those are more.
     multiplications: int
     multiplications_removed: int
 
@@ -77,10 +80,11 @@ def _of_producers(orders: Iterable[ir.Node], plan: BitPlan) -> int:
 
 
 def _multiplications_left(plan: BitPlan) -> int:
-    inputs = dict(plan.weights_per_channel)
-    kept = {name: int((widths > 0).sum()) for name, widths in plan.widths.items()}
-    for coupling in find_couplings(plan.widths, plan.weights_per_channel):
-        inputs[coupling.consumer] = len(coupling.order)
-        for name in coupling.producers:
-            kept[name] = int((plan.widths[name][coupling.order] > 0).sum())
-    return sum(inputs[name] * kept[name] for name in kept)
+    """Sizes of all stored weights: the graph multiplies what fills them up as well."""
+    done = 0
+    for layer in stored_layers(plan.widths, plan.weights_per_channel, plan.containers):
+        for bits in np.unique(layer.widths[layer.widths > 0]).tolist():
+            container = plan.containers[bits]
+            columns = stored_columns(int((layer.widths == bits).sum()), container)
+            done += columns * container.stored_inputs(layer.inputs)
+    return done

@@ -67,8 +67,10 @@ def test_the_same_plan_means_the_same_whatever_the_runtime_does_with_it(
 
 
 def test_pruning_removes_multiplications_and_plans_bytes(found: dict[str, Contender]) -> None:
-    for name in (BASELINE, DYNAMIC, "ours w8a8", "ours w4, nothing pruned"):
+    for name in (BASELINE, DYNAMIC, "ours w8a8"):
         assert found[name].multiplications == WEIGHTS
+    # Its few 2-bit channels are filled up to fours.
+    assert WEIGHTS <= found["ours w4, nothing pruned"].multiplications < 1.01 * WEIGHTS
     assert found["ours w8a8, 30 % pruned"].multiplications < 0.7 * WEIGHTS
     assert found["ours w3"].multiplications < found["ours w4"].multiplications < 0.75 * WEIGHTS
     assert found["ours w3"].stored_bytes < found["ours w4"].stored_bytes

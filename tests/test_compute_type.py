@@ -27,7 +27,7 @@ from qvla_export.passes.compute_type import to_compute_type
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.policies.oft import OftPolicy
 from qvla_export.quantize import fake_quantize, spec_for
-from qvla_export.target import UnsupportedOnTarget
+from qvla_export.target import Target, UnsupportedOnTarget
 
 SPEC = spec_for(RTX4070)
 # The same containers and passes, in float32: what float16 adds to is measured against it.
@@ -237,6 +237,32 @@ def test_no_gather_behind_mlp_producers_and_one_product_a_width(tiny_policy: Oft
     )
     assert max(products.values()) <= 4
     assert "+" in max(products, key=len)
+
+
+@pytest.mark.parametrize("target", [RTX4070, CPU], ids=lambda target: target.name)
+@pytest.mark.parametrize("setting", ["mixed", "4"])
+def test_figures_count_the_products_of_the_graph(
+    setting: str, target: Target, tiny_policy: OftPolicy
+) -> None:
+    """What fills groups and columns up is multiplied too."""
+    plan = plan_of(tiny_policy, setting)
+    assert plan is not None
+    plan = replace(
+        plan, target=target.name, containers=dict(target.containers), quantizer=spec_for(target)
+    )
+    model, _ = lower(traced(tiny_policy), plan, target)
+    figures = measure_graph(model, plan)
+    done = 0
+    for node in model.graph:
+        if node.op_type == "MatMul" and "qvla.layer.part" in node.metadata_props:
+            stored = node.inputs[1]
+            while stored is not None and not stored.is_initializer():
+                maker = stored.producer()
+                assert maker is not None
+                stored = maker.inputs[0]
+            assert stored is not None and stored.shape is not None
+            done += int(np.prod(stored.shape.numpy()))
+    assert figures.multiplications - figures.multiplications_removed == done
 
 
 def test_float_bundle_names_its_layers(tiny_policy: OftPolicy) -> None:
