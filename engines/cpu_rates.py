@@ -21,8 +21,8 @@ _FLOAT_BITS = 32
 _KERNELS_BETWEEN = 3
 # Predicted over measured time of the reference policy, CPU time of one thread, rates measured
 # directly before, several times (2026-11): float 1.02 to 1.23 (fitted), 8 mean bits 0.88, 4 mean
-# bits 0.85 to 0.94, 2 mean bits 0.90, 8-bit weights and activations 0.76 to 0.83.
-_UNCERTAINTY = 1.5
+# bits 0.83 to 0.94, 2 mean bits 0.90, 8-bit weights and activations 0.67 to 0.83.
+_UNCERTAINTY, _INT8_UNCERTAINTY = 1.5, 2.0
 
 
 def measure_cpu_rates(probes: Sequence[Probe], threads: int | None = None) -> DeviceRates:
@@ -60,7 +60,7 @@ def measure_cpu_rates(probes: Sequence[Probe], threads: int | None = None) -> De
         kernels_between=_KERNELS_BETWEEN,
         channel_tile=16,
         uncertainty=_UNCERTAINTY,
-        unchecked_uncertainty=_UNCERTAINTY,
+        unchecked_uncertainty=_INT8_UNCERTAINTY,
         checked_mode=mode.name,
         source=f"measured here with ONNX Runtime {onnxruntime.__version__}",
         expanded_share={p.bits: ops / float_ops for p, (ops, _) in expanded.items()},
