@@ -69,6 +69,7 @@ def test_a_good_bundle_passes_with_all_its_figures(folder: Path, name: str, tmp_
     )
     assert outcome.code == 0, outcome.err
     assert "floor: float engine against torch: cosine 1.0000" in outcome.out
+    assert "latency on onnxruntime " in outcome.out
     report = json.loads(output.read_text())
     manifest = json.loads((folder / name / MANIFEST).read_text())
     assert report["passed"] is True

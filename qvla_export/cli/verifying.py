@@ -271,7 +271,8 @@ def _say(verdict: "Verdict", report: dict[str, Any]) -> None:
     Console().print(_table({name: drift for name, (_, drift) in shown.items()}))
     if "latency" in report:
         total = report["latency"]["summary_ms"]["total"]
-        typer.echo(f"latency: p50 {total['p50']:.2f} ms, p99 {total['p99']:.2f} ms")
+        where = f"latency on {engine.runtime}"
+        typer.echo(f"{where}: p50 {total['p50']:.2f} ms, p99 {total['p99']:.2f} ms")
     if verdict.passed:
         typer.echo(f"verified: within {verdict.thresholds.reason}")
 
