@@ -16,8 +16,6 @@ from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.policies.oft import OftPolicy
 
-pytest.importorskip("qvla_export.passes.compute_type", reason="no export for TensorRT yet")
-
 TARGET = find_target("rtx4070")
 # Warnings that no export can avoid, with the documents as they are.
 EXPECTED = {
