@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jetson.board import BoardState, read_board_state
+from jetson.board import BoardState, ask_board
 from jetson.client import RemotePolicy
 from jetson.contract import PolicyContract
 from jetson.errors import PolicyFailure
@@ -96,9 +96,9 @@ def profile_latency(
     opened: list[RemotePolicy] = []
     try:
         endpoints = {name: _endpoint(policy, opened) for name, policy in policies.items()}
-        before = read_board_state()
+        before = ask_board()
         taken = _measure(endpoints, observations, warmup + samples, progress)
-        after = read_board_state()
+        after = ask_board()
     finally:
         for remote in opened:
             remote.close()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jetson.board import BoardState, read_board_state
+from jetson.board import read_board_state
 from jetson.contract import PolicyContract
 from jetson.errors import PolicyFailure
 from jetson.latency import (
@@ -215,56 +215,3 @@ def test_observations_of_another_policy_are_refused_before_anything_runs() -> No
     with pytest.raises(InvalidObservation, match="missing"):
         profile_latency({"q": TimedPolicy("q", [1.0] * 9, asked)}, [observation(1), other], 0, 2)
     assert not asked
-
-
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-def test_a_jetson_is_recognized(tmp_path: Path) -> None:
-    root = write(
-        tmp_path,
-        {
-            "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic"
-            ", EABI: aarch64, DATE: Wed Jan  8 01:49:37 UTC 2025\n",
-            "proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0",
-            "proc/sys/kernel/osrelease": "5.15.148-tegra\n",
-            "proc/cpuinfo": "processor\t: 0\nmodel name\t: ARMv8 Processor rev 1 (v8l)\n\n"
-            "processor\t: 1\nmodel name\t: ARMv8 Processor rev 1 (v8l)\n",
-            "proc/meminfo": "MemTotal:       64323416 kB\nMemAvailable:   60000000 kB\n",
-            "proc/loadavg": "0.52 0.58 0.59 1/389 12345\n",
-            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "schedutil\n",
-            "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "729600\n",
-            "sys/devices/system/cpu/cpu1/cpufreq/scaling_governor": "schedutil\n",
-            "sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq": "2201600\n",
-        },
-    )
-    assert read_board_state(root) == BoardState(
-        model="NVIDIA Jetson AGX Orin Developer Kit",
-        l4t="36.4.3",
-        kernel="5.15.148-tegra",
-        cpu_model="ARMv8 Processor rev 1 (v8l)",
-        cores=2,
-        governors=("schedutil",),
-        cpu_mhz=(729.6, 2201.6),
-        load_1m=0.52,
-        memory_total_bytes=64323416 * 1024,
-        memory_available_bytes=60000000 * 1024,
-    )
-
-
-@pytest.mark.parametrize("text", ["", "nan", "\xff" * 40, "processor : \nR99", "1 2 3"])
-def test_reading_a_board_never_fails(tmp_path: Path, text: str) -> None:
-    names = ["etc/nv_tegra_release", "proc/cpuinfo", "proc/meminfo", "proc/loadavg"]
-    names.append("sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
-    state = read_board_state(write(tmp_path, dict.fromkeys(names, text)))
-    assert BoardState.from_json(json.loads(json.dumps(state.to_json(), allow_nan=False))) == state
-    assert read_board_state(tmp_path / "nowhere").cores == 0
-
-
-def test_this_machine_has_cores_and_memory() -> None:
-    assert BOARD.cores >= 1 and (BOARD.memory_available_bytes or 0) > 0

@@ -52,8 +52,13 @@ def read_power_mode(root: Path = Path("/")) -> str | None:
     number = re.search(r"pmode:\s*(\d+)", status)
     if number is None:
         return None
+    return read_power_modes(root).get(int(number[1]), number[1])
+
+
+def read_power_modes(root: Path = Path("/")) -> dict[int, str]:
+    """Return the names of a Jetson's power modes by number; none elsewhere."""
     try:
-        names = dict(_MODE.findall((root / "etc/nvpmodel.conf").read_text()))
+        listed = _MODE.findall((root / "etc/nvpmodel.conf").read_text())
     except OSError:
-        names = {}
-    return {str(int(k)): v for k, v in names.items()}.get(str(int(number[1])), number[1])
+        return {}
+    return {int(number): name for number, name in listed}

@@ -1,0 +1,115 @@
+"""Temperatures, power rails and throttling, from /sys; and the memory's state from /proc.
+
+Rails are those of the INA3221 and INA238 monitors of Jetsons, readable by root alone on some
+releases, or of any other hwmon device that states a power. Throttling is what the kernel's
+cooling devices do now, and the hardware's own counters: Jetson's over-current events and the
+thermal events of Intel's CPUs.
+"""
+
+import re
+from pathlib import Path
+
+from jetson.board.files import found, number_of, text_of
+
+# Zones of a Jetson that are switched off say -256 degrees.
+OFF_C = -200.0
+_ZONE_ENDING = re.compile(r"[-_](thermal|therm|temp)$")
+_RAIL_MONITORS = ("ina3221", "ina226", "ina238")
+_FANS = ("fan", "intel_powerclamp")
+_PAGE_BYTES = 4096
+
+
+def read_temperatures_c(root: Path) -> dict[str, float]:
+    """Return degrees Celsius by thermal zone, names in lower case: "cpu", "gpu", "tj"."""
+    read: dict[str, float] = {}
+    for folder in found(root / "sys/class/thermal", "thermal_zone*"):
+        value = number_of(folder / "temp")
+        if value is not None and value / 1000 > OFF_C:
+            name = zone_name(text_of(folder / "type")) or folder.name
+            read[name if name not in read else folder.name] = value / 1000
+    return read
+
+
+def zone_name(text: str) -> str:
+    """Return a zone's name as newer releases write it: "CPU-therm" and "cpu-thermal" are "cpu"."""
+    return _ZONE_ENDING.sub("", text.lower())
+
+
+def read_rails_mw(root: Path) -> dict[str, float]:
+    """Return milliwatts by power rail."""
+    read: dict[str, float] = {}
+    for folder in found(root / "sys/class/hwmon", "hwmon*"):
+        device = text_of(folder / "name")
+        if device in _RAIL_MONITORS:
+            for label in found(folder, "in[0-9]*_label"):
+                mw = _rail_mw(folder, label.name.removeprefix("in").removesuffix("_label"))
+                if mw is not None and _is_rail(text_of(label)):
+                    read[text_of(label)] = mw
+        for power in found(folder, "power[0-9]*_input"):
+            microwatts = number_of(power)
+            if microwatts is not None:
+                label_text = text_of(power.with_name(power.name.replace("_input", "_label")))
+                read[label_text or device or folder.name] = microwatts / 1e3
+    return read
+
+
+def _rail_mw(folder: Path, channel: str) -> float | None:
+    millivolts = number_of(folder / f"in{channel}_input")
+    milliamperes = number_of(folder / f"curr{channel}_input")
+    if millivolts is None or milliamperes is None:
+        return None
+    return round(millivolts * milliamperes / 1000, 1)
+
+
+def _is_rail(label: str) -> bool:
+    # "NC" is not connected; the monitor's own sum is no rail.
+    return label not in ("", "NC") and "sum of shunt" not in label.lower()
+
+
+def read_throttling(root: Path) -> tuple[str, ...]:
+    """Return what slows the machine down now."""
+    active = set()
+    for folder in found(root / "sys/class/thermal", "cooling_device*"):
+        name = text_of(folder / "type")
+        if (number_of(folder / "cur_state") or 0) > 0 and not any(fan in name for fan in _FANS):
+            active.add(name)
+    return tuple(sorted(active))
+
+
+def read_throttle_counts(root: Path) -> dict[str, int]:
+    """Return how often the hardware slowed down since boot, by counter."""
+    counters = found(root / "sys/class/hwmon", "hwmon*/oc[0-9]*_event_cnt")
+    read = {path.name.removesuffix("_event_cnt"): number_of(path) for path in counters}
+    cpus = root / "sys/devices/system/cpu"
+    for name in ("core_throttle_count", "package_throttle_count"):
+        counts = [number_of(path) for path in found(cpus, f"cpu[0-9]*/thermal_throttle/{name}")]
+        if counts:
+            read[name] = max(count or 0 for count in counts)
+    return {name: int(count) for name, count in read.items() if count is not None}
+
+
+def read_zram_bytes(root: Path) -> int:
+    """Return the bytes of swap that is compressed memory; 0 without any."""
+    swaps = re.findall(r"^/dev/zram\S*\s+\S+\s+(\d+)", text_of(root / "proc/swaps"), re.M)
+    return sum(int(kilobytes) for kilobytes in swaps) * 1024
+
+
+def read_largest_free_block(root: Path) -> tuple[int | None, int | None]:
+    """Return the bytes of the largest contiguous free block, and how many there are of its size.
+
+    What tegrastats calls "lfb": /proc/buddyinfo counts free blocks of 1, 2, 4, ... pages.
+    """
+    rows = [
+        [int(count) for count in counts.split()]
+        for counts in re.findall(
+            r"^Node\s+\d+,\s+zone\s+\S+((?:\s+\d+)+)\s*$", text_of(root / "proc/buddyinfo"), re.M
+        )
+    ]
+    totals = [sum(counts) for counts in zip(*_padded(rows), strict=True)]
+    order = max((index for index, count in enumerate(totals) if count), default=None)
+    return (None, None) if order is None else (_PAGE_BYTES << order, totals[order])
+
+
+def _padded(rows: list[list[int]]) -> list[list[int]]:
+    longest = max(map(len, rows), default=0)
+    return [row + [0] * (longest - len(row)) for row in rows]
