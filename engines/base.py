@@ -1,5 +1,6 @@
 """The `Engine` protocol and the checks every engine makes of its inputs."""
 
+import abc
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -61,6 +62,38 @@ class Engine(Protocol):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
+
+
+class BundleEngine(abc.ABC):
+    """What every engine of a bundle has in common; see `Engine`."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Names, dtypes and shapes that `infer` takes."""
+        return self._bundle.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Names, dtypes and shapes that `infer` returns."""
+        return self._bundle.outputs
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Free the runtime's memory; `infer` fails afterwards."""
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def rounds_activations(bundle: Bundle) -> bool:

@@ -1,14 +1,13 @@
 """ONNX Runtime on a CPU, or on a GPU by its CUDA execution provider."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import onnxruntime
 from numpy.typing import NDArray
 
-from engines.base import EngineError, Feeds, check_feeds, rounds_activations
-from qvla_export.bundle import Bundle, Stage, TensorSpec
+from engines.base import BundleEngine, EngineError, Feeds, check_feeds, rounds_activations
+from qvla_export.bundle import Bundle, Stage
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 _UNPACK = "session.disable_quant_qdq"
@@ -21,7 +20,7 @@ WeightForm = Literal["packed", "unpacked"]
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider"]
 
 
-class OrtEngine:
+class OrtEngine(BundleEngine):
     """A bundle's graphs on ONNX Runtime, one after the other; see `Engine`."""
 
     def __init__(
@@ -47,7 +46,7 @@ class OrtEngine:
         """
         _require_provider(provider)
         self._provider = provider
-        self._bundle = bundle
+        super().__init__(bundle)
         self._options = session_options(bundle, threads, weights)
         self._keep_loaded = keep_loaded
         self._open = True
@@ -55,16 +54,6 @@ class OrtEngine:
         self._sessions: dict[str, Any] = {}
         if keep_loaded:
             self._sessions = {stage.name: self._load(stage) for stage in bundle.stages}
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """Names, dtypes and shapes that `infer` takes."""
-        return self._bundle.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """Names, dtypes and shapes that `infer` returns."""
-        return self._bundle.outputs
 
     @property
     def runtime(self) -> str:
@@ -106,17 +95,6 @@ class OrtEngine:
                 "NVIDIA driver and that CUDA and cuDNN are those onnxruntime-gpu was built for"
             )
         return session
-
-    def __enter__(self) -> "OrtEngine":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _require_provider(provider: Provider) -> None:

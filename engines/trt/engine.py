@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from numpy.typing import NDArray
 
-from engines.base import EngineError, Feeds, InvalidFeeds, check_feeds
+from engines.base import BundleEngine, EngineError, Feeds, InvalidFeeds, check_feeds
 from engines.targets import find_target
 from engines.trt.admission import (
     admitted_engine,
@@ -25,12 +24,12 @@ from engines.trt.modules import TrtModule, load_module
 from engines.trt.runner import Scratch, StageRunner
 from engines.trt.shapes import Shape, ShapeRange
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
-from qvla_export.bundle import Bundle, Stage, TensorSpec
+from qvla_export.bundle import Bundle, Stage
 
 _UPLOAD, _DOWNLOAD = "upload", "download"
 
 
-class TensorRtEngine:
+class TensorRtEngine(BundleEngine):
     """A bundle's engines on one GPU and stream; see `Engine`.
 
     Inputs are copied once, outputs of a stage stay on the device for the next. All buffers have
@@ -65,7 +64,7 @@ class TensorRtEngine:
         self._module = module or load_module(find_target(bundle.target))
         for sidecar in sidecars.values():
             require_version(sidecar, self._module)
-        self._bundle = bundle
+        super().__init__(bundle)
         self._ranges: dict[str, ShapeRange] = {}
         for sidecar in sidecars.values():
             self._ranges |= {**sidecar.origin.inputs, **sidecar.outputs}
@@ -78,16 +77,6 @@ class TensorRtEngine:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """Names, dtypes and shapes that `infer` takes."""
-        return self._bundle.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """Names, dtypes and shapes that `infer` returns."""
-        return self._bundle.outputs
 
     @property
     def runtime(self) -> str:
@@ -212,17 +201,6 @@ class TensorRtEngine:
                     f"{list(built.min)} to {list(built.max)}; build them for longer or shorter "
                     "prompts: qvla build BUNDLE --prompt-max, --prompt-min"
                 )
-
-    def __enter__(self) -> "TensorRtEngine":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _of(stage: Stage, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
