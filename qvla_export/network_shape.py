@@ -11,11 +11,10 @@ from typing import Literal
 
 from qvla_export.errors import QvlaError
 from qvla_export.plan import LayerShapes
+from qvla_export.storage import PARALLEL
 
 _TOWERS = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
 _DECODER = "language_model.model."
-# Layers of one parent with these last names read the same input and run as one product.
-_PARALLEL = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # DINOv2's class token and registers come before its patches; SigLIP has none.
 _DINO_PREFIX = 5
 
@@ -35,7 +34,7 @@ class LayerShape:
     def group(self) -> str:
         """Equal for layers that run as one product; see `qvla_export.passes.merge`."""
         parent, _, last = self.name.rpartition(".")
-        for members in _PARALLEL:
+        for members in PARALLEL:
             if last in members:
                 return f"{parent}.{'+'.join(members)}"
         return self.name

@@ -21,11 +21,7 @@ _INT2_COLUMNS = 4
 # TensorRT packs two int4 a byte and documents no row that ends within one.
 _INT4_COLUMNS = 2
 # Last parts of the names of layers that share an input and become one.
-_PARALLEL = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-)
+PARALLEL = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -130,10 +126,10 @@ def parallel_layers(
 ) -> tuple[tuple[str, ...], ...]:
     """Group layers by name as their graph merges them; most are alone."""
     groups: dict[tuple[str, int, int], list[str]] = {}
-    alone = len(_PARALLEL)
+    alone = len(PARALLEL)
     for number, name in enumerate(names):
         parent, _, last = name.rpartition(".")
-        kind = next((i for i, group in enumerate(_PARALLEL) if last in group), alone)
+        kind = next((i for i, group in enumerate(PARALLEL) if last in group), alone)
         key = (parent, kind, weights_per_channel[name])
         groups.setdefault(key if kind < alone else (name, alone, number), []).append(name)
     return tuple(tuple(group) for group in groups.values())

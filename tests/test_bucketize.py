@@ -9,7 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from ort_graphs import LAYER, conv_model, gemm_model, linear_model, packed_matmuls, run_model
+from ort_graphs import (
+    LAYER,
+    constant,
+    conv_model,
+    gemm_model,
+    linear_model,
+    packed_matmuls,
+    run_model,
+)
 
 from engines.targets import CPU
 from qvla_export.bucketize import bucketize
@@ -151,3 +159,23 @@ def test_overlapping_convolution_is_refused(attributes: dict[str, list[int]]) ->
     model = conv_model(random_weight(0, 4, 3, 7, 7), None, 21, **attributes)
     with pytest.raises(ExportError, match="must tile its input"):
         bucketize(model, {LAYER: np.full(4, 4, np.int8)}, SPEC, CPU)
+
+
+def test_what_cannot_reach_the_output_leaves(tmp_path: Path) -> None:
+    """As a tower's last block: its nodes, its weight and what only it reads go; numbers stay."""
+    weight, x = random_weight(0, 12, 30), random_weight(1, 2, 3, 30)
+    model = linear_model(weight, None)
+    dead = ir.tape.Tape()
+    node = next(n for n in model.graph if n.op_type == "MatMul")
+    scaled = dead.op("Mul", [node.outputs[0], constant(dead, "dead.scale", random_weight(2, 12))])
+    dead.op("MatMul", [scaled, constant(dead, "dead.weight", random_weight(3, 12, 50))])
+    for value in dead.initializers:
+        model.graph.register_initializer(value)
+    model.graph.extend(dead.nodes)
+    widths = np.array([8, 4, 2] * 4, np.int8)
+    lean = bucketize(model, {LAYER: widths}, SPEC, CPU)
+    assert not [name for name in lean.graph.initializers if name.startswith("dead")]
+    assert "Mul" not in {n.op_type for n in lean.graph}
+    assert [name for name in model.graph.initializers if name.startswith("dead")]
+    expected = x @ fake_quantize(weight, widths, SPEC).T
+    np.testing.assert_allclose(run_model(lean, x, tmp_path), expected, atol=3e-4)
