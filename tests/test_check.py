@@ -269,7 +269,11 @@ def test_the_command(mixed_bundle: Bundle, tmp_path: Path) -> None:
     run = CliRunner().invoke(app, ["check", str(mixed_bundle.path), "--target", "cpu"])
     assert run.exit_code == 0, run.output
     assert "0 errors, 0 warnings for target cpu" in run.output
+    # A bundle states its target, a bare graph does not.
+    assert CliRunner().invoke(app, ["check", str(mixed_bundle.path)]).output == run.output
     ir.save(CASES[0].model(), tmp_path / "case.onnx")
+    bare = CliRunner().invoke(app, ["check", str(tmp_path / "case.onnx")])
+    assert "name one: --target" in str(bare.exception)
     arguments = ["check", str(tmp_path / "case.onnx"), "--target", CASES[0].target]
     run = CliRunner().invoke(app, [*arguments, "--json", str(tmp_path / "found.json")])
     assert run.exit_code == 2, run.output

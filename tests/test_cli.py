@@ -276,6 +276,7 @@ def test_a_damaged_bundle_is_exported_anew(run: Path, inputs: Inputs) -> None:
     done = qvla("export", "--run", run, "--setting", "w4", "--policy", inputs.checkpoint)
     assert done.code == 0, done.err
     assert listing(run) == before
+    assert re.search(r"\d+ MatMuls.*\(0 behind MLP producers\).*multiplications removed", done.out)
 
 
 UNKNOWN_NAMES = [

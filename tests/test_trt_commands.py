@@ -51,6 +51,14 @@ def test_build_puts_engines_beside_the_bundle(make: Make, tmp_path: Path) -> Non
     assert (origin.inputs["input_ids"].max, origin.level) == ((1, 64), 2)
 
 
+def test_the_best_prompt_stays_within_the_others(make: Make, tmp_path: Path) -> None:
+    bundle = make("float")
+    assert qvla("build", bundle.path, "--prompt-max", 16).code == 0
+    folder = tmp_path / "settings" / "float" / "engines" / "rtx4070"
+    built = Sidecar.load(folder / "decoder.json").origin.inputs["input_ids"]
+    assert (built.min, built.opt, built.max) == ((1, 2), (1, 16), (1, 16))
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_where_the_gpu_is_a_build_is_verified(
     make: Make, monkeypatch: pytest.MonkeyPatch, right: bool

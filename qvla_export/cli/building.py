@@ -47,7 +47,10 @@ def build(
         typer.Option(help="Keep kernel timings in this file, so that builds repeat (tensorrt)."),
     ] = None,
     prompt_min: Annotated[int, typer.Option(min=1, help="Shortest prompt, tokens.")] = 2,
-    prompt_opt: Annotated[int, typer.Option(min=1, help="Prompt it is fastest at, tokens.")] = 32,
+    prompt_opt: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompt it is fastest at, tokens; default 32 within the others."),
+    ] = None,
     prompt_max: Annotated[int, typer.Option(min=1, help="Longest prompt, tokens.")] = 256,
 ) -> None:
     """Build a bundle's TensorRT engines, on the device; an interrupted build goes on.
@@ -63,7 +66,9 @@ def build(
     if target is not None:
         require_target(loaded, target)
     settings = BuildSettings(
-        prompt=PromptRange(prompt_min, prompt_opt, prompt_max),
+        prompt=PromptRange(
+            prompt_min, prompt_opt or max(prompt_min, min(32, prompt_max)), prompt_max
+        ),
         workspace_bytes=workspace_mb << 20,
         level=level,
         timing_cache=timing_cache,

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qvla_export.artifacts import write_json
+from qvla_export.errors import QvlaError
 
 if TYPE_CHECKING:
     from engines.check.finding import Finding
@@ -23,7 +24,10 @@ def register(app: typer.Typer) -> None:
 
 def check(
     graph: Annotated[Path, typer.Argument(help="Bundle folder, or a bare .onnx file.")],
-    target: Annotated[str, typer.Option("--target", help="Target whose rules it must keep.")],
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Target whose rules it must keep; default a bundle's own."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--json", help="Write every finding to this JSON file.")
     ] = None,
@@ -36,7 +40,7 @@ def check(
     from engines.check.finding import errors
     from engines.targets import find_target
 
-    device = find_target(target)
+    device = find_target(_target_of(graph) if target is None else target)
     findings = check_path(graph, device)
     if findings:
         Console().print(_table(findings))
@@ -56,6 +60,15 @@ def check(
         typer.echo(f"findings: {output}")
     if failed or (strict and findings):
         raise typer.Exit(_FAILED)
+
+
+def _target_of(graph: Path) -> str:
+    """Return the target a bundle states; a bare graph has none."""
+    from qvla_export.bundle import Bundle
+
+    if graph.is_file():
+        raise QvlaError(f"{graph} is a bare graph and has no target of its own; name one: --target")
+    return Bundle.load(graph).target
 
 
 def _table(findings: "tuple[Finding, ...]") -> Table:

@@ -203,6 +203,7 @@ def export(
     loaded = open_checkpoint(policy, unnorm_key, preset, resident=layers_per_stage is None)
     bundle = exporting.export(folder, wanted, loaded, device, layers_per_stage, accuracy_level)
     typer.echo(f"bundle: {bundle.nbytes / 1e6:.2f} MB -> {bundle.path}")
+    typer.echo(exporting.graph_figures(bundle))
 
 
 @app.command()

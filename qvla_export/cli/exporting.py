@@ -72,6 +72,23 @@ def export(
         )
 
 
+def graph_figures(bundle: "Bundle") -> str:
+    """Say what the plan made of the graph, and its constants' bytes by width."""
+    sizes = ", ".join(
+        f"{part} {nbytes:,}" for part, nbytes in bundle.weight_bytes.items() if nbytes
+    )
+    if bundle.plan is None:
+        return f"constants, bytes: {sizes}"
+    figures = bundle.plan["graph"]
+    removed = figures["multiplications_removed"] / figures["multiplications"]
+    return (
+        f"graph: {figures['nodes']} nodes, {figures['matmuls']} MatMuls, "
+        f"{figures['order_gathers']} Gathers that restore an order "
+        f"({figures['mlp_gathers']} behind MLP producers), {removed:.1%} of the planned "
+        f"multiplications removed; constants by width, bytes: {sizes}"
+    )
+
+
 def _float_graph(policy: "OftPolicy", target: Target) -> Any:
     """Trace the policy once for all settings of a run."""
     from qvla_export.float_graph import export_float
