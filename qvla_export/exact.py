@@ -1,28 +1,30 @@
 """Exact sensitivities (eq. 4): quantize one channel, run forward, measure the action deviation.
 
-A run reuses whatever one changed channel cannot change: a layer whose input equals the reference's
-returns the recorded output, and the changed layer only adds its one channel's difference. Weights
-are never touched.
+`qvla_export.replay` runs only what the channel can change, and many channels side by side.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
+from qvla_export.distributed import World
 from qvla_export.errors import QvlaError
-from qvla_export.layers import apply_rows, as_tokens, layer_shapes, traced_layers, weight_rows
+from qvla_export.layers import layer_shapes, traced_layers, weight_rows
 from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec, quantize_channels
+from qvla_export.replay import recorded
 from qvla_export.sensitivity import Sensitivities
+from qvla_export.sharded_sums import OnProgress, ShardedSums
 
 METHOD = "exact"
+# Pairs between two writes of the progress.
+_UNIT_PAIRS = 256
 
 Layers = Mapping[str, nn.Linear | nn.Conv2d]
 
@@ -42,7 +44,10 @@ def measure_exact(
     pairs: Sequence[ChannelWidth],
     quantizer: QuantizerSpec,
     batch_size: int = 8,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
+    side_by_side: int = 4,
+    progress_file: Path | None = None,
+    world: World | None = None,
 ) -> NDArray[np.float64]:
     """Return mean over observations of ||dA||^2 for each pair.  float64 [pairs]
 
@@ -52,30 +57,54 @@ def measure_exact(
         pairs: channels and widths; every other channel stays in float.
         quantizer: as in the plan.
         batch_size: observations that run together.
-        on_progress: called with (runs done, runs in all).
+        on_progress: called with (pairs done, pairs in all), each counted once a batch.
+        side_by_side: channels of a layer that run together; a run is of `batch_size` times as many.
+        progress_file: as in `first_order.measure_first_order`.
+        world: the processes that share the work; all get the result.
 
     Raises:
         QvlaError: no observations, or a layer or channel that the policy lacks.
     """
-    if not observations:
-        raise QvlaError("exact sensitivities need at least one observation, got none")
+    if not observations or batch_size < 1 or side_by_side < 1:
+        raise QvlaError(
+            "exact sensitivities need at least one observation, batch_size and side_by_side of at "
+            f"least 1, got {len(observations)}, {batch_size} and {side_by_side}"
+        )
     layers = traced_layers(policy)
-    changes = _changed_rows(layers, pairs, quantizer)
-    sums = np.zeros(len(pairs))
-    batches = [observations[i : i + batch_size] for i in range(0, len(observations), batch_size)]
-    done = 0
-    for batch in batches:
-        inputs = policy.batch(batch)
-        with torch.no_grad(), _reusing(layers) as reuse:
-            reference = policy.normalized_actions(inputs)
-            for i, pair in enumerate(pairs):
-                with reuse.change(pair.layer, pair.channel, changes[i]):
-                    deviation = policy.normalized_actions(inputs) - reference
-                sums[i] += float(deviation.double().square().sum())
-                done += 1
+    _require_pairs(layers, pairs)
+    # By layer, so that channels of one layer meet.
+    place = {name: i for i, name in enumerate(layers)}
+    order = sorted(range(len(pairs)), key=lambda i: place[pairs[i].layer])
+    pieces = [order[i : i + _UNIT_PAIRS] for i in range(0, len(order), _UNIT_PAIRS)]
+    batches = -(-len(observations) // batch_size)
+    identity = {
+        "exact": [[p.layer, p.channel, p.bits] for p in pairs] if progress_file else [],
+        "policy_digest": policy.digest,
+        "observations": [len(observations), batch_size],
+        "quantizer": quantizer.to_json(),
+    }
+    sums = ShardedSums({"pairs": np.zeros(len(pairs))}, identity, progress_file, world)
+    mine = sums.share(range(batches * len(pieces)))
+    for batch in range(batches):
+        todo = [unit for unit in mine if unit // len(pieces) == batch]
+        if not todo:
+            continue
+        inputs = policy.batch(observations[batch * batch_size : (batch + 1) * batch_size])
+        with recorded(policy, layers, inputs) as replay:
+            for unit in todo:
+                piece = pieces[unit % len(pieces)]
+                for chunk in _chunks(pairs, piece, side_by_side):
+                    name = pairs[chunk[0]].layer
+                    rows = _changed_rows(layers[name], [pairs[i] for i in chunk], quantizer)
+                    channels = [pairs[i].channel for i in chunk]
+                    deviations = replay.deviations(name, channels, rows.to(inputs.pixel_values))
+                    sums.values["pairs"][chunk] += deviations.sum(dim=1).cpu().numpy()
+                sums.mark(unit)
                 if on_progress is not None:
-                    on_progress(done, len(pairs) * len(batches))
-    return sums / len(observations)
+                    done = sums.done(range(batches * len(pieces)))
+                    whole = len(pairs) * batches
+                    on_progress(min(whole, done * _UNIT_PAIRS), whole)
+    return sums.total()["pairs"] / len(observations)
 
 
 def measure_all_exact(
@@ -119,74 +148,31 @@ def all_pairs(shapes: Mapping[str, tuple[int, int]], widths: Sequence[int]) -> l
     ]
 
 
-def _changed_rows(
-    layers: Layers, pairs: Sequence[ChannelWidth], quantizer: QuantizerSpec
-) -> list[Tensor]:
-    """What quantization adds to each pair's row.  float32 [1, inputs] each"""
-    rows: dict[str, NDArray[np.float32]] = {}
-    changes = []
+def _require_pairs(layers: Layers, pairs: Sequence[ChannelWidth]) -> None:
     for pair in pairs:
         if pair.layer not in layers or not 0 <= pair.channel < len(layers[pair.layer].weight):
             raise QvlaError(f"the policy has no channel {pair.channel} of layer {pair.layer!r}")
-        if pair.layer not in rows:
-            rows[pair.layer] = weight_rows(layers[pair.layer])
-        row = rows[pair.layer][pair.channel : pair.channel + 1]
-        change = quantize_channels(row, pair.bits, quantizer).dequantize() - row
-        changes.append(torch.from_numpy(change).to(layers[pair.layer].weight.device))
-    return changes
 
 
-class _Reuse:
-    """Forward functions that record the first pass and then compute only what changed."""
-
-    def __init__(self, layers: Layers) -> None:
-        self._layers = layers
-        self._changed: tuple[str, int, Tensor] | None = None
-        # Layer name -> input and output of the reference pass.
-        self._recorded: dict[str, tuple[Tensor, Tensor]] = {}
-
-    @contextlib.contextmanager
-    def change(self, layer: str, channel: int, rows: Tensor) -> Iterator[None]:
-        """Run the block with one channel changed."""
-        self._changed = (layer, channel, rows)
-        try:
-            yield
-        finally:
-            self._changed = None
-
-    def forward(self, name: str) -> Callable[[Tensor], Tensor]:
-        """Return what stands in for a layer's forward."""
-        layer = self._layers[name]
-        original = layer.forward
-
-        def run(inputs: Tensor) -> Tensor:
-            if self._changed is None:
-                if name in self._recorded:
-                    raise QvlaError(f"layer {name} runs more than once in a pass; not supported")
-                self._recorded[name] = (inputs, original(inputs))
-                return self._recorded[name][1]
-            known_inputs, known_outputs = self._recorded[name]
-            outputs = known_outputs if torch.equal(inputs, known_inputs) else original(inputs)
-            if self._changed[0] != name:
-                return outputs
-            _, channel, rows = self._changed
-            outputs = outputs.clone(memory_format=torch.contiguous_format)
-            as_tokens(layer, outputs)[..., channel] += apply_rows(layer, inputs, rows)[..., 0]
-            return outputs
-
-        return run
+def _chunks(pairs: Sequence[ChannelWidth], piece: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Cut indices of pairs, sorted by layer, into runs of one layer each."""
+    chunk: list[int] = []
+    for i in piece:
+        if chunk and (len(chunk) == most or pairs[chunk[0]].layer != pairs[i].layer):
+            yield chunk
+            chunk = []
+        chunk.append(i)
+    if chunk:
+        yield chunk
 
 
-@contextlib.contextmanager
-def _reusing(layers: Layers) -> Iterator[_Reuse]:
-    reuse = _Reuse(layers)
-    replaced: list[Any] = []
-    try:
-        for name, layer in layers.items():
-            stand_in = reuse.forward(name)
-            layer.forward = stand_in  # type: ignore[method-assign,assignment]
-            replaced.append(layer)
-        yield reuse
-    finally:
-        for layer in replaced:
-            del layer.forward  # the class's own forward shows again
+def _changed_rows(
+    layer: nn.Linear | nn.Conv2d, pairs: Sequence[ChannelWidth], quantizer: QuantizerSpec
+) -> torch.Tensor:
+    """What quantization adds to each pair's row.  float32 [pairs, inputs]"""
+    rows = weight_rows(layer)[[p.channel for p in pairs]]
+    quantized = [
+        quantize_channels(row[None], pair.bits, quantizer).dequantize()
+        for row, pair in zip(rows, pairs, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(quantized) - rows)

@@ -4,34 +4,41 @@ Quantizing channel c of a layer changes its output at token t by E[t, c] = x_t .
 normalized action by dA = sum_t J[t, c] E[t, c] to first order. For a probe v over the action's
 numbers, one backward pass gives g = d(v . A)/dY, hence v . dA = sum_t g[t, c] E[t, c] for every
 channel at once; random signs v give E_v[(v . dA)^2] = ||dA||^2, and so does the sum over all unit
-vectors. Neither the norm product of eq. 6 nor the isotropic noise of appendix G is assumed.
+vectors. Neither the norm product of eq. 6 nor the isotropic noise of appendix G is assumed; both
+can be had for comparison.
 """
 
-import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.artifacts import write_bytes
+from qvla_export.backward import Contraction, Layers, Probes, add_batch
+from qvla_export.distributed import World
 from qvla_export.errors import QvlaError
-from qvla_export.layers import apply_rows, as_tokens, error_rows, layer_shapes, traced_layers
+from qvla_export.layer_groups import layer_groups
+from qvla_export.layers import error_rows, layer_shapes, traced_layers
 from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec
-from qvla_export.sensitivity import Sensitivities, read_tensor_file, tensor_file
+from qvla_export.sensitivity import Sensitivities
+from qvla_export.sharded_sums import OnProgress, ShardedSums
+from qvla_export.standard_errors import empty_sums, standard_error
 
 METHOD = "first order, full"
-_PROGRESS_FORMAT = "qvla-first-order-progress-1"
-_log = logging.getLogger(__name__)
-
-Layers = Mapping[str, nn.Linear | nn.Conv2d]
+_METHODS: Mapping[Contraction, str] = {
+    "full": METHOD,
+    "norms": "norm product",
+    "isotropic": "norm product, isotropic noise",
+}
+# Batches after which a bounded measurement looks at its standard error for the first time; the
+# next looks come after twice as many each. So the numbers do not depend on how many share the work.
+_FIRST_LOOK = 4
 
 
 @dataclass(frozen=True)
@@ -49,21 +56,26 @@ class FirstOrder:
     seed: int = 0
     # Observations that run together; memory grows with it.
     batch_size: int = 8
+    # "full" is the method; the others are the paper's proxies.
+    contraction: Contraction = "full"
+    # No more observations are measured once the relative standard error of every layer's sum over
+    # its channels, at every width, is at most this. None measures all.
+    max_standard_error: float | None = None
+    # Layers that do not fit into this many bytes together are measured in further passes; see
+    # `layer_groups` for what it counts. None measures all at once.
+    max_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or (self.probes is not None and self.probes < 1):
             raise QvlaError(
                 f"batch_size and probes must be at least 1, got {self.batch_size}, {self.probes}"
             )
-
-
-@dataclass
-class _Sums:
-    """Sums over the batches done so far; additive, so they can be saved, resumed, all-reduced."""
-
-    # Layer name -> sum over observations.  float64 [widths, channels]
-    values: dict[str, NDArray[np.float64]]
-    batches: int
+        if self.contraction not in get_args(Contraction):
+            raise QvlaError(
+                f"contraction must be one of {get_args(Contraction)}, got {self.contraction!r}"
+            )
+        if self.max_standard_error is not None and not self.max_standard_error > 0:
+            raise QvlaError(f"max_standard_error must be above 0, got {self.max_standard_error}")
 
 
 def measure_first_order(
@@ -72,7 +84,8 @@ def measure_first_order(
     calibration_digest: str,
     settings: FirstOrder,
     progress_file: Path | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
+    world: World | None = None,
 ) -> Sensitivities:
     """Estimate the sensitivity of every channel at every width.
 
@@ -80,47 +93,114 @@ def measure_first_order(
         policy: its weights stay as they are.
         observations: at least one.
         calibration_digest: digest of the set they came from.
-        settings: quantizer, widths, probes, seed, batch size.
+        settings: quantizer, widths, probes, seed, batch size, bounds.
         progress_file: sums are saved here after each batch; a killed run that finds the file goes
-            on from it and gives the same numbers. The caller removes it when the result is safe.
-        on_progress: called with (observations done, observations in all) after each batch.
+            on from it and gives the same numbers. The caller removes it when the result is safe:
+            `sharded_sums.remove_journals`. Several processes need a folder that all see.
+        on_progress: called with (observations done, observations in all) after each batch; with
+            several groups of layers, each group counts all observations.
+        world: the processes that share the observations; all get the result.
 
     Raises:
-        QvlaError: no observations, or a layer that is called more than once in a pass.
-        ArtifactError: the progress file is damaged.
+        QvlaError: no observations, a layer that is called more than once in a pass, or one that
+            exceeds the bound of memory.
     """
     if not observations:
         raise QvlaError("sensitivities need at least one observation, got none")
     layers = traced_layers(policy)
-    errors = {name: _stacked_errors(layer, settings) for name, layer in layers.items()}
-    identity = _identity(policy, observations, calibration_digest, settings)
-    sums = _resumed(progress_file, identity) or _no_sums(layers, settings)
-    size = settings.batch_size
-    for start in range(sums.batches * size, len(observations), size):
-        _add_batch(policy, layers, errors, observations[start : start + size], settings, sums)
-        if progress_file is not None:
-            provenance = {"format": _PROGRESS_FORMAT, "of": identity, "batches": sums.batches}
-            write_bytes(progress_file, tensor_file(sums.values, provenance))
-        if on_progress is not None:
-            on_progress(min(start + size, len(observations)), len(observations))
-    values = {n: (sums.values[n] / len(observations)).astype(np.float32) for n in layers}
+    size, widths = settings.batch_size, len(settings.widths)
+    groups = layer_groups(policy, layers, observations[:size], widths, settings.max_bytes)
+    sums = ShardedSums(
+        empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths),
+        _identity(policy, len(observations), calibration_digest, settings, groups),
+        progress_file,
+        world,
+    )
+    work = _Work(policy, layers, groups, observations, settings, sums, on_progress)
+    batches = -(-len(observations) // size)
+    total: dict[str, NDArray[np.float64]] = {}
+    used = 0
+    for start, stop in _looks(batches, settings):
+        work.add(start, stop)
+        if stop < batches and sums.resumed & work.units(stop, batches):
+            continue  # a run before this one looked here and went on
+        total, used = sums.total(), min(stop * size, len(observations))
+        if settings.max_standard_error is None:
+            break
+        reached = standard_error(total, list(layers), used)
+        if reached is not None and reached.layers <= settings.max_standard_error:
+            break
     return Sensitivities(
-        values=values,
+        values={name: (total[name] / used).astype(np.float32) for name in layers},
         widths=settings.widths,
         weights_per_channel={name: n for name, (_, n) in layer_shapes(layers).items()},
-        method=METHOD,
-        samples=len(observations),
+        method=_METHODS[settings.contraction],
+        samples=used,
         probes=settings.probes or 0,
         seed=settings.seed,
         policy_digest=policy.digest,
         calibration_digest=calibration_digest,
         quantizer=settings.quantizer,
+        standard_error=standard_error(total, list(layers), used),
     )
 
 
-def _no_sums(layers: Layers, settings: FirstOrder) -> _Sums:
-    rows = len(settings.widths)
-    return _Sums({name: np.zeros((rows, len(x.weight))) for name, x in layers.items()}, 0)
+@dataclass(frozen=True)
+class _Work:
+    """Units of work: one group of layers on one batch each."""
+
+    policy: Policy
+    layers: Layers
+    groups: Sequence[Sequence[str]]
+    observations: Sequence[Observation]
+    settings: FirstOrder
+    sums: ShardedSums
+    on_progress: OnProgress | None
+
+    def units(self, start: int, stop: int) -> set[int]:
+        """Return the units of the batches [start, stop), of all groups."""
+        count = len(self.groups)
+        return {batch * count + g for batch in range(start, stop) for g in range(count)}
+
+    def add(self, start: int, stop: int) -> None:
+        """Add this process's share of the batches [start, stop)."""
+        count = len(self.groups)
+        for g, names in enumerate(self.groups):
+            mine = self.sums.share([batch * count + g for batch in range(start, stop)])
+            group = {name: self.layers[name] for name in names}
+            errors = {n: _stacked_errors(x, self.settings) for n, x in group.items() if mine}
+            for unit in mine:
+                self._add(unit // count, group, errors)
+                self.sums.mark(unit)
+                self._tell()
+
+    def _add(self, batch: int, group: Layers, errors: Mapping[str, Tensor]) -> None:
+        size = self.settings.batch_size
+        add_batch(
+            self.policy,
+            group,
+            errors,
+            self.observations[batch * size : (batch + 1) * size],
+            Probes(self.settings.probes, self.settings.seed),
+            batch,
+            self.sums.values,
+            self.settings.contraction,
+        )
+
+    def _tell(self) -> None:
+        if self.on_progress is not None:
+            size, count = self.settings.batch_size, len(self.groups)
+            whole = len(self.observations) * count
+            units = self.sums.done(self.units(0, -(-len(self.observations) // size)))
+            self.on_progress(min(units * size, whole), whole)
+
+
+def _looks(batches: int, settings: FirstOrder) -> Iterator[tuple[int, int]]:
+    """Yield runs of batches, [start, stop), after each of which a bounded measurement looks."""
+    start, stop = 0, batches if settings.max_standard_error is None else _FIRST_LOOK
+    while start < batches:
+        yield start, min(stop, batches)
+        start, stop = stop, 2 * stop
 
 
 def _stacked_errors(layer: nn.Linear | nn.Conv2d, settings: FirstOrder) -> Tensor:
@@ -129,99 +209,18 @@ def _stacked_errors(layer: nn.Linear | nn.Conv2d, settings: FirstOrder) -> Tenso
     return torch.from_numpy(np.concatenate(rows)).to(layer.weight.device)
 
 
-def _add_batch(
-    policy: Policy,
-    layers: Layers,
-    errors: Mapping[str, Tensor],
-    observations: Sequence[Observation],
-    settings: FirstOrder,
-    sums: _Sums,
-) -> None:
-    """Add sum over samples and probes of (sum_t g[t, c] E[t, c])^2 to the sums."""
-    actions, inputs, outputs = _recorded_pass(policy, layers, observations)
-    flat = actions.reshape(len(observations), -1)
-    changes = {}
-    with torch.no_grad():
-        for name, layer in layers.items():
-            mapped = apply_rows(layer, inputs[name], errors[name])
-            changes[name] = mapped.reshape(*mapped.shape[:2], len(settings.widths), -1)
-    probes, weight = _probes(flat, settings, sums.batches)
-    targets = [outputs[name] for name in layers]
-    for number, probe in enumerate(probes):
-        gradients = torch.autograd.grad(
-            flat, targets, grad_outputs=probe, retain_graph=number + 1 < len(probes)
-        )
-        for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
-            tokens = as_tokens(layer, gradient)
-            # v . dA of each image; a sample's images add up before squaring.
-            moved = torch.einsum("ntc,ntwc->nwc", tokens, changes[name])
-            moved = moved.reshape(len(observations), -1, *moved.shape[1:]).sum(dim=1)
-            squared = moved.double().square().sum(dim=0)
-            sums.values[name] += weight * squared.cpu().numpy()
-    sums.batches += 1
-
-
-def _recorded_pass(
-    policy: Policy, layers: Layers, observations: Sequence[Observation]
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Run forward with a graph; return the actions and each layer's inputs and outputs."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-
-    def recorder(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            if name in outputs:
-                raise QvlaError(f"layer {name} runs more than once in a pass; not supported")
-            # All parameters are frozen, so the graph has to begin at the first layers' outputs.
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            inputs[name] = arguments[0].detach()
-            outputs[name] = output
-
-        return record
-
-    handles = [layer.register_forward_hook(recorder(name)) for name, layer in layers.items()]
-    try:
-        with torch.enable_grad():
-            actions = policy.normalized_actions(policy.batch(observations))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return actions, inputs, outputs
-
-
-def _probes(flat: Tensor, settings: FirstOrder, batch: int) -> tuple[list[Tensor], float]:
-    """Probes [B, outputs] of a batch and the weight of each: unit vectors or random signs."""
-    if settings.probes is None:
-        identity = torch.eye(flat.shape[1], device=flat.device)
-        return [row.expand_as(flat) for row in identity], 1.0
-    # Seeded by the batch's number, so that a resumed run draws the same signs.
-    generator = np.random.default_rng([settings.seed, batch])
-    signs = generator.integers(0, 2, (settings.probes, *flat.shape), dtype=np.int8) * 2.0 - 1.0
-    return list(torch.from_numpy(signs).to(flat)), 1.0 / settings.probes
-
-
 def _identity(
     policy: Policy,
-    observations: Sequence[Observation],
+    observations: int,
     calibration_digest: str,
     settings: FirstOrder,
+    groups: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
     """What must be equal for saved sums to be of the same measurement."""
     return {
         "policy_digest": policy.digest,
         "calibration_digest": calibration_digest,
-        "observations": len(observations),
+        "observations": observations,
         "settings": {**asdict(settings), "quantizer": settings.quantizer.to_json()},
+        "groups": [list(names) for names in groups],
     }
-
-
-def _resumed(progress_file: Path | None, identity: Mapping[str, Any]) -> _Sums | None:
-    """Return the saved sums of this very measurement, if there are any."""
-    if progress_file is None or not progress_file.is_file():
-        return None
-    tensors, saved = read_tensor_file(progress_file, _PROGRESS_FORMAT, "sensitivity progress")
-    if saved["of"] != json.loads(json.dumps(identity)):
-        _log.warning("%s is of another measurement; starting anew", progress_file)
-        return None
-    return _Sums(dict(tensors), saved["batches"])

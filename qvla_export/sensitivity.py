@@ -1,12 +1,12 @@
 """The noun `Sensitivities`: what each channel at each width does to the action. numpy only.
 
-`qvla_export.first_order` and `qvla_export.exact` measure them, `qvla_export.allocation` uses them.
+`qvla_export.estimators` measure them, `qvla_export.allocation` uses them.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,21 @@ _FIELDS = (
 
 
 @dataclass(frozen=True)
+class StandardError:
+    """How far sensitivities may be from those of all such observations and probes, relatively.
+
+    Of the mean over observations, each with probes of its own; 0.1 means 10 %.
+    """
+
+    # Of the sum over a layer's channels at one width: the largest of all layers and widths.
+    layers: float
+    # The same where only the probes were drawn anew, on these very observations.
+    layers_by_probes: float
+    # Of one channel at one width: the median of all.
+    channels: float
+
+
+@dataclass(frozen=True)
 class Sensitivities:
     """Expected squared action deviation of quantizing one channel, all else in float (eq. 4).
 
@@ -54,7 +69,7 @@ class Sensitivities:
     widths: tuple[int, ...]
     # Layer name -> weights of one channel.
     weights_per_channel: Mapping[str, int]
-    # How they were estimated: "first order, full" or "exact".
+    # How they were estimated: "first order, full", "exact", ...; see `qvla_export.estimators`.
     method: str
     # Observations, and random probes an observation (0 where the method needs none).
     samples: int
@@ -64,6 +79,8 @@ class Sensitivities:
     quantizer: QuantizerSpec
     # Of the probes.
     seed: int = 0
+    # None where the method does not estimate it.
+    standard_error: StandardError | None = None
     made_with: Mapping[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
@@ -117,6 +134,8 @@ class Sensitivities:
             "quantizer": self.quantizer.to_json(),
             "versions": dict(self.made_with),
         }
+        if self.standard_error is not None:
+            provenance["standard_error"] = asdict(self.standard_error)
         return tensor_file(self.values, provenance)
 
     @staticmethod
@@ -130,6 +149,7 @@ class Sensitivities:
         require_fields(value, _FIELDS, f"sensitivities {path}")
         try:
             order = value["weights_per_channel"]
+            deviation = value.get("standard_error")
             return Sensitivities(
                 values={name: tensors[name] for name in order},
                 widths=tuple(value["widths"]),
@@ -141,6 +161,7 @@ class Sensitivities:
                 policy_digest=value["policy_digest"],
                 calibration_digest=value["calibration_digest"],
                 quantizer=QuantizerSpec.from_json(value["quantizer"]),
+                standard_error=None if deviation is None else StandardError(**deviation),
                 made_with=value["versions"],
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -321,6 +321,10 @@ class PartOfPolicy:
     def digest(self) -> str:
         return self.whole.digest
 
+    @property
+    def module(self) -> torch.nn.Module:
+        return self.whole.module
+
     def batch(self, observations: list[Observation]) -> PolicyBatch:
         return self.whole.batch(observations)
 

@@ -1,0 +1,157 @@
+"""One recorded pass of the policy and the gradients of its action at every layer's output.
+
+What the estimators of first order share: they differ in how they bring a layer's gradient g and
+its output error E of every width together.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qvla_export.errors import QvlaError
+from qvla_export.layers import apply_rows, as_tokens
+from qvla_export.observation import Observation
+from qvla_export.policies.base import Policy
+from qvla_export.standard_errors import add_moments
+
+Layers = Mapping[str, nn.Linear | nn.Conv2d]
+
+# "full": (sum_t g E)^2. "norms": sum_t g^2 times sum_t E^2, eq. 6. "isotropic": sum_t g^2 times
+# mean_t E^2, appendix G.
+Contraction = Literal["full", "norms", "isotropic"]
+
+
+@dataclass(frozen=True)
+class Probes:
+    """How the Jacobian of the action is probed: `count` random signs an observation, or whole."""
+
+    count: int | None
+    seed: int
+
+    def draw(self, flat: Tensor, batch: int) -> tuple[list[Tensor], float]:
+        """Return probes [B, outputs] of a batch and the weight of each.
+
+        Args:
+            flat: the actions.  [B, outputs]
+            batch: its number; the same number draws the same signs in whatever process.
+        """
+        if self.count is None:
+            identity = torch.eye(flat.shape[1], device=flat.device)
+            return [row.expand_as(flat) for row in identity], 1.0
+        generator = np.random.default_rng([self.seed, batch])
+        signs = generator.integers(0, 2, (self.count, *flat.shape), dtype=np.int8) * 2.0 - 1.0
+        return list(torch.from_numpy(signs).to(flat)), 1.0 / self.count
+
+
+def add_batch(
+    policy: Policy,
+    layers: Layers,
+    errors: Mapping[str, Tensor],
+    observations: Sequence[Observation],
+    probes: Probes,
+    batch: int,
+    sums: Mapping[str, NDArray[np.float64]],
+    contraction: Contraction = "full",
+) -> None:
+    """Add the squared deviations of all channels and widths of some layers on a batch to sums.
+
+    Args:
+        policy: its weights stay as they are.
+        layers: to be estimated; the graph begins at the first of them.
+        errors: layer name -> weight errors of all widths, one below the other.
+            float32 [widths * channels, inputs]
+        observations: of the batch.
+        probes: how the action's Jacobian is probed.
+        batch: number of the batch, seeds its probes.
+        sums: as `standard_errors.empty_sums` makes them; added to in place.
+        contraction: how gradients and errors come together.
+
+    Raises:
+        QvlaError: a layer is called more than once in a pass.
+    """
+    actions, inputs, outputs = recorded_pass(policy, layers, observations)
+    flat = actions.reshape(len(observations), -1)
+    changes = {}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            mapped = apply_rows(layer, inputs.pop(name), errors[name])
+            mapped = mapped.reshape(*mapped.shape[:2], -1, layer.weight.shape[0])
+            changes[name] = _noise(mapped, len(observations), contraction)
+    drawn, weight = probes.draw(flat, batch)
+    targets = [outputs[name] for name in layers]
+    # Layer name -> mean over probes of each observation, [B, widths, channels], and sums over the
+    # channels of each probe, [B, widths] each.
+    means: dict[str, Tensor] = {}
+    layer_sums: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for number, probe in enumerate(drawn):
+        gradients = torch.autograd.grad(
+            flat, targets, grad_outputs=probe, retain_graph=number + 1 < len(drawn)
+        )
+        for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
+            tokens = as_tokens(layer, gradient)
+            squared = _contracted(tokens, changes[name], len(observations), contraction)
+            sums[name] += weight * squared.sum(dim=0).cpu().numpy()
+            layer_sums[name].append(squared.sum(dim=-1))
+            means[name] = means[name].add_(squared, alpha=weight) if number else weight * squared
+    for name in layers:
+        add_moments(sums, name, means[name], layer_sums[name], sampled=probes.count is not None)
+
+
+def _noise(mapped: Tensor, count: int, contraction: Contraction) -> Tensor:
+    """Output errors of a layer, or what the norm products keep of them.
+
+    [N, tokens, widths, channels] -> the same, or float64 [B, widths, channels]
+    """
+    if contraction == "full":
+        return mapped
+    squares = mapped.reshape(count, -1, *mapped.shape[2:]).square()
+    kept = squares.sum(dim=1) if contraction == "norms" else squares.mean(dim=1)
+    return kept.double()
+
+
+def _contracted(tokens: Tensor, changes: Tensor, count: int, contraction: Contraction) -> Tensor:
+    """Return the squared deviations of a probe.  float64 [B, widths, channels]"""
+    if contraction == "full":
+        # v . dA of each image; a sample's images add up before squaring.
+        moved = torch.einsum("ntc,ntwc->nwc", tokens, changes)
+        return moved.reshape(count, -1, *moved.shape[1:]).sum(dim=1).double().square()
+    gains = tokens.reshape(count, -1, tokens.shape[-1]).square().sum(dim=1)
+    return gains.double()[:, None] * changes
+
+
+def recorded_pass(
+    policy: Policy, layers: Layers, observations: Sequence[Observation]
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Run forward with a graph; return the actions and each layer's inputs and outputs.
+
+    Raises:
+        QvlaError: a layer is called more than once.
+    """
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            if name in outputs:
+                raise QvlaError(f"layer {name} runs more than once in a pass; not supported")
+            # All parameters are frozen, so the graph has to begin at the first layers' outputs.
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            inputs[name] = arguments[0].detach()
+            outputs[name] = output
+
+        return record
+
+    handles = [layer.register_forward_hook(recorder(name)) for name, layer in layers.items()]
+    try:
+        with torch.enable_grad():
+            actions = policy.normalized_actions(policy.batch(observations))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return actions, inputs, outputs

@@ -1,0 +1,81 @@
+"""Layers measured together: as many as fit into a bound of memory, the rest in further passes."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qvla_export.errors import QvlaError
+from qvla_export.layers import layer_shapes
+from qvla_export.observation import Observation
+from qvla_export.policies.base import Policy
+
+Layers = Mapping[str, nn.Linear | nn.Conv2d]
+_FLOAT_BYTES = 4
+
+
+def layer_groups(
+    policy: Policy,
+    layers: Layers,
+    observations: Sequence[Observation],
+    widths: int,
+    max_bytes: int | None,
+) -> list[list[str]]:
+    """Cut the layers, in forward order, into groups that fit.
+
+    A layer takes its weight errors at every width and, for one batch, its inputs, outputs,
+    gradients and output errors at every width. The policy and the activations that autograd keeps
+    of one pass come on top.
+
+    Args:
+        policy: gives the number of each layer's tokens, by a pass.
+        layers: of the policy.
+        observations: one batch.
+        widths: how many.
+        max_bytes: bound of one group; None puts all layers into one.
+
+    Raises:
+        QvlaError: a single layer needs more; the message says how much.
+    """
+    if max_bytes is None:
+        return [list(layers)]
+    moved = _moved_numbers(policy, layers, observations)
+    shapes = layer_shapes(layers)
+    groups: list[list[str]] = []
+    used = 0
+    for name, (channels, inputs) in shapes.items():
+        fed, made = moved[name]
+        need = _FLOAT_BYTES * (widths * channels * inputs + fed + (widths + 2) * made)
+        if need > max_bytes:
+            raise QvlaError(
+                f"layer {name} alone needs {need / 1e9:.3g} GB, more than the bound of "
+                f"{max_bytes / 1e9:.3g} GB; raise the bound or run fewer observations together"
+            )
+        if not groups or used + need > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += need
+    return groups
+
+
+def _moved_numbers(
+    policy: Policy, layers: Layers, observations: Sequence[Observation]
+) -> dict[str, tuple[int, int]]:
+    """Return how many numbers a batch puts into and out of each layer."""
+    moved: dict[str, tuple[int, int]] = {}
+
+    def counted(name: str) -> object:
+        def count(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            moved[name] = (arguments[0].numel(), output.numel())
+
+        return layers[name].register_forward_hook(count)
+
+    handles = [counted(name) for name in layers]
+    try:
+        with torch.no_grad():
+            policy.normalized_actions(policy.batch(observations))
+    finally:
+        for handle in handles:
+            handle.remove()  # type: ignore[attr-defined]
+    return moved

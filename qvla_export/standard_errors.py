@@ -1,0 +1,99 @@
+"""Standard errors of sensitivities, from sums of squares that are kept beside the sums.
+
+An observation's value is its mean over probes; observations are independent draws, and so are the
+probes of each.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qvla_export.sensitivity import StandardError
+
+Sums = Mapping[str, NDArray[np.float64]]
+
+
+def empty_sums(channels: Mapping[str, int], widths: int) -> dict[str, NDArray[np.float64]]:
+    """Return zeros: each layer's sums [widths, channels], their squares, and the layer's moments.
+
+    The moments, [2, widths], are of the sum over channels: sum over observations of its square,
+    and of the variance that its probes leave.
+    """
+    empty = {}
+    for name, count in channels.items():
+        empty[name] = np.zeros((widths, count))
+        empty[_squares(name)] = np.zeros((widths, count))
+        empty[_moments(name)] = np.zeros((2, widths))
+    return empty
+
+
+def add_moments(
+    sums: Sums, name: str, means: Tensor, layer_sums: Sequence[Tensor], sampled: bool
+) -> None:
+    """Add what a batch says about a layer's spread.
+
+    Args:
+        sums: of all layers; added to in place.
+        name: of the layer.
+        means: each observation's mean over probes.  float64 [B, widths, channels]
+        layer_sums: of each probe, the sum over channels.  float64 [B, widths] each
+        sampled: the probes are random, not the whole Jacobian.
+    """
+    sums[_squares(name)][:] += means.square().sum(dim=0).cpu().numpy()
+    moments = sums[_moments(name)]
+    moments[0] += means.sum(dim=-1).square().sum(dim=0).cpu().numpy()
+    if sampled and len(layer_sums) > 1:
+        variance = torch.stack(list(layer_sums)).var(dim=0) / len(layer_sums)
+        moments[1] += variance.sum(dim=0).cpu().numpy()
+
+
+def standard_error(sums: Sums, names: Sequence[str], observations: int) -> StandardError | None:
+    """Return the relative standard errors; None of fewer than two observations."""
+    if observations < 2:
+        return None
+    layers, by_probes, channels = [], [], []
+    for name in names:
+        values, moments = sums[name], sums[_moments(name)]
+        whole = values.sum(axis=1)
+        layers.append(_relative(whole, moments[0], observations))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            by_probes.append(np.sqrt(moments[1]) / whole)
+        channels.append(_relative(values, sums[_squares(name)], observations).ravel())
+    return StandardError(
+        layers=_largest(layers),
+        layers_by_probes=_largest(by_probes),
+        channels=_median(np.concatenate(channels)),
+    )
+
+
+def _relative(
+    total: NDArray[np.float64], squares: NDArray[np.float64], count: int
+) -> NDArray[np.float64]:
+    """Standard error of a mean over its size, from sum and sum of squares; NaN of a zero sum."""
+    mean = total / count
+    variance = np.maximum(squares - count * mean**2, 0.0) / (count - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative: NDArray[np.float64] = np.sqrt(variance / count) / mean
+    return relative
+
+
+def _largest(found: Sequence[NDArray[np.float64]]) -> float:
+    values = np.concatenate(found)
+    finite = values[np.isfinite(values)]
+    return float(finite.max()) if len(finite) else 0.0
+
+
+def _median(values: NDArray[np.float64]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else 0.0
+
+
+def _squares(name: str) -> str:
+    return f"{name}#squares"
+
+
+def _moments(name: str) -> str:
+    return f"{name}#moments"
