@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from engines.base import BundleEngine, EngineError, Feeds, check_feeds, rounds_activations
 from qvla_export.bundle import Bundle, Stage
+from qvla_export.clock import StageClock
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 _UNPACK = "session.disable_quant_qdq"
@@ -66,11 +67,15 @@ class OrtEngine(BundleEngine):
             raise EngineError("the engine is closed; load it again")
         check_feeds(self.inputs, feeds)
         values = dict(feeds)
+        clock = StageClock()
         for stage in self._bundle.stages:
-            session = self._sessions[stage.name] if self._keep_loaded else self._load(stage)
-            names = [spec.name for spec in stage.outputs]
-            inputs = {spec.name: values[spec.name] for spec in stage.inputs}
-            values.update(zip(names, session.run(names, inputs), strict=True))
+            # Loading, where a stage is not kept, is part of what the stage takes.
+            with clock.stage(stage.name):
+                session = self._sessions[stage.name] if self._keep_loaded else self._load(stage)
+                names = [spec.name for spec in stage.outputs]
+                inputs = {spec.name: values[spec.name] for spec in stage.inputs}
+                values.update(zip(names, session.run(names, inputs), strict=True))
+        self._stage_ms = clock.timing_ms
         return {spec.name: values[spec.name] for spec in self.outputs}
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 
 import httpx
 
@@ -10,7 +11,7 @@ from jetson.errors import RemoteError, WireError
 from jetson.security import client_tls, read_token
 from jetson.wire import decode_reply, encode_request
 from qvla_export.action import ActionChunk
-from qvla_export.clock import StageClock
+from qvla_export.clock import StageClock, whole_stages
 from qvla_export.errors import InvalidObservation, QvlaError
 from qvla_export.observation import Observation
 
@@ -89,7 +90,7 @@ class RemotePolicy:
         found = _STAGE.findall(response.headers.get("server-timing", ""))
         stages = {name: float(ms) for name, ms in found}
         total_ms = clock.timing_ms["total"]
-        stages["transport"] = max(total_ms - stages.pop("total", sum(stages.values())), 0.0)
+        stages["transport"] = max(total_ms - stages.pop("total", _sum_ms(stages)), 0.0)
         return response.content, {**stages, "total": total_ms}
 
     def close(self) -> None:
@@ -130,6 +131,10 @@ class RemotePolicy:
                 f"{self.url}{path} answered {response.status_code}: {_reason(response)}"
             )
         return response
+
+
+def _sum_ms(stages: Mapping[str, float]) -> float:
+    return sum(stages[name] for name in whole_stages(stages))
 
 
 def _authorization(token: str | None) -> dict[str, str]:

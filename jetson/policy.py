@@ -7,7 +7,7 @@ import numpy as np
 from engines.base import Engine, EngineError
 from qvla_export.action import ActionChunk
 from qvla_export.bundle import Bundle
-from qvla_export.clock import StageClock
+from qvla_export.clock import StageClock, part
 from qvla_export.observation import Observation
 
 
@@ -25,6 +25,10 @@ class EnginePolicy:
     def infer(self, observation: Observation) -> ActionChunk:
         """Act on one observation, with the milliseconds of preprocess, engine, postprocess.
 
+        "engine" is the whole call by the host's clock, after the device is done; its parts
+        "engine.<name>" are the engine's own `stage_ms`. What is left between the two is checks,
+        launches and copies within the host.
+
         Raises:
             InvalidObservation: a camera is missing or the state has another length.
             UnsafeAction: the engine put out NaN or infinity; nothing is returned to act on.
@@ -35,6 +39,8 @@ class EnginePolicy:
             feeds = processor.feeds(observation)
         with clock.stage("engine"):
             normalized = self.engine.infer(feeds)["actions"][0]
+        stage_ms = self.engine.stage_ms
+        clock.timing_ms |= {part("engine", name): ms for name, ms in stage_ms.items()}
         with clock.stage("postprocess"):
             if not np.isfinite(normalized).all():
                 bad = np.argwhere(~np.isfinite(normalized)).tolist()

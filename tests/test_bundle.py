@@ -177,4 +177,4 @@ def test_runs_without_torch_transformers_or_onnx(original: Bundle) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout == "acted ['engine', 'postprocess', 'preprocess']\n"
+    assert run.stdout == "acted ['engine', 'engine.policy', 'postprocess', 'preprocess']\n"

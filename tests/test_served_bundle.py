@@ -15,6 +15,7 @@ from jetson.profiling import profile_latency
 from jetson.server import running_server
 from jetson.settings import ServerSettings
 from qvla_export.bundle import Bundle
+from qvla_export.clock import whole_stages
 from qvla_export.export import export_bundle
 from qvla_export.observation import Observation
 from qvla_export.policies.oft import OftPolicy
@@ -72,7 +73,7 @@ def test_a_remote_policy_is_the_policy(
     np.testing.assert_array_equal(chunk.actions, expected.actions)
     np.testing.assert_array_equal(chunk.normalized, expected.normalized)
     assert list(chunk.timing_ms) == [
-        *("decode", "preprocess", "engine", "postprocess", "encode"),
+        *("decode", "preprocess", "engine", "engine.policy", "postprocess", "encode"),
         "transport",
     ]
 
@@ -83,10 +84,11 @@ def test_a_bundle_is_profiled_stage_by_stage(
     result = profile_latency({"a": served, "b": served}, tiny_observations(3), 2, 12)
     (profile, _) = result.profiles
     assert list(profile.samples_ms) == [
-        *("decode", "preprocess", "engine", "postprocess", "encode"),
+        *("decode", "preprocess", "engine", "engine.policy", "postprocess", "encode"),
         "total",
     ]
-    parts = sum(values for stage, values in profile.samples_ms.items() if stage != "total")
+    parts = sum(profile.samples_ms[stage] for stage in whole_stages(profile.samples_ms))
+    assert (profile.samples_ms["engine.policy"] <= profile.samples_ms["engine"]).all()
     assert (parts <= profile.samples_ms["total"]).all()
     assert profile.bundle_digest == served.bundle.digest
     assert [ratio.stage for ratio in result.ratios] == ["total", "engine"]

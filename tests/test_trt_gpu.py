@@ -70,6 +70,8 @@ def test_a_gpu_acts_as_onnx_runtime(bundle: Bundle) -> None:
                 # float16 in between, with sums in another order.
                 np.testing.assert_allclose(got["actions"], expected["actions"], atol=1e-2)
         assert not engine.uncaptured
-        assert list(engine.stage_ms) == ["upload", "vision", "decoder", "head", "download"]
+        assert list(engine.stage_ms) == [
+            *("host_to_device", "vision", "decoder", "head", "device_to_host")
+        ]
         assert all(ms > 0 for ms in engine.stage_ms.values())
         judge(bundle, engine).require_passed()

@@ -52,7 +52,11 @@ def test_a_staged_policy_acts_as_torch(
         for observation in observations:
             got, expected = on_gpu.infer(observation), on_cpu.infer(observation)
             np.testing.assert_allclose(got.actions, expected.actions, atol=1e-6)
-        assert set(engine.stage_ms) == {"upload", *(s.name for s in bundle.stages), "download"}
+        assert set(engine.stage_ms) == {
+            "host_to_device",
+            *(s.name for s in bundle.stages),
+            "device_to_host",
+        }
         assert device.launched > 0
     size = measure_sizes(bundle, sidecars)
     assert size.engine_weight_bytes is not None

@@ -128,7 +128,9 @@ def test_results_outlive_the_next_action(rig: Rig) -> None:
 def test_stage_times_come_from_events(rig: Rig) -> None:
     with rig.open() as engine:
         engine.infer(feeds_of(5))
-        assert list(engine.stage_ms) == ["upload", "vision", "decoder", "head", "download"]
+        assert list(engine.stage_ms) == [
+            *("host_to_device", "vision", "decoder", "head", "device_to_host")
+        ]
         # The fake clock counts works and events: three copies in, one work a stage, one copy out.
         assert list(engine.stage_ms.values()) == [4, 2, 2, 2, 2]
 

@@ -26,7 +26,7 @@ from engines.trt.shapes import Shape, ShapeRange
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
 from qvla_export.bundle import Bundle, Stage
 
-_UPLOAD, _DOWNLOAD = "upload", "download"
+_TO_DEVICE, _TO_HOST = "host_to_device", "device_to_host"
 
 
 class TensorRtEngine(BundleEngine):
@@ -68,8 +68,6 @@ class TensorRtEngine(BundleEngine):
         self._ranges: dict[str, ShapeRange] = {}
         for sidecar in sidecars.values():
             self._ranges |= {**sidecar.origin.inputs, **sidecar.outputs}
-        # Milliseconds of the last action on the GPU: "upload", each stage, "download".
-        self.stage_ms: dict[str, float] = {}
         self._log = Log(self._module)
         self._stack: ExitStack | None = ExitStack()
         try:
@@ -127,9 +125,9 @@ class TensorRtEngine(BundleEngine):
         views = {s.name: self._buffers.download(s.name, shapes[s.name]) for s in self.outputs}
         device.record(self._events[-1])
         device.synchronize()
-        names = (_UPLOAD, *(stage.name for stage in stages), _DOWNLOAD)
+        names = (_TO_DEVICE, *(stage.name for stage in stages), _TO_HOST)
         pairs = zip(names, self._events[:-1], self._events[1:], strict=True)
-        self.stage_ms = {name: device.elapsed_ms(start, end) for name, start, end in pairs}
+        self._stage_ms = {name: device.elapsed_ms(start, end) for name, start, end in pairs}
         # Copies, since the next action overwrites the pinned memory.
         results = {name: view.copy() for name, view in views.items()}
         for stage in stages:

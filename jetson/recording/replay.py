@@ -14,6 +14,7 @@ from jetson.recording.reader import Recording
 from jetson.service import ActionService
 from qvla_export.action import ActionPolicy
 from qvla_export.artifacts import write_json
+from qvla_export.clock import whole_stages
 from qvla_export.errors import ArtifactError, ArtifactMismatch
 
 _FORMAT = "qvla.replay/1"
@@ -130,7 +131,7 @@ def _replay(
     if processor is not None:
         unit, bins = processor.statistics.action.scale(), processor.spec.action_bins
     # What both measured by the same name can be compared.
-    stages = {*timing_ms[0][0]} & {*timing_ms[1][0]} - {*_PROTOCOL}
+    stages = {*timing_ms[0][0]} & {*whole_stages(timing_ms[1][0])} - {*_PROTOCOL}
     recorded_ms, replayed_ms = (
         np.array([sum(timing.get(stage, 0.0) for stage in stages) for timing in side])
         for side in timing_ms

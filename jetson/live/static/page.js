@@ -92,8 +92,11 @@ function showLatency(now) {
   put("strip", strip(now.recent_ms, now.deadline_ms, ROOM));
   if (!now.latest) return;
   const { total, ...stages } = now.latest.timing_ms;
+  // "engine.decoder" is a part of "engine".
+  const part = (name) => name.includes(".") && name.slice(0, name.lastIndexOf(".")) in stages;
+  const label = (name) => part(name) ? name.slice(name.lastIndexOf(".") + 1).replaceAll("_", " ") : name;
   put("stages", ...Object.entries(stages).map(([name, ms]) =>
-    element("div", { class: "stage" }, element("span", {}, name),
+    element("div", { class: part(name) ? "stage part" : "stage" }, element("span", {}, label(name)),
       element("meter", { min: 0, max: total, value: ms, "aria-label": `${name} ${digits(ms)} ms of ${digits(total)} ms` }),
       element("span", { class: "value" }, `${digits(ms)} ms`))));
 }
