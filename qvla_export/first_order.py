@@ -168,13 +168,13 @@ class _Work:
         for g, names in enumerate(self.groups):
             mine = self.sums.share([batch * count + g for batch in range(start, stop)])
             group = {name: self.layers[name] for name in names}
-            errors = {n: _stacked_errors(x, self.settings) for n, x in group.items() if mine}
+            errors = {n: _weight_errors(x, self.settings) for n, x in group.items() if mine}
             for unit in mine:
                 self._add(unit // count, group, errors)
                 self.sums.mark(unit)
                 self._tell()
 
-    def _add(self, batch: int, group: Layers, errors: Mapping[str, Tensor]) -> None:
+    def _add(self, batch: int, group: Layers, errors: Mapping[str, dict[int, Tensor]]) -> None:
         size = self.settings.batch_size
         add_batch(
             self.policy,
@@ -203,10 +203,16 @@ def _looks(batches: int, settings: FirstOrder) -> Iterator[tuple[int, int]]:
         start, stop = stop, 2 * stop
 
 
-def _stacked_errors(layer: nn.Linear | nn.Conv2d, settings: FirstOrder) -> Tensor:
-    """Weight errors of all widths, one below the other.  float32 [widths * channels, inputs]"""
-    rows = [error_rows(layer, bits, settings.quantizer) for bits in settings.widths]
-    return torch.from_numpy(np.concatenate(rows)).to(layer.weight.device)
+def _weight_errors(layer: nn.Linear | nn.Conv2d, settings: FirstOrder) -> dict[int, Tensor]:
+    """Width -> weight errors of all channels; nothing is computed for 0 bits.
+
+    float32 [channels, inputs]
+    """
+    found = {}
+    for bits in settings.widths:
+        rows = error_rows(layer, bits, settings.quantizer) if bits else np.zeros((0, 0), "f4")
+        found[bits] = torch.from_numpy(rows).to(layer.weight.device)
+    return found
 
 
 def _identity(
