@@ -7,7 +7,7 @@ from pathlib import Path
 
 DRIVER = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-_MODE = re.compile(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>")
+_MODE = re.compile(r"<\s*POWER_MODEL\s+ID=(\d{1,9})\s+NAME=(\S+)\s*>")
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def read_power_mode(root: Path = Path("/")) -> str | None:
     nvpmodel's service keeps "pmode:0000" in its status file and the names in its configuration.
     """
     try:
-        status = (root / "var/lib/nvpmodel/status").read_text()
+        status = (root / "var/lib/nvpmodel/status").read_text(errors="replace")
     except OSError:
         return None
-    number = re.search(r"pmode:\s*(\d+)", status)
+    number = re.search(r"pmode:\s*(\d{1,9})", status)
     if number is None:
         return None
     return read_power_modes(root).get(int(number[1]), number[1])
@@ -58,7 +58,7 @@ def read_power_mode(root: Path = Path("/")) -> str | None:
 def read_power_modes(root: Path = Path("/")) -> dict[int, str]:
     """Return the names of a Jetson's power modes by number; none elsewhere."""
     try:
-        listed = _MODE.findall((root / "etc/nvpmodel.conf").read_text())
+        listed = _MODE.findall((root / "etc/nvpmodel.conf").read_text(errors="replace"))
     except OSError:
         return {}
     return {int(number): name for number, name in listed}

@@ -25,6 +25,12 @@ def number_of(text: str | Path) -> float | None:
     return value if value == value and abs(value) != float("inf") else None
 
 
+def meminfo_bytes(text: str, name: str) -> int | None:
+    """Return the bytes that the text of /proc/meminfo states; None if it does not."""
+    match = re.search(rf"^{name}:\s*(\d{{1,15}}) kB", text, re.M)
+    return int(match[1]) * 1024 if match else None
+
+
 def found(folder: Path, pattern: str) -> list[Path]:
     """Return the paths below a folder that match, numbers in order; none if there is no folder."""
     try:

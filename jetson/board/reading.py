@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engines.trt.gpu import read_power_mode
 from jetson.board.clocks import read_clocks
-from jetson.board.files import found, number_of, text_of
+from jetson.board.files import found, meminfo_bytes, number_of, text_of
 from jetson.board.sensors import (
     read_largest_free_block,
     read_rails_mw,
@@ -30,7 +30,7 @@ def read_board_state(root: Path = Path("/")) -> BoardState:
     governors = [text_of(path) for path in found(cpus, "cpu[0-9]*/cpufreq/scaling_governor")]
     clocks, l4t = read_clocks(root), read_l4t(root)
     load = text_of(root / "proc/loadavg").split()
-    swap_total, swap_free = _kilobytes(meminfo, "SwapTotal"), _kilobytes(meminfo, "SwapFree")
+    swap_total, swap_free = meminfo_bytes(meminfo, "SwapTotal"), meminfo_bytes(meminfo, "SwapFree")
     block_bytes, blocks = read_largest_free_block(root)
     return BoardState(
         model=text_of(root / "proc/device-tree/model")
@@ -45,8 +45,8 @@ def read_board_state(root: Path = Path("/")) -> BoardState:
         )
         or _listed_mhz(cpuinfo),
         load_1m=number_of(load[0]) if load else None,
-        memory_total_bytes=_kilobytes(meminfo, "MemTotal"),
-        memory_available_bytes=_kilobytes(meminfo, "MemAvailable"),
+        memory_total_bytes=meminfo_bytes(meminfo, "MemTotal"),
+        memory_available_bytes=meminfo_bytes(meminfo, "MemAvailable"),
         module=read_module(root),
         jetpack=read_jetpack(root, l4t),
         tensorrt=read_tensorrt(root),
@@ -73,8 +73,3 @@ def _listed_mhz(cpuinfo: str) -> tuple[float, ...]:
 def _field(text: str, name: str) -> str:
     match = re.search(rf"^{name}\s*:\s*(.+)$", text, re.M)
     return match[1].strip() if match else ""
-
-
-def _kilobytes(text: str, name: str) -> int | None:
-    match = re.search(rf"^{name}:\s*(\d+) kB", text, re.M)
-    return int(match[1]) * 1024 if match else None

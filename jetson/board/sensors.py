@@ -90,24 +90,35 @@ def read_throttle_counts(root: Path) -> dict[str, int]:
 
 def read_zram_bytes(root: Path) -> int:
     """Return the bytes of swap that is compressed memory; 0 without any."""
-    swaps = re.findall(r"^/dev/zram\S*\s+\S+\s+(\d+)", text_of(root / "proc/swaps"), re.M)
+    swaps = re.findall(r"^/dev/zram\S*\s+\S+\s+(\d{1,15})", text_of(root / "proc/swaps"), re.M)
     return sum(int(kilobytes) for kilobytes in swaps) * 1024
 
 
 def read_largest_free_block(root: Path) -> tuple[int | None, int | None]:
     """Return the bytes of the largest contiguous free block, and how many there are of its size.
 
-    What tegrastats calls "lfb": /proc/buddyinfo counts free blocks of 1, 2, 4, ... pages.
+    What tegrastats calls "lfb".
+    """
+    counts = read_free_blocks(root)
+    largest = max((nbytes for nbytes, count in counts.items() if count), default=None)
+    return (None, None) if largest is None else (largest, counts[largest])
+
+
+def read_free_blocks(root: Path) -> dict[int, int]:
+    """Return how many free blocks of physically contiguous memory there are, by bytes.
+
+    /proc/buddyinfo counts free blocks of 1, 2, 4, ... pages; empty if it cannot be read.
     """
     rows = [
         [int(count) for count in counts.split()]
         for counts in re.findall(
-            r"^Node\s+\d+,\s+zone\s+\S+((?:\s+\d+)+)\s*$", text_of(root / "proc/buddyinfo"), re.M
+            r"^Node\s+\d+,\s+zone\s+\S+((?:\s+\d{1,15})+)\s*$",
+            text_of(root / "proc/buddyinfo"),
+            re.M,
         )
     ]
-    totals = [sum(counts) for counts in zip(*_padded(rows), strict=True)]
-    order = max((index for index, count in enumerate(totals) if count), default=None)
-    return (None, None) if order is None else (_PAGE_BYTES << order, totals[order])
+    totals = (sum(counts) for counts in zip(*_padded(rows), strict=True))
+    return {_PAGE_BYTES << order: count for order, count in enumerate(totals)}
 
 
 def _padded(rows: list[list[int]]) -> list[list[int]]:

@@ -1,0 +1,1 @@
+"""What is set wrongly on a machine, for a bundle or a checkpoint, and what mends it."""

@@ -1,0 +1,206 @@
+"""Python, ONNX Runtime, TensorRT, GPU: whether the bundle's runtime is here, and its engines'."""
+
+from engines.base import EngineError
+from engines.targets import CPU, TARGETS
+from engines.trt.admission import require_gpu, require_version
+from engines.trt.gpu import DRIVER
+from engines.trt.modules import TRAITS, admits
+from jetson.doctor.bundle_facts import BundleFacts
+from jetson.doctor.finding import Check, Finding
+from jetson.doctor.machine import Machine
+from qvla_export.target import Target
+
+NO_BUNDLE = "no bundle given"
+# Jetson Linux -> the Python that JetPack's modules are for.
+_JETPACK_PYTHONS = {"35": (3, 8), "36": (3, 10), "38": (3, 12), "39": (3, 12)}
+_PYTHON = Check("Python", "runtimes are published for some versions of Python only")
+_ORT = Check("ONNX Runtime", "older versions cannot read the bundle's operators")
+_TENSORRT = Check("TensorRT", "engines are built and run by the target's own versions only")
+_BINDINGS = Check("CUDA bindings", "engines reach the GPU's memory through pycuda", "pycuda")
+_GPU = Check("GPU", "a bundle's kernels exist for its target's GPU only")
+_ENGINES = Check("engines", "an engine loads only where it was built", "built here")
+_ENGINE_VERSION = Check("engines' TensorRT", "versions do not read each other's engines")
+_ENGINE_GPU = Check("engines' GPU", "an engine holds kernels for one GPU")
+
+
+def check_python(machine: Machine, facts: BundleFacts | None) -> Finding:
+    """Look whether this Python is one that the bundle's runtime is published for."""
+    found = _dotted(machine.python)
+    target = None if facts is None else facts.target
+    if target is None:
+        return _PYTHON.ok(found)
+    wanted = _JETPACK_PYTHONS.get(machine.board.l4t.partition(".")[0])
+    if target.runtime == "tensorrt" and wanted is not None and machine.python != wanted:
+        name = f"python{_dotted(wanted)}"
+        return _PYTHON.error(
+            found,
+            f"sudo apt install {name}-venv && {name} -m venv --system-site-packages .venv && "
+            ".venv/bin/pip install qvla-*.whl",
+            wanted=f"{_dotted(wanted)}, JetPack's",
+        )
+    if target.runtime == "ort" and machine.python < (3, 11):
+        # ONNX Runtime 1.23 is the last one for 3.10.
+        return _PYTHON.error(
+            found,
+            "sudo apt install python3.11-venv && python3.11 -m venv .venv && "
+            ".venv/bin/pip install qvla-*.whl",
+            wanted=f">=3.11: ONNX Runtime {target.runtime_versions}",
+        )
+    return _PYTHON.ok(found)
+
+
+def check_onnx_runtime(machine: Machine, facts: BundleFacts | None) -> Finding:
+    """Look whether ONNX Runtime is here and reads the bundle's operator set."""
+    found = {n: machine.packages[n] for n in _ORT_NAMES if n in machine.packages}
+    shown = ", ".join(f"{name} {version}" for name, version in found.items()) or "not installed"
+    target = CPU if facts is None else facts.target
+    if facts is None and found:
+        return _ORT.ok(shown)
+    if target is None:
+        return _ORT.inapplicable(f"the bundle cannot be opened; {shown}")
+    if facts is not None and target.runtime not in ("ort", "ort-cuda"):
+        return _ORT.inapplicable(f"target {target.name} runs on {target.runtime}")
+    name = "onnxruntime-gpu" if target.runtime == "ort-cuda" else "onnxruntime"
+    version = found.get(name) or found.get("onnxruntime-gpu")
+    wanted = f"{target.runtime_versions} for opset {target.opset}"
+    if version is None or not _admits(target.runtime_versions, version):
+        return _ORT.error(shown, f"pip install '{name}{target.runtime_versions}'", wanted)
+    return _ORT.ok(shown)
+
+
+_ORT_NAMES = ("onnxruntime", "onnxruntime-gpu")
+
+
+def check_tensorrt(machine: Machine, facts: BundleFacts | None) -> Finding:
+    """Look whether the target's TensorRT can be imported and is a version it admits."""
+    if facts is None or facts.target is None:
+        found = machine.board.tensorrt
+        return _TENSORRT.inapplicable(f"{NO_BUNDLE}; found {found}" if found else NO_BUNDLE)
+    target = facts.target
+    if not facts.is_tensorrt:
+        return _TENSORRT.inapplicable(f"target {target.name} runs on {target.runtime}")
+    if facts.module is not None:
+        return _TENSORRT.ok(f"{facts.module.name} {facts.module.version}")
+    wanted = f"{target.runtime} {target.runtime_versions}"
+    return _TENSORRT.error(facts.module_problem, _tensorrt_remedy(machine, target), wanted)
+
+
+def _tensorrt_remedy(machine: Machine, target: Target) -> str:
+    installed = machine.board.tensorrt.split(" ")[0]
+    if target.runtime == "tensorrt" and installed:
+        others = [
+            other.name
+            for other in TARGETS.values()
+            if other.runtime == target.runtime
+            and other.compute_capability == target.compute_capability
+            and _admits(other.runtime_versions, installed)
+        ]
+        if target.name in others:
+            # Installed, and yet the module is not found: an environment that hides it.
+            return (
+                "sudo apt install python3-libnvinfer; in an environment of your own: "
+                "python3 -m venv --system-site-packages .venv"
+            )
+        if others:
+            return f"on the host, make the bundle for it: qvla deploy --target {others[0]}"
+    if target.runtime == "tensorrt":
+        return "sudo apt update && sudo apt install nvidia-jetpack python3-libnvinfer"
+    return TRAITS[target.runtime].install
+
+
+def check_bindings(machine: Machine, facts: BundleFacts | None) -> Finding:
+    """Look for what copies tensors to the GPU."""
+    if facts is None or not facts.is_tensorrt:
+        return _BINDINGS.inapplicable(_no_tensorrt(facts))
+    version = machine.packages.get("pycuda")
+    if version is None:
+        return _BINDINGS.error("not installed", "pip install pycuda")
+    return _BINDINGS.ok(f"pycuda {version}")
+
+
+def check_gpu(machine: Machine, facts: BundleFacts | None) -> Finding:
+    """Look whether the driver offers the target's GPU."""
+    gpu, target = machine.gpu, None if facts is None else facts.target
+    shown = "no NVIDIA GPU" if gpu is None else f"{gpu.name}, {gpu.compute_capability}"
+    if target is None or target.runtime == "ort":
+        return _GPU.inapplicable(NO_BUNDLE if target is None else "target cpu needs none")
+    wanted = target.compute_capability or "an NVIDIA GPU"
+    if gpu is None:
+        install = "sudo ubuntu-drivers install && sudo reboot; then nvidia-smi must list a GPU"
+        if machine.board.is_jetson:
+            install = "sudo apt install nvidia-jetpack; in a container: --runtime nvidia --gpus all"
+        return _GPU.error(f"{DRIVER} offers no GPU", install, wanted)
+    if target.compute_capability not in (None, gpu.compute_capability):
+        others = [
+            t.name for t in TARGETS.values() if t.compute_capability == gpu.compute_capability
+        ]
+        other = others[0] if others else "cpu"
+        return _GPU.error(
+            shown, f"on the host, make a bundle for this GPU: qvla deploy --target {other}", wanted
+        )
+    return _GPU.ok(shown)
+
+
+def check_engines(facts: BundleFacts | None) -> Finding:
+    """Look whether every stage's engine is there, whole, of this bundle and built here."""
+    if facts is None or not facts.is_tensorrt:
+        return _ENGINES.inapplicable(_no_tensorrt(facts))
+    problems = [stage for stage in facts.stages if stage.sidecar is None]
+    if not problems:
+        return _ENGINES.ok(f"{len(facts.stages)} built here, in {facts.engines}")
+    more = f" (and {len(problems) - 1} more stages)" if len(problems) > 1 else ""
+    return _ENGINES.error(problems[0].problem + more, facts.build_command)
+
+
+def check_engine_version(facts: BundleFacts | None) -> Finding:
+    """Look whether the engines were built by the TensorRT that is installed."""
+    if facts is None or not facts.is_tensorrt:
+        return _ENGINE_VERSION.inapplicable(_no_tensorrt(facts))
+    sidecars = [stage.sidecar for stage in facts.stages if stage.sidecar is not None]
+    if not sidecars or facts.module is None:
+        return _ENGINE_VERSION.inapplicable("no engines, or no TensorRT, to compare")
+    here = f"{facts.module.name} {facts.module.version}"
+    try:
+        for sidecar in sidecars:
+            require_version(sidecar, facts.module)
+    except EngineError:
+        origin = sidecar.origin
+        return _ENGINE_VERSION.error(
+            f"{origin.module} {origin.module_version}", facts.build_command, wanted=here
+        )
+    return _ENGINE_VERSION.ok(here)
+
+
+def check_engine_gpu(machine: Machine, facts: BundleFacts | None) -> Finding:
+    """Look whether the engines were built for the GPU that is here."""
+    if facts is None or not facts.is_tensorrt:
+        return _ENGINE_GPU.inapplicable(_no_tensorrt(facts))
+    sidecars = [stage.sidecar for stage in facts.stages if stage.sidecar is not None]
+    if not sidecars or machine.gpu is None:
+        return _ENGINE_GPU.inapplicable("no engines, or no GPU, to compare")
+    here = f"{machine.gpu.name} ({machine.gpu.compute_capability})"
+    try:
+        for sidecar in sidecars:
+            require_gpu(sidecar, machine.gpu)
+    except EngineError:
+        origin = sidecar.origin
+        built_for = f"{origin.gpu or 'any'} ({origin.compute_capability})"
+        return _ENGINE_GPU.error(built_for, facts.build_command, wanted=here)
+    return _ENGINE_GPU.ok(here)
+
+
+def _no_tensorrt(facts: BundleFacts | None) -> str:
+    if facts is None or facts.target is None:
+        return NO_BUNDLE if facts is None else "the bundle cannot be opened"
+    return f"target {facts.target.name} runs on {facts.target.runtime}"
+
+
+def _admits(specifier: str, version: str) -> bool:
+    try:
+        return admits(specifier, version)
+    except ValueError:
+        return False
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

@@ -1,0 +1,166 @@
+"""What un-normalizes actions: the statistics of a bundle, and those of a checkpoint folder."""
+
+import difflib
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from jetson.doctor.bundle_facts import BundleFacts
+from jetson.doctor.finding import Check, Finding
+from qvla_export.artifacts import read_json
+from qvla_export.errors import QvlaError
+from qvla_export.policies.oft_config import CONFIG_NAME, PRESETS, OftConfig, load_config
+from qvla_export.statistics import Statistics, load_statistics
+
+FILE_NAME = "dataset_statistics.json"
+NO_CHECKPOINT = "no checkpoint given"
+_BUNDLE = Check("bundle", "a file that was changed or cut acts otherwise", "as its manifest says")
+_BUNDLE_KEY = Check("unnorm key of the bundle", "another data set's limits scale every action")
+_CONFIG = Check(
+    "policy description", "a checkpoint does not say its cameras, chunk and dimensions", CONFIG_NAME
+)
+_KEY = Check("unnorm key of the checkpoint", "another data set's limits scale every action")
+# OpenVLA's own checkpoints keep their statistics in config.json.
+_EXTRACT = (
+    "import json; json.dump(json.load(open('config.json'))['norm_stats'], "
+    f"open('{FILE_NAME}', 'w'))"
+)
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """A checkpoint folder's description and statistics, or why they cannot be read."""
+
+    path: Path
+    # Data set that was asked for; None for the only one.
+    key: str | None
+    config: OftConfig | None
+    config_problem: str
+    # Data sets in the statistics file.
+    keys: tuple[str, ...]
+    statistics: Statistics | None
+    statistics_problem: str
+    # Whether config.json holds the statistics instead.
+    in_config: bool = False
+
+
+def read_checkpoint(path: Path, key: str | None, preset: str | None = None) -> CheckpointFacts:
+    """Return what a checkpoint says of its actions; never an error.
+
+    Args:
+        path: its folder.
+        key: data set whose statistics are wanted; None for the only one.
+        preset: "libero", "aloha" or "bridge", instead of a description beside the weights.
+    """
+    config, config_problem = None, ""
+    try:
+        config = load_config(path) if preset is None else PRESETS[preset]
+    except KeyError:
+        config_problem = f"preset {preset!r} is none of {sorted(PRESETS)}"
+    except (QvlaError, OSError, ValueError, AttributeError) as error:
+        config_problem = str(error)
+    statistics, problem, keys = None, "", _keys(path / FILE_NAME)
+    try:
+        if config is not None:
+            statistics = load_statistics(
+                path / FILE_NAME, key, config.normalization, config.action_dim, config.state_dim
+            )
+    except (QvlaError, OSError, ValueError, TypeError) as error:
+        problem = str(error)
+    in_config = _has_statistics(path / "config.json")
+    return CheckpointFacts(path, key, config, config_problem, keys, statistics, problem, in_config)
+
+
+def _keys(path: Path) -> tuple[str, ...]:
+    try:
+        table = read_json(path, "data set statistics")
+    except (QvlaError, OSError, ValueError):
+        return ()
+    return tuple(sorted(table)) if isinstance(table, dict) else ()
+
+
+def _has_statistics(path: Path) -> bool:
+    try:
+        config = read_json(path, "checkpoint configuration")
+    except (QvlaError, OSError, ValueError):
+        return False
+    return isinstance(config, dict) and isinstance(config.get("norm_stats"), dict)
+
+
+def check_bundle(facts: BundleFacts | None) -> Finding:
+    """Look whether a bundle is whole and for a target of this version."""
+    if facts is None:
+        return _BUNDLE.inapplicable("no bundle given")
+    if facts.bundle is None or facts.target is None:
+        return _BUNDLE.error(
+            facts.problem,
+            f"rsync -a --checksum --delete HOST:RUN/settings/SETTING/bundle/ {facts.quoted}/; or "
+            f"on the host: qvla export --run RUN --setting SETTING --policy CHECKPOINT",
+        )
+    return _BUNDLE.ok(f"{facts.bundle.digest[:16]}, target {facts.target.name}")
+
+
+def check_bundle_key(facts: BundleFacts | None, key: str | None) -> Finding:
+    """Look whether a bundle un-normalizes as the data set that was asked for."""
+    if facts is None or facts.bundle is None:
+        return _BUNDLE_KEY.inapplicable("no bundle to look into")
+    found = facts.bundle.processor.statistics.key
+    if key in (None, found):
+        return _BUNDLE_KEY.ok(found)
+    return _BUNDLE_KEY.error(
+        found,
+        f"ask for the bundle's own: --unnorm-key {shlex.quote(found)}; or on the host: qvla export "
+        f"--unnorm-key {shlex.quote(str(key))} --run RUN --setting SETTING --policy CHECKPOINT",
+        wanted=str(key),
+    )
+
+
+def check_config(facts: CheckpointFacts | None) -> Finding:
+    """Look whether a checkpoint's cameras, chunk and dimensions are known."""
+    if facts is None:
+        return _CONFIG.inapplicable(NO_CHECKPOINT)
+    if facts.config is None:
+        return _CONFIG.error(
+            facts.config_problem,
+            f"name a preset: --preset {'|'.join(sorted(PRESETS))}; or write "
+            f"{shlex.quote(str(facts.path))}/{CONFIG_NAME} as in checkpoints/reference",
+        )
+    config = facts.config
+    return _CONFIG.ok(
+        f"cameras {', '.join(config.cameras)}; {config.horizon} actions of {config.action_dim}, "
+        f"state {config.state_dim}"
+    )
+
+
+def check_key(facts: CheckpointFacts | None) -> Finding:
+    """Look whether a checkpoint's statistics hold the data set that un-normalizes actions."""
+    if facts is None:
+        return _KEY.inapplicable(NO_CHECKPOINT)
+    if facts.config is None:
+        return _KEY.inapplicable("the policy's dimensions are not known")
+    if facts.statistics is not None:
+        return _KEY.ok(facts.statistics.key)
+    return _KEY.error(facts.statistics_problem, _key_remedy(facts), _wanted_key(facts))
+
+
+def _wanted_key(facts: CheckpointFacts) -> str:
+    return f"one of {', '.join(facts.keys)}" if facts.keys else FILE_NAME
+
+
+def _key_remedy(facts: CheckpointFacts) -> str:
+    folder = shlex.quote(str(facts.path))
+    if not facts.keys and facts.in_config:
+        return f'(cd {folder} && python3 -c "{_EXTRACT}")'
+    if not facts.keys:
+        return (
+            f"copy {FILE_NAME} of the training run: rsync -a HOST:CHECKPOINT/{FILE_NAME} {folder}/"
+        )
+    if facts.key in facts.keys or (facts.key is None and len(facts.keys) == 1):
+        # The key is there, its numbers do not fit.
+        others = [key for key in facts.keys if key != facts.key]
+        other = f"--unnorm-key {shlex.quote(others[0])}, or " if others and facts.key else ""
+        return f"{other}correct action_dim, state_dim and normalization in {folder}/{CONFIG_NAME}"
+    nearest = difflib.get_close_matches(facts.key or "", facts.keys, n=1, cutoff=0.0)[0]
+    first = [nearest] if facts.key is not None else []
+    shown = [*first, *(key for key in facts.keys if key not in first)]
+    return " or ".join(f"--unnorm-key {shlex.quote(key)}" for key in shown)
