@@ -23,11 +23,8 @@ from qvla_export.cli import (
     verifying,
 )
 from qvla_export.cli.options import (
-    BatchSizeOption,
     CamerasOption,
     DatasetOption,
-    DeviceOption,
-    MaxMemoryOption,
     PolicyOption,
     PresetOption,
     RunOption,
@@ -36,7 +33,6 @@ from qvla_export.cli.options import (
     StateColumnOption,
     TargetOption,
     UnnormKeyOption,
-    WaitOption,
     open_checkpoint,
     open_dataset,
 )
@@ -92,27 +88,13 @@ def sensitivities(
         int, typer.Option(help="(channel, width) pairs to compare with exact measurement.")
     ] = 0,
     seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    batch_size: BatchSizeOption = 8,
-    max_memory_gb: MaxMemoryOption = None,
-    wait_minutes: WaitOption = 60.0,
 ) -> None:
-    """Measure what quantizing each channel to each width does to the action.
-
-    Under torchrun, processes share the observations:
-    torchrun --nproc-per-node 2 -m qvla_export sensitivities ...
-    """
+    """Measure what quantizing each channel to each width does to the action."""
     from engines.targets import find_target
     from qvla_export.cli import stages
-    from qvla_export.cli.resources import joined_resources
 
-    folder, wanted = RunFolder(run), find_target(target)
-    with joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources:
-        loaded = open_checkpoint(policy, unnorm_key, preset)
-        loaded.module.to(resources.world.device)
-        measured = stages.sensitivities(folder, loaded, wanted, probes or None, seed, resources)
-    if resources.world.rank:
-        return  # process 0 speaks for all
+    folder, loaded = RunFolder(run), open_checkpoint(policy, unnorm_key, preset)
+    measured = stages.sensitivities(folder, loaded, find_target(target), probes or None, seed)
     channels = sum(v.shape[1] for v in measured.values.values())
     typer.echo(f"sensitivities: {channels} channels, {measured.method} -> {folder.sensitivities}")
     if check_pairs:
@@ -152,9 +134,9 @@ def plan(
         typer.Option(help="How the ranges of 8-bit activations are chosen."),
     ] = DEFAULT_METHOD,
     method: Annotated[
-        Literal["hull", "algorithm1"],
+        Literal["greedy", "hull"],
         typer.Option(help="Algorithm 1 as printed, or along the channels' convex hulls."),
-    ] = "hull",
+    ] = "greedy",
     max_predicted_ms: MaxPredictedOption = None,
     power_mode: PowerModeOption = None,
     rates: RatesOption = None,
