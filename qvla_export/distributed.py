@@ -5,11 +5,13 @@ another order differ in the last bits only.
 """
 
 import contextlib
+import json
 import os
+import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +20,14 @@ from numpy.typing import NDArray
 
 from qvla_export.errors import QvlaError
 
-# A process that is gone is noticed by torchrun at once; this ends waiting where torchrun is not.
-_PATIENCE = timedelta(hours=6)
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+# All processes are there within this time, or none starts.
+_START_PATIENCE = timedelta(minutes=5)
+# A process waits this long for the others' shares. A process that is gone is noticed at once,
+# by torchrun and by the connections to it; this ends the waiting for one that hangs.
+DEFAULT_PATIENCE = timedelta(hours=1)
+# Linux calls it lo, others lo0.
+_LOOPBACK_PREFIX = "lo"
 
 
 class World(Protocol):
@@ -33,12 +41,16 @@ class World(Protocol):
     @property
     def size(self) -> int: ...
 
+    # Where this process computes.
+    @property
+    def device(self) -> torch.device: ...
+
     def added(self, values: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
         """Return the sums of every process's arrays; all give the same names and shapes."""
         ...
 
     def told(self, value: Any) -> Any:
-        """Return process 0's value, once all have come here."""
+        """Return process 0's JSON value, once all have come here."""
         ...
 
 
@@ -46,6 +58,7 @@ class World(Protocol):
 class Alone:
     """One process."""
 
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     size: int = 1
 
@@ -55,75 +68,138 @@ class Alone:
 
     def told(self, value: Any) -> Any:
         """Return the value."""
-        return value
+        return json.loads(json.dumps(value))
 
 
 @dataclass(frozen=True)
 class Together:
-    """Processes of one torch.distributed group."""
+    """Processes of one torch.distributed group; a partner that is gone or hangs is a QvlaError."""
 
-    # Where the reduced tensors must lie: the GPU with nccl, the CPU with gloo.
+    # Where this process computes and the reduced tensors lie: the GPU with nccl, else the CPU.
     device: torch.device
-
-    @property
-    def rank(self) -> int:
-        """This process's number, from 0."""
-        return dist.get_rank()
-
-    @property
-    def size(self) -> int:
-        """Processes in all."""
-        return dist.get_world_size()
+    # Of all processes, with the time to wait for them.
+    group: dist.ProcessGroup
+    rank: int
+    size: int
 
     def added(self, values: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
         """Return the sums over all processes."""
         sums = {}
-        for name, array in values.items():
-            # A copy: the process goes on adding to its own share.
-            tensor = torch.tensor(array, device=self.device)
-            dist.all_reduce(tensor)
-            sums[name] = tensor.cpu().numpy()
+        with _partners():
+            for name, array in values.items():
+                # A copy: the process goes on adding to its own share.
+                tensor = torch.tensor(array, device=self.device)
+                dist.all_reduce(tensor, group=self.group)
+                sums[name] = tensor.cpu().numpy()
         return sums
 
     def told(self, value: Any) -> Any:
         """Return process 0's value, once all have come here."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        length = torch.tensor([len(text)], device=self.device)
+        with _partners():
+            dist.broadcast(length, src=0, group=self.group)
+            content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+            if self.rank == 0:
+                content.copy_(torch.from_numpy(text.copy()))
+            dist.broadcast(content, src=0, group=self.group)
+        return json.loads(content.cpu().numpy().tobytes())
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a process computes and how it talks to the others."""
+
+    device: str
+    backend: Literal["gloo", "nccl"]
+
+
+def choose_placement(
+    wanted: DeviceChoice, gpus: int, local_rank: int = 0, local_size: int = 1
+) -> Placement:
+    """Return a process's device and the backend that fits: nccl between GPUs, else gloo.
+
+    Args:
+        wanted: "auto" takes a GPU if this machine has any.
+        gpus: of this machine.
+        local_rank: the process's number on this machine, from 0; it gets the GPU of that number.
+        local_size: processes on this machine.
+
+    Raises:
+        QvlaError: a GPU is wanted where there is none, or there are fewer than processes.
+    """
+    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
+        return Placement("cpu", "gloo")
+    if gpus == 0:
+        raise QvlaError(
+            "--device cuda needs an NVIDIA GPU and a torch built for it, torch sees none; "
+            "use --device cpu"
+        )
+    if local_size > gpus:
+        raise QvlaError(
+            f"each process takes a GPU of its own: {local_size} processes on a machine with "
+            f"{gpus}; start at most as many (torchrun --nproc-per-node {gpus}) or use --device cpu"
+        )
+    return Placement(f"cuda:{local_rank}", "nccl")
+
+
+def started_together() -> bool:
+    """Tell whether torchrun, or what stands for it, started this process among others."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @contextlib.contextmanager
-def joined_world() -> Iterator[World]:
+def joined_world(
+    device: DeviceChoice = "auto", patience: timedelta = DEFAULT_PATIENCE
+) -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo without), or stay alone.
 
+    Processes of one machine talk over its loopback interface only.
+
+    Args:
+        device: where to compute.
+        patience: how long to wait for the others whenever all meet.
+
     Raises:
-        QvlaError: there are more processes on this machine than GPUs.
+        QvlaError: the device cannot be had, or the others do not come.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield Alone()
+    together = started_together()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if together else 0
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if together else 1
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    place = choose_placement(device, gpus, local_rank, local_size)
+    if place.backend == "nccl":
+        torch.cuda.set_device(local_rank)
+        # Convolutions would round their inputs to 10 bits; matrix products do not.
+        torch.backends.cudnn.allow_tf32 = False
+    if not together:
+        yield Alone(torch.device(place.device))
         return
-    device = local_device()
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    if os.environ["WORLD_SIZE"] == str(local_size):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+    with _partners():
+        dist.init_process_group(place.backend, timeout=_START_PATIENCE)
+        group = dist.new_group(timeout=patience)
+    assert group is not None
     try:
-        yield Together(device)
+        size = dist.get_world_size()
+        yield Together(torch.device(place.device), group, dist.get_rank(), size)
     finally:
         dist.destroy_process_group()
 
 
-def local_device() -> torch.device:
-    """Return this process's device: its own GPU, or the CPU of a machine that has none.
-
-    Raises:
-        QvlaError: there are more processes on this machine than GPUs.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= gpus:
+@contextlib.contextmanager
+def _partners() -> Iterator[None]:
+    """Say what the failure of a meeting means."""
+    try:
+        yield
+    except RuntimeError as error:
         raise QvlaError(
-            f"process {number} of this machine has no GPU of its own, there are {gpus}; "
-            f"start at most as many: torchrun --nproc-per-node {gpus}"
-        )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+            "another process of this measurement ended or did not come in time; its own message "
+            f"says why. The same command continues from what is on disk. ({error})"
+        ) from error
+
+
+def _loopback() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in names if name.startswith(_LOOPBACK_PREFIX)), names[0])

@@ -3,6 +3,12 @@
 A unit is a number; its addends depend on nothing but it. Each process adds some of the units and
 writes its own journal: the sums so far and the units in them. Whoever starts again, alone or with
 any number of others, finds the journals, merges them and shares out what is left.
+
+Why a kill at any moment neither counts a unit twice nor loses one that was marked: a journal is
+replaced whole, so it always holds the sums of just the units it names. Process 0 alone merges,
+before anyone writes, and puts the merged journal in place before it removes what went into it. A
+journal whose units overlap with those merged so far is therefore one of these (or was written by a
+process that outlived its run), and is left out; then its other units are only done again.
 """
 
 import json
@@ -14,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.artifacts import write_bytes
+from qvla_export.artifacts import remove_leftovers, write_bytes
 from qvla_export.distributed import Alone, World
 from qvla_export.errors import ArtifactError
 from qvla_export.sensitivity import read_tensor_file, tensor_file
@@ -54,7 +60,7 @@ class ShardedSums:
             merged = self._merge(journal)
         self._own = set(merged)
         # Units that were done before this start; the same for all processes.
-        self.resumed: frozenset[int] = frozenset(self.world.told(merged))
+        self.resumed: frozenset[int] = frozenset(self.world.told(sorted(merged)))
 
     def share(self, units: Sequence[int]) -> list[int]:
         """Return those of the units that this process has to add."""
@@ -85,9 +91,9 @@ class ShardedSums:
     def _merge(self, journal: Path) -> set[int]:
         """Add up the journals of this very measurement, write one of them all, remove the rest."""
         done: set[int] = set()
+        _remove_unfinished(journal)
         found = [(self._read(path), path) for path in journal_files(journal)]
-        # After a kill between the write of the merged journal and the removal of the others, theirs
-        # are in it; the fullest comes first, and whatever overlaps is in it already.
+        # The merged journal is the fullest of those that were to be removed after it.
         found.sort(key=lambda pair: -len(pair[0][1]) if pair[0] else 0)
         for content, _ in found:
             if content is not None and not done & content[1]:
@@ -111,6 +117,9 @@ class ShardedSums:
         if saved.get("of") != self._identity:
             _log.warning("%s is of another measurement; starting anew", path)
             return None
+        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in self.values.items()}:
+            _log.warning("%s holds other sums; starting anew", path)
+            return None
         return tensors, set(saved["units"])
 
 
@@ -118,18 +127,32 @@ def journal_files(journal: Path) -> list[Path]:
     """Return the journals that lie on disk: process 0's and those of the others beside it."""
     if not journal.parent.is_dir():
         return []
-    others = sorted(
-        path
-        for path in journal.parent.glob(f"{journal.name}.*")
-        if path.suffix.removeprefix(".").isdigit()
-    )
+    others = sorted(path for path in journal.parent.iterdir() if _is_shard(path.name, journal.name))
     return [path for path in (journal, *others) if path.is_file()]
 
 
 def remove_journals(journal: Path) -> None:
     """Remove every process's journal, once the result is safe."""
+    _remove_unfinished(journal)
     for path in journal_files(journal):
         path.unlink(missing_ok=True)
+
+
+def _remove_unfinished(journal: Path) -> None:
+    """Remove what processes that were killed while they wrote a journal left beside it."""
+    if journal.parent.is_dir():
+        ranks = {
+            entry.name.removeprefix(f".{journal.name}.").partition(".")[0]
+            for entry in journal.parent.iterdir()
+            if entry.name.startswith(f".{journal.name}.")
+        }
+        for rank in (int(rank) for rank in ranks if rank.isdigit()):
+            remove_leftovers(_shard_file(journal, rank))
+        remove_leftovers(journal)
+
+
+def _is_shard(name: str, journal: str) -> bool:
+    return name.startswith(f"{journal}.") and name.removeprefix(f"{journal}.").isdigit()
 
 
 def _shard_file(journal: Path, rank: int) -> Path:

@@ -23,8 +23,11 @@ from qvla_export.cli import (
     verifying,
 )
 from qvla_export.cli.options import (
+    BatchSizeOption,
     CamerasOption,
     DatasetOption,
+    DeviceOption,
+    MaxMemoryOption,
     PolicyOption,
     PresetOption,
     RunOption,
@@ -33,6 +36,7 @@ from qvla_export.cli.options import (
     StateColumnOption,
     TargetOption,
     UnnormKeyOption,
+    WaitOption,
     open_checkpoint,
     open_dataset,
 )
@@ -88,13 +92,27 @@ def sensitivities(
         int, typer.Option(help="(channel, width) pairs to compare with exact measurement.")
     ] = 0,
     seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    batch_size: BatchSizeOption = 8,
+    max_memory_gb: MaxMemoryOption = None,
+    wait_minutes: WaitOption = 60.0,
 ) -> None:
-    """Measure what quantizing each channel to each width does to the action."""
+    """Measure what quantizing each channel to each width does to the action.
+
+    Under torchrun, processes share the observations:
+    torchrun --nproc-per-node 2 -m qvla_export sensitivities ...
+    """
     from engines.targets import find_target
     from qvla_export.cli import stages
+    from qvla_export.cli.resources import joined_resources
 
-    folder, loaded = RunFolder(run), open_checkpoint(policy, unnorm_key, preset)
-    measured = stages.sensitivities(folder, loaded, find_target(target), probes or None, seed)
+    folder, wanted = RunFolder(run), find_target(target)
+    with joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources:
+        loaded = open_checkpoint(policy, unnorm_key, preset)
+        loaded.module.to(resources.world.device)
+        measured = stages.sensitivities(folder, loaded, wanted, probes or None, seed, resources)
+    if resources.world.rank:
+        return  # process 0 speaks for all
     channels = sum(v.shape[1] for v in measured.values.values())
     typer.echo(f"sensitivities: {channels} channels, {measured.method} -> {folder.sensitivities}")
     if check_pairs:

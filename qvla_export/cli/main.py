@@ -1,6 +1,7 @@
 """Entry point: one line for errors a user can mend, a traceback for the rest."""
 
 import logging
+import os
 import sys
 
 from rich.console import Console
@@ -28,7 +29,7 @@ def main() -> None:
         app()
     except (QvlaError, OSError) as error:
         # A library's message may have several lines; scripts and logs want one.
-        _say(f"error: {' '.join(str(error).split())}", "red")
+        _say(f"error: {_speaker()}{' '.join(str(error).split())}", "red")
         sys.exit(2)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
@@ -40,6 +41,12 @@ def main() -> None:
         if stop.code == _INTERRUPTED:
             _say("interrupted; the same command continues", "yellow")
         raise
+
+
+def _speaker() -> str:
+    """Name this process where torchrun started several."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return "" if size == "1" else f"process {rank} of {size}: "
 
 
 def _say(text: str, style: str) -> None:

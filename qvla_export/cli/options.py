@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from calibration.lerobot import LeRobotDataset
     from qvla_export.policies.oft import OftPolicy
 
-RunOption = Annotated[Path, typer.Option("--run", help="Run folder, one artifact a stage.")]
+# Under torchrun only --run-folder can be written: it takes --run for one of its own.
+RunOption = Annotated[
+    Path, typer.Option("--run", "--run-folder", help="Run folder, one artifact a stage.")
+]
 PolicyOption = Annotated[
     Path, typer.Option("--policy", help="Checkpoint folder in the OpenVLA-OFT layout.")
 ]
@@ -54,6 +57,25 @@ WeightsOption = Annotated[
     typer.Option(help="packed: compute with stored codes; unpacked: float32 in memory, faster."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default one a core.")]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option("--device", help="Where to compute; auto takes a GPU if there is one."),
+]
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Observations that run together.")
+]
+MaxMemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-memory-gb",
+        help="Bound, in 10^9 bytes a process, of weights, weight errors and activations: layers "
+        "go in groups. Default: as much as it takes.",
+    ),
+]
+WaitOption = Annotated[
+    float,
+    typer.Option("--wait-minutes", help="Under torchrun: how long to wait for other processes."),
+]
 WorkersOption = Annotated[int, typer.Option("--workers", help="Processes, one a core.")]
 
 

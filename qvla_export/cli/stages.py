@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from calibration.lerobot import LeRobotDataset
     from calibration.samples import CalibrationSet
     from qvla_export.agreement import Agreement
+    from qvla_export.cli.resources import Resources
     from qvla_export.policies.oft import OftPolicy
 
 _LOG = logging.getLogger(__name__)
@@ -66,24 +67,45 @@ def calibrate(
 
 
 def sensitivities(
-    run: RunFolder, policy: "OftPolicy", target: Target, probes: int | None, seed: int
+    run: RunFolder,
+    policy: "OftPolicy",
+    target: Target,
+    probes: int | None,
+    seed: int,
+    resources: "Resources | None" = None,
 ) -> Sensitivities:
-    """Measure all channels and widths to first order, or keep what was measured on the same."""
-    from calibration.samples import CalibrationSet
-    from qvla_export.first_order import FirstOrder, measure_first_order
+    """Measure all channels and widths to first order, or keep what was measured on the same.
 
+    Processes of one world share the observations; process 0 writes.
+    """
+    from calibration.samples import CalibrationSet
+    from qvla_export.cli.resources import Resources
+    from qvla_export.first_order import FirstOrder, measure_first_order
+    from qvla_export.sharded_sums import remove_journals
+
+    means = resources or Resources()
+    first = means.world.rank == 0
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
-    settings = FirstOrder(spec_for(target), probes=probes, seed=seed)
+    settings = FirstOrder(
+        spec_for(target),
+        probes=probes,
+        seed=seed,
+        batch_size=means.batch_size,
+        max_bytes=means.max_bytes,
+    )
     journal = run.sensitivities.with_suffix(".progress")
     kept = kept_artifact(run.sensitivities, Sensitivities.load)
-    if kept is not None and (
+    same = kept is not None and (
         (kept.policy_digest, kept.calibration_digest, kept.quantizer)
         == (policy.digest, calibration.digest, settings.quantizer)
         and (kept.probes, kept.seed, kept.widths) == (probes or 0, seed, settings.widths)
-    ):
-        journal.unlink(missing_ok=True)
-        return kept
-    with Progress() as progress:
+    )
+    # Process 0 decides, so that none waits for one that has nothing to do.
+    if means.world.told(same):
+        if first:
+            remove_journals(journal)
+        return kept or Sensitivities.load(run.sensitivities)
+    with Progress(disable=not first) as progress:
         measured = measure_first_order(
             policy,
             calibration.observations,
@@ -91,9 +113,11 @@ def sensitivities(
             settings,
             journal,
             bar(progress, "sensitivities"),
+            means.world,
         )
-    measured.save(run.sensitivities)
-    journal.unlink(missing_ok=True)
+    if first:
+        measured.save(run.sensitivities)
+        remove_journals(journal)
     return measured
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -28,6 +29,15 @@ class PolicyBatch:
 
     def __len__(self) -> int:
         return self.pixel_values.shape[0]
+
+    def to(self, device: torch.device) -> "PolicyBatch":
+        """Return the batch on a device."""
+        return PolicyBatch(
+            self.pixel_values.to(device),
+            self.input_ids.to(device),
+            None if self.prompt_lengths is None else self.prompt_lengths.to(device),
+            None if self.state is None else self.state.to(device),
+        )
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,10 @@ class OftPolicy:
         if self.config.state_dim:
             state = torch.from_numpy(np.stack([self.processor.state(o) for o in observations]))
         ragged = torch.tensor(lengths) if len(set(lengths)) > 1 else None
-        return PolicyBatch(torch.from_numpy(pixels), torch.from_numpy(ids), ragged, state)
+        batch = PolicyBatch(torch.from_numpy(pixels), torch.from_numpy(ids), ragged, state)
+        device = self.module.projector.fc1.weight.device
+        # Where no weights are in memory, stages run on the CPU.
+        return batch if device.type == "meta" else batch.to(device)
 
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
         """Return normalized actions [B, horizon, dim]; expected bin centres for token heads."""
@@ -68,7 +71,7 @@ class OftPolicy:
             return output
         first = self._first_action_token()
         weights = output[..., first : first + len(self.token_centers)].softmax(dim=-1)
-        return weights @ self.token_centers
+        return weights @ self.token_centers.to(weights)
 
     @torch.enable_grad()
     def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
