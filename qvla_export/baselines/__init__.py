@@ -1,0 +1,1 @@
+"""Baselines made by kept libraries, judged by the same code as our own plans."""

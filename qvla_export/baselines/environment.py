@@ -1,0 +1,103 @@
+"""The environment the libraries live in: their pins are not ours, and the core needs none of them.
+
+Its Python borrows torch and all else from QVLA's environment (`make baselines-env`).
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qvla_export.baselines.baseline import Baseline
+from qvla_export.baselines.methods import METHODS, BaselineRequest
+from qvla_export.baselines.quantized import Calibration, Quantized
+from qvla_export.errors import QvlaError
+
+_REMEDY = "make it with: make baselines-env (pinned in constraints-baselines.txt)"
+_WORKER = "qvla_export.cli.baseline_worker"
+_LAST = 800  # characters of a failed library's messages
+
+
+@dataclass(frozen=True)
+class BaselineJob:
+    """What the environment is asked to do; written to a file for it."""
+
+    request: BaselineRequest
+    # Folders of the checkpoint, the calibration set and the baseline to write.
+    checkpoint: str
+    calibration: str
+    output: str
+    unnorm_key: str | None = None
+    preset: str | None = None
+
+    def to_json(self) -> str:
+        """Return what the worker reads."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "BaselineJob":
+        """Read what `to_json` wrote."""
+        value = json.loads(text)
+        return BaselineJob(**{**value, "request": BaselineRequest(**value["request"])})
+
+
+@dataclass(frozen=True)
+class BaselineEnvironment:
+    """A virtual environment with the libraries."""
+
+    folder: Path
+
+    def run(self, job: BaselineJob) -> Baseline:
+        """Quantize in it; progress goes to this process's standard error.
+
+        Raises:
+            QvlaError: the environment is missing or lacks the library, or the library failed;
+                the message has the remedy, or the last lines.
+        """
+        python = self.folder.absolute() / "bin" / "python"
+        if not python.is_file():
+            raise QvlaError(f"no environment of baseline libraries at {self.folder}; {_REMEDY}")
+        # Where this package is: an editable install is not seen through another's site-packages.
+        root = str(Path(__file__).parents[2])
+        with tempfile.TemporaryFile("w+") as messages, tempfile.NamedTemporaryFile("w") as file:
+            file.write(job.to_json())
+            file.flush()
+            done = subprocess.run(
+                [str(python), "-m", _WORKER, file.name],
+                stderr=messages,
+                env={**os.environ, "PYTHONPATH": root, "TOKENIZERS_PARALLELISM": "false"},
+                check=False,
+            )
+            messages.seek(0)
+            said = messages.read()
+        if done.returncode:
+            raise QvlaError(f"{job.request.setting} failed in {self.folder}: {said[-_LAST:]}")
+        return Baseline.load(Path(job.output))
+
+
+def require_library(method: str) -> dict[str, str]:
+    """Return the versions of a method's library, here.
+
+    Raises:
+        QvlaError: it is not installed; with the remedy.
+    """
+    known = METHODS[method]
+    if importlib.util.find_spec(known.library) is None:
+        raise QvlaError(f"this environment has no {known.distributions[0]}; {_REMEDY}")
+    return {name: importlib.metadata.version(name) for name in known.distributions}
+
+
+def run_library(calibration: Calibration) -> Quantized:
+    """Quantize with the library of the request's method; it must be installed here."""
+    library = METHODS[calibration.request.method].library
+    if library == "modelopt":
+        from qvla_export.baselines.by_modelopt import quantize
+    elif library == "llmcompressor":
+        from qvla_export.baselines.by_llmcompressor import quantize
+    else:
+        from qvla_export.baselines.by_auto_round import quantize
+    return quantize(calibration)
