@@ -1,105 +1,196 @@
-"""Several processes measure what one does; a killed one's work is not lost."""
+"""Several processes measure what one does; a killed one's work is not lost; none waits for ever."""
 
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_tiny_checkpoint
+from small_datasets import write_small_dataset
 
+from calibration.lerobot import LeRobotDataset
+from engines.targets import CPU
+from qvla_export.cli import stages
+from qvla_export.cli.resources import Resources
+from qvla_export.distributed import Placement, choose_placement, joined_world
 from qvla_export.errors import QvlaError
 from qvla_export.first_order import FirstOrder, measure_first_order
 from qvla_export.observation import Observation
-from qvla_export.policies.oft import OftPolicy
+from qvla_export.policies.oft import OftPolicy, load_oft_policy
 from qvla_export.quantize import QuantizerSpec, WidthRule
-from qvla_export.sensitivity import Sensitivities
-from qvla_export.sharded_sums import journal_files, remove_journals
+from qvla_export.run_folder import RunFolder
+from qvla_export.sensitivity import Sensitivities, read_tensor_file
+from qvla_export.sharded_sums import ShardedSums, journal_files
 
-QUANTIZER = QuantizerSpec({2: WidthRule(64, "mse"), 4: WidthRule(64, "mse"), 8: WidthRule()})
-SETTINGS = FirstOrder(QUANTIZER, probes=3, batch_size=2)
 Make = Callable[..., list[Observation]]
+TESTS = Path(__file__).parent
+BATCHES, PROBES = 6, 2
+SETTINGS = FirstOrder(
+    QuantizerSpec({2: WidthRule(64, "mse"), 4: WidthRule(64, "mse"), 8: WidthRule()}),
+    probes=3,
+    batch_size=2,
+)
 
-# Process `fatal` dies after its second batch; -1 for none.
-_SHARE = """
-import os, pathlib, pickle, sys, torch
-from qvla_export.distributed import joined_world
-from qvla_export.first_order import measure_first_order
-from qvla_export.observation import Observation
-from qvla_export.policies.oft import load_oft_policy
-torch.set_num_threads(1)
-folder, fatal = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-plain, settings = pickle.loads((folder / "arguments").read_bytes())
-observations = [Observation(*item) for item in plain]
-policy = load_oft_policy(folder / "checkpoint")
-calls = []
-def tell(done, whole):
-    calls.append(done)
-    if fatal == int(os.environ["RANK"]) and len(calls) == 2:
-        os.kill(os.getpid(), 9)
-with joined_world() as world:
-    table = measure_first_order(
-        policy, observations, "c", settings, folder / "progress", tell, world
-    )
-    (folder / f"calls.{world.rank}").write_text(str(len(calls)))
-    if world.rank == 0:
-        table.save(folder / "done")
-"""
+
+@dataclass(frozen=True)
+class Case:
+    """A run folder with 11 observations, and what one process measures on them."""
+
+    run: RunFolder
+    checkpoint: Path
+    alone: Sensitivities
+
+    @property
+    def journal(self) -> Path:
+        return self.run.sensitivities.with_suffix(".progress")
+
+    @property
+    def kept_units(self) -> set[int]:
+        found: set[int] = set()
+        for path in journal_files(self.journal):
+            found |= set(read_tensor_file(path, "qvla-progress-2", "progress")[1]["units"])
+        return found
+
+    def measure(self, policy: OftPolicy) -> Sensitivities:
+        return stages.sensitivities(self.run, policy, CPU, PROBES, 0, Resources(batch_size=2))
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_policy: OftPolicy, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("together")
+    checkpoint = write_tiny_checkpoint(folder / "checkpoint")
+    demos = LeRobotDataset(write_small_dataset(folder / "demos", [6] * 8))
+    case = Case(RunFolder(folder / "run"), checkpoint, None)  # type: ignore[arg-type]  # follows
+    stages.calibrate(case.run, demos, [], 11, 4, 0)
+    return replace(case, alone=case.measure(tiny_policy))
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_observations: Make) -> Path:
-    write_tiny_checkpoint(tmp_path / "checkpoint")
-    plain = [(dict(o.images), o.instruction, o.state) for o in tiny_observations(11)]
-    (tmp_path / "arguments").write_bytes(pickle.dumps((plain, SETTINGS)))
-    return tmp_path
+def case(measured: Case, tmp_path: Path) -> Case:
+    (tmp_path / "calibration").symlink_to(measured.run.calibration)
+    return replace(measured, run=RunFolder(tmp_path))
 
 
-def together(folder: Path, processes: int, fatal: int = -1) -> int:
-    script = folder / "share.py"
-    script.write_text(_SHARE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", str(script), str(folder), str(fatal)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.run(command, env=environment, capture_output=True, timeout=120).returncode
+def together(
+    case: Case, processes: int, trouble: str = "none -1 0", launcher: str = "", more: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run the command under torchrun, on loopback and a free port."""
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher.split()]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    command += [f"--nproc-per-node={processes}", str(TESTS / "fatal_worker.py"), *trouble.split()]
+    command += ["sensitivities", "--run-folder", str(case.run.root), "--batch-size", "2"]
+    command += ["--policy", str(case.checkpoint), "--probes", str(PROBES), *more.split()]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def assert_same(found: Sensitivities, expected: Sensitivities) -> None:
     """Sums in float64 in another order: at most the last bit of float32 differs."""
-    assert found.samples == expected.samples
+    assert found.samples == expected.samples == 11
+    assert found.standard_error == expected.standard_error
+    assert list(found.values) == list(expected.values)
     for name, values in expected.values.items():
         np.testing.assert_array_max_ulp(found.values[name], values, maxulp=1)
 
 
-def test_two_processes_give_the_numbers_of_one(
-    folder: Path, tiny_policy: OftPolicy, tiny_observations: Make
-) -> None:
-    assert together(folder, 2) == 0
-    alone = measure_first_order(tiny_policy, tiny_observations(11), "c", SETTINGS)
-    assert_same(Sensitivities.load(folder / "done"), alone)
-    # Six batches, three each.
-    assert [(folder / f"calls.{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
+def test_two_processes_give_the_numbers_of_one(case: Case) -> None:
+    done = together(case, 2)
+    assert done.returncode == 0, done.stderr
+    assert_same(Sensitivities.load(case.run.sensitivities), case.alone)
+    assert done.stdout.count("sensitivities: ") == 1, "process 0 speaks for all"
+    left = {path.name for path in case.run.root.iterdir()}
+    assert left == {"calibration", "sensitivities.safetensors"}
 
 
-@pytest.mark.parametrize("again", [1, 2])
-def test_a_killed_process_loses_nothing_and_another_number_goes_on(
-    folder: Path, tiny_policy: OftPolicy, tiny_observations: Make, again: int
+def test_what_a_killed_process_kept_is_not_measured_again(
+    case: Case, tiny_policy: OftPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert together(folder, 2, fatal=1) != 0
-    assert not (folder / "done").exists()
-    kept = journal_files(folder / "progress")
-    assert folder / "progress.1" in kept
-    assert together(folder, again) == 0
-    calls = sum(int((folder / f"calls.{rank}").read_text()) for rank in range(again))
-    assert calls <= 4  # the killed process had written two of six batches
-    alone = measure_first_order(tiny_policy, tiny_observations(11), "c", SETTINGS)
-    assert_same(Sensitivities.load(folder / "done"), alone)
-    remove_journals(folder / "progress")
-    assert not list(folder.glob("progress*"))
+    done = together(case, 2, "kill 1 2")
+    assert done.returncode != 0
+    assert not case.run.sensitivities.exists()
+    kept = case.kept_units
+    assert {1, 3} <= kept < set(range(BATCHES)), "the killed process had marked two"
+    marked = []
+    original = ShardedSums.mark
+    monkeypatch.setattr(ShardedSums, "mark", lambda s, u: (marked.append(u), original(s, u)))
+    assert_same(case.measure(tiny_policy), case.alone)
+    assert set(marked) == set(range(BATCHES)) - kept
+    assert not journal_files(case.journal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [2, 3])
+def test_another_number_of_processes_goes_on_after_a_kill(case: Case, again: int) -> None:
+    assert together(case, 2, "kill 0 2").returncode != 0
+    assert {0, 2} <= case.kept_units
+    assert not case.run.sensitivities.exists()
+    done = together(case, again)
+    assert done.returncode == 0, done.stderr
+    assert_same(Sensitivities.load(case.run.sensitivities), case.alone)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_kill(case: Case) -> None:
+    done = together(case, 2, "kill 1 2", "--max-restarts=1")
+    assert done.returncode == 0, done.stderr
+    assert_same(Sensitivities.load(case.run.sensitivities), case.alone)
+    assert not journal_files(case.journal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ("raise 1 1", "error: process 1 of 2: the camera of this observation is upside down"),
+        ("hang 1 1", "error: process 0 of 2: another process of this measurement ended or did not"),
+    ],
+)
+def test_trouble_of_one_process_ends_all(case: Case, trouble: str, message: str) -> None:
+    done = together(case, 2, trouble, more="--wait-minutes 0.1")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not case.run.sensitivities.exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "rank", "size", "expected"),
+    [
+        ("auto", 0, 1, 4, Placement("cpu", "gloo")),
+        ("auto", 4, 3, 4, Placement("cuda:3", "nccl")),
+        ("auto", 2, 0, 1, Placement("cuda:0", "nccl")),
+        ("cuda", 1, 0, 1, Placement("cuda:0", "nccl")),
+        ("cpu", 2, 3, 4, Placement("cpu", "gloo")),
+    ],
+)
+def test_gpus_talk_over_nccl_and_cpus_over_gloo(
+    wanted: str, gpus: int, rank: int, size: int, expected: Placement
+) -> None:
+    assert choose_placement(wanted, gpus, rank, size) == expected  # type: ignore[arg-type]
+
+
+def test_processes_without_a_gpu_of_their_own_are_refused() -> None:
+    with pytest.raises(QvlaError, match="torch sees none; use --device cpu"):
+        choose_placement("cuda", 0)
+    with pytest.raises(QvlaError, match=r"3 processes .* 2; .*--nproc-per-node 2"):
+        choose_placement("auto", 2, local_rank=0, local_size=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_gives_the_numbers_of_the_cpu(case: Case) -> None:
+    policy = load_oft_policy(case.checkpoint)
+    with joined_world("cuda") as world:
+        policy.module.to(world.device)
+        resources = Resources(world, batch_size=2)
+        found = stages.sensitivities(case.run, policy, CPU, PROBES, 0, resources)
+    for name, values in case.alone.values.items():
+        scale = float(values.max())
+        np.testing.assert_allclose(found.values[name], values, rtol=1e-3, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("probes", [None, 2])
