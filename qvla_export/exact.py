@@ -3,6 +3,8 @@
 `qvla_export.replay` runs only what the channel can change, and many channels side by side.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +16,11 @@ from torch import nn
 
 from qvla_export.distributed import World
 from qvla_export.errors import QvlaError
-from qvla_export.layers import layer_shapes, traced_layers, weight_rows
+from qvla_export.layers import traced_layers, weight_rows
 from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec, quantize_channels
 from qvla_export.replay import recorded
-from qvla_export.sensitivity import Sensitivities
 from qvla_export.sharded_sums import OnProgress, ShardedSums
 
 METHOD = "exact"
@@ -48,6 +49,7 @@ def measure_exact(
     side_by_side: int = 4,
     progress_file: Path | None = None,
     world: World | None = None,
+    calibration_digest: str = "",
 ) -> NDArray[np.float64]:
     """Return mean over observations of ||dA||^2 for each pair.  float64 [pairs]
 
@@ -61,6 +63,7 @@ def measure_exact(
         side_by_side: channels of a layer that run together; a run is of `batch_size` times as many.
         progress_file: as in `first_order.measure_first_order`.
         world: the processes that share the work; all get the result.
+        calibration_digest: of the set that the observations came from; progress is of one only.
 
     Raises:
         QvlaError: no observations, or a layer or channel that the policy lacks.
@@ -78,8 +81,9 @@ def measure_exact(
     pieces = [order[i : i + _UNIT_PAIRS] for i in range(0, len(order), _UNIT_PAIRS)]
     batches = -(-len(observations) // batch_size)
     identity = {
-        "exact": [[p.layer, p.channel, p.bits] for p in pairs] if progress_file else [],
+        "exact": _digest(pairs),
         "policy_digest": policy.digest,
+        "calibration_digest": calibration_digest,
         "observations": [len(observations), batch_size],
         "quantizer": quantizer.to_json(),
     }
@@ -107,37 +111,6 @@ def measure_exact(
     return sums.total()["pairs"] / len(observations)
 
 
-def measure_all_exact(
-    policy: Policy,
-    observations: Sequence[Observation],
-    calibration_digest: str,
-    quantizer: QuantizerSpec,
-    widths: tuple[int, ...] = (0, 2, 4, 8),
-    batch_size: int = 8,
-) -> Sensitivities:
-    """Measure every channel at every width exactly; for small policies and baselines."""
-    shapes = layer_shapes(traced_layers(policy))
-    pairs = all_pairs(shapes, widths)
-    measured = measure_exact(policy, observations, pairs, quantizer, batch_size)
-    values = {}
-    start = 0
-    for name, (channels, _) in shapes.items():
-        stop = start + len(widths) * channels
-        values[name] = measured[start:stop].reshape(len(widths), channels).astype(np.float32)
-        start = stop
-    return Sensitivities(
-        values=values,
-        widths=widths,
-        weights_per_channel={name: inputs for name, (_, inputs) in shapes.items()},
-        method=METHOD,
-        samples=len(observations),
-        probes=0,
-        policy_digest=policy.digest,
-        calibration_digest=calibration_digest,
-        quantizer=quantizer,
-    )
-
-
 def all_pairs(shapes: Mapping[str, tuple[int, int]], widths: Sequence[int]) -> list[ChannelWidth]:
     """Return every channel at every width: by layer, then width, then channel."""
     return [
@@ -146,6 +119,12 @@ def all_pairs(shapes: Mapping[str, tuple[int, int]], widths: Sequence[int]) -> l
         for bits in widths
         for channel in range(channels)
     ]
+
+
+def _digest(pairs: Sequence[ChannelWidth]) -> str:
+    """SHA-256 of the pairs in their order; all of a policy would fill every journal."""
+    text = json.dumps([[p.layer, p.channel, p.bits] for p in pairs])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _require_pairs(layers: Layers, pairs: Sequence[ChannelWidth]) -> None:

@@ -28,17 +28,19 @@ from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.sharded_sums import OnProgress, ShardedSums
-from qvla_export.standard_errors import empty_sums, standard_error
+from qvla_export.standard_errors import empty_sums, standard_error, wanted_probes
 
-METHOD = "first order, full"
-_METHODS: Mapping[Contraction, str] = {
-    "full": METHOD,
+# How the gradients come together -> what `Sensitivities.method` says.
+METHODS: Mapping[Contraction, str] = {
+    "full": "first order, full",
     "norms": "norm product",
     "isotropic": "norm product, isotropic noise",
 }
 # Batches after which a bounded measurement looks at its standard error for the first time; the
 # next looks come after twice as many each. So the numbers do not depend on how many share the work.
 _FIRST_LOOK = 4
+# Probes of each unit of work, among the sums; no layer has this name.
+_PROBES = "#probes"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class FirstOrder:
     # "full" is the method; the others are the paper's proxies.
     contraction: Contraction = "full"
     # No more observations are measured once the relative standard error of every layer's sum over
-    # its channels, at every width, is at most this. None measures all.
+    # its channels, at every width, is at most this; `probes` are then those of the first batches,
+    # and of the later ones as many as bring it there soonest. None measures all.
     max_standard_error: float | None = None
     # Layers that do not fit into this many bytes together are measured in further passes; see
     # `layer_groups` for what it counts. None measures all at once.
@@ -110,18 +113,22 @@ def measure_first_order(
     layers = traced_layers(policy)
     size, widths = settings.batch_size, len(settings.widths)
     groups = layer_groups(policy, layers, observations[:size], widths, settings.max_bytes)
+    batches = -(-len(observations) // size)
+    empty = empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths)
     sums = ShardedSums(
-        empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths),
+        {**empty, _PROBES: np.zeros(batches * len(groups))},
         _identity(policy, len(observations), calibration_digest, settings, groups),
         progress_file,
         world,
     )
     work = _Work(policy, layers, groups, observations, settings, sums, on_progress)
-    batches = -(-len(observations) // size)
+    probes = settings.probes
     total: dict[str, NDArray[np.float64]] = {}
     used = 0
     for start, stop in _looks(batches, settings):
-        work.add(start, stop)
+        if sums.resumed & work.units(start, stop):
+            probes = work.probes_then(start, stop)
+        work.add(start, stop, probes)
         if stop < batches and sums.resumed & work.units(stop, batches):
             continue  # a run before this one looked here and went on
         total, used = sums.total(), min(stop * size, len(observations))
@@ -130,11 +137,15 @@ def measure_first_order(
         reached = standard_error(total, list(layers), used)
         if reached is not None and reached.layers <= settings.max_standard_error:
             break
+        if probes is not None and reached is not None:
+            done = work.done(total[_PROBES], used)
+            bound = settings.max_standard_error
+            probes = wanted_probes(total, list(layers), done, len(observations), bound)
     return Sensitivities(
         values={name: (total[name] / used).astype(np.float32) for name in layers},
         widths=settings.widths,
         weights_per_channel={name: n for name, (_, n) in layer_shapes(layers).items()},
-        method=_METHODS[settings.contraction],
+        method=METHODS[settings.contraction],
         samples=used,
         probes=settings.probes or 0,
         seed=settings.seed,
@@ -162,7 +173,19 @@ class _Work:
         count = len(self.groups)
         return {batch * count + g for batch in range(start, stop) for g in range(count)}
 
-    def add(self, start: int, stop: int) -> None:
+    def probes_then(self, start: int, stop: int) -> int | None:
+        """Return how many probes the batches [start, stop) have that a run before began."""
+        used = self.sums.total()[_PROBES][sorted(self.units(start, stop))].max()
+        return int(used) or None
+
+    def done(self, probes: NDArray[np.float64], observations: int) -> list[tuple[int, int]]:
+        """Return (observations, probes of each) of every batch that has been measured."""
+        each = probes[:: len(self.groups)]
+        size = self.settings.batch_size
+        counts = [min(size, observations - start) for start in range(0, observations, size)]
+        return [(count, int(many)) for count, many in zip(counts, each, strict=False)]
+
+    def add(self, start: int, stop: int, probes: int | None) -> None:
         """Add this process's share of the batches [start, stop)."""
         count = len(self.groups)
         for g, names in enumerate(self.groups):
@@ -170,18 +193,25 @@ class _Work:
             group = {name: self.layers[name] for name in names}
             errors = {n: _weight_errors(x, self.settings) for n, x in group.items() if mine}
             for unit in mine:
-                self._add(unit // count, group, errors)
+                self._add(unit // count, group, errors, probes)
+                self.sums.values[_PROBES][unit] = probes or 0
                 self.sums.mark(unit)
                 self._tell()
 
-    def _add(self, batch: int, group: Layers, errors: Mapping[str, dict[int, Tensor]]) -> None:
+    def _add(
+        self,
+        batch: int,
+        group: Layers,
+        errors: Mapping[str, dict[int, Tensor]],
+        probes: int | None,
+    ) -> None:
         size = self.settings.batch_size
         add_batch(
             self.policy,
             group,
             errors,
             self.observations[batch * size : (batch + 1) * size],
-            Probes(self.settings.probes, self.settings.seed),
+            Probes(probes, self.settings.seed),
             batch,
             self.sums.values,
             self.settings.contraction,

@@ -81,6 +81,8 @@ class Sensitivities:
     seed: int = 0
     # None where the method does not estimate it.
     standard_error: StandardError | None = None
+    # What the method was told beside these; JSON.
+    settings: Mapping[str, Any] = field(default_factory=dict)
     made_with: Mapping[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
@@ -136,6 +138,8 @@ class Sensitivities:
         }
         if self.standard_error is not None:
             provenance["standard_error"] = asdict(self.standard_error)
+        if self.settings:
+            provenance["settings"] = dict(self.settings)
         return tensor_file(self.values, provenance)
 
     @staticmethod
@@ -162,6 +166,7 @@ class Sensitivities:
                 calibration_digest=value["calibration_digest"],
                 quantizer=QuantizerSpec.from_json(value["quantizer"]),
                 standard_error=None if deviation is None else StandardError(**deviation),
+                settings=dict(value.get("settings", {})),
                 made_with=value["versions"],
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from qvla_export.sensitivity import StandardError
 
+# An observation's forward pass and output errors take as long as so many probes; measured on the
+# reference policy at four widths.
+_PASS_COST = 3.0
+# Two tell how far probes differ.
+_FEWEST_PROBES = 2
+_MOST_PROBES = 64
+
 Sums = Mapping[str, NDArray[np.float64]]
 
 
@@ -67,6 +74,45 @@ def standard_error(sums: Sums, names: Sequence[str], observations: int) -> Stand
         layers_by_probes=_largest(by_probes),
         channels=_median(np.concatenate(channels)),
     )
+
+
+def wanted_probes(
+    sums: Sums,
+    names: Sequence[str],
+    done: Sequence[tuple[int, int]],
+    observations: int,
+    bound: float,
+) -> int:
+    """Return how many probes the observations to come should have each.
+
+    The cheapest number for the layer and width that are farthest from the bound: few where
+    observations differ more than probes, since a new observation brings new probes as well; as
+    many as the bound takes where there are no more observations.
+
+    Args:
+        sums: so far.
+        names: of the layers.
+        done: (observations, probes of each) of what is in the sums; at least 2 of each.
+        observations: that there are in all.
+        bound: relative standard error that is asked for.
+    """
+    count = sum(many for many, _ in done)
+    whole = np.concatenate([sums[name].sum(axis=1) for name in names]) / count
+    moments = np.concatenate([sums[_moments(name)] for name in names], axis=1)
+    seen = whole > 0
+    whole, moments = whole[seen], moments[:, seen]
+    if not len(whole):
+        return _FEWEST_PROBES
+    # Relative variances: of an observation as measured, and of one probe of an observation.
+    measured = np.maximum(moments[0] - count * whole**2, 0) / (count - 1) / whole**2
+    probe = moments[1] / sum(many / probes for many, probes in done) / whole**2
+    worst = int(measured.argmax())
+    of_probe = float(probe[worst])
+    between = max(0.0, float(measured[worst] - moments[1][worst] / count / whole[worst] ** 2))
+    cheapest = np.sqrt(_PASS_COST * of_probe / between) if between else np.inf
+    room = observations * bound**2 - between
+    needed = of_probe / room if room > 0 else 0.0
+    return int(np.clip(np.ceil(max(cheapest, needed)), _FEWEST_PROBES, _MOST_PROBES))
 
 
 def _relative(

@@ -1,0 +1,1 @@
+"""Sensitivity estimators behind one interface; `names` chooses among them."""
