@@ -89,7 +89,7 @@ def align_within(
     # What is fast enough may leave bytes of the budget unused.
     whole = first if latency is None else allocate(1.0, None)
     plan, share, limit = first, 1.0, latency
-    for _ in range(_ROUNDS):
+    for attempt in range(1, _ROUNDS + 1):
         aligned = align_plan(plan, sensitivities, target)
         over = max(
             _ratio(aligned.weight_bytes, whole.weight_bytes),
@@ -98,7 +98,8 @@ def align_within(
         late = 0.0 if latency is None else latency.used_by(aligned.widths)
         if max(over, late) <= 1:
             return replace(aligned, budget=first.budget)
-        share /= max(over, 1.0)
+        # Harder each time: what is hardly too much may come out the same again.
+        share /= max(over, 1.0) ** attempt
         if limit is not None and late > 1:
             limit = replace(limit, max_ms=limit.max_ms / max(late, _LEAST_STEP))
         plan = allocate(share, limit)

@@ -54,6 +54,7 @@ def draw_plan(
         containers=dict(target.containers),
         quantizer=spec_for(target),
         budget=f"drawn at random, {mean:g} mean bits per channel",
+        allocation={"method": "drawn", "shares": {str(b): s for b, s in sorted(shares.items())}},
         policy_digest=policy_digest,
     )
 

@@ -161,8 +161,8 @@ def demote(
 
     Args:
         table: all demotions.
-        levels: where the channels are.
-        cost: of each channel at each width, float64 [widths, channels].
+        levels: where the units are.
+        cost: of each unit at each width, float64 [widths, units].
         enough: jumps -> how many to take; more than there are if all do not suffice.
         refusal: jumps -> the error for that case.
     """
@@ -184,7 +184,7 @@ def error_bound(table: DemotionTable, cost: NDArray[np.int64], limit: float) -> 
 
     The caps on pruning are left out, which can only lower it. Infinite where no plan exists.
     """
-    start = np.zeros(table.channels, np.int8)
+    start = np.zeros(table.units, np.int8)
     jumps = hull_jumps(cost.astype(np.float64), table.errors, start, _below(table, start))
     excess = float(cost[0].sum()) - limit
     count = _count_to(jumps, excess)
@@ -206,7 +206,7 @@ def _count_to(jumps: HullJumps, excess: float) -> int:
 
 
 def _below(table: DemotionTable, levels: Levels) -> NDArray[np.bool_]:
-    """Levels that each channel may be demoted to.  bool [widths, channels]"""
+    """Levels that each unit may be demoted to.  bool [widths, units]"""
     allowed = np.arange(len(table.widths))[:, None] > levels
     if table.prunes:
         allowed[-1] &= table.prunable
@@ -214,26 +214,29 @@ def _below(table: DemotionTable, levels: Levels) -> NDArray[np.bool_]:
 
 
 def _barred_by_caps(table: DemotionTable, chosen: Levels, before: Levels) -> NDArray[np.bool_]:
-    """Channels that may not be pruned so that no cap is exceeded.  bool [channels]"""
-    barred = np.zeros(table.channels, dtype=bool)
+    """Units that may not be pruned so that no cap is exceeded.  bool [units]"""
+    barred = np.zeros(table.units, dtype=bool)
     if not table.prunes or not table.pruning.has_caps:
         return barred
     last = len(table.widths) - 1
     pruned = np.flatnonzero(chosen == last)
     # What was pruned before stays.
     harm = np.where(before[pruned] == last, -np.inf, table.errors[last, pruned])
-    pruned = pruned[np.lexsort((harm, table.layer[pruned]))]
-    counts = np.bincount(table.layer[pruned], minlength=len(table.layers))
-    rank = np.arange(len(pruned)) - np.repeat(np.cumsum(counts) - counts, counts)
-    most = np.floor(table.pruning.max_share_of_layer * table.sizes)
-    kept = np.zeros(table.channels, dtype=bool)
-    kept[pruned[rank < most[table.layer[pruned]]]] = True
-    barred |= (counts > most)[table.layer] & ~kept
-    most_in_all = int(table.pruning.max_share * table.channels)
-    if kept.sum() > most_in_all:
-        harm = np.where(before == last, -np.inf, table.errors[last])
-        candidates = np.flatnonzero(kept)
-        best = candidates[np.argsort(harm[candidates], kind="stable")[:most_in_all]]
+    kept = np.zeros(table.units, dtype=bool)
+    kept[pruned] = True
+    if table.unit_of_layer is None:
+        order = np.lexsort((harm, table.layer[pruned]))
+        layer = table.layer[pruned][order]
+        counts = np.bincount(layer, minlength=len(table.layers))
+        rank = np.arange(len(pruned)) - np.repeat(np.cumsum(counts) - counts, counts)
+        most = np.floor(table.pruning.max_share_of_layer * table.sizes)
+        kept[pruned[order][rank >= most[layer]]] = False
+        barred |= (counts > most)[table.layer] & ~kept
+    members = table.members
+    most_in_all = np.floor(table.pruning.max_share * table.channels)
+    if members[kept].sum() > most_in_all:
+        candidates = pruned[np.argsort(harm, kind="stable")]
+        candidates = candidates[kept[candidates]]
         barred[:] = True
-        barred[best] = False
+        barred[candidates[np.cumsum(members[candidates]) <= most_in_all]] = False
     return barred

@@ -56,6 +56,8 @@ class BitPlan:
     activations: ActivationRanges | None = None
     # Sum of the assigned sensitivities: the additive model's E||dA||^2; None where unknown.
     expected_error: float | None = None
+    # Method and parameters that chose the widths, JSON; None in plans of before they were recorded.
+    allocation: Mapping[str, Any] | None = None
     made_with: Mapping[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
@@ -164,10 +166,12 @@ class BitPlan:
             }
             for name, widths in self.widths.items()
         }
+        allocated = {} if self.allocation is None else {"allocation": dict(self.allocation)}
         return {
             "format": _FORMAT,
             "target": self.target,
             "budget": self.budget,
+            **allocated,
             "activations": None if self.activations is None else self.activations.to_json(),
             "mean_bits_per_channel": self.mean_bits_per_channel,
             "mean_bits_per_weight": self.mean_bits_per_weight,
@@ -264,6 +268,7 @@ def uniform_plan(
         containers=dict(target.containers),
         quantizer=quantizer or spec_for(target),
         budget=f"uniform {bits} bits",
+        allocation={"method": "uniform", "widths": [bits]},
         policy_digest=policy_digest,
     )
 
@@ -287,5 +292,6 @@ def _from_json(value: Mapping[str, Any]) -> BitPlan:
         calibration_digest=value["calibration_digest"],
         activations=ActivationRanges.from_json(value["activations"]),
         expected_error=value["expected_error"],
+        allocation=value.get("allocation"),
         made_with=value["versions"],
     )

@@ -175,7 +175,7 @@ def test_nothing_kept_is_aligned() -> None:
 
 
 @pytest.mark.parametrize("share_of_free", [0.95, 0.9, 0.8])
-@pytest.mark.parametrize("method", ["greedy", "hull"])
+@pytest.mark.parametrize("method", ["algorithm1", "hull"])
 def test_latency_limit_holds_after_alignment(share_of_free: float, method: Any) -> None:
     """Without tiles and launches every channel that alignment adds is predicted to take time."""
     rates = replace(ORIN_RATES, channel_tile=1, launch_us=0.0)

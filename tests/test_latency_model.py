@@ -219,7 +219,7 @@ def small_sensitivities() -> Sensitivities:
     )
 
 
-@pytest.mark.parametrize("method", ["greedy", "hull"])
+@pytest.mark.parametrize("method", ["algorithm1", "hull"])
 def test_a_plan_keeps_the_latency_limit_and_the_budget(method: str) -> None:
     table, budget = small_sensitivities(), Budget("bits per channel", 6.0)
     model = model_of(SMALL.network)

@@ -152,9 +152,9 @@ def plan(
         typer.Option(help="How the ranges of 8-bit activations are chosen."),
     ] = DEFAULT_METHOD,
     method: Annotated[
-        Literal["greedy", "hull"],
+        Literal["hull", "algorithm1"],
         typer.Option(help="Algorithm 1 as printed, or along the channels' convex hulls."),
-    ] = "greedy",
+    ] = "hull",
     max_predicted_ms: MaxPredictedOption = None,
     power_mode: PowerModeOption = None,
     rates: RatesOption = None,

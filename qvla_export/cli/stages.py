@@ -171,7 +171,7 @@ def plan(
     policy_digest: str,
     method: RangeMethod = DEFAULT_METHOD,
     latency: LatencyLimit | None = None,
-    allocation: AllocationMethod = "greedy",
+    allocation: AllocationMethod = "hull",
 ) -> BitPlan | None:
     """Allocate bits for a setting, and leave a file of the same plan alone; None for float."""
     if setting.kind == "float":

@@ -24,10 +24,14 @@ def module_of(layer: str) -> str:
     A layer of a policy family unknown here is in the module of its first two names.
     """
     part = next((name for pattern, name in _PARTS if pattern.search(layer)), "other")
-    for pattern, tower in _TOWERS:
-        if pattern.search(layer):
-            return f"{tower} {part}"
-    return ".".join(layer.split(".")[:2])
+    known = any(pattern.search(layer) for pattern, _ in _TOWERS)
+    return f"{tower_of(layer)} {part}" if known else tower_of(layer)
+
+
+def tower_of(layer: str) -> str:
+    """Return the tower of a layer, for example "SigLIP"; the first two names where unknown."""
+    found = (name for pattern, name in _TOWERS if pattern.search(layer))
+    return next(found, ".".join(layer.split(".")[:2]))
 
 
 def label_of(layer: str) -> str:
