@@ -17,9 +17,11 @@ from PIL import Image
 
 from qvla_export.artifacts import read_json
 from qvla_export.errors import CheckpointError
+from qvla_export.resampling import bicubic
 
 ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
 _STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
+_CROP_ROWS = 32
 _CROP_AREA = 0.9  # openvla evaluates on the central 90 % of the area that training cropped from
 
 
@@ -107,27 +109,44 @@ def center_crop(image: NDArray[np.uint8], size: int = 224) -> NDArray[np.uint8]:
 
     Bilinear, corner-aligned inside the box, no antialias; back to uint8 by floor(x * 255.5).
     """
-    rows, row_weights = _crop_grid(image.shape[0], size)
-    columns, column_weights = _crop_grid(image.shape[1], size)
-    # Across every row once, not for the upper and the lower neighbours apart.
-    across = _mixed(image, columns, column_weights[:, None], axis=1)
-    mixed = _mixed(across, rows, row_weights[:, None, None], axis=0)
-    np.clip(mixed, 0, 1, out=mixed)
-    mixed *= np.float32(255.5)
-    # The cast cuts off, which is floor where nothing is negative.
-    return mixed.astype(np.uint8)
+    height, width = image.shape[:2]
+    rows, row_weights = _crop_grid(height, size)
+    columns, column_weights = _crop_grid(width, size)
+    below, right = np.minimum(rows + 1, height - 1), np.minimum(columns + 1, width - 1)
+    # Lines of numbers: loops over the three channels of a pixel would be most of the time.
+    lines = image.reshape(height, width * 3)
+    across = _channels(columns), _channels(right), np.repeat(column_weights, 3)
+    cropped = np.empty((size, size * 3), np.uint8)
+    # A few rows at a time: memory that the allocator keeps, where larger arrays cost page faults.
+    for start in range(0, size, _CROP_ROWS):
+        part = slice(start, start + _CROP_ROWS)
+        top = rows[start]
+        # Across every row once, not for the upper and the lower neighbours apart.
+        mixed = _mixed(lines[top : below[part][-1] + 1], *across, axis=1)
+        down = rows[part] - top, below[part] - top, row_weights[part, None]
+        mixed = _mixed(mixed, *down, axis=0)
+        np.clip(mixed, 0, 1, out=mixed)
+        mixed *= np.float32(255.5)
+        # The cast cuts off, which is floor where nothing is negative.
+        cropped[part] = mixed
+    return cropped.reshape(size, size, 3)
 
 
 def _mixed(
-    values: NDArray[Any], first: NDArray[np.int64], weights: NDArray[np.float32], axis: int
+    values: NDArray[Any],
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    axis: int,
 ) -> NDArray[np.float32]:
-    """Return first + (next - first) * weights along an axis; the last has itself for a next.
+    """Return first + (second - first) * weights of the values picked along an axis.
 
     Bytes become 0..1 after they are picked: fewer of them, and a quarter of the memory to move.
     """
     start, step = (
-        values.take(index, axis).astype(np.float32, copy=False)
-        for index in (first, np.minimum(first + 1, values.shape[axis] - 1))
+        # "clip" changes nothing and spares `take` its check.
+        values.take(index, axis, mode="clip").astype(np.float32, copy=False)
+        for index in (first, second)
     )
     if values.dtype == np.uint8:
         start *= np.float32(1 / 255)
@@ -136,6 +155,12 @@ def _mixed(
     step *= weights
     start += step
     return start
+
+
+def _channels(columns: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where the three channels of each pixel of a line lie."""
+    spread: NDArray[np.int64] = (columns[:, None] * 3 + np.arange(3)).ravel()
+    return spread
 
 
 def _crop_grid(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -153,34 +178,28 @@ def _resize(image: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.uint8]:
     height, width = image.shape[:2]
     if (height, width) == (spec.size, spec.size):
         return image
-    frame = Image.fromarray(image)
     if spec.strategy == "resize-naive":
-        return _bicubic(frame, spec.size, spec.size)
+        return bicubic(image, spec.size, spec.size)
     if spec.strategy == "letterbox":
         side = max(width, height)
         pad_x, pad_y = (side - width) // 2, (side - height) // 2
-        boxed = Image.new("RGB", (width + 2 * pad_x, height + 2 * pad_y), spec.fill)
-        boxed.paste(frame, (pad_x, pad_y))
-        frame = boxed
-    return _shorter_side_center(frame, spec.size)
+        boxed = np.empty((height + 2 * pad_y, width + 2 * pad_x, 3), np.uint8)
+        boxed[:] = spec.fill
+        boxed[pad_y : pad_y + height, pad_x : pad_x + width] = image
+        image = boxed
+    return _shorter_side_center(image, spec.size)
 
 
-def _shorter_side_center(frame: Image.Image, size: int) -> NDArray[np.uint8]:
+def _shorter_side_center(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """torchvision's resize of the shorter side, then its center crop."""
-    width, height = frame.size
+    height, width = image.shape[:2]
     if width <= height:
-        resized = _bicubic(frame, size, int(size * height / width))
+        resized = bicubic(image, size, int(size * height / width))
     else:
-        resized = _bicubic(frame, int(size * width / height), size)
+        resized = bicubic(image, int(size * width / height), size)
     top = round((resized.shape[0] - size) / 2.0)
     left = round((resized.shape[1] - size) / 2.0)
     return resized[top : top + size, left : left + size]
-
-
-def _bicubic(frame: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
-    # Two passes: newer Pillow versions choose their order, the published data went across first.
-    across = frame.resize((width, frame.height), Image.Resampling.BICUBIC)
-    return np.asarray(across.resize((width, height), Image.Resampling.BICUBIC))
 
 
 @functools.lru_cache(maxsize=8)
