@@ -162,6 +162,10 @@ def test_a_plain_machine_says_what_does_not_apply(tmp_path: Path) -> None:
     assert {applies[what] for what in jetson_only} == {"not applicable"}
     write(tmp_path, {governor: "performance\n"})
     assert not to_mend(look(read(tmp_path)))
+    held = {f"scaling_{end}_freq": "3000000" for end in ("min", "max")}
+    folder = governor.rpartition("/")[0]
+    write(tmp_path, {governor: "powersave", **{f"{folder}/{n}": t for n, t in held.items()}})
+    assert not to_mend(look(read(tmp_path)))
 
 
 def test_heat_of_the_past_is_counted(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ def check_governor(board: BoardState) -> Finding:
     if not board.governors:
         return _GOVERNOR.inapplicable("the CPU's frequency cannot be set here")
     found = ", ".join(board.governors)
-    if board.governors == ("performance",):
-        return _GOVERNOR.ok(found)
+    if board.governors == ("performance",) or board.clocks_locked:
+        return _GOVERNOR.ok(f"{found}, clocks held" if board.clocks_locked else found)
     return _GOVERNOR.warning(found, _SET_GOVERNOR)
 
 
