@@ -4,7 +4,8 @@ What the estimators of first order share: they differ in how they bring a layer'
 its output error E of every width together.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,29 +77,70 @@ def add_batch(
     """
     actions, inputs, outputs = recorded_pass(policy, layers, observations)
     flat = actions.reshape(len(observations), -1)
+    drawn, weight = probes.draw(flat, batch)
+    targets = [outputs[name] for name in layers]
+
+    def gradients(number: int) -> Sequence[Tensor]:
+        more = number + 1 < len(drawn)
+        return torch.autograd.grad(flat, targets, grad_outputs=drawn[number], retain_graph=more)
+
+    weights = [weight] * len(drawn)
+    recorded = Recorded(layers, inputs, outputs, len(observations))
+    sampled = probes.count is not None
+    add_recorded(recorded, errors, gradients, weights, sampled, sums, contraction)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What some layers took and gave in a pass with a graph."""
+
+    layers: Layers
+    # Layer name -> detached inputs; each is let go once it was used.
+    inputs: dict[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    # Observations of the pass.
+    count: int
+
+
+def add_recorded(
+    recorded: Recorded,
+    errors: Mapping[str, Mapping[int, Tensor]],
+    gradients: Callable[[int], Sequence[Tensor]],
+    weights: Sequence[float],
+    sampled: bool,
+    sums: Mapping[str, NDArray[np.float64]],
+    contraction: Contraction = "full",
+) -> None:
+    """Add the squared deviations of all channels and widths of recorded layers to sums.
+
+    Args:
+        recorded: the pass.
+        errors, sums, contraction: as in `add_batch`.
+        gradients: number of a probe -> gradients of probe . action at each layer's output; asked
+            once for each, in order.
+        weights: of the probes.
+        sampled: the probes are random, not the whole Jacobian.
+    """
+    layers, count = recorded.layers, recorded.count
     noises = {}
     with torch.no_grad():
         for name, layer in layers.items():
-            found = _output_errors(layer, inputs.pop(name), outputs[name], errors[name])
-            noises[name] = _noise(found, len(observations), contraction)
-    drawn, weight = probes.draw(flat, batch)
-    targets = [outputs[name] for name in layers]
+            inputs = recorded.inputs.pop(name)
+            found = _output_errors(layer, inputs, recorded.outputs[name], errors[name])
+            noises[name] = _noise(found, count, contraction)
     # Layer name -> mean over probes of each observation, [B, widths, channels], and sums over the
     # channels of each probe, [B, widths] each.
     means: dict[str, Tensor] = {}
     layer_sums: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for number, probe in enumerate(drawn):
-        gradients = torch.autograd.grad(
-            flat, targets, grad_outputs=probe, retain_graph=number + 1 < len(drawn)
-        )
-        for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
+    for number, weight in enumerate(weights):
+        for (name, layer), gradient in zip(layers.items(), gradients(number), strict=True):
             tokens = as_tokens(layer, gradient)
-            squared = _contracted(tokens, noises[name], len(observations), contraction)
+            squared = _contracted(tokens, noises[name], count, contraction)
             layer_sums[name].append(squared.sum(dim=-1))
             means[name] = means[name].add_(squared, alpha=weight) if number else weight * squared
     for name in layers:
         sums[name][:] += means[name].sum(dim=0).cpu().numpy()
-        add_moments(sums, name, means[name], layer_sums[name], sampled=probes.count is not None)
+        add_moments(sums, name, means[name], layer_sums[name], sampled)
 
 
 def _output_errors(
@@ -151,6 +193,18 @@ def recorded_pass(
     Raises:
         QvlaError: a layer is called more than once.
     """
+    with recording(layers) as (inputs, outputs), torch.enable_grad():
+        actions = policy.normalized_actions(policy.batch(observations))
+    return actions, inputs, outputs
+
+
+@contextlib.contextmanager
+def recording(layers: Layers) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Yield what the layers are given and give while the block runs: detached inputs, outputs.
+
+    Raises:
+        QvlaError: a layer is called more than once.
+    """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -168,9 +222,7 @@ def recorded_pass(
 
     handles = [layer.register_forward_hook(recorder(name)) for name, layer in layers.items()]
     try:
-        with torch.enable_grad():
-            actions = policy.normalized_actions(policy.batch(observations))
+        yield inputs, outputs
     finally:
         for handle in handles:
             handle.remove()
-    return actions, inputs, outputs
