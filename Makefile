@@ -7,6 +7,7 @@ OPENPI_CLIENT := openpi-client==0.1.2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
+BASELINES := .baselines
 
 # The simulator draws with software OpenGL; a browser is only wanted for looking at reports.
 OPENGL := libosmesa6 libegl1 libgl1 libgles2 libglx-mesa0 libegl-mesa0
@@ -23,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS)
 .ONESHELL:
 .SHELLFLAGS := -euc
 .DELETE_ON_ERROR:
-.PHONY: help install system demo test test-slow lint wheel clean
+.PHONY: help install system demo test test-slow lint wheel baselines-env clean
 
 help:
 	@cat <<-'TEXT'
@@ -34,6 +35,7 @@ help:
 	make install    $(VENV) with the pinned versions of constraints.txt
 	make system     Debian packages: software OpenGL, Chromium
 	make wheel      dist/qvla-*.whl
+	make baselines-env  $(BASELINES) with other libraries' quantizers, for qvla baseline
 	make clean      remove everything made, except runs/
 	TEXT
 
@@ -100,6 +102,18 @@ wheel: install
 	@rm -rf build
 	$(BIN)/python -m build --wheel --no-isolation
 
+# Its Python sees QVLA's packages behind its own: pins of these libraries are not QVLA's.
+baselines-env: $(BASELINES)/installed.stamp
+
+$(BASELINES)/installed.stamp: constraints-baselines.txt | install
+	@test -x $(BASELINES)/bin/python || $(BIN)/python -m venv $(BASELINES)
+	packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+	$(BIN)/python -c "$$packages" >"$$($(BASELINES)/bin/python -c "$$packages")/qvla.pth"
+	echo "installing the baselines' libraries into $(BASELINES) ..."
+	$(BASELINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    -r constraints-baselines.txt
+	touch $@
+
 clean:
-	@rm -rf $(VENV) build dist qvla.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(BASELINES) build dist qvla.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

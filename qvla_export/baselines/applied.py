@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,8 +68,8 @@ class BaselinePolicy:
 class BaselineSource:
     """Opens a baseline; picklable, so that worker processes open it themselves."""
 
-    # Opens the policy it was made of.
-    policy: Callable[[], Policy]
+    # Opens the policy it was made of, a `Policy`.
+    policy: Callable[[], Any]
     folder: Path
 
     def __call__(self) -> BaselinePolicy:

@@ -28,7 +28,7 @@ def quantize(calibration: Calibration) -> Quantized:
     mtq.quantize(policy.module, copy.deepcopy(config), lambda module: calibration.run())
     layers, ranges = {}, {}
     for name, place in names.items():
-        module = policy.module.get_submodule(place)
+        module: Any = policy.module.get_submodule(place)
         layers[name] = _layer(module, request, shapes[name][1])
         if request.activation_bits is not None:
             ranges[name] = float(module.input_quantizer.amax)

@@ -42,7 +42,7 @@ class HandedLinear(nn.Module):
                 raise QvlaError(f"baselines take convolutions of one group, got {layer}")
             padding = (0, 0) if isinstance(layer.padding, str) else layer.padding
             geometry = (layer.kernel_size, layer.dilation, padding, layer.stride)
-            self._patches = nn.Unfold(*geometry)  # type: ignore[arg-type]  # 2 numbers each
+            self._patches = nn.Unfold(*geometry)
         self.linear = nn.Linear(rows.shape[1] + self._missing, len(rows), layer.bias is not None)
         self.linear.weight.data = nn.functional.pad(rows, (0, self._missing))
         if layer.bias is not None:
@@ -62,7 +62,7 @@ class HandedLinear(nn.Module):
             return mapped
         with torch.no_grad():
             height, width = self._layer[0](inputs[:1]).shape[-2:]
-        return mapped.transpose(1, 2).unflatten(2, (height, width))
+        return mapped.transpose(1, 2).reshape(len(inputs), -1, height, width)
 
 
 def hand_over(policy: Policy, group_size: int | None) -> dict[str, nn.Linear | nn.Conv2d]:

@@ -7,6 +7,7 @@ import typer
 
 from qvla_export.activations import DEFAULT_METHOD
 from qvla_export.cli import (
+    baselining,
     benching,
     benching_server,
     building,
@@ -14,6 +15,7 @@ from qvla_export.cli import (
     deploying,
     examining,
     judging_commands,
+    measuring,
     predicting,
     real_size,
     replaying,
@@ -23,11 +25,8 @@ from qvla_export.cli import (
     verifying,
 )
 from qvla_export.cli.options import (
-    BatchSizeOption,
     CamerasOption,
     DatasetOption,
-    DeviceOption,
-    MaxMemoryOption,
     PolicyOption,
     PresetOption,
     RunOption,
@@ -36,7 +35,6 @@ from qvla_export.cli.options import (
     StateColumnOption,
     TargetOption,
     UnnormKeyOption,
-    WaitOption,
     open_checkpoint,
     open_dataset,
 )
@@ -65,6 +63,9 @@ def calibrate(
     state_column: StateColumnOption = "observation.state",
     count: Annotated[int, typer.Option(help="Observations to measure on.")] = 64,
     held_out: Annotated[int, typer.Option(help="Observations to judge by.")] = 64,
+    frames_per_episode: Annotated[
+        int, typer.Option(min=1, help="Observations of one episode; cumulative sums want many.")
+    ] = 2,
     seed: SeedOption = 0,
 ) -> None:
     """Draw observations from a LeRobot data set, or from simulated expert episodes."""
@@ -74,53 +75,8 @@ def calibrate(
 
     folder = RunFolder(run)
     opened = open_dataset(dataset, cameras, state_column)
-    drawn = stages.calibrate(folder, opened, list(TASKS), count, held_out, seed)
+    drawn = stages.calibrate(folder, opened, list(TASKS), count, held_out, seed, frames_per_episode)
     typer.echo(f"calibration: {describe(drawn)} -> {folder.calibration}")
-
-
-@app.command()
-def sensitivities(
-    run: RunOption,
-    policy: PolicyOption,
-    target: TargetOption = "cpu",
-    unnorm_key: UnnormKeyOption = None,
-    preset: PresetOption = None,
-    probes: Annotated[
-        int, typer.Option(help="Random probes an observation; 0 takes the whole Jacobian.")
-    ] = 8,
-    check_pairs: Annotated[
-        int, typer.Option(help="(channel, width) pairs to compare with exact measurement.")
-    ] = 0,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    batch_size: BatchSizeOption = 8,
-    max_memory_gb: MaxMemoryOption = None,
-    wait_minutes: WaitOption = 60.0,
-) -> None:
-    """Measure what quantizing each channel to each width does to the action.
-
-    Under torchrun, processes share the observations:
-    torchrun --nproc-per-node 2 -m qvla_export sensitivities ...
-    """
-    from engines.targets import find_target
-    from qvla_export.cli import stages
-    from qvla_export.cli.resources import joined_resources
-
-    folder, wanted = RunFolder(run), find_target(target)
-    with joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources:
-        loaded = open_checkpoint(policy, unnorm_key, preset)
-        loaded.module.to(resources.world.device)
-        measured = stages.sensitivities(folder, loaded, wanted, probes or None, seed, resources)
-    if resources.world.rank:
-        return  # process 0 speaks for all
-    channels = sum(v.shape[1] for v in measured.values.values())
-    typer.echo(f"sensitivities: {channels} channels, {measured.method} -> {folder.sensitivities}")
-    if check_pairs:
-        compared = stages.agreement(folder, loaded, check_pairs, seed)
-        typer.echo(
-            f"agreement with exact: Spearman {compared.spearman:.4f} on {len(compared.pairs)} "
-            f"pairs, time ratio {compared.time_ratio:.5f} -> {folder.agreement}"
-        )
 
 
 @app.command()
@@ -234,9 +190,11 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 
 simulation.register(app)
+measuring.register(app)
 judging_commands.register(app)
 checking.register(app)
 building.register(app)
+baselining.register(app)
 benching.register(app)
 benching_server.register(app)
 verifying.register(app)
