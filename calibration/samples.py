@@ -34,7 +34,7 @@ _FORMAT = "qvla-calibration-1"
 _DESCRIPTION = "calibration.json"
 _TENSORS = "observations.safetensors"
 _IMAGES = "images/"
-_FRAMES_PER_EPISODE = 2
+FRAMES_PER_EPISODE = 2
 _REMEDY = "make it anew with qvla calibrate"
 
 
@@ -46,6 +46,9 @@ class CalibrationSet:
     held_out: tuple[Observation, ...]
     # Where they came from and how they were drawn.
     source: Mapping[str, Any]
+    # How many of `observations` come from each episode, one after the other and in its order;
+    # empty where not known.
+    episode_lengths: tuple[int, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -75,6 +78,7 @@ class CalibrationSet:
             "held_out": len(self.held_out),
             "cameras": list(everything[0].images),
             "source": dict(self.source),
+            "episode_lengths": list(self.episode_lengths),
             "instructions": [o.instruction for o in everything],
         }
         with new_folder(path) as folder:
@@ -102,9 +106,13 @@ class CalibrationSet:
             ]
             count = int(description["calibration"])
             source = dict(description["source"])
+            # Sets of before episodes were told apart do not have it.
+            lengths = tuple(int(n) for n in description.get("episode_lengths", ()))
         except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is incomplete or damaged ({error}); {_REMEDY}") from error
-        loaded = CalibrationSet(tuple(everything[:count]), tuple(everything[count:]), source)
+        loaded = CalibrationSet(
+            tuple(everything[:count]), tuple(everything[count:]), source, lengths
+        )
         if loaded.digest != description["digest"]:
             raise ArtifactError(
                 f"{path} was changed after it was made: digest {loaded.digest[:16]}, "
@@ -113,15 +121,21 @@ class CalibrationSet:
         return loaded
 
 
-def sample_dataset(dataset: LeRobotDataset, count: int, held_out: int, seed: int) -> CalibrationSet:
+def sample_dataset(
+    dataset: LeRobotDataset,
+    count: int,
+    held_out: int,
+    seed: int,
+    frames_per_episode: int = FRAMES_PER_EPISODE,
+) -> CalibrationSet:
     """Draw observations from a LeRobot data set; held-out ones come from other episodes.
 
     Raises:
         QvlaError: the data set has too few episodes, or nothing is asked for.
     """
-    _require_counts(count, held_out)
+    _require_counts(count, held_out, frames_per_episode)
     order = np.random.default_rng(seed).permutation(len(dataset.episodes))
-    needed = _episodes_for(count) + _episodes_for(held_out)
+    needed = -(-count // frames_per_episode) - (-held_out // frames_per_episode)
     if needed > len(order):
         raise QvlaError(
             f"{count} + {held_out} observations need {needed} episodes, {dataset.root} has "
@@ -129,22 +143,28 @@ def sample_dataset(dataset: LeRobotDataset, count: int, held_out: int, seed: int
         )
     episodes = (dataset.episode(int(number)) for number in order)
     source = {**dataset_source(dataset), "seed": seed}
-    return _draw(episodes, count, held_out, seed, source)
+    return _draw(episodes, count, held_out, seed, source, frames_per_episode)
 
 
-def sample_simulator(tasks: Sequence[str], count: int, held_out: int, seed: int) -> CalibrationSet:
+def sample_simulator(
+    tasks: Sequence[str],
+    count: int,
+    held_out: int,
+    seed: int,
+    frames_per_episode: int = FRAMES_PER_EPISODE,
+) -> CalibrationSet:
     """Draw observations from freshly recorded, disturbed expert episodes of all tasks in turn.
 
     Raises:
         QvlaError: nothing is asked for, or a task is unknown.
     """
-    _require_counts(count, held_out)
+    _require_counts(count, held_out, frames_per_episode)
     if not tasks:
         raise QvlaError("drawing from the simulator needs at least one task, got none")
     recording = Recording(seed=seed)
 
     def episodes() -> Iterable[Episode]:
-        needed = _episodes_for(count) + _episodes_for(held_out)
+        needed = -(-count // frames_per_episode) - (-held_out // frames_per_episode)
         rounds = -(-needed // len(tasks))
         recorded: dict[str, list[Episode]] = {}
         for name in tasks:
@@ -153,7 +173,7 @@ def sample_simulator(tasks: Sequence[str], count: int, held_out: int, seed: int)
         return (recorded[name][i] for i in range(rounds) for name in tasks)
 
     source = {"simulator": list(tasks), "seed": seed}
-    return _draw(episodes(), count, held_out, seed, source)
+    return _draw(episodes(), count, held_out, seed, source, frames_per_episode)
 
 
 def dataset_source(dataset: LeRobotDataset) -> dict[str, Any]:
@@ -167,36 +187,48 @@ def dataset_source(dataset: LeRobotDataset) -> dict[str, Any]:
     }
 
 
-def _require_counts(count: int, held_out: int) -> None:
-    if count < 1 or held_out < 1:
+def _require_counts(count: int, held_out: int, frames_per_episode: int) -> None:
+    if count < 1 or held_out < 1 or frames_per_episode < 1:
         raise QvlaError(
-            "observations to measure on and to judge by must be at least 1 each, "
-            f"got {count} and {held_out}"
+            "observations to measure on, to judge by and of one episode must be at least 1 each, "
+            f"got {count}, {held_out} and {frames_per_episode}"
         )
 
 
 def _draw(
-    episodes: Iterable[Episode], count: int, held_out: int, seed: int, source: Mapping[str, Any]
+    episodes: Iterable[Episode],
+    count: int,
+    held_out: int,
+    seed: int,
+    source: Mapping[str, Any],
+    frames: int,
 ) -> CalibrationSet:
     random = np.random.default_rng((seed, 1))
     ordered = iter(episodes)
     parts = []
+    lengths: list[list[int]] = []
     for wanted in (count, held_out):
         drawn: list[Observation] = []
+        lengths.append([])
         while len(drawn) < wanted:
             episode = next(ordered, None)
             if episode is None:
                 raise QvlaError(
                     f"the episodes are too short for {count} + {held_out} observations, "
-                    f"{_FRAMES_PER_EPISODE} of each; ask for fewer or record more"
+                    f"{frames} of each; ask for fewer or record more"
                 )
-            drawn.extend(_frames(episode, random, wanted - len(drawn)))
+            found = _frames(episode, random, min(frames, wanted - len(drawn)))
+            drawn.extend(found)
+            lengths[-1].append(len(found))
         parts.append(tuple(drawn))
-    return CalibrationSet(parts[0], parts[1], {**source, "count": count, "held_out": held_out})
+    source = {**source, "count": count, "held_out": held_out}
+    if frames != FRAMES_PER_EPISODE:
+        source["frames_per_episode"] = frames
+    return CalibrationSet(parts[0], parts[1], source, tuple(lengths[0]))
 
 
 def _frames(episode: Episode, random: np.random.Generator, most: int) -> list[Observation]:
-    size = min(_FRAMES_PER_EPISODE, most, len(episode))
+    size = min(most, len(episode))
     rows = np.sort(random.choice(len(episode), size=size, replace=False))
     return [
         Observation(
@@ -206,10 +238,6 @@ def _frames(episode: Episode, random: np.random.Generator, most: int) -> list[Ob
         )
         for row in rows
     ]
-
-
-def _episodes_for(count: int) -> int:
-    return -(-count // _FRAMES_PER_EPISODE)
 
 
 def _stacked(observations: Sequence[Observation]) -> dict[str, NDArray[Any]]:

@@ -10,11 +10,13 @@ from calibration.samples import CalibrationSet
 from engines.targets import CPU
 from qvla_export.cli import exporting, judging, stages
 from qvla_export.errors import ArtifactMismatch
+from qvla_export.estimators.first_order import FirstOrderEstimator
 from qvla_export.observation import Observation
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
 from qvla_export.policies.oft_config import load_config
 from qvla_export.run_folder import RunFolder, parse_setting
 
+TWO_PROBES = FirstOrderEstimator(probes=2)
 FLOAT, W4 = parse_setting("float"), parse_setting("w4")
 
 
@@ -26,7 +28,7 @@ def run(
     folder = RunFolder(tmp_path / "run")
     drawn = tuple(tiny_observations(12))
     CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(folder.calibration)
-    stages.sensitivities(folder, tiny_policy, CPU, 2, 0)
+    stages.sensitivities(folder, tiny_policy, CPU, TWO_PROBES, 0)
     for setting in (FLOAT, W4):
         stages.plan(folder, setting, CPU, tiny_policy.digest)
         exporting.export(folder, setting, tiny_policy, CPU)
@@ -78,10 +80,10 @@ def test_another_configuration_is_another_policy(
 
 
 def test_other_seeds_and_probes_are_measured_anew(run: RunFolder, tiny_policy: OftPolicy) -> None:
-    first = stages.sensitivities(run, tiny_policy, CPU, 2, 0)
-    again = stages.sensitivities(run, tiny_policy, CPU, 2, 0)
+    first = stages.sensitivities(run, tiny_policy, CPU, TWO_PROBES, 0)
+    again = stages.sensitivities(run, tiny_policy, CPU, TWO_PROBES, 0)
     assert again.digest == first.digest
-    assert stages.sensitivities(run, tiny_policy, CPU, 2, 1).digest != first.digest
+    assert stages.sensitivities(run, tiny_policy, CPU, TWO_PROBES, 1).digest != first.digest
     compared = stages.agreement(run, tiny_policy, 5, 0)
     assert len(compared.pairs) == 5
     assert len(stages.agreement(run, tiny_policy, 7, 0).pairs) == 7

@@ -130,6 +130,7 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     from engines.trt.sidecar import engine_folder
     from qvla_export.cli import exporting, judging, stages
     from qvla_export.cli.building import build_with_progress
+    from qvla_export.estimators.first_order import FirstOrderEstimator
 
     run, target = wanted.run, find_target(wanted.target)
     _check_inputs(wanted, policy)
@@ -137,7 +138,7 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     stages.calibrate(run, wanted.dataset, wanted.tasks, wanted.count, wanted.held_out, wanted.seed)
     _describe(wanted, policy)
     _say("sensitivities of every channel and width")
-    stages.sensitivities(run, policy, target, 8, wanted.seed)
+    stages.sensitivities(run, policy, target, FirstOrderEstimator(probes=8), wanted.seed)
     if wanted.check_pairs:
         compared = stages.agreement(run, policy, wanted.check_pairs, wanted.seed)
         _say(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from calibration.samples import CalibrationSet
     from qvla_export.agreement import Agreement
     from qvla_export.cli.resources import Resources
+    from qvla_export.estimators.base import Estimator, Question
     from qvla_export.policies.oft import OftPolicy
 
 _LOG = logging.getLogger(__name__)
@@ -44,9 +45,11 @@ def calibrate(
     count: int,
     held_out: int,
     seed: int,
+    frames_per_episode: int | None = None,
 ) -> "CalibrationSet":
     """Draw the calibration set of a data set or the simulator, or keep that of the same source."""
     from calibration.samples import (
+        FRAMES_PER_EPISODE,
         CalibrationSet,
         dataset_source,
         sample_dataset,
@@ -55,13 +58,16 @@ def calibrate(
 
     wanted: dict[str, Any] = {"count": count, "held_out": held_out, "seed": seed}
     wanted |= {"simulator": list(tasks)} if dataset is None else dataset_source(dataset)
+    frames = frames_per_episode or FRAMES_PER_EPISODE
+    if frames != FRAMES_PER_EPISODE:
+        wanted["frames_per_episode"] = frames
     kept = kept_artifact(run.calibration, CalibrationSet.load)
     if kept is not None and dict(kept.source) == wanted:
         return kept
     if dataset is not None:
-        drawn = sample_dataset(dataset, count, held_out, seed)
+        drawn = sample_dataset(dataset, count, held_out, seed, frames)
     else:
-        drawn = sample_simulator(tasks, count, held_out, seed)
+        drawn = sample_simulator(tasks, count, held_out, seed, frames)
     drawn.save(run.calibration)
     return CalibrationSet.load(run.calibration)
 
@@ -70,55 +76,71 @@ def sensitivities(
     run: RunFolder,
     policy: "OftPolicy",
     target: Target,
-    probes: int | None,
+    estimator: "Estimator",
     seed: int,
     resources: "Resources | None" = None,
 ) -> Sensitivities:
-    """Measure all channels and widths to first order, or keep what was measured on the same.
+    """Estimate all channels and widths, or keep what was estimated in the same way.
 
     Processes of one world share the observations; process 0 writes.
     """
-    from calibration.samples import CalibrationSet
     from qvla_export.cli.resources import Resources
-    from qvla_export.first_order import FirstOrder, measure_first_order
-    from qvla_export.sharded_sums import remove_journals
+    from qvla_export.estimators.base import Work, remove_progress
 
     means = resources or Resources()
     first = means.world.rank == 0
-    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
-    settings = FirstOrder(
-        spec_for(target),
-        probes=probes,
-        seed=seed,
-        batch_size=means.batch_size,
-        max_bytes=means.max_bytes,
-    )
+    asked = question(run, policy, target, seed, means.batch_size)
     journal = run.sensitivities.with_suffix(".progress")
     kept = kept_artifact(run.sensitivities, Sensitivities.load)
-    same = kept is not None and (
-        (kept.policy_digest, kept.calibration_digest, kept.quantizer)
-        == (policy.digest, calibration.digest, settings.quantizer)
-        and (kept.probes, kept.seed, kept.widths) == (probes or 0, seed, settings.widths)
-    )
     # Process 0 decides, so that none waits for one that has nothing to do.
-    if means.world.told(same):
+    if means.world.told(kept is not None and _same(kept, asked, estimator)):
         if first:
-            remove_journals(journal)
+            remove_progress(journal)
         return kept or Sensitivities.load(run.sensitivities)
     with Progress(disable=not first) as progress:
-        measured = measure_first_order(
-            policy,
-            calibration.observations,
-            calibration.digest,
-            settings,
-            journal,
-            bar(progress, "sensitivities"),
-            means.world,
-        )
+        work = Work(journal, bar(progress, f"sensitivities, {estimator.method}"), means.world)
+        measured = estimator.table(asked, work)
     if first:
         measured.save(run.sensitivities)
-        remove_journals(journal)
+        remove_progress(journal)
     return measured
+
+
+def question(
+    run: RunFolder, policy: "OftPolicy", target: Target, seed: int, batch_size: int = 8
+) -> "Question":
+    """Return what estimators are asked about a run: its calibration set, the target's quantizer."""
+    from calibration.samples import CalibrationSet
+    from qvla_export.estimators.base import Question
+
+    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    return Question(
+        policy,
+        calibration.observations,
+        calibration.digest,
+        spec_for(target),
+        episode_lengths=calibration.episode_lengths,
+        seed=seed,
+        batch_size=batch_size,
+    )
+
+
+def _same(kept: Sensitivities, asked: "Question", estimator: "Estimator") -> bool:
+    """Whether sensitivities are what an estimator would answer."""
+    # Files of before settings were recorded: first order with so many probes.
+    told = kept.settings or {"probes": kept.probes or None, "max_standard_error": None}
+    return (
+        (kept.policy_digest, kept.calibration_digest, kept.quantizer, kept.widths, kept.seed)
+        == (
+            asked.policy.digest,
+            asked.calibration_digest,
+            asked.quantizer,
+            asked.widths,
+            asked.seed,
+        )
+        and kept.method == estimator.method
+        and told == dict(estimator.settings)
+    )
 
 
 def agreement(run: RunFolder, policy: "OftPolicy", pairs: int, seed: int) -> "Agreement":

@@ -1,7 +1,7 @@
 """First order in full (DESIGN.md), and the paper's norm products of eq. 6 and appendix G."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class FirstOrderEstimator:
         """Estimate every channel at every width."""
         # The norms are of all tokens, and no padding may be among them.
         size = question.batch_size if self.contraction == "full" else 1
-        return measure_first_order(
+        measured = measure_first_order(
             question.policy,
             question.observations,
             question.calibration_digest,
@@ -63,6 +63,7 @@ class FirstOrderEstimator:
             work.on_progress,
             work.world,
         )
+        return replace(measured, settings=self.settings)
 
     def of_pairs(
         self, question: Question, pairs: Sequence[ChannelWidth], work: Work = QUIETLY

@@ -174,6 +174,7 @@ class HessianEstimator:
             policy_digest=question.policy.digest,
             calibration_digest=question.calibration_digest,
             quantizer=question.quantizer,
+            settings=self.settings,
         )
 
     def of_pairs(

@@ -55,7 +55,14 @@ class TwoStage:
         values = {n: (found * by_width).astype(np.float32) for n, found in first.values.items()}
         for pair, value in zip(pairs, exact, strict=True):
             values[pair.layer][question.widths.index(pair.bits), pair.channel] = value
-        return replace(first, values=values, method=self.method, standard_error=None)
+        # The proxy's error is no longer that of all values.
+        return replace(
+            first,
+            values=values,
+            method=self.method,
+            settings=self.settings,
+            standard_error=None,
+        )
 
     def of_pairs(
         self, question: Question, pairs: Sequence[ChannelWidth], work: Work = QUIETLY

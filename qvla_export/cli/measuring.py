@@ -1,0 +1,131 @@
+"""`qvla sensitivities` and `qvla estimators`: what quantizing a channel does to the action."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qvla_export.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    MaxMemoryOption,
+    PolicyOption,
+    PresetOption,
+    RunOption,
+    SeedOption,
+    TargetOption,
+    UnnormKeyOption,
+    WaitOption,
+    open_checkpoint,
+)
+from qvla_export.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from qvla_export.sensitivity import Sensitivities
+
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        help="first-order, norm-product (eq. 6), isotropic-noise (appendix G), hessian (the "
+        "official code's proxy), two-stage, exact (eq. 4), cumulative (eq. 5, exact steps) or "
+        "cumulative-first-order.",
+    ),
+]
+ProbesOption = Annotated[
+    int,
+    typer.Option(
+        "--probes",
+        min=0,
+        help="Random probes an observation; 0 takes the whole Jacobian. With --standard-error, "
+        "those of the first batches.",
+    ),
+]
+StandardErrorOption = Annotated[
+    float | None,
+    typer.Option(
+        "--standard-error",
+        help="Measure no more observations, and no more probes each, than bring the relative "
+        "standard error of every layer's sum at every width to this (0.1: 10 %). Default: all "
+        "observations.",
+    ),
+]
+ShareOption = Annotated[
+    float,
+    typer.Option("--exact-share", help="Of all channels: measured exactly by two-stage."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(sensitivities)
+
+
+def sensitivities(
+    run: RunOption,
+    policy: PolicyOption,
+    target: TargetOption = "cpu",
+    method: MethodOption = "first-order",
+    probes: ProbesOption = 8,
+    standard_error: StandardErrorOption = None,
+    exact_share: ShareOption = 0.02,
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+    check_pairs: Annotated[
+        int, typer.Option(help="(channel, width) pairs to compare with exact measurement.")
+    ] = 0,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    batch_size: BatchSizeOption = 8,
+    max_memory_gb: MaxMemoryOption = None,
+    wait_minutes: WaitOption = 60.0,
+) -> None:
+    """Measure what quantizing each channel to each width does to the action.
+
+    Under torchrun, processes share the observations:
+    torchrun --nproc-per-node 2 -m qvla_export sensitivities ...
+    """
+    from engines.targets import find_target
+    from qvla_export.cli import stages
+    from qvla_export.cli.resources import joined_resources
+    from qvla_export.estimators.names import Options, find_estimator
+
+    folder, wanted = RunFolder(run), find_target(target)
+    with joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources:
+        told = Options(probes or None, standard_error, exact_share, resources.max_bytes)
+        estimator = find_estimator(method, told)
+        loaded = open_checkpoint(policy, unnorm_key, preset)
+        loaded.module.to(resources.world.device)
+        measured = stages.sensitivities(folder, loaded, wanted, estimator, seed, resources)
+    if resources.world.rank:
+        return  # process 0 speaks for all
+    typer.echo(f"sensitivities: {_described(measured)} -> {folder.sensitivities}")
+    if standard_error is not None:
+        typer.echo(_reached(measured, standard_error))
+    if check_pairs:
+        compared = stages.agreement(folder, loaded, check_pairs, seed)
+        typer.echo(
+            f"agreement with exact: Spearman {compared.spearman:.4f} on {len(compared.pairs)} "
+            f"pairs, time ratio {compared.time_ratio:.5f} -> {folder.agreement}"
+        )
+
+
+def _described(measured: "Sensitivities") -> str:
+    channels = sum(v.shape[1] for v in measured.values.values())
+    text = f"{channels} channels, {measured.method}, {measured.samples} observations"
+    error = measured.standard_error
+    if error is None:
+        return text
+    return (
+        f"{text}; standard error {error.layers:.1%} of the worst layer and width "
+        f"({error.layers_by_probes:.1%} by probes), {error.channels:.1%} of the median channel"
+    )
+
+
+def _reached(measured: "Sensitivities", asked: float) -> str:
+    error = measured.standard_error
+    if error is not None and error.layers <= asked:
+        return f"standard error: at most {asked:.1%} as asked"
+    return (
+        f"standard error: above the {asked:.1%} asked for although every observation was used; "
+        "draw more: qvla calibrate --count"
+    )
