@@ -22,8 +22,8 @@ from jetson.control.states import State
 from jetson.server import running_server
 from jetson.settings import ServerSettings
 from qvla_export.action import ActionChunk
+from qvla_export.cli.run_options import RunOptions
 from qvla_export.cli.run_parts import parse_vector, run_policy
-from qvla_export.cli.running import RunOptions
 from qvla_export.errors import QvlaError
 from qvla_export.observation import Observation
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jetson.board.state import UNKNOWN, BoardState
 from jetson.doctor import clocks, memory
-from jetson.doctor.examination import Question, examine, read_subject
+from jetson.doctor.examination import Question, examine, read_subject, slow_settings
 from jetson.doctor.finding import Check, Finding, count, sorted_findings, summary
 from jetson.doctor.machine import Machine, read_machine
 
@@ -226,6 +226,14 @@ def test_a_machine_of_which_nothing_is_known_can_be_examined() -> None:
 
 def _jetson() -> BoardState:
     return replace(UNKNOWN, l4t="36.4.3")
+
+
+def test_one_line_says_what_makes_figures_slow(tmp_path: Path) -> None:
+    assert slow_settings(board(tmp_path, "jetpack6").board, tmp_path) == ""
+    changes = WRONG["mode"][0] | WRONG["cpu unlocked"][0] | WRONG["little memory"][0]
+    line = slow_settings(board(tmp_path, "jetpack6", changes).board, tmp_path)
+    assert line.startswith("clocks locked: cpu1 730 to 2202 MHz (sudo jetson_clocks); power mode: ")
+    assert "swap" not in line
 
 
 def test_a_finding_without_a_remedy_is_refused() -> None:

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.trt.gpu import read_power_modes
+from jetson.board.nvpmodel import fastest_mode
+from jetson.board.state import BoardState
 from jetson.doctor import clocks, libero, memory, observations, runtime, serving, statistics
 from jetson.doctor.bundle_facts import BundleFacts, read_bundle
-from jetson.doctor.finding import Finding
+from jetson.doctor.finding import Finding, summary
 from jetson.doctor.machine import Machine, read_machine
 from jetson.doctor.observations import DatasetFacts, needs_of
 from jetson.doctor.serving import ServingFacts, read_serving
@@ -111,3 +114,14 @@ def examine_speed(machine: Machine, bundle: BundleFacts | None = None) -> tuple[
         clocks.check_throttled(machine.board),
         clocks.check_over_current(machine),
     )
+
+
+def slow_settings(board: BoardState, root: Path = Path("/")) -> str:
+    """Return one line that names what makes a machine slow, and mends it; empty if nothing does.
+
+    Args:
+        board: as it was when figures were taken.
+        root: below which nvpmodel's configuration lies.
+    """
+    modes, fastest = read_power_modes(root), fastest_mode(root)
+    return summary(examine_speed(Machine(board, power_modes=modes, fastest_mode=fastest)))

@@ -1,16 +1,38 @@
 """Commands that run on the robot: serve."""
 
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
 from qvla_export.cli.opening import PolicySource
 from qvla_export.cli.options import PresetOption, ThreadsOption, UnnormKeyOption, WeightsOption
+from qvla_export.cli.serve_options import (
+    AllowHostOption,
+    DeadlineOption,
+    Gr00tPortOption,
+    HostOption,
+    MaxBodyOption,
+    MaxRateOption,
+    McapOption,
+    PortOption,
+    RecordImagesOption,
+    ReplyOption,
+    ServedPolicyArgument,
+    StrictCompatOption,
+    TlsCertOption,
+    TlsClientCaOption,
+    TlsKeyOption,
+    TokenFileOption,
+    WarmupOption,
+)
 from qvla_export.errors import QvlaError
 
 if TYPE_CHECKING:
     from jetson.security import TlsFiles
+
+_LOG = logging.getLogger(__name__)
 
 
 def register(app: typer.Typer) -> None:
@@ -19,46 +41,23 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    policy: Annotated[str, typer.Argument(help="Bundle folder (robot) or checkpoint (host).")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="TCP port; OFT clients expect 8777.")] = 8000,
-    reply: Annotated[
-        str, typer.Option(help="auto, action (OpenVLA: the first) or chunk (OFT: all).")
-    ] = "auto",
-    strict_compat: Annotated[
-        bool, typer.Option("--strict-compat", help='Failures as HTTP 200 "error", as upstream.')
-    ] = False,
-    gr00t_port: Annotated[
-        int | None, typer.Option(help="TCP port of GR00T's ZMQ protocol; its clients expect 5555.")
-    ] = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the token every client must send; or QVLA_TOKEN."),
-    ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
-    tls_client_ca: Annotated[
-        Path | None,
-        typer.Option(help="Who signs clients' certificates, PEM; clients without one are refused."),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="Name that clients may call this machine by; repeat."),
-    ] = None,
-    max_rate_hz: Annotated[
-        float, typer.Option(help="Requests a second of one client address; 0: no limit.")
-    ] = 1000.0,
-    max_body_mb: Annotated[int, typer.Option(help="Longest request body, MB.")] = 32,
-    warmup: Annotated[int, typer.Option(help="Actions before the port opens.")] = 3,
-    deadline_ms: Annotated[
-        float | None, typer.Option(help="Slower actions count as missed at /metrics and /.")
-    ] = None,
-    record: Annotated[
-        Path | None, typer.Option(help="MCAP file to write every observation and action to.")
-    ] = None,
-    record_images: Annotated[
-        Literal["png", "jpeg"], typer.Option(help="png: what the policy saw, exactly.")
-    ] = "png",
+    policy: ServedPolicyArgument,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    reply: ReplyOption = "auto",
+    strict_compat: StrictCompatOption = False,
+    gr00t_port: Gr00tPortOption = None,
+    token_file: TokenFileOption = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_client_ca: TlsClientCaOption = None,
+    allow_host: AllowHostOption = None,
+    max_rate_hz: MaxRateOption = 1000.0,
+    max_body_mb: MaxBodyOption = 32,
+    warmup: WarmupOption = 3,
+    deadline_ms: DeadlineOption = None,
+    record: McapOption = None,
+    record_images: RecordImagesOption = "png",
     threads: ThreadsOption = None,
     weights: WeightsOption = "packed",
     unnorm_key: UnnormKeyOption = None,
@@ -66,9 +65,8 @@ def serve(
 ) -> None:
     """Serve actions as OpenVLA and OpenVLA-OFT (POST /act), openpi (websocket), GR00T (ZMQ) do.
 
-    Only this machine can connect unless a token or client certificates keep others out. A browser
-    shows what the robot sees and does at /; a token is the password there. Prometheus reads
-    /metrics.
+    Only this machine can connect unless a token or client certificates keep others out. At / a
+    browser shows what the robot sees and does (password: the token); Prometheus reads /metrics.
     """
     from jetson.security import read_token
     from jetson.server import serve as run_server
@@ -90,7 +88,17 @@ def serve(
         record=record,
         record_images=record_images,
     )
+    _warn_of_slow_settings()
     run_server(PolicySource(policy, unnorm_key, preset, threads, weights)(), settings)
+
+
+def _warn_of_slow_settings() -> None:
+    """Say what makes this machine's figures worse than they could be, as `qvla doctor` does."""
+    from jetson.board import read_board_state
+    from jetson.doctor.examination import slow_settings
+
+    if slow := slow_settings(read_board_state()):
+        _LOG.warning("slower than it could be, see qvla doctor: %s", slow)
 
 
 def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> "TlsFiles | None":

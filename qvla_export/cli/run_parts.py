@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from qvla_export.action import ActionPolicy
 from qvla_export.cli.opening import PolicySource
+from qvla_export.cli.run_options import RunOptions
 from qvla_export.cli.run_sources import open_source
-from qvla_export.cli.running import RunOptions
 from qvla_export.errors import QvlaError
 from qvla_export.statistics import Bounds
 

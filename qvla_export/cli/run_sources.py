@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvla_export.cli.running import RunOptions
+from qvla_export.cli.run_options import RunOptions
 from qvla_export.errors import QvlaError
 
 if TYPE_CHECKING:
