@@ -183,7 +183,7 @@ def test_swap_on_disk_is_enough_beside_compressed_memory() -> None:
     assert memory.check_swap(replace(small, zram_bytes=20 << 30)).severity == "warning"
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_hostile_files_never_end_the_doctor(tmp_path: Path, data: st.DataObject) -> None:
     root = tmp_path / "board"

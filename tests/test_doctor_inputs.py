@@ -12,6 +12,7 @@ from test_cli import qvla
 from test_imports import HOST_ONLY
 from test_robot_side import run_on_robot
 
+from jetson.board.state import UNKNOWN, Clock
 from jetson.doctor.finding import Finding
 from jetson.doctor.libero import check_libero
 from jetson.doctor.machine import Machine
@@ -198,3 +199,15 @@ def test_the_command_runs_where_only_the_robot_s_libraries_are(tiny_checkpoint: 
     )
     assert "unknown: data set\n    pip install 'qvla[host]'" in printed
     assert "doctor: 0 error, " in printed
+
+
+def test_a_server_says_at_its_start_what_makes_it_slow(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loose = Clock("gpu", 306.0, 306.0, 1300.0, locked=False)
+    slow = replace(UNKNOWN, l4t="36.4.3", clocks=(loose,), clocks_locked=False)
+    monkeypatch.setattr("jetson.board.read_board_state", lambda: slow)
+    monkeypatch.setattr("jetson.server.serve", lambda policy, settings: None)
+    assert qvla("serve", tiny_checkpoint).code == 0
+    [warned] = [r.getMessage() for r in caplog.records if "qvla doctor" in r.getMessage()]
+    assert "clocks locked: gpu 306 to 1300 MHz (sudo jetson_clocks)" in warned
