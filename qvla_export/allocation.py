@@ -1,7 +1,7 @@
 """Sensitivities and limits -> a bit plan. numpy only.
 
-`qvla_export.allocators` names the methods; `qvla_export.limits` holds what single channels' costs
-do not add up to.
+`qvla_export.allocators.names` names the methods; `qvla_export.allocators.limits` holds what single
+channels' costs do not add up to.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.allocators import METHODS, AllocationMethod, Allocator, find_allocator
+from qvla_export.allocators.hull import error_bound
+from qvla_export.allocators.limits import within_bytes, within_latency
+from qvla_export.allocators.names import METHODS, AllocationMethod, Allocator, find_allocator
+from qvla_export.allocators.whole_layers import units_of
 from qvla_export.budget import Budget, BudgetKind, LatencyLimit
 from qvla_export.demotions import DemotionTable, Levels, PruningRule, demotion_table
 from qvla_export.errors import QvlaError
-from qvla_export.hull import error_bound
-from qvla_export.limits import within_bytes, within_latency
 from qvla_export.plan import BitPlan
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.storage import stored_bytes
 from qvla_export.target import WIDTHS, Target
-from qvla_export.whole_layers import units_of
 
 __all__ = [
     "METHODS",
@@ -58,7 +58,7 @@ def allocate_bits(
         widths: allowed widths; every channel starts at the widest.
         pruning: limits on the step to 0 bits; None for none.
         latency: a limit on the predicted latency; None for none.
-        method: name of a method, see `qvla_export.allocators`, or one with parameters.
+        method: name of a method, see `qvla_export.allocators.names`, or one with parameters.
 
     Raises:
         QvlaError: a limit cannot be met, an unknown width or method.
@@ -105,7 +105,8 @@ def least_error(
     """Return an error that no plan of these limits goes below; compare `expected_error` with it.
 
     It is the optimum of the linear relaxation for the budget itself; a stored ratio, a latency
-    limit and caps on pruning are left out, which can only lower it.
+    limit and caps on pruning are left out, which can only lower it. Bytes are those of the channels
+    themselves: where hidden units leave an MLP, a plan within a budget in bytes may have less.
 
     Args: as of `allocate_bits`.
 

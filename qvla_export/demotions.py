@@ -1,7 +1,7 @@
 """All demotions of all channels side by side: what each costs, adds and is allowed. numpy only.
 
 Units get one width: channels by themselves, or all channels of some layers together. The methods
-of `qvla_export.allocators` choose among the demotions for `qvla_export.allocation`.
+of `qvla_export.allocators.names` choose among the demotions for `qvla_export.allocation`.
 """
 
 from collections.abc import Sequence

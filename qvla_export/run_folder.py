@@ -7,9 +7,24 @@ from typing import Literal
 
 from qvla_export.activations import ACTIVATION_CODES
 from qvla_export.errors import ArtifactError, QvlaError
-from qvla_export.target import Target
+from qvla_export.target import WIDTHS, Target
 
-_SETTING = re.compile(r"w(?P<bits>\d+(\.\d+)?)(a(?P<activations>\d+))?(?P<uniform>-rtn)?")
+_SETTING = re.compile(
+    r"w(?P<bits>\d+(\.\d+)?)(a(?P<activations>\d+))?"
+    r"((?P<uniform>-rtn)|(-(?P<method>alg1|staged|layer|module|uniform|gates(?P<gates>[1-4])?))?"
+    r"(-set(?P<widths>\d+(\.\d+)*))?(?P<refined>-refined)?)"
+)
+# Part of a setting's name -> allocator, see `qvla_export.allocators.names`.
+_METHODS = {
+    "alg1": "algorithm1",
+    "staged": "staged",
+    "layer": "per-layer",
+    "module": "per-module",
+    "uniform": "uniform",
+    "gates": "gates",
+}
+# Rounds of "-refined"; see `qvla_export.refinement`.
+REFINED_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -19,6 +34,9 @@ class Setting:
     "float": not at all. "w4": planned, 4 mean bits per channel and at most the bytes of uniform
     4 bits. "w4-rtn": every channel 4 bits, scale from the largest weight, round to nearest.
     "w8a8", "w4a8-rtn": the inputs of the layers have 8 bits as well; "w4a4" is for torch only.
+    Planned ones are allocated along hulls, or as the name goes on: "-alg1", "-staged", "-gates"
+    (the best row of table 6, "-gates2" another), "-layer", "-module", "-uniform"; "-set0.8" allows
+    only these widths; "-refined" measures and plans again on the quantized policy.
     """
 
     name: str
@@ -27,6 +45,12 @@ class Setting:
     bits: float
     # Bits of activations; None leaves them in float.
     activation_bits: int | None = None
+    # Of a planned one: allocator, row of table 6 for its gates, allowed widths.
+    method: str = "hull"
+    gates_row: int | None = None
+    widths: tuple[int, ...] = WIDTHS
+    # Rounds in which a plan is refined.
+    refinements: int = 0
 
 
 # Part of a setting's name that people try -> what they ask a target for.
@@ -53,8 +77,9 @@ def parse_setting(name: str, target: Target | None = None) -> Setting:
     if found is None or not 0 < float(found["bits"]) <= 16:
         raise QvlaError(
             f"a setting is 'float', 'w<mean bits>' such as w4 or w2.5, or 'w<bits>-rtn' for "
-            f"uniform round-to-nearest, both also with 'a8' for 8-bit activations (w8a8), "
-            f"got {name!r}"
+            f"uniform round-to-nearest, both also with 'a8' for 8-bit activations (w8a8); a "
+            f"planned one may go on with {', '.join('-' + part for part in _METHODS)} (-gates1 to "
+            f"-gates4), -set<widths> (-set0.8) and -refined, in this order; got {name!r}"
         )
     bits = float(found["bits"])
     if found["uniform"] and bits not in (2, 4, 8, 16):
@@ -63,7 +88,26 @@ def parse_setting(name: str, target: Target | None = None) -> Setting:
     if activations not in (None, *ACTIVATION_CODES):
         raise QvlaError(f"activations have 8 bits, or 4 in simulation, got {name!r}")
     kind: Literal["planned", "uniform"] = "uniform" if found["uniform"] else "planned"
-    return Setting(name, kind, bits, activations)
+    method = found["method"] or ""
+    return Setting(
+        name,
+        kind,
+        bits,
+        activations,
+        method=next((m for part, m in _METHODS.items() if method.startswith(part)), "hull"),
+        gates_row=int(found["gates"]) if found["gates"] else None,
+        widths=_allowed(found["widths"], name),
+        refinements=REFINED_ROUNDS if found["refined"] else 0,
+    )
+
+
+def _allowed(widths: str | None, name: str) -> tuple[int, ...]:
+    if widths is None:
+        return WIDTHS
+    allowed = tuple(sorted({int(bits) for bits in widths.split(".")}))
+    if not set(allowed) <= set(WIDTHS) or allowed == (0,):
+        raise QvlaError(f"-set takes widths among {WIDTHS} and one above 0, got {name!r}")
+    return allowed
 
 
 def made(path: Path, command: str) -> Path:

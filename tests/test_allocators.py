@@ -19,8 +19,8 @@ from qvla_export.allocation import (
     find_allocator,
     least_error,
 )
+from qvla_export.allocators.gates import GATES
 from qvla_export.errors import QvlaError
-from qvla_export.gates import GATES
 from qvla_export.plan import BitPlan
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.target import WIDTHS

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from test_plan import FOUR_BIT_TARGET, TARGET, random_sensitivities, tables, widths_of
 
 from qvla_export.allocation import Budget, PruningRule, allocate_bits, least_error
+from qvla_export.allocators.hull import hull_jumps
 from qvla_export.errors import QvlaError
 from qvla_export.geometries import TransformerSize, llama_layers
-from qvla_export.hull import hull_jumps
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.target import WIDTHS
 

@@ -1,11 +1,10 @@
 """Commands of the host side: from data to bundles."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from qvla_export.activations import DEFAULT_METHOD
 from qvla_export.cli import (
     baselining,
     benching,
@@ -16,6 +15,7 @@ from qvla_export.cli import (
     examining,
     judging_commands,
     measuring,
+    planning,
     predicting,
     real_size,
     replaying,
@@ -38,14 +38,7 @@ from qvla_export.cli.options import (
     open_checkpoint,
     open_dataset,
 )
-from qvla_export.cli.predicting import (
-    LimitedPolicyOption,
-    MaxPredictedOption,
-    PowerModeOption,
-    RatesOption,
-)
-from qvla_export.errors import QvlaError
-from qvla_export.run_folder import RunFolder, made, parse_setting
+from qvla_export.run_folder import RunFolder, parse_setting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -99,51 +92,6 @@ def activations(
 
 
 @app.command()
-def plan(
-    run: RunOption,
-    setting: SettingOption,
-    target: TargetOption = "cpu",
-    activations_method: Annotated[
-        Literal["max", "percentile", "mse", "entropy"],
-        typer.Option(help="How the ranges of 8-bit activations are chosen."),
-    ] = DEFAULT_METHOD,
-    method: Annotated[
-        Literal["hull", "algorithm1"],
-        typer.Option(help="Algorithm 1 as printed, or along the channels' convex hulls."),
-    ] = "hull",
-    max_predicted_ms: MaxPredictedOption = None,
-    power_mode: PowerModeOption = None,
-    rates: RatesOption = None,
-    policy: LimitedPolicyOption = None,
-    preset: PresetOption = None,
-) -> None:
-    """Allocate bits to channels under a budget, and under a predicted latency if one is given."""
-    from engines.targets import find_target
-    from qvla_export.cli import prediction, stages
-    from qvla_export.sensitivity import Sensitivities
-
-    folder, device = RunFolder(run), find_target(target)
-    wanted = parse_setting(setting, device)
-    measured = Sensitivities.load(made(folder.sensitivities, "sensitivities"))
-    limit = None
-    if max_predicted_ms is not None:
-        where = prediction.Device(device, power_mode, rates)
-        limit = prediction.latency_limit(max_predicted_ms, where, measured, wanted, policy, preset)
-    planned = stages.plan(
-        folder, wanted, device, measured.policy_digest, activations_method, limit, method
-    )
-    if planned is None:
-        raise QvlaError("the float setting has no plan; choose w4, w8a8, w4-rtn, ...")
-    typer.echo(
-        f"plan: {planned.mean_bits_per_channel:.2f} mean bits per channel, "
-        f"{planned.mean_bits_per_weight:.2f} per weight, "
-        f"{planned.stored_bits_per_weight:.2f} stored, {planned.ratio:.3f} of float16 "
-        f"-> {folder.plan(wanted)}"
-    )
-    typer.echo(prediction.plan_figures(planned, measured, wanted, device, limit))
-
-
-@app.command()
 def export(
     run: RunOption,
     policy: PolicyOption,
@@ -191,6 +139,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 simulation.register(app)
 measuring.register(app)
+planning.register(app)
 judging_commands.register(app)
 checking.register(app)
 building.register(app)

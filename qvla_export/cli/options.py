@@ -48,7 +48,9 @@ SettingOption = Annotated[
     str,
     typer.Option(
         "--setting",
-        help="float, w<mean bits> (w4), w<bits>-rtn (uniform); with a8 8-bit activations (w8a8).",
+        help="float, w<mean bits> (w4), w<bits>-rtn (uniform); with a8 8-bit activations (w8a8). "
+        "A planned one may name its allocation: -alg1, -staged, -gates, -layer, -module, -uniform, "
+        "-set<widths> (w8-set0.8), -refined.",
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random draw.")]

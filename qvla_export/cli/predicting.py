@@ -20,7 +20,12 @@ PowerModeOption = Annotated[
     typer.Option("--power-mode", help="Power mode the prediction is for; the target's fastest."),
 ]
 MaxPredictedOption = Annotated[
-    float | None, typer.Option(help="Longest predicted action, ms; needs --policy.")
+    float | None,
+    typer.Option(
+        "--max-latency-ms",
+        "--max-predicted-ms",
+        help="Longest predicted action, ms; needs --policy.",
+    ),
 ]
 LimitedPolicyOption = Annotated[
     Path | None,

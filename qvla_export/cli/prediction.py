@@ -18,6 +18,7 @@ from qvla_export.target import WIDTHS, ActivationSupport, Target
 
 if TYPE_CHECKING:
     from qvla_export.allocation import LatencyLimit
+    from qvla_export.choices import Choices
     from qvla_export.plan import BitPlan
     from qvla_export.run_folder import Setting
     from qvla_export.sensitivity import Sensitivities
@@ -136,17 +137,19 @@ def latency_limit(
 def plan_figures(
     planned: "BitPlan",
     measured: "Sensitivities",
-    setting: "Setting",
+    choices: "Choices | None",
     target: Target,
     limit: "LatencyLimit | None",
 ) -> str:
     """Say how far an allocated plan is from the bound, and how long an action is predicted."""
-    from qvla_export.allocation import Budget, least_error
+    from qvla_export.allocation import least_error
 
-    if planned.expected_error is None:
+    if planned.expected_error is None or choices is None:
         return "additive error: unknown, the plan is uniform"
-    least = least_error(measured, Budget("bits per channel", setting.bits), target)
-    text = f"additive error: {planned.expected_error:.4g}, at least {least:.4g} under this budget"
+    text = f"{choices.allocator.name}: additive error {planned.expected_error:.4g}"
+    if choices.budget.kind != "bytes":
+        least = least_error(measured, choices.budget, target, choices.widths, choices.pruning)
+        text += f", at least {least:.4g} under this budget"
     if limit is None:
         return text
     predicted = limit.model.predict(planned.widths, limit.activations)

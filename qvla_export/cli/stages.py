@@ -10,9 +10,9 @@ from rich.progress import Progress
 
 from qvla_export.activation_statistics import ActivationStatistics
 from qvla_export.activations import DEFAULT_METHOD, RangeMethod
-from qvla_export.alignment import align_within
-from qvla_export.allocation import AllocationMethod, Budget, LatencyLimit, allocate_bits
 from qvla_export.artifacts import remove_leftovers, require_same
+from qvla_export.budget import LatencyLimit
+from qvla_export.choices import Choices, choices_of, shapes_of
 from qvla_export.errors import ArtifactError
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.quantize import QuantizerSpec, spec_for
@@ -32,8 +32,6 @@ _LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Bits per weight that a uniform plan stores per nominal bit: scales of 16 bits, blocks of 64.
-_STORED_PER_BIT = 17 / 16
 _MEASURE_AGAIN = "Measure and plan again on this set: qvla sensitivities, qvla plan."
 _MEASURE = "Measure the sensitivities of this policy: qvla sensitivities."
 
@@ -193,7 +191,7 @@ def plan(
     policy_digest: str,
     method: RangeMethod = DEFAULT_METHOD,
     latency: LatencyLimit | None = None,
-    allocation: AllocationMethod = "hull",
+    choices: Choices | None = None,
 ) -> BitPlan | None:
     """Allocate bits for a setting, and leave a file of the same plan alone; None for float."""
     if setting.kind == "float":
@@ -202,20 +200,12 @@ def plan(
     require_same("policy and sensitivities", measured.policy_digest, policy_digest, _MEASURE)
     if setting.kind == "uniform":
         planned = uniform_plan(
-            _shapes(measured), int(setting.bits), target, policy_digest, _round_to_nearest(target)
+            shapes_of(measured), int(setting.bits), target, policy_digest, _round_to_nearest(target)
         )
     else:
         _require_groups_of(target, measured)
-        cap = setting.bits / 16 * _STORED_PER_BIT
-        if setting.bits in target.containers:
-            uniform = uniform_plan(_shapes(measured), int(setting.bits), target, policy_digest)
-            cap = uniform.ratio
-
-        def allocate(share: float, limit: LatencyLimit | None) -> BitPlan:
-            budget = Budget("bits per channel", share * setting.bits, share * cap)
-            return allocate_bits(measured, budget, target, latency=limit, method=allocation)
-
-        planned = align_within(allocate, measured, target, latency)
+        chosen = choices or choices_of(setting, measured, target)
+        planned = chosen.allocate(measured, target, latency)
     if setting.activation_bits is not None:
         planned = _with_activations(run, planned, setting.activation_bits, method)
     planned.save(run.plan(setting))
@@ -275,13 +265,6 @@ def _round_to_nearest(target: Target) -> QuantizerSpec:
     """The target's own containers, scales from the largest weight: the plain baseline."""
     rules = spec_for(target).rules
     return QuantizerSpec({bits: replace(rule, scale="max") for bits, rule in rules.items()})
-
-
-def _shapes(measured: Sensitivities) -> dict[str, tuple[int, int]]:
-    return {
-        name: (values.shape[1], measured.weights_per_channel[name])
-        for name, values in measured.values.items()
-    }
 
 
 def kept_artifact(path: Path, load: Callable[[Path], T]) -> T | None:

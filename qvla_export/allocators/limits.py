@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.allocators.hull import HullJumps, demote
 from qvla_export.budget import LatencyLimit
 from qvla_export.demotions import DemotionTable, Levels
 from qvla_export.errors import QvlaError
-from qvla_export.hull import HullJumps, demote
 
-# (table, levels, cost, limit, what) -> levels; see `qvla_export.allocators`.
+# (table, levels, cost, limit, what) -> levels; see `qvla_export.allocators.names`.
 Step = Callable[[DemotionTable, Levels, NDArray[np.int64], float, str], Levels]
 # Units below which filled-up bytes are removed step by step: the fewest steps are found then.
 _ONE_BY_ONE = 10_000

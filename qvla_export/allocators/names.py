@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
+from qvla_export.allocators.algorithm1 import demote_greedily
+from qvla_export.allocators.gates import GATES, check_gates, demote_to_gates
+from qvla_export.allocators.hull import demote_along_hull
+from qvla_export.allocators.limits import Step
+from qvla_export.allocators.staged import demote_in_stages
+from qvla_export.allocators.whole_layers import Grain, demote_layers
 from qvla_export.errors import QvlaError
-from qvla_export.gates import GATES, check_gates, demote_to_gates
-from qvla_export.greedy import demote_greedily
-from qvla_export.hull import demote_along_hull
-from qvla_export.limits import Step
-from qvla_export.staged import demote_in_stages
-from qvla_export.whole_layers import Grain, demote_layers
 
 AllocationMethod = Literal[
     "hull", "algorithm1", "staged", "gates", "per-layer", "per-module", "uniform"

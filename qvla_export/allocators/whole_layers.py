@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.allocators.algorithm1 import unreachable
+from qvla_export.allocators.hull import demote_along_hull
 from qvla_export.demotions import DemotionTable, Levels
-from qvla_export.greedy import unreachable
-from qvla_export.hull import demote_along_hull
 from qvla_export.report.layer_names import tower_of
 
 Grain = Literal["channel", "layer", "module", "policy"]
@@ -37,7 +37,7 @@ def demote_layers(
     The best combination where all can be tried; otherwise hull jumps, and then the promotions that
     still fit, those that take off most error first.
 
-    Args and errors: as of `qvla_export.greedy.demote_greedily`.
+    Args and errors: as of `qvla_export.allocators.algorithm1.demote_greedily`.
     """
     if len(table.widths) ** min(table.units, 64) <= _ALL_TRIED:
         return _best_of_all(table, levels, cost, limit, what)

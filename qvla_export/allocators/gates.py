@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.allocators.algorithm1 import allowed_steps, ratios, unreachable
 from qvla_export.demotions import DemotionTable, Levels
 from qvla_export.errors import QvlaError
-from qvla_export.greedy import allowed_steps, ratios, unreachable
 from qvla_export.target import WIDTHS
 
 # Width -> share of the channels: the rows of table 6, "INT8 budget", the best first.
@@ -56,7 +56,7 @@ def demote_to_gates(
 
     Args:
         gates: width -> share.
-        others and errors: as of `qvla_export.greedy.demote_greedily`.
+        others and errors: as of `qvla_export.allocators.algorithm1.demote_greedily`.
     """
     orders = _stage_orders(table, cost)
     shares = _shares_of(table.widths, gates)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.allocators.algorithm1 import unreachable
 from qvla_export.demotions import DemotionTable, Levels
 from qvla_export.errors import QvlaError
-from qvla_export.greedy import unreachable
 
 # Channels handled at a time: their arrays stay in a cache.
 _CHUNK = 16384
@@ -134,7 +134,7 @@ def demote_along_hull(
 ) -> Levels:
     """Take hull jumps until the cost is within the limit, and those that lower the error anyway.
 
-    Args and errors: as of `qvla_export.greedy.demote_greedily`.
+    Args and errors: as of `qvla_export.allocators.algorithm1.demote_greedily`.
     """
     spent = float(_pick(cost, levels).sum())
 

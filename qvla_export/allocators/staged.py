@@ -7,8 +7,8 @@ to 4 bits while another is still at 16.
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.allocators.algorithm1 import demote_in_order, ratios, taken_steps
 from qvla_export.demotions import DemotionTable, Levels
-from qvla_export.greedy import demote_in_order, ratios, taken_steps
 
 
 def demote_in_stages(
@@ -16,7 +16,7 @@ def demote_in_stages(
 ) -> Levels:
     """Take further steps, stage by stage, until the cost is within the limit.
 
-    Args and errors: as of `qvla_export.greedy.demote_greedily`.
+    Args and errors: as of `qvla_export.allocators.algorithm1.demote_greedily`.
     """
     taken, rho = taken_steps(table, levels), ratios(table, cost)
     stage = np.broadcast_to(np.arange(len(rho))[:, None], rho.shape)

@@ -1,0 +1,1 @@
+"""Allocators behind one interface; `names` chooses among them."""

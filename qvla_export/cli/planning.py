@@ -1,0 +1,167 @@
+"""`qvla plan`: widths of channels under a budget, by any of the allocators."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qvla_export.activations import DEFAULT_METHOD
+from qvla_export.cli.options import PresetOption, RunOption, SettingOption, TargetOption
+from qvla_export.cli.predicting import (
+    LimitedPolicyOption,
+    MaxPredictedOption,
+    PowerModeOption,
+    RatesOption,
+)
+from qvla_export.errors import QvlaError
+from qvla_export.run_folder import RunFolder, made, parse_setting
+
+if TYPE_CHECKING:
+    from qvla_export.allocation import PruningRule
+
+# Name of a regularizer -> field of `PruningRule`.
+_REGULARIZERS = {
+    "absolute-threshold": "absolute_threshold",
+    "relative-threshold": "relative_threshold",
+    "max-share": "max_share",
+    "max-share-of-layer": "max_share_of_layer",
+}
+
+MethodOption = Annotated[
+    Literal["hull", "algorithm1", "staged", "gates", "per-layer", "per-module", "uniform"] | None,
+    typer.Option(
+        help="hull: along convex hulls, with a bound; algorithm1: as printed; staged: the text's "
+        "order; gates: fixed shares (table 6); per-layer, per-module, uniform: one width for all "
+        "channels of each. Default: the setting's, hull for w4."
+    ),
+]
+WidthsOption = Annotated[
+    str | None, typer.Option(help="Allowed widths, such as 0,8. Default: 0,2,4,8,16.")
+]
+BudgetByOption = Annotated[
+    Literal["setting", "channel", "weight", "bytes"],
+    typer.Option(
+        help="What the budget limits: mean bits per channel, mean bits per weight, or stored bytes "
+        "with scales; setting: bits per channel, and no more bytes than the uniform width."
+    ),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(help="Mean bits, or bytes. Default: the setting's bits, the uniform bytes."),
+]
+GatesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Shares of the channels for --method gates, WIDTH:SHARE,...; tilted to narrower "
+        "widths where they exceed the budget. Default: the best row of table 6."
+    ),
+]
+RegularizersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--regularizer",
+        help="Limit on pruning, repeat: absolute-threshold=S and relative-threshold=R keep "
+        "channels whose sensitivity at 0 bits is above S, above R times their layer's mean; "
+        "max-share=X (L0-style) and max-share-of-layer=X cap the share that is pruned.",
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(plan)
+
+
+def plan(
+    run: RunOption,
+    setting: SettingOption,
+    target: TargetOption = "cpu",
+    method: MethodOption = None,
+    widths: WidthsOption = None,
+    budget_by: BudgetByOption = "setting",
+    budget: BudgetOption = None,
+    gates: GatesOption = None,
+    regularizers: RegularizersOption = None,
+    activations_method: Annotated[
+        Literal["max", "percentile", "mse", "entropy"],
+        typer.Option(help="How the ranges of 8-bit activations are chosen."),
+    ] = DEFAULT_METHOD,
+    max_predicted_ms: MaxPredictedOption = None,
+    power_mode: PowerModeOption = None,
+    rates: RatesOption = None,
+    policy: LimitedPolicyOption = None,
+    preset: PresetOption = None,
+) -> None:
+    """Allocate bits to channels under a budget, and under a predicted latency if one is given."""
+    from engines.targets import find_target
+    from qvla_export.choices import choices_of
+    from qvla_export.cli import prediction, stages
+    from qvla_export.sensitivity import Sensitivities
+
+    folder, device = RunFolder(run), find_target(target)
+    wanted = parse_setting(setting, device)
+    measured = Sensitivities.load(made(folder.sensitivities, "sensitivities"))
+    given = {
+        "method": method,
+        "gates": _gates(gates),
+        "widths": _widths(widths),
+        "budget": budget,
+        "pruning": _pruning_rule(regularizers or []),
+    }
+    choices = limit = None
+    if wanted.kind == "planned":
+        choices = choices_of(wanted, measured, device, budget_by, **given)  # type: ignore[arg-type]  # values of several types
+    elif named := [name for name, value in given.items() if value is not None]:
+        raise QvlaError(f"setting {setting} is not allocated; leave out {', '.join(named)}")
+    if max_predicted_ms is not None:
+        where = prediction.Device(device, power_mode, rates)
+        limit = prediction.latency_limit(max_predicted_ms, where, measured, wanted, policy, preset)
+    planned = stages.plan(
+        folder, wanted, device, measured.policy_digest, activations_method, limit, choices
+    )
+    if planned is None:
+        raise QvlaError("the float setting has no plan; choose w4, w8a8, w4-rtn, ...")
+    typer.echo(
+        f"plan: {planned.mean_bits_per_channel:.2f} mean bits per channel, "
+        f"{planned.mean_bits_per_weight:.2f} per weight, "
+        f"{planned.stored_bits_per_weight:.2f} stored, {planned.ratio:.3f} of float16 "
+        f"-> {folder.plan(wanted)}"
+    )
+    typer.echo(prediction.plan_figures(planned, measured, choices, device, limit))
+
+
+def _widths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(bits) for bits in text.split(","))
+    except ValueError as error:
+        raise QvlaError(f"--widths takes widths such as 0,2,4,8,16, got {text!r}") from error
+
+
+def _gates(text: str | None) -> dict[int, float] | None:
+    if text is None:
+        return None
+    try:
+        pairs = [part.partition(":") for part in text.split(",")]
+        return {int(bits): float(share) for bits, _, share in pairs}
+    except ValueError as error:
+        raise QvlaError(
+            f"--gates takes WIDTH:SHARE,... such as 0:0.01,2:0.05,4:0.22,8:0.56,16:0.16, "
+            f"got {text!r}"
+        ) from error
+
+
+def _pruning_rule(texts: list[str]) -> "PruningRule | None":
+    from qvla_export.allocation import PruningRule
+
+    limits = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            limits[_REGULARIZERS[name]] = float(value)
+        except (KeyError, ValueError) as error:
+            raise QvlaError(
+                f"--regularizer takes NAME=NUMBER with a name of {sorted(_REGULARIZERS)}, "
+                f"got {text!r}"
+            ) from error
+    return PruningRule(**limits) if limits else None
