@@ -16,15 +16,13 @@ from typing import Any, Protocol
 
 import httpx
 import json_numpy
-import msgpack
 import numpy as np
-import zmq
 from numpy.typing import NDArray
 
-from jetson.arrays import encode_npy, encode_packed
 from jetson.bench_peers import ACTIONS, serve_openpi_structure, serve_openvla_structure
 from jetson.contract import PolicyContract
 from jetson.errors import RemoteError
+from jetson.protocol_clients import Endpoint, ProtocolClient, ProtocolName, open_client
 from jetson.server import serve
 from jetson.settings import ServerSettings
 from qvla_export.action import ActionChunk
@@ -97,11 +95,11 @@ def measure_servers(
         ):
             stack.enter_context(_running(target, arguments))
         clients: dict[str, _Client] = {
-            "qvla websocket": _WebsocketClient(ours),
-            "openpi structure": _WebsocketClient(openpi),
+            "qvla websocket": _our_client("openpi", ours),
+            "openpi structure": _our_client("openpi", openpi),
             "qvla POST /act": _HttpClient(ours),
             "openvla structure": _HttpClient(openvla),
-            "qvla ZMQ": _ZmqClient(gr00t),
+            "qvla ZMQ": _our_client("gr00t", gr00t),
         }
         for client in clients.values():
             stack.callback(client.close)
@@ -123,29 +121,6 @@ class _Client(Protocol):
     def close(self) -> None: ...
 
 
-class _WebsocketClient:
-    """Does what openpi-client does."""
-
-    def __init__(self, port: int) -> None:
-        from websockets.sync.client import connect
-
-        _await_port(port)
-        self._connecting = connect(
-            f"ws://127.0.0.1:{port}", compression=None, max_size=None, proxy=None
-        )
-        self._socket = self._connecting.__enter__()
-        self._socket.recv()
-
-    def ask(self, observation: Observation) -> None:
-        fields = {f"observation/{name}": encode_packed(i) for name, i in observation.images.items()}
-        fields["observation/state"] = encode_packed(observation.state)
-        self._socket.send(msgpack.packb({**fields, "prompt": observation.instruction}))
-        _check(msgpack.unpackb(self._socket.recv())["actions"][b"data"])
-
-    def close(self) -> None:
-        self._connecting.__exit__(None, None, None)
-
-
 class _HttpClient:
     """Does what the clients of OpenVLA's deploy.py do."""
 
@@ -165,32 +140,20 @@ class _HttpClient:
         self._http.close()
 
 
-class _ZmqClient:
-    """Does what GR00T's PolicyClient does."""
+class _OurClient:
+    """One of the clients that also measure servers under load."""
 
-    def __init__(self, port: int) -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.REQ)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.RCVTIMEO, int(_START_S * 1000))
-        self._socket.connect(f"tcp://127.0.0.1:{port}")
+    def __init__(self, client: ProtocolClient) -> None:
+        self._client = client
+        self.close = client.close
 
     def ask(self, observation: Observation) -> None:
-        seen = {
-            "video": {name: _npy(i[None, None]) for name, i in observation.images.items()},
-            "state": {"state": _npy(observation.state[None, None])},
-            "language": {"instruction": [[observation.instruction]]},
-        }
-        message = {"endpoint": "get_action", "data": {"observation": seen, "options": None}}
-        self._socket.send(msgpack.packb(message))
-        _check(msgpack.unpackb(self._socket.recv())[0]["actions"]["as_npy"][128:])
-
-    def close(self) -> None:
-        self._context.destroy(linger=0)
+        _check(self._client.ask(observation).tobytes())
 
 
-def _npy(array: NDArray[Any]) -> dict[str, Any]:
-    return {"__ndarray_class__": True, "as_npy": encode_npy(array)}
+def _our_client(protocol: ProtocolName, port: int) -> _OurClient:
+    _await_port(port)
+    return _OurClient(open_client(protocol, Endpoint("127.0.0.1", port), None, _START_S))
 
 
 def _check(actions: bytes) -> None:

@@ -17,8 +17,20 @@ def unpack_map(body: bytes | bytearray) -> dict[Any, Any]:
     Raises:
         WireError: the message is damaged, not a map, or larger than an observation can be.
     """
+    value = unpack_message(body)
+    if not isinstance(value, dict):
+        raise WireError(f"the message must be a msgpack map, got {type(value).__name__}")
+    return value
+
+
+def unpack_message(body: bytes | bytearray) -> Any:
+    """Return the map, list or scalar that a message holds.
+
+    Raises:
+        WireError: the message is damaged or larger than an observation can be.
+    """
     try:
-        value = msgpack.unpackb(
+        return msgpack.unpackb(
             body,
             raw=False,
             max_array_len=_MAX_LIST,
@@ -28,10 +40,7 @@ def unpack_map(body: bytes | bytearray) -> dict[Any, Any]:
     # Besides ValueError msgpack raises bare exceptions of its own and, for UTF-8, UnicodeError.
     except (ValueError, msgpack.UnpackException, RecursionError, OverflowError) as error:
         reason = str(error) or type(error).__name__
-        raise WireError(f"the message must be one msgpack map: {reason:.200}") from None
-    if not isinstance(value, dict):
-        raise WireError(f"the message must be a msgpack map, got {type(value).__name__}")
-    return value
+        raise WireError(f"the message must be msgpack: {reason:.200}") from None
 
 
 def pack(value: Any) -> bytes:
