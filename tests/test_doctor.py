@@ -46,7 +46,7 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
         "echo 1 > /proc/sys/vm/compact_memory",
     ),
     "no CMA": (
-        {"proc/meminfo": MEMINFO.replace("200000", "1000")}, "CMA memory", "cma=512M",
+        {"proc/meminfo": MEMINFO.replace("200000", "1000")}, "CMA memory", "/ s/$/ cma=512M/'",
     ),
     "release": (
         {"etc/nv_tegra_release": "# R36 (release), REVISION: 4.7, GCID: 1"},

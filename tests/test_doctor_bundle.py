@@ -117,7 +117,7 @@ def test_a_missing_library_of_the_gpu_is_named(here: Subject) -> None:
         ("", None, "sudo apt install nvidia-jetpack python3-libnvinfer"),
         (VERSION, None, "--system-site-packages"),
         ("10.3.0.30", "10.3.0", "qvla deploy --target orin-jp6"),
-        ("8.5.2.2", "8.5.2", "sudo apt install nvidia-jetpack"),
+        ("8.5.2.2", "8.5.2", "l4t_initrd_flash.sh"),
     ],
 )
 def test_tensorrt_that_is_missing_or_another_is_named(
@@ -136,9 +136,12 @@ def test_tensorrt_that_is_missing_or_another_is_named(
     assert finding.wanted == "tensorrt >=10.13"
 
 
-def test_the_python_of_jetpack_is_asked_for(here: Subject) -> None:
-    finding = only(findings_of(changed(here, python=(3, 11))), "Python")
-    assert "python3.12 -m venv --system-site-packages" in finding.remedy
+def test_the_python_of_jetpack_is_asked_for_where_tensorrt_is_not_found(here: Subject) -> None:
+    assert not findings_of(changed(here, python=(3, 11)))
+    facts = replace(facts_of(here), module=None, module_problem="No module named 'tensorrt'")
+    findings = findings_of(changed(replace(here, bundle=facts), python=(3, 11)))
+    assert list(findings) == ["Python", "TensorRT"]
+    assert "python3.12 -m venv --system-site-packages" in findings["Python"].remedy
 
 
 def with_power_mode(subject: Subject, mode: str) -> Subject:

@@ -91,7 +91,7 @@ def check_cma(machine: Machine) -> Finding:
         return _CMA.ok(shown)
     return _CMA.warning(
         shown,
-        f"{_COMPACT}; if it stays so, double it: sudo sed -i '/^ *APPEND/ s/$/ "
+        f"{_COMPACT}; if it stays so, double it: sudo sed -i '/^[[:space:]]*APPEND/ s/$/ "
         f"cma={(total >> 20) * 2}M/' /boot/extlinux/extlinux.conf && sudo reboot",
     )
 

@@ -1,7 +1,7 @@
 """Python, ONNX Runtime, TensorRT, GPU: whether the bundle's runtime is here, and its engines'."""
 
 from engines.base import EngineError
-from engines.targets import CPU, TARGETS
+from engines.targets import TARGETS
 from engines.trt.admission import require_gpu, require_version
 from engines.trt.gpu import DRIVER
 from engines.trt.modules import TRAITS, admits
@@ -11,8 +11,8 @@ from jetson.doctor.machine import Machine
 from qvla_export.target import Target
 
 NO_BUNDLE = "no bundle given"
-# Jetson Linux -> the Python that JetPack's modules are for.
-_JETPACK_PYTHONS = {"35": (3, 8), "36": (3, 10), "38": (3, 12), "39": (3, 12)}
+# Jetson Linux -> the Python that JetPack's modules are for. JetPack 5's 3.8 is too old for us.
+_JETPACK_PYTHONS = {"36": (3, 10), "38": (3, 12), "39": (3, 12)}
 _PYTHON = Check("Python", "runtimes are published for some versions of Python only")
 _ORT = Check("ONNX Runtime", "older versions cannot read the bundle's operators")
 _TENSORRT = Check("TensorRT", "engines are built and run by the target's own versions only")
@@ -21,13 +21,14 @@ _GPU = Check("GPU", "a bundle's kernels exist for its target's GPU only")
 _ENGINES = Check("engines", "an engine loads only where it was built", "built here")
 _ENGINE_VERSION = Check("engines' TensorRT", "versions do not read each other's engines")
 _ENGINE_GPU = Check("engines' GPU", "an engine holds kernels for one GPU")
+_ORT_NAMES = ("onnxruntime", "onnxruntime-gpu")
 
 
 def check_python(machine: Machine, facts: BundleFacts | None) -> Finding:
     """Look whether this Python is one that the bundle's runtime is published for."""
     found = _dotted(machine.python)
     target = None if facts is None else facts.target
-    if target is None:
+    if facts is None or target is None or facts.module is not None:
         return _PYTHON.ok(found)
     wanted = _JETPACK_PYTHONS.get(machine.board.l4t.partition(".")[0])
     if target.runtime == "tensorrt" and wanted is not None and machine.python != wanted:
@@ -53,32 +54,23 @@ def check_onnx_runtime(machine: Machine, facts: BundleFacts | None) -> Finding:
     """Look whether ONNX Runtime is here and reads the bundle's operator set."""
     found = {n: machine.packages[n] for n in _ORT_NAMES if n in machine.packages}
     shown = ", ".join(f"{name} {version}" for name, version in found.items()) or "not installed"
-    target = CPU if facts is None else facts.target
-    if facts is None and found:
-        return _ORT.ok(shown)
-    if target is None:
-        return _ORT.inapplicable(f"the bundle cannot be opened; {shown}")
-    if facts is not None and target.runtime not in ("ort", "ort-cuda"):
-        return _ORT.inapplicable(f"target {target.name} runs on {target.runtime}")
+    target = None if facts is None else facts.target
+    if target is None or target.runtime not in ("ort", "ort-cuda"):
+        return _ORT.inapplicable(f"{_no_engine(facts)}; {shown}")
     name = "onnxruntime-gpu" if target.runtime == "ort-cuda" else "onnxruntime"
     version = found.get(name) or found.get("onnxruntime-gpu")
+    if version is not None and _admits(target.runtime_versions, version):
+        return _ORT.ok(shown)
     wanted = f"{target.runtime_versions} for opset {target.opset}"
-    if version is None or not _admits(target.runtime_versions, version):
-        return _ORT.error(shown, f"pip install '{name}{target.runtime_versions}'", wanted)
-    return _ORT.ok(shown)
-
-
-_ORT_NAMES = ("onnxruntime", "onnxruntime-gpu")
+    return _ORT.error(shown, f"pip install '{name}{target.runtime_versions}'", wanted)
 
 
 def check_tensorrt(machine: Machine, facts: BundleFacts | None) -> Finding:
     """Look whether the target's TensorRT can be imported and is a version it admits."""
-    if facts is None or facts.target is None:
-        found = machine.board.tensorrt
-        return _TENSORRT.inapplicable(f"{NO_BUNDLE}; found {found}" if found else NO_BUNDLE)
-    target = facts.target
-    if not facts.is_tensorrt:
-        return _TENSORRT.inapplicable(f"target {target.name} runs on {target.runtime}")
+    target = None if facts is None else facts.target
+    if facts is None or target is None or not facts.is_tensorrt:
+        shown = machine.board.tensorrt or "not installed"
+        return _TENSORRT.inapplicable(f"{_no_engine(facts)}; {shown}")
     if facts.module is not None:
         return _TENSORRT.ok(f"{facts.module.name} {facts.module.version}")
     wanted = f"{target.runtime} {target.runtime_versions}"
@@ -103,6 +95,10 @@ def _tensorrt_remedy(machine: Machine, target: Target) -> str:
             )
         if others:
             return f"on the host, make the bundle for it: qvla deploy --target {others[0]}"
+        return (
+            "flash a JetPack that has it, from a host's Linux_for_Tegra folder: "
+            "sudo ./tools/kernel_flash/l4t_initrd_flash.sh BOARD internal"
+        )
     if target.runtime == "tensorrt":
         return "sudo apt update && sudo apt install nvidia-jetpack python3-libnvinfer"
     return TRAITS[target.runtime].install
@@ -111,7 +107,7 @@ def _tensorrt_remedy(machine: Machine, target: Target) -> str:
 def check_bindings(machine: Machine, facts: BundleFacts | None) -> Finding:
     """Look for what copies tensors to the GPU."""
     if facts is None or not facts.is_tensorrt:
-        return _BINDINGS.inapplicable(_no_tensorrt(facts))
+        return _BINDINGS.inapplicable(_no_engine(facts))
     version = machine.packages.get("pycuda")
     if version is None:
         return _BINDINGS.error("not installed", "pip install pycuda")
@@ -123,7 +119,7 @@ def check_gpu(machine: Machine, facts: BundleFacts | None) -> Finding:
     gpu, target = machine.gpu, None if facts is None else facts.target
     shown = "no NVIDIA GPU" if gpu is None else f"{gpu.name}, {gpu.compute_capability}"
     if target is None or target.runtime == "ort":
-        return _GPU.inapplicable(NO_BUNDLE if target is None else "target cpu needs none")
+        return _GPU.inapplicable(f"{_no_engine(facts)}; {shown}")
     wanted = target.compute_capability or "an NVIDIA GPU"
     if gpu is None:
         install = "sudo ubuntu-drivers install && sudo reboot; then nvidia-smi must list a GPU"
@@ -144,7 +140,7 @@ def check_gpu(machine: Machine, facts: BundleFacts | None) -> Finding:
 def check_engines(facts: BundleFacts | None) -> Finding:
     """Look whether every stage's engine is there, whole, of this bundle and built here."""
     if facts is None or not facts.is_tensorrt:
-        return _ENGINES.inapplicable(_no_tensorrt(facts))
+        return _ENGINES.inapplicable(_no_engine(facts))
     problems = [stage for stage in facts.stages if stage.sidecar is None]
     if not problems:
         return _ENGINES.ok(f"{len(facts.stages)} built here, in {facts.engines}")
@@ -155,7 +151,7 @@ def check_engines(facts: BundleFacts | None) -> Finding:
 def check_engine_version(facts: BundleFacts | None) -> Finding:
     """Look whether the engines were built by the TensorRT that is installed."""
     if facts is None or not facts.is_tensorrt:
-        return _ENGINE_VERSION.inapplicable(_no_tensorrt(facts))
+        return _ENGINE_VERSION.inapplicable(_no_engine(facts))
     sidecars = [stage.sidecar for stage in facts.stages if stage.sidecar is not None]
     if not sidecars or facts.module is None:
         return _ENGINE_VERSION.inapplicable("no engines, or no TensorRT, to compare")
@@ -174,7 +170,7 @@ def check_engine_version(facts: BundleFacts | None) -> Finding:
 def check_engine_gpu(machine: Machine, facts: BundleFacts | None) -> Finding:
     """Look whether the engines were built for the GPU that is here."""
     if facts is None or not facts.is_tensorrt:
-        return _ENGINE_GPU.inapplicable(_no_tensorrt(facts))
+        return _ENGINE_GPU.inapplicable(_no_engine(facts))
     sidecars = [stage.sidecar for stage in facts.stages if stage.sidecar is not None]
     if not sidecars or machine.gpu is None:
         return _ENGINE_GPU.inapplicable("no engines, or no GPU, to compare")
@@ -189,7 +185,8 @@ def check_engine_gpu(machine: Machine, facts: BundleFacts | None) -> Finding:
     return _ENGINE_GPU.ok(here)
 
 
-def _no_tensorrt(facts: BundleFacts | None) -> str:
+def _no_engine(facts: BundleFacts | None) -> str:
+    """Return why there is nothing to look at."""
     if facts is None or facts.target is None:
         return NO_BUNDLE if facts is None else "the bundle cannot be opened"
     return f"target {facts.target.name} runs on {facts.target.runtime}"
