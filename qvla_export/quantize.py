@@ -7,24 +7,25 @@ one scale per channel or per group of consecutive inputs.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.errors import ArtifactError, QvlaError
+from qvla_export.scale_search import (
+    CODE_RANGE,
+    SCALE_LIMITS,
+    grouped,
+    max_scales,
+    nearest_codes,
+    searched_scales,
+)
 from qvla_export.target import WIDTHS, Target
 
 ScaleRule = Literal["max", "mse"]
-
-# Lowest and highest code. With the "max" rule the extra negative level of 4 and 2 bits stays
-# unused; the "mse" rule finds scales at which it pays.
-CODE_RANGE: Mapping[int, tuple[int, int]] = {2: (-2, 1), 4: (-8, 7), 8: (-127, 127)}
-
-_SMALLEST_PEAK = 1e-8  # the official code's floor of max|w|; keeps scales positive
-_SCALE_LIMITS: Mapping[int, tuple[float, float]] = {32: (1e-30, 1e30), 16: (2.0**-24, 65504.0)}
-_BLOCK_WEIGHTS = 1 << 16  # weights searched at once: a block and its temporaries stay in cache
+Compensation = Literal["none", "inputs", "inputs and channels"]
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,40 @@ class WidthRule:
             raise QvlaError(f"group_size must be at least 1 or None, got {self.group_size}")
         if self.scale not in get_args(ScaleRule):
             raise QvlaError(f"scale must be one of {get_args(ScaleRule)}, got {self.scale!r}")
-        if self.scale_bits not in _SCALE_LIMITS:
+        if self.scale_bits not in SCALE_LIMITS:
             raise QvlaError(f"scale_bits must be one of [16, 32], got {self.scale_bits}")
 
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """Width (2, 4, 8) -> rule. 16 bits is the float16 rounding, 0 bits a row of zeros."""
+    """Width (2, 4, 8) -> rule. 16 bits is the float16 rounding, 0 bits a row of zeros.
+
+    What is more than rounding to nearest needs `qvla_export.moments` of the very layer, and is done
+    by `qvla_export.compensation`; the result is a `qvla_export.rounding.Rounding`.
+    """
 
     rules: Mapping[int, WidthRule]
+    # "mse" scales are those of least error in the action's first order, not in the weights.
+    weighted_scales: bool = False
+    # What the error of one weight is made up for by: weights of the same channel, or those and all
+    # channels of the layer that are rounded after it.
+    compensation: Compensation = "none"
+    # The mean of what rounding and pruning take from a layer's outputs goes into its bias.
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.rules) - set(CODE_RANGE))
         if unknown:
             raise QvlaError(f"quantizer rules are for widths {sorted(CODE_RANGE)}, got {unknown}")
+        if self.compensation not in get_args(Compensation):
+            raise QvlaError(
+                f"compensation must be one of {get_args(Compensation)}, got {self.compensation!r}"
+            )
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether weights alone do not determine the codes."""
+        return self.weighted_scales or self.compensation != "none" or self.bias_correction
 
     def rule(self, bits: int) -> WidthRule:
         """Return the rule of one width.
@@ -71,8 +92,11 @@ class QuantizerSpec:
         return self.rules[bits]
 
     def to_json(self) -> dict[str, Any]:
-        """Return what an artifact stores."""
-        return {str(bits): asdict(rule) for bits, rule in sorted(self.rules.items())}
+        """Return what an artifact stores: the rules by width, and options that are in use."""
+        rules = {str(bits): asdict(rule) for bits, rule in sorted(self.rules.items())}
+        return rules | {
+            name: getattr(self, name) for name in _OPTIONS if getattr(self, name) != _OPTIONS[name]
+        }
 
     @staticmethod
     def from_json(value: Any) -> "QuantizerSpec":
@@ -82,9 +106,17 @@ class QuantizerSpec:
             ArtifactError: the value is not one.
         """
         try:
-            return QuantizerSpec({int(bits): WidthRule(**rule) for bits, rule in value.items()})
+            options = {name: value[name] for name in _OPTIONS if name in value}
+            rules = {int(k): WidthRule(**rule) for k, rule in value.items() if k not in _OPTIONS}
+            return QuantizerSpec(rules, **options)
         except (AttributeError, TypeError, ValueError) as error:
             raise ArtifactError(f"not a quantizer specification: {error}") from error
+
+
+# Name of an option -> its default, which artifacts do not state.
+_OPTIONS: Mapping[str, Any] = {
+    field.name: field.default for field in fields(QuantizerSpec) if field.name != "rules"
+}
 
 
 @dataclass(frozen=True)
@@ -166,18 +198,44 @@ def quantize_channels(
         return QuantizedWeight(halves, no_scales, 16, None)
     if bits == 0:
         return QuantizedWeight(np.zeros(weight.shape, np.int8), no_scales, 0, None)
+    scales = channel_scales(weight, bits, spec, input_second_moment)
+    return at_scales(weight, bits, spec, scales)
+
+
+def channel_scales(
+    weight: NDArray[np.float32],
+    bits: int,
+    spec: QuantizerSpec,
+    input_second_moment: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """Return the scales that channels of 2, 4 or 8 bits get, as stored.
+
+    Args: as in `quantize_channels`.
+
+    Returns:
+        float32 [channels, groups]
+    """
     rule = spec.rule(bits)
-    inputs = weight.shape[1]
-    groups = _grouped(weight, rule.group_size)
-    if rule.scale == "mse":
-        importance = _grouped_importance(input_second_moment, inputs, rule.group_size)
-        scales = _searched_scales(groups, bits, rule, importance)
-    else:
-        scales = _stored(_peaks(groups) / np.float32(CODE_RANGE[bits][1]), rule)
-    codes = _codes(groups, scales, bits).reshape(weight.shape[0], -1)[:, :inputs]
+    groups = grouped(weight, rule.group_size)
+    if rule.scale == "max":
+        return max_scales(groups, bits, rule.scale_bits)
+    importance = _grouped_importance(input_second_moment, weight.shape[1], rule.group_size)
+    return searched_scales(groups, bits, rule.scale_bits, importance)
+
+
+def at_scales(
+    weight: NDArray[np.float32], bits: int, spec: QuantizerSpec, scales: NDArray[np.float32]
+) -> QuantizedWeight:
+    """Round channels of 2, 4 or 8 bits to the nearest codes at scales float32 [channels, groups].
+
+    What `QuantizedWeight.dequantize` returned becomes the same codes again.
+    """
+    rule = spec.rule(bits)
+    codes = nearest_codes(grouped(weight, rule.group_size), scales, bits)
+    kept = codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]]
     stored = scales if rule.scale_bits == 32 else scales.astype(np.float16)
     return QuantizedWeight(
-        np.ascontiguousarray(codes.astype(np.int8)), stored, bits, rule.group_size
+        np.ascontiguousarray(kept.astype(np.int8)), stored, bits, rule.group_size
     )
 
 
@@ -204,16 +262,6 @@ def fake_quantize(
     return result
 
 
-def _grouped(values: NDArray[np.float32], group_size: int | None) -> NDArray[np.float32]:
-    """[channels, inputs] -> [channels, groups, group size], the last group filled with zeros."""
-    channels, inputs = values.shape
-    size = group_size or inputs
-    missing = -inputs % size
-    if missing:
-        values = np.pad(values, ((0, 0), (0, missing)))
-    return np.ascontiguousarray(values, dtype=np.float32).reshape(channels, -1, size)
-
-
 def _grouped_importance(
     moment: NDArray[np.float32] | None, inputs: int, group_size: int | None
 ) -> NDArray[np.float32] | None:
@@ -224,73 +272,4 @@ def _grouped_importance(
             f"input_second_moment must be {inputs} finite non-negative numbers, "
             f"got shape {moment.shape}"
         )
-    return _grouped(moment[None], group_size)
-
-
-def _peaks(groups: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Largest |w| of each group, floored.  float32 [channels, groups]"""
-    peaks: NDArray[np.float32] = np.abs(groups).max(axis=2, initial=0.0)
-    return np.maximum(peaks, np.float32(_SMALLEST_PEAK))
-
-
-def _stored(scales: NDArray[np.float32], rule: WidthRule) -> NDArray[np.float32]:
-    """Scales as they will be stored: rounded to their bits, strictly positive, finite."""
-    low, high = _SCALE_LIMITS[rule.scale_bits]
-    clipped = scales.clip(low, high)
-    rounded = clipped.astype(np.float16) if rule.scale_bits == 16 else clipped
-    return rounded.astype(np.float32)
-
-
-def _codes(
-    groups: NDArray[np.float32], scales: NDArray[np.float32], bits: int
-) -> NDArray[np.float32]:
-    """Integer codes, as float32, round half to even."""
-    codes: NDArray[np.float32] = groups / scales[:, :, None]
-    np.rint(codes, out=codes)
-    np.clip(codes, *CODE_RANGE[bits], out=codes)
-    return codes
-
-
-def _scale_grid(bits: int) -> NDArray[np.float32]:
-    """Scales to try, as multiples of max|w| / highest code; 1 is the "max" rule.
-
-    The grids nest: the levels of some 4-bit scale contain those that any 2-bit scale uses, the
-    levels of some 8-bit scale those of any 4-bit scale. So more bits never mean more error.
-    """
-    grid = np.concatenate([np.geomspace(0.1, 0.5, 14), np.geomspace(0.5, 1.0, 9)[1:]])
-    if bits >= 4:
-        # Two bits reach level -2 only below a multiple of 2/3; then s/4 contains their levels,
-        # and s/7 otherwise.
-        grid = np.where(grid < 2 / 3, grid * 7 / 4, grid)
-    if bits == 8:
-        grid = np.append(grid * 127 / (7 * 15), 1.0)
-    return np.sort(grid).astype(np.float32)
-
-
-def _searched_scales(
-    groups: NDArray[np.float32],
-    bits: int,
-    rule: WidthRule,
-    importance: NDArray[np.float32] | None,
-) -> NDArray[np.float32]:
-    """Scale of each group with the least (weighted) squared error over `_scale_grid`."""
-    channels, _, size = groups.shape
-    rows = max(1, _BLOCK_WEIGHTS // max(1, groups[0].size if channels else size))
-    grid = _scale_grid(bits) / np.float32(CODE_RANGE[bits][1])
-    peaks = _peaks(groups)
-    best = np.empty_like(peaks)
-    for start in range(0, channels, rows):
-        block = slice(start, start + rows)
-        least = np.full(peaks[block].shape, np.inf, np.float32)
-        # From the largest scale down, so that equal errors keep the coarsest codes.
-        for factor in grid[::-1]:
-            scales = _stored(peaks[block] * factor, rule)
-            error = _codes(groups[block], scales, bits)
-            error *= scales[:, :, None]
-            error -= groups[block]
-            weighted = error if importance is None else error * importance
-            errors = np.einsum("cgi,cgi->cg", error, weighted)
-            better = errors < least
-            least = np.where(better, errors, least)
-            best[block] = np.where(better, scales, best[block])
-    return best
+    return grouped(moment[None], group_size)
