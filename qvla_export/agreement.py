@@ -102,8 +102,8 @@ def compare_with_exact(
     pair_seconds = (time.perf_counter() - started) / len(sample)
     estimated = np.array([float(sensitivities.at(p.layer, p.bits)[p.channel]) for p in sample])
     return Agreement(
-        spearman=_spearman(estimated, exact),
-        spearman_by_width=_by_width(sample, estimated, exact),
+        spearman=rank_correlation(estimated, exact),
+        spearman_by_width=by_width(sample, estimated, exact),
         samples=len(observations),
         seed=seed,
         exact_pair_seconds=pair_seconds,
@@ -154,19 +154,19 @@ def _first_order_seconds(
     return (time.perf_counter() - started) * len(observations) / len(batch)
 
 
-def _by_width(
+def by_width(
     sample: Sequence[ChannelWidth], estimated: NDArray[np.float64], exact: NDArray[np.float64]
 ) -> dict[str, float]:
     """Rank correlation within each width that has at least three pairs."""
     bits = np.array([p.bits for p in sample])
     return {
-        str(b): _spearman(estimated[bits == b], exact[bits == b])
+        str(b): rank_correlation(estimated[bits == b], exact[bits == b])
         for b in sorted(set(bits.tolist()))
         if (bits == b).sum() >= 3
     }
 
 
-def _spearman(estimated: NDArray[np.float64], exact: NDArray[np.float64]) -> float:
+def rank_correlation(estimated: NDArray[np.float64], exact: NDArray[np.float64]) -> float:
     """Rank correlation; 0 where one side is constant and has no ranks."""
     if np.ptp(estimated) == 0 or np.ptp(exact) == 0:
         return 0.0

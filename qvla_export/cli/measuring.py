@@ -1,5 +1,6 @@
 """`qvla sensitivities` and `qvla estimators`: what quantizing a channel does to the action."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -58,6 +59,7 @@ ShareOption = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(sensitivities)
+    app.command()(estimators)
 
 
 def sensitivities(
@@ -107,6 +109,56 @@ def sensitivities(
             f"agreement with exact: Spearman {compared.spearman:.4f} on {len(compared.pairs)} "
             f"pairs, time ratio {compared.time_ratio:.5f} -> {folder.agreement}"
         )
+
+
+def estimators(
+    run: RunOption,
+    policy: PolicyOption,
+    target: TargetOption = "cpu",
+    output: Annotated[Path, typer.Option(help="JSON file; an interrupted run goes on.")] = Path(
+        "estimators.json"
+    ),
+    pairs: Annotated[
+        int, typer.Option(help="(channel, width) pairs, of every layer at every width.")
+    ] = 2000,
+    observations: Annotated[
+        int | None, typer.Option(min=1, help="Of the calibration set, the first; default all.")
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="Estimator, beside exact; repeat. Default: all."),
+    ] = None,
+    probes: ProbesOption = 4,
+    standard_error: StandardErrorOption = None,
+    exact_share: ShareOption = 0.02,
+    episodes: Annotated[
+        Path | None,
+        typer.Option(help="Run folder whose calibration set cumulative estimators sum along."),
+    ] = None,
+    official: Annotated[
+        bool, typer.Option(help="Time the official procedure's structure as well.")
+    ] = True,
+    seed: SeedOption = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads, of all alike.")] = 1,
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+) -> None:
+    """Compare all estimators on one sample of channels: ranks against exact, time, memory."""
+    import torch
+
+    from engines.targets import find_target
+    from qvla_export.cli.comparing import Asked, compare, table
+    from qvla_export.estimators.names import Options
+
+    torch.set_num_threads(threads)
+    told = Options(probes or None, standard_error, exact_share)
+    loaded = open_checkpoint(policy, unnorm_key, preset)
+    asked = Asked(
+        RunFolder(run), loaded, find_target(target), told, pairs, observations, episodes, seed
+    )
+    compared = compare(asked, methods, official, output)
+    typer.echo(table(compared))
+    typer.echo(f"{len(compared.pairs)} pairs of {compared.pairs_in_all} -> {output}")
 
 
 def _described(measured: "Sensitivities") -> str:

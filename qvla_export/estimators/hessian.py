@@ -48,7 +48,7 @@ class InputMoment:
             The sum of x x^T.  [in, in]
         """
         if square is None:
-            columns = self._columns(inputs).float()
+            columns = input_columns(self._layer, inputs).float()
             square = columns.T @ columns
         self._sum += square
         self._count += 1 if inputs.ndim == 2 else inputs.shape[0]
@@ -65,21 +65,29 @@ class InputMoment:
             raise QvlaError("a layer was fed nothing, or NaN or infinity; the policy is broken")
         return self._sum * (2 / self._count)
 
-    def _columns(self, inputs: Tensor) -> Tensor:
-        layer = self._layer
-        if isinstance(layer, nn.Linear):
-            return inputs.reshape(-1, inputs.shape[-1])
-        if layer.groups != 1:
-            raise QvlaError("the input Hessian proxy takes no grouped convolutions; leave it out")
-        # [N, inputs, positions]
-        patches = nn.functional.unfold(
-            inputs,
-            layer.weight.shape[2:],
-            layer.dilation,
-            layer.padding,  # type: ignore[arg-type]  # "same" is refused by torch itself
-            layer.stride,
+
+def input_columns(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> Tensor:
+    """Return what each of a layer's outputs is a product with, of all images.  [tokens, inputs]
+
+    Raises:
+        QvlaError: a convolution in groups, whose outputs see different inputs.
+    """
+    if isinstance(layer, nn.Linear):
+        return inputs.reshape(-1, inputs.shape[-1])
+    padding = (0, 0) if layer.padding == "valid" else layer.padding
+    if layer.groups != 1 or isinstance(padding, str):
+        raise QvlaError(
+            "the input Hessian proxy takes no convolutions in groups or with padding 'same', got "
+            f"{layer.groups} groups and padding {layer.padding!r}; choose another method"
         )
-        return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    patches = nn.functional.unfold(
+        inputs,
+        layer.weight.shape[2:],
+        layer.dilation,
+        padding,
+        layer.stride,
+    )  # [N, inputs, positions]
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
 def inverse_factor_diagonal(matrix: Tensor, damping: float = DAMPING) -> Tensor:
