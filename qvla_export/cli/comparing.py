@@ -140,6 +140,7 @@ def table(compared: Comparison) -> str:
         ours = ", ".join(f"{seconds:.1f}" for seconds in timed.estimator_seconds)
         text.write(
             f"official structure {timed.official_seconds:.1f} s; {timed.estimator} before, amid "
-            f"and after it {ours} s: {timed.ratio:.1f} times less ({timed.cpu_ratio:.1f} in CPU time)"
+            f"and after it {ours} s: {timed.ratio:.1f} times less "
+            f"({timed.cpu_ratio:.1f} in CPU time)"
         )
     return text.getvalue().rstrip()
