@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.layer_times import LayerTimes
 from qvla_export.bundle import PLAN, Bundle, TensorSpec
 from qvla_export.errors import QvlaError
 from qvla_export.plan import BitPlan
@@ -95,6 +96,10 @@ class BundleEngine(abc.ABC):
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Names, dtypes and shapes that `infer` returns."""
         return self._bundle.outputs
+
+    @abc.abstractmethod
+    def layer_times(self, feeds: Feeds, passes: int = 50) -> LayerTimes:
+        """Run the whole bundle some times under the runtime's own profiler."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -1,5 +1,7 @@
 """ONNX Runtime on a CPU, or on a GPU by its CUDA execution provider."""
 
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,6 +9,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from engines.base import BundleEngine, EngineError, Feeds, check_feeds, rounds_activations
+from engines.layer_times import LayerTime, LayerTimes
+from engines.ort_layers import profiling_options, read_profile
 from qvla_export.bundle import Bundle, Stage
 from qvla_export.clock import StageClock
 
@@ -15,6 +19,8 @@ _UNPACK = "session.disable_quant_qdq"
 # Products of u8 x u8 instead of u8 x s8.
 _EXACT_INTEGERS = "session.x64quantprecision"
 _ERRORS_ONLY = 3
+# First passes of a profile: allocations and cold caches.
+_UNTIMED_PASSES = 5
 # "packed": MatMulNBits reads the stored codes. "unpacked": codes become float32 at load; the memory
 # of a float policy, and its speed where many rows make a layer compute-bound.
 WeightForm = Literal["packed", "unpacked"]
@@ -48,7 +54,8 @@ class OrtEngine(BundleEngine):
         _require_provider(provider)
         self._provider = provider
         super().__init__(bundle)
-        self._options = session_options(bundle, threads, weights)
+        self._new_options = partial(session_options, bundle, threads, weights)
+        self._options = self._new_options()
         self._keep_loaded = keep_loaded
         self._open = True
         # Stage name -> session.
@@ -72,22 +79,53 @@ class OrtEngine(BundleEngine):
             # Loading, where a stage is not kept, is part of what the stage takes.
             with clock.stage(stage.name):
                 session = self._sessions[stage.name] if self._keep_loaded else self._load(stage)
-                names = [spec.name for spec in stage.outputs]
-                inputs = {spec.name: values[spec.name] for spec in stage.inputs}
-                values.update(zip(names, session.run(names, inputs), strict=True))
+                _run(session, stage, values)
         self._stage_ms = clock.timing_ms
         return {spec.name: values[spec.name] for spec in self.outputs}
+
+    def layer_times(self, feeds: Feeds, passes: int = 50) -> LayerTimes:
+        """Run the whole bundle some times with ONNX Runtime's profiler on; see `LayerTimes`.
+
+        Sessions of their own, with the same settings: the weights are in memory twice meanwhile.
+
+        Raises:
+            EngineError: it runs on a GPU, where ONNX Runtime's times are those of launches.
+        """
+        if self._provider != "CPUExecutionProvider":
+            raise EngineError(
+                f"layer times of {self._provider} would be those of kernel launches; take them on "
+                "a TensorRT target, or with NVIDIA's nsys"
+            )
+        check_feeds(self.inputs, feeds)
+        runs = passes + _UNTIMED_PASSES
+        rows: list[LayerTime] = []
+        with tempfile.TemporaryDirectory(prefix="qvla-layers-") as folder:
+            sessions = {
+                stage.name: self._load(
+                    stage, profiling_options(self._new_options(), Path(folder), stage.name)
+                )
+                for stage in self._bundle.stages
+            }
+            for _ in range(runs):
+                values = dict(feeds)
+                for stage in self._bundle.stages:
+                    _run(sessions[stage.name], stage, values)
+            for name, session in sessions.items():
+                rows += read_profile(Path(session.end_profiling()), name, runs, _UNTIMED_PASSES)
+        return LayerTimes(self.runtime, tuple(rows))
 
     def close(self) -> None:
         """Free the sessions."""
         self._open = False
         self._sessions = {}
 
-    def _load(self, stage: Stage) -> Any:
+    def _load(self, stage: Stage, options: Any = None) -> Any:
         path = self._bundle.model_path(stage)
         providers = list(dict.fromkeys((self._provider, "CPUExecutionProvider")))
         try:
-            session = onnxruntime.InferenceSession(str(path), self._options, providers=providers)
+            session = onnxruntime.InferenceSession(
+                str(path), options or self._options, providers=providers
+            )
         except Exception as error:  # the runtime's exceptions share no public base
             raise EngineError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}. The bundle "
@@ -100,6 +138,13 @@ class OrtEngine(BundleEngine):
                 "NVIDIA driver and that CUDA and cuDNN are those onnxruntime-gpu was built for"
             )
         return session
+
+
+def _run(session: Any, stage: Stage, values: dict[str, NDArray[Any]]) -> None:
+    """Add a stage's outputs to the values its inputs are among."""
+    names = [spec.name for spec in stage.outputs]
+    inputs = {spec.name: values[spec.name] for spec in stage.inputs}
+    values.update(zip(names, session.run(names, inputs), strict=True))
 
 
 def _require_provider(provider: Provider) -> None:

@@ -1,134 +1,17 @@
-"""The nouns `LatencyProfile` and `LatencyComparison`: raw samples first, figures from them."""
+"""The noun `LatencyComparison`: what was measured in one run, policies action by action in turn."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from jetson.board import BoardState
-from qvla_export.artifacts import read_json, require_fields, write_json
+from engines.layer_times import LayerTimes
+from jetson.cold_start import ColdStart
+from jetson.latency_profile import REMEDY, LatencyProfile
+from qvla_export.artifacts import read_json, write_json
+from qvla_export.bootstrap import Interval, ratio_of_medians
 from qvla_export.errors import ArtifactError, QvlaError
-
-_FORMAT = "qvla.latency/1"
-_RESAMPLES = 2000
-_CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class LatencyProfile:
-    """Every measured action of one policy, by stage, and what it was measured on.
-
-    Raises:
-        ArtifactError: stages differ in length, or a sample is not a finite time.
-    """
-
-    name: str
-    # Stage -> milliseconds of each action in the order taken; "total" spans them all.
-    # float64 [n]
-    samples_ms: Mapping[str, NDArray[np.float64]]
-    # Actions taken and dropped before the samples.
-    warmup: int
-    # The very first action; it is among the warm-up ones if there are any.
-    first_action_ms: float
-    # From starting to load the policy until it could act; None where nobody measured it.
-    cold_start_ms: float | None
-    # "in-process": the server's handler was called; "http": over a real connection.
-    transport: str
-    bundle_digest: str
-    target: str
-    versions: Mapping[str, str]
-    board_before: BoardState
-    board_after: BoardState
-    # How the engine ran, e.g. "1 threads, packed"; empty where nobody said.
-    conditions: str = ""
-
-    def __post_init__(self) -> None:
-        arrays = {
-            stage: np.asarray(values, np.float64) for stage, values in self.samples_ms.items()
-        }
-        lengths = {values.shape for values in arrays.values()}
-        if "total" not in arrays or len(lengths) != 1 or not arrays["total"].size:
-            raise ArtifactError(
-                f"a latency profile needs equally many samples of 'total' and every stage, "
-                f"got { ({stage: values.shape for stage, values in arrays.items()}) }"
-            )
-        bad = [s for s, values in arrays.items() if not (values >= 0).all() or values.max() > 1e12]
-        if bad:
-            raise ArtifactError(f"latency samples must be finite times >= 0 ms, not so in {bad}")
-        object.__setattr__(self, "samples_ms", MappingProxyType(arrays))
-
-    def percentile_ms(self, percent: float, stage: str = "total") -> float:
-        """Return a percentile of a stage's samples, linearly interpolated.
-
-        Raises:
-            QvlaError: the profile has no such stage.
-        """
-        if stage not in self.samples_ms:
-            raise QvlaError(
-                f"profile {self.name!r} has no stage {stage!r}: {list(self.samples_ms)}"
-            )
-        return float(np.percentile(self.samples_ms[stage], percent))
-
-    def summary_ms(self) -> dict[str, dict[str, float]]:
-        """Return p50, p90, p99 and max of every stage."""
-        percents = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
-        return {
-            stage: {name: self.percentile_ms(percent, stage) for name, percent in percents.items()}
-            for stage in self.samples_ms
-        }
-
-    def missed(self, budget_ms: float) -> float:
-        """Return the share of actions that took longer than a budget."""
-        return float(np.mean(self.samples_ms["total"] > budget_ms))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the profile as JSON values; the summary is for readers, samples are the truth."""
-        # Six decimals are the clock's nanoseconds.
-        rounded = {k: np.round(v, 6).tolist() for k, v in self.samples_ms.items()}
-        return {
-            "name": self.name,
-            "summary_ms": self.summary_ms(),
-            "warmup": self.warmup,
-            "first_action_ms": self.first_action_ms,
-            "cold_start_ms": self.cold_start_ms,
-            "transport": self.transport,
-            "bundle_digest": self.bundle_digest,
-            "target": self.target,
-            "conditions": self.conditions,
-            "versions": dict(self.versions),
-            "board_before": self.board_before.to_json(),
-            "board_after": self.board_after.to_json(),
-            "samples_ms": rounded,
-        }
-
-    @classmethod
-    def from_json(cls, value: Any) -> "LatencyProfile":
-        """Read what `to_json` wrote; the summary is computed, not believed.
-
-        Raises:
-            ArtifactError: a field is missing or of the wrong kind.
-        """
-        plain = (
-            "name", "warmup", "first_action_ms", "cold_start_ms",
-            "transport", "bundle_digest", "target", "conditions", "versions",
-        )  # fmt: skip
-        if not isinstance(value, dict):
-            raise ArtifactError(f"a latency profile must be an object, got {value!r:.100}")
-        require_fields(value, [*plain, "samples_ms", "board_before", "board_after"], "profile")
-        try:
-            samples = {str(k): np.asarray(v, np.float64) for k, v in value["samples_ms"].items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ArtifactError(f"latency samples must be lists of numbers: {error}") from None
-        return cls(
-            samples_ms=samples,
-            board_before=BoardState.from_json(value["board_before"]),
-            board_after=BoardState.from_json(value["board_after"]),
-            **{name: value[name] for name in plain},
-        )
+from qvla_export.latency_figures import LATENCY_FORMAT, Deadline
 
 
 @dataclass(frozen=True)
@@ -139,10 +22,10 @@ class LatencyRatio:
     baseline: str
     stage: str
     ratio: float
-    # Bootstrap interval over the rounds.
+    # Bootstrap interval; see `qvla_export.bootstrap`.
     low: float
     high: float
-    confidence: float = _CONFIDENCE
+    confidence: float
 
 
 @dataclass(frozen=True)
@@ -152,15 +35,33 @@ class LatencyComparison:
     profiles: tuple[LatencyProfile, ...]
     # Of every other profile, for "total" and for "engine" where it was measured.
     ratios: tuple[LatencyRatio, ...]
+    # Until when actions were wanted, where that was said.
+    deadline: Deadline | None = None
+    # Profile's name -> times of its layers, taken in passes of their own.
+    layers: Mapping[str, LayerTimes] = field(default_factory=dict)
+    # Profile's name -> starts of new processes.
+    cold_starts: Mapping[str, tuple[ColdStart, ...]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write `latency.json` whole or not at all."""
+        deadline = self.deadline
+        profiles = [profile.to_json() for profile in self.profiles]
+        if deadline is not None:
+            for profile, shown in zip(self.profiles, profiles, strict=True):
+                misses = deadline.misses(profile.samples_ms["total"])
+                shown["misses"] = {**asdict(misses), "share": misses.share}
         write_json(
             path,
             {
-                "format": _FORMAT,
+                "format": LATENCY_FORMAT,
+                "deadline": None if deadline is None else {**asdict(deadline), "ms": deadline.ms},
                 "ratios": [asdict(ratio) for ratio in self.ratios],
-                "profiles": [profile.to_json() for profile in self.profiles],
+                "profiles": profiles,
+                "layers": {name: times.to_json() for name, times in self.layers.items()},
+                "cold_starts": {
+                    name: [asdict(start) for start in starts]
+                    for name, starts in self.cold_starts.items()
+                },
             },
         )
 
@@ -172,48 +73,86 @@ class LatencyComparison:
             ArtifactError: the file is missing, damaged or of another format.
         """
         value = read_json(path, "latency profile")
-        if not isinstance(value, dict) or value.get("format") != _FORMAT:
-            raise ArtifactError(f"{path} is not a latency profile of format {_FORMAT!r}")
+        found = value.get("format") if isinstance(value, dict) else None
+        if found != LATENCY_FORMAT:
+            raise ArtifactError(
+                f"{path} must be a latency profile of format {LATENCY_FORMAT!r}, it has "
+                f"{found!r:.60}; {REMEDY}"
+            )
         profiles = value.get("profiles")
         if not isinstance(profiles, list) or not profiles:
-            raise ArtifactError(f"{path} holds no profiles; measure anew with `qvla profile`")
+            raise ArtifactError(f"{path} holds no profiles; {REMEDY}")
         try:
-            return compare_profiles([LatencyProfile.from_json(item) for item in profiles])
-        except ArtifactError as error:
+            compared = compare_profiles(
+                [LatencyProfile.from_json(item) for item in profiles],
+                _deadline(value.get("deadline")),
+            )
+            return replace(
+                compared,
+                layers={
+                    name: LayerTimes.from_json(times)
+                    for name, times in _named(value, "layers").items()
+                },
+                cold_starts={
+                    name: tuple(ColdStart.from_json(start) for start in starts)
+                    for name, starts in _named(value, "cold_starts").items()
+                },
+            )
+        except TypeError as error:  # a number where a list must be
+            raise ArtifactError(f"{path} is damaged ({error}); {REMEDY}") from None
+        except QvlaError as error:
             raise ArtifactError(f"{path}: {error}") from None
 
 
-def compare_profiles(profiles: list[LatencyProfile]) -> LatencyComparison:
-    """Return the profiles with every other one's ratio to the first."""
-    baseline, *others = profiles
-    ratios = [
-        ratio_of_medians(profile, baseline, stage)
-        for profile in others
-        for stage in ("total", "engine")
-        if _comparable(profile, baseline, stage)
-    ]
-    return LatencyComparison(tuple(profiles), tuple(ratios))
+def compare_profiles(
+    profiles: Sequence[LatencyProfile], deadline: Deadline | None = None
+) -> LatencyComparison:
+    """Return the profiles of one interleaved run with every other one's ratio to the first.
 
-
-def ratio_of_medians(
-    profile: LatencyProfile, baseline: LatencyProfile, stage: str = "total", seed: int = 0
-) -> LatencyRatio:
-    """Return the ratio of two medians with a 95 % percentile-bootstrap interval.
-
-    Profiles of one interleaved run are resampled by round, so that noise both saw at the same
-    moment cancels; profiles of different lengths are resampled independently.
+    Raises:
+        ArtifactError: two share a name, or they have differently many samples.
     """
-    ours, theirs = profile.samples_ms[stage], baseline.samples_ms[stage]
-    generator = np.random.default_rng(seed)
-    rounds = generator.integers(0, ours.size, (_RESAMPLES, ours.size))
-    their_rounds = rounds
-    if theirs.size != ours.size:
-        their_rounds = generator.integers(0, theirs.size, (_RESAMPLES, theirs.size))
-    resampled = np.median(ours[rounds], axis=1) / np.median(theirs[their_rounds], axis=1)
-    tail = 50 * (1 - _CONFIDENCE)
-    low, high = np.percentile(resampled, [tail, 100 - tail])
-    ratio = float(np.median(ours) / np.median(theirs))
-    return LatencyRatio(profile.name, baseline.name, stage, ratio, float(low), float(high))
+    baseline, *others = profiles
+    names = [profile.name for profile in profiles]
+    counts = {len(profile.started_ms) for profile in profiles}
+    if len({*names}) != len(names) or len(counts) != 1:
+        raise ArtifactError(
+            f"profiles of one run need names of their own and equally many samples, got {names} "
+            f"of {sorted(counts)}; {REMEDY}"
+        )
+    ratios = [
+        LatencyRatio(other.name, baseline.name, stage, found.value, *_ends(found))
+        for other in others
+        for stage in ("total", "engine")
+        if _comparable(other, baseline, stage)
+        for found in [ratio_of_medians(other.samples_ms[stage], baseline.samples_ms[stage], True)]
+    ]
+    return LatencyComparison(tuple(profiles), tuple(ratios), deadline)
+
+
+def _ends(interval: Interval) -> tuple[float, float, float]:
+    return interval.low, interval.high, interval.confidence
+
+
+def _named(value: Mapping[str, Any], field_name: str) -> dict[str, Any]:
+    found = value.get(field_name, {})
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{field_name!r} must be an object by profile; {REMEDY}")
+    return found
+
+
+def _deadline(value: Any) -> Deadline | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"a deadline must be an object, got {value!r:.60}; {REMEDY}")
+    rate_hz, execute = value.get("rate_hz"), value.get("execute")
+    if not isinstance(rate_hz, (int, float)) or not isinstance(execute, int):
+        raise ArtifactError(
+            f"a deadline needs numbers rate_hz and execute, got {rate_hz!r:.60} and "
+            f"{execute!r:.60}; {REMEDY}"
+        )
+    return Deadline(rate_hz, execute)
 
 
 def _comparable(profile: LatencyProfile, baseline: LatencyProfile, stage: str) -> bool:

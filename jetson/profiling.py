@@ -1,9 +1,10 @@
 """Measure latency through the code path that serves: real bodies, the real handler."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,16 +12,24 @@ from jetson.board import BoardState, ask_board
 from jetson.client import RemotePolicy
 from jetson.contract import PolicyContract
 from jetson.errors import PolicyFailure
-from jetson.latency import LatencyComparison, LatencyProfile, compare_profiles
+from jetson.latency import LatencyComparison, compare_profiles
+from jetson.latency_profile import LatencyProfile
 from jetson.service import ActionService
 from jetson.wire import decode_request, encode_request
 from qvla_export.action import ActionPolicy
 from qvla_export.artifacts import versions
 from qvla_export.errors import QvlaError
+from qvla_export.latency_figures import Deadline
 from qvla_export.observation import Observation
 
 # Called with (actions done, actions in all).
 Progress = Callable[[int, int], None]
+
+
+class _Taken(NamedTuple):
+    start_ns: int
+    # Stage -> milliseconds.
+    timing_ms: Mapping[str, float]
 
 
 class _Endpoint(Protocol):
@@ -67,8 +76,9 @@ def profile_latency(
     warmup: int = 10,
     samples: int = 200,
     progress: Progress | None = None,
-    cold_start_ms: Mapping[str, float] | None = None,
+    load_ms: Mapping[str, float] | None = None,
     conditions: Mapping[str, str] | None = None,
+    deadline: Deadline | None = None,
 ) -> LatencyComparison:
     """Measure one or more policies, interleaved action by action; the first is the baseline.
 
@@ -81,8 +91,9 @@ def profile_latency(
         warmup: rounds before the samples.
         samples: rounds measured.
         progress: called after every action.
-        cold_start_ms: name -> loading time, where the caller measured it.
+        load_ms: name -> loading time, where the caller measured it.
         conditions: name -> how the engine runs (threads, weights), for the record.
+        deadline: until when actions are wanted, for the record.
 
     Raises:
         QvlaError: there is nothing to measure, or an observation does not fit a policy.
@@ -102,15 +113,16 @@ def profile_latency(
     finally:
         for remote in opened:
             remote.close()
-    cold, said = cold_start_ms or {}, conditions or {}
+    loaded, said = load_ms or {}, conditions or {}
     return compare_profiles(
         [
             replace(
-                _profile(name, endpoint, taken[name], warmup, cold.get(name), (before, after)),
+                _profile(name, endpoint, taken[name], warmup, loaded.get(name), (before, after)),
                 conditions=said.get(name, ""),
             )
             for name, endpoint in endpoints.items()
-        ]
+        ],
+        deadline,
     )
 
 
@@ -126,19 +138,21 @@ def _measure(
     observations: Sequence[Observation],
     rounds: int,
     progress: Progress | None,
-) -> dict[str, list[Mapping[str, float]]]:
-    """Return each endpoint's timings, one a round."""
+) -> dict[str, list[_Taken]]:
+    """Return each endpoint's actions, one a round."""
     used = observations[:rounds]
     bodies = {
         name: [encode_request(observation, endpoint.contract) for observation in used]
         for name, endpoint in endpoints.items()
     }
-    taken: dict[str, list[Mapping[str, float]]] = {name: [] for name in endpoints}
+    taken: dict[str, list[_Taken]] = {name: [] for name in endpoints}
     names = list(endpoints)
     for index in range(rounds):
         first = index % len(names)
         for name in names[first:] + names[:first]:
-            taken[name].append(endpoints[name].request(bodies[name][index % len(used)]))
+            body = bodies[name][index % len(used)]
+            start_ns = time.perf_counter_ns()
+            taken[name].append(_Taken(start_ns, endpoints[name].request(body)))
             if progress is not None:
                 progress(sum(map(len, taken.values())), rounds * len(names))
     return taken
@@ -147,23 +161,26 @@ def _measure(
 def _profile(
     name: str,
     endpoint: _Endpoint,
-    taken: Sequence[Mapping[str, float]],
+    taken: Sequence[_Taken],
     warmup: int,
-    cold_start_ms: float | None,
+    load_ms: float | None,
     boards: tuple[BoardState, BoardState],
 ) -> LatencyProfile:
     kept = taken[warmup:]
-    stages = dict.fromkeys(stage for timing in kept for stage in timing)
+    stages = dict.fromkeys(stage for action in kept for stage in action.timing_ms)
+    starts_ns = np.array([action.start_ns for action in kept])
     return LatencyProfile(
         name=name,
         # A stage that did not run in some action took no time there.
-        samples_ms={s: np.array([timing.get(s, 0.0) for timing in kept]) for s in stages},
+        samples_ms={s: np.array([a.timing_ms.get(s, 0.0) for a in kept]) for s in stages},
+        started_ms=(starts_ns - starts_ns[0]) / 1e6,
         warmup=warmup,
-        first_action_ms=taken[0]["total"],
-        cold_start_ms=cold_start_ms,
+        first_action_ms=taken[0].timing_ms["total"],
+        load_ms=load_ms,
         transport=endpoint.transport,
         bundle_digest=endpoint.contract.bundle_digest,
         target=endpoint.contract.target,
+        horizon=endpoint.contract.horizon,
         versions=versions(),
         board_before=boards[0],
         board_after=boards[1],

@@ -15,6 +15,7 @@ from qvla_export.external_data import ExternalData
 from qvla_export.float_graph import WEIGHTS_KEY, export_stage, layer_nodes, policy_weights
 from qvla_export.graph_figures import GraphFigures, measure_graph
 from qvla_export.lowering import lower
+from qvla_export.passes.node_names import name_nodes
 from qvla_export.plan import BitPlan
 from qvla_export.policies.base import Policy, PolicyStage
 from qvla_export.target import Target
@@ -59,6 +60,7 @@ def write_stage(
     with ExternalData(path) as data:
         model, weight_bytes = lower(graph, own, target, data.store)
         figures = measure_graph(model, own)
+        name_nodes(model)
         model.metadata_props.pop(WEIGHTS_KEY, None)
         data.save(model)
     exported = ExportedStage(

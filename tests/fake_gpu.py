@@ -145,6 +145,10 @@ class FakeDevice:
         return sum(graph.alive for graph in self.graphs)
 
     @property
+    def busy(self) -> bool:
+        return bool(self._queue)
+
+    @property
     def capturing(self) -> Graph | None:
         return self._capturing
 
@@ -174,6 +178,9 @@ class Context:
     profile: int | None = None
     captured: bool = False
     ran: bool = False
+    profiler: Any = None
+    enqueue_emits_profile: bool = True
+    unreported: int = 0
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self._change()
@@ -218,7 +225,9 @@ class Context:
             return False
         self.ran = True
         if graph is not None:
+            assert self.profiler is None, "a captured graph reports nothing to a profiler"
             graph.contexts.append(self)
+        self.unreported += 1
         shapes, addresses = dict(self.shapes), dict(self.addresses)
 
         def work() -> None:
@@ -230,6 +239,16 @@ class Context:
                 device.write(addresses[name], value)
 
         device.put(work)
+        return True
+
+    def report_to_profiler(self) -> bool:
+        assert not self.enqueue_emits_profile, "enqueue has reported already"
+        assert not self.device.busy, "reported before the device is done"
+        if self.profiler is None or not self.unreported:
+            return False
+        self.unreported = 0
+        for name, ms in self.engine.layer_ms.items():
+            self.profiler.report_layer_time(name, ms)
         return True
 
     def _change(self) -> None:
@@ -246,6 +265,7 @@ class Engine:
         self.sidecar, self.logger, self.runtime = sidecar, logger, runtime
         self.stage = next(s for s in bundle.stages if s.name == sidecar.origin.stage)
         self.broken = self.stage.name in runtime.broken
+        self.layer_ms = runtime.layer_ms.get(self.stage.name, {})
         self._session = onnxruntime.InferenceSession(
             str(bundle.model_path(self.stage)),
             session_options(bundle, 1, "unpacked"),
@@ -292,6 +312,8 @@ class FakeTensorRt:
         self.deserialized: list[str] = []
         # Stages whose execution fails.
         self.broken: tuple[str, ...] = ()
+        # Stage -> what its layers report to a profiler.
+        self.layer_ms: dict[str, dict[str, float]] = {}
         self.specializes = name == "tensorrt_rtx"
         known = {sidecar.engine_sha256: sidecar for sidecar in sidecars}
         fake = self
@@ -314,6 +336,7 @@ class FakeTensorRt:
         self.api = SimpleNamespace(
             Runtime=Runtime,
             ILogger=rtx.ILogger,
+            IProfiler=rtx.IProfiler,
             nptype=np.dtype,
             ExecutionContextAllocationStrategy=rtx.ExecutionContextAllocationStrategy,
         )

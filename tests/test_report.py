@@ -18,13 +18,15 @@ from tiny_bundles import make_bundle
 from calibration.rollouts import EpisodeResult, Evaluation, RolloutConfig
 from engines.targets import CPU
 from jetson.board import read_board_state
-from jetson.latency import LatencyProfile, compare_profiles
+from jetson.latency import compare_profiles
+from jetson.latency_profile import LatencyProfile
 from qvla_export.agreement import Agreement
 from qvla_export.allocation import Budget, allocate_bits
 from qvla_export.artifacts import write_json
 from qvla_export.bundle import Bundle
 from qvla_export.errors import ArtifactError, ArtifactMismatch
 from qvla_export.first_order import FirstOrder, measure_first_order
+from qvla_export.latency_figures import Deadline
 from qvla_export.layers import layer_shapes, traced_layers
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.policies.oft import OftPolicy
@@ -144,9 +146,23 @@ def _write_run_wide(run: Path, bundles: dict[str, Bundle], measured: Sensitiviti
         samples = {"engine": engine, "decode": engine / 20, "total": engine * 1.05}
         digest = bundles[name].digest if name in bundles else ""
         profiles.append(
-            LatencyProfile(name, samples, 2, 9.0, None, "http", digest, "cpu", {}, board, board)
+            LatencyProfile(
+                name=name,
+                samples_ms=samples,
+                started_ms=np.arange(40.0),
+                warmup=2,
+                first_action_ms=9.0,
+                load_ms=None,
+                transport="http",
+                bundle_digest=digest,
+                target="cpu",
+                horizon=8,
+                versions={},
+                board_before=board,
+                board_after=board,
+            )
         )
-    compare_profiles(profiles).save(run / "latency.json")
+    compare_profiles(profiles, Deadline(60.0)).save(run / "latency.json")
     for control in ("blank-image", "wrong-instruction"):
         name = f"float, {control}"
         _evaluation(name, bundles["float"].digest, control).save(run / f"controls/{control}.json")
@@ -201,7 +217,10 @@ def test_numbers_in_the_table_are_those_of_the_artifacts(pristine: Path, page: s
         assert f"{100 * done['success']:.1f} %" in row
         assert f"[{100 * low:.1f}, {100 * high:.1f}], n {done['episodes']}" in row
         total = latency["profiles"][index]["summary_ms"]["total"]
-        assert f"{total['p50']:.2f} ms" in row and f"p99 {total['p99']:.2f} ms" in row
+        assert f"{total['p50']:.2f} ms" in row and f"max {total['max']:.2f} ms" in row
+        assert total["p99"] is None and "max of 40" in page  # 40 samples have no p99
+        late = latency["profiles"][index]["misses"]
+        assert f"{late['count']} ({100 * late['share']:.1f} %)" in page
         manifest = json.loads((folder / "bundle/manifest.json").read_text())
         layers = sum(n for part, n in manifest["weight_bytes"].items() if part != "rest")
         assert f"{layers:,} bytes" in row
@@ -264,6 +283,9 @@ def test_missing_pieces_are_named_with_their_command(run: Path) -> None:
         ("run.json", {"machine": 3}),
         ("agreement.json", {"pairs": [["layer", 1]]}),
         ("latency.json", {"profiles": [{"name": "float"}]}),
+        ("latency.json", {"format": "qvla.latency/1"}),
+        ("latency.json", {"deadline": {"rate_hz": 0, "execute": 1}}),
+        ("latency.json", {"deadline": 60}),
         ("settings/w4/action_error.json", {"rms": "much"}),
         ("settings/w4/action_error.json", {"rms": float("nan")}),
         ("settings/w4/action_error.json", {"mean_abs_physical": [1.0]}),

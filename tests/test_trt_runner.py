@@ -135,6 +135,45 @@ def test_stage_times_come_from_events(rig: Rig) -> None:
         assert list(engine.stage_ms.values()) == [4, 2, 2, 2, 2]
 
 
+def test_layers_report_to_the_profiler_and_graphs_stay(rig: Rig) -> None:
+    rig.trt.layer_ms = {
+        "vision": {"blocks.0.fc1.b4/MatMul": 0.5, "blocks.0.fc1.b8/MatMul": 0.25},
+        "decoder": {"__myl_Fused_1": 1.0},
+        "head": {"head.fc/MatMul": 0.125},
+    }
+    with rig.open() as engine:
+        engine._layers["decoder"] = [  # what the inspector says of engines that have verbosity
+            {
+                "Name": "__myl_Fused_1",
+                "LayerType": "kgen",
+                "Metadata": "[ONNX Layer: text.q.b2/MatMul]\x1f[ONNX Layer: text.q/Gather]",
+            }
+        ]
+        first = engine.infer(feeds_of(5))["actions"]
+        graphs = rig.device.living_graphs
+        times = engine.layer_times(feeds_of(5), passes=3)
+        assert rig.device.living_graphs == graphs
+        np.testing.assert_array_equal(engine.infer(feeds_of(5))["actions"], first)
+    assert [(row.stage, row.layer, row.bits, row.op_type) for row in times.rows] == [
+        ("vision", "blocks.0.fc1", 4, "MatMul"),
+        ("vision", "blocks.0.fc1", 8, "MatMul"),
+        ("decoder", "text.q", 2, "kgen"),
+        ("head", "head.fc", None, "MatMul"),
+    ]
+    assert times.passes == 3 and times.total_ms == 1.875
+    assert [(group.name, group.ms) for group in times.by_layer()] == [
+        ("text.q", 1.0),
+        ("blocks.0.fc1", 0.75),
+        ("head.fc", 0.125),
+    ]
+    assert not rig.device.memory
+
+
+def test_a_profiler_without_reports_is_an_error(rig: Rig) -> None:
+    with rig.open() as engine, pytest.raises(EngineError, match="reports \\[0\\] layers"):
+        engine.layer_times(feeds_of(5), passes=2)
+
+
 def test_acting_allocates_nothing(rig: Rig) -> None:
     with rig.open() as engine:
         before = (dict(rig.device.memory), rig.device.events)

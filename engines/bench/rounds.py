@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_RESAMPLES = 2000
+from qvla_export.bootstrap import ratio_of_medians
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,5 @@ def speedup(samples: NDArray[np.float64], baseline: NDArray[np.float64], seed: i
         samples, baseline: milliseconds of the same rounds, float64 [rounds].
         seed: of the bootstrap.
     """
-    draws = np.random.default_rng(seed).integers(0, len(samples), (_RESAMPLES, len(samples)))
-    ratios = np.median(baseline[draws], axis=1) / np.median(samples[draws], axis=1)
-    low, high = np.percentile(ratios, (2.5, 97.5))
-    return Ratio(float(np.median(baseline) / np.median(samples)), float(low), float(high))
+    found = ratio_of_medians(baseline, samples, paired=True, seed=seed)
+    return Ratio(found.value, found.low, found.high)

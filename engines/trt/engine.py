@@ -8,6 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engines.base import BundleEngine, EngineError, Feeds, InvalidFeeds, check_feeds
+from engines.layer_times import LayerTimes
 from engines.targets import find_target
 from engines.trt.admission import (
     admitted_engine,
@@ -19,6 +20,7 @@ from engines.trt.admission import (
 from engines.trt.buffers import Buffers
 from engines.trt.device import Device, DeviceError, PycudaDevice
 from engines.trt.failures import explain
+from engines.trt.layer_log import LayerLog
 from engines.trt.log import Log
 from engines.trt.modules import TrtModule, load_module
 from engines.trt.runner import Scratch, StageRunner
@@ -26,6 +28,8 @@ from engines.trt.shapes import Shape, ShapeRange
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
 from qvla_export.bundle import Bundle, Stage
 
+# First passes of a profile: what TensorRT puts off until a context runs.
+_UNTIMED_PASSES = 5
 _TO_DEVICE, _TO_HOST = "host_to_device", "device_to_host"
 
 
@@ -65,6 +69,7 @@ class TensorRtEngine(BundleEngine):
         for sidecar in sidecars.values():
             require_version(sidecar, self._module)
         super().__init__(bundle)
+        self._layers = {name: sidecar.layers for name, sidecar in sidecars.items()}
         self._ranges: dict[str, ShapeRange] = {}
         for sidecar in sidecars.values():
             self._ranges |= {**sidecar.origin.inputs, **sidecar.outputs}
@@ -106,6 +111,34 @@ class TensorRtEngine(BundleEngine):
             with suppress(DeviceError):
                 self._device.synchronize()
             raise
+
+    def layer_times(self, feeds: Feeds, passes: int = 50) -> LayerTimes:
+        """Run the stages some times under TensorRT's profiler, without graphs.
+
+        Raises:
+            InvalidFeeds: see `infer`.
+            EngineError: the engine is closed, the GPU fails, or TensorRT reports nothing.
+        """
+        if self._stack is None:
+            raise EngineError("the engine is closed; load it again")
+        check_feeds(self.inputs, feeds)
+        shapes = {name: tuple(value.shape) for name, value in feeds.items()}
+        self._require_in_range(shapes)
+        for name, value in feeds.items():
+            self._buffers.upload(name, value)
+        self._device.synchronize()
+        logs, timed = [], []
+        for stage in self._bundle.stages:
+            logs.append(LayerLog(self._module, stage.name, self._layers[stage.name]))
+            runner = self._runners[stage.name]
+            timed.append(runner.timed(_of(stage, shapes), logs[-1].profiler))
+            shapes |= timed[-1].outputs
+        for _ in range(passes + _UNTIMED_PASSES):
+            for log, stage_ in zip(logs, timed, strict=True):
+                log.begin_pass()
+                stage_.run()
+        rows = tuple(row for log in logs for row in log.rows(_UNTIMED_PASSES))
+        return LayerTimes(self.runtime, rows)
 
     def close(self) -> None:
         """Free graphs, contexts, buffers and the GPU; `infer` fails afterwards."""

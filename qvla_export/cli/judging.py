@@ -131,12 +131,12 @@ def latency(
         return kept
     observations = CalibrationSet.load(made(run.calibration, "calibrate")).held_out
     policies: dict[str, Any] = {}
-    cold_start_ms: dict[str, float] = {}
+    load_ms: dict[str, float] = {}
     with ExitStack() as stack, Progress() as progress:
         for name, bundle, weights in engines:
             start = time.perf_counter()
             engine = stack.enter_context(load_engine(bundle, threads, weights))
-            cold_start_ms[name] = (time.perf_counter() - start) * 1e3
+            load_ms[name] = (time.perf_counter() - start) * 1e3
             policies[name] = EnginePolicy(bundle, engine)
         settings_ = ServerSettings(port=0)
         policies[f"{served} served"] = stack.enter_context(
@@ -147,7 +147,7 @@ def latency(
             observations,
             samples=samples,
             progress=bar(progress, "latency"),
-            cold_start_ms=cold_start_ms,
+            load_ms=load_ms,
             conditions=conditions,
         )
     compared.save(run.latency)

@@ -1,27 +1,20 @@
-"""Commands that judge a policy or bundle: evaluate, profile."""
+"""The command that judges a policy in closed loop: evaluate; and those of its latency."""
 
-import time
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from qvla_export.cli import profiling
 from qvla_export.cli.opening import PolicySource
-from qvla_export.cli.options import (
-    PresetOption,
-    ThreadsOption,
-    UnnormKeyOption,
-    WeightsOption,
-    WorkersOption,
-)
+from qvla_export.cli.options import PresetOption, UnnormKeyOption, WorkersOption
 from qvla_export.cli.simulation import TasksOption, chosen_tasks
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(evaluate)
-    app.command()(profile)
+    profiling.register(app)
 
 
 def evaluate(
@@ -62,50 +55,3 @@ def evaluate(
         f"success {result.success():.1%} [{low:.1%}, {high:.1%}] of {len(result.results)} "
         f"episodes -> {output}"
     )
-
-
-def profile(
-    bundles: Annotated[list[str], typer.Argument(help="Bundles or server URLs; first = baseline.")],
-    output: Annotated[Path, typer.Option("--output", help="Latency JSON to write.")],
-    samples: Annotated[int, typer.Option(help="Actions of each policy.")] = 200,
-    warmup: Annotated[int, typer.Option(help="Actions before the samples.")] = 10,
-    recording: Annotated[
-        Path | None,
-        typer.Option(help="MCAP file whose observations are sent; default: blank pictures."),
-    ] = None,
-    threads: ThreadsOption = None,
-    weights: WeightsOption = "packed",
-) -> None:
-    """Measure decode, preprocess, engine, postprocess and encode, policies interleaved."""
-    from rich.progress import Progress
-
-    from jetson.contract import contract_of
-    from jetson.profiling import profile_latency
-    from qvla_export.cli.stages import bar
-
-    opened: dict[str, Any] = {}
-    cold_start_ms: dict[str, float] = {}
-    with ExitStack() as stack, Progress() as progress:
-        for place in bundles:
-            start = time.perf_counter()
-            policy = PolicySource(place, threads=threads, weights=weights)()
-            cold_start_ms[place] = (time.perf_counter() - start) * 1e3
-            opened[place] = policy
-            if hasattr(policy, "close"):
-                stack.callback(policy.close)
-        if recording is None:
-            observations = [contract_of(next(iter(opened.values()))).blank_observation()]
-        else:
-            from jetson.recording.reader import Recording
-
-            observations = Recording(recording).observations()
-        compared = profile_latency(
-            opened, observations, warmup, samples, bar(progress, "latency"), cold_start_ms
-        )
-    compared.save(output)
-    for measured in compared.profiles:
-        typer.echo(
-            f"{measured.name}: p50 {measured.percentile_ms(50):.2f} ms, "
-            f"p99 {measured.percentile_ms(99):.2f} ms ({measured.transport})"
-        )
-    typer.echo(f"latency: {output}")

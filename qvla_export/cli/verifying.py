@@ -93,7 +93,7 @@ def verify(
     with ExitStack() as stack:
         start = time.perf_counter()
         engine = stack.enter_context(open_engine(loaded, runtime, threads, weights))
-        cold_start_ms = (time.perf_counter() - start) * 1e3
+        load_ms = (time.perf_counter() - start) * 1e3
         held_out = _held_out(observations)
         reference = _reference(loaded, wanted, held_out)
         floor = None
@@ -111,9 +111,7 @@ def verify(
         report = {"format": _FORMAT, **verdict.to_json(), "versions": versions()}
         if latency and verdict.passed:
             conditions = f"{threads or 'all'} threads, {weights}"
-            report["latency"] = _profile(
-                loaded, engine, held_out, samples, cold_start_ms, conditions
-            )
+            report["latency"] = _profile(loaded, engine, held_out, samples, load_ms, conditions)
     if output is not None:
         write_json(output, report)
     _say(verdict, report)
@@ -232,7 +230,7 @@ def _profile(
     engine: "Engine",
     held_out: "Sequence[Observation] | None",
     samples: int,
-    cold_start_ms: float,
+    load_ms: float,
     conditions: str,
 ) -> dict[str, Any]:
     from jetson.contract import contract_of
@@ -247,7 +245,7 @@ def _profile(
             held_out or [contract_of(policy).blank_observation()],
             samples=samples,
             progress=bar(progress, "latency"),
-            cold_start_ms={name: cold_start_ms},
+            load_ms={name: load_ms},
             conditions={name: conditions},
         )
     return compared.profiles[0].to_json()
@@ -272,7 +270,9 @@ def _say(verdict: "Verdict", report: dict[str, Any]) -> None:
     if "latency" in report:
         total = report["latency"]["summary_ms"]["total"]
         where = f"latency on {engine.runtime}"
-        typer.echo(f"{where}: p50 {total['p50']:.2f} ms, p99 {total['p99']:.2f} ms")
+        p99 = total["p99"]
+        worst = f"max {total['max']:.2f} ms" if p99 is None else f"p99 {p99:.2f} ms"
+        typer.echo(f"{where}: p50 {total['p50']:.2f} ms, {worst}")
     if verdict.passed:
         typer.echo(f"verified: within {verdict.thresholds.reason}")
 

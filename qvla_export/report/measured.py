@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from qvla_export.artifacts import read_json, require_fields
 from qvla_export.errors import ArtifactError, QvlaError
+from qvla_export.latency_figures import LATENCY_FORMAT, Deadline
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Latency:
     ratio: Ratio | None
     transport: str
     machine: str
+    # From starting to open the policy until it was loaded; None where nobody measured it.
+    load_ms: float | None
+    first_action_ms: float
+    # Until when actions were wanted; None where nobody said.
+    deadline: Deadline | None
 
     def percentile(self, percent: float, stage: str = "total") -> float:
         """Return a percentile of a stage's samples, milliseconds."""
@@ -192,7 +198,13 @@ def _episodes(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def read_latencies(path: Path) -> dict[str, Latency]:
     """Read `latency.json` in the format of `jetson.latency`; the first profile is the baseline."""
-    value = read_object(path, "latency", ("profiles", "ratios"))
+    value = read_object(path, "latency", ("format",))
+    if value["format"] != LATENCY_FORMAT:
+        raise ArtifactError(
+            f"latency {path} must be of format {LATENCY_FORMAT!r}, it has {value['format']!r:.60}; "
+            "delete it and run `qvla deploy` again, which measures anew"
+        )
+    require_fields(value, ("profiles", "ratios", "deadline"), f"latency {path}")
     with damage_named(path, "latency"):
         ratios = {
             str(r["name"]): Ratio(
@@ -202,8 +214,9 @@ def read_latencies(path: Path) -> dict[str, Latency]:
             for r in value["ratios"]
             if r["stage"] == "total"
         }
+        deadline = _deadline(value["deadline"])
         return {
-            str(item["name"]): _latency(item, ratios.get(str(item["name"])))
+            str(item["name"]): _latency(item, ratios.get(str(item["name"])), deadline)
             for item in value["profiles"]
         }
 
@@ -227,13 +240,32 @@ def read_agreement(path: Path) -> RankAgreement:
         )
 
 
-def _latency(item: Mapping[str, Any], ratio: Ratio | None) -> Latency:
+def _deadline(value: Any) -> Deadline | None:
+    if value is None:
+        return None
+    try:
+        return Deadline(float(value["rate_hz"]), int(value["execute"]))
+    except QvlaError as error:
+        raise ValueError(str(error)) from None
+
+
+def _latency(item: Mapping[str, Any], ratio: Ratio | None, deadline: Deadline | None) -> Latency:
     samples = {str(stage): _finite(values) for stage, values in item["samples_ms"].items()}
     if "total" not in samples or any(v.ndim != 1 or not v.size for v in samples.values()):
         raise ValueError("a profile needs samples of 'total' and of every stage")
     board = item["board_before"]
     machine = str(board["model"] or board["cpu_model"] or "unnamed machine")
-    return Latency(str(item["bundle_digest"]), samples, ratio, str(item["transport"]), machine)
+    load_ms = None if item["load_ms"] is None else float(_finite(item["load_ms"]))
+    return Latency(
+        str(item["bundle_digest"]),
+        samples,
+        ratio,
+        str(item["transport"]),
+        machine,
+        load_ms,
+        float(_finite(item["first_action_ms"])),
+        deadline,
+    )
 
 
 def _share(solved: list[bool]) -> Share:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from qvla_export.clock import whole_stages
 from qvla_export.report.measured import Latency, Share
 from qvla_export.report.run_data import RunData, Setting
 from qvla_export.report.svg import (
@@ -155,7 +156,7 @@ def _interval_dots(
 
 
 def _stage_bars(axes: Axes, rows: dict[str, Latency]) -> None:
-    stages = list(dict.fromkeys(s for r in rows.values() for s in r.samples_ms if s != "total"))
+    stages = list(dict.fromkeys(s for r in rows.values() for s in whole_stages(r.samples_ms)))
     left = np.zeros(len(rows))
     for i, stage in enumerate(stages):
         medians = np.array(

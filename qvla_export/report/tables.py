@@ -1,8 +1,12 @@
 """The page's words and numbers: the sentence, the comparison table, the smaller tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.latency_figures import PERCENTS, jitter, percentile, percentile_text
 from qvla_export.report.measured import Latency, Share
 from qvla_export.report.run_data import RunData, Setting
 from qvla_export.target import WIDTHS
@@ -134,19 +138,40 @@ def plans(data: RunData) -> Table:
 
 
 def latencies(data: RunData) -> Table:
-    """Return percentiles of every profile and stage."""
+    """Return percentiles, jitter and, where a deadline was stated, misses of every stage."""
     profiles = {s.name: s.latency for s in data.settings if s.latency is not None}
+    found = {**profiles, **data.other_latencies}
+    deadline = next((latency.deadline for latency in found.values()), None)
+    late = () if deadline is None else (f"Later than {deadline.ms:.1f} ms",)
     rows = tuple(
-        (
-            Cell(name, latency.transport),
-            Cell(stage),
-            *(Cell(f"{latency.percentile(percent, stage):.3f}") for percent in (50, 90, 99, 100)),
-            Cell(str(len(latency.samples_ms[stage]))),
-        )
-        for name, latency in {**profiles, **data.other_latencies}.items()
+        (Cell(name, _starts(latency)), *_stage_cells(latency, stage))
+        for name, latency in found.items()
         for stage in latency.samples_ms
     )
-    return Table(("Profile", "Stage, ms", "p50", "p90", "p99", "Largest", "Actions"), rows)
+    percents = (f"p{percent:g}" for percent in PERCENTS)
+    jitters = ("p99 − p50", "From one to the next")
+    columns = ("Profile", "Stage, ms", *percents, "Largest", *jitters, "Actions", *late)
+    return Table(columns, rows)
+
+
+def _starts(latency: Latency) -> str:
+    loaded = "" if latency.load_ms is None else f"loaded in {latency.load_ms:.0f} ms, "
+    return f"{latency.transport}; {loaded}first action {latency.first_action_ms:.1f} ms"
+
+
+def _stage_cells(latency: Latency, stage: str) -> Iterator[Cell]:
+    samples, deadline = latency.samples_ms[stage], latency.deadline
+    yield Cell(stage)
+    for percent in PERCENTS:
+        yield Cell(percentile_text(samples, percent, 3))
+    yield Cell(f"{samples.max():.3f}")
+    found = jitter(samples)
+    for ms in (found.spread_ms, found.step_ms):
+        yield Cell(_NONE if ms is None else f"{ms:.3f}")
+    yield Cell(str(len(samples)))
+    if deadline is not None:
+        misses = deadline.misses(samples)
+        yield Cell(f"{misses.count} ({100 * misses.share:.1f} %)" if stage == "total" else "")
 
 
 def _setting_row(setting: Setting, data: RunData) -> tuple[Cell, ...]:
@@ -204,8 +229,14 @@ def _latency(latency: Latency | None) -> Cell:
         return Cell(_NONE)
     return Cell(
         f"{latency.percentile(50):.2f} ms",
-        f"p99\u00a0{latency.percentile(99):.2f}\u00a0ms, n\u00a0{len(latency.samples_ms['total'])}",
+        _worst(latency.samples_ms["total"]),
     )
+
+
+def _worst(total_ms: NDArray[np.float64]) -> str:
+    p99 = percentile(total_ms, 99)
+    name, ms = ("max", total_ms.max()) if p99 is None else ("p99", p99)
+    return f"{name}\u00a0{ms:.2f}\u00a0ms, n\u00a0{len(total_ms)}"
 
 
 def _ratio(latency: Latency | None) -> Cell:

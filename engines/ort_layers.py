@@ -1,0 +1,72 @@
+"""What ONNX Runtime's own profiler says of every node. Standard library and numpy only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.base import EngineError
+from engines.layer_times import LayerTime
+from qvla_export.node_names import parse_node_name
+
+_KERNEL = "_kernel_time"
+
+
+def read_profile(path: Path, stage: str, runs: int, dropped: int) -> tuple[LayerTime, ...]:
+    """Read a profile that ONNX Runtime wrote of one session.
+
+    Its clock counts whole microseconds: small nodes are 0, 1 or 2 of them.
+
+    Args:
+        path: JSON, a list of trace events.
+        stage: whose session it was.
+        runs: how often the session ran.
+        dropped: first runs to leave out.
+
+    Raises:
+        EngineError: it is no such profile, or holds a node more or less often than it ran.
+    """
+    try:
+        events = json.loads(path.read_text())
+        nodes = [event for event in events if event.get("cat") == "Node"]
+        taken: dict[tuple[int, str], list[float]] = {}
+        kinds: dict[tuple[int, str], str] = {}
+        for event in nodes:
+            name = str(event["name"])
+            if not name.endswith(_KERNEL):
+                continue
+            key = int(event["args"]["node_index"]), name.removesuffix(_KERNEL)
+            kinds[key] = str(event["args"]["op_name"])
+            taken.setdefault(key, []).append(float(event["dur"]) / 1e3)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise EngineError(
+            f"ONNX Runtime's profile of stage {stage!r} cannot be read "
+            f"({type(error).__name__}: {error}); is it another version's?"
+        ) from error
+    odd = {name: len(times) for (_, name), times in taken.items() if len(times) != runs}
+    if odd or not taken:
+        raise EngineError(
+            f"ONNX Runtime's profile of stage {stage!r} holds {len(taken)} nodes, of which "
+            f"{len(odd)} ran not {runs} times: {dict(list(odd.items())[:3])}; it keeps a million "
+            "events, so ask for fewer passes"
+        )
+    return tuple(
+        _row(stage, name, kinds[index, name], times[dropped:])
+        for (index, name), times in taken.items()
+    )
+
+
+def _row(stage: str, name: str, op_type: str, times_ms: list[float]) -> LayerTime:
+    found = parse_node_name(name)
+    samples_ms = np.array(times_ms)
+    if found is None:
+        return LayerTime(stage, name, op_type, "", None, samples_ms)
+    return LayerTime(stage, name, op_type, found.layer, found.bits, samples_ms)
+
+
+def profiling_options(options: Any, folder: Path, stage: str) -> Any:
+    """Turn a session's profiler on, which writes into a folder."""
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / stage)
+    return options
