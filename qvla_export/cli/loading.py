@@ -54,7 +54,13 @@ def load(
     token_file: Annotated[
         Path | None, typer.Option(help="File with the server's token; or QVLA_TOKEN.")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds a reply may take.")] = 30,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            help="Seconds a reply may take, and late requests are sent after the last was due.",
+        ),
+    ] = 30,
 ) -> None:
     """Send observations at a fixed rate and measure from when each request was due.
 
@@ -67,7 +73,7 @@ def load(
     from jetson.protocol_clients import Endpoint, open_client
     from jetson.security import read_token
 
-    plan = LoadPlan(rate, duration, clients, arrivals, seed)
+    plan = LoadPlan(rate, duration, clients, arrivals, seed, timeout)
     endpoint, token = Endpoint.parse(server), read_token(token_file)
     with ExitStack() as stack:
         opened: list[ProtocolClient] = []
