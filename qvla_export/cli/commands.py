@@ -14,6 +14,7 @@ from qvla_export.cli import (
     deploying,
     examining,
     judging_commands,
+    loading,
     measuring,
     planning,
     predicting,
@@ -146,6 +147,7 @@ building.register(app)
 baselining.register(app)
 benching.register(app)
 benching_server.register(app)
+loading.register(app)
 verifying.register(app)
 examining.register(app)
 robot.register(app)
