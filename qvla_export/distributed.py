@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from qvla_export.errors import QvlaError
 
@@ -178,7 +180,7 @@ def joined_world(
     if os.environ["WORLD_SIZE"] == str(local_size):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     with _partners():
-        dist.init_process_group(place.backend, timeout=_START_PATIENCE)
+        _meet(place.backend)
         group = dist.new_group(timeout=patience)
     assert group is not None
     try:
@@ -186,6 +188,23 @@ def joined_world(
         yield Together(torch.device(place.device), group, dist.get_rank(), size)
     finally:
         dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Find the other processes through the store that torchrun keeps.
+
+    After a restart it still holds the addresses of those that are gone, hence a part of it for
+    each start.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=_START_PATIENCE))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        store=PrefixStore(f"start {start}", store),
+        rank=rank,
+        world_size=size,
+        timeout=_START_PATIENCE,
+    )
 
 
 @contextlib.contextmanager

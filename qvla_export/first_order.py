@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvla_export.backward import Contraction, Layers, Probes, add_batch
-from qvla_export.distributed import World
+from qvla_export.distributed import Alone, World
 from qvla_export.errors import QvlaError
 from qvla_export.layer_groups import layer_groups
 from qvla_export.layers import error_rows, layer_shapes, traced_layers
@@ -28,7 +28,8 @@ from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.sharded_sums import OnProgress, ShardedSums
-from qvla_export.standard_errors import empty_sums, standard_error, wanted_probes
+from qvla_export.standard_errors import MOST_PROBES, empty_sums, standard_error, wanted_probes
+from qvla_export.streamed import Stream, open_stream
 
 # How the gradients come together -> what `Sensitivities.method` says.
 METHODS: Mapping[Contraction, str] = {
@@ -93,7 +94,8 @@ def measure_first_order(
     """Estimate the sensitivity of every channel at every width.
 
     Args:
-        policy: its weights stay as they are.
+        policy: its weights stay as they are. Those that were left on disk are read stage by stage,
+            twice a batch; see `qvla_export.streamed`.
         observations: at least one.
         calibration_digest: digest of the set they came from.
         settings: quantizer, widths, probes, seed, batch size, bounds.
@@ -112,16 +114,21 @@ def measure_first_order(
         raise QvlaError("sensitivities need at least one observation, got none")
     layers = traced_layers(policy)
     size, widths = settings.batch_size, len(settings.widths)
-    groups = layer_groups(policy, layers, observations[:size], widths, settings.max_bytes)
+    stream = None
+    if next(policy.module.parameters()).is_meta:
+        stream = _stream(policy, layers, observations, settings, world or Alone())
+        groups = [list(layers)]
+    else:
+        groups = layer_groups(policy, layers, observations[:size], widths, settings.max_bytes)
     batches = -(-len(observations) // size)
     empty = empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths)
     sums = ShardedSums(
         {**empty, _PROBES: np.zeros(batches * len(groups))},
-        _identity(policy, len(observations), calibration_digest, settings, groups),
+        _identity(policy, len(observations), calibration_digest, settings, groups, stream),
         progress_file,
         world,
     )
-    work = _Work(policy, layers, groups, observations, settings, sums, on_progress)
+    work = _Work(policy, layers, groups, observations, settings, sums, on_progress, stream)
     probes = settings.probes
     total: dict[str, NDArray[np.float64]] = {}
     used = 0
@@ -167,6 +174,8 @@ class _Work:
     settings: FirstOrder
     sums: ShardedSums
     on_progress: OnProgress | None
+    # For a policy whose weights were left on disk; all layers are one group then.
+    stream: Stream | None = None
 
     def units(self, start: int, stop: int) -> set[int]:
         """Return the units of the batches [start, stop), of all groups."""
@@ -191,7 +200,8 @@ class _Work:
         for g, names in enumerate(self.groups):
             mine = self.sums.share([batch * count + g for batch in range(start, stop)])
             group = {name: self.layers[name] for name in names}
-            errors = {n: _weight_errors(x, self.settings) for n, x in group.items() if mine}
+            wanted = group if mine and self.stream is None else {}
+            errors = {n: _weight_errors(x, self.settings) for n, x in wanted.items()}
             for unit in mine:
                 self._add(unit // count, group, errors, probes)
                 self.sums.values[_PROBES][unit] = probes or 0
@@ -206,16 +216,17 @@ class _Work:
         probes: int | None,
     ) -> None:
         size = self.settings.batch_size
-        add_batch(
-            self.policy,
-            group,
-            errors,
-            self.observations[batch * size : (batch + 1) * size],
-            Probes(probes, self.settings.seed),
-            batch,
-            self.sums.values,
-            self.settings.contraction,
-        )
+        observations = self.observations[batch * size : (batch + 1) * size]
+        drawn, sums = Probes(probes, self.settings.seed), self.sums.values
+        kind = self.settings.contraction
+        if self.stream is None:
+            add_batch(self.policy, group, errors, observations, drawn, batch, sums, kind)
+            return
+
+        def errors_of(layer: nn.Linear | nn.Conv2d) -> dict[int, Tensor]:
+            return _weight_errors(layer, self.settings)
+
+        self.stream.add_batch(errors_of, observations, drawn, batch, sums, kind)
 
     def _tell(self) -> None:
         if self.on_progress is not None:
@@ -231,6 +242,21 @@ def _looks(batches: int, settings: FirstOrder) -> Iterator[tuple[int, int]]:
     while start < batches:
         yield start, min(stop, batches)
         start, stop = stop, 2 * stop
+
+
+def _stream(
+    policy: Policy,
+    layers: Layers,
+    observations: Sequence[Observation],
+    settings: FirstOrder,
+    world: World,
+) -> Stream:
+    probes = settings.probes
+    if settings.max_standard_error is not None and probes is not None:
+        probes = max(probes, MOST_PROBES)
+    size, widths = settings.batch_size, len(settings.widths)
+    bound, device = settings.max_bytes, world.device
+    return open_stream(policy, layers, observations, size, probes, widths, bound, device)
 
 
 def _weight_errors(layer: nn.Linear | nn.Conv2d, settings: FirstOrder) -> dict[int, Tensor]:
@@ -251,12 +277,17 @@ def _identity(
     calibration_digest: str,
     settings: FirstOrder,
     groups: Sequence[Sequence[str]],
+    stream: Stream | None,
 ) -> dict[str, Any]:
     """What must be equal for saved sums to be of the same measurement."""
+    stated = {**asdict(settings), "quantizer": settings.quantizer.to_json()}
+    # It shows in the groups, or changes nothing.
+    del stated["max_bytes"]
     return {
         "policy_digest": policy.digest,
         "calibration_digest": calibration_digest,
         "observations": observations,
-        "settings": {**asdict(settings), "quantizer": settings.quantizer.to_json()},
+        "settings": stated,
         "groups": [list(names) for names in groups],
+        "streamed": stream is not None,
     }

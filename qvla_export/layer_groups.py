@@ -21,11 +21,9 @@ def layer_groups(
     widths: int,
     max_bytes: int | None,
 ) -> list[list[str]]:
-    """Cut the layers, in forward order, into groups that fit.
+    """Cut the layers, in forward order, into groups that fit; see `fitting_groups`.
 
-    A layer takes its weight errors at every width and, for one batch, its inputs, outputs,
-    gradients and output errors at every width. The policy and the activations that autograd keeps
-    of one pass come on top.
+    The policy and the activations that autograd keeps of one pass come on top.
 
     Args:
         policy: gives the number of each layer's tokens, by a pass.
@@ -39,24 +37,66 @@ def layer_groups(
     """
     if max_bytes is None:
         return [list(layers)]
-    moved = _moved_numbers(policy, layers, observations)
-    shapes = layer_shapes(layers)
+    return fitting_groups(layers, _moved_numbers(policy, layers, observations), widths, max_bytes)
+
+
+def fitting_groups(
+    layers: Layers,
+    moved: Mapping[str, tuple[int, int]],
+    widths: int,
+    max_bytes: int | None,
+    beside: int = 0,
+) -> list[list[str]]:
+    """Cut layers, in their order, into groups that fit.
+
+    Args:
+        layers: at least the named ones.
+        moved: layer name -> how many numbers a pass puts in and out.
+        widths: how many.
+        max_bytes: bound of one group and what is beside it; None puts all layers into one.
+        beside: bytes that are taken anyway.
+
+    Raises:
+        QvlaError: a single layer needs more; the message says how much.
+    """
+    if max_bytes is None:
+        return [list(moved)]
+    shapes = layer_shapes({name: layers[name] for name in moved})
     groups: list[list[str]] = []
-    used = 0
-    for name, (channels, inputs) in shapes.items():
-        fed, made = moved[name]
-        need = _FLOAT_BYTES * (widths * channels * inputs + fed + (widths + 2) * made)
-        if need > max_bytes:
+    used = beside
+    for name, shape in shapes.items():
+        need = layer_bytes(shape, moved[name], widths)
+        if beside + need > max_bytes:
             raise QvlaError(
-                f"layer {name} alone needs {need / 1e9:.3g} GB, more than the bound of "
-                f"{max_bytes / 1e9:.3g} GB; raise the bound or run fewer observations together"
+                f"layer {name} alone needs {need / 1e9:.3g} GB{_beside(beside)}, more than the "
+                f"bound of {max_bytes / 1e9:.3g} GB; raise the bound or run fewer observations "
+                "together"
             )
         if not groups or used + need > max_bytes:
             groups.append([])
-            used = 0
+            used = beside
         groups[-1].append(name)
         used += need
-    return groups
+    return groups or [[]]
+
+
+def layer_bytes(shape: tuple[int, int], moved: tuple[int, int], widths: int) -> int:
+    """Return what measuring a layer takes.
+
+    Its weight errors at every width and, for one pass, its inputs, outputs, gradients and output
+    errors at every width.
+
+    Args:
+        shape: (channels, weights of one channel).
+        moved: how many numbers the pass puts in and out.
+        widths: how many.
+    """
+    (channels, inputs), (fed, made) = shape, moved
+    return _FLOAT_BYTES * (widths * channels * inputs + fed + (widths + 2) * made)
+
+
+def _beside(nbytes: int) -> str:
+    return f" beside {nbytes / 1e9:.3g} GB of weights and activations" if nbytes else ""
 
 
 def _moved_numbers(

@@ -18,7 +18,7 @@ from qvla_export.sensitivity import StandardError
 _PASS_COST = 3.0
 # Two tell how far probes differ.
 _FEWEST_PROBES = 2
-_MOST_PROBES = 64
+MOST_PROBES = 64
 
 Sums = Mapping[str, NDArray[np.float64]]
 
@@ -112,7 +112,7 @@ def wanted_probes(
     cheapest = np.sqrt(_PASS_COST * of_probe / between) if between else np.inf
     room = observations * bound**2 - between
     needed = of_probe / room if room > 0 else 0.0
-    return int(np.clip(np.ceil(max(cheapest, needed)), _FEWEST_PROBES, _MOST_PROBES))
+    return int(np.clip(np.ceil(max(cheapest, needed)), _FEWEST_PROBES, MOST_PROBES))
 
 
 def _relative(

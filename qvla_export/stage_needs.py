@@ -1,0 +1,110 @@
+"""What each stage of a policy reads and makes, found by running it without numbers."""
+
+import itertools
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qvla_export.policies.base import Policy, PolicyStage
+
+Layers = Mapping[str, nn.Linear | nn.Conv2d]
+
+
+@dataclass(frozen=True)
+class StageNeeds:
+    """One stage and what it takes to run it on one observation."""
+
+    stage: PolicyStage
+    # Names of the parameters and buffers of the policy that it reads, and their float32 bytes.
+    reads: tuple[str, ...]
+    weight_bytes: int
+    # Its quantizable layers, in forward order -> how many numbers go in and come out.
+    moved: Mapping[str, tuple[int, int]]
+    # Of all tensors that it makes on the way: more than autograd keeps.
+    made_bytes: int
+    output_bytes: int
+    # Inputs that are outputs of other stages.
+    made_by_others: tuple[str, ...]
+
+
+def stage_needs(policy: Policy, layers: Layers, feeds: Mapping[str, Tensor]) -> list[StageNeeds]:
+    """Run a policy's smallest stages on device "meta" and note what they read and make.
+
+    Args:
+        policy: whose weights were left on disk.
+        layers: its quantizable layers.
+        feeds: model inputs of one observation, of the longest prompt.
+    """
+    named = dict(itertools.chain(policy.module.named_parameters(), policy.module.named_buffers()))
+    values = {name: value.to("meta") for name, value in feeds.items()}
+    found: list[StageNeeds] = []
+    for stage in policy.stages(1):
+        watch = _Watch(named, layers)
+        handles = [
+            layer.register_forward_hook(watch.layer_hook(name)) for name, layer in layers.items()
+        ]
+        try:
+            with torch.no_grad(), watch:
+                output = stage.module(*(values[name] for name in stage.inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        values[stage.output] = output
+        earlier = {needs.stage.output for needs in found}
+        found.append(watch.needs(stage, output, earlier))
+    return found
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which weights are used and what is made of them."""
+
+    def __init__(self, named: Mapping[str, Tensor], layers: Layers) -> None:
+        super().__init__()
+        self._named = named
+        self._names = {id(tensor): name for name, tensor in named.items()}
+        self._layers = layers
+        self._read: dict[str, None] = {}
+        self._moved: dict[str, tuple[int, int]] = {}
+        # Kept, so that no two have the same address. They have no numbers.
+        self._made: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # Attributes such as dtype say nothing about numbers.
+        if getattr(func, "__name__", "") != "__get__":
+            for value in itertools.chain(args, *(a for a in args if isinstance(a, list | tuple))):
+                if id(value) in self._names:
+                    self._read[self._names[id(value)]] = None
+            for value in (kwargs or {}).values():
+                if id(value) in self._names:
+                    self._read[self._names[id(value)]] = None
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result._base is None:
+            self._made[id(result)] = result
+        return result
+
+    def layer_hook(self, name: str) -> Any:
+        """Return the hook that notes how many numbers a layer moves."""
+
+        def note(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            self._moved[name] = (arguments[0].numel(), output.numel())
+
+        return note
+
+    def needs(self, stage: PolicyStage, output: Tensor, earlier: Set[str]) -> StageNeeds:
+        """Return what was noted."""
+        own = {id(tensor) for tensor in self._named.values()}
+        return StageNeeds(
+            stage,
+            tuple(self._read),
+            sum(4 * self._named[name].numel() for name in self._read),
+            self._moved,
+            sum(made.nbytes for key, made in self._made.items() if key not in own),
+            output.nbytes,
+            tuple(name for name in stage.inputs if name in earlier),
+        )
