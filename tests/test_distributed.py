@@ -14,14 +14,13 @@ from conftest import write_tiny_checkpoint
 from small_datasets import write_small_dataset
 
 from calibration.lerobot import LeRobotDataset
-from engines.targets import CPU
 from qvla_export.cli import stages
-from qvla_export.cli.resources import Resources
-from qvla_export.distributed import Placement, choose_placement, joined_world
+from qvla_export.cli.commands import app
+from qvla_export.distributed import Placement, choose_placement
 from qvla_export.errors import QvlaError
 from qvla_export.first_order import FirstOrder, measure_first_order
 from qvla_export.observation import Observation
-from qvla_export.policies.oft import OftPolicy, load_oft_policy
+from qvla_export.policies.oft import OftPolicy
 from qvla_export.quantize import QuantizerSpec, WidthRule
 from qvla_export.run_folder import RunFolder
 from qvla_export.sensitivity import Sensitivities, read_tensor_file
@@ -29,7 +28,7 @@ from qvla_export.sharded_sums import ShardedSums, journal_files
 
 Make = Callable[..., list[Observation]]
 TESTS = Path(__file__).parent
-BATCHES, PROBES = 6, 2
+BATCHES = 6  # of 2 observations
 SETTINGS = FirstOrder(
     QuantizerSpec({2: WidthRule(64, "mse"), 4: WidthRule(64, "mse"), 8: WidthRule()}),
     probes=3,
@@ -56,18 +55,25 @@ class Case:
             found |= set(read_tensor_file(path, "qvla-progress-2", "progress")[1]["units"])
         return found
 
-    def measure(self, policy: OftPolicy) -> Sensitivities:
-        return stages.sensitivities(self.run, policy, CPU, PROBES, 0, Resources(batch_size=2))
+    def measure(self, *more: str) -> Sensitivities:
+        """Run the command in this process."""
+        app(["sensitivities", *self.arguments, *more], standalone_mode=False)
+        return Sensitivities.load(self.run.sensitivities)
+
+    @property
+    def arguments(self) -> list[str]:
+        found = ["--run-folder", str(self.run.root), "--policy", str(self.checkpoint)]
+        return [*found, "--batch-size", "2", "--probes", "2"]
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_policy: OftPolicy, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("together")
     checkpoint = write_tiny_checkpoint(folder / "checkpoint")
     demos = LeRobotDataset(write_small_dataset(folder / "demos", [6] * 8))
     case = Case(RunFolder(folder / "run"), checkpoint, None)  # type: ignore[arg-type]  # follows
     stages.calibrate(case.run, demos, [], 11, 4, 0)
-    return replace(case, alone=case.measure(tiny_policy))
+    return replace(case, alone=case.measure())
 
 
 @pytest.fixture
@@ -83,8 +89,7 @@ def together(
     command = [sys.executable, "-m", "torch.distributed.run", *launcher.split()]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     command += [f"--nproc-per-node={processes}", str(TESTS / "fatal_worker.py"), *trouble.split()]
-    command += ["sensitivities", "--run-folder", str(case.run.root), "--batch-size", "2"]
-    command += ["--policy", str(case.checkpoint), "--probes", str(PROBES), *more.split()]
+    command += ["sensitivities", *case.arguments, *more.split()]
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -108,7 +113,7 @@ def test_two_processes_give_the_numbers_of_one(case: Case) -> None:
 
 
 def test_what_a_killed_process_kept_is_not_measured_again(
-    case: Case, tiny_policy: OftPolicy, monkeypatch: pytest.MonkeyPatch
+    case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = together(case, 2, "kill 1 2")
     assert done.returncode != 0
@@ -118,7 +123,7 @@ def test_what_a_killed_process_kept_is_not_measured_again(
     marked = []
     original = ShardedSums.mark
     monkeypatch.setattr(ShardedSums, "mark", lambda s, u: (marked.append(u), original(s, u)))
-    assert_same(case.measure(tiny_policy), case.alone)
+    assert_same(case.measure(), case.alone)
     assert set(marked) == set(range(BATCHES)) - kept
     assert not journal_files(case.journal)
 
@@ -183,11 +188,7 @@ def test_processes_without_a_gpu_of_their_own_are_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_gives_the_numbers_of_the_cpu(case: Case) -> None:
-    policy = load_oft_policy(case.checkpoint)
-    with joined_world("cuda") as world:
-        policy.module.to(world.device)
-        resources = Resources(world, batch_size=2)
-        found = stages.sensitivities(case.run, policy, CPU, PROBES, 0, resources)
+    found = case.measure("--device", "cuda")
     for name, values in case.alone.values.items():
         scale = float(values.max())
         np.testing.assert_allclose(found.values[name], values, rtol=1e-3, atol=1e-5 * scale)
