@@ -1,15 +1,16 @@
 """Estimators behind one interface: the oracle, identities on linear policies, hostile questions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from linear_policies import QUANTIZER, flat, interrupted_until_done, linear_question
 
 from qvla_export.errors import QvlaError
-from qvla_export.estimators.base import Estimator, Question, Work, remove_progress
+from qvla_export.estimators.base import Question, remove_progress
 from qvla_export.estimators.cumulative import Cumulative
 from qvla_export.estimators.exact import ExactEstimator
 from qvla_export.estimators.first_order import FirstOrderEstimator
@@ -24,62 +25,16 @@ from qvla_export.estimators.two_stage import TwoStage, most_important, scale_cor
 from qvla_export.exact import ChannelWidth, all_pairs
 from qvla_export.layers import layer_shapes
 from qvla_export.observation import Observation
-from qvla_export.policies.base import PolicyBatch
-from qvla_export.quantize import QuantizerSpec, WidthRule, quantize_channels
-from qvla_export.sensitivity import Sensitivities
+from qvla_export.quantize import quantize_channels
 
-QUANTIZER = QuantizerSpec({bits: WidthRule() for bits in (2, 4, 8)})
-PICTURE = {"image": np.zeros((2, 2, 3), np.uint8)}
 NAMES = ("first-order", "norm-product", "isotropic-noise", "hessian", "two-stage", "exact")
 Make = Callable[..., list[Observation]]
-
-
-class LinearNetwork(torch.nn.Module):
-    """Tokens go through two linear layers and are summed: actions are linear in every weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = torch.nn.Linear(6, 5)
-        self.second = torch.nn.Linear(5, 3, bias=False)
-        self.requires_grad_(False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(tokens)).sum(dim=1, keepdim=True)
-
-
-@dataclass(frozen=True)
-class LinearPolicy:
-    """Actions of a linear network on the observations' states, as tokens of six numbers."""
-
-    module: LinearNetwork
-    digest: str = "linear"
-
-    def batch(self, observations: list[Observation]) -> PolicyBatch:
-        states = torch.from_numpy(np.stack([o.state for o in observations]))
-        return PolicyBatch(states.reshape(len(states), -1, 6), states.long(), None, states)
-
-    def normalized_actions(self, batch: PolicyBatch) -> torch.Tensor:
-        return self.module(batch.pixel_values)
-
-    def layers(self) -> dict[str, torch.nn.Linear]:
-        return {"first": self.module.first, "second": self.module.second}
 
 
 @pytest.fixture(scope="module")
 def linear() -> Question:
     """Twelve observations of four tokens, in episodes of 5, 1 and 6 steps."""
-    random = np.random.default_rng(1)
-    observations = [
-        Observation(PICTURE, "move", random.normal(size=24).astype(np.float32) * (1 + i % 3))
-        for i in range(12)
-    ]
-    policy = LinearPolicy(LinearNetwork())
-    return Question(policy, observations, "c", QUANTIZER, episode_lengths=(5, 1, 6), batch_size=3)
-
-
-def flat(table: Sensitivities) -> np.ndarray:
-    return np.concatenate([values.ravel() for values in table.values.values()])
+    return linear_question(12, (5, 1, 6))
 
 
 def every_pair(question: Question) -> list[ChannelWidth]:
@@ -198,28 +153,9 @@ def test_a_stopped_measurement_goes_on_to_the_same_numbers(
     estimator = find_estimator(name, Options(share=0.4, max_bytes=4000))
     whole = estimator.table(linear)
     journal = tmp_path / "progress"
-    assert interrupted_until_done(estimator, linear, journal) > 1
-    found = estimator.table(linear, Work(journal))
+    found, stops = interrupted_until_done(estimator, linear, journal)
+    assert stops > 1
     np.testing.assert_allclose(flat(found), flat(whole), rtol=1e-6)
     assert found.settings == whole.settings and found.samples == whole.samples
     remove_progress(journal)
     assert not list(tmp_path.iterdir())
-
-
-def interrupted_until_done(estimator: Estimator, question: Question, journal: Path) -> int:
-    """Stop the n-th attempt at its n-th sign of progress; return how many were stopped."""
-    for attempt in range(1, 100):
-        left = [attempt]
-
-        def stop(done: int, total: int, left: list[int] = left) -> None:
-            assert 0 < done <= total
-            left[0] -= 1
-            if not left[0]:
-                raise KeyboardInterrupt
-
-        try:
-            estimator.table(question, Work(journal, stop))
-            return attempt - 1
-        except KeyboardInterrupt:
-            assert list(journal.parent.iterdir()) or attempt == 1 or "Hessian" in estimator.method
-    raise AssertionError("it never ends")
