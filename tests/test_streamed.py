@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_CONFIG, write_tiny_checkpoint
 
 from qvla_export.backward import Contraction
+from qvla_export.cli.resources import Resources, open_within
 from qvla_export.errors import QvlaError
 from qvla_export.first_order import FirstOrder, measure_first_order
 from qvla_export.layers import traced_layers
@@ -140,3 +142,29 @@ def test_what_does_not_fit_as_a_whole_is_streamed(stored: OftPolicy) -> None:
     room = room_beside_whole(stored, 2, 4, ample)
     more = room_beside_whole(stored, 4, 4, ample)
     assert room is not None and more is not None and more < room < ample - whole
+
+
+def test_a_bound_of_memory_chooses_between_whole_and_streamed(
+    stored: OftPolicy, tiny_checkpoint: Path
+) -> None:
+    whole = open_within(Resources(), tiny_checkpoint, None, None, streams=True)
+    assert whole.max_bytes is None and whole.policy.stored is None
+    ample = Resources(batch_size=2, max_bytes=100_000_000)
+    roomy = open_within(ample, tiny_checkpoint, None, None, streams=True)
+    assert roomy.policy.stored is None
+    assert roomy.max_bytes == room_beside_whole(stored, 2, 4, 100_000_000)
+    weights = stored.module.state_dict()
+    for name, tensor in roomy.policy.module.state_dict().items():
+        assert not tensor.is_meta and tensor.shape == weights[name].shape
+    narrow = Resources(batch_size=2, max_bytes=1_700_000)
+    streamed = open_within(narrow, tiny_checkpoint, None, None, streams=True)
+    assert streamed.policy.stored is not None and streamed.max_bytes == 1_700_000
+    # What cannot be done stage by stage takes the memory it takes.
+    assert open_within(narrow, tiny_checkpoint, None, None, streams=False).policy.stored is None
+
+
+def test_a_policy_with_tokens_is_held_whole(tmp_path: Path) -> None:
+    config = replace(TINY_CONFIG, head="tokens")
+    checkpoint = write_tiny_checkpoint(tmp_path / "tokens", config=config)
+    narrow = Resources(batch_size=2, max_bytes=1_700_000)
+    assert open_within(narrow, checkpoint, None, None, streams=True).policy.stored is None

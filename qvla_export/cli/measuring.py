@@ -1,5 +1,6 @@
 """`qvla sensitivities` and `qvla estimators`: what quantizing a channel does to the action."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,15 +89,17 @@ def sensitivities(
     """
     from engines.targets import find_target
     from qvla_export.cli import stages
-    from qvla_export.cli.resources import joined_resources
-    from qvla_export.estimators.names import Options, find_estimator
+    from qvla_export.cli.resources import joined_resources, open_within
+    from qvla_export.estimators.names import STREAMED, Options, find_estimator
 
     folder, wanted = RunFolder(run), find_target(target)
     with joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources:
         told = Options(probes or None, standard_error, exact_share, resources.max_bytes)
-        estimator = find_estimator(method, told)
-        loaded = open_checkpoint(policy, unnorm_key, preset)
-        loaded.module.to(resources.world.device)
+        find_estimator(method, told)  # says what is wrong before much is read
+        streams = method in STREAMED and not check_pairs
+        opened = open_within(resources, policy, unnorm_key, preset, streams)
+        loaded = opened.policy
+        estimator = find_estimator(method, replace(told, max_bytes=opened.max_bytes))
         measured = stages.sensitivities(folder, loaded, wanted, estimator, seed, resources)
     if resources.world.rank:
         return  # process 0 speaks for all

@@ -70,8 +70,8 @@ MaxMemoryOption = Annotated[
     float | None,
     typer.Option(
         "--max-memory-gb",
-        help="Bound, in 10^9 bytes a process, of weights, weight errors and activations: layers "
-        "go in groups. Default: as much as it takes.",
+        help="Bound, in 10^9 bytes a process beside the interpreter: layers go in groups; first "
+        "order also reads weights that do not fit from disk, stage by stage. Default: none.",
     ),
 ]
 WaitOption = Annotated[

@@ -24,6 +24,8 @@ EstimatorName = Literal[
 ]
 # Those whose error is measured along with them, so that a bound can stop them.
 _BOUNDED = ("first-order", "norm-product", "isotropic-noise", "two-stage", "cumulative-first-order")
+# Those that take policies whose weights were left on disk.
+STREAMED = ("first-order", "norm-product", "isotropic-noise", "cumulative-first-order")
 
 
 @dataclass(frozen=True)

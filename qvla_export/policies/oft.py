@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from qvla_export.errors import CheckpointError
 from qvla_export.images import load_image_spec
 from qvla_export.observation import Observation
 from qvla_export.policies.base import PolicyBatch, PolicyStage
-from qvla_export.policies.oft_checkpoint import empty_module, load_module
+from qvla_export.policies.oft_checkpoint import empty_module, filled_module, load_module
 from qvla_export.policies.oft_config import OftConfig, load_config
 from qvla_export.policies.oft_module import IGNORED_TOKEN_ID, OftModule
 from qvla_export.policies.oft_stages import cut_stages, whole_stage
@@ -134,6 +134,12 @@ class OftPolicy:
                 name
             ]
         return tensor.detach().numpy()
+
+    def in_memory(self) -> "OftPolicy":
+        """Return the policy with its weights read, if they were left on disk."""
+        if self.stored is None:
+            return self
+        return replace(self, module=filled_module(self.module.arch, self.stored), stored=None)
 
     def _executed(self, output: Tensor) -> Tensor:
         """The head's output [B, H, D] or logits [B, H, D, vocab] -> executed actions [B, H, D]."""

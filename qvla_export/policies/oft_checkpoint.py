@@ -29,7 +29,12 @@ def load_module(checkpoint: Path, config: OftConfig, weights: CheckpointWeights)
         CheckpointError: keys do not fit; the message lists every missing, unexpected and misshapen
             key.
     """
-    module = OftModule(_checked_architecture(checkpoint, config, weights))
+    return filled_module(_checked_architecture(checkpoint, config, weights), weights)
+
+
+def filled_module(arch: OftArchitecture, weights: CheckpointWeights) -> OftModule:
+    """Build a network and read its weights, which have its shapes, as float32."""
+    module = OftModule(arch)
     for name, tensor in module.state_dict().items():
         if name in weights.shapes:
             tensor.copy_(weights.read(name))
