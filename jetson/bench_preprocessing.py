@@ -1,5 +1,6 @@
 """Our preprocessing beside the naive one: PIL for geometry, float arithmetic for every pixel."""
 
+import io
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qvla_export.images import ImageSpec, center_crop, pixel_values
+from qvla_export.images import ImageSpec, center_crop, pixel_values, resize_like_training
 
 _SIDE = 224
 _SPEC = ImageSpec(
@@ -19,16 +20,32 @@ _SPEC = ImageSpec(
 )
 # Frames one way before the other has its turn.
 _TURN = 10
-# Height, width and whether the central 90 % are taken: LIBERO's frames, and cameras'.
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One kind of frame, and what the policy's training makes necessary."""
+
+    height: int
+    width: int
+    # The central 90 % of the area is taken.
+    crop: bool = False
+    # Through JPEG and lanczos first, as OpenVLA-OFT evaluates what has not the training's size.
+    training: bool = False
+
+
+# LIBERO's frames, and cameras'.
 _CASES = {
-    "224 x 224": (224, 224, False),
-    "224 x 224, center crop": (224, 224, True),
-    "256 x 256": (256, 256, False),
-    "256 x 256, center crop": (256, 256, True),
-    "480 x 640": (480, 640, False),
-    "480 x 640, center crop": (480, 640, True),
-    "720 x 1280": (720, 1280, False),
-    "720 x 1280, center crop": (720, 1280, True),
+    "224 x 224": _Case(224, 224),
+    "224 x 224, center crop": _Case(224, 224, True),
+    "256 x 256": _Case(256, 256),
+    "256 x 256, center crop": _Case(256, 256, True),
+    "256 x 256, JPEG, lanczos, crop": _Case(256, 256, True, True),
+    "480 x 640": _Case(480, 640),
+    "480 x 640, center crop": _Case(480, 640, True),
+    "480 x 640, JPEG, lanczos, crop": _Case(480, 640, True, True),
+    "720 x 1280": _Case(720, 1280),
+    "720 x 1280, center crop": _Case(720, 1280, True),
 }
 
 
@@ -56,17 +73,23 @@ class PreprocessingTimes:
 
 
 def measure_preprocessing(count: int) -> Mapping[str, PreprocessingTimes]:
-    """Preprocess `count` random frames of each case both ways, for two vision towers."""
-    rng = np.random.default_rng(0)
+    """Preprocess `count` frames of each case both ways, for two vision towers."""
     return {
-        name: _measure(rng.integers(0, 256, (height, width, 3), np.uint8), crop, count)
-        for name, (height, width, crop) in _CASES.items()
+        name: _measure(_frame(case.height, case.width), case, count)
+        for name, case in _CASES.items()
     }
 
 
-def naive_pixel_values(frame: NDArray[np.uint8], crop: bool) -> NDArray[np.float32]:
+def naive_pixel_values(
+    frame: NDArray[np.uint8], crop: bool, training: bool = False
+) -> NDArray[np.float32]:
     """Return what `pixel_values` returns, nearly: the usual few lines of PIL and numpy."""
     image = Image.fromarray(frame)
+    if training:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=95)
+        with Image.open(file) as decoded:
+            image = decoded.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     if crop:
         width, height = image.size
         edge = (1 - 0.9**0.5) / 2
@@ -81,20 +104,34 @@ def naive_pixel_values(frame: NDArray[np.uint8], crop: bool) -> NDArray[np.float
     return np.concatenate(towers)
 
 
-def _ours(frame: NDArray[np.uint8], crop: bool) -> NDArray[np.float32]:
-    return pixel_values(center_crop(frame, _SIDE) if crop else frame, _SPEC)
+def _ours(frame: NDArray[np.uint8], case: _Case) -> NDArray[np.float32]:
+    if case.training:
+        frame = resize_like_training(frame, _SIDE)
+    return pixel_values(center_crop(frame, _SIDE) if case.crop else frame, _SPEC)
 
 
-def _measure(frame: NDArray[np.uint8], crop: bool, count: int) -> PreprocessingTimes:
-    def once_ms(way: Callable[[NDArray[np.uint8], bool], NDArray[np.float32]]) -> float:
+def _naive(frame: NDArray[np.uint8], case: _Case) -> NDArray[np.float32]:
+    return naive_pixel_values(frame, case.crop, case.training)
+
+
+def _frame(height: int, width: int) -> NDArray[np.uint8]:
+    """Return a picture with areas, edges and some noise: JPEG's time depends on what it shows."""
+    rng = np.random.default_rng(0)
+    areas = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+    smooth = np.asarray(areas.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    return np.clip(smooth + rng.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def _measure(frame: NDArray[np.uint8], case: _Case, count: int) -> PreprocessingTimes:
+    def once_ms(way: Callable[[NDArray[np.uint8], _Case], NDArray[np.float32]]) -> float:
         start_ns = time.perf_counter_ns()
-        way(frame, crop)
+        way(frame, case)
         return (time.perf_counter_ns() - start_ns) / 1e6
 
-    def turn_ms(way: Callable[[NDArray[np.uint8], bool], NDArray[np.float32]]) -> list[float]:
+    def turn_ms(way: Callable[[NDArray[np.uint8], _Case], NDArray[np.float32]]) -> list[float]:
         # The first finds memory and caches as the other way left them, which no robot does.
         return [once_ms(way) for _ in range(_TURN + 1)][1:]
 
-    turns = [(turn_ms(_ours), turn_ms(naive_pixel_values)) for _ in range(-(-count // _TURN))]
+    turns = [(turn_ms(_ours), turn_ms(_naive)) for _ in range(-(-count // _TURN))]
     ours_ms, naive_ms = (np.concatenate(way)[:count] for way in zip(*turns, strict=True))
     return PreprocessingTimes(ours_ms, naive_ms)

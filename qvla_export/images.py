@@ -17,7 +17,7 @@ from PIL import Image
 
 from qvla_export.artifacts import read_json
 from qvla_export.errors import CheckpointError
-from qvla_export.resampling import bicubic
+from qvla_export.resampling import bicubic, lanczos
 
 ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
 _STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
@@ -69,11 +69,16 @@ def load_image_spec(path: Path) -> ImageSpec:
     return ImageSpec(size, strategy, means, stds, fill)  # type: ignore[arg-type]  # fixed lengths
 
 
-def pixel_values(image: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
-    """Return the stacked, normalized towers' inputs of one frame.  float32 [3 towers, S, S]"""
+def pixel_values(
+    image: NDArray[np.uint8], spec: ImageSpec, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Return the stacked, normalized towers' inputs of one frame, in `out` where it is given.
+
+    float32 [3 towers, S, S]
+    """
     planes = np.ascontiguousarray(_resize(image, spec).transpose(2, 0, 1))
     tables = np.concatenate(_normalization_tables(spec))
-    values = np.empty((len(tables), *planes.shape[1:]), np.float32)
+    values = np.empty((len(tables), *planes.shape[1:]), np.float32) if out is None else out
     for index, table in enumerate(tables):
         # "clip" changes no byte and spares `take` a copy of its output: a fifth of the time.
         np.take(table, planes[index % 3], out=values[index], mode="clip")
@@ -84,24 +89,12 @@ def resize_like_training(image: NDArray[np.uint8], size: int) -> NDArray[np.uint
     """JPEG round trip and lanczos3 to [size, size, 3], as the training data went through.
 
     openvla-oft `resize_image_for_policy`. TensorFlow decodes with libjpeg's fast integer DCT,
-    hence simplejpeg; its lanczos works in floats, hence a resize per float channel.
+    hence simplejpeg; its lanczos works in floats, which `lanczos` does.
     """
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=2)
     decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(buffer.getvalue(), "RGB", fastdct=True)
     return lanczos(decoded, size)
-
-
-def lanczos(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Resize to [size, size, 3] with antialiased lanczos3 in floats, rounded and clipped."""
-    planes = [
-        Image.fromarray(image[:, :, c].astype(np.float32)).resize(
-            (size, size), Image.Resampling.LANCZOS
-        )
-        for c in range(3)
-    ]
-    stacked = np.stack([np.asarray(plane) for plane in planes], axis=-1)
-    return np.clip(np.round(stacked), 0, 255).astype(np.uint8)
 
 
 def center_crop(image: NDArray[np.uint8], size: int = 224) -> NDArray[np.uint8]:

@@ -79,8 +79,12 @@ class Processor:
                 f"the policy needs images {list(self.spec.cameras)}, missing {missing}, "
                 f"got {sorted(observation.images)}"
             )
-        frames = [self._frame(observation.images[name]) for name in self.spec.cameras]
-        return np.concatenate([pixel_values(frame, self.spec.image) for frame in frames])
+        image = self.spec.image
+        side, planes = image.size, 3 * len(image.means)
+        values = np.empty((len(self.spec.cameras), planes, side, side), np.float32)
+        for name, out in zip(self.spec.cameras, values, strict=True):
+            pixel_values(self._frame(observation.images[name]), image, out)
+        return values.reshape(-1, side, side)
 
     def input_ids(self, instruction: str) -> NDArray[np.int64]:
         """Return the prompt's token ids, from BOS to the suffix token.  int64 [L]"""

@@ -13,7 +13,6 @@ from qvla_export.errors import ArtifactError, CheckpointError, InvalidObservatio
 from qvla_export.images import (
     ImageSpec,
     center_crop,
-    lanczos,
     load_image_spec,
     pixel_values,
     resize_like_training,
@@ -26,6 +25,7 @@ from qvla_export.processor import (
     processor_to_json,
     with_suffix,
 )
+from qvla_export.resampling import lanczos
 from qvla_export.statistics import Bounds, load_statistics
 
 Golden = dict[str, np.ndarray]

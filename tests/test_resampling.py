@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qvla_export.images import center_crop
-from qvla_export.resampling import bicubic
+from qvla_export.resampling import bicubic, lanczos
 
 
 def pillow(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
@@ -31,6 +31,24 @@ def test_bytes_are_pillows(
     )
 
 
+def pillow_floats(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    planes = []
+    for channel in range(3):
+        plane = Image.fromarray(image[:, :, channel].astype(np.float32))
+        across = plane.resize((size, image.shape[0]), Image.Resampling.LANCZOS)
+        planes.append(np.asarray(across.resize((size, size), Image.Resampling.LANCZOS)))
+    return np.clip(np.round(np.stack(planes, axis=-1)), 0, 255).astype(np.uint8)
+
+
+@given(sides, sides, sides, st.sampled_from([2, 3, 9, 256]), st.integers(0, 2**32 - 1))
+def test_lanczos_is_pillows_in_floats(
+    height: int, width: int, size: int, levels: int, seed: int
+) -> None:
+    drawn = np.random.default_rng(seed).integers(0, levels, (height, width, 3))
+    image = (drawn * (255 // (levels - 1))).astype(np.uint8)
+    np.testing.assert_array_equal(lanczos(image, size), pillow_floats(image, size))
+
+
 @pytest.mark.parametrize(("height", "width"), [(480, 640), (720, 1280), (256, 256), (1500, 7)])
 def test_cameras_frames(height: int, width: int) -> None:
     rng = np.random.default_rng(height)
@@ -39,6 +57,7 @@ def test_cameras_frames(height: int, width: int) -> None:
     ramp = np.add.outer(np.arange(height), np.arange(width)).astype(np.uint8)
     for image in (noise, steps, np.stack([ramp, ramp // 2, ramp[::-1]], -1), noise[:, ::-1]):
         np.testing.assert_array_equal(bicubic(image, 224, 224), pillow(image, 224, 224))
+    np.testing.assert_array_equal(lanczos(noise, 224), pillow_floats(noise, 224))
 
 
 def test_halving_a_checkerboard_rounds_ties_up() -> None:
