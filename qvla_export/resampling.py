@@ -115,16 +115,16 @@ def _lines_of(spec: _Filter) -> int:
 
 
 def _sum_across(lines: NDArray[np.uint8], spec: _Filter, out: NDArray[np.float32]) -> None:
+    numbers = lines.astype(np.float32)
     for tile in spec.tiles:
-        needed = lines[:, tile.needs].astype(np.float32)
-        np.matmul(needed, tile.matrix, out=out[:, tile.gives])
+        np.matmul(numbers[:, tile.needs], tile.matrix, out=out[:, tile.gives])
 
 
 def _sum_down(lines: NDArray[np.generic], spec: _Filter) -> NDArray[np.float32]:
     sums = np.empty((len(spec.weights), lines.shape[1]), np.float32)
+    numbers = lines.astype(np.float32, copy=False)
     for tile in spec.tiles:
-        needed = lines[tile.needs].astype(np.float32, copy=False)
-        np.matmul(tile.matrix.T, needed, out=sums[tile.gives])
+        np.matmul(tile.matrix.T, numbers[tile.needs], out=sums[tile.gives])
     return sums
 
 
