@@ -6,6 +6,7 @@ import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from websockets.sync.client import connect
 
 from jetson.client import RemotePolicy
 from jetson.errors import Forbidden, RateLimited, RefusedSetting, RemoteError, Unauthorized
+from jetson.protocol_clients import Endpoint, open_client
 from jetson.security import (
     RateLimit,
     TlsFiles,
@@ -292,8 +294,9 @@ def test_client_certificates_open_https_and_websockets(
                 with pytest.raises(RemoteError):
                     RemotePolicy(url)
                 continue
-            with RemotePolicy(url) as policy:
-                assert policy.infer(OBSERVATION).actions.shape == (4, 7)
+            for protocol in ("act", "openpi"):
+                with closing(open_client(protocol, Endpoint.parse(url), None, 60)) as client:
+                    assert client.ask(OBSERVATION).shape == (4, 7)
         context = ssl.create_default_context(cafile=certificates / "ca.pem")
         context.load_cert_chain(certificates / "client.pem", certificates / "client.key")
         with connect(url.replace("https", "wss"), ssl=context, proxy=None, max_size=None) as client:
