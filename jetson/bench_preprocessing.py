@@ -119,7 +119,9 @@ def _frame(height: int, width: int) -> NDArray[np.uint8]:
     rng = np.random.default_rng(0)
     areas = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
     smooth = np.asarray(areas.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
-    return np.clip(smooth + rng.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
+    noisy = smooth + rng.integers(-8, 9, smooth.shape)
+    frame: NDArray[np.uint8] = np.clip(noisy, 0, 255).astype(np.uint8)
+    return frame
 
 
 def _measure(frame: NDArray[np.uint8], case: _Case, count: int) -> PreprocessingTimes:

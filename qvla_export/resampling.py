@@ -56,7 +56,7 @@ class _Filter:
     @property
     def roundings(self) -> int:
         """Roundings of float32 in a sum: of the products', the weights' and two to spare."""
-        return self.weights.shape[1] + 3
+        return len(self.weights[0]) + 3
 
 
 def bicubic(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:

@@ -246,6 +246,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         saved = json.loads(output.read_text())
         assert saved["misses"]["count"] == 0 and saved["answered"] == 20
         assert saved["plan"]["clients"] == 2 and saved["asked_hz"] == pytest.approx(100)
+        # From here on the token is in a file.
+        monkeypatch.delenv("QVLA_TOKEN")
+        key = tmp_path / "token"
+        key.write_text(TOKEN)
+        key.chmod(0o600)
+        quick += ["--token-file", str(key)]
         gr00t = f"127.0.0.1:{endpoints['gr00t'].port}"
         ported = ["--metadata-port", str(http.port), "--arrivals", "poisson", "--side", "9"]
         done = run_command(gr00t, "--protocol", "gr00t", *quick, *ported)

@@ -1,6 +1,8 @@
 """`qvla load`: what a server does when requests come at their own times, not at its own."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,8 +14,10 @@ from rich.table import Table
 from qvla_export.errors import QvlaError
 
 if TYPE_CHECKING:
+    from jetson.contract import PolicyContract
+    from jetson.load import LoadPlan, LoadTimes
     from jetson.load_result import LoadResult
-    from jetson.protocol_clients import ProtocolClient
+    from jetson.protocol_clients import Endpoint, ProtocolClient
     from qvla_export.observation import Observation
 
 # Wide enough wherever nobody looks at a terminal.
@@ -68,32 +72,23 @@ def load(
     time from sending to reply is reported beside it. Exit 1 where nothing was answered.
     """
     from jetson.board import read_board_state
-    from jetson.load import LoadPlan, run_load
+    from jetson.load import LoadPlan
     from jetson.load_result import LoadResult
     from jetson.protocol_clients import Endpoint, open_client
     from jetson.security import read_token
 
     plan = LoadPlan(rate, duration, clients, arrivals, seed, timeout)
     endpoint, token = Endpoint.parse(server), read_token(token_file)
+    metadata = None if metadata_port is None else replace(endpoint, port=metadata_port)
     with ExitStack() as stack:
         opened: list[ProtocolClient] = []
         for _ in range(clients):
             opened.append(open_client(protocol, endpoint, token, timeout))
             stack.callback(opened[-1].close)
-        sent, said = _observations(
-            opened[0], recording, side, seed, _metadata_url(endpoint.host, metadata_port)
-        )
-        # Whatever is wrong with all requests is said before any is counted.
-        for client in opened:
-            client.ask(sent[0])
+        contract = _contract(opened[0], metadata, token)
+        sent, said = _observations(contract, recording, side, seed)
         board = read_board_state()
-        with Progress(console=Console(stderr=True)) as progress:
-            task = progress.add_task("requests", total=len(plan.due_s()))
-            asks = [
-                lambda index, client=client: client.ask(sent[index % len(sent)])
-                for client in opened
-            ]
-            times = run_load(asks, plan, on_reply=lambda: progress.advance(task))
+        times = _send(opened, sent, plan)
     result = LoadResult(protocol, server, plan, times, deadline_ms, said, board)
     result.save(output)
     _print(result)
@@ -102,29 +97,49 @@ def load(
         raise typer.Exit(1)
 
 
-def _metadata_url(host: str, port: int | None) -> str | None:
-    if port is None:
-        return None
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _send(
+    clients: "list[ProtocolClient]", sent: "list[Observation]", plan: "LoadPlan"
+) -> "LoadTimes":
+    from jetson.load import run_load
+
+    def ask_of(client: "ProtocolClient") -> Callable[[int], None]:
+        def ask(index: int) -> None:
+            client.ask(sent[index % len(sent)])
+
+        return ask
+
+    # Whatever is wrong with all requests is said before any is counted.
+    for client in clients:
+        client.ask(sent[0])
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("requests", total=len(plan.due_s()))
+        asks = [ask_of(client) for client in clients]
+        return run_load(asks, plan, on_reply=lambda: progress.advance(task))
+
+
+def _contract(
+    client: "ProtocolClient", metadata: "Endpoint | None", token: str | None
+) -> "PolicyContract | None":
+    """Return what the policy takes, as its server or that server's HTTP port says it."""
+    from jetson.client import RemotePolicy
+    from jetson.protocol_clients import contract_of_client
+
+    if metadata is None:
+        return contract_of_client(client)
+    with RemotePolicy(metadata.url("http"), token=token) as remote:
+        return remote.contract
 
 
 def _observations(
-    client: "ProtocolClient", recording: Path | None, side: int, seed: int, metadata: str | None
+    contract: "PolicyContract | None", recording: Path | None, side: int, seed: int
 ) -> "tuple[list[Observation], str]":
     """Return what to send, in turn, and what that is in words."""
     from jetson.load import random_observations
-    from jetson.protocol_clients import contract_of_client
 
     if recording is not None:
         from jetson.recording.reader import Recording
 
         return Recording(recording).observations(), str(recording.name)
-    contract = contract_of_client(client)
-    if metadata is not None:
-        from jetson.client import RemotePolicy
-
-        with RemotePolicy(metadata) as remote:
-            contract = remote.contract
     if contract is None:
         raise QvlaError(
             "this server does not say which cameras and how long a state its policy takes: give "
