@@ -47,9 +47,9 @@ class TimeShare:
 
     name: str
     nodes: int
-    # Median over the passes of the group's sum.
+    # Sum of the nodes' medians: what interrupts single passes counts nowhere, and shares add up.
     ms: float
-    # Of the median sum of all nodes.
+    # Of all nodes' sum.
     share: float
 
 
@@ -71,7 +71,7 @@ class LayerTimes:
             raise ArtifactError(
                 f"layer times need equally many passes of every node, got {sorted(shapes)[:4]}"
             )
-        times = self._matrix()
+        times = np.stack([row.samples_ms for row in self.rows])
         if not ((times >= 0) & (times <= _LONGEST_MS)).all():
             raise ArtifactError("layer times must be finite times >= 0 ms")
 
@@ -82,8 +82,8 @@ class LayerTimes:
 
     @property
     def total_ms(self) -> float:
-        """Median of the sum of all nodes."""
-        return float(np.median(self._matrix().sum(axis=0)))
+        """Sum of all nodes' medians."""
+        return sum(row.median_ms for row in self.rows)
 
     def by_layer(self) -> tuple[TimeShare, ...]:
         """Return the time by policy layer, slowest first; what serves none is by its own name."""
@@ -122,20 +122,15 @@ class LayerTimes:
         return cls(str(value["runtime"]), tuple(_row(row) for row in value["rows"]))
 
     def _grouped(self, key: Callable[[LayerTime], str]) -> tuple[TimeShare, ...]:
-        times = self._matrix()
-        groups: dict[str, list[int]] = {}
-        for index, row in enumerate(self.rows):
-            groups.setdefault(key(row), []).append(index)
+        groups: dict[str, list[float]] = {}
+        for row in self.rows:
+            groups.setdefault(key(row), []).append(row.median_ms)
         total = self.total_ms
-        shares = []
-        for name, members in groups.items():
-            ms = float(np.median(times[members].sum(axis=0)))
-            shares.append(TimeShare(name, len(members), ms, ms / total if total else 0.0))
+        shares = [
+            TimeShare(name, len(ms), sum(ms), sum(ms) / total if total else 0.0)
+            for name, ms in groups.items()
+        ]
         return tuple(sorted(shares, key=lambda share: -share.ms))
-
-    def _matrix(self) -> NDArray[np.float64]:
-        """All samples, float64 [nodes, passes]."""
-        return np.stack([row.samples_ms for row in self.rows])
 
 
 def _width(row: LayerTime) -> str:

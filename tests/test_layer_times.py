@@ -103,15 +103,15 @@ def test_layer_times_survive_their_file(times: LayerTimes) -> None:
     assert again.to_json() == times.to_json() and again.by_layer() == times.by_layer()
 
 
-def test_groups_are_sums_of_a_pass() -> None:
+def test_groups_are_sums_of_medians_and_add_up() -> None:
     rows = [("a", 4, [1.0, 9.0]), ("a", 2, [3.0, 1.0]), ("", None, [4.0, 0.0])]
     named = [
         LayerTime("s", f"n{i}", "MatMul", name, bits, np.array(ms))
         for i, (name, bits, ms) in enumerate(rows)
     ]
     times = LayerTimes("r", tuple(named))
-    # 8 and 10 ms in all; layer "a" takes 4 and 10 of them.
     assert times.total_ms == 9.0
+    assert sum(share.share for share in times.by_op_type()) == 1
     assert [(s.name, s.nodes, s.ms) for s in times.by_layer()] == [("a", 2, 7.0), ("n2", 1, 2.0)]
 
 
