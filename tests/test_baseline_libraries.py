@@ -62,11 +62,13 @@ def of(method: str, bits: int) -> BaselineRequest:
     return BaselineRequest(method, bits, activations, group_size, scale_bits, iterations=10)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [(m.name, bits) for m in METHODS.values() for bits in sorted({m.bits[0], 8})],
+)
 def test_a_method_quantizes_every_layer(
-    method: str, run: Run, tiny_policy: OftPolicy, tiny_observations: Make
+    method: str, bits: int, run: Run, tiny_policy: OftPolicy, tiny_observations: Make
 ) -> None:
-    bits = 8 if method == "smoothquant" else 2
     made = run(of(method, bits))
     made.require_fits(layer_shapes(traced_layers(tiny_policy)), tiny_policy.digest)
     assert {layer.weight.bits for layer in made.layers.values()} == {bits}

@@ -111,12 +111,18 @@ def test_inputs_are_rounded_after_they_are_scaled(
     assert not torch.equal(found, layer(inputs * 0.5))
 
 
-def test_a_convolution_is_not_scaled_and_rounded(tiny_policy: OftPolicy) -> None:
-    scaled = baseline_of(tiny_policy, migrated)
-    name = next(n for n, layer in tiny_policy.layers().items() if isinstance(layer, nn.Conv2d))
-    both = replace(scaled, activations=ActivationRanges(8, "max", {name: 1.0}))
-    with pytest.raises(QvlaError, match="is a convolution"), baseline_applied(tiny_policy, both):
-        pass
+def test_a_convolutions_patches_are_scaled_before_they_are_rounded(tiny_policy: OftPolicy) -> None:
+    name, layer = next((n, c) for n, c in tiny_policy.layers().items() if isinstance(c, nn.Conv2d))
+    whole = baseline_of(tiny_policy, as_floats)
+    half = np.full(layer.weight[0].numel(), 0.5, np.float16)
+    layers = {**whole.layers, name: replace(whole.layers[name], input_scale=half)}
+    ranges = ActivationRanges(8, "max", {name: 1.0})
+    inputs = torch.linspace(-4, 4, 3 * 28 * 28).reshape(1, 3, 28, 28)
+    with baseline_applied(tiny_policy, replace(whole, layers=layers, activations=ranges)):
+        found = layer(inputs)
+    with rounded_inputs({name: layer}, ranges):
+        torch.testing.assert_close(found, layer(inputs * 0.5))
+    assert not torch.allclose(found, layer(inputs * 0.5), atol=1e-4)
 
 
 def test_a_baseline_acts_until_it_is_closed(

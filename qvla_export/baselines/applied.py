@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qvla_export.action import ActionChunk
 from qvla_export.baselines.baseline import Baseline, BaselineLayer
-from qvla_export.errors import QvlaError
+from qvla_export.baselines.handing import HandedLinear
 from qvla_export.layers import layer_shapes, replaced_weights, rounded_inputs, traced_layers
 from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
@@ -24,26 +24,29 @@ from qvla_export.policies.base import Policy
 def baseline_applied(policy: Policy, baseline: Baseline) -> Iterator[None]:
     """Run the block with the policy's weights and layers' inputs as the baseline has them.
 
-    Where inputs are not rounded, an input scale is multiplied into the weights: the same map.
+    Where inputs are not rounded, an input scale is multiplied into the weights: the same map. A
+    convolution whose rounded inputs are scaled is run as the linear map of its patches it is.
 
     Raises:
         PlanMismatch: the baseline is of another policy.
-        QvlaError: a convolution's rounded inputs would have to be scaled.
     """
     layers = traced_layers(policy)
     baseline.require_fits(layer_shapes(layers), policy.digest)
     rounded = {} if baseline.activations is None else baseline.activations.ranges
     rows = {name: _rows(layer, name in rounded) for name, layer in baseline.layers.items()}
-    scales = {
-        name: baseline.layers[name].input_scale
-        for name in rounded
-        if name in baseline.layers and baseline.layers[name].input_scale is not None
-    }
-    with (
-        replaced_weights(layers, rows),
-        _scaled_inputs(layers, scales),
-        rounded_inputs(layers, baseline.activations),
-    ):
+    scales = {}
+    for name, quantized in baseline.layers.items():
+        if name in rounded and quantized.input_scale is not None:
+            scales[name] = quantized.input_scale
+    with ExitStack() as stack:
+        stack.enter_context(replaced_weights(layers, rows))
+        run = {name: layers[name] for name in rounded}
+        for name in scales:
+            layer = layers[name]
+            if isinstance(layer, nn.Conv2d):
+                run[name] = stack.enter_context(_run_by_patches(layer))
+        stack.enter_context(_scaled_inputs({name: (run[name], scales[name]) for name in scales}))
+        stack.enter_context(rounded_inputs(run, baseline.activations))
         yield
 
 
@@ -85,19 +88,24 @@ def _rows(layer: BaselineLayer, rounded: bool) -> NDArray[np.float32]:
 
 
 @contextlib.contextmanager
+def _run_by_patches(layer: nn.Conv2d) -> Iterator[nn.Linear]:
+    """Let a convolution compute by a linear layer, which is returned."""
+    handed = HandedLinear(layer, 1)
+    original = layer.forward
+    layer.forward = handed.forward  # type: ignore[method-assign,assignment]  # given back below
+    try:
+        yield handed.linear
+    finally:
+        layer.forward = original  # type: ignore[method-assign]  # its own
+
+
+@contextlib.contextmanager
 def _scaled_inputs(
-    layers: Mapping[str, nn.Linear | nn.Conv2d],
-    scales: Mapping[str, NDArray[np.float16] | None],
+    scales: Mapping[str, tuple[nn.Linear | nn.Conv2d, NDArray[np.float16]]],
 ) -> Iterator[None]:
     handles = []
     try:
-        for name, scale in scales.items():
-            layer = layers[name]
-            if not isinstance(layer, nn.Linear) or scale is None:
-                raise QvlaError(
-                    f"layer {name} is a convolution: a baseline may round its inputs or scale "
-                    "them, not both; make the baseline anew: qvla baseline"
-                )
+        for layer, scale in scales.values():
             factors = torch.from_numpy(scale.astype(np.float32))
             handles.append(layer.register_forward_pre_hook(_scaling_hook(factors)))
         yield

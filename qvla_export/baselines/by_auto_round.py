@@ -53,7 +53,7 @@ def quantize(calibration: Calibration) -> Quantized:
     """Quantize all layers by `AutoRound.quantize_block` with its defaults."""
     policy, request = calibration.policy, calibration.request
     shapes = layer_shapes(traced_layers(policy))
-    # A channel's own group needs no zeros, but a convolution must still become linear.
+    # auto-round takes no convolutions.
     names = module_names(policy.module, hand_over(policy, request.group_size or 1))
     blocks = blocks_of(names)
     recorded = _inputs_of(calibration, list(blocks))

@@ -23,7 +23,8 @@ def quantize(calibration: Calibration) -> Quantized:
     """Quantize all layers by `GPTQModifier` with its defaults."""
     policy, request = calibration.policy, calibration.request
     shapes = layer_shapes(traced_layers(policy))
-    names = module_names(policy.module, hand_over(policy, request.group_size))
+    # llm-compressor takes no convolutions.
+    names = module_names(policy.module, hand_over(policy, request.group_size or 1))
     blocks = blocks_of(names)
     for number, members in enumerate(blocks.values(), 1):
         _quantize_block(calibration, [names[name] for name in members])

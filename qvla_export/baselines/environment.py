@@ -8,7 +8,9 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 import tempfile
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from qvla_export.errors import QvlaError
 
 _REMEDY = "make it with: make baselines-env (pinned in constraints-baselines.txt)"
 _WORKER = "qvla_export.cli.baseline_worker"
-_LAST = 800  # characters of a failed library's messages
+# Lines and characters of a failed library's messages that are kept.
+_LINES, _LAST = 40, 800
 
 
 @dataclass(frozen=True)
@@ -63,20 +66,36 @@ class BaselineEnvironment:
             raise QvlaError(f"no environment of baseline libraries at {self.folder}; {_REMEDY}")
         # Where this package is: an editable install is not seen through another's site-packages.
         root = str(Path(__file__).parents[2])
-        with tempfile.TemporaryFile("w+") as messages, tempfile.NamedTemporaryFile("w") as file:
+        with tempfile.NamedTemporaryFile("w") as file:
             file.write(job.to_json())
             file.flush()
-            done = subprocess.run(
+            worker = subprocess.Popen(
                 [str(python), "-m", _WORKER, file.name],
-                stderr=messages,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
                 env={**os.environ, "PYTHONPATH": root, "TOKENIZERS_PARALLELISM": "false"},
-                check=False,
             )
-            messages.seek(0)
-            said = messages.read()
-        if done.returncode:
+            said = _heard(worker, f"{job.request.setting}: ")
+        if worker.returncode:
             raise QvlaError(f"{job.request.setting} failed in {self.folder}: {said[-_LAST:]}")
         return Baseline.load(Path(job.output))
+
+
+def _heard(worker: "subprocess.Popen[str]", ours: str) -> str:
+    """Wait for a worker; lines that start with `ours` are shown, the last ones returned.
+
+    Libraries say much of their own; it matters when they fail.
+    """
+    assert worker.stdout is not None
+    last: deque[str] = deque(maxlen=_LINES)
+    with worker:
+        for line in worker.stdout:
+            last.append(line)
+            if line.startswith(ours):
+                print(line, end="", file=sys.stderr, flush=True)
+    return "".join(last)
 
 
 def require_library(method: str) -> dict[str, str]:

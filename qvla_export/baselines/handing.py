@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -36,13 +35,13 @@ class HandedLinear(nn.Module):
         rows = layer.weight.detach().flatten(1)
         self._missing = -rows.shape[1] % group_size
         self._patches: nn.Unfold | None = None
-        self._layer = (layer,)  # in a tuple: not a submodule
+        self._geometry: tuple[tuple[int, ...], ...] | None = None
         if isinstance(layer, nn.Conv2d):
             if layer.groups != 1 or layer.padding_mode != "zeros" or layer.padding == "same":
                 raise QvlaError(f"baselines take convolutions of one group, got {layer}")
             padding = (0, 0) if isinstance(layer.padding, str) else layer.padding
-            geometry = (layer.kernel_size, layer.dilation, padding, layer.stride)
-            self._patches = nn.Unfold(*geometry)
+            self._geometry = (layer.kernel_size, layer.dilation, padding, layer.stride)
+            self._patches = nn.Unfold(layer.kernel_size, layer.dilation, padding, layer.stride)
         self.linear = nn.Linear(rows.shape[1] + self._missing, len(rows), layer.bias is not None)
         self.linear.weight.data = nn.functional.pad(rows, (0, self._missing))
         if layer.bias is not None:
@@ -60,9 +59,15 @@ class HandedLinear(nn.Module):
         mapped: Tensor = self.linear(nn.functional.pad(tokens, (0, self._missing)))
         if self._patches is None:
             return mapped
-        with torch.no_grad():
-            height, width = self._layer[0](inputs[:1]).shape[-2:]
+        height, width = (self._positions(inputs, axis) for axis in (0, 1))
         return mapped.transpose(1, 2).reshape(len(inputs), -1, height, width)
+
+    def _positions(self, inputs: Tensor, axis: int) -> int:
+        """Return how many patches there are along an axis of the picture."""
+        assert self._geometry is not None
+        kernel, dilation, padding, stride = (values[axis] for values in self._geometry)
+        covered = dilation * (kernel - 1) + 1
+        return int(inputs.shape[axis - 2] + 2 * padding - covered) // stride + 1
 
 
 def hand_over(policy: Policy, group_size: int | None) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -72,7 +77,7 @@ def hand_over(policy: Policy, group_size: int | None) -> dict[str, nn.Linear | n
 
     Args:
         policy: becomes the library's.
-        group_size: None for layers as they are.
+        group_size: 1 for linear layers of any size, None for layers as they are.
 
     Returns:
         Layer name -> what stands for it in the module.

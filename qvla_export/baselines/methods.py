@@ -34,9 +34,10 @@ METHODS: Mapping[str, Method] = {
             _MODELOPT,
             "INT8 and INT4 max calibration (round to nearest)",
             (2, 3, 4, 8),
-            (None, 8),
+            (None, 8, 4),
         ),
-        Method("smoothquant", "modelopt", _MODELOPT, "SmoothQuant", (4, 8), (8,)),
+        # modelopt 0.47 migrates scales of 8-bit weights and inputs only.
+        Method("smoothquant", "modelopt", _MODELOPT, "SmoothQuant", (8,), (8,)),
         Method("awq", "modelopt", _MODELOPT, "AWQ", (2, 3, 4, 8)),
         Method(
             "gptq",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qvla_export.policies.oft import OftPolicy
 
 _METHOD = "max, smoothquant or awq (modelopt), gptq (llm-compressor), auto-round."
-_INPUTS = "Of layers' inputs: 8, or float if left out; smoothquant always has 8."
+_INPUTS = "Of layers' inputs: 8 or 4 for max, 8 for smoothquant; left out: float."
 
 
 def register(app: typer.Typer) -> None:
@@ -62,8 +62,6 @@ def baseline(
     from qvla_export.baselines.results import baseline_paths
 
     folder, source = RunFolder(run), PolicySource(str(policy), unnorm_key, preset)
-    if method == "smoothquant" and activation_bits is None:
-        activation_bits = 8
     wanted = request_for(find_target(target), method, bits, activation_bits, seed, iterations)
     opened = open_checkpoint(policy, unnorm_key, preset)
     quantized = quantize(folder, wanted, opened, source, BaselineEnvironment(environment))
