@@ -70,6 +70,17 @@ def test_a_chunk_is_replaced_after_the_number_of_actions_asked_for(execute: int)
     assert lengths == {min(execute, 8)}
 
 
+def test_a_chunks_time_begins_when_its_frame_was_taken() -> None:
+    bench = Bench()
+    bench.camera.lag_s = 0.07
+    bench.ticks(20)
+    assert len(bench.notes.chunks) > 1
+    for chunk in bench.notes.chunks:
+        # Up to one frame more: the newest may be as old.
+        assert 70 - 1e-6 <= chunk.timing_ms["capture"] <= 70 + FRAME_S * 1000 + 1e-6
+        assert chunk.timing_ms["total"] == pytest.approx(chunk.timing_ms["capture"] + 30)
+
+
 def test_frames_are_aligned_by_when_they_were_taken() -> None:
     bench = Bench(delay_s=0.01)
     bench.camera.lag_s = 0.25  # two commands older than what was sent last

@@ -29,7 +29,8 @@ class TimedChunk:
     observed_s: float
     # Number of the policy command that its first action would be.
     first_command: int
-    # What computing them took, stage -> milliseconds; "total" is the whole inference.
+    # Stage -> milliseconds: "capture" is the observation's age when the policy was asked, "total"
+    # that and the whole inference.
     timing_ms: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -70,6 +70,9 @@ class ControlLoop:
         self._moved_s = self._start_s
         # When the observation that was last asked about, or dropped, was taken.
         self._looked_s = -math.inf
+        # How old the observation was when the policy was last asked: exposure, reading and
+        # decoding a frame, and the wait for the slot.
+        self._capture_ms = 0.0
         self._broken = False
         self._unreachable = False
         self._events: list[str] = []
@@ -147,7 +150,8 @@ class ControlLoop:
         observed_s = arrived.observation.observed_s
         first = self._sent.sent_before(observed_s)
         stages = arrived.chunk.timing_ms if arrived.chunk else {}
-        timing_ms = {**stages, "total": arrived.infer_ms}
+        total_ms = self._capture_ms + arrived.infer_ms
+        timing_ms = {"capture": self._capture_ms, **stages, "total": total_ms}
         chunk = TimedChunk(self._chunk_count, actions, observed_s, first, timing_ms)
         self._chunk_count += 1
         self._record(lambda recorder: recorder.planned(chunk))
@@ -239,6 +243,7 @@ class ControlLoop:
             self._events.append(f"dropped an observation {age_ms:.0f} ms old")
             return
         self._record(lambda recorder: recorder.observed(seen))
+        self._capture_ms = max(0.0, age_ms)
         self._inference.request(seen)
 
     @property
