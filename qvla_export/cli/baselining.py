@@ -21,7 +21,7 @@ from qvla_export.run_folder import RunFolder, made
 from qvla_export.target import Target
 
 if TYPE_CHECKING:
-    from calibration.evaluation import Evaluation
+    from calibration.evaluation import Evaluation, RolloutConfig
     from qvla_export.baselines.baseline import Baseline
     from qvla_export.baselines.environment import BaselineEnvironment
     from qvla_export.baselines.methods import BaselineRequest
@@ -68,7 +68,11 @@ def baseline(
     error = action_error(folder, quantized, opened)
     typer.echo(_figures(quantized, error))
     if episodes:
-        result = rollouts(folder, quantized, source, episodes, workers)
+        from calibration.evaluation import RolloutConfig
+        from calibration.tasks import TASKS
+
+        config = RolloutConfig(tuple(TASKS), episodes)
+        result = rollouts(folder, quantized, source, config, workers)
         low, high = result.interval()
         typer.echo(
             f"success {result.success():.1%} [{low:.1%}, {high:.1%}] of {len(result.results)} "
@@ -132,6 +136,18 @@ def quantize(
     return environment.run(job)
 
 
+def kept_baseline(run: RunFolder, setting: str) -> "Baseline":
+    """Read a setting's baseline that was made before.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    from qvla_export.baselines.baseline import Baseline
+    from qvla_export.baselines.results import baseline_paths
+
+    return Baseline.load(made(baseline_paths(run, setting).baseline, "baseline"))
+
+
 def action_error(run: RunFolder, quantized: "Baseline", policy: "OftPolicy") -> dict[str, Any]:
     """Compare a baseline with the float policy on the held-out observations, in torch."""
     from calibration.samples import CalibrationSet
@@ -139,6 +155,7 @@ def action_error(run: RunFolder, quantized: "Baseline", policy: "OftPolicy") -> 
     from qvla_export.artifacts import read_json, write_json
     from qvla_export.baselines.applied import baseline_applied
     from qvla_export.baselines.results import baseline_paths
+    from qvla_export.cli.simulated import error_figures
     from qvla_export.cli.stages import kept_artifact, require_calibration
     from qvla_export.golden import golden_actions
 
@@ -161,32 +178,27 @@ def action_error(run: RunFolder, quantized: "Baseline", policy: "OftPolicy") -> 
     error = action_drift(reference, actions, unit, policy.processor.spec.action_bins)
     value = {
         **identity,
-        "held_out": error.observations,
-        # Squared error of a whole chunk, averaged over observations.
-        "mse": error.rms**2 * reference[0].size,
-        "rms": error.rms,
-        "mean_abs_normalized": error.mean_normalized.tolist(),
-        "max_abs_normalized": error.max_normalized.tolist(),
-        "mean_abs_physical": error.mean_physical.tolist(),
-        "cosine": error.cosine,
+        **error_figures(error, reference[0].size),
     }
     write_json(path, value)
     return value
 
 
 def rollouts(
-    run: RunFolder, quantized: "Baseline", source: PolicySource, episodes: int, workers: int
+    run: RunFolder,
+    quantized: "Baseline",
+    source: PolicySource,
+    config: "RolloutConfig",
+    workers: int,
 ) -> "Evaluation":
     """Run a baseline closed loop beside the float policy, on the episodes of our own settings."""
-    from calibration.evaluation import RolloutConfig, load_evaluation
+    from calibration.evaluation import load_evaluation
     from calibration.rollouts import evaluate
-    from calibration.tasks import TASKS
     from qvla_export.baselines.applied import BaselineSource
     from qvla_export.baselines.results import baseline_paths
     from qvla_export.cli.stages import kept_artifact
 
     paths = baseline_paths(run, quantized.request.setting)
-    config = RolloutConfig(tuple(TASKS), episodes)
     kept = kept_artifact(paths.evaluation, load_evaluation)
     if kept is not None and (kept.digest, kept.config) == (quantized.digest, config):
         return kept

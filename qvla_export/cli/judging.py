@@ -9,6 +9,7 @@ from rich.progress import Progress
 
 from qvla_export.artifacts import read_json, require_same, write_json
 from qvla_export.cli.opening import PolicySource
+from qvla_export.cli.simulated import error_figures
 from qvla_export.cli.stages import bar, kept_artifact, load_plan, require_calibration
 from qvla_export.cli.verifying import held_out_reference
 from qvla_export.run_folder import RunFolder, Setting, made
@@ -58,15 +59,8 @@ def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[
     _, horizon, dimensions = reference.actions.shape
     value = {
         **identity,
-        "held_out": error.observations,
-        # Squared error of a whole chunk, averaged over observations.
-        "mse": error.rms**2 * horizon * dimensions,
-        "rms": error.rms,
-        "mean_abs_normalized": error.mean_normalized.tolist(),
-        "max_abs_normalized": error.max_normalized.tolist(),
-        "mean_abs_physical": error.mean_physical.tolist(),
+        **error_figures(error, horizon * dimensions),
         "engine_drift_max": verdict.drift.worst,
-        "cosine": error.cosine,
     }
     write_json(path, value)
     return value

@@ -1,0 +1,1 @@
+"""Settings and baselines side by side over seeds: our version of the paper's tables and figures."""

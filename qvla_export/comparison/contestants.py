@@ -1,0 +1,180 @@
+"""The noun `Contestant`: one way to quantize, by its name; and which of them each table has."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from qvla_export.baselines.methods import METHODS
+from qvla_export.errors import QvlaError
+from qvla_export.run_folder import Setting, parse_setting
+
+Kind = Literal["setting", "library"]
+
+_NAME = re.compile(r"(?P<setting>[^@]+)(@(?P<where>smoothed|[1-9]\d*))?")
+_LIBRARY = re.compile(r"w(?P<bits>\d+)(a(?P<activations>\d+))?-(?P<method>.+)")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """How a policy is quantized.
+
+    "w4", "w8a8", "w4-layer": a setting of a run, see `qvla_export.run_folder.Setting`. "w4-awq": a
+    library's method. "w8a8@smoothed": the setting of the smoothed checkpoint (`qvla smooth`).
+    "w4@16": the setting planned from the first 16 calibration observations.
+    """
+
+    name: str
+    kind: Kind
+    # Of a setting: as run folders know it; of a library: "w4-awq".
+    setting: str
+    smoothed: bool = False
+    # Calibration observations; None for all.
+    observations: int | None = None
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no engine can run it: 4-bit activations, or a library's own format."""
+        return self.kind == "library" or self.of_run.activation_bits == 4
+
+    @property
+    def of_run(self) -> Setting:
+        """The setting, of the kind "setting"."""
+        return parse_setting(self.setting)
+
+    @property
+    def request(self) -> tuple[str, int, int | None]:
+        """Method, bits of weights and of inputs, of the kind "library"."""
+        method, bits, inputs = _library(self.setting) or ("", 0, None)
+        return method, bits, inputs
+
+    @property
+    def bits(self) -> float:
+        """Nominal mean bits per channel; 16 for float."""
+        return self.of_run.bits if self.kind == "setting" else float(self.request[1])
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Bits of the layers' inputs; None for float."""
+        return self.of_run.activation_bits if self.kind == "setting" else self.request[2]
+
+    @property
+    def ours(self) -> bool:
+        """Whether its widths are chosen by sensitivities, by whatever allocation."""
+        return self.kind == "setting" and self.of_run.kind == "planned"
+
+    @property
+    def main(self) -> bool:
+        """Whether it is ours without a variation: what is recommended."""
+        plain = self.kind == "setting" and re.fullmatch(r"w\d+(\.\d+)?(a\d)?", self.setting)
+        return bool(plain) and self.observations is None
+
+
+def parse_contestant(name: str) -> Contestant:
+    """Read a contestant's name.
+
+    Raises:
+        QvlaError: it is of no known form.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise QvlaError(
+            f"a contestant is a setting (w4), a library's method (w4-awq), both of them also "
+            f"@smoothed, a planned setting also @<calibration observations>; got {name!r}"
+        )
+    setting, where = found["setting"], found["where"]
+    smoothed = where == "smoothed"
+    observations = int(where) if where and not smoothed else None
+    if _library(setting) is not None:
+        if where:
+            raise QvlaError(f"a library's method takes the policy as it is; got {name!r}")
+        return Contestant(name, "library", setting)
+    contestant = Contestant(name, "setting", setting, smoothed, observations)
+    if contestant.of_run.kind != "planned" and observations is not None:
+        raise QvlaError(f"only planned settings depend on calibration observations; got {name!r}")
+    return contestant
+
+
+def _library(setting: str) -> tuple[str, int, int | None] | None:
+    found = _LIBRARY.fullmatch(setting)
+    if found is None or found["method"] not in METHODS:
+        return None
+    inputs = found["activations"]
+    return found["method"], int(found["bits"]), None if inputs is None else int(inputs)
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table of the paper, as it is made here."""
+
+    # "1", as the paper numbers them.
+    number: str
+    title: str
+    contestants: tuple[str, ...]
+    # What is other than in the paper.
+    note: str
+
+
+TABLES: tuple[PaperTable, ...] = (
+    PaperTable(
+        "1",
+        "Weights and activations",
+        ("float", "w8a8", "w8a8@smoothed", "w8a8-smoothquant", "w8a8-max", "w4a8", "w4a8@smoothed",
+         "w4a8-smoothquant", "w4a4", "w4a4@smoothed", "w4a4-rtn"),
+        "w8a8 and w4a8 run as INT8 on ONNX Runtime; w4a4 and the libraries' are "
+        "simulated in torch. No kept library learns activations' clipping as OmniQuant does.",
+    ),
+    PaperTable(
+        "2",
+        "Weights only",
+        ("float", "w8", "w8-rtn", "w8-awq", "w8-gptq", "w8-auto-round", "w4", "w4-rtn", "w4-awq",
+         "w4-gptq", "w4-auto-round", "w3", "w3-awq", "w3-gptq", "w3-auto-round", "w2.5", "w2",
+         "w2-rtn", "w2-awq", "w2-gptq", "w2-auto-round"),
+        "Libraries' results are run in torch with their own codes and scales; 3, 2.5 and 2 mean "
+        "bits are beyond the paper.",
+    ),
+    PaperTable(
+        "3",
+        "Per layer against per channel",
+        ("float", "w4-module", "w4-layer", "w4", "w8-module", "w8-layer", "w8"),
+        "One width for all channels of a module or layer, chosen by the same sensitivities.",
+    ),
+    PaperTable(
+        "4",
+        "Pruning and sets of widths",
+        ("float", "w8-set2.4.8.16", "w8-rtn", "w8", "w8-set0.8", "w4-set2.4.8.16", "w4",
+         "w4-set0.8"),
+        "The paper's 8-bit budget, and 4 bits below it.",
+    ),
+    PaperTable(
+        "6",
+        "Gate ratios",
+        ("float", "w8-gates1", "w8-gates2", "w8-gates3", "w8-gates4", "w8"),
+        "Fixed shares of the channels at 0, 2, 4, 8 and 16 bits.",
+    ),
+    PaperTable(
+        "9",
+        "Calibration observations",
+        ("float", "w8@8", "w8@32", "w8", "w4@8", "w4@32", "w4", "w2.5@8", "w2.5@32", "w2.5"),
+        "The first ones of the run's calibration set, which has two of an episode; the last row of "
+        "a width has them all.",
+    ),
+)  # fmt: skip
+# Of which episodes are run unless others are named; in this order.
+WITH_EPISODES = (
+    "float", "w8", "w8a8", "w4", "w3", "w2.5", "w2", "w4-rtn", "w2-rtn", "w4-auto-round",
+    "w2-auto-round", "w4a4", "w4a4@smoothed",
+)  # fmt: skip
+
+
+def table_contestants(numbers: tuple[str, ...] | None = None) -> tuple[Contestant, ...]:
+    """Return the contestants of some tables, each once; of all by default.
+
+    Raises:
+        QvlaError: there is no such table.
+    """
+    known = [table.number for table in TABLES]
+    wanted = known if numbers is None else list(numbers)
+    if not set(wanted) <= set(known):
+        raise QvlaError(f"tables are {', '.join(known)}, got {', '.join(wanted)}")
+    names = [n for table in TABLES if table.number in wanted for n in table.contestants]
+    return tuple(parse_contestant(name) for name in dict.fromkeys(names))

@@ -1,0 +1,97 @@
+"""Two policies on the same episodes: the difference of their success, with an interval."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qvla_export.errors import QvlaError
+
+_NORMAL_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Success of a policy minus that of a reference on the same episodes.
+
+    The interval is Newcombe's for paired proportions (Statistics in Medicine 17, 1998, method 10):
+    two Wilson intervals, squared and added, less what pairing makes them share. p is of McNemar's
+    exact test.
+    """
+
+    episodes: int
+    # Solved by the policy alone, and by the reference alone.
+    gained: int
+    lost: int
+    low: float
+    high: float
+    p_value: float
+
+    @property
+    def value(self) -> float:
+        """Difference of the shares of solved episodes, -1 to 1."""
+        return (self.gained - self.lost) / self.episodes
+
+
+def paired_difference(solved: Sequence[bool], reference: Sequence[bool]) -> PairedDifference:
+    """Compare episode by episode.
+
+    Args:
+        solved: of the policy, at least one.
+        reference: of the reference, of the same episodes in the same order.
+
+    Raises:
+        QvlaError: there are none, or not as many of both.
+    """
+    count = len(solved)
+    if not count or count != len(reference):
+        raise QvlaError(
+            f"paired episodes must be as many of both policies and at least one, got {count} and "
+            f"{len(reference)}"
+        )
+    pairs = list(zip(map(bool, solved), map(bool, reference), strict=True))
+    both, gained = pairs.count((True, True)), pairs.count((True, False))
+    lost, neither = pairs.count((False, True)), pairs.count((False, False))
+    ours, theirs = (both + gained) / count, (both + lost) / count
+    our_low, our_high = wilson_95(both + gained, count)
+    their_low, their_high = wilson_95(both + lost, count)
+    shared = _correlation(both, gained, lost, neither)
+
+    def reach(mine: float, other: float) -> float:
+        return math.sqrt(max(mine**2 - 2 * shared * mine * other + other**2, 0.0))
+
+    difference = ours - theirs
+    return PairedDifference(
+        episodes=count,
+        gained=gained,
+        lost=lost,
+        low=max(difference - reach(ours - our_low, their_high - theirs), -1.0),
+        high=min(difference + reach(our_high - ours, theirs - their_low), 1.0),
+        p_value=_mcnemar(gained, lost),
+    )
+
+
+def wilson_95(solved: int, episodes: int) -> tuple[float, float]:
+    """Return the Wilson 95 % interval of a share."""
+    share, z = solved / episodes, _NORMAL_95**2 / episodes
+    middle = (share + z / 2) / (1 + z)
+    half = math.sqrt(z * (share * (1 - share) + z / 4)) / (1 + z)
+    # Rounding may put an end a hair inside the share.
+    return min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share)
+
+
+def _correlation(both: int, gained: int, lost: int, neither: int) -> float:
+    margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
+    if not margins:
+        return 0.0
+    product = float(both * neither - gained * lost)
+    if product > 0:
+        # Newcombe's correction of a small sample's overstated agreement.
+        product = max(product - (both + gained + lost + neither) / 2, 0.0)
+    return product / math.sqrt(margins)
+
+
+def _mcnemar(gained: int, lost: int) -> float:
+    """Two-sided: how often fair coins would differ at least as much."""
+    flips = gained + lost
+    tail = sum(math.comb(flips, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2.0 * tail / math.ldexp(1.0, flips))
