@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from qvla_export.baselines.baseline import BaselineLayer
 from qvla_export.baselines.handing import blocks_of, coded, hand_over, module_names
 from qvla_export.baselines.quantized import Calibration, Quantized
+from qvla_export.errors import QvlaError
 from qvla_export.layers import layer_shapes, traced_layers
 
 # Positional and named arguments of one call.
@@ -22,6 +23,8 @@ _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 # What auto-round calls one scale a channel.
 _PER_CHANNEL = -1
 _BATCH_SIZE = 8  # auto-round's default
+# auto-round leaves convolutions in float, and layers of other numbers of inputs.
+_MULTIPLE = 32
 
 
 class _Blocks(nn.Module):
@@ -53,8 +56,7 @@ def quantize(calibration: Calibration) -> Quantized:
     """Quantize all layers by `AutoRound.quantize_block` with its defaults."""
     policy, request = calibration.policy, calibration.request
     shapes = layer_shapes(traced_layers(policy))
-    # auto-round takes no convolutions.
-    names = module_names(policy.module, hand_over(policy, request.group_size or 1))
+    names = module_names(policy.module, hand_over(policy, request.group_size or _MULTIPLE))
     blocks = blocks_of(names)
     recorded = _inputs_of(calibration, list(blocks))
     layers = {}
@@ -62,6 +64,8 @@ def quantize(calibration: Calibration) -> Quantized:
         _quantize_block(calibration, block, recorded.pop(block))
         for name in members:
             module: Any = policy.module.get_submodule(names[name])
+            if not hasattr(module, "scale"):
+                raise QvlaError(f"auto-round left {name} in float, {tuple(module.weight.shape)}")
             rows = module.weight.detach().flatten(1).float().numpy()
             scales = module.scale.detach().float().numpy().reshape(len(rows), -1)
             layers[name] = BaselineLayer(
