@@ -112,6 +112,9 @@ def compare_latency(
 ) -> LatencyChange:
     """Compare two profiles.
 
+    Intervals come from what varies within each run. A machine that is slower in one run than in
+    another looks like a slower policy, unless both were measured in one run, in pairs.
+
     Args:
         base: what was.
         new: what is.

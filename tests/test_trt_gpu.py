@@ -75,3 +75,20 @@ def test_a_gpu_acts_as_onnx_runtime(bundle: Bundle) -> None:
         ]
         assert all(ms > 0 for ms in engine.stage_ms.values())
         judge(bundle, engine).require_passed()
+
+
+def test_a_gpu_says_what_each_layer_took(bundle: Bundle) -> None:
+    generator = np.random.default_rng(0)
+    feeds = {
+        "pixel_values": generator.normal(size=(1, 6, 28, 28)).astype(np.float32),
+        "input_ids": generator.integers(0, 300, (1, 9)),
+        "state": generator.normal(size=(1, 4)).astype(np.float32),
+    }
+    with load_engine(bundle) as engine:
+        assert isinstance(engine, TensorRtEngine)
+        before = engine.infer(feeds)["actions"]
+        times = engine.layer_times(feeds, passes=5)
+        # Profiled contexts are others than those whose graphs are launched.
+        np.testing.assert_array_equal(engine.infer(feeds)["actions"], before)
+    assert {row.stage for row in times.rows} == {"vision", "decoder", "head"}
+    assert times.passes == 5 and times.total_ms > 0

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from jetson.latency import LatencyComparison
     from qvla_export.observation import Observation
 
+_TWO_RUNS = (
+    "note: the intervals know what varies within a run, not from run to run; to be sure, profile "
+    "both in one run and compare its pairs: qvla profile OLD NEW --output RUN.json"
+)
 # Wide enough wherever nobody looks at a terminal.
 _TABLE_WIDTH = 120
 
@@ -122,6 +126,8 @@ def compare_latency(
         Console(width=_TABLE_WIDTH).print(change_table(change))
         for note in change.notes:
             typer.echo(f"note: {note}")
+    if changed is not None:
+        typer.echo(_TWO_RUNS)
     for change in changes:
         change.require_not_slower()
 
