@@ -11,6 +11,7 @@ from qvla_export.cli import (
     benching_server,
     building,
     checking,
+    compare_command,
     deploying,
     examining,
     judging_commands,
@@ -143,6 +144,7 @@ measuring.register(app)
 planning.register(app)
 judging_commands.register(app)
 checking.register(app)
+compare_command.register(app)
 building.register(app)
 baselining.register(app)
 benching.register(app)
