@@ -100,6 +100,12 @@ def percentile_text(samples: Samples, percent: float, digits: int = 2) -> str:
     return f"max of {len(samples)}" if value is None else f"{value:.{digits}f}"
 
 
+def tail(samples: Samples) -> tuple[str, float]:
+    """Return the name and value of what shows the slow end: "p99", or "max" of fewer samples."""
+    p99 = percentile(samples, 99)
+    return ("max", float(samples.max())) if p99 is None else ("p99", p99)
+
+
 def jitter(samples: Samples) -> Jitter:
     """Return how much samples vary; they must be in the order taken."""
     p99 = percentile(samples, 99)

@@ -1,6 +1,7 @@
 """Recordings: what was seen and done comes back, also when the recorder is killed."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -296,7 +297,8 @@ def test_commands_record_profile_and_replay(
     output = tmp_path / "replay.json"
     replayed = qvla("replay", path, tiny_checkpoint, "--output", output, "--max-drift", 1e-4)
     assert replayed.code == 0, replayed
-    assert "dimension 3" in replayed.out and "p99" in replayed.out
+    # Three observations have no p99.
+    assert "dimension 3" in replayed.out and re.search(r"max \d+\.\d\d ms then", replayed.out)
     told = json.loads(output.read_text())
     assert told["drift"]["observations"] == 3 and told["dropped"] == 0
     assert max(told["drift"]["max_normalized"]) < 1e-4

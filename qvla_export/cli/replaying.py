@@ -7,6 +7,7 @@ import typer
 
 from qvla_export.cli.opening import PolicySource
 from qvla_export.cli.options import PresetOption, ThreadsOption, UnnormKeyOption, WeightsOption
+from qvla_export.latency_figures import tail
 
 if TYPE_CHECKING:
     from jetson.recording.replay import Replay
@@ -73,11 +74,11 @@ def _said(done: "Replay") -> list[str]:
         )
     ]
     if done.times_known:
+        (slow, then_ms), (_, now_ms) = tail(done.recorded_ms), tail(done.replayed_ms)
         lines.append(
             f"policy's stages: p50 {done.percentile_ms('recorded', 50):.2f} ms then, "
-            f"{done.percentile_ms('replayed', 50):.2f} ms now; p99 "
-            f"{done.percentile_ms('recorded', 99):.2f} ms then, "
-            f"{done.percentile_ms('replayed', 99):.2f} ms now"
+            f"{done.percentile_ms('replayed', 50):.2f} ms now; "
+            f"{slow} {then_ms:.2f} ms then, {now_ms:.2f} ms now"
         )
     if not done.lossless:
         lines.append("pictures were recorded as JPEG: some of the difference is theirs")

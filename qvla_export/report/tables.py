@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.latency_figures import PERCENTS, jitter, percentile, percentile_text
+from qvla_export.latency_figures import PERCENTS, jitter, percentile_text, tail
 from qvla_export.report.measured import Latency, Share
 from qvla_export.report.run_data import RunData, Setting
 from qvla_export.target import WIDTHS
@@ -234,8 +234,7 @@ def _latency(latency: Latency | None) -> Cell:
 
 
 def _worst(total_ms: NDArray[np.float64]) -> str:
-    p99 = percentile(total_ms, 99)
-    name, ms = ("max", total_ms.max()) if p99 is None else ("p99", p99)
+    name, ms = tail(total_ms)
     return f"{name}\u00a0{ms:.2f}\u00a0ms, n\u00a0{len(total_ms)}"
 
 
