@@ -24,6 +24,7 @@ def bucketize(
     spec: QuantizerSpec,
     target: Target,
     store: Store = keep,
+    scales: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> ir.Model:
     """Return a copy of a float graph with every planned layer in buckets.
 
@@ -36,6 +37,8 @@ def bucketize(
         spec: quantizer of the plan.
         target: whose containers and compute type the buckets get.
         store: gets every packed constant as soon as it is made; may put it on disk.
+        scales: layer name -> those its weights were rounded at, float32 [channels, groups]; None
+            chooses them from the weights.
 
     Raises:
         ExportError: a planned layer is not in the graph or has another number of channels.
@@ -56,7 +59,8 @@ def bucketize(
                 f"which has {len(rows)} channels; make the plan from this policy"
             )
         emitter = BucketEmitter(target, store)
-        _replace(model.graph, node, name, bucket_weight(rows, layer_widths, spec), emitter)
+        given = None if scales is None else scales[name]
+        _replace(model.graph, node, name, bucket_weight(rows, layer_widths, spec, given), emitter)
     RemoveUnusedNodesPass()(model)
     return model
 

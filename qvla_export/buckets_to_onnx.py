@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qvla_export.buckets import ChannelBuckets, bucket_channels
-from qvla_export.quantize import QuantizedWeight, QuantizerSpec, quantize_channels
+from qvla_export.quantize import QuantizedWeight, QuantizerSpec, at_scales, quantize_channels
 from qvla_export.storage import stored_columns
 from qvla_export.target import Target
 
@@ -52,16 +52,32 @@ class BucketedWeight:
 
 
 def bucket_weight(
-    rows: NDArray[np.float32], widths: NDArray[np.int8], spec: QuantizerSpec
+    rows: NDArray[np.float32],
+    widths: NDArray[np.int8],
+    spec: QuantizerSpec,
+    scales: NDArray[np.float32] | None = None,
 ) -> BucketedWeight:
-    """Quantize a layer's rows float32 [channels, inputs], each at its width int8 [channels]."""
+    """Quantize a layer's rows, each at its width.
+
+    Args:
+        rows: float32 [channels, inputs].
+        widths: int8 [channels].
+        spec: the quantizer.
+        scales: those the rows were rounded at, float32 [channels, groups]; the first counts where a
+            channel has one. None chooses them from the rows.
+    """
     buckets = bucket_channels(widths)
-    weights = tuple(
-        quantize_channels(rows[buckets.channels(bits)], bits, spec)
-        for bits, _, _ in buckets.runs
-        if bits
-    )
-    return BucketedWeight(buckets, weights)
+    weights = []
+    for bits, _, _ in buckets.runs:
+        channels = buckets.channels(bits)
+        if bits in spec.rules and scales is not None:
+            size = spec.rule(bits).group_size
+            groups = 1 if size is None else -(-rows.shape[1] // size)
+            chosen = scales[channels, :groups]
+            weights.append(at_scales(rows[channels], bits, spec, chosen))
+        elif bits:
+            weights.append(quantize_channels(rows[channels], bits, spec))
+    return BucketedWeight(buckets, tuple(weights))
 
 
 class BucketEmitter:

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from qvla_export.bundle import Golden
 from qvla_export.coupling import find_couplings
-from qvla_export.layers import fake_quantized, planned_rows, rounded_inputs, traced_layers
+from qvla_export.layers import (
+    fake_quantized,
+    planned_rows,
+    rounded_inputs,
+    shifted_outputs,
+    traced_layers,
+)
 from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan
 from qvla_export.policies.base import Policy, PolicyStage
@@ -90,7 +96,9 @@ def _run_stage(
         parameters[f"module.{name}"] = torch.from_numpy(np.ascontiguousarray(values))
     activations = None if plan is None else plan.activations
     removed = {name: coupling.removed for name, coupling in couplings.items()}
-    with rounded_inputs(traced_layers(policy), activations, removed):
+    layers = traced_layers(policy)
+    shifts = shifted_outputs(layers, None if plan is None else plan.rounding)
+    with rounded_inputs(layers, activations, removed), shifts:
         for run in runs:
             inputs = tuple(run[name] for name in stage.inputs)
             run[stage.output] = torch.func.functional_call(stage.module, parameters, inputs)

@@ -13,6 +13,8 @@ from qvla_export.coupling import Coupling, fake_quantize_coupled, find_couplings
 from qvla_export.plan import BitPlan
 from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec, as_rows, fake_quantize, quantize_channels
+from qvla_export.rounded_plan import require_rounded
+from qvla_export.rounding import Rounding
 
 
 def traced_layers(policy: Policy) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -107,6 +109,9 @@ def planned_rows(
         plan: gives its widths.
         couplings: of the plan, by their consumer.
     """
+    if plan.rounding is not None:
+        order = couplings[name].order if name in couplings else np.arange(rows.shape[1])
+        return plan.rounding.layers[name].rows(plan.widths[name], plan.quantizer, order)
     if name in couplings:
         return fake_quantize_coupled(rows, plan.widths[name], plan.quantizer, couplings[name])
     return fake_quantize(rows, plan.widths[name], plan.quantizer)
@@ -118,20 +123,52 @@ def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
 
     Biases stay: a channel of 0 bits puts out its bias. Consumers of coupled layers are quantized
     in their producers' order; see `qvla_export.coupling`. Hidden units that leave an MLP are not
-    rounded on their way: the engine has their constant outputs in the consumer's bias.
+    rounded on their way: the engine has their constant outputs in the consumer's bias. Of a plan
+    with a rounding they have no weights there, and biases are shifted.
 
     Raises:
-        PlanMismatch: the plan is for another policy.
+        PlanMismatch: the plan is for another policy, or has no codes yet.
     """
     layers = traced_layers(policy)
     plan.require_fits(layer_shapes(layers), policy.digest)
+    require_rounded(plan)
     couplings = {c.consumer: c for c in find_couplings(plan.widths, plan.weights_per_channel)}
     rows = {
         name: planned_rows(name, weight_rows(layers[name]), plan, couplings) for name in plan.widths
     }
     removed = {name: coupling.removed for name, coupling in couplings.items()}
-    with replaced_weights(layers, rows), rounded_inputs(layers, plan.activations, removed):
+    with (
+        replaced_weights(layers, rows),
+        rounded_inputs(layers, plan.activations, removed),
+        shifted_outputs(layers, plan.rounding),
+    ):
         yield
+
+
+@contextlib.contextmanager
+def shifted_outputs(
+    layers: Mapping[str, nn.Linear | nn.Conv2d], rounding: Rounding | None
+) -> Iterator[None]:
+    """Run the block with the layers' outputs shifted as a rounding says; None for not at all."""
+    handles = []
+    try:
+        for name, rounded in () if rounding is None else rounding.layers.items():
+            if rounded.shift.any():
+                shift = torch.from_numpy(rounded.shift)
+                if not isinstance(layers[name], nn.Linear):
+                    shift = shift[:, None, None]
+                handles.append(layers[name].register_forward_hook(_shifting_hook(shift)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shifting_hook(shift: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + shift.to(output)
+
+    return add
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import onnx_ir as ir
 
 from qvla_export.bucketize import bucketize
 from qvla_export.buckets_to_onnx import CODES_SUFFIX, HALVES_SUFFIX, SCALES_SUFFIX, Store, keep
-from qvla_export.coupling import find_couplings
 from qvla_export.float_graph import layer_nodes
 from qvla_export.float_storage import store_exactly
 from qvla_export.passes.compute_type import to_compute_type
@@ -14,7 +13,9 @@ from qvla_export.passes.couple import couple_mlps
 from qvla_export.passes.integer_products import keep_integer_products
 from qvla_export.passes.merge import merge_parallel
 from qvla_export.passes.quantize_activations import quantize_activations
+from qvla_export.passes.rounding import merged_scales, round_weights, stored_scales
 from qvla_export.plan import BitPlan
+from qvla_export.rounded_plan import couplings_of, require_rounded
 from qvla_export.target import Target, UnsupportedOnTarget
 
 
@@ -39,12 +40,18 @@ def lower(
         model = _finished(graph, target)
         return model, _float_bytes(model, _layer_weights(model))
     _require_plan_for(plan, target)
-    couplings = find_couplings(plan.widths, plan.weights_per_channel)
-    model, widths = couple_mlps(graph, plan.widths, couplings, plan.containers)
+    require_rounded(plan)
+    couplings = couplings_of(plan)
+    if plan.rounding is not None:
+        graph = round_weights(graph, plan, couplings)
+    model, widths = couple_mlps(graph, plan.widths, couplings.values(), plan.containers)
     if plan.activations is not None:
         model = quantize_activations(model, plan.activations, target)
     model, widths = merge_parallel(model, widths, one_width_apart=target.runtime == "ort")
-    model = bucketize(model, widths, plan.quantizer, target, store)
+    scales = None
+    if plan.rounding is not None:
+        scales = merged_scales(stored_scales(plan, couplings), widths)
+    model = bucketize(model, widths, plan.quantizer, target, store, scales)
     if plan.activations is not None:
         model = keep_integer_products(model)
     model = _finished(model, target)

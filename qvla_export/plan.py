@@ -15,6 +15,7 @@ from qvla_export.activations import ActivationRanges
 from qvla_export.artifacts import read_json, require_fields, versions, write_json
 from qvla_export.errors import ArtifactError, PlanMismatch, QvlaError
 from qvla_export.quantize import QuantizerSpec, spec_for
+from qvla_export.rounding import Rounding
 from qvla_export.storage import stored_bytes
 from qvla_export.target import WIDTHS, Container, Target
 
@@ -58,6 +59,7 @@ class BitPlan:
     expected_error: float | None = None
     # Method and parameters that chose the widths, JSON; None in plans of before they were recorded.
     allocation: Mapping[str, Any] | None = None
+    rounding: Rounding | None = None  # a file of its own; see `qvla_export.rounded_plan`
     made_with: Mapping[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
@@ -129,6 +131,7 @@ class BitPlan:
             widths={name: w for name, w in self.widths.items() if name in names},
             weights_per_channel={n: k for n, k in self.weights_per_channel.items() if n in names},
             activations=None if self.activations is None else self.activations.restricted(names),
+            rounding=None if self.rounding is None else self.rounding.restricted(names),
         )
 
     def require_fits(self, shapes: LayerShapes, policy_digest: str) -> None:
@@ -274,15 +277,10 @@ def uniform_plan(
 
 
 def _from_json(value: Mapping[str, Any]) -> BitPlan:
-    widths = {
-        name: np.array([_WIDTH_OF[digit] for digit in layer["widths"]], np.int8)
-        for name, layer in value["layers"].items()
-    }
+    layers = value["layers"].items()
     return BitPlan(
-        widths=widths,
-        weights_per_channel={
-            name: int(layer["weights_per_channel"]) for name, layer in value["layers"].items()
-        },
+        widths={n: np.array([_WIDTH_OF[c] for c in x["widths"]], np.int8) for n, x in layers},
+        weights_per_channel={n: int(x["weights_per_channel"]) for n, x in layers},
         target=value["target"],
         containers={int(bits): Container(**c) for bits, c in value["containers"].items()},
         quantizer=QuantizerSpec.from_json(value["quantizer"]),

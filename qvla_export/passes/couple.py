@@ -13,7 +13,7 @@ from scipy.special import erf, expit
 
 from qvla_export.coupling import Coupling
 from qvla_export.float_graph import ExportError, layer_nodes
-from qvla_export.passes.weights import matrix, picked, register
+from qvla_export.passes.weights import add_to_output, matrix, picked, register, vector
 from qvla_export.storage import producer_widths, stored_inputs
 from qvla_export.target import Container
 
@@ -59,7 +59,9 @@ def couple_mlps(
         weight = matrix(consumer)
         if constants.any():
             offset = constants @ weight.numpy()[coupling.removed].astype(np.float64)
-            _add_to_output(model.graph, consumer, coupling.consumer, offset.astype(np.float32))
+            # The weights of a plan's rounding are zero there.
+            if offset.any():
+                add_to_output(model.graph, consumer, coupling.consumer, offset.astype(np.float32))
         order = coupling.order
         units = stored_inputs(len(order), widths[coupling.consumer], containers)
         kept = picked(weight, order, 0, units, f"{coupling.consumer}.coupled")
@@ -85,7 +87,7 @@ def _hidden_nodes(nodes: Mapping[str, ir.Node], coupling: Coupling) -> list[ir.N
 
     def visit(value: ir.Value | None) -> None:
         node = None if value is None else value.producer()
-        if node is None or node in found or node in ends or _vector(value) is not None:
+        if node is None or node in found or node in ends or vector(value) is not None:
             return
         unknown = node.op_type not in _ELEMENTWISE or (node.op_type == "Add" and len(ends) > 1)
         if unknown or node.attributes.get_string("approximate", "none") != "none":
@@ -141,32 +143,11 @@ def _reorder(graph: ir.Graph, hidden: Iterable[ir.Node], coupling: Coupling, uni
     for node in hidden:
         _narrow(node.outputs[0], units)
         for index, value in enumerate(node.inputs):
-            vector = _vector(value)
-            if vector is not None and vector.size == coupling.units:
-                kept = np.pad(vector[coupling.order], (0, units - len(coupling.order)))
+            constant = vector(value)
+            if constant is not None and constant.size == coupling.units:
+                kept = np.pad(constant[coupling.order], (0, units - len(coupling.order)))
                 name = f"{coupling.consumer}.hidden.{node.name}"
                 node.replace_input_with(index, register(graph, ir.Tensor(kept, name=name)))
-
-
-def _add_to_output(graph: ir.Graph, node: ir.Node, name: str, offset: NDArray[np.float32]) -> None:
-    """Add a constant [channels] to a MatMul's output: to its bias, if it has one."""
-    users = [use.node for use in node.outputs[0].uses()]
-    if len(users) == 1 and users[0].op_type == "Add":
-        for index, value in enumerate(users[0].inputs):
-            bias = _vector(value)
-            if bias is not None and bias.shape == offset.shape:
-                folded = register(graph, ir.Tensor(bias + offset, name=f"{name}.folded_bias"))
-                users[0].replace_input_with(index, folded)
-                return
-    tape = ir.tape.Tape()
-    output = node.outputs[0]
-    added = register(graph, ir.Tensor(offset, name=f"{name}.folded_bias"))
-    shifted = tape.op("Add", [output, added])
-    shifted.type, shifted.shape = output.type, output.shape
-    shifted.name, output.name = output.name, f"{output.name}.unshifted"
-    output.replace_all_uses_with(shifted, replace_graph_outputs=True)
-    tape.nodes[0].replace_input_with(0, output)
-    graph.insert_after(node, list(tape.nodes))
 
 
 def _narrow(value: ir.Value, units: int) -> None:
@@ -174,14 +155,8 @@ def _narrow(value: ir.Value, units: int) -> None:
         value.shape = ir.Shape([*value.shape[:-1], units])
 
 
-def _vector(value: ir.Value | None) -> NDArray[Any] | None:
-    """Return the numbers of a constant of one dimension, else None."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return tensor.numpy() if tensor is not None and len(tensor.shape) == 1 else None
-
-
 def _required_vector(value: ir.Value | None) -> NDArray[Any]:
-    vector = _vector(value)
-    if vector is None:
+    constant = vector(value)
+    if constant is None:
         raise ExportError(f"{value} is neither a hidden unit nor a constant vector")
-    return vector
+    return constant

@@ -47,6 +47,12 @@ def merge_parallel(
     return model, merged
 
 
+def members_of(name: str) -> list[str]:
+    """Return the layers that a layer was merged from, in the order of its channels."""
+    parent, _, last = name.rpartition(".")
+    return [f"{parent}.{member}" if parent else member for member in last.split("+")]
+
+
 def _have_one_width(widths: Sequence[NDArray[np.int8]]) -> bool:
     """Say whether all channels have one width; 2 bits are stored in fours, so they do not count."""
     found = set(np.unique(np.concatenate(widths)).tolist())

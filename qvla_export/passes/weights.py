@@ -1,6 +1,7 @@
 """Constants of a graph, replaced by ones that are computed from them when they are read."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -70,3 +71,37 @@ def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     )
     graph.register_initializer(value)
     return value
+
+
+def add_to_output(graph: ir.Graph, node: ir.Node, name: str, offset: NDArray[np.float32]) -> None:
+    """Add a constant [channels] to a layer's output: to its bias, if it has one."""
+    if node.op_type in ("Gemm", "Conv"):
+        node.resize_inputs(3)
+        bias = vector(node.inputs[2])
+        total = offset if bias is None else bias + offset
+        folded = register(graph, ir.Tensor(total, name=f"{name}.folded_bias"))
+        node.replace_input_with(2, folded)
+        return
+    users = [use.node for use in node.outputs[0].uses()]
+    if len(users) == 1 and users[0].op_type == "Add":
+        for index, value in enumerate(users[0].inputs):
+            bias = vector(value)
+            if bias is not None and bias.shape == offset.shape:
+                folded = register(graph, ir.Tensor(bias + offset, name=f"{name}.folded_bias"))
+                users[0].replace_input_with(index, folded)
+                return
+    tape = ir.tape.Tape()
+    output = node.outputs[0]
+    added = register(graph, ir.Tensor(offset, name=f"{name}.folded_bias"))
+    shifted = tape.op("Add", [output, added])
+    shifted.type, shifted.shape = output.type, output.shape
+    shifted.name, output.name = output.name, f"{output.name}.unshifted"
+    output.replace_all_uses_with(shifted, replace_graph_outputs=True)
+    tape.nodes[0].replace_input_with(0, output)
+    graph.insert_after(node, list(tape.nodes))
+
+
+def vector(value: ir.Value | None) -> NDArray[Any] | None:
+    """Return the numbers of a constant of one dimension, else None."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return tensor.numpy() if tensor is not None and len(tensor.shape) == 1 else None

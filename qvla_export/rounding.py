@@ -1,0 +1,144 @@
+"""The noun `Rounding`: codes, scales and bias shifts of a plan's layers. numpy only.
+
+Where a plan's quantizer does more than round each weight to the nearest, the codes depend on what
+the layers are fed. They are made once, by `qvla_export.compensation`, and fake quantization, golden
+actions and packing all take them from here.
+"""
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.artifacts import require_fields, versions, write_bytes
+from qvla_export.errors import ArtifactError, QvlaError
+from qvla_export.quantize import QuantizedWeight, QuantizerSpec
+from qvla_export.sensitivity import read_tensor_file, tensor_file
+
+_FORMAT = "qvla-rounding-1"
+_FIELDS = ("layers", "plan_digest", "moments_digest", "versions")
+_PARTS = ("codes", "halves", "scales", "shift")
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """Of one layer; channels are in natural order, inputs too.
+
+    Raises:
+        QvlaError: shapes that disagree.
+    """
+
+    # Zero where the channel has 0 or 16 bits, or the input is a hidden unit that leaves the graph.
+    # int8 [channels, inputs]
+    codes: NDArray[np.int8]
+    # Weights of the channels of 16 bits, in order.  float16 [channels of 16 bits, inputs]
+    halves: NDArray[np.float16]
+    # As stored, of groups in the stored order of the inputs. Where a channel has one scale, the
+    # first counts; channels of 0 and 16 bits have ones.  float32 [channels, groups]
+    scales: NDArray[np.float32]
+    # What is added to the layer's bias.  float32 [channels]
+    shift: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        channels, inputs = self.codes.shape
+        if (
+            self.scales.ndim != 2
+            or len(self.scales) != channels
+            or self.shift.shape != (channels,)
+            or self.halves.shape[1:] != (inputs,)
+        ):
+            raise QvlaError(
+                f"codes {list(self.codes.shape)} do not go with halves {list(self.halves.shape)}, "
+                f"scales {list(self.scales.shape)} and shift {list(self.shift.shape)}"
+            )
+
+    def rows(
+        self, widths: NDArray[np.int8], spec: QuantizerSpec, order: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Return the weights an engine computes with.
+
+        Args:
+            widths: of the plan, int8 [channels].
+            spec: its quantizer.
+            order: inputs that the graph keeps, as it stores them.  int64 [kept]
+
+        Returns:
+            float32 [channels, inputs]; zero where an input is not kept.
+        """
+        result = np.zeros(self.codes.shape, np.float32)
+        for bits in np.unique(widths).tolist():
+            chosen = widths == bits
+            if bits == 16:
+                result[chosen] = self.halves
+            elif bits:
+                codes = self.codes[np.ix_(np.flatnonzero(chosen), order)]
+                size = spec.rule(bits).group_size
+                scales = self.scales[chosen, : 1 if size is None else -(-len(order) // size)]
+                weight = QuantizedWeight(codes, scales, bits, size)
+                result[np.ix_(np.flatnonzero(chosen), order)] = weight.dequantize()
+        return result
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Of all layers of a plan."""
+
+    # Layer name -> its codes, in forward order.
+    layers: Mapping[str, RoundedLayer]
+    plan_digest: str
+    moments_digest: str
+    made_with: Mapping[str, str] = field(default_factory=versions)
+
+    def restricted(self, names: Collection[str]) -> "Rounding":
+        """Return the rounding of some of its layers."""
+        return replace(self, layers={n: layer for n, layer in self.layers.items() if n in names})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file that `save` writes; a bundle records it."""
+        return hashlib.sha256(self._file_bytes()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write safetensors with the provenance as metadata, atomically."""
+        write_bytes(path, self._file_bytes())
+
+    def _file_bytes(self) -> bytes:
+        tensors: dict[str, NDArray[Any]] = {
+            f"{name}/{part}": getattr(layer, part)
+            for name, layer in self.layers.items()
+            for part in _PARTS
+        }
+        provenance = {
+            "format": _FORMAT,
+            "layers": list(self.layers),
+            "plan_digest": self.plan_digest,
+            "moments_digest": self.moments_digest,
+            "versions": dict(self.made_with),
+        }
+        return tensor_file(tensors, provenance)
+
+    @staticmethod
+    def load(path: Path) -> "Rounding":
+        """Read a rounding.
+
+        Raises:
+            ArtifactError: the file is missing, truncated, damaged or of another kind.
+        """
+        tensors, value = read_tensor_file(path, _FORMAT, "rounding")
+        require_fields(value, _FIELDS, f"rounding {path}")
+        try:
+            return Rounding(
+                layers={
+                    name: RoundedLayer(**{part: tensors[f"{name}/{part}"] for part in _PARTS})
+                    for name in value["layers"]
+                },
+                plan_digest=value["plan_digest"],
+                moments_digest=value["moments_digest"],
+                made_with=value["versions"],
+            )
+        except (KeyError, TypeError, ValueError, QvlaError) as error:
+            raise ArtifactError(f"rounding {path} is damaged: {error}; make it anew") from error
