@@ -119,7 +119,7 @@ TABLES: tuple[PaperTable, ...] = (
         "1",
         "Weights and activations",
         ("float", "w8a8", "w8a8@smoothed", "w8a8-smoothquant", "w8a8-max", "w4a8", "w4a8@smoothed",
-         "w4a8-smoothquant", "w4a4", "w4a4@smoothed", "w4a4-rtn"),
+         "w4a4", "w4a4@smoothed", "w4a4-rtn", "w4a4-max"),
         "w8a8 and w4a8 run as INT8 on ONNX Runtime; w4a4 and the libraries' are "
         "simulated in torch. No kept library learns activations' clipping as OmniQuant does.",
     ),
