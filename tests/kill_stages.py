@@ -26,6 +26,7 @@ from engines.targets import CPU
 from qvla_export.artifacts import sha256_file, versions, write_json
 from qvla_export.cli import exporting, judging, stages
 from qvla_export.cli.opening import PolicySource
+from qvla_export.estimators.first_order import FirstOrderEstimator
 from qvla_export.float_graph import export_float
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
 from qvla_export.report.page import write_report
@@ -64,7 +65,7 @@ def all_stages(checkpoint: Path, dataset: Path, policy: OftPolicy) -> list[Stage
         ),
         Stage(
             "sensitivities",
-            lambda r: stages.sensitivities(r, policy, CPU, 2, 0),
+            lambda r: stages.sensitivities(r, policy, CPU, FirstOrderEstimator(probes=2), 0),
             ("sensitivities.safetensors",),
         ),
         Stage("plan", lambda r: stages.plan(r, W4, CPU, policy.digest), ("settings/w4/plan.json",)),

@@ -25,6 +25,7 @@ from qvla_export.activation_statistics import ActivationStatistics, Histogram
 from qvla_export.activations import METHODS, ActivationRanges, RangeMethod, storable_range
 from qvla_export.cli import exporting, stages
 from qvla_export.errors import ArtifactError, QvlaError
+from qvla_export.estimators.first_order import FirstOrderEstimator
 from qvla_export.layers import fake_quantized, rounded_inputs, traced_layers
 from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan
@@ -290,7 +291,7 @@ def test_from_calibration_to_an_engine(
     run, setting = RunFolder(tmp_path / "run"), parse_setting("w8a8-rtn")
     drawn = tuple(tiny_observations(8))
     CalibrationSet(drawn[:4], drawn[4:], {"test": 1}).save(run.calibration)
-    stages.sensitivities(run, tiny_policy, CPU, 2, 0)
+    stages.sensitivities(run, tiny_policy, CPU, FirstOrderEstimator(probes=2), 0)
     with pytest.raises(ArtifactError, match="qvla activations"):
         stages.plan(run, setting, CPU, tiny_policy.digest)
     stages.activations(run, tiny_policy)

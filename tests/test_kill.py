@@ -16,6 +16,7 @@ from engines.targets import CPU
 from jetson.latency import LatencyComparison
 from qvla_export.artifacts import new_folder, sha256_tree, write_bytes
 from qvla_export.cli import exporting, stages
+from qvla_export.estimators.first_order import FirstOrderEstimator
 from qvla_export.policies.oft import OftPolicy
 from qvla_export.run_folder import RunFolder, parse_setting
 
@@ -88,7 +89,7 @@ def test_another_process_makes_the_same_bytes(
 ) -> None:
     run, setting = RunFolder(tmp_path / "run"), parse_setting("w4")
     stages.calibrate(run, LeRobotDataset(work.parent / "demos"), [], 12, 8, 0)
-    stages.sensitivities(run, tiny_policy, CPU, 2, 0)
+    stages.sensitivities(run, tiny_policy, CPU, FirstOrderEstimator(probes=2), 0)
     stages.plan(run, setting, CPU, tiny_policy.digest)
     exporting.export(run, setting, tiny_policy, CPU)
     theirs = work / "export"
