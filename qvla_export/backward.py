@@ -7,6 +7,7 @@ its output error E of every width together.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -58,6 +59,7 @@ def add_batch(
     batch: int,
     sums: Mapping[str, NDArray[np.float64]],
     contraction: Contraction = "full",
+    means: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Add the squared deviations of all channels and widths of some layers on a batch to sums.
 
@@ -71,6 +73,7 @@ def add_batch(
         batch: number of the batch, seeds its probes.
         sums: as `standard_errors.empty_sums` makes them; added to in place.
         contraction: how gradients and errors come together.
+        means: layer name -> mean input float32 [inputs], where a bias makes up for the mean error.
 
     Raises:
         QvlaError: a layer is called more than once in a pass.
@@ -85,7 +88,7 @@ def add_batch(
         return torch.autograd.grad(flat, targets, grad_outputs=drawn[number], retain_graph=more)
 
     weights = [weight] * len(drawn)
-    recorded = Recorded(layers, inputs, outputs, len(observations))
+    recorded = Recorded(layers, inputs, outputs, len(observations), means)
     sampled = probes.count is not None
     add_recorded(recorded, errors, gradients, weights, sampled, sums, contraction)
 
@@ -100,6 +103,8 @@ class Recorded:
     outputs: Mapping[str, Tensor]
     # Observations of the pass.
     count: int
+    # Layer name -> mean input, where a bias makes up for the mean error.  float32 [inputs]
+    means: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def add_recorded(
@@ -127,6 +132,8 @@ def add_recorded(
         for name, layer in layers.items():
             inputs = recorded.inputs.pop(name)
             found = _output_errors(layer, inputs, recorded.outputs[name], errors[name])
+            if name in recorded.means:
+                found = _without_mean(layer, recorded.means[name], errors[name], found)
             noises[name] = _noise(found, count, contraction)
     # Layer name -> mean over probes of each observation, [B, widths, channels], and sums over the
     # channels of each probe, [B, widths] each.
@@ -156,6 +163,18 @@ def _output_errors(
         lost = as_tokens(layer, outputs.detach()).neg()
         made.append(lost if layer.bias is None else lost.add_(layer.bias.detach()))
     return made
+
+
+def _without_mean(
+    layer: nn.Linear | nn.Conv2d, mean: Tensor, rows: Mapping[int, Tensor], errors: list[Tensor]
+) -> list[Tensor]:
+    """Take from output errors what the mean input float32 [inputs] has in them."""
+    weight = layer.weight.detach().flatten(1)
+    mean = mean.to(weight.device)
+    return [
+        made - (rows[bits] if bits else -weight) @ mean
+        for bits, made in zip(rows, errors, strict=True)
+    ]
 
 
 def _noise(errors: list[Tensor], count: int, contraction: Contraction) -> list[Tensor]:

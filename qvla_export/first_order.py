@@ -9,12 +9,11 @@ can be had for comparison.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -22,7 +21,8 @@ from qvla_export.backward import Contraction, Layers, Probes, add_batch
 from qvla_export.distributed import Alone, World
 from qvla_export.errors import QvlaError
 from qvla_export.layer_groups import layer_groups
-from qvla_export.layers import error_rows, layer_shapes, traced_layers
+from qvla_export.layers import layer_shapes, traced_layers
+from qvla_export.moments import Moments
 from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec
@@ -30,6 +30,7 @@ from qvla_export.sensitivity import Sensitivities
 from qvla_export.sharded_sums import OnProgress, ShardedSums
 from qvla_export.standard_errors import MOST_PROBES, empty_sums, standard_error, wanted_probes
 from qvla_export.streamed import Stream, open_stream
+from qvla_export.weight_errors import mean_inputs, weight_errors
 
 # How the gradients come together -> what `Sensitivities.method` says.
 METHODS: Mapping[Contraction, str] = {
@@ -68,8 +69,12 @@ class FirstOrder:
     # Layers that do not fit into this many bytes together are measured in further passes; see
     # `layer_groups` for what it counts. None measures all at once.
     max_bytes: int | None = None
+    # Where the quantizer needs them.
+    moments: Moments | None = None
 
     def __post_init__(self) -> None:
+        if (self.moments is not None) != self.quantizer.needs_moments:
+            raise QvlaError("moments belong to a quantizer that needs them: qvla moments")
         if self.batch_size < 1 or (self.probes is not None and self.probes < 1):
             raise QvlaError(
                 f"batch_size and probes must be at least 1, got {self.batch_size}, {self.probes}"
@@ -116,6 +121,8 @@ def measure_first_order(
     size, widths = settings.batch_size, len(settings.widths)
     stream = None
     if next(policy.module.parameters()).is_meta:
+        if settings.moments is not None:
+            raise QvlaError("sensitivities with moments need the weights in memory")
         stream = _stream(policy, layers, observations, settings, world or Alone())
         groups = [list(layers)]
     else:
@@ -201,7 +208,7 @@ class _Work:
             mine = self.sums.share([batch * count + g for batch in range(start, stop)])
             group = {name: self.layers[name] for name in names}
             wanted = group if mine and self.stream is None else {}
-            errors = {n: _weight_errors(x, self.settings) for n, x in wanted.items()}
+            errors = {n: self._errors(n, x) for n, x in wanted.items()}
             for unit in mine:
                 self._add(unit // count, group, errors, probes)
                 self.sums.values[_PROBES][unit] = probes or 0
@@ -220,13 +227,18 @@ class _Work:
         drawn, sums = Probes(probes, self.settings.seed), self.sums.values
         kind = self.settings.contraction
         if self.stream is None:
-            add_batch(self.policy, group, errors, observations, drawn, batch, sums, kind)
+            means = mean_inputs(group, self.settings.quantizer, self.settings.moments)
+            add_batch(self.policy, group, errors, observations, drawn, batch, sums, kind, means)
             return
 
         def errors_of(layer: nn.Linear | nn.Conv2d) -> dict[int, Tensor]:
-            return _weight_errors(layer, self.settings)
+            return self._errors("", layer)
 
         self.stream.add_batch(errors_of, observations, drawn, batch, sums, kind)
+
+    def _errors(self, name: str, layer: nn.Linear | nn.Conv2d) -> dict[int, Tensor]:
+        how = self.settings
+        return weight_errors(name, layer, how.widths, how.quantizer, how.moments)
 
     def _tell(self) -> None:
         if self.on_progress is not None:
@@ -259,18 +271,6 @@ def _stream(
     return open_stream(policy, layers, observations, size, probes, widths, bound, device)
 
 
-def _weight_errors(layer: nn.Linear | nn.Conv2d, settings: FirstOrder) -> dict[int, Tensor]:
-    """Width -> weight errors of all channels; nothing is computed for 0 bits.
-
-    float32 [channels, inputs]
-    """
-    found = {}
-    for bits in settings.widths:
-        rows = error_rows(layer, bits, settings.quantizer) if bits else np.zeros((0, 0), "f4")
-        found[bits] = torch.from_numpy(rows).to(layer.weight.device)
-    return found
-
-
 def _identity(
     policy: Policy,
     observations: int,
@@ -280,7 +280,9 @@ def _identity(
     stream: Stream | None,
 ) -> dict[str, Any]:
     """What must be equal for saved sums to be of the same measurement."""
-    stated = {**asdict(settings), "quantizer": settings.quantizer.to_json()}
+    plain = asdict(replace(settings, moments=None))
+    stated = {**plain, "quantizer": settings.quantizer.to_json()}
+    stated["moments"] = None if settings.moments is None else settings.moments.digest
     # It shows in the groups, or changes nothing.
     del stated["max_bytes"]
     return {

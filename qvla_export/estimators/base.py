@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from qvla_export.distributed import Alone, World
 from qvla_export.errors import QvlaError
 from qvla_export.exact import ChannelWidth
+from qvla_export.moments import Moments
 from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec
@@ -39,6 +40,8 @@ class Question:
     seed: int = 0
     # Observations that run together; memory grows with it.
     batch_size: int = 8
+    # Where the quantizer needs them; estimators of first order take them.
+    moments: Moments | None = None
 
     def __post_init__(self) -> None:
         if not self.observations or self.batch_size < 1:

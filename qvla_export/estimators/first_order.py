@@ -58,6 +58,7 @@ class FirstOrderEstimator:
                 contraction=self.contraction,
                 max_standard_error=self.max_standard_error,
                 max_bytes=self.max_bytes,
+                moments=question.moments,
             ),
             work.progress_file,
             work.on_progress,

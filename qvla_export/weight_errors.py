@@ -1,0 +1,79 @@
+"""What a quantizer adds to the weights of a layer, every channel at one width by itself."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qvla_export.compensation import round_layer
+from qvla_export.layers import error_rows, weight_rows
+from qvla_export.moments import LayerMoments, Moments
+from qvla_export.quantize import QuantizerSpec
+from qvla_export.rounded_plan import takes_bias
+
+Layer = nn.Linear | nn.Conv2d
+
+
+def weight_errors(
+    name: str,
+    layer: Layer,
+    widths: tuple[int, ...],
+    quantizer: QuantizerSpec,
+    moments: Moments | None = None,
+) -> dict[int, Tensor]:
+    """Return the errors of all channels by width; nothing is computed for 0 bits.
+
+    Channels do not answer each other's errors here: a sensitivity is of one channel alone.
+
+    Args:
+        name: of the layer.
+        layer: its weights stay as they are.
+        widths: among 0, 2, 4, 8, 16.
+        quantizer: how.
+        moments: where the quantizer needs them.
+
+    Returns:
+        Width -> float32 [channels, inputs]
+
+    Raises:
+        QvlaError: moments are needed and there are none of this layer.
+    """
+    found = {}
+    for bits in widths:
+        if bits == 0:
+            rows = np.zeros((0, 0), np.float32)
+        elif moments is None:
+            rows = error_rows(layer, bits, quantizer)
+        else:
+            shape = weight_rows(layer).shape
+            rows = _answered(layer, bits, quantizer, moments.of(name, *shape), takes_bias(name))
+        found[bits] = torch.from_numpy(rows).to(layer.weight.device)
+    return found
+
+
+def mean_inputs(
+    layers: Mapping[str, Layer], quantizer: QuantizerSpec, moments: Moments | None
+) -> dict[str, Tensor]:
+    """Return the mean inputs float32 [inputs] of layers whose bias makes up for their errors."""
+    if moments is None or not quantizer.bias_correction:
+        return {}
+    return {
+        name: torch.from_numpy(moments.of(name, *weight_rows(layer).shape).mean)
+        for name, layer in layers.items()
+        if takes_bias(name)
+    }
+
+
+def _answered(
+    layer: Layer, bits: int, quantizer: QuantizerSpec, moments: LayerMoments, shifted: bool
+) -> NDArray[np.float32]:
+    alone = quantizer
+    if quantizer.compensation != "none":
+        alone = replace(quantizer, compensation="inputs")
+    rows = weight_rows(layer)
+    widths, order = np.full(len(rows), bits, np.int8), np.arange(rows.shape[1])
+    made = round_layer(rows, widths, alone, moments, order, shifted)
+    return made.rows(widths, alone, order) - rows
