@@ -6,7 +6,7 @@ its output error E of every width together.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -104,7 +104,7 @@ class Recorded:
     # Observations of the pass.
     count: int
     # Layer name -> mean input, where a bias makes up for the mean error.  float32 [inputs]
-    means: Mapping[str, Tensor] = MappingProxyType({})
+    means: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def add_recorded(
