@@ -127,6 +127,7 @@ def _identity(
     return {
         "policy_digest": policy.digest,
         "plan_digest": None if plan is None else plan.digest,
+        "rounding_digest": _rounding_digest(plan),
         "target": target.name,
         "layers_per_stage": layers_per_stage,
         "versions": versions(),
@@ -174,9 +175,14 @@ def _require_traced_from(graph: ir.Model, policy: Policy, target: Target) -> Non
         require_same(f"float graph and {key}", found, expected, "Export the float graph anew.")
 
 
+def _rounding_digest(plan: BitPlan | None) -> str | None:
+    return None if plan is None or plan.rounding is None else plan.rounding.digest
+
+
 def _summary(plan: BitPlan, figures: GraphFigures) -> dict[str, Any]:
     return {
         "budget": plan.budget,
+        "rounding_digest": _rounding_digest(plan),
         "mean_bits_per_channel": plan.mean_bits_per_channel,
         "mean_bits_per_weight": plan.mean_bits_per_weight,
         "stored_bits_per_weight": plan.stored_bits_per_weight,

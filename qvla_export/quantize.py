@@ -7,7 +7,7 @@ one scale per channel or per group of consecutive inputs.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -159,6 +159,16 @@ def spec_for(target: Target) -> QuantizerSpec:
             for bits, container in target.containers.items()
             if bits in CODE_RANGE
         }
+    )
+
+
+def compensated_spec(target: Target) -> QuantizerSpec:
+    """Return a target's quantizer with everything that what the layers are fed makes possible."""
+    return replace(
+        spec_for(target),
+        weighted_scales=True,
+        compensation="inputs and channels",
+        bias_correction=True,
     )
 
 

@@ -9,6 +9,8 @@ from qvla_export.activations import ACTIVATION_CODES
 from qvla_export.errors import ArtifactError, QvlaError
 from qvla_export.target import WIDTHS, Target
 
+# File of a setting's codes, beside its plan and bundle.
+ROUNDING = "rounding.safetensors"
 _SETTING = re.compile(
     r"w(?P<bits>\d+(\.\d+)?)(a(?P<activations>\d+))?"
     r"((?P<uniform>-rtn)|(-(?P<method>alg1|staged|layer|module|uniform|gates(?P<gates>[1-4])?))?"
@@ -148,6 +150,11 @@ class RunFolder:
         return self.root / "activations.safetensors"
 
     @property
+    def moments(self) -> Path:
+        """What the layers are fed and what their outputs are worth."""
+        return self.root / "moments.safetensors"
+
+    @property
     def agreement(self) -> Path:
         """Comparison of the sensitivities with exact ones."""
         return self.root / "agreement.json"
@@ -169,6 +176,10 @@ class RunFolder:
     def plan(self, setting: Setting) -> Path:
         """Bit plan of a setting."""
         return self._of(setting) / "plan.json"
+
+    def rounding(self, setting: Setting) -> Path:
+        """Codes of a setting's plan, where its quantizer makes them from moments."""
+        return self._of(setting) / ROUNDING
 
     def bundle(self, setting: Setting) -> Path:
         """Bundle of a setting."""

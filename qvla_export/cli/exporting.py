@@ -105,8 +105,12 @@ def _is_of(
 ) -> bool:
     if bundle.policy_digest != policy.digest or (bundle.plan is None) != (planned is None):
         return False
-    stored = bundle.path / "plan.json"
-    return planned is None or sha256_file(stored) == sha256_file(run.plan(setting))
+    if planned is None:
+        return True
+    assert bundle.plan is not None
+    rounding = None if planned.rounding is None else planned.rounding.digest
+    same = bundle.plan.get("rounding_digest") == rounding
+    return same and sha256_file(bundle.path / "plan.json") == sha256_file(run.plan(setting))
 
 
 def _has_golden(bundle: "Bundle", policy: "OftPolicy", golden: Sequence[Observation]) -> bool:

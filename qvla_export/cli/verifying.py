@@ -199,6 +199,9 @@ def _reference(
     from engines.verify import engine_reference, torch_reference
     from qvla_export.bundle import PLAN, Bundle
     from qvla_export.plan import BitPlan
+    from qvla_export.rounded_plan import with_rounding
+    from qvla_export.rounding import Rounding
+    from qvla_export.run_folder import ROUNDING
 
     if wanted.against == _GOLDEN:
         if held_out is not None:
@@ -222,6 +225,9 @@ def _reference(
     if held_out is None:
         return torch_reference(bundle)
     plan = None if bundle.plan is None else BitPlan.load(bundle.path / PLAN)
+    beside = bundle.path.resolve().parent / ROUNDING
+    if plan is not None and plan.quantizer.needs_moments and beside.is_file():
+        plan = with_rounding(plan, Rounding.load(beside))
     return held_out_reference(bundle, policy, plan, held_out)
 
 

@@ -1,0 +1,158 @@
+"""`qvla moments`, `qvla round` and `qvla quantizers`: codes made from what the layers are fed."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from qvla_export.artifacts import versions, write_json
+from qvla_export.cli.options import (
+    PolicyOption,
+    PresetOption,
+    RunOption,
+    SettingOption,
+    TargetOption,
+    UnnormKeyOption,
+    open_checkpoint,
+)
+from qvla_export.errors import QvlaError
+from qvla_export.quantize import QuantizerSpec, compensated_spec, spec_for
+from qvla_export.run_folder import RunFolder, parse_setting
+
+if TYPE_CHECKING:
+    from qvla_export.moments import Moments
+    from qvla_export.observation import Observation
+    from qvla_export.plan import BitPlan
+    from qvla_export.policies.base import Policy
+    from qvla_export.target import Target
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(moments)
+    app.command(name="round")(round_setting)
+    app.command()(quantizers)
+
+
+def moments(
+    run: RunOption,
+    policy: PolicyOption,
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+) -> None:
+    """Measure what layers are fed and what their outputs are worth to the action."""
+    from qvla_export.cli import compensating
+
+    folder = RunFolder(run)
+    found = compensating.moments(folder, open_checkpoint(policy, unnorm_key, preset))
+    typer.echo(
+        f"moments: {len(found.layers)} layers on {found.samples} observations -> {folder.moments}"
+    )
+
+
+def round_setting(
+    run: RunOption,
+    policy: PolicyOption,
+    setting: SettingOption,
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+) -> None:
+    """Make the codes of a plan whose quantizer compensates errors; qvla export packs them."""
+    from qvla_export.cli import compensating
+
+    folder, wanted = RunFolder(run), parse_setting(setting)
+    loaded = open_checkpoint(policy, unnorm_key, preset, resident=False)
+    planned = compensating.rounded(folder, wanted, loaded)
+    if planned is None or planned.rounding is None:
+        raise QvlaError(
+            f"the plan of {setting} takes the nearest codes, nothing is to be made; for others: "
+            "qvla sensitivities --quantizer compensated, then qvla plan"
+        )
+    typer.echo(f"rounding: {len(planned.rounding.layers)} layers -> {folder.rounding(wanted)}")
+
+
+def quantizers(
+    run: RunOption,
+    policy: PolicyOption,
+    target: TargetOption = "cpu",
+    bits: Annotated[str, typer.Option(help="Mean bits of the plans, comma-separated.")] = (
+        "4,3,2.5,2"
+    ),
+    output: Annotated[Path, typer.Option(help="JSON file.")] = Path("quantizers.json"),
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+) -> None:
+    """Compare what each part of the quantizer does to held-out actions, plans kept as they are."""
+    from calibration.samples import CalibrationSet
+    from engines.targets import find_target
+    from qvla_export.choices import choices_of
+    from qvla_export.cli import compensating
+    from qvla_export.sensitivity import Sensitivities
+
+    folder, device = RunFolder(run), find_target(target)
+    loaded = open_checkpoint(policy, unnorm_key, preset)
+    measured = Sensitivities.load(folder.sensitivities)
+    found = compensating.moments(folder, loaded)
+    held_out = CalibrationSet.load(folder.calibration).held_out
+    rows: list[dict[str, Any]] = []
+    for text in bits.split(","):
+        choices = choices_of(parse_setting(f"w{text}", device), measured, device)
+        plan = choices.allocate(measured, device, None)
+        for row in _compared(loaded, plan, found, device, held_out):
+            rows.append({"mean_bits": text, "share_of_float16": plan.ratio, **row})
+            typer.echo(
+                f"w{text} {plan.ratio:.4f}  {row['quantizer']:<36} {row['rms']:.5f}  "
+                f"{row['seconds']:.1f} s"
+            )
+    about = {"sensitivities_digest": measured.digest, "moments_digest": found.digest}
+    write_json(output, {**about, "versions": versions(), "rows": rows})
+
+
+def variants(target: "Target") -> dict[str, QuantizerSpec]:
+    """Return quantizers that differ in one part, and the whole."""
+    nearest, whole = spec_for(target), compensated_spec(target)
+    inputs = replace(nearest, weighted_scales=True, compensation="inputs")
+    return {
+        "nearest": nearest,
+        "bias correction": replace(nearest, bias_correction=True),
+        "weighted scales": replace(nearest, weighted_scales=True),
+        "inputs": inputs,
+        "inputs, bias": replace(inputs, bias_correction=True),
+        "inputs and channels": replace(whole, bias_correction=False),
+        "inputs and channels, bias": whole,
+    }
+
+
+def _compared(
+    policy: "Policy",
+    plan: "BitPlan",
+    found: "Moments",
+    target: "Target",
+    observations: "tuple[Observation, ...]",
+) -> Iterator[dict[str, Any]]:
+    """Yield what each quantizer does to the actions: RMS, normalized, and the time it takes."""
+    from qvla_export.layers import fake_quantized
+    from qvla_export.rounded_plan import round_plan
+
+    exact = _actions(policy, observations)
+    for name, spec in variants(target).items():
+        started = time.perf_counter()
+        tried = replace(plan, quantizer=spec, rounding=None)
+        if spec.needs_moments:
+            tried = round_plan(policy, tried, found)
+        seconds = time.perf_counter() - started
+        with fake_quantized(policy, tried):
+            moved = _actions(policy, observations) - exact
+        rms = float(np.sqrt(np.square(moved).mean()))
+        yield {"quantizer": name, "rms": rms, "seconds": seconds}
+
+
+def _actions(policy: "Policy", observations: "tuple[Observation, ...]") -> NDArray[np.float32]:
+    size = 16
+    chunks = [observations[i : i + size] for i in range(0, len(observations), size)]
+    return np.concatenate([policy.greedy_actions(policy.batch(c)).numpy() for c in chunks])
