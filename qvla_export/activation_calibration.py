@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ReferenceType, ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qvla_export.activation_statistics import BINS, ActivationStatistics, Histogram
+from qvla_export.distributed import Alone, World
 from qvla_export.errors import QvlaError
 from qvla_export.layers import traced_layers
 from qvla_export.observation import Observation
@@ -67,11 +69,25 @@ def add_numbers(histogram: Histogram, values: Tensor, name: str) -> None:
     histogram.counts += torch.bincount(bins, minlength=BINS).cpu().numpy()
 
 
+def _join(histograms: Sequence[Histogram], world: World) -> None:
+    """Make every process's histograms those of all; no number moves between bins by rounding."""
+    largest = np.zeros((world.size, len(histograms)))
+    largest[world.rank] = [histogram.largest for histogram in histograms]
+    of_all = world.added({"largest": largest})["largest"].max(axis=0)
+    for histogram, most in zip(histograms, of_all.tolist(), strict=True):
+        histogram.widen(most)
+    # Counts are whole numbers far below 2^53.
+    counts = np.stack([histogram.counts for histogram in histograms]).astype(np.float64)
+    for histogram, row in zip(histograms, world.added({"counts": counts})["counts"], strict=True):
+        histogram.counts = row.astype(np.int64)
+
+
 def measure_activations(
     policy: Policy,
     observations: Sequence[Observation],
     calibration_digest: str,
     on_progress: Callable[[int, int], None] | None = None,
+    world: World | None = None,
 ) -> ActivationStatistics:
     """Record the inputs of all quantizable layers of the full-precision policy.
 
@@ -82,27 +98,34 @@ def measure_activations(
         observations: at least one.
         calibration_digest: digest of the set they came from.
         on_progress: called with (observations done, observations in all).
+        world: the processes that share the observations; all get the same result as one alone.
 
     Raises:
-        QvlaError: no observations, a layer that is never run, an input that is not finite.
+        QvlaError: fewer observations than processes, a layer that is never run, an input that is
+            not finite.
     """
-    if not observations:
-        raise QvlaError("activation ranges need at least one observation, got none")
+    world = world or Alone()
+    if len(observations) < world.size:
+        raise QvlaError(
+            "activation ranges need at least one observation a process, got "
+            f"{len(observations)} for {world.size}"
+        )
     layers = traced_layers(policy)
     recorder = _Recorder()
     handles = [layer.register_forward_pre_hook(recorder.hook(n)) for n, layer in layers.items()]
     try:
         with torch.no_grad():
-            for number, observation in enumerate(observations, 1):
-                policy.normalized_actions(policy.batch([observation]))
+            for number in range(world.rank, len(observations), world.size):
+                policy.normalized_actions(policy.batch([observations[number]]))
                 if on_progress is not None:
-                    on_progress(number, len(observations))
+                    on_progress(min(number + world.size, len(observations)), len(observations))
     finally:
         for handle in handles:
             handle.remove()
     recorded = {name for members in recorder.groups.values() for name in members}
     if missing := sorted(set(layers) - recorded):
         raise QvlaError(f"layers that no observation runs have no activations: {missing}")
+    _join(list(recorder.histograms.values()), world)
     return ActivationStatistics(
         histograms={tuple(m): recorder.histograms[g] for g, m in recorder.groups.items()},
         samples=len(observations),

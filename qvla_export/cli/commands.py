@@ -29,6 +29,7 @@ from qvla_export.cli import (
 from qvla_export.cli.options import (
     CamerasOption,
     DatasetOption,
+    DeviceOption,
     PolicyOption,
     PresetOption,
     RunOption,
@@ -37,6 +38,7 @@ from qvla_export.cli.options import (
     StateColumnOption,
     TargetOption,
     UnnormKeyOption,
+    WaitOption,
     open_checkpoint,
     open_dataset,
 )
@@ -80,12 +82,23 @@ def activations(
     policy: PolicyOption,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
+    device: DeviceOption = "auto",
+    wait_minutes: WaitOption = 60.0,
 ) -> None:
-    """Record what the layers are fed; settings such as w8a8 take their ranges from it."""
-    from qvla_export.cli import stages
+    """Record what the layers are fed; settings such as w8a8 take their ranges from it.
 
-    folder, loaded = RunFolder(run), open_checkpoint(policy, unnorm_key, preset)
-    fed = stages.activations(folder, loaded)
+    Under torchrun, processes share the observations.
+    """
+    from qvla_export.cli import stages
+    from qvla_export.cli.resources import joined_resources
+
+    folder = RunFolder(run)
+    with joined_resources(device, wait_minutes) as resources:
+        loaded = open_checkpoint(policy, unnorm_key, preset)
+        loaded.module.to(resources.world.device)
+        fed = stages.activations(folder, loaded, resources.world)
+    if resources.world.rank:
+        return  # process 0 speaks for all
     layers = sum(len(names) for names in fed.histograms)
     typer.echo(
         f"activations: {len(fed.histograms)} inputs of {layers} layers on {fed.samples} "

@@ -32,7 +32,10 @@ class Resources:
 
 @contextlib.contextmanager
 def joined_resources(
-    device: DeviceChoice, wait_minutes: float, batch_size: int, max_memory_gb: float | None
+    device: DeviceChoice,
+    wait_minutes: float,
+    batch_size: int = 8,
+    max_memory_gb: float | None = None,
 ) -> Iterator[Resources]:
     """Join the processes that torchrun started; all but the first keep to warnings.
 

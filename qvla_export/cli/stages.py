@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from calibration.samples import CalibrationSet
     from qvla_export.agreement import Agreement
     from qvla_export.cli.resources import Resources
+    from qvla_export.distributed import World
     from qvla_export.estimators.base import Estimator, Question
     from qvla_export.policies.oft import OftPolicy
 
@@ -165,22 +166,33 @@ def agreement(run: RunFolder, policy: "OftPolicy", pairs: int, seed: int) -> "Ag
     return compared
 
 
-def activations(run: RunFolder, policy: "OftPolicy") -> "ActivationStatistics":
-    """Record what the layers are fed, or keep what was recorded on the same."""
+def activations(
+    run: RunFolder, policy: "OftPolicy", world: "World | None" = None
+) -> "ActivationStatistics":
+    """Record what the layers are fed, or keep what was recorded on the same.
+
+    Processes of one world share the observations; process 0 writes.
+    """
     from calibration.samples import CalibrationSet
     from qvla_export.activation_calibration import measure_activations
+    from qvla_export.distributed import Alone
 
+    world = world or Alone()
+    first = world.rank == 0
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
     kept = kept_artifact(run.activations, ActivationStatistics.load)
-    if kept is not None and (
+    same = kept is not None and (
         (kept.policy_digest, kept.calibration_digest) == (policy.digest, calibration.digest)
-    ):
-        return kept
-    with Progress() as progress:
+    )
+    if world.told(same):
+        return kept or ActivationStatistics.load(run.activations)
+    with Progress(disable=not first) as progress:
+        told = bar(progress, "activations")
         measured = measure_activations(
-            policy, calibration.observations, calibration.digest, bar(progress, "activations")
+            policy, calibration.observations, calibration.digest, told, world
         )
-    measured.save(run.activations)
+    if first:
+        measured.save(run.activations)
     return measured
 
 
