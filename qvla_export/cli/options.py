@@ -70,8 +70,9 @@ MaxMemoryOption = Annotated[
     float | None,
     typer.Option(
         "--max-memory-gb",
-        help="Bound, in 10^9 bytes a process beside the interpreter: layers go in groups; first "
-        "order also reads weights that do not fit from disk, stage by stage. Default: none.",
+        help="Bound of weights, weight errors and activations in 10^9 bytes a process; temporaries "
+        "come on top. Layers go in groups; first order also reads weights that do not fit from "
+        "disk, stage by stage. Default: none.",
     ),
 ]
 WaitOption = Annotated[
