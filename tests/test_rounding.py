@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tiny_bundles import make_bundle, mixed_plan
 
+from calibration.samples import CalibrationSet
 from engines.load import load_engine
 from engines.targets import CPU
 from engines.verify import judge
+from qvla_export.cli import compensating, exporting, judging, stages
 from qvla_export.compensation import round_layer
 from qvla_export.errors import ArtifactError, ArtifactMismatch, PlanMismatch, QvlaError
+from qvla_export.estimators.first_order import FirstOrderEstimator
 from qvla_export.golden import golden_actions, staged_golden_actions
 from qvla_export.layers import fake_quantized, traced_layers
 from qvla_export.moment_measurement import MomentSettings, layer_tokens, measure_moments
@@ -23,18 +26,14 @@ from qvla_export.moments import LayerMoments, Moments
 from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan
 from qvla_export.policies.oft import OftPolicy
-from qvla_export.quantize import CODE_RANGE, QuantizerSpec, spec_for
+from qvla_export.quantize import CODE_RANGE, QuantizerSpec, compensated_spec, spec_for
 from qvla_export.rounded_plan import round_plan, with_rounding
 from qvla_export.rounding import Rounding
+from qvla_export.run_folder import RunFolder, parse_setting
 
 Observations = Callable[..., list[Observation]]
 WIDTHS = (0, 2, 4, 8, 16)
-FULL = replace(
-    spec_for(CPU),
-    weighted_scales=True,
-    compensation="inputs and channels",
-    bias_correction=True,
-)
+FULL = compensated_spec(CPU)
 DIGEST = "c" * 64
 
 
@@ -241,3 +240,31 @@ def test_stages_compute_the_same(
     staged = staged_golden_actions(tiny_policy, plan, observations, stages, weights)
     whole = golden_actions(tiny_policy, plan, observations)
     np.testing.assert_allclose(staged.reference, whole.reference, atol=1e-4)
+
+
+def test_a_run_rounds_its_plan_and_packs_the_codes(
+    tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
+) -> None:
+    run, w4 = RunFolder(tmp_path), parse_setting("w4")
+    drawn = tuple(tiny_observations(12))
+    CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(run.calibration)
+    estimator = FirstOrderEstimator(probes=2)
+    plain = stages.sensitivities(run, tiny_policy, CPU, estimator, 0)
+    measured = stages.sensitivities(run, tiny_policy, CPU, estimator, 0, compensated=True)
+    assert measured.quantizer == compensated_spec(CPU) != plain.quantizer
+    # A channel alone moves the action less where its other weights and its bias answer.
+    for bits in (0, 2, 4):
+        sums = [sum(float(t.at(n, bits).sum()) for n in t.values) for t in (measured, plain)]
+        assert sums[0] < sums[1]
+    stages.plan(run, w4, CPU, tiny_policy.digest)
+    with pytest.raises(ArtifactError, match="qvla round --setting w4"):
+        exporting.export(run, w4, tiny_policy, CPU)
+    rounded = compensating.rounded(run, w4, tiny_policy)
+    kept = compensating.rounded(run, w4, tiny_policy)
+    assert rounded is not None and kept is not None and rounded.rounding is not None
+    assert kept.rounding is not None and kept.rounding.digest == rounded.rounding.digest
+    bundle = exporting.export(run, w4, tiny_policy, CPU)
+    assert bundle.plan is not None
+    assert bundle.plan["rounding_digest"] == rounded.rounding.digest
+    assert exporting.export(run, w4, tiny_policy, CPU).digest == bundle.digest
+    assert judging.action_error(run, w4, tiny_policy)["rms"] > 0

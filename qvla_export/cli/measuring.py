@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,6 +19,7 @@ from qvla_export.cli.options import (
     WaitOption,
     open_checkpoint,
 )
+from qvla_export.errors import QvlaError
 from qvla_export.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -57,6 +58,16 @@ ShareOption = Annotated[
 ]
 
 
+QuantizerOption = Annotated[
+    Literal["nearest", "compensated"],
+    typer.Option(
+        "--quantizer",
+        help="What plans are rounded with: the nearest codes, or codes that make up for each "
+        "other's errors and biases for the mean (qvla round makes them).",
+    ),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(sensitivities)
@@ -68,6 +79,7 @@ def sensitivities(
     policy: PolicyOption,
     target: TargetOption = "cpu",
     method: MethodOption = "first-order",
+    quantizer: QuantizerOption = "nearest",
     probes: ProbesOption = 8,
     standard_error: StandardErrorOption = None,
     exact_share: ShareOption = 0.02,
@@ -96,11 +108,19 @@ def sensitivities(
     with joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources:
         told = Options(probes or None, standard_error, exact_share, resources.max_bytes)
         find_estimator(method, told)  # says what is wrong before much is read
-        streams = method in STREAMED and not check_pairs
+        if quantizer == "compensated" and (method != "first-order" or check_pairs):
+            raise QvlaError(
+                "sensitivities of compensated codes are of first order, and compared with none: "
+                "leave out --method and --check-pairs"
+            )
+        streams = method in STREAMED and not check_pairs and quantizer == "nearest"
         opened = open_within(resources, policy, unnorm_key, preset, streams)
         loaded = opened.policy
         estimator = find_estimator(method, replace(told, max_bytes=opened.max_bytes))
-        measured = stages.sensitivities(folder, loaded, wanted, estimator, seed, resources)
+        compensated = quantizer == "compensated"
+        measured = stages.sensitivities(
+            folder, loaded, wanted, estimator, seed, resources, compensated
+        )
     if resources.world.rank:
         return  # process 0 speaks for all
     typer.echo(f"sensitivities: {_described(measured)} -> {folder.sensitivities}")

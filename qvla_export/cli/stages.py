@@ -1,19 +1,18 @@
 """The stages of a run: each reads one artifact and writes one, and keeps what is up to date."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
 from qvla_export.activation_statistics import ActivationStatistics
 from qvla_export.activations import DEFAULT_METHOD, RangeMethod
-from qvla_export.artifacts import remove_leftovers, require_same
+from qvla_export.artifacts import require_same
 from qvla_export.budget import LatencyLimit
 from qvla_export.choices import Choices, choices_of, shapes_of
-from qvla_export.errors import ArtifactError
+from qvla_export.cli.keeping import bar as bar
+from qvla_export.cli.keeping import kept_artifact as kept_artifact
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.quantize import QuantizerSpec, spec_for
 from qvla_export.run_folder import RunFolder, Setting, made
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
     from qvla_export.distributed import World
     from qvla_export.estimators.base import Estimator, Question
     from qvla_export.policies.oft import OftPolicy
-
-_LOG = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _MEASURE_AGAIN = "Measure and plan again on this set: qvla sensitivities, qvla plan."
 _MEASURE = "Measure the sensitivities of this policy: qvla sensitivities."
@@ -78,17 +73,22 @@ def sensitivities(
     estimator: "Estimator",
     seed: int,
     resources: "Resources | None" = None,
+    compensated: bool = False,
 ) -> Sensitivities:
     """Estimate all channels and widths, or keep what was estimated in the same way.
 
-    Processes of one world share the observations; process 0 writes.
+    With `compensated`, of the quantizer that `compensating.rounded` rounds plans with. Processes of
+    one world share the observations; process 0 writes.
     """
+    from qvla_export.cli import compensating
     from qvla_export.cli.resources import Resources
     from qvla_export.estimators.base import Work, remove_progress
 
     means = resources or Resources()
     first = means.world.rank == 0
     asked = question(run, policy, target, seed, means.batch_size)
+    if compensated:
+        asked = compensating.asked(run, asked, target, means.world)
     journal = run.sensitivities.with_suffix(".progress")
     kept = kept_artifact(run.sensitivities, Sensitivities.load)
     # Process 0 decides, so that none waits for one that has nothing to do.
@@ -246,15 +246,18 @@ def _with_activations(run: RunFolder, planned: BitPlan, bits: int, method: Range
     )
 
 
-def load_plan(run: RunFolder, setting: Setting) -> BitPlan | None:
-    """Read a setting's plan; None for float.
+def load_plan(run: RunFolder, setting: Setting, rounded: bool = True) -> BitPlan | None:
+    """Read a setting's plan, with its codes where it has some of its own; None for float.
 
     Raises:
         ArtifactError: it is missing or damaged.
     """
     if setting.kind == "float":
         return None
-    return BitPlan.load(made(run.plan(setting), f"plan --setting {setting.name}"))
+    planned = BitPlan.load(made(run.plan(setting), f"plan --setting {setting.name}"))
+    from qvla_export.cli import compensating
+
+    return compensating.attached(run, setting, planned) if rounded else planned
 
 
 def _pairs_in_all(measured: Sensitivities) -> int:
@@ -277,21 +280,3 @@ def _round_to_nearest(target: Target) -> QuantizerSpec:
     """The target's own containers, scales from the largest weight: the plain baseline."""
     rules = spec_for(target).rules
     return QuantizerSpec({bits: replace(rule, scale="max") for bits, rule in rules.items()})
-
-
-def kept_artifact(path: Path, load: Callable[[Path], T]) -> T | None:
-    """Load an artifact that may be reused; a damaged one is reported and made anew."""
-    if not path.exists():
-        return None
-    # Of a kill after the artifact was in place: nothing else would remove them.
-    remove_leftovers(path)
-    try:
-        return load(path)
-    except ArtifactError as error:
-        _LOG.warning("making %s anew: %s", path, error)
-        return None
-
-
-def bar(progress: Progress, description: str) -> Callable[[int, int], None]:
-    task = progress.add_task(description)
-    return lambda done, total: progress.update(task, completed=done, total=total)
