@@ -188,8 +188,9 @@ def test_the_stages_one_by_one_give_what_deploy_gives(
     policy = ("--policy", inputs.checkpoint)
     steps = [
         ("calibrate", *common, "--dataset", inputs.dataset, "--count", 6, "--held-out", 6),
-        ("sensitivities", *common, *policy),
+        ("sensitivities", *common, *policy, "--quantizer", "compensated"),
         ("plan", *common, "--setting", "w4"),
+        ("round", *common, *policy, "--setting", "w4"),
         ("export", *common, *policy, "--setting", "w4"),
         ("verify", run / "settings/w4/bundle"),
         ("profile", run / "settings/w4/bundle", "--output", run / "profile.json", "--samples", 3),

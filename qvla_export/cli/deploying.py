@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvla_export.artifacts import read_json, versions, write_json
+from qvla_export.cli.measuring import QuantizerOption
 from qvla_export.cli.opening import PolicySource
 from qvla_export.cli.options import (
     CamerasOption,
@@ -54,6 +55,8 @@ class Deployment:
     threads: int | None
     seed: int
     workers: int
+    # Codes of planned settings: "nearest" or "compensated".
+    quantizer: str
 
 
 def register(app: typer.Typer) -> None:
@@ -97,6 +100,7 @@ def deploy(
     preset: PresetOption = None,
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
+    quantizer: QuantizerOption = "compensated",
 ) -> None:
     """Run every stage: calibration, sensitivities, plans, bundles, judgement, latency, report."""
     from engines.targets import find_target
@@ -117,6 +121,7 @@ def deploy(
         threads=threads,
         seed=seed,
         workers=workers,
+        quantizer=quantizer,
     )
     run_all(wanted, open_checkpoint(policy, unnorm_key, preset))
 
@@ -128,7 +133,7 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     from engines.load import runtime_here
     from engines.targets import find_target
     from engines.trt.sidecar import engine_folder
-    from qvla_export.cli import exporting, judging, stages
+    from qvla_export.cli import compensating, exporting, judging, stages
     from qvla_export.cli.building import build_with_progress
     from qvla_export.estimators.first_order import FirstOrderEstimator
 
@@ -138,7 +143,9 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     stages.calibrate(run, wanted.dataset, wanted.tasks, wanted.count, wanted.held_out, wanted.seed)
     _describe(wanted, policy)
     _say("sensitivities of every channel and width")
-    stages.sensitivities(run, policy, target, FirstOrderEstimator(probes=8), wanted.seed)
+    compensated = wanted.quantizer == "compensated"
+    estimator = FirstOrderEstimator(probes=8)
+    stages.sensitivities(run, policy, target, estimator, wanted.seed, compensated=compensated)
     if wanted.check_pairs:
         compared = stages.agreement(run, policy, wanted.check_pairs, wanted.seed)
         _say(
@@ -151,6 +158,7 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     for setting in wanted.settings:
         _say(f"{setting.name}: plan, bundle, engine")
         stages.plan(run, setting, target, policy.digest)
+        compensating.rounded(run, setting, policy)
         bundle = exporting.export(run, setting, policy, target)
         require_no_errors(check_bundle(bundle, target))
         if target.runtime == "tensorrt_rtx" or (native and target.runtime == "tensorrt"):

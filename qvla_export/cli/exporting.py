@@ -8,6 +8,7 @@ import numpy as np
 from rich.progress import Progress
 
 from qvla_export.artifacts import sha256_file
+from qvla_export.cli.compensating import attached
 from qvla_export.cli.stages import bar, kept_artifact, load_plan, require_calibration
 from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan
@@ -37,10 +38,13 @@ def export(
     from qvla_export.layers import layer_shapes
 
     path = run.bundle(setting)
-    planned = load_plan(run, setting)
+    planned = load_plan(run, setting, rounded=False)
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
     if planned is not None and planned.calibration_digest is not None:
         require_calibration(calibration, planned.calibration_digest, "plan")
+    if planned is not None:
+        planned.require_fits(layer_shapes(policy.layers()), policy.digest)
+        planned = attached(run, setting, planned)
     golden = calibration.held_out[:8]
     kept = kept_artifact(path, Bundle.load)
     options = {"accuracy_level": accuracy_level}
@@ -55,8 +59,6 @@ def export(
         # Of a kill after the bundle was in place.
         shutil.rmtree(unfinished_folder(path), ignore_errors=True)
         return kept
-    if planned is not None:
-        planned.require_fits(layer_shapes(policy.layers()), policy.digest)
     graph = _float_graph(policy, target) if layers_per_stage is None else None
     with Progress(transient=True) as progress:
         return export_bundle(

@@ -62,8 +62,7 @@ QuantizerOption = Annotated[
     Literal["nearest", "compensated"],
     typer.Option(
         "--quantizer",
-        help="What plans are rounded with: the nearest codes, or codes that make up for each "
-        "other's errors and biases for the mean (qvla round makes them).",
+        help="Of plans: nearest codes, or codes that make up for each other (qvla round).",
     ),
 ]
 
@@ -108,10 +107,9 @@ def sensitivities(
     with joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources:
         told = Options(probes or None, standard_error, exact_share, resources.max_bytes)
         find_estimator(method, told)  # says what is wrong before much is read
-        if quantizer == "compensated" and (method != "first-order" or check_pairs):
+        if quantizer == "compensated" and method != "first-order":
             raise QvlaError(
-                "sensitivities of compensated codes are of first order, and compared with none: "
-                "leave out --method and --check-pairs"
+                f"sensitivities of compensated codes are of first order, got --method {method}"
             )
         streams = method in STREAMED and not check_pairs and quantizer == "nearest"
         opened = open_within(resources, policy, unnorm_key, preset, streams)

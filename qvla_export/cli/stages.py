@@ -146,6 +146,7 @@ def agreement(run: RunFolder, policy: "OftPolicy", pairs: int, seed: int) -> "Ag
     """Compare the sensitivities with exact ones on sampled channels and widths."""
     from calibration.samples import CalibrationSet
     from qvla_export.agreement import Agreement, compare_with_exact
+    from qvla_export.first_order import FirstOrder, measure_first_order
 
     measured = Sensitivities.load(made(run.sensitivities, "sensitivities"))
     require_same("policy and sensitivities", measured.policy_digest, policy.digest, _MEASURE)
@@ -158,10 +159,16 @@ def agreement(run: RunFolder, policy: "OftPolicy", pairs: int, seed: int) -> "Ag
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
     require_calibration(calibration, measured.calibration_digest, "sensitivities")
     observations = calibration.observations
+    table = measured
+    if measured.quantizer.needs_moments:
+        # What is measured exactly are nearest codes: the estimator is judged, not the rounding.
+        nearest = QuantizerSpec(measured.quantizer.rules)
+        how = FirstOrder(nearest, measured.widths, measured.probes or None, measured.seed)
+        table = measure_first_order(policy, observations, calibration.digest, how)
     with Progress() as progress:
-        compared = compare_with_exact(
-            measured, policy, observations, pairs, seed, on_progress=bar(progress, "exact sample")
-        )
+        told = bar(progress, "exact sample")
+        compared = compare_with_exact(table, policy, observations, pairs, seed, on_progress=told)
+    compared = replace(compared, sensitivities_digest=measured.digest)
     compared.save(run.agreement)
     return compared
 
