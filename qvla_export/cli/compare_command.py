@@ -51,8 +51,9 @@ def compare(
     contestants: Annotated[
         str | None,
         typer.Option(
-            help="Instead of tables: settings (w4, w4-layer), libraries' methods (w4-awq), of the "
-            "smoothed checkpoint (w8a8@smoothed), of fewer calibration observations (w4@16)."
+            help="Instead of tables: settings (w4, w4-layer), with compensating codes "
+            "(w4@compensated), of the smoothed checkpoint (w8a8@smoothed), from fewer "
+            "observations (w4@16), libraries' methods (w4-awq)."
         ),
     ] = None,
     episodes_for: Annotated[
@@ -120,7 +121,7 @@ def compare(
 def _begun(wanted: "Contest") -> Comparison:
     """What an earlier run has measured of the same, or a comparison without rows."""
     from jetson.board import read_board_state
-    from qvla_export.cli.stages import kept_artifact
+    from qvla_export.cli.keeping import kept_artifact
 
     board = read_board_state()
     told = wanted.told()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qvla_export.cli import exporting, judging, simulated, stages
+from qvla_export.cli import compensating, exporting, judging, simulated, stages
 from qvla_export.cli.stands import Stand, sensitivities
 from qvla_export.comparison.contestants import Contestant
 from qvla_export.comparison.rows import Cost, EngineName, Outcome, SeedRow
@@ -89,7 +89,7 @@ def _plan(stand: Stand, setting: Setting) -> list[str]:
     if setting.kind == "float":
         return []
     sensitivities(stand)
-    names = ["smoothing"] if "smoothing" in stand.seconds() else []
+    names = [*stand.earlier, *(["moments"] if stand.compensated else [])]
     names += ["sensitivities"] if setting.kind == "planned" else []
     if setting.activation_bits is not None:
         stand.timed(
@@ -105,7 +105,16 @@ def _plan(stand: Stand, setting: Setting) -> list[str]:
         lambda: stages.plan(stand.run, setting, stand.target, stand.policy.digest),
         always=True,
     )
-    return [*names, plan]
+    names.append(plan)
+    if stand.compensated:
+        rounding = f"{setting.name}: rounding"
+        stand.timed(
+            rounding,
+            stand.run.rounding(setting),
+            lambda: compensating.rounded(stand.run, setting, stand.policy),
+        )
+        names.append(rounding)
+    return names
 
 
 def _row(
@@ -116,7 +125,7 @@ def _row(
     error: Mapping[str, Any],
     names: list[str],
 ) -> SeedRow:
-    told = stand.seconds()
+    told = {**stand.earlier, **stand.seconds()}
     known = {name.partition(": ")[2] or name: told[name] for name in names if name in told}
     complete = len(known) == len(names)
     return SeedRow(

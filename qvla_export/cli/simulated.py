@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvla_export.artifacts import read_json, write_json
+from qvla_export.cli.keeping import kept_artifact
 from qvla_export.cli.opening import PolicySource
-from qvla_export.cli.stages import kept_artifact, load_plan, require_calibration
+from qvla_export.cli.stages import load_plan, require_calibration
 from qvla_export.run_folder import RunFolder, Setting, made, parse_setting
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[
         require_calibration(calibration, plan.calibration_digest, "plan")
     identity = {
         "setting": setting.name,
-        "plan_digest": plan.digest,
+        "plan_digest": judged_digest(plan),
         "calibration_digest": calibration.digest,
         "runtime": "torch",
     }
@@ -97,6 +98,11 @@ def error_figures(error: "ActionDrift", numbers: int) -> dict[str, Any]:
     }
 
 
+def judged_digest(plan: "BitPlan") -> str:
+    """Return what tells a plan from others: of its codes, where it has some of its own."""
+    return plan.digest if plan.rounding is None else plan.rounding.digest
+
+
 def rollouts(
     run: RunFolder, setting: Setting, config: "RolloutConfig", source: PolicySource, workers: int
 ) -> "Evaluation":
@@ -108,12 +114,13 @@ def rollouts(
     assert plan is not None
     path = run.evaluation(setting)
     kept = kept_artifact(path, load_evaluation)
-    if kept is not None and (kept.digest, kept.config) == (plan.digest, config.runnable()):
+    digest = judged_digest(plan)
+    if kept is not None and (kept.digest, kept.config) == (digest, config.runnable()):
         return kept
     single = replace(source, threads=1)
     return evaluate(
         f"{setting.name}, torch",
-        plan.digest,
+        digest,
         SimulatedSource(single, run.root, setting.name),
         config,
         path,

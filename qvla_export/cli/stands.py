@@ -1,15 +1,15 @@
 """The noun `Stand`: one seed's run folder, or one inside it, where contestants are made."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, TypeVar
 
 from qvla_export.artifacts import read_json, write_json
-from qvla_export.cli import stages
+from qvla_export.cli import compensating, stages
+from qvla_export.cli.keeping import kept_artifact
 from qvla_export.cli.opening import PolicySource
-from qvla_export.cli.stages import kept_artifact
 from qvla_export.comparison.comparison import Ranks
 from qvla_export.comparison.contestants import Contestant
 from qvla_export.errors import QvlaError
@@ -43,6 +43,10 @@ class Stand:
     target: Target
     # Environment of the libraries.
     environment: Path
+    # Whether plans are rounded with codes that make up for each other's errors.
+    compensated: bool = False
+    # Stage -> seconds of what was done before, in another folder.
+    earlier: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def timed(self, name: str, artifact: Path, work: Callable[[], T], always: bool = False) -> T:
         """Run a stage; keep its seconds if it made its artifact.
@@ -74,11 +78,14 @@ class Stand:
 
 def stand_of(base: Stand, contestant: Contestant) -> Stand:
     """Return where a contestant is made: the seed's folder or one inside it, with calibration."""
-    if contestant.smoothed:
-        return _smoothed(base)
+    stand = _smoothed(base) if contestant.smoothed else base
     if contestant.observations is not None:
-        return _fewer(base, contestant.observations)
-    return base
+        stand = _fewer(stand, contestant.observations)
+    if contestant.compensated:
+        inside = RunFolder(stand.run.root / "compensated")
+        _same_observations(stand.run, inside, None)
+        stand = replace(stand, run=inside, compensated=True)
+    return stand
 
 
 def sensitivities(stand: Stand) -> None:
@@ -86,10 +93,21 @@ def sensitivities(stand: Stand) -> None:
     from qvla_export.estimators.first_order import FirstOrderEstimator
 
     estimator = FirstOrderEstimator(probes=_PROBES)
+    if stand.compensated:
+        stand.timed(
+            "moments", stand.run.moments, lambda: compensating.moments(stand.run, stand.policy)
+        )
     stand.timed(
         "sensitivities",
         stand.run.sensitivities,
-        lambda: stages.sensitivities(stand.run, stand.policy, stand.target, estimator, stand.seed),
+        lambda: stages.sensitivities(
+            stand.run,
+            stand.policy,
+            stand.target,
+            estimator,
+            stand.seed,
+            compensated=stand.compensated,
+        ),
     )
 
 
@@ -119,7 +137,9 @@ def _smoothed(base: Stand) -> Stand:
             )
         ),
     )
-    return replace(stand, policy=open_checkpoint(place, source.unnorm_key, source.preset))
+    earlier = {name: told for name, told in stand.seconds().items() if name == "smoothing"}
+    smoothed = open_checkpoint(place, source.unnorm_key, source.preset)
+    return replace(stand, policy=smoothed, earlier=earlier)
 
 
 def _fewer(base: Stand, observations: int) -> Stand:

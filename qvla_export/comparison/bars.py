@@ -81,13 +81,15 @@ def _all(comparison: Comparison) -> Iterator[Bar]:
 def _success_bar(
     comparison: Comparison, reference: Row | None, bits: float, asked: str, allowed: float
 ) -> Bar:
-    row = comparison.row(f"w{bits:g}")
+    # Of several ways to store so many bits: the one that is chosen without episodes.
+    played = [r for r in ours(comparison, bits) if r.episodes and parse_contestant(r.name).main]
+    row = min(played, key=lambda r: r.rms, default=None)
     paired = None if row is None or reference is None else row.against(reference)
     if paired is None or row is None:
         return Bar(asked, "no paired episodes", None)
     found = (
-        f"{100 * paired.value:+.1f} points [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}] on "
-        f"{paired.episodes} paired episodes"
+        f"{row.name} {100 * paired.value:+.1f} points [{100 * paired.low:+.1f}, "
+        f"{100 * paired.high:+.1f}] on {paired.episodes} paired episodes"
     )
     if paired.episodes < _EPISODES:
         return Bar(asked, f"{found}, fewer than {_EPISODES}", None)

@@ -10,7 +10,7 @@ from qvla_export.run_folder import Setting, parse_setting
 
 Kind = Literal["setting", "library"]
 
-_NAME = re.compile(r"(?P<setting>[^@]+)(@(?P<where>smoothed|[1-9]\d*))?")
+_NAME = re.compile(r"(?P<setting>[^@]+)(@(?P<how>.+))?")
 _LIBRARY = re.compile(r"w(?P<bits>\d+)(a(?P<activations>\d+))?-(?P<method>.+)")
 
 
@@ -19,8 +19,9 @@ class Contestant:
     """How a policy is quantized.
 
     "w4", "w8a8", "w4-layer": a setting of a run, see `qvla_export.run_folder.Setting`. "w4-awq": a
-    library's method. "w8a8@smoothed": the setting of the smoothed checkpoint (`qvla smooth`).
-    "w4@16": the setting planned from the first 16 calibration observations.
+    library's method. "w4@compensated": the setting with codes that make up for each other's errors
+    (`qvla round`). "w8a8@smoothed": of the smoothed checkpoint (`qvla smooth`). "w4@16": planned
+    from the first 16 calibration observations. Several: "w4a8@smoothed+compensated".
     """
 
     name: str
@@ -28,6 +29,7 @@ class Contestant:
     # Of a setting: as run folders know it; of a library: "w4-awq".
     setting: str
     smoothed: bool = False
+    compensated: bool = False
     # Calibration observations; None for all.
     observations: int | None = None
 
@@ -78,18 +80,29 @@ def parse_contestant(name: str) -> Contestant:
     found = _NAME.fullmatch(name)
     if found is None:
         raise QvlaError(
-            f"a contestant is a setting (w4), a library's method (w4-awq), both of them also "
-            f"@smoothed, a planned setting also @<calibration observations>; got {name!r}"
+            f"a contestant is a setting (w4, w4@compensated, w8a8@smoothed, w4@16) or a library's "
+            f"method (w4-awq); got {name!r}"
         )
-    setting, where = found["setting"], found["where"]
-    smoothed = where == "smoothed"
-    observations = int(where) if where and not smoothed else None
+    setting, how = found["setting"], (found["how"] or "").split("+")
     if _library(setting) is not None:
-        if where:
+        if found["how"]:
             raise QvlaError(f"a library's method takes the policy as it is; got {name!r}")
         return Contestant(name, "library", setting)
-    contestant = Contestant(name, "setting", setting, smoothed, observations)
-    if contestant.of_run.kind != "planned" and observations is not None:
+    counts = [part for part in how if part.isdecimal() and int(part)]
+    unknown = {*how} - {"", "smoothed", "compensated", *counts}
+    if unknown or len(counts) > 1 or (found["how"] and "" in how):
+        raise QvlaError(
+            f"behind @ are smoothed, compensated and a number of observations; got {name!r}"
+        )
+    contestant = Contestant(
+        name,
+        "setting",
+        setting,
+        smoothed="smoothed" in how,
+        compensated="compensated" in how,
+        observations=int(counts[0]) if counts else None,
+    )
+    if contestant.of_run.kind != "planned" and (counts or contestant.compensated):
         raise QvlaError(f"only planned settings depend on calibration observations; got {name!r}")
     return contestant
 
@@ -118,17 +131,19 @@ TABLES: tuple[PaperTable, ...] = (
     PaperTable(
         "1",
         "Weights and activations",
-        ("float", "w8a8", "w8a8@smoothed", "w8a8-smoothquant", "w8a8-max", "w4a8", "w4a8@smoothed",
-         "w4a4", "w4a4@smoothed", "w4a4-rtn", "w4a4-max"),
+        ("float", "w8a8", "w8a8@smoothed", "w8a8-smoothquant", "w8a8-max", "w4a8",
+         "w4a8@smoothed+compensated", "w4a4", "w4a4@smoothed", "w4a4@smoothed+compensated",
+         "w4a4-rtn", "w4a4-max"),
         "w8a8 and w4a8 run as INT8 on ONNX Runtime; w4a4 and the libraries' are "
         "simulated in torch. No kept library learns activations' clipping as OmniQuant does.",
     ),
     PaperTable(
         "2",
         "Weights only",
-        ("float", "w8", "w8-rtn", "w8-awq", "w8-gptq", "w8-auto-round", "w4", "w4-rtn", "w4-awq",
-         "w4-gptq", "w4-auto-round", "w3", "w3-awq", "w3-gptq", "w3-auto-round", "w2.5", "w2",
-         "w2-rtn", "w2-awq", "w2-gptq", "w2-auto-round"),
+        ("float", "w8", "w8@compensated", "w8-rtn", "w8-awq", "w8-gptq", "w4", "w4@compensated",
+         "w4-rtn", "w4-awq", "w4-gptq", "w4-auto-round", "w3", "w3@compensated", "w3-awq",
+         "w3-gptq", "w3-auto-round", "w2.5", "w2.5@compensated", "w2", "w2@compensated", "w2-rtn",
+         "w2-awq", "w2-gptq", "w2-auto-round"),
         "Libraries' results are run in torch with their own codes and scales; 3, 2.5 and 2 mean "
         "bits are beyond the paper.",
     ),
@@ -161,8 +176,9 @@ TABLES: tuple[PaperTable, ...] = (
 )  # fmt: skip
 # Of which episodes are run unless others are named; in this order.
 WITH_EPISODES = (
-    "float", "w8", "w8a8", "w4", "w3", "w2.5", "w2", "w4-rtn", "w2-rtn", "w4-auto-round",
-    "w2-auto-round", "w4a4", "w4a4@smoothed",
+    "float", "w8", "w8a8", "w4@compensated", "w3@compensated", "w2.5@compensated",
+    "w2@compensated", "w4", "w3", "w2.5", "w2", "w4-gptq", "w4-rtn", "w2-gptq", "w2-rtn",
+    "w4a4@smoothed+compensated", "w4a4",
 )  # fmt: skip
 
 

@@ -92,10 +92,12 @@ def _kind(name: str) -> str:
         return "not quantized"
     if contestant.kind == "setting" and contestant.of_run.kind == "uniform":
         return "round to nearest"
-    where = ", smoothed" if contestant.smoothed else ""
+    parts = ["planned"]
+    parts += ["smoothed"] if contestant.smoothed else []
+    parts += ["compensated"] if contestant.compensated else []
     if contestant.observations is not None:
-        where = f", {contestant.observations} observations"
-    return f"planned{where}"
+        parts.append(f"{contestant.observations} observations")
+    return ", ".join(parts)
 
 
 def _success(outcomes: tuple[Outcome, ...]) -> Cell:
