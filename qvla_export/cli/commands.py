@@ -19,6 +19,7 @@ from qvla_export.cli import (
     measuring,
     planning,
     predicting,
+    quantizing,
     real_size,
     replaying,
     robot,
@@ -169,5 +170,6 @@ robot.register(app)
 replaying.register(app)
 running.register(app)
 predicting.register(app)
+quantizing.register(app)
 real_size.register(app)
 deploying.register(app)
