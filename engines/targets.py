@@ -6,7 +6,10 @@ from dataclasses import replace
 from qvla_export.errors import QvlaError
 from qvla_export.target import Container, PowerMode, Target
 
-_SYMMETRIC = "this project quantizes symmetrically, so that one plan means the same everywhere"
+_SYMMETRIC = (
+    "this project quantizes symmetrically, so that one plan means the same everywhere; zero points "
+    "did not lower the reference policy's action error (README, codes that make up for each other)"
+)
 
 # ONNX Runtime 1.32 on a CPU (AVX2), measured 2026-11:
 # - DequantizeLinear -> MatMul becomes MatMulNBits for 8, 4 and 2 bits, per channel and for blocks
