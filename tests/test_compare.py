@@ -27,7 +27,7 @@ from qvla_export.comparison.rows import Cost, Outcome, Row, SeedRow
 from qvla_export.errors import ArtifactError, QvlaError
 from qvla_export.sensitivity import Sensitivities
 
-CONTESTANTS = "w4,w4-rtn,w4-layer,w4a4,w4@2,w4@compensated,w4-gptq"
+CONTESTANTS = "w4@nearest,w4-rtn,w4-layer@nearest,w4a4@nearest,w4@2+nearest,w4,w4-gptq"
 Compare = Callable[..., Result]
 
 
@@ -69,13 +69,13 @@ def test_every_contestant_is_measured_in_every_seed(compared: Path) -> None:
         assert len({seed.digest for seed in row.seeds}) == (1 if row.name == "w4-rtn" else 2)
         assert all(seed.held_out == 3 for seed in row.seeds)
     by_name = {row.name: row for row in found.rows}
-    assert by_name["float"].rms < 1e-5 < by_name["w4"].rms < by_name["w4a4"].rms
+    assert by_name["float"].rms < 1e-5 < by_name["w4"].rms < by_name["w4a4@nearest"].rms
     assert by_name["w4-rtn"].mean_cost("bits_per_channel") == 4
     assert by_name["w4"].weight_bytes <= by_name["w4-rtn"].weight_bytes
     # Stages that were kept have the seconds of the run that made them.
-    assert {"sensitivities", "plan"} <= set(by_name["w4"].seeds[0].seconds)
+    assert {"sensitivities", "plan"} <= set(by_name["w4@nearest"].seeds[0].seconds)
     assert set(by_name["w4-rtn"].seeds[0].seconds) == {"plan"}
-    compensated = by_name["w4@compensated"].seeds[0].seconds
+    compensated = by_name["w4"].seeds[0].seconds
     assert set(compensated) == {"moments", "sensitivities", "plan", "rounding"}
     assert (compared / "seed-0" / "first-2" / "settings" / "w4" / "plan.json").is_file()
     assert found.ranks is not None
@@ -129,12 +129,12 @@ def test_a_kill_between_stages_loses_one_stage(
         patch.setattr(stands, "_fewer", die)
         assert compare(folder).exit_code != 0
     kept = Comparison.load(folder / "comparison.json")
-    assert kept.row("w4") is not None
+    assert kept.row("w4@nearest") is not None
     assert compare(folder).exit_code == 0
     found = Comparison.load(folder / "comparison.json")
-    expected = Comparison.load(compared / "comparison.json").row("w4@2")
+    expected = Comparison.load(compared / "comparison.json").row("w4@2+nearest")
     assert expected is not None
-    again = found.row("w4@2")
+    again = found.row("w4@2+nearest")
     assert again is not None
     assert (again.rms, again.weight_bytes) == (expected.rms, expected.weight_bytes)
 
@@ -283,14 +283,14 @@ def test_names_say_how_a_contestant_is_made() -> None:
     assert parse_contestant("w4a4").simulated
     assert not parse_contestant("w4a8").simulated
     assert [c.main for c in map(parse_contestant, ("w4", "w4-layer", "w4@16"))] == [1, 0, 0]
-    both = parse_contestant("w4a8@smoothed+compensated")
-    assert (both.smoothed, both.compensated) == (True, True)
+    both = parse_contestant("w4a8@smoothed+nearest")
+    assert (both.smoothed, both.compensated) == (True, False)
     for wrong in (
         "",
         "w4@",
         "w4@8+16",
         "w4@smoothed+",
-        "w4-rtn@compensated",
+        "w4-rtn@nearest",
         "w4@0",
         "w4-awq@smoothed",
         "@smoothed",

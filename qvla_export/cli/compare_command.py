@@ -51,8 +51,8 @@ def compare(
     contestants: Annotated[
         str | None,
         typer.Option(
-            help="Instead of tables: settings (w4, w4-layer), with compensating codes "
-            "(w4@compensated), of the smoothed checkpoint (w8a8@smoothed), from fewer "
+            help="Instead of tables: settings (w4, w4-layer), with the nearest codes "
+            "(w4@nearest), of the smoothed checkpoint (w8a8@smoothed), from fewer "
             "observations (w4@16), libraries' methods (w4-awq)."
         ),
     ] = None,

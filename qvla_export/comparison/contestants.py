@@ -19,9 +19,10 @@ class Contestant:
     """How a policy is quantized.
 
     "w4", "w8a8", "w4-layer": a setting of a run, see `qvla_export.run_folder.Setting`. "w4-awq": a
-    library's method. "w4@compensated": the setting with codes that make up for each other's errors
-    (`qvla round`). "w8a8@smoothed": of the smoothed checkpoint (`qvla smooth`). "w4@16": planned
-    from the first 16 calibration observations. Several: "w4a8@smoothed+compensated".
+    library's method. Planned settings are as `qvla deploy` makes them, with codes that make up for
+    each other's errors; "w4@nearest" takes the nearest codes. "w8a8@smoothed": of the smoothed
+    checkpoint (`qvla smooth`). "w4@16": planned from the first 16 calibration observations.
+    Several: "w4a8@smoothed+nearest".
     """
 
     name: str
@@ -80,7 +81,7 @@ def parse_contestant(name: str) -> Contestant:
     found = _NAME.fullmatch(name)
     if found is None:
         raise QvlaError(
-            f"a contestant is a setting (w4, w4@compensated, w8a8@smoothed, w4@16) or a library's "
+            f"a contestant is a setting (w4, w4@nearest, w8a8@smoothed, w4@16) or a library's "
             f"method (w4-awq); got {name!r}"
         )
     setting, how = found["setting"], (found["how"] or "").split("+")
@@ -89,22 +90,22 @@ def parse_contestant(name: str) -> Contestant:
             raise QvlaError(f"a library's method takes the policy as it is; got {name!r}")
         return Contestant(name, "library", setting)
     counts = [part for part in how if part.isdecimal() and int(part)]
-    unknown = {*how} - {"", "smoothed", "compensated", *counts}
+    unknown = {*how} - {"", "smoothed", "nearest", *counts}
     if unknown or len(counts) > 1 or (found["how"] and "" in how):
         raise QvlaError(
-            f"behind @ are smoothed, compensated and a number of observations; got {name!r}"
+            f"behind @ are smoothed, nearest and a number of observations; got {name!r}"
         )
-    contestant = Contestant(
+    planned = parse_setting(setting).kind == "planned"
+    if not planned and (counts or "nearest" in how):
+        raise QvlaError(f"only planned settings depend on calibration observations; got {name!r}")
+    return Contestant(
         name,
         "setting",
         setting,
         smoothed="smoothed" in how,
-        compensated="compensated" in how,
+        compensated=planned and "nearest" not in how,
         observations=int(counts[0]) if counts else None,
     )
-    if contestant.of_run.kind != "planned" and (counts or contestant.compensated):
-        raise QvlaError(f"only planned settings depend on calibration observations; got {name!r}")
-    return contestant
 
 
 def _library(setting: str) -> tuple[str, int, int | None] | None:
@@ -131,54 +132,56 @@ TABLES: tuple[PaperTable, ...] = (
     PaperTable(
         "1",
         "Weights and activations",
-        ("float", "w8a8", "w8a8@smoothed", "w8a8-smoothquant", "w8a8-max", "w4a8",
-         "w4a8@smoothed+compensated", "w4a4", "w4a4@smoothed", "w4a4@smoothed+compensated",
-         "w4a4-rtn", "w4a4-max"),
-        "w8a8 and w4a8 run as INT8 on ONNX Runtime; w4a4 and the libraries' are "
+        ("float", "w8a8", "w8a8@nearest", "w8a8@smoothed", "w8a8-smoothquant", "w8a8-max", "w4a8",
+         "w4a8@smoothed", "w4a4", "w4a4@smoothed", "w4a4-rtn", "w4a4-max"),
+        "Those run by onnxruntime are INT8 products; 4-bit activations and the libraries' are "
         "simulated in torch. No kept library learns activations' clipping as OmniQuant does.",
     ),
     PaperTable(
         "2",
         "Weights only",
-        ("float", "w8", "w8@compensated", "w8-rtn", "w8-awq", "w8-gptq", "w4", "w4@compensated",
-         "w4-rtn", "w4-awq", "w4-gptq", "w4-auto-round", "w3", "w3@compensated", "w3-awq",
-         "w3-gptq", "w3-auto-round", "w2.5", "w2.5@compensated", "w2", "w2@compensated", "w2-rtn",
-         "w2-awq", "w2-gptq", "w2-auto-round"),
+        ("float", "w8", "w8@nearest", "w8-rtn", "w8-awq", "w8-gptq", "w4", "w4@nearest", "w4-rtn",
+         "w4-awq", "w4-gptq", "w4-auto-round", "w3", "w3@nearest", "w3-awq", "w3-gptq",
+         "w3-auto-round", "w2.5", "w2.5@nearest", "w2", "w2@nearest", "w2-rtn", "w2-awq",
+         "w2-gptq", "w2-auto-round"),
         "Libraries' results are run in torch with their own codes and scales; 3, 2.5 and 2 mean "
         "bits are beyond the paper.",
     ),
     PaperTable(
         "3",
         "Per layer against per channel",
-        ("float", "w4-module", "w4-layer", "w4", "w8-module", "w8-layer", "w8"),
+        ("float", "w4-module@nearest", "w4-layer@nearest", "w4@nearest", "w8-module@nearest",
+         "w8-layer@nearest", "w8@nearest"),
         "One width for all channels of a module or layer, chosen by the same sensitivities.",
     ),
     PaperTable(
         "4",
         "Pruning and sets of widths",
-        ("float", "w8-set2.4.8.16", "w8-rtn", "w8", "w8-set0.8", "w4-set2.4.8.16", "w4",
-         "w4-set0.8"),
+        ("float", "w8-set2.4.8.16@nearest", "w8-rtn", "w8@nearest", "w8-set0.8@nearest",
+         "w4-set2.4.8.16@nearest", "w4@nearest", "w4-set0.8@nearest"),
         "The paper's 8-bit budget, and 4 bits below it.",
     ),
     PaperTable(
         "6",
         "Gate ratios",
-        ("float", "w8-gates1", "w8-gates2", "w8-gates3", "w8-gates4", "w8"),
+        ("float", "w8-gates1@nearest", "w8-gates2@nearest", "w8-gates3@nearest",
+         "w8-gates4@nearest", "w8@nearest"),
         "Fixed shares of the channels at 0, 2, 4, 8 and 16 bits.",
     ),
     PaperTable(
         "9",
         "Calibration observations",
-        ("float", "w8@8", "w8@32", "w8", "w4@8", "w4@32", "w4", "w2.5@8", "w2.5@32", "w2.5"),
+        ("float", "w8@8+nearest", "w8@32+nearest", "w8@nearest", "w4@8+nearest", "w4@32+nearest",
+         "w4@nearest", "w2.5@8+nearest", "w2.5@32+nearest", "w2.5@nearest"),
         "The first ones of the run's calibration set, which has two of an episode; the last row of "
         "a width has them all.",
     ),
 )  # fmt: skip
 # Of which episodes are run unless others are named; in this order.
 WITH_EPISODES = (
-    "float", "w8", "w8a8", "w4@compensated", "w3@compensated", "w2.5@compensated",
-    "w2@compensated", "w4", "w3", "w2.5", "w2", "w4-gptq", "w4-rtn", "w2-gptq", "w2-rtn",
-    "w4a4@smoothed+compensated", "w4a4",
+    "float", "w8", "w8a8", "w4", "w3", "w2.5", "w2", "w8@nearest", "w8a8@nearest", "w4@nearest",
+    "w3@nearest", "w2.5@nearest", "w2@nearest", "w4-gptq", "w4-rtn", "w2-gptq", "w2-rtn",
+    "w4a4@smoothed", "w4a4",
 )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def _kind(name: str) -> str:
         return "round to nearest"
     parts = ["planned"]
     parts += ["smoothed"] if contestant.smoothed else []
-    parts += ["compensated"] if contestant.compensated else []
+    parts += [] if contestant.compensated else ["nearest codes"]
     if contestant.observations is not None:
         parts.append(f"{contestant.observations} observations")
     return ", ".join(parts)
