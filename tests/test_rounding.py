@@ -19,6 +19,7 @@ from qvla_export.cli import compensating, exporting, judging, stages
 from qvla_export.compensation import round_layer
 from qvla_export.errors import ArtifactError, ArtifactMismatch, PlanMismatch, QvlaError
 from qvla_export.estimators.first_order import FirstOrderEstimator
+from qvla_export.export import export_bundle
 from qvla_export.golden import golden_actions, staged_golden_actions
 from qvla_export.layers import fake_quantized, traced_layers
 from qvla_export.moment_measurement import MomentSettings, layer_tokens, measure_moments
@@ -268,3 +269,13 @@ def test_a_run_rounds_its_plan_and_packs_the_codes(
     assert bundle.plan["rounding_digest"] == rounded.rounding.digest
     assert exporting.export(run, w4, tiny_policy, CPU).digest == bundle.digest
     assert judging.action_error(run, w4, tiny_policy)["rms"] > 0
+
+
+def test_staged_bundles_pack_the_codes_too(
+    tiny_policy: OftPolicy, tiny_observations: Observations, plan: BitPlan, tmp_path: Path
+) -> None:
+    golden = tiny_observations(2, seed=8)
+    bundle = export_bundle(tiny_policy, plan, CPU, golden, tmp_path / "b", layers_per_stage=1)
+    assert sum(n for part, n in bundle.weight_bytes.items() if part != "rest") == plan.weight_bytes
+    with load_engine(bundle, threads=1) as engine:
+        assert judge(bundle, engine).drift.worst <= 1e-3
