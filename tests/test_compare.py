@@ -78,6 +78,8 @@ def test_every_contestant_is_measured_in_every_seed(compared: Path) -> None:
     compensated = by_name["w4"].seeds[0].seconds
     assert set(compensated) == {"moments", "sensitivities", "plan", "rounding"}
     assert (compared / "seed-0" / "first-2" / "settings" / "w4" / "plan.json").is_file()
+    assert {tuple(sums) for sums in found.modules.values()} == {tuple(found.channels)}
+    assert all(len(values) == 101 for values in found.channels.values())
     assert found.ranks is not None
     assert found.ranks.observations == (4, 6)
     assert 0 < found.ranks.near_diagonal <= 1

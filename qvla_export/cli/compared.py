@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qvla_export.cli import contest, judging, stages
 from qvla_export.cli.opening import PolicySource
 from qvla_export.cli.stands import Stand, cumulative_ranks, sensitivities, stand_of
@@ -98,7 +100,7 @@ def compare_all(wanted: Contest, comparison: Comparison, say: Callable[[str], No
     rest = [c for c in wanted.contestants if c not in first]
     if not wanted.episodes:
         first, rest = [], [*first, *rest]
-    comparison = _with_modules(stands[0], comparison)
+    comparison = _with_sensitivities(stands[0], comparison)
     for contestant in first:
         say(f"{contestant.name}: bundle, action error")
         comparison = _added(wanted, comparison, contestant, stands, exported=True)
@@ -182,8 +184,8 @@ def _controlled(wanted: Contest, comparison: Comparison, stands: Sequence[Stand]
     return _saved(wanted, replace(comparison, controls=controls))
 
 
-def _with_modules(stand: Stand, comparison: Comparison) -> Comparison:
-    """Add the sums of Fig. 1a."""
+def _with_sensitivities(stand: Stand, comparison: Comparison) -> Comparison:
+    """Add what Fig. 1 shows."""
     sensitivities(stand)
     measured = Sensitivities.load(stand.run.sensitivities)
     sums: dict[str, dict[str, float]] = {}
@@ -191,7 +193,12 @@ def _with_modules(stand: Stand, comparison: Comparison) -> Comparison:
         module = sums.setdefault(module_of(layer), {str(bits): 0.0 for bits in measured.widths})
         for bits, of_channels in zip(measured.widths, values, strict=True):
             module[str(bits)] += float(of_channels.sum())
-    return replace(comparison, modules=sums)
+    percentiles = {
+        str(bits): tuple(np.percentile(np.concatenate([v[i] for v in found]), range(101)).tolist())
+        for found in (list(measured.values.values()),)
+        for i, bits in enumerate(measured.widths)
+    }
+    return replace(comparison, modules=sums, channels=percentiles)
 
 
 def _saved(wanted: Contest, comparison: Comparison) -> Comparison:

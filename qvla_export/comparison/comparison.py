@@ -46,6 +46,8 @@ class Comparison:
     controls: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)
     # Module -> width -> sum over its channels of the first seed's sensitivities (Fig. 1a).
     modules: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    # Width -> percentiles 0 to 100 of its channels' sensitivities (Fig. 1b).
+    channels: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     ranks: Ranks | None = None
     made_with: Mapping[str, str] = field(default_factory=versions)
 
@@ -120,6 +122,7 @@ def _from_json(value: Mapping[str, Any]) -> Comparison:
             str(k): {str(int(b)): _number(s) for b, s in v.items()}
             for k, v in value["modules"].items()
         },
+        channels={str(int(b)): _numbers(v) for b, v in value["channels"].items()},
         ranks=None if ranks is None else _ranks(ranks),
         made_with={str(k): str(v) for k, v in value["made_with"].items()},
     )
