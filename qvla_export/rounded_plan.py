@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,11 @@ from qvla_export.coupling import Coupling, find_couplings
 from qvla_export.errors import PlanMismatch
 from qvla_export.moments import Moments
 from qvla_export.plan import BitPlan
-from qvla_export.policies.base import Policy
 from qvla_export.quantize import as_rows
 from qvla_export.rounding import RoundedLayer, Rounding
+
+if TYPE_CHECKING:
+    from qvla_export.policies.base import Policy
 
 # Last parts of the names of layers that get no bias: behind gate_proj and up_proj of a pruned unit
 # the unit has to be zero, and what its mean would add is in down_proj's bias.
@@ -22,7 +25,7 @@ _WITHOUT_BIAS = ("gate_proj", "up_proj")
 
 
 def round_plan(
-    policy: Policy,
+    policy: "Policy",
     plan: BitPlan,
     moments: Moments,
     on_progress: Callable[[int, int], None] | None = None,
