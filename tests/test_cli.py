@@ -106,10 +106,14 @@ def test_help_tells_every_option_with_its_default(
             continue
         assert parameter.help, f"{name} {parameter.name} says nothing"
         start = parameter.help.split("[")[0].strip()
-        assert start in re.sub(r"\s+", " ", shown.out)
-        if not parameter.required and parameter.default not in (None, False):
-            line = next(line for line in shown.out.splitlines() if start[:60] in line)
-            assert str(parameter.default) in line, f"{name} {parameter.name} hides its default"
+        # A text of several lines has the frame between them.
+        text = re.sub(r"[\s│]+", " ", shown.out)
+        assert start in text
+        if not parameter.required and parameter.default not in (None, False, ""):
+            told = text.partition(start)[2].partition(" --")[0]
+            # Of a switch that is on, its name is shown.
+            default = parameter.name if parameter.default is True else parameter.default
+            assert f"[default: {default}]" in told, f"{name} {parameter.name} hides its default"
 
 
 def test_help_lists_the_commands() -> None:

@@ -51,14 +51,17 @@ def compare(
     contestants: Annotated[
         str | None,
         typer.Option(
-            help="Instead of tables: settings (w4, w4-layer), with the nearest codes "
-            "(w4@nearest), of the smoothed checkpoint (w8a8@smoothed), from fewer "
-            "observations (w4@16), libraries' methods (w4-awq)."
+            help="Instead of tables: settings, w4@nearest for nearest codes, w8a8@smoothed, w4@16 "
+            "from 16 observations, w4-awq for a library's."
         ),
     ] = None,
     episodes_for: Annotated[
-        str, typer.Option(help="Those that run episodes, in this order; exported if they can be.")
-    ] = ",".join(WITH_EPISODES),
+        str | None,
+        typer.Option(
+            help="Those that run episodes, in this order, exported if they can be. Default: main "
+            "settings, their nearest codes, GPTQ, round to nearest."
+        ),
+    ] = None,
     seeds: Annotated[
         str, typer.Option(help="Each draws a calibration set and runs episodes of its own.")
     ] = "0,1,2",
@@ -95,13 +98,14 @@ def compare(
     opened = open_checkpoint(policy, unnorm_key, preset)
     named = None if contestants is None else contestants_named(_listed(contestants))
     chosen = named or table_contestants(None if tables is None else tuple(_listed(tables)))
+    played = WITH_EPISODES if episodes_for is None else _listed(episodes_for)
     wanted = Contest(
         root=run,
         source=PolicySource(str(policy), unnorm_key, preset, threads=1),
         policy=opened,
         target=find_target(target),
         contestants=chosen,
-        with_episodes=tuple(dict.fromkeys([FLOAT, *_listed(episodes_for)])),
+        with_episodes=tuple(dict.fromkeys([FLOAT, *played])),
         seeds=_seeds(seeds),
         dataset=open_dataset(dataset, cameras, state_column),
         tasks=chosen_tasks(tasks),
