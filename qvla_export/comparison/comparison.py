@@ -81,6 +81,7 @@ class Comparison:
             "bits_per_weight": row.mean_cost("bits_per_weight"),
             "stored_bits_per_weight": row.mean_cost("stored_bits_per_weight"),
             "seconds": row.total_seconds,
+            "cpu_seconds": row.total_cpu_seconds,
             "episodes": len(row.episodes),
             "success": row.success,
             "wilson_95": row.interval,

@@ -120,6 +120,12 @@ class Row:
         return statistics.fmean(known) if known else None
 
     @property
+    def total_cpu_seconds(self) -> float | None:
+        """The same of this process's CPU time, which other work on the machine hardly moves."""
+        known = [sum(row.cpu_seconds.values()) for row in self.seeds if row.cpu_seconds]
+        return statistics.fmean(known) if known else None
+
+    @property
     def engines(self) -> str:
         """What ran it."""
         return ", ".join(dict.fromkeys(row.engine for row in self.seeds))

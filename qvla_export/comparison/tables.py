@@ -127,5 +127,6 @@ def _seconds(row: Row) -> Cell:
     total = row.total_seconds
     if total is None or row.name == FLOAT:
         return Cell(NONE)
-    parts = next(seed.seconds for seed in row.seeds if seed.seconds)
-    return Cell(f"{total:.0f} s", ", ".join(parts))
+    parts = ", ".join(next(seed.seconds for seed in row.seeds if seed.seconds))
+    cpu = row.total_cpu_seconds
+    return Cell(f"{total:.0f} s", parts if cpu is None else f"{cpu:.0f} s of CPU; {parts}")
