@@ -1,31 +1,24 @@
-"""`qvla compare`: a tiny comparison end to end, what it keeps, its JSON, bars and page."""
+"""`qvla compare`: a tiny comparison end to end, what it keeps, what everybody plays."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from small_datasets import write_small_dataset
 from typer.testing import CliRunner, Result
 
+from calibration.evaluation import CONTROLS, EpisodeResult, Evaluation, RolloutConfig
 from qvla_export.artifacts import sha256_file
-from qvla_export.cli import stands
+from qvla_export.cli import judging, simulated, stands
 from qvla_export.cli.commands import app
 from qvla_export.comparison.bars import bars
 from qvla_export.comparison.comparison import Comparison
-from qvla_export.comparison.contestants import TABLES, parse_contestant, table_contestants
-from qvla_export.comparison.markdown import to_markdown
-from qvla_export.comparison.page import render
-from qvla_export.comparison.paired import paired_difference, wilson_95
-from qvla_export.comparison.rows import Cost, Outcome, Row, SeedRow
-from qvla_export.errors import ArtifactError, QvlaError
-from qvla_export.sensitivity import Sensitivities
+from qvla_export.comparison.contestants import TABLES
+from qvla_export.errors import QvlaError
+from qvla_export.run_folder import RunFolder, Setting
 
 CONTESTANTS = "w4@nearest,w4-rtn,w4-layer@nearest,w4a4@nearest,w4@2+nearest,w4,w4-gptq"
 Compare = Callable[..., Result]
@@ -141,6 +134,61 @@ def test_a_kill_between_stages_loses_one_stage(
     assert (again.rms, again.weight_bytes) == (expected.rms, expected.weight_bytes)
 
 
+def test_all_play_the_same_episodes(
+    compare: Compare, compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(compared, tmp_path / "run")
+    played: list[tuple[str, str, int]] = []
+
+    def play(
+        run: RunFolder, setting: Setting, config: RolloutConfig, source: Any, workers: int
+    ) -> Evaluation:
+        played.append((setting.name, config.control, config.seed))
+        tasks = config.runnable().tasks
+        results = tuple(
+            EpisodeResult(task, config.seed + i, setting.kind == "float", 8, (0.25, 0.5))
+            for i in range(config.episodes)
+            for task in tasks
+        )
+        return Evaluation(setting.name, "digest", config, results, {})
+
+    monkeypatch.setattr(judging, "rollouts", play)
+    monkeypatch.setattr(simulated, "rollouts", play)
+    told = ("--episodes", 2, "--tasks", "drawer-open,handle-press", "--along-episodes", 0)
+    done = compare(folder, *told, "--episodes-for", "w4,w4a4@nearest")
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = Comparison.load(folder / "comparison.json")
+    seeds = [1_000_000, 1_030_000]
+    assert played == [
+        *(("float", control, seed) for control in CONTROLS for seed in seeds),
+        *((name, "none", seed) for name in ("w4", "w4a4") for seed in seeds),
+    ]
+    engines = {row.name: row.engines for row in found.rows}
+    assert (engines["w4"], engines["w4a4@nearest"], engines["w4-rtn"]) == (
+        "onnxruntime",
+        "torch",
+        "torch",
+    )
+    reference, ours = found.row("float"), found.row("w4")
+    assert reference is not None
+    assert ours is not None
+    paired = ours.against(reference)
+    assert paired is not None
+    assert (paired.episodes, paired.lost, ours.success) == (8, 8, 0)
+    assert ours.cumulative == (0.25, 0.75)
+    # One of the two tasks shares its scene with another.
+    assert {name: len(o) for name, o in found.controls.items()} == {
+        "blank-image": 8,
+        "wrong-instruction": 4,
+    }
+    # Episodes of the same thing stay where only errors are measured again.
+    played.clear()
+    assert compare(folder, *told, "--episodes-for", "float").exit_code == 0
+    kept = Comparison.load(folder / "comparison.json").row("w4a4@nearest")
+    assert kept is not None
+    assert kept.success == 0
+
+
 def test_the_page_has_every_table_and_figure(compared: Path) -> None:
     page = (compared / "comparison.html").read_text()
     for table in TABLES:
@@ -164,185 +212,3 @@ def test_wrong_options_are_refused(compare: Compare, tmp_path: Path) -> None:
         assert isinstance(refused.exception, QvlaError)
         assert told in str(refused.exception)
     assert not (tmp_path / "run").exists()
-
-
-# Rows by hand: what is computed from them.
-
-
-def seed_row(
-    rms: float = 0.01,
-    solved: list[bool] | None = None,
-    seed: int = 0,
-    weight_bytes: int = 100,
-    library: str | None = None,
-) -> SeedRow:
-    episodes = tuple(Outcome("task", i, done, 0.5) for i, done in enumerate(solved or []))
-    cost = Cost(weight_bytes, 400, 4.0, 4.0, 4.0)
-    return SeedRow(
-        seed, "digest", "torch", cost, 8, rms, (rms,), (rms,), {"plan": 2.0}, {"plan": 1.0},
-        library, episodes, (0.1, 0.2) if episodes else (),
-    )  # fmt: skip
-
-
-def comparison_of(**rows: SeedRow) -> Comparison:
-    named = {name.replace("_", "-").replace("2-5", "2.5"): row for name, row in rows.items()}
-    found = tuple(Row(name, (row,)) for name, row in named.items())
-    told = {"target": "cpu", "seeds": [0], "count": 1, "held_out": 8}
-    return Comparison("policy", "qvla compare", {"cores": "2"}, told, found)
-
-
-def test_bars_are_held_against_float_and_the_best_baseline() -> None:
-    half = [True, False] * 100
-    fewer = [False] * 6 + half[6:]  # three of 200: 1.5 points
-    found = comparison_of(
-        float=seed_row(0.0, half),
-        w8=seed_row(0.001, fewer),
-        w4=seed_row(0.005, fewer, weight_bytes=90),
-        w3=seed_row(0.01, half[:100]),
-        w2=seed_row(0.01, weight_bytes=101),
-        w4_rtn=seed_row(0.02),
-        w4_gptq=seed_row(0.01, library="llmcompressor 0"),
-        w2_rtn=seed_row(0.05),
-    )
-    told = {bar.asked[:9]: bar for bar in bars(found)}
-    assert (told["8 mean bi"].met, told["4 mean bi"].met) == (False, True)
-    # Too few episodes say nothing, nor does a setting that is not there.
-    assert (told["3 mean bi"].met, told["2.5 mean "].met) == (None, None)
-    assert told["4 bits: a"].met is True  # 0.5 of GPTQ's, in fewer bytes
-    assert told["3 bits: a"].met is None  # no baseline
-    assert told["2 bits: a"].met is None  # ours has more bytes than the baseline
-    better = found.with_row(Row("w4-gptq", (seed_row(0.006),)))
-    assert {bar.asked[:9]: bar.met for bar in bars(better)}["4 bits: a"] is False
-
-
-def test_rows_pool_over_seeds() -> None:
-    row = Row("w4", (seed_row(0.01, [True], 0), seed_row(0.03, [False, True], 1)))
-    assert row.rms == pytest.approx(0.02)
-    assert row.rms_spread == pytest.approx(0.02 / 2**0.5)
-    assert row.success == pytest.approx(2 / 3)
-    assert row.deviation == pytest.approx(0.5)
-    assert row.total_seconds == 2
-    with pytest.raises(QvlaError, match="each seed once"):
-        Row("w4", (seed_row(), seed_row()))
-
-
-def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
-    found = comparison_of(float=seed_row(0.0, [True, False]), w4=seed_row(0.01, [True, True]))
-    found = replace(found, controls={"blank-image": (Outcome("task", 0, False, None),)})
-    found.save(tmp_path / "c.json")
-    assert Comparison.load(tmp_path / "c.json") == found
-    pooled = json.loads((tmp_path / "c.json").read_text())["rows"][1]["pooled"]
-    assert pooled["against_float"]["value"] == 0.5
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda v: v.update(format="another"),
-        lambda v: v.pop("rows"),
-        lambda v: v["rows"][0]["seeds"].clear(),
-        lambda v: v["rows"][0].update(name="w4-nothing"),
-        lambda v: v["rows"][0]["seeds"][0].update(rms="0.1"),
-        lambda v: v["rows"][0]["seeds"][0].update(rms=float("nan")),
-        lambda v: v["rows"][0]["seeds"][0].update(engine="<script>"),
-        lambda v: v["rows"][0]["seeds"][0]["episodes"][0].update(solved="yes"),
-        lambda v: v.update(rows={"a": 1}),
-        lambda v: v.update(ranks={"bits": 4}),
-        lambda v: v.update(modules=[1]),
-    ],
-)
-def test_damaged_json_is_refused(damage: Callable[[Any], Any], tmp_path: Path) -> None:
-    path = tmp_path / "c.json"
-    comparison_of(float=seed_row(0.0, [True])).save(path)
-    value = json.loads(path.read_text())
-    damage(value)
-    path.write_text(json.dumps(value))
-    with pytest.raises(ArtifactError, match=r"c\.json"):
-        Comparison.load(path)
-
-
-def test_what_others_wrote_is_text_on_the_page(compared: Path) -> None:
-    hostile = "<script>alert(1)</script>|"
-    found = comparison_of(w4_awq=seed_row(library=hostile, solved=[True]), float=seed_row())
-    found = replace(
-        found, command=hostile, controls={"blank-image": (Outcome("t", 0, True, None),)}
-    )
-    measured = Sensitivities.load(compared / "seed-0" / "sensitivities.safetensors")
-    page = render(found, measured)
-    assert "<script" not in page
-    assert "float, blank-image" in page
-    assert "&lt;script&gt;" in page
-    assert "<h3>Fig. 3" in page
-    rows = [line for line in to_markdown(found).splitlines() if line.startswith("| w4-awq")]
-    assert rows
-    assert all(len(re.split(r"(?<!\\)\|", row)) == 11 for row in rows)
-
-
-def test_names_say_how_a_contestant_is_made() -> None:
-    assert parse_contestant("w8a8@smoothed").smoothed
-    assert parse_contestant("w4@16").observations == 16
-    assert parse_contestant("w8a8-smoothquant").request == ("smoothquant", 8, 8)
-    assert parse_contestant("w4a4").simulated
-    assert not parse_contestant("w4a8").simulated
-    assert [c.main for c in map(parse_contestant, ("w4", "w4-layer", "w4@16"))] == [1, 0, 0]
-    both = parse_contestant("w4a8@smoothed+nearest")
-    assert (both.smoothed, both.compensated) == (True, False)
-    for wrong in (
-        "",
-        "w4@",
-        "w4@8+16",
-        "w4@smoothed+",
-        "w4-rtn@nearest",
-        "w4@0",
-        "w4-awq@smoothed",
-        "@smoothed",
-        "w4@a",
-    ):
-        with pytest.raises(QvlaError):
-            parse_contestant(wrong)
-    assert {c.name for c in table_contestants()} == {n for t in TABLES for n in t.contestants}
-    with pytest.raises(QvlaError, match="tables are"):
-        table_contestants(("5",))
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
-def test_paired_interval_holds_the_difference(pairs: list[tuple[bool, bool]]) -> None:
-    ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
-    found, turned = paired_difference(ours, theirs), paired_difference(theirs, ours)
-    assert -1 <= found.low <= found.value <= found.high <= 1
-    assert (turned.value, turned.p_value) == (-found.value, found.p_value)
-    assert turned.low == pytest.approx(-found.high)
-    low, high = wilson_95(sum(ours), len(ours))
-    assert 0 <= low <= sum(ours) / len(ours) <= high <= 1
-    # Ten times as many such pairs say more.
-    more = paired_difference(ours * 10, theirs * 10)
-    assert more.high - more.low < found.high - found.low + 1e-12
-
-
-def test_paired_interval_is_newcombes() -> None:
-    """Rows of his table II that need no correction: e + h, f, g as printed there."""
-    # Equal policies on pairs that agree: as wide as two Wilson intervals of full correlation.
-    same = paired_difference([True] * 30 + [False] * 20, [True] * 30 + [False] * 20)
-    assert same.value == 0
-    assert same.high < 0.06
-    apart = paired_difference([True] * 10 + [False] * 10, [False] * 10 + [True] * 10)
-    assert apart.value == 0
-    assert apart.high > 0.3
-    with pytest.raises(QvlaError, match="as many"):
-        paired_difference([True], [])
-
-
-@given(st.integers(0, 40), st.integers(1, 40))
-def test_p_value_is_of_the_exact_test(gained: int, lost: int) -> None:
-    from scipy.stats import binomtest
-
-    found = paired_difference([True] * gained + [False] * lost, [False] * gained + [True] * lost)
-    assert found.p_value == pytest.approx(binomtest(gained, gained + lost).pvalue)
-
-
-@given(st.integers(0, 50), st.integers(1, 50))
-def test_wilson_interval_is_scipys(solved: int, more: int) -> None:
-    from scipy.stats import binomtest
-
-    expected = binomtest(solved, solved + more).proportion_ci(0.95, method="wilson")
-    assert wilson_95(solved, solved + more) == pytest.approx((expected.low, expected.high))
