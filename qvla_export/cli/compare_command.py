@@ -116,14 +116,17 @@ def compare(
         workers=workers,
         along_episodes=along_episodes,
     )
-    compared = _begun(wanted)
+    compared, new = _begun(wanted)
     if not page_only:
+        compared = replace(
+            compared, command=new.command, settings=new.settings, made_with=new.made_with
+        )
         compared = compare_all(wanted, compared, _say)
     _write_pages(wanted, compared)
 
 
-def _begun(wanted: "Contest") -> Comparison:
-    """What an earlier run has measured of the same, or a comparison without rows."""
+def _begun(wanted: "Contest") -> tuple[Comparison, Comparison]:
+    """What an earlier run has measured of the same, if any; and a comparison without rows."""
     from jetson.board import read_board_state
     from qvla_export.cli.keeping import kept_artifact
 
@@ -137,10 +140,9 @@ def _begun(wanted: "Contest") -> Comparison:
     )
     kept = kept_artifact(wanted.output, Comparison.load)
     if kept is None or kept.policy_digest != new.policy_digest:
-        return new
-    if any(kept.settings.get(name) != told[name] for name in _SAME):
-        return new
-    return replace(kept, command=new.command, settings=told, made_with=new.made_with)
+        return new, new
+    same = all(kept.settings.get(name) == told[name] for name in _SAME)
+    return (kept if same else new), new
 
 
 def _write_pages(wanted: "Contest", compared: Comparison) -> None:
