@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qvla_export.comparison.comparison import FLOAT, Comparison, Ranks
+from qvla_export.comparison.contestants import parse_contestant
 from qvla_export.comparison.rows import Row
 from qvla_export.report.svg import (
     DASHES,
@@ -25,8 +26,15 @@ _EXACT = 1e-8
 
 
 def drifting(comparison: Comparison) -> list[Row]:
-    """Return the rows whose episodes have deviations to show."""
-    return [row for row in comparison.rows if row.cumulative and row.cumulative[-1] > _EXACT]
+    """Return the rows whose episodes have deviations to show; no variations if there are others."""
+    found = [row for row in comparison.rows if row.cumulative and row.cumulative[-1] > _EXACT]
+    return [row for row in found if _is_named(row)] or found
+
+
+def _is_named(row: Row) -> bool:
+    """Whether a row is a main setting or a baseline."""
+    contestant = parse_contestant(row.name)
+    return "@" not in row.name and (contestant.main or not contestant.ours)
 
 
 def draw_deviations(comparison: Comparison) -> str:
@@ -46,7 +54,7 @@ def draw_deviations(comparison: Comparison) -> str:
     axes.set_xlabel("decision of the episode (one action chunk each)")
     axes.set_ylabel("cumulative ‖ΔA‖² (normalized)")
     log_axis(axes, "y")
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.16), ncols=4)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.16), ncols=3)
     return to_svg(figure, "deviations")
 
 
@@ -100,14 +108,14 @@ def draw_errors(comparison: Comparison) -> str:
             color=colors[name],
             label=name,
         )
-    for row in rows:
+    for row in filter(_is_named, rows):
         axes.annotate(
             short(row.name),
             (100 * row.ratio, row.rms),
             (4, 2),
             textcoords="offset points",
             color=INK,
-            fontsize=5,
+            fontsize=6,
         )
     axes.set_xlabel("bytes of the quantized layers, % of float16 (scales included)")
     axes.set_ylabel("action error, RMS (normalized)")

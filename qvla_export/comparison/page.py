@@ -74,7 +74,8 @@ def _drawings(comparison: Comparison, sensitivities: Sensitivities) -> Iterator[
         yield _drawing(
             "Fig. 3: error over time",
             "Running sum of the squared deviation from the float policy on the same observations "
-            "along closed-loop episodes, mean. An episode that has ended keeps its sum.",
+            "along closed-loop episodes, mean. An episode that has ended keeps its sum. Variations "
+            "are in the tables only.",
             "Rising curves over decisions, one a setting; the ends are in the tables.",
             lambda: drawings.draw_deviations(comparison),
         )
@@ -92,7 +93,7 @@ def _drawings(comparison: Comparison, sensitivities: Sensitivities) -> Iterator[
     if any(row.rms > 0 for row in comparison.rows):
         yield _drawing(
             "Error against bytes",
-            "All settings and baselines; values are in the tables.",
+            "All settings and baselines; variations have no names here, values are in the tables.",
             "Scatter of action error over size, planned settings, libraries, round to nearest.",
             lambda: drawings.draw_errors(comparison),
         )
