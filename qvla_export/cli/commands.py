@@ -8,6 +8,7 @@ import typer
 from qvla_export.cli import (
     baselining,
     benching,
+    benching_allocation,
     benching_server,
     building,
     checking,
@@ -162,6 +163,7 @@ compare_command.register(app)
 building.register(app)
 baselining.register(app)
 benching.register(app)
+benching_allocation.register(app)
 benching_server.register(app)
 loading.register(app)
 verifying.register(app)

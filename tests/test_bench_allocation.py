@@ -1,0 +1,38 @@
+"""`qvla bench-allocation`: a table of a published size, each method in a process of its own."""
+
+import pytest
+
+from engines.targets import CPU
+from qvla_export.allocation import Budget
+from qvla_export.allocators.bench import AllocationBench, measure_allocation, random_table
+from qvla_export.errors import QvlaError
+from qvla_export.geometries import find_geometry
+
+BUDGET = Budget("bits per channel", 4.0)
+
+
+def test_the_table_has_every_channel_of_the_policy() -> None:
+    table = random_table("openvla-7b", CPU, seed=1)
+    shapes = {n: (v.shape[1], table.weights_per_channel[n]) for n, v in table.values.items()}
+    assert shapes == find_geometry("openvla-7b").layers
+    assert sum(channels for channels, _ in shapes.values()) == 1_835_680
+    assert table.digest == random_table("openvla-7b", CPU, seed=1).digest
+
+
+def test_what_the_other_process_refuses_is_said_here() -> None:
+    with pytest.raises(QvlaError, match="geometry 'openvla-8b' is unknown"):
+        measure_allocation(AllocationBench("openvla-8b", "hull", BUDGET, CPU))
+    with pytest.raises(QvlaError, match="the method must be one of"):
+        measure_allocation(AllocationBench("openvla-7b", "lp", BUDGET, CPU))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "most"), [("hull", 1e-4), ("algorithm1", 0.01)])
+def test_a_7b_policy_is_allocated_close_to_the_bound_within_a_gigabyte(
+    method: str, most: float
+) -> None:
+    found = measure_allocation(AllocationBench("openvla-7b", method, BUDGET, CPU, rounds=1))
+    assert found.channels == 1_835_680
+    assert -1e-9 <= found.gap < most
+    assert found.peak_bytes < 1e9
+    assert len(found.seconds) == 1
