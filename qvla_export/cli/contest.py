@@ -102,7 +102,9 @@ def _plan(stand: Stand, setting: Setting) -> list[str]:
     stand.timed(
         plan,
         stand.run.plan(setting),
-        lambda: stages.plan(stand.run, setting, stand.target, stand.policy.digest),
+        lambda: stages.plan(
+            stand.run, setting, stand.target, stand.policy.digest, policy=stand.policy
+        ),
         always=True,
     )
     names.append(plan)

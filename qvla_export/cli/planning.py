@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qvla_export.activations import DEFAULT_METHOD
-from qvla_export.cli.options import PresetOption, RunOption, SettingOption, TargetOption
+from qvla_export.cli.options import (
+    PresetOption,
+    RunOption,
+    SettingOption,
+    TargetOption,
+    UnnormKeyOption,
+    open_checkpoint,
+)
 from qvla_export.cli.predicting import (
     LimitedPolicyOption,
     MaxPredictedOption,
@@ -64,6 +71,14 @@ RegularizersOption = Annotated[
         "max-share=X (L0-style) and max-share-of-layer=X cap the share that is pruned.",
     ),
 ]
+RefineOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Rounds that measure again on the quantized policy and plan anew; needs --policy. "
+        "Default: 0, of -refined settings 4.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -88,13 +103,16 @@ def plan(
     max_predicted_ms: MaxPredictedOption = None,
     power_mode: PowerModeOption = None,
     rates: RatesOption = None,
+    refine: RefineOption = None,
     policy: LimitedPolicyOption = None,
+    unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
 ) -> None:
     """Allocate bits to channels under a budget, and under a predicted latency if one is given."""
     from engines.targets import find_target
     from qvla_export.choices import choices_of
     from qvla_export.cli import prediction, stages
+    from qvla_export.cli.refining import rounds_of
     from qvla_export.sensitivity import Sensitivities
 
     folder, device = RunFolder(run), find_target(target)
@@ -115,8 +133,12 @@ def plan(
     if max_predicted_ms is not None:
         where = prediction.Device(device, power_mode, rates)
         limit = prediction.latency_limit(max_predicted_ms, where, measured, wanted, policy, preset)
+    loaded = None
+    if policy is not None and (wanted.refinements if refine is None else refine):
+        loaded = open_checkpoint(policy, unnorm_key, preset)
+    digest = measured.policy_digest if loaded is None else loaded.digest
     planned = stages.plan(
-        folder, wanted, device, measured.policy_digest, activations_method, limit, choices
+        folder, wanted, device, digest, activations_method, limit, choices, loaded, refine
     )
     if planned is None:
         raise QvlaError("the float setting has no plan; choose w4, w8a8, w4-rtn, ...")
@@ -127,6 +149,8 @@ def plan(
         f"-> {folder.plan(wanted)}"
     )
     typer.echo(prediction.plan_figures(planned, measured, choices, device, limit))
+    for number, found in enumerate(rounds_of(planned), start=1):
+        typer.echo(f"round {number}: {found}")
 
 
 def _widths(text: str | None) -> tuple[int, ...] | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
@@ -13,6 +14,7 @@ from qvla_export.budget import LatencyLimit
 from qvla_export.choices import Choices, choices_of, shapes_of
 from qvla_export.cli.keeping import bar as bar
 from qvla_export.cli.keeping import kept_artifact as kept_artifact
+from qvla_export.cli.refining import refined, remove_progress
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.quantize import QuantizerSpec, spec_for
 from qvla_export.run_folder import RunFolder, Setting, made
@@ -211,8 +213,12 @@ def plan(
     method: RangeMethod = DEFAULT_METHOD,
     latency: LatencyLimit | None = None,
     choices: Choices | None = None,
+    policy: "OftPolicy | None" = None,
+    refinements: int | None = None,
 ) -> BitPlan | None:
-    """Allocate bits for a setting, and leave a file of the same plan alone; None for float."""
+    """Allocate bits for a setting, leaving a file of the same plan alone; None for float.
+
+    `refinements` rounds, None for the setting's, plan again on the quantized `policy`."""
     if setting.kind == "float":
         return None
     measured = Sensitivities.load(made(run.sensitivities, "sensitivities"))
@@ -225,9 +231,13 @@ def plan(
         _require_groups_of(target, measured)
         chosen = choices or choices_of(setting, measured, target)
         planned = chosen.allocate(measured, target, latency)
+        if rounds := setting.refinements if refinements is None else refinements:
+            allocate = partial(chosen.allocate, target=target, latency=latency)
+            planned = refined(run, setting, policy, measured, planned, allocate, rounds)
     if setting.activation_bits is not None:
         planned = _with_activations(run, planned, setting.activation_bits, method)
     planned.save(run.plan(setting))
+    remove_progress(run, setting)
     return planned
 
 
