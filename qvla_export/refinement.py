@@ -106,7 +106,7 @@ def refine_plan(
             found.append((_action_error(policy, batches, reference, other), tried, other))
         after, tried, other = min(found, key=lambda each: each[0])
         done.append(Round(tried, _changed(plan, other), before, after))
-        _log.info("round %d: %s", number + 1, done[-1])
+        _log.debug("round %d: %s", number + 1, done[-1])
         plan = _recorded(other if done[-1].accepted else plan, measured, start, done)
         if journal is not None:
             plan.save(journal)

@@ -1,5 +1,7 @@
 """`qvla plan`: widths of channels under a budget, by any of the allocators."""
 
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -19,11 +21,16 @@ from qvla_export.cli.predicting import (
     PowerModeOption,
     RatesOption,
 )
+from qvla_export.cli.refining import rounds_of
 from qvla_export.errors import QvlaError
-from qvla_export.run_folder import RunFolder, made, parse_setting
+from qvla_export.run_folder import RunFolder, Setting, made, parse_setting
 
 if TYPE_CHECKING:
     from qvla_export.allocation import PruningRule
+    from qvla_export.choices import BudgetBy, Choices
+    from qvla_export.plan import BitPlan
+    from qvla_export.sensitivity import Sensitivities
+    from qvla_export.target import Target
 
 # Name of a regularizer -> field of `PruningRule`.
 _REGULARIZERS = {
@@ -110,30 +117,18 @@ def plan(
 ) -> None:
     """Allocate bits to channels under a budget, and under a predicted latency if one is given."""
     from engines.targets import find_target
-    from qvla_export.choices import choices_of
     from qvla_export.cli import prediction, stages
-    from qvla_export.cli.refining import rounds_of
     from qvla_export.sensitivity import Sensitivities
 
     folder, device = RunFolder(run), find_target(target)
     wanted = parse_setting(setting, device)
     measured = Sensitivities.load(made(folder.sensitivities, "sensitivities"))
-    given = {
-        "method": method,
-        "gates": _gates(gates),
-        "widths": _widths(widths),
-        "budget": budget,
-        "pruning": _pruning_rule(regularizers or []),
-    }
-    choices = limit = None
-    if wanted.kind == "planned":
-        choices = choices_of(wanted, measured, device, budget_by, **given)  # type: ignore[arg-type]  # values of several types
-    elif named := [name for name, value in given.items() if value is not None]:
-        raise QvlaError(f"setting {setting} is not allocated; leave out {', '.join(named)}")
+    given = _Given(method, gates, widths, budget_by, budget, tuple(regularizers or ()))
+    choices = given.choices(wanted, measured, device)
+    limit = loaded = None
     if max_predicted_ms is not None:
         where = prediction.Device(device, power_mode, rates)
         limit = prediction.latency_limit(max_predicted_ms, where, measured, wanted, policy, preset)
-    loaded = None
     if policy is not None and (wanted.refinements if refine is None else refine):
         loaded = open_checkpoint(policy, unnorm_key, preset)
     digest = measured.policy_digest if loaded is None else loaded.digest
@@ -142,15 +137,61 @@ def plan(
     )
     if planned is None:
         raise QvlaError("the float setting has no plan; choose w4, w8a8, w4-rtn, ...")
-    typer.echo(
-        f"plan: {planned.mean_bits_per_channel:.2f} mean bits per channel, "
-        f"{planned.mean_bits_per_weight:.2f} per weight, "
-        f"{planned.stored_bits_per_weight:.2f} stored, {planned.ratio:.3f} of float16 "
-        f"-> {folder.plan(wanted)}"
-    )
+    typer.echo(_summary(planned, folder.plan(wanted)))
     typer.echo(prediction.plan_figures(planned, measured, choices, device, limit))
     for number, found in enumerate(rounds_of(planned), start=1):
         typer.echo(f"round {number}: {found}")
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What was given about an allocation beside the setting, as it was written."""
+
+    method: str | None
+    gates: str | None
+    widths: str | None
+    budget_by: "BudgetBy"
+    budget: float | None
+    regularizers: tuple[str, ...]
+
+    def choices(
+        self, setting: Setting, measured: "Sensitivities", target: "Target"
+    ) -> "Choices | None":
+        """Return the choices for a planned setting; None for another.
+
+        Raises:
+            QvlaError: something is no number, no name, or given beside fixed widths.
+        """
+        from qvla_export.choices import choices_of
+
+        if setting.kind != "planned":
+            named = [name for name, value in asdict(self).items() if value]
+            if named != ["budget_by"] or self.budget_by != "setting":
+                raise QvlaError(
+                    f"setting {setting.name} is not allocated; leave out what is given for that: "
+                    f"{', '.join(named)}"
+                )
+            return None
+        return choices_of(
+            setting,
+            measured,
+            target,
+            self.budget_by,
+            self.budget,
+            self.method,
+            _gates(self.gates),
+            _widths(self.widths),
+            _pruning_rule(self.regularizers),
+        )
+
+
+def _summary(planned: "BitPlan", path: Path) -> str:
+    return (
+        f"plan: {planned.mean_bits_per_channel:.2f} mean bits per channel, "
+        f"{planned.mean_bits_per_weight:.2f} per weight, "
+        f"{planned.stored_bits_per_weight:.2f} stored, {planned.ratio:.3f} of float16 "
+        f"-> {path}"
+    )
 
 
 def _widths(text: str | None) -> tuple[int, ...] | None:
@@ -175,7 +216,7 @@ def _gates(text: str | None) -> dict[int, float] | None:
         ) from error
 
 
-def _pruning_rule(texts: list[str]) -> "PruningRule | None":
+def _pruning_rule(texts: tuple[str, ...]) -> "PruningRule | None":
     from qvla_export.allocation import PruningRule
 
     limits = {}
