@@ -315,7 +315,7 @@ def test_unknown_names(run: Path, inputs: Inputs, command: str, message: str) ->
         ("plan --run {run} --setting w0", "a setting is 'float'"),
         ("plan --run {run} --setting float", "the float setting has no plan"),
         ("calibrate --run {run} --dataset {run}/nowhere", "nowhere/meta/info.json"),
-        ("calibrate --run {run} --count 0", "at least 1 each, got 0 and 64"),
+        ("calibrate --run {run} --count 0", "at least 1 each, got 0, 64 and 2"),
         ("deploy --run {run} --policy {run}/nowhere", "is neither a checkpoint folder"),
         ("deploy --run {run} --policy {run}/settings/w4/bundle", "must be a checkpoint folder"),
         ("verify {run}/nowhere", "bundle folder not found"),
