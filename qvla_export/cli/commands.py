@@ -26,6 +26,7 @@ from qvla_export.cli import (
     robot,
     running,
     simulation,
+    smoothing,
     verifying,
 )
 from qvla_export.cli.options import (
@@ -161,6 +162,7 @@ judging_commands.register(app)
 checking.register(app)
 compare_command.register(app)
 building.register(app)
+smoothing.register(app)
 baselining.register(app)
 benching.register(app)
 benching_allocation.register(app)
