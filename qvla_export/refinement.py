@@ -8,6 +8,8 @@ at once: the gradient of the action error with respect to the weights, times the
 weights. The second part, of independent channels, is known from the sensitivities. It bounds how
 far one round goes: `caution` times as much is charged, and of several cautions the one whose plan
 has the least measured error on the same observations is taken, if that is less than before.
+
+Everything is in memory at once: float weights, weights in place and gradients of all layers.
 """
 
 import logging

@@ -35,7 +35,8 @@ def refined(
     if planned.quantizer.needs_moments:
         raise QvlaError(
             f"refining {setting.name} needs a quantizer that rounds to nearest; the sensitivities "
-            "are of one that makes codes from what the layers are fed. Measure them anew without it"
+            "are of codes that make up for each other. Measure again: qvla sensitivities --quantizer "
+            "nearest"
         )
     from calibration.samples import CalibrationSet
     from qvla_export.cli.stages import require_calibration
