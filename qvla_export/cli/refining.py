@@ -35,8 +35,8 @@ def refined(
     if planned.quantizer.needs_moments:
         raise QvlaError(
             f"refining {setting.name} needs a quantizer that rounds to nearest; the sensitivities "
-            "are of codes that make up for each other. Measure again: qvla sensitivities --quantizer "
-            "nearest"
+            "are of codes that make up for each other. Measure again: "
+            "qvla sensitivities --quantizer nearest"
         )
     from calibration.samples import CalibrationSet
     from qvla_export.cli.stages import require_calibration
