@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qvla_export.errors import QvlaError
 from qvla_export.layers import layer_shapes
@@ -105,7 +106,7 @@ def _moved_numbers(
     """Return how many numbers a batch puts into and out of each layer."""
     moved: dict[str, tuple[int, int]] = {}
 
-    def counted(name: str) -> object:
+    def counted(name: str) -> RemovableHandle:
         def count(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             moved[name] = (arguments[0].numel(), output.numel())
 
@@ -117,5 +118,5 @@ def _moved_numbers(
             policy.normalized_actions(policy.batch(observations))
     finally:
         for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]
+            handle.remove()
     return moved
