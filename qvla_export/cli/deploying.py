@@ -144,7 +144,7 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     _describe(wanted, policy)
     _say("sensitivities of every channel and width")
     compensated = wanted.quantizer == "compensated"
-    estimator = FirstOrderEstimator(probes=8)
+    estimator = FirstOrderEstimator()
     stages.sensitivities(run, policy, target, estimator, wanted.seed, compensated=compensated)
     if wanted.check_pairs:
         compared = stages.agreement(run, policy, wanted.check_pairs, wanted.seed)

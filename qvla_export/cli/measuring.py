@@ -79,7 +79,7 @@ def sensitivities(
     target: TargetOption = "cpu",
     method: MethodOption = "first-order",
     quantizer: QuantizerOption = "nearest",
-    probes: ProbesOption = 8,
+    probes: ProbesOption = 4,
     standard_error: StandardErrorOption = None,
     exact_share: ShareOption = 0.02,
     unnorm_key: UnnormKeyOption = None,

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from qvla_export.policies.oft import OftPolicy
 
 T = TypeVar("T")
-# Random probes an observation of the sensitivities, and strength of smoothing.
-_PROBES = 8
+# Of smoothing.
 _STRENGTH = 0.5
 # Of Fig. 7: width, observations of one episode, and what sets their seed apart.
 _RANKED_BITS = 4
@@ -92,7 +91,7 @@ def sensitivities(stand: Stand) -> None:
     """Measure the sensitivities of a stand, timed."""
     from qvla_export.estimators.first_order import FirstOrderEstimator
 
-    estimator = FirstOrderEstimator(probes=_PROBES)
+    estimator = FirstOrderEstimator()
     if stand.compensated:
         stand.timed(
             "moments", stand.run.moments, lambda: compensating.moments(stand.run, stand.policy)
@@ -198,7 +197,7 @@ def cumulative_ranks(
     # Other episodes than those the stand's set has.
     seed = stand.seed + _OTHER_EPISODES
     stages.calibrate(along.run, dataset, tasks, count, 1, seed, _FRAMES_ALONG)
-    estimator = Cumulative(FirstOrderEstimator(probes=_PROBES))
+    estimator = Cumulative(FirstOrderEstimator())
     summed = stages.sensitivities(along.run, stand.policy, stand.target, estimator, stand.seed)
     single = Sensitivities.load(stand.run.sensitivities)
     return rank_channels(

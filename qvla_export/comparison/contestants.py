@@ -150,40 +150,42 @@ TABLES: tuple[PaperTable, ...] = (
     PaperTable(
         "3",
         "Per layer against per channel",
-        ("float", "w4-module@nearest", "w4-layer@nearest", "w4@nearest", "w8-module@nearest",
-         "w8-layer@nearest", "w8@nearest"),
+        ("float", "w4-module", "w4-module@nearest", "w4-layer", "w4-layer@nearest", "w4",
+         "w4@nearest", "w8-module", "w8-module@nearest", "w8-layer", "w8-layer@nearest", "w8",
+         "w8@nearest"),
         "One width for all channels of a module or layer, chosen by the same sensitivities.",
     ),
     PaperTable(
         "4",
         "Pruning and sets of widths",
-        ("float", "w8-set2.4.8.16@nearest", "w8-rtn", "w8@nearest", "w8-set0.8@nearest",
-         "w4-set2.4.8.16@nearest", "w4@nearest", "w4-set0.8@nearest"),
+        ("float", "w8-set2.4.8.16", "w8-set2.4.8.16@nearest", "w8-rtn", "w8", "w8@nearest",
+         "w8-set0.8", "w8-set0.8@nearest", "w4-set2.4.8.16", "w4-set2.4.8.16@nearest", "w4",
+         "w4@nearest", "w4-set0.8", "w4-set0.8@nearest"),
         "The paper's 8-bit budget, and 4 bits below it.",
     ),
     PaperTable(
         "6",
         "Gate ratios",
-        ("float", "w8-gates1@nearest", "w8-gates2@nearest", "w8-gates3@nearest",
-         "w8-gates4@nearest", "w8@nearest"),
+        ("float", "w8-gates1", "w8-gates1@nearest", "w8-gates2", "w8-gates2@nearest", "w8-gates3",
+         "w8-gates3@nearest", "w8-gates4", "w8-gates4@nearest", "w8", "w8@nearest"),
         "Fixed shares of the channels at 0, 2, 4, 8 and 16 bits.",
     ),
     PaperTable(
         "9",
         "Calibration observations",
-        ("float", "w8@8+nearest", "w8@32+nearest", "w8@nearest", "w4@8+nearest", "w4@32+nearest",
-         "w4@nearest", "w2.5@8+nearest", "w2.5@32+nearest", "w2.5@nearest"),
-        "The first ones of the run's calibration set, which has two of an episode; the last row of "
-        "a width has them all.",
+        ("float", "w8@8", "w8@8+nearest", "w8@32", "w8@32+nearest", "w8", "w8@nearest", "w4@8",
+         "w4@8+nearest", "w4@32", "w4@32+nearest", "w4", "w4@nearest", "w2.5@8", "w2.5@8+nearest",
+         "w2.5@32", "w2.5@32+nearest", "w2.5", "w2.5@nearest"),
+        "The first ones of the run's calibration set, which has two of an episode; the last rows "
+        "of a width have them all.",
     ),
 )  # fmt: skip
 # Of which episodes are run unless others are named; in this order.
 WITH_EPISODES = (
     "float", "w8", "w8a8", "w4", "w3", "w2.5", "w2", "w8@nearest", "w8a8@nearest", "w4@nearest",
     "w3@nearest", "w2.5@nearest", "w2@nearest", "w4-gptq", "w4-rtn", "w2-gptq", "w2-rtn",
-    "w4a4@smoothed", "w4a4", "w8a8@smoothed", "w8a8-smoothquant", "w4-layer@nearest",
-    "w4-module@nearest", "w4-set0.8@nearest", "w4-set2.4.8.16@nearest", "w8-gates1@nearest",
-    "w8-gates4@nearest", "w2.5@8+nearest",
+    "w4a4@smoothed", "w4a4", "w8a8@smoothed", "w8a8-smoothquant", "w4-layer", "w4-module",
+    "w4-set0.8", "w4-set2.4.8.16", "w8-gates1", "w8-gates4", "w2.5@8",
 )  # fmt: skip
 
 
