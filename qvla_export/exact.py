@@ -20,7 +20,7 @@ from qvla_export.layers import traced_layers, weight_rows
 from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec, quantize_channels
-from qvla_export.replay import recorded
+from qvla_export.replay import Replay, recorded
 from qvla_export.sharded_sums import OnProgress, ShardedSums
 
 METHOD = "exact"
@@ -96,13 +96,9 @@ def measure_exact(
         inputs = policy.batch(observations[batch * batch_size : (batch + 1) * batch_size])
         with recorded(policy, layers, inputs) as replay:
             for unit in todo:
-                piece = pieces[unit % len(pieces)]
-                for chunk in _chunks(pairs, piece, side_by_side):
-                    name = pairs[chunk[0]].layer
-                    rows = _changed_rows(layers[name], [pairs[i] for i in chunk], quantizer)
-                    channels = [pairs[i].channel for i in chunk]
-                    deviations = replay.deviations(name, channels, rows.to(inputs.pixel_values))
-                    sums.values["pairs"][chunk] += deviations.sum(dim=1).cpu().numpy()
+                for chunk in _chunks(pairs, pieces[unit % len(pieces)], side_by_side):
+                    chosen = [pairs[i] for i in chunk]
+                    sums.values["pairs"][chunk] += _deviations(replay, layers, chosen, quantizer)
                 sums.mark(unit)
                 if on_progress is not None:
                     done = sums.done(range(batches * len(pieces)))
@@ -143,6 +139,17 @@ def _chunks(pairs: Sequence[ChannelWidth], piece: Sequence[int], most: int) -> I
         chunk.append(i)
     if chunk:
         yield chunk
+
+
+def _deviations(
+    replay: Replay, layers: Layers, pairs: Sequence[ChannelWidth], quantizer: QuantizerSpec
+) -> NDArray[np.float64]:
+    """Squared deviations of pairs of one layer, summed over a batch.  float64 [pairs]"""
+    name = pairs[0].layer
+    rows = _changed_rows(layers[name], pairs, quantizer).to(replay.reference)
+    found = replay.deviations(name, [pair.channel for pair in pairs], rows)
+    summed: NDArray[np.float64] = found.sum(dim=1).cpu().numpy()
+    return summed
 
 
 def _changed_rows(

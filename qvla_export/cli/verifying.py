@@ -98,13 +98,7 @@ def verify(
         reference = _reference(loaded, wanted, held_out)
         floor = None
         if float_bundle is not None:
-            plain = Bundle.load(float_bundle)
-            require_same(
-                "bundle and float bundle",
-                loaded.policy_digest,
-                plain.policy_digest,
-                "Give the float bundle of the same policy.",
-            )
+            plain = _same_policy(float_bundle, loaded)
             floor_engine = stack.enter_context(open_engine(plain, runtime, threads, weights))
             floor = float_drift(plain, floor_engine, reference)
         verdict = judge(loaded, engine, reference, floor)
@@ -116,6 +110,15 @@ def verify(
         write_json(output, report)
     _say(verdict, report)
     verdict.require_passed()
+
+
+def _same_policy(float_bundle: Path, bundle: "Bundle") -> "Bundle":
+    from qvla_export.bundle import Bundle
+
+    plain, remedy = Bundle.load(float_bundle), "Give the float bundle of the same policy."
+    digests = (bundle.policy_digest, plain.policy_digest)
+    require_same("bundle and float bundle", *digests, remedy)
+    return plain
 
 
 def require_target(bundle: "Bundle", target: str) -> None:
@@ -288,12 +291,8 @@ def _table(drifts: "dict[str, ActionDrift]") -> Table:
     for column in ("", "dimension", "max", "mean", "max, units", "mean, units"):
         table.add_column(column, justify="right" if column else "left")
     for name, drift in drifts.items():
-        for i in range(len(drift.max_normalized)):
-            figures = (
-                drift.max_normalized[i],
-                drift.mean_normalized[i],
-                drift.max_physical[i],
-                drift.mean_physical[i],
-            )
+        normalized = drift.max_normalized, drift.mean_normalized
+        physical = drift.max_physical, drift.mean_physical
+        for i, figures in enumerate(zip(*normalized, *physical, strict=True)):
             table.add_row(name if i == 0 else "", str(i), *(f"{f:.1e}" for f in figures))
     return table

@@ -16,7 +16,7 @@ from qvla_export.action import ActionChunk
 from qvla_export.artifacts import read_json, sha256_tree
 from qvla_export.clock import StageClock
 from qvla_export.errors import CheckpointError
-from qvla_export.images import load_image_spec
+from qvla_export.images import ImageSpec, load_image_spec
 from qvla_export.observation import Observation
 from qvla_export.policies.base import PolicyBatch, PolicyStage
 from qvla_export.policies.oft_checkpoint import empty_module, filled_module, load_module
@@ -206,7 +206,21 @@ def load_oft_policy(
         config.state_dim,
     )
     token_centers = _token_centers(checkpoint, config)
-    spec = ProcessorSpec(
+    spec = _processor_spec(config, image, token_centers)
+    tokenizer_path = checkpoint / _TOKENIZER
+    tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
+    return OftPolicy(
+        module,
+        Processor(spec, statistics, tokenizer),
+        config,
+        policy_digest(checkpoint, config, statistics.key),
+        token_centers,
+        None if resident else weights,
+    )
+
+
+def _processor_spec(config: OftConfig, image: ImageSpec, token_centers: Tensor) -> ProcessorSpec:
+    return ProcessorSpec(
         cameras=config.cameras,
         image=image,
         horizon=config.horizon,
@@ -218,16 +232,6 @@ def load_oft_policy(
         center_crop=config.center_crop,
         # The two highest token ids share the lowest bin.
         action_bins=max(len(token_centers) - 1, 0),
-    )
-    tokenizer_path = checkpoint / _TOKENIZER
-    tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
-    return OftPolicy(
-        module,
-        Processor(spec, statistics, tokenizer),
-        config,
-        policy_digest(checkpoint, config, statistics.key),
-        token_centers,
-        None if resident else weights,
     )
 
 

@@ -12,9 +12,10 @@ from transformers import Dinov2WithRegistersConfig, LlamaConfig, SiglipVisionCon
 
 from qvla_export.artifacts import read_json
 from qvla_export.errors import CheckpointError
+from qvla_export.policies.oft_architecture import OftArchitecture
 from qvla_export.policies.oft_config import OftConfig
 from qvla_export.policies.oft_keys import check_keys, to_upstream
-from qvla_export.policies.oft_module import OftArchitecture, OftModule
+from qvla_export.policies.oft_module import OftModule
 from qvla_export.policies.oft_weights import CheckpointWeights
 
 _VISION_EPS = 1e-6  # timm's LayerNorm default, of both towers

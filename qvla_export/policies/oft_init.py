@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from qvla_export.artifacts import new_folder, write_json
+from qvla_export.policies.oft_architecture import OftArchitecture
 from qvla_export.policies.oft_checkpoint import (
     llama_config,
     save_module,
@@ -17,7 +18,7 @@ from qvla_export.policies.oft_checkpoint import (
     vision_configs,
 )
 from qvla_export.policies.oft_config import OftConfig, save_config
-from qvla_export.policies.oft_module import OftArchitecture, OftModule
+from qvla_export.policies.oft_module import OftModule
 
 _SPECIAL = ("<unk>", "<s>", "</s>", "<empty>", "<pad>")
 BOS_ID, STOP_ID, SUFFIX_ID, PAD_ID = 1, 2, 3, 4

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from qvla_export.artifacts import new_folder
 from qvla_export.geometries import Geometry
+from qvla_export.policies.oft_architecture import OftArchitecture
 from qvla_export.policies.oft_checkpoint import llama_config, vision_configs
 from qvla_export.policies.oft_config import PRESETS, OftConfig
 from qvla_export.policies.oft_init import save_description, train_tokenizer
 from qvla_export.policies.oft_keys import to_upstream
-from qvla_export.policies.oft_module import OftArchitecture, OftModule
+from qvla_export.policies.oft_module import OftModule
 
 _PARTS = ("action_head", "proprio_projector")
 _VOCABULARY, _PADDING = 32064, 64
