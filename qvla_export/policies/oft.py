@@ -124,7 +124,9 @@ class OftPolicy:
     def read_weight(self, name: str) -> NDArray[np.float32]:
         """Return a parameter or buffer by name, as float32, from memory or the checkpoint."""
         if self.stored is not None and name in self.stored.shapes:
-            return self.stored.read(name).float().numpy()
+            tensor = torch.empty(self.stored.shapes[name].shape, dtype=torch.float32)
+            self.stored.copy_to(name, tensor)
+            return tensor.numpy()
         if self.stored is not None:
             # What no checkpoint holds follows from the configuration alone.
             rotary = LlamaRotaryEmbedding(self.module.arch.llama)

@@ -38,7 +38,7 @@ def filled_module(arch: OftArchitecture, weights: CheckpointWeights) -> OftModul
     module = OftModule(arch)
     for name, tensor in module.state_dict().items():
         if name in weights.shapes:
-            tensor.copy_(weights.read(name))
+            weights.copy_to(name, tensor)
     return module.eval().requires_grad_(False)
 
 

@@ -1,6 +1,7 @@
 """The tensors of an OpenVLA-OFT checkpoint under this project's names, each read when asked for."""
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +18,20 @@ from qvla_export.policies.oft_keys import from_upstream
 
 # Replaced by the L1 head, but part of every published file.
 _LM_HEAD = "language_model.lm_head.weight"
+# Of a file, mapped at once while a tensor is converted.
+_BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class CheckpointWeights:
-    """Where each tensor of a checkpoint lies; holds none of the safetensors' numbers."""
+    """Where each tensor of a checkpoint lies; holds none of their numbers."""
 
     # Our name -> the tensor without its numbers (device "meta").
     shapes: Mapping[str, Tensor]
     # Our name -> safetensors file and upstream key.
     places: Mapping[str, tuple[Path, str]]
-    # Our name -> tensor of the small head files, which lie in memory.
-    parts: Mapping[str, Tensor]
+    # Our name -> head file and the part's name, which goes before its keys.
+    parts: Mapping[str, tuple[Path, str]]
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by our name, as stored.
@@ -37,9 +40,25 @@ class CheckpointWeights:
             CheckpointError: its file was damaged or removed since it was opened.
         """
         if name in self.parts:
-            return self.parts[name]
+            file, part = self.parts[name]
+            return _read_part(file)[name.removeprefix(f"{part}.")]
         path, key = self.places[name]
         return from_upstream({key: _read(path, key)})[name]
+
+    def copy_to(self, name: str, target: Tensor) -> None:
+        """Write a tensor into one of its shape, converted, a block of rows in memory at a time.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        path, key = self.places.get(name, (None, name))
+        if path is None or tuple(target.shape) != _shape(path, key) or not target.ndim:
+            target.copy_(self.read(name))
+            return
+        rows = max(1, _BLOCK_BYTES // (4 * max(1, target[0].numel())))
+        for start in range(0, len(target), rows):
+            block = slice(start, start + rows)
+            target[block] = _read(path, key, block)
 
 
 def open_weights(checkpoint: Path, config: OftConfig) -> CheckpointWeights:
@@ -55,11 +74,13 @@ def open_weights(checkpoint: Path, config: OftConfig) -> CheckpointWeights:
             if config.head == "l1" and name == _LM_HEAD:
                 continue
             shapes[name], places[name] = tensor, (path, key)
-    parts: dict[str, Tensor] = {}
+    parts: dict[str, tuple[Path, str]] = {}
     wanted = {"action_head": config.head == "l1", "proprio_projector": config.state_dim > 0}
     for part in (name for name, needed in wanted.items() if needed):
-        parts |= {f"{part}.{key}": value for key, value in _read_part(checkpoint, part).items()}
-    shapes |= {name: tensor.to("meta") for name, tensor in parts.items()}
+        path = part_file(checkpoint, part)
+        for key, tensor in _read_part(path).items():
+            shapes[f"{part}.{key}"] = tensor.to("meta")
+            parts[f"{part}.{key}"] = path, part
     return CheckpointWeights(shapes, places, parts)
 
 
@@ -100,14 +121,23 @@ def _stored_tensors(checkpoint: Path) -> list[tuple[Path, str, Tensor]]:
     return found
 
 
-def _read(path: Path, key: str) -> Tensor:
+def _read(path: Path, key: str, rows: slice = slice(None)) -> Tensor:
     try:
-        # Opened for this tensor alone: an open file keeps every page that was read mapped.
+        # Opened for these rows alone: an open file keeps every page that was read mapped.
         with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
+            whole = rows == slice(None)
+            tensor: Tensor = file.get_tensor(key) if whole else file.get_slice(key)[rows]
     except (SafetensorError, OSError) as error:
         raise _incomplete(path, error) from error
     return tensor
+
+
+def _shape(path: Path, key: str) -> tuple[int, ...]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return tuple(file.get_slice(key).get_shape())
+    except (SafetensorError, OSError) as error:
+        raise _incomplete(path, error) from error
 
 
 def _incomplete(path: Path, error: Exception) -> CheckpointError:
@@ -116,10 +146,11 @@ def _incomplete(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _read_part(checkpoint: Path, part: str) -> dict[str, Tensor]:
-    path = part_file(checkpoint, part)
+def _read_part(path: Path) -> dict[str, Tensor]:
+    """Tensors of a head file by their keys, mapped where its format can be."""
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{path} cannot be loaded safely: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
