@@ -134,7 +134,24 @@ def test_what_others_wrote_is_text_on_the_page() -> None:
     assert "<h3>Fig. 3" in page
     rows = [line for line in to_markdown(found).splitlines() if line.startswith("| w4-awq")]
     assert rows
-    assert all(len(re.split(r"(?<!\\)\|", row)) == 11 for row in rows)
+    assert all(len(re.split(r"(?<!\\)\|", row)) == 10 for row in rows)
+
+
+def test_the_section_has_every_episode_and_every_table() -> None:
+    found = comparison_of(
+        float=seed_row(0.0, [True] * 4),
+        w4=seed_row(0.001, [True, True, True, False], weight_bytes=2_500_000),
+        w4_layer=seed_row(0.02, weight_bytes=2_400_000),
+        w8=seed_row(0.0001),
+    )
+    lines = to_markdown(replace(found, controls={})).splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    (w4,) = [row for row in cells if row[0] == "**w4**"]
+    assert w4[2:5] == ["2.50", "0.0010 ± 0", "75.0 % [30.1, 95.4], n 4"]
+    assert w4[5].startswith("-25.0 [")
+    assert not [row for row in cells if row[0] in ("**w8**", "w4-layer")]
+    (per_layer,) = [row for row in cells if row[0].startswith("3, ") and "4 bits" in row[0]]
+    assert per_layer[1] == "w4-layer 0.0200 (2.40) · w4 0.0010 (2.50; 75.0 %)"
 
 
 def test_names_say_how_a_contestant_is_made() -> None:

@@ -100,13 +100,18 @@ def _kind(name: str) -> str:
     return ", ".join(parts)
 
 
-def _success(outcomes: tuple[Outcome, ...]) -> Cell:
+def success_text(outcomes: tuple[Outcome, ...]) -> tuple[str, str]:
+    """Return the share of solved episodes, and its Wilson interval with their number."""
     if not outcomes:
-        return Cell(NONE)
+        return NONE, ""
     solved = sum(outcome.solved for outcome in outcomes)
     low, high = wilson_95(solved, len(outcomes))
     interval = f"[{100 * low:.1f}, {100 * high:.1f}], n {len(outcomes)}"
-    return Cell(f"{100 * solved / len(outcomes):.1f} %", interval)
+    return f"{100 * solved / len(outcomes):.1f} %", interval
+
+
+def _success(outcomes: tuple[Outcome, ...]) -> Cell:
+    return Cell(*success_text(outcomes))
 
 
 def _against(comparison: Comparison, row: Row) -> Cell:
