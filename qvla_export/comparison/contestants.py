@@ -184,7 +184,7 @@ TABLES: tuple[PaperTable, ...] = (
 WITH_EPISODES = (
     "float", "w8", "w8a8", "w4", "w3", "w2.5", "w2", "w8@nearest", "w8a8@nearest", "w4@nearest",
     "w3@nearest", "w2.5@nearest", "w2@nearest", "w4-gptq", "w4-rtn", "w2-gptq", "w2-rtn",
-    "w4a4@smoothed", "w4a4", "w8a8@smoothed", "w8a8-smoothquant", "w4-layer", "w4-module",
+    "w4a8", "w4a4@smoothed", "w4a4", "w8a8@smoothed", "w8a8-smoothquant", "w4-layer", "w4-module",
     "w4-set0.8", "w4-set2.4.8.16", "w8-gates1", "w8-gates4", "w2.5@8",
 )  # fmt: skip
 
