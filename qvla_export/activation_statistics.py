@@ -22,7 +22,7 @@ from qvla_export.activations import (
 )
 from qvla_export.artifacts import require_fields, versions, write_bytes
 from qvla_export.errors import ArtifactError, QvlaError
-from qvla_export.sensitivity import read_tensor_file, tensor_file
+from qvla_export.tensor_files import read_tensor_file, tensor_file
 
 BINS = 8192
 # Share of the numbers that the "percentile" rule represents.

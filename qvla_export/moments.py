@@ -7,18 +7,23 @@ which inputs matter together, G which channels do. `qvla_export.moment_measureme
 `qvla_export.compensation` rounds with them.
 """
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.artifacts import require_fields, require_same, versions, write_bytes
+from qvla_export.artifacts import require_fields, require_same, versions
 from qvla_export.errors import ArtifactError, QvlaError
-from qvla_export.sensitivity import read_tensor_file, tensor_file
+from qvla_export.tensor_files import (
+    TensorArtifact,
+    Tensors,
+    layer_tensors,
+    layers_of,
+    read_tensor_file,
+)
 
 _FORMAT = "qvla-moments-1"
 _FIELDS = (
@@ -30,7 +35,6 @@ _FIELDS = (
     "calibration_digest",
     "versions",
 )
-_PARTS = ("mean", "weighted_mean", "inputs", "channels")
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,9 @@ class LayerMoments:
     channels: NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        for name in _PARTS:
-            if not np.isfinite(getattr(self, name)).all():
-                raise QvlaError(f"moments must be finite, {name} is not; the policy is broken")
+        for part in fields(self):
+            if not np.isfinite(getattr(self, part.name)).all():
+                raise QvlaError(f"moments must be finite, {part.name} is not; the policy is broken")
         width = len(self.mean)
         if self.weighted_mean.shape != (width,) or not _covers(self.inputs, width):
             raise QvlaError(
@@ -86,7 +90,7 @@ class LayerMoments:
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(TensorArtifact):
     """Moments of a policy's layers on calibration observations."""
 
     # Layer name -> its moments, in forward order.
@@ -128,22 +132,11 @@ class Moments:
             digests = (self.calibration_digest, calibration_digest)
             require_same("calibration sets of moments and plan", *digests, again)
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the file that `save` writes; sensitivities and roundings record it."""
-        return hashlib.sha256(self._file_bytes()).hexdigest()
+    def _tensors(self) -> Tensors:
+        return layer_tensors(self.layers)
 
-    def save(self, path: Path) -> None:
-        """Write safetensors with the provenance as metadata, atomically."""
-        write_bytes(path, self._file_bytes())
-
-    def _file_bytes(self) -> bytes:
-        tensors = {
-            f"{name}/{part}": getattr(layer, part)
-            for name, layer in self.layers.items()
-            for part in _PARTS
-        }
-        provenance = {
+    def _provenance(self) -> Mapping[str, Any]:
+        return {
             "format": _FORMAT,
             "layers": list(self.layers),
             "samples": self.samples,
@@ -153,7 +146,6 @@ class Moments:
             "calibration_digest": self.calibration_digest,
             "versions": dict(self.made_with),
         }
-        return tensor_file(tensors, provenance)
 
     @staticmethod
     def load(path: Path) -> "Moments":
@@ -166,10 +158,7 @@ class Moments:
         require_fields(value, _FIELDS, f"moments {path}")
         try:
             return Moments(
-                layers={
-                    name: LayerMoments(**{part: tensors[f"{name}/{part}"] for part in _PARTS})
-                    for name in value["layers"]
-                },
+                layers=layers_of(tensors, value["layers"], LayerMoments),
                 samples=int(value["samples"]),
                 probes=int(value["probes"]),
                 seed=int(value["seed"]),

@@ -5,7 +5,6 @@ the layers are fed. They are made once, by `qvla_export.compensation`, and fake 
 actions and packing all take them from here.
 """
 
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,14 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.artifacts import require_fields, versions, write_bytes
+from qvla_export.artifacts import require_fields, versions
 from qvla_export.errors import ArtifactError, QvlaError
 from qvla_export.quantize import QuantizedWeight, QuantizerSpec
-from qvla_export.sensitivity import read_tensor_file, tensor_file
+from qvla_export.tensor_files import (
+    TensorArtifact,
+    Tensors,
+    layer_tensors,
+    layers_of,
+    read_tensor_file,
+)
 
 _FORMAT = "qvla-rounding-1"
 _FIELDS = ("layers", "plan_digest", "moments_digest", "versions")
-_PARTS = ("codes", "halves", "scales", "shift")
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class RoundedLayer:
 
 
 @dataclass(frozen=True)
-class Rounding:
+class Rounding(TensorArtifact):
     """Of all layers of a plan."""
 
     # Layer name -> its codes, in forward order.
@@ -97,29 +101,17 @@ class Rounding:
         """Return the rounding of some of its layers."""
         return replace(self, layers={n: layer for n, layer in self.layers.items() if n in names})
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the file that `save` writes; a bundle records it."""
-        return hashlib.sha256(self._file_bytes()).hexdigest()
+    def _tensors(self) -> Tensors:
+        return layer_tensors(self.layers)
 
-    def save(self, path: Path) -> None:
-        """Write safetensors with the provenance as metadata, atomically."""
-        write_bytes(path, self._file_bytes())
-
-    def _file_bytes(self) -> bytes:
-        tensors: dict[str, NDArray[Any]] = {
-            f"{name}/{part}": getattr(layer, part)
-            for name, layer in self.layers.items()
-            for part in _PARTS
-        }
-        provenance = {
+    def _provenance(self) -> Mapping[str, Any]:
+        return {
             "format": _FORMAT,
             "layers": list(self.layers),
             "plan_digest": self.plan_digest,
             "moments_digest": self.moments_digest,
             "versions": dict(self.made_with),
         }
-        return tensor_file(tensors, provenance)
 
     @staticmethod
     def load(path: Path) -> "Rounding":
@@ -132,10 +124,7 @@ class Rounding:
         require_fields(value, _FIELDS, f"rounding {path}")
         try:
             return Rounding(
-                layers={
-                    name: RoundedLayer(**{part: tensors[f"{name}/{part}"] for part in _PARTS})
-                    for name in value["layers"]
-                },
+                layers=layers_of(tensors, value["layers"], RoundedLayer),
                 plan_digest=value["plan_digest"],
                 moments_digest=value["moments_digest"],
                 made_with=value["versions"],

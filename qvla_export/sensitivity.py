@@ -3,23 +3,19 @@
 `qvla_export.estimators` measure them, `qvla_export.allocation` uses them.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
-from qvla_export.artifacts import require_fields, versions, write_bytes
+from qvla_export.artifacts import require_fields, versions
 from qvla_export.errors import ArtifactError, QvlaError
 from qvla_export.quantize import QuantizerSpec
 from qvla_export.target import WIDTHS
+from qvla_export.tensor_files import TensorArtifact, Tensors, read_tensor_file
 
 _FORMAT = "qvla-sensitivities-1"
 _FIELDS = (
@@ -53,7 +49,7 @@ class StandardError:
 
 
 @dataclass(frozen=True)
-class Sensitivities:
+class Sensitivities(TensorArtifact):
     """Expected squared action deviation of quantizing one channel, all else in float (eq. 4).
 
     The deviation is of the normalized action chunk, summed over its horizon * dim numbers, averaged
@@ -113,16 +109,10 @@ class Sensitivities:
             return np.zeros(values.shape[1], np.float32)
         raise QvlaError(f"sensitivities were measured at {self.widths} bits, not at {bits}")
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the file that `save` writes; a plan records it."""
-        return hashlib.sha256(self._file_bytes()).hexdigest()
+    def _tensors(self) -> Tensors:
+        return self.values
 
-    def save(self, path: Path) -> None:
-        """Write safetensors with the provenance as metadata, atomically."""
-        write_bytes(path, self._file_bytes())
-
-    def _file_bytes(self) -> bytes:
+    def _provenance(self) -> Mapping[str, Any]:
         provenance = {
             "format": _FORMAT,
             "widths": self.widths,
@@ -140,7 +130,7 @@ class Sensitivities:
             provenance["standard_error"] = asdict(self.standard_error)
         if self.settings:
             provenance["settings"] = dict(self.settings)
-        return tensor_file(self.values, provenance)
+        return provenance
 
     @staticmethod
     def load(path: Path) -> "Sensitivities":
@@ -171,47 +161,3 @@ class Sensitivities:
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ArtifactError(f"sensitivities {path} are damaged: {error}") from error
-
-
-def tensor_file(tensors: Mapping[str, NDArray[Any]], provenance: Mapping[str, Any]) -> bytes:
-    """Return a safetensors file whose one metadata entry holds provenance and checksum.
-
-    One entry, because safetensors writes several in random order; equal content gives equal bytes.
-    """
-    contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
-    value = {**provenance, "sha256": _checksum(contiguous)}
-    return save_tensors(contiguous, {"qvla": json.dumps(value)})
-
-
-def read_tensor_file(
-    path: Path, form: str, what: str
-) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Return the tensors and the provenance of a file that `tensor_file` made.
-
-    Raises:
-        ArtifactError: the file is missing, truncated, damaged or not of the format `form`.
-    """
-    if not path.is_file():
-        raise ArtifactError(f"{what} not found: {path}")
-    try:
-        data = path.read_bytes()
-        tensors = load_tensors(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{what} {path}: truncated or damaged file ({error}); make it anew"
-        ) from error
-    provenance = json.loads(header.get("__metadata__", {}).get("qvla", "{}"))
-    if provenance.get("format") != form:
-        raise ArtifactError(f"{path} holds no {what} of format {form}; make it anew")
-    if provenance.get("sha256") != _checksum(tensors):
-        raise ArtifactError(f"{what} {path}: the checksum is wrong, the file is damaged; remake it")
-    return tensors, provenance
-
-
-def _checksum(tensors: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}\n".encode())
-        digest.update(tensors[name].tobytes())
-    return digest.hexdigest()

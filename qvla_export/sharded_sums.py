@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from qvla_export.artifacts import remove_leftovers, write_bytes
 from qvla_export.distributed import Alone, World
 from qvla_export.errors import ArtifactError
-from qvla_export.sensitivity import read_tensor_file, tensor_file
+from qvla_export.tensor_files import read_tensor_file, tensor_file
 
 _FORMAT = "qvla-progress-2"
 _log = logging.getLogger(__name__)

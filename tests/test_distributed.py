@@ -23,8 +23,9 @@ from qvla_export.observation import Observation
 from qvla_export.policies.oft import OftPolicy
 from qvla_export.quantize import QuantizerSpec, WidthRule
 from qvla_export.run_folder import RunFolder
-from qvla_export.sensitivity import Sensitivities, read_tensor_file
+from qvla_export.sensitivity import Sensitivities
 from qvla_export.sharded_sums import ShardedSums, journal_files
+from qvla_export.tensor_files import read_tensor_file
 
 Make = Callable[..., list[Observation]]
 TESTS = Path(__file__).parent
