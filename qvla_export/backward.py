@@ -89,8 +89,8 @@ def add_batch(
 
     weights = [weight] * len(drawn)
     recorded = Recorded(layers, inputs, outputs, len(observations), means)
-    sampled = probes.count is not None
-    add_recorded(recorded, errors, gradients, weights, sampled, sums, contraction)
+    for name, found in deviations(recorded, errors, gradients, weights, contraction).items():
+        found.add_to(sums, name, probes.count is not None)
 
 
 @dataclass(frozen=True)
@@ -105,76 +105,84 @@ class Recorded:
     count: int
     # Layer name -> mean input, where a bias makes up for the mean error.  float32 [inputs]
     means: Mapping[str, Tensor] = field(default_factory=dict)
+    # Layer name -> the channels that are asked for; all of a layer that is not named.
+    channels: Mapping[str, slice] = field(default_factory=dict)
+
+    def of(self, name: str) -> slice:
+        """Return the channels of a layer that are asked for."""
+        return self.channels.get(name, slice(None))
 
 
-def add_recorded(
+@dataclass(frozen=True)
+class Deviations:
+    """Squared deviations of the action on a batch, by channels of one layer."""
+
+    # Mean over probes.  float64 [B, widths, channels]
+    means: Tensor
+    # Of each probe, the sum over the channels.  float64 [probes, B, widths]
+    layer_sums: Tensor
+
+    @staticmethod
+    def joined(pieces: Sequence["Deviations"]) -> "Deviations":
+        """Return those of all channels from those of consecutive ones."""
+        means = torch.cat([piece.means for piece in pieces], dim=-1)
+        return Deviations(means, torch.stack([piece.layer_sums for piece in pieces]).sum(dim=0))
+
+    def add_to(self, sums: Mapping[str, NDArray[np.float64]], name: str, sampled: bool) -> None:
+        """Add to the sums of layer `name`; `sampled`: the probes are random."""
+        sums[name][:] += self.means.sum(dim=0).cpu().numpy()
+        add_moments(sums, name, self.means, list(self.layer_sums), sampled)
+
+
+def deviations(
     recorded: Recorded,
     errors: Mapping[str, Mapping[int, Tensor]],
     gradients: Callable[[int], Sequence[Tensor]],
     weights: Sequence[float],
-    sampled: bool,
-    sums: Mapping[str, NDArray[np.float64]],
     contraction: Contraction = "full",
-) -> None:
-    """Add the squared deviations of all channels and widths of recorded layers to sums.
+) -> dict[str, Deviations]:
+    """Return the squared deviations of recorded layers, by name.
 
     Args:
         recorded: the pass.
-        errors, sums, contraction: as in `add_batch`.
+        errors, contraction: as in `add_batch`; errors are of the channels that are asked for.
         gradients: number of a probe -> gradients of probe . action at each layer's output; asked
             once for each, in order.
         weights: of the probes.
-        sampled: the probes are random, not the whole Jacobian.
     """
     layers, count = recorded.layers, recorded.count
     noises = {}
     with torch.no_grad():
-        for name, layer in layers.items():
-            inputs = recorded.inputs.pop(name)
-            found = _output_errors(layer, inputs, recorded.outputs[name], errors[name])
-            if name in recorded.means:
-                found = _without_mean(layer, recorded.means[name], errors[name], found)
-            noises[name] = _noise(found, count, contraction)
-    # Layer name -> mean over probes of each observation, [B, widths, channels], and sums over the
-    # channels of each probe, [B, widths] each.
+        for name in layers:
+            noises[name] = _noise(_output_errors(recorded, name, errors[name]), count, contraction)
     means: dict[str, Tensor] = {}
     layer_sums: dict[str, list[Tensor]] = {name: [] for name in layers}
     for number, weight in enumerate(weights):
         for (name, layer), gradient in zip(layers.items(), gradients(number), strict=True):
-            tokens = as_tokens(layer, gradient)
+            tokens = as_tokens(layer, gradient)[..., recorded.of(name)]
             squared = _contracted(tokens, noises[name], count, contraction)
             layer_sums[name].append(squared.sum(dim=-1))
             means[name] = means[name].add_(squared, alpha=weight) if number else weight * squared
-    for name in layers:
-        sums[name][:] += means[name].sum(dim=0).cpu().numpy()
-        add_moments(sums, name, means[name], layer_sums[name], sampled)
+    return {name: Deviations(means[name], torch.stack(layer_sums[name])) for name in layers}
 
 
-def _output_errors(
-    layer: nn.Linear | nn.Conv2d, inputs: Tensor, outputs: Tensor, rows: Mapping[int, Tensor]
-) -> list[Tensor]:
+def _output_errors(recorded: Recorded, name: str, rows: Mapping[int, Tensor]) -> list[Tensor]:
     """Return what each width's weight errors do to a layer's outputs.  [N, tokens, channels]"""
+    layer, channels = recorded.layers[name], recorded.of(name)
+    inputs, mean = recorded.inputs.pop(name), recorded.means.get(name)
     made = []
     for bits, errors in rows.items():
         if bits:
             made.append(apply_rows(layer, inputs, errors))
-            continue
-        # All that the weights contribute is lost: known without another product.
-        lost = as_tokens(layer, outputs.detach()).neg()
-        made.append(lost if layer.bias is None else lost.add_(layer.bias.detach()))
+        else:
+            # All that the weights contribute is lost: known without another product.
+            lost = as_tokens(layer, recorded.outputs[name].detach())[..., channels].neg()
+            made.append(lost if layer.bias is None else lost.add_(layer.bias.detach()[channels]))
+        if mean is not None:
+            # What the mean input has in it goes into the bias.
+            taken = errors if bits else -layer.weight.detach().flatten(1)[channels]
+            made[-1] -= taken @ mean.to(taken.device)
     return made
-
-
-def _without_mean(
-    layer: nn.Linear | nn.Conv2d, mean: Tensor, rows: Mapping[int, Tensor], errors: list[Tensor]
-) -> list[Tensor]:
-    """Take from output errors what the mean input float32 [inputs] has in them."""
-    weight = layer.weight.detach().flatten(1)
-    mean = mean.to(weight.device)
-    return [
-        made - (rows[bits] if bits else -weight) @ mean
-        for bits, made in zip(rows, errors, strict=True)
-    ]
 
 
 def _noise(errors: list[Tensor], count: int, contraction: Contraction) -> list[Tensor]:

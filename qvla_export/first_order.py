@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qvla_export.backward import Contraction, Layers, Probes, add_batch
 from qvla_export.distributed import Alone, World
 from qvla_export.errors import QvlaError
-from qvla_export.layer_groups import layer_groups
+from qvla_export.layer_groups import LayerNeeds, Piece, layer_groups, layer_needs
 from qvla_export.layers import layer_shapes, traced_layers
 from qvla_export.moments import Moments
 from qvla_export.observation import Observation
@@ -29,7 +29,7 @@ from qvla_export.quantize import QuantizerSpec
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.sharded_sums import OnProgress, ShardedSums
 from qvla_export.standard_errors import MOST_PROBES, empty_sums, standard_error, wanted_probes
-from qvla_export.streamed import Stream, open_stream
+from qvla_export.streamed import Stream, open_stream, sums_bytes
 from qvla_export.weight_errors import mean_inputs, weight_errors
 
 # How the gradients come together -> what `Sensitivities.method` says.
@@ -119,16 +119,18 @@ def measure_first_order(
         raise QvlaError("sensitivities need at least one observation, got none")
     layers = traced_layers(policy)
     size, widths = settings.batch_size, len(settings.widths)
+    empty = empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths)
     stream = None
     if next(policy.module.parameters()).is_meta:
         if settings.moments is not None:
             raise QvlaError("sensitivities with moments need the weights in memory")
-        stream = _stream(policy, layers, observations, settings, world or Alone())
+        held = sums_bytes(empty)
+        stream = _stream(policy, layers, observations, settings, held, world or Alone())
         groups = [list(layers)]
     else:
-        groups = layer_groups(policy, layers, observations[:size], widths, settings.max_bytes)
+        first = observations[:size]
+        groups = layer_groups(policy, layers, first, settings.widths, settings.max_bytes)
     batches = -(-len(observations) // size)
-    empty = empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths)
     sums = ShardedSums(
         {**empty, _PROBES: np.zeros(batches * len(groups))},
         _identity(policy, len(observations), calibration_digest, settings, groups, stream),
@@ -231,14 +233,16 @@ class _Work:
             add_batch(self.policy, group, errors, observations, drawn, batch, sums, kind, means)
             return
 
-        def errors_of(layer: nn.Linear | nn.Conv2d) -> dict[int, Tensor]:
-            return self._errors("", layer)
+        def errors_of(piece: Piece) -> dict[int, Tensor]:
+            return self._errors(piece.layer, self.layers[piece.layer], piece.channels)
 
         self.stream.add_batch(errors_of, observations, drawn, batch, sums, kind)
 
-    def _errors(self, name: str, layer: nn.Linear | nn.Conv2d) -> dict[int, Tensor]:
+    def _errors(
+        self, name: str, layer: nn.Linear | nn.Conv2d, channels: slice = slice(None)
+    ) -> dict[int, Tensor]:
         how = self.settings
-        return weight_errors(name, layer, how.widths, how.quantizer, how.moments)
+        return weight_errors(name, layer, how.widths, how.quantizer, how.moments, channels)
 
     def _tell(self) -> None:
         if self.on_progress is not None:
@@ -261,14 +265,20 @@ def _stream(
     layers: Layers,
     observations: Sequence[Observation],
     settings: FirstOrder,
+    held_bytes: int,
     world: World,
 ) -> Stream:
     probes = settings.probes
     if settings.max_standard_error is not None and probes is not None:
         probes = max(probes, MOST_PROBES)
-    size, widths = settings.batch_size, len(settings.widths)
-    bound, device = settings.max_bytes, world.device
-    return open_stream(policy, layers, observations, size, probes, widths, bound, device)
+    size, bound = settings.batch_size, settings.max_bytes
+
+    def needs_of(some: Layers, moved: Mapping[str, tuple[int, int]]) -> dict[str, LayerNeeds]:
+        return layer_needs(some, moved, settings.widths)
+
+    return open_stream(
+        policy, layers, observations, size, probes, needs_of, held_bytes, bound, world.device
+    )
 
 
 def _identity(

@@ -1,28 +1,98 @@
-"""Layers measured together: as many as fit into a bound of memory, the rest in further passes."""
+"""Layers measured together: as many as fit into a bound of memory, the rest in further passes.
 
+What a layer takes is counted here; a layer that is too large by itself is cut into its channels.
+"""
+
+import bisect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qvla_export.errors import QvlaError
-from qvla_export.layers import layer_shapes
+from qvla_export.layers import layer_shapes, rounding_bytes
 from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
 
 Layers = Mapping[str, nn.Linear | nn.Conv2d]
 _FLOAT_BYTES = 4
+# A layer is cut into no more: each takes passes of its own.
+_MOST_PIECES = 64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive channels of a layer, [start, stop)."""
+
+    layer: str
+    start: int
+    stop: int
+
+    @property
+    def channels(self) -> slice:
+        """As an index."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class LayerNeeds:
+    """What measuring a layer takes: what stays while its group is measured, what comes and goes."""
+
+    channels: int
+    # Weights of one channel.
+    inputs: int
+    # Numbers that a pass puts in and out.
+    fed: int
+    made: int
+    # Widths that are measured.
+    widths: tuple[int, ...]
+    # What weight errors of a quantizer that needs moments take on their way: whatever the number
+    # of channels, and for each.
+    answer_bytes: int = 0
+    answer_bytes_per_channel: int = 0
+
+    def kept_bytes(self, channels: int) -> int:
+        """Return what some of the channels take.
+
+        The weight errors of every width but 0; for one pass, the inputs, outputs and gradients of
+        the layer, and of these channels the output errors of every width.
+        """
+        errors = sum(bits != 0 for bits in self.widths) * channels * self.inputs
+        passed = self.fed + 2 * self.made + len(self.widths) * self._share(channels)
+        return _FLOAT_BYTES * (errors + passed)
+
+    def passing_bytes(self, channels: int) -> int:
+        """Return what comes and goes: the quantizer's temporaries, a product of gradients."""
+        answering = self.answer_bytes + channels * self.answer_bytes_per_channel
+        rounding = rounding_bytes(channels, self.inputs)
+        return max(rounding, answering, _FLOAT_BYTES * self._share(channels))
+
+    def nbytes(self, channels: int | None = None) -> int:
+        """Return what some of the channels, or all, take by themselves."""
+        count = self.channels if channels is None else channels
+        return self.kept_bytes(count) + self.passing_bytes(count)
+
+    def fitting(self, nbytes: int) -> int:
+        """Return how many channels fit into some bytes; 0 if not even one in `_MOST_PIECES`."""
+        fewest = -(-self.channels // _MOST_PIECES)
+        counts = range(fewest, self.channels + 1)
+        fitting = bisect.bisect_right(counts, nbytes, key=self.nbytes)
+        return counts[fitting - 1] if fitting else 0
+
+    def _share(self, channels: int) -> int:
+        return -(-self.made * channels // self.channels)
 
 
 def layer_groups(
     policy: Policy,
     layers: Layers,
     observations: Sequence[Observation],
-    widths: int,
+    widths: tuple[int, ...],
     max_bytes: int | None,
 ) -> list[list[str]]:
-    """Cut the layers, in forward order, into groups that fit; see `fitting_groups`.
+    """Cut the layers, in forward order, into groups that fit.
 
     The policy and the activations that autograd keeps of one pass come on top.
 
@@ -30,7 +100,7 @@ def layer_groups(
         policy: gives the number of each layer's tokens, by a pass.
         layers: of the policy.
         observations: one batch.
-        widths: how many.
+        widths: that are measured.
         max_bytes: bound of one group; None puts all layers into one.
 
     Raises:
@@ -38,66 +108,75 @@ def layer_groups(
     """
     if max_bytes is None:
         return [list(layers)]
-    return fitting_groups(layers, _moved_numbers(policy, layers, observations), widths, max_bytes)
+    moved = _moved_numbers(policy, layers, observations)
+    needs = layer_needs(layers, moved, widths)
+    groups = fitting_groups(needs, max_bytes)
+    for name, need in needs.items():
+        # Spreads are of whole layers, and the sums of a group do not know of another's.
+        if need.nbytes() > max_bytes:
+            raise _too_small(name, need.nbytes(), max_bytes, 0)
+    return [[piece.layer for piece in group] for group in groups]
 
 
-def fitting_groups(
-    layers: Layers,
-    moved: Mapping[str, tuple[int, int]],
-    widths: int,
-    max_bytes: int | None,
-    beside: int = 0,
-) -> list[list[str]]:
-    """Cut layers, in their order, into groups that fit.
+def layer_needs(
+    layers: Layers, moved: Mapping[str, tuple[int, int]], widths: tuple[int, ...]
+) -> dict[str, LayerNeeds]:
+    """Return what each layer takes.
 
     Args:
         layers: at least the named ones.
         moved: layer name -> how many numbers a pass puts in and out.
-        widths: how many.
+        widths: that are measured.
+    """
+    shapes = layer_shapes({name: layers[name] for name in moved})
+    return {
+        name: LayerNeeds(*shapes[name], fed, made, widths) for name, (fed, made) in moved.items()
+    }
+
+
+def fitting_groups(
+    layers: Mapping[str, LayerNeeds], max_bytes: int | None, beside: int = 0
+) -> list[list[Piece]]:
+    """Cut layers, in their order, into groups that fit; those too large alone into pieces.
+
+    The pieces of a layer are in groups that follow each other.
+
+    Args:
+        layers: what each takes.
         max_bytes: bound of one group and what is beside it; None puts all layers into one.
         beside: bytes that are taken anyway.
 
     Raises:
-        QvlaError: a single layer needs more; the message says how much.
+        QvlaError: a small piece of a layer needs more; the message says how much.
     """
-    if max_bytes is None:
-        return [list(moved)]
-    shapes = layer_shapes({name: layers[name] for name in moved})
-    groups: list[list[str]] = []
-    used = beside
-    for name, shape in shapes.items():
-        need = layer_bytes(shape, moved[name], widths)
-        if beside + need > max_bytes:
-            raise QvlaError(
-                f"layer {name} alone needs {need / 1e9:.3g} GB{_beside(beside)}, more than the "
-                f"bound of {max_bytes / 1e9:.3g} GB; raise the bound or run fewer observations "
-                "together"
-            )
-        if not groups or used + need > max_bytes:
-            groups.append([])
-            used = beside
-        groups[-1].append(name)
-        used += need
-    return groups or [[]]
+    groups: list[list[Piece]] = [[]]
+    kept = passing = 0
+    for name, needs in layers.items():
+        room = None if max_bytes is None else max_bytes - beside
+        step = needs.channels if room is None else needs.fitting(room)
+        if not step:
+            least = beside + needs.nbytes(-(-needs.channels // _MOST_PIECES))
+            raise _too_small(name, least, max_bytes or 0, beside)
+        for start in range(0, needs.channels, step):
+            piece = Piece(name, start, min(start + step, needs.channels))
+            count = piece.stop - start
+            kept += needs.kept_bytes(count)
+            passing = max(passing, needs.passing_bytes(count))
+            full = room is not None and kept + passing > room
+            if start or (full and groups[-1]):
+                groups.append([])
+                kept, passing = needs.kept_bytes(count), needs.passing_bytes(count)
+            groups[-1].append(piece)
+    return groups
 
 
-def layer_bytes(shape: tuple[int, int], moved: tuple[int, int], widths: int) -> int:
-    """Return what measuring a layer takes.
-
-    Its weight errors at every width and, for one pass, its inputs, outputs, gradients and output
-    errors at every width.
-
-    Args:
-        shape: (channels, weights of one channel).
-        moved: how many numbers the pass puts in and out.
-        widths: how many.
-    """
-    (channels, inputs), (fed, made) = shape, moved
-    return _FLOAT_BYTES * (widths * channels * inputs + fed + (widths + 2) * made)
-
-
-def _beside(nbytes: int) -> str:
-    return f" beside {nbytes / 1e9:.3g} GB of weights and activations" if nbytes else ""
+def _too_small(name: str, need: int, max_bytes: int, beside: int) -> QvlaError:
+    told = f", {beside / 1e9:.3g} GB of them weights, activations and sums" if beside else ""
+    return QvlaError(
+        f"layer {name} needs {need / 1e9:.4g} GB{told}, more than the bound of "
+        f"{max_bytes / 1e9:.4g} GB; raise the bound (--max-memory-gb) or run fewer observations "
+        "together (--batch-size)"
+    )
 
 
 def _moved_numbers(

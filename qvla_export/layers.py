@@ -16,6 +16,10 @@ from qvla_export.quantize import QuantizerSpec, as_rows, fake_quantize, quantize
 from qvla_export.rounded_plan import require_rounded
 from qvla_export.rounding import Rounding
 
+# Weights that are rounded at once, and what each takes on its way: codes, scales, products.
+_ROUNDED_WEIGHTS = 1 << 19
+_BYTES_PER_ROUNDED = 32
+
 
 def traced_layers(policy: Policy) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the policy's quantizable layers, in forward order; also where gradients are off."""
@@ -30,9 +34,9 @@ def layer_shapes(layers: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, tuple
     }
 
 
-def weight_rows(layer: nn.Linear | nn.Conv2d) -> NDArray[np.float32]:
-    """Return a copy of a layer's weight.  float32 [channels, inputs]"""
-    weight: NDArray[np.float32] = layer.weight.detach().float().cpu().numpy().copy()
+def weight_rows(layer: nn.Linear | nn.Conv2d, channels: slice = slice(None)) -> NDArray[np.float32]:
+    """Return a copy of a layer's weight, or of some channels'.  float32 [channels, inputs]"""
+    weight: NDArray[np.float32] = layer.weight.detach()[channels].float().cpu().numpy().copy()
     return as_rows(weight)
 
 
@@ -65,11 +69,38 @@ def as_tokens(layer: nn.Linear | nn.Conv2d, outputs: Tensor) -> Tensor:
 
 
 def error_rows(
-    layer: nn.Linear | nn.Conv2d, bits: int, quantizer: QuantizerSpec
+    layer: nn.Linear | nn.Conv2d,
+    bits: int,
+    quantizer: QuantizerSpec,
+    channels: slice = slice(None),
 ) -> NDArray[np.float32]:
-    """Return what quantizing every channel to one width adds to the weight, [channels, inputs]."""
-    rows = weight_rows(layer)
-    return quantize_channels(rows, bits, quantizer).dequantize() - rows
+    """Return what quantizing channels to one width adds to their weights, a few rows at a time.
+
+    Beside the result `rounding_bytes` are taken.
+
+    Args:
+        layer: its weights stay as they are.
+        bits: the width.
+        quantizer: how.
+        channels: which; all unless told.
+
+    Returns:
+        float32 [channels, inputs]
+    """
+    count, inputs = layer.weight.shape[0], layer.weight[0].numel()
+    start, stop, _ = channels.indices(count)
+    errors = np.empty((stop - start, inputs), np.float32)
+    step = max(1, _ROUNDED_WEIGHTS // inputs)
+    for first in range(start, stop, step):
+        rows = weight_rows(layer, slice(first, min(first + step, stop)))
+        rounded = quantize_channels(rows, bits, quantizer).dequantize()
+        np.subtract(rounded, rows, out=errors[first - start : first - start + len(rows)])
+    return errors
+
+
+def rounding_bytes(channels: int, inputs: int) -> int:
+    """Return what the quantizer takes beside weights and errors when it rounds such a layer."""
+    return _BYTES_PER_ROUNDED * inputs * min(channels, max(1, _ROUNDED_WEIGHTS // inputs))
 
 
 @contextlib.contextmanager

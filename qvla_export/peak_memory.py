@@ -24,8 +24,7 @@ def peak_memory() -> Iterator[PeakMemory]:
     before = None
     # What was freed before the block must not hide what the block takes.
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     with contextlib.suppress(OSError):
         _RESET.write_text("5")
         before = _status_bytes("VmRSS")
@@ -33,6 +32,12 @@ def peak_memory() -> Iterator[PeakMemory]:
     if before is not None:
         peak = _status_bytes("VmHWM")
         found.extra_bytes = None if peak is None else max(0, peak - before)
+
+
+def give_back() -> None:
+    """Return freed memory to the system; the C library keeps that of small tensors else."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_bytes(field: str) -> int | None:

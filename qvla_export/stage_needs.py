@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from qvla_export.policies.base import Policy, PolicyStage
 
 Layers = Mapping[str, nn.Linear | nn.Conv2d]
+# Gradients that autograd holds at once, besides those that are asked for.
+_ON_THE_WAY = 4
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,16 @@ class StageNeeds:
     moved: Mapping[str, tuple[int, int]]
     # Of all tensors that it makes on the way: more than autograd keeps.
     made_bytes: int
+    # Of the largest of these tensors.
+    largest_bytes: int
     output_bytes: int
     # Inputs that are outputs of other stages.
     made_by_others: tuple[str, ...]
+
+    @property
+    def pass_bytes(self) -> int:
+        """Of a pass through it with a graph, forward and back."""
+        return self.made_bytes + _ON_THE_WAY * self.largest_bytes
 
 
 def stage_needs(policy: Policy, layers: Layers, feeds: Mapping[str, Tensor]) -> list[StageNeeds]:
@@ -99,12 +108,14 @@ class _Watch(TorchFunctionMode):
     def needs(self, stage: PolicyStage, output: Tensor, earlier: Set[str]) -> StageNeeds:
         """Return what was noted."""
         own = {id(tensor) for tensor in self._named.values()}
+        made = [tensor.nbytes for key, tensor in self._made.items() if key not in own]
         return StageNeeds(
             stage,
             tuple(self._read),
             sum(4 * self._named[name].numel() for name in self._read),
             self._moved,
-            sum(made.nbytes for key, made in self._made.items() if key not in own),
+            sum(made),
+            max(made, default=0),
             output.nbytes,
             tuple(name for name in stage.inputs if name in earlier),
         )

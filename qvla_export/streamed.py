@@ -7,22 +7,47 @@ one for each probe, the same that a pass over the whole policy would bring there
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.backward import Contraction, Layers, Probes, Recorded, add_recorded, recording
-from qvla_export.layer_groups import fitting_groups, layer_bytes
-from qvla_export.layers import layer_shapes, traced_layers
+from qvla_export.backward import (
+    Contraction,
+    Deviations,
+    Layers,
+    Probes,
+    Recorded,
+    deviations,
+    recording,
+)
+from qvla_export.errors import QvlaError
+from qvla_export.layer_groups import LayerNeeds, Piece, fitting_groups, layer_needs
+from qvla_export.layers import traced_layers
 from qvla_export.observation import Observation
+from qvla_export.peak_memory import give_back
 from qvla_export.policies.base import Policy
 from qvla_export.stage_needs import StageNeeds, stage_needs
+from qvla_export.standard_errors import empty_sums
 
-# Layer -> width -> its weight errors, as `backward.add_batch` takes them.
-ErrorsOf = Callable[[nn.Linear | nn.Conv2d], Mapping[int, Tensor]]
+# Channels of a layer -> width -> their weight errors, as `backward.add_batch` takes them.
+ErrorsOf = Callable[[Piece], Mapping[int, Tensor]]
+NeedsOf = Callable[[Layers, Mapping[str, tuple[int, int]]], Mapping[str, LayerNeeds]]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One observation's way through a stage, with a graph."""
+
+    recorded: Recorded
+    # Number of a probe -> gradients of probe . action at the outputs of the recorded layers. Every
+    # probe has to be asked for, once and in order: earlier stages need what that brings.
+    gradients: Callable[[int], Sequence[Tensor]]
+    # Of the probes.
+    weights: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -34,18 +59,18 @@ class Stream:
     device: torch.device
     needs: Sequence[StageNeeds]
     # Layers of each stage, in groups that are measured together.
-    groups: Sequence[Sequence[Sequence[str]]]
+    groups: Sequence[Sequence[Sequence[Piece]]]
 
-    def add_batch(
-        self,
-        errors_of: ErrorsOf,
-        observations: Sequence[Observation],
-        probes: Probes,
-        batch: int,
-        sums: Mapping[str, NDArray[np.float64]],
-        contraction: Contraction = "full",
-    ) -> None:
-        """Add the squared deviations of all layers on a batch to sums; as `backward.add_batch`."""
+    def passes(
+        self, observations: Sequence[Observation], probes: Probes, batch: int
+    ) -> Iterator[tuple[Sequence[Piece], Iterator[Pass]]]:
+        """Run a batch forward, then back; yield each group with a pass of every observation.
+
+        Args:
+            observations: of the batch; the passes are in their order.
+            probes: how the action's Jacobian is probed.
+            batch: number of the batch, seeds its probes.
+        """
         runs = [_Run(_feeds(self.policy, item, self.device)) for item in observations]
         for needs in self.needs:
             with weights_in_memory(self.policy, needs.reads, self.device), torch.no_grad():
@@ -57,20 +82,63 @@ class Stream:
         for number, run in enumerate(runs):
             shape = run.values[last].shape
             run.gradients[last] = [probe[number].reshape(shape) for probe in drawn]
-        sampled = probes.count is not None
+        weights = [weight] * len(drawn)
         for needs, groups in zip(reversed(self.needs), reversed(self.groups), strict=True):
             with weights_in_memory(self.policy, needs.reads, self.device):
-                for number, names in enumerate(groups):
-                    group = {name: self.layers[name] for name in names}
-                    errors = {name: errors_of(layer) for name, layer in group.items()}
-                    for run in runs:
-                        recorded, gradients = run.back(needs, group, hand_on=number == 0)
-                        weights = [weight] * len(drawn)
-                        add_recorded(
-                            recorded, errors, gradients, weights, sampled, sums, contraction
-                        )
+                for number, group in enumerate(groups):
+                    layers = {piece.layer: self.layers[piece.layer] for piece in group}
+                    channels = {piece.layer: piece.channels for piece in group}
+                    yield (
+                        group,
+                        (
+                            run.back(needs, layers, channels, weights, hand_on=number == 0)
+                            for run in runs
+                        ),
+                    )
             for run in runs:
                 del run.values[needs.stage.output], run.gradients[needs.stage.output]
+
+    def add_batch(
+        self,
+        errors_of: ErrorsOf,
+        observations: Sequence[Observation],
+        probes: Probes,
+        batch: int,
+        sums: Mapping[str, NDArray[np.float64]],
+        contraction: Contraction = "full",
+        means: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Add the squared deviations of all layers on a batch to sums; as `backward.add_batch`."""
+        # Layer name -> observation -> what was found of its channels so far.
+        found: dict[str, list[list[Deviations]]] = {}
+        for group, passes in self.passes(observations, probes, batch):
+            moved = _measured(group, passes, errors_of, contraction, means)
+            for piece in group:
+                name, count = piece.layer, len(self.layers[piece.layer].weight)
+                parts = found.setdefault(name, [[] for _ in observations])
+                for part, each in zip(parts, moved, strict=True):
+                    part.append(each[name])
+                if piece.stop == count:
+                    for part in found.pop(name):
+                        Deviations.joined(part).add_to(sums, name, probes.count is not None)
+
+
+def _measured(
+    group: Sequence[Piece],
+    passes: Iterator[Pass],
+    errors_of: ErrorsOf,
+    contraction: Contraction,
+    means: Mapping[str, Tensor],
+) -> list[dict[str, Deviations]]:
+    """Return what each observation's pass says about the layers of a group."""
+    errors = {piece.layer: errors_of(piece) for piece in group}
+    moved = []
+    for item in passes:
+        recorded = replace(item.recorded, means=means)
+        moved.append(deviations(recorded, errors, item.gradients, item.weights, contraction))
+        # The next pass is made before the name is bound anew.
+        del item, recorded
+    return moved
 
 
 @dataclass
@@ -88,13 +156,20 @@ class _Run:
         return output
 
     def back(
-        self, needs: StageNeeds, group: Layers, hand_on: bool
-    ) -> tuple[Recorded, Callable[[int], Sequence[Tensor]]]:
-        """Run a stage with a graph; return what it recorded, and what asks for the gradients.
+        self,
+        needs: StageNeeds,
+        group: Layers,
+        channels: Mapping[str, slice],
+        weights: Sequence[float],
+        hand_on: bool,
+    ) -> Pass:
+        """Run a stage with a graph.
 
         Args:
             needs: the stage.
             group: layers to record.
+            channels: of these layers, that are asked for.
+            weights: of the probes.
             hand_on: keep the gradients of what earlier stages made as well.
         """
         given = {name: self.values[name].detach() for name in needs.stage.inputs}
@@ -118,7 +193,7 @@ class _Run:
                 self.gradients.setdefault(name, []).append(gradient)
             return found[: len(group)]
 
-        return Recorded(group, inputs, outputs, 1), gradients
+        return Pass(Recorded(group, inputs, outputs, 1, {}, channels), gradients, weights)
 
 
 def open_stream(
@@ -127,15 +202,16 @@ def open_stream(
     observations: Sequence[Observation],
     batch_size: int,
     probes: int | None,
-    widths: int,
+    needs_of: NeedsOf,
+    held_bytes: int,
     max_bytes: int | None,
     device: torch.device,
 ) -> Stream:
     """Find what every stage needs and cut its layers into groups that fit.
 
-    At any time there are: what goes from stage to stage, of a batch; the gradients of each probe
-    there; one stage's weights; of one observation, all that the stage makes; the weight errors of a
-    group of its layers.
+    At any time there are: what is held throughout; what goes from stage to stage, of a batch; the
+    gradients of each probe there; one stage's weights; of one observation, all that the stage
+    makes; what a group of its layers needs.
 
     Args:
         policy: its weights were left on disk.
@@ -143,28 +219,40 @@ def open_stream(
         observations: all; the longest prompt counts.
         batch_size: observations that go through together.
         probes: of an observation; None for one of each number of the action chunk.
-        widths: how many.
+        needs_of: layers and how many numbers a pass moves -> what each layer needs.
+        held_bytes: sums and whatever else stays in memory.
         max_bytes: bound; None for one group a stage.
         device: where to compute.
 
     Raises:
-        QvlaError: a stage with one of its layers needs more than the bound.
+        QvlaError: a stage, or a small part of one of its layers, needs more than the bound.
     """
     longest = max(observations, key=lambda o: len(policy.processor.input_ids(o.instruction)))
-    needs = stage_needs(policy, layers, _feeds(policy, longest, torch.device("cpu")))
+    feeds = _feeds(policy, longest, torch.device("cpu"))
+    needs = stage_needs(policy, layers, feeds)
     if probes is None:
         probes = policy.processor.spec.horizon * policy.processor.spec.action_dim
     largest = max(n.output_bytes for n in needs)
     kept = sum(n.output_bytes for n in needs) + 2 * probes * largest
-    beside = [batch_size * kept + n.weight_bytes + n.made_bytes for n in needs]
-    groups = [
-        fitting_groups(layers, n.moved, widths, max_bytes, taken)
-        for n, taken in zip(needs, beside, strict=True)
-    ]
+    kept += sum(tensor.nbytes for tensor in feeds.values())
+    held = held_bytes + batch_size * kept
+    groups = []
+    for n in needs:
+        beside = held + n.weight_bytes + n.pass_bytes
+        if max_bytes is not None and beside > max_bytes:
+            raise QvlaError(
+                f"stage {n.stage.name} needs {beside / 1e9:.4g} GB: weights "
+                f"{n.weight_bytes / 1e9:.3g}, activations {n.pass_bytes / 1e9:.3g}, sums and what "
+                f"goes between stages {held / 1e9:.3g}; the bound is {max_bytes / 1e9:.4g} GB: "
+                "raise it (--max-memory-gb) or run fewer observations together (--batch-size)"
+            )
+        groups.append(fitting_groups(needs_of(layers, n.moved), max_bytes, beside))
     return Stream(policy, layers, device, needs, groups)
 
 
-def room_beside_whole(policy: Policy, batch_size: int, widths: int, max_bytes: int) -> int | None:
+def room_beside_whole(
+    policy: Policy, batch_size: int, widths: tuple[int, ...], max_bytes: int
+) -> int | None:
     """Return what a bound leaves for weight errors if the policy is in memory as a whole.
 
     None: not enough for its largest layer; the policy has to be streamed.
@@ -172,7 +260,7 @@ def room_beside_whole(policy: Policy, batch_size: int, widths: int, max_bytes: i
     Args:
         policy: its weights were left on disk.
         batch_size: observations that run together.
-        widths: how many.
+        widths: that are measured.
         max_bytes: the bound.
     """
     layers = traced_layers(policy)
@@ -181,14 +269,21 @@ def room_beside_whole(policy: Policy, batch_size: int, widths: int, max_bytes: i
     feeds = {n: t for stage in stages for n, t in stage.inputs.items() if n not in made}
     needs = stage_needs(policy, layers, feeds)
     whole = 4 * sum(tensor.numel() for tensor in policy.module.state_dict().values())
-    room = max_bytes - whole - batch_size * sum(n.made_bytes for n in needs)
-    shapes = layer_shapes(layers)
-    largest = max(
-        layer_bytes(shapes[name], (batch_size * fed, batch_size * made), widths)
+    passed = sum(n.made_bytes for n in needs) + max(n.pass_bytes - n.made_bytes for n in needs)
+    sums = sums_bytes(empty_sums({k: len(x.weight) for k, x in layers.items()}, len(widths)))
+    room = max_bytes - whole - sums - batch_size * passed
+    moved = {
+        name: (batch_size * fed, batch_size * out)
         for n in needs
-        for name, (fed, made) in n.moved.items()
-    )
+        for name, (fed, out) in n.moved.items()
+    }
+    largest = max(needs.nbytes() for needs in layer_needs(layers, moved, widths).values())
     return room if room >= largest else None
+
+
+def sums_bytes(sums: Mapping[str, NDArray[np.float64]]) -> int:
+    """Return what sums take while they are added to."""
+    return sum(array.nbytes for array in sums.values())
 
 
 @contextlib.contextmanager
@@ -210,10 +305,12 @@ def weights_in_memory(policy: Policy, names: Sequence[str], device: torch.device
             is_parameter = isinstance(empty, nn.Parameter)
             setattr(module, leaf, nn.Parameter(value, False) if is_parameter else value)
             replaced.append((module, leaf, empty))
+            del value  # the last one would stay until the end
         yield
     finally:
         for module, leaf, empty in replaced:
             setattr(module, leaf, empty)
+        give_back()
 
 
 def _feeds(policy: Policy, observation: Observation, device: torch.device) -> dict[str, Tensor]:

@@ -23,8 +23,9 @@ def weight_errors(
     widths: tuple[int, ...],
     quantizer: QuantizerSpec,
     moments: Moments | None = None,
+    channels: slice = slice(None),
 ) -> dict[int, Tensor]:
-    """Return the errors of all channels by width; nothing is computed for 0 bits.
+    """Return the errors of channels by width; nothing is computed for 0 bits.
 
     Channels do not answer each other's errors here: a sensitivity is of one channel alone.
 
@@ -34,6 +35,7 @@ def weight_errors(
         widths: among 0, 2, 4, 8, 16.
         quantizer: how.
         moments: where the quantizer needs them.
+        channels: which; all unless told.
 
     Returns:
         Width -> float32 [channels, inputs]
@@ -46,10 +48,11 @@ def weight_errors(
         if bits == 0:
             rows = np.zeros((0, 0), np.float32)
         elif moments is None:
-            rows = error_rows(layer, bits, quantizer)
+            rows = error_rows(layer, bits, quantizer, channels)
         else:
-            shape = weight_rows(layer).shape
-            rows = _answered(layer, bits, quantizer, moments.of(name, *shape), takes_bias(name))
+            own = moments.of(name, *_shape(layer))
+            weights = weight_rows(layer, channels)
+            rows = _answered(weights, bits, quantizer, own, takes_bias(name))
         found[bits] = torch.from_numpy(rows).to(layer.weight.device)
     return found
 
@@ -61,19 +64,23 @@ def mean_inputs(
     if moments is None or not quantizer.bias_correction:
         return {}
     return {
-        name: torch.from_numpy(moments.of(name, *weight_rows(layer).shape).mean)
+        name: torch.from_numpy(moments.of(name, *_shape(layer)).mean)
         for name, layer in layers.items()
         if takes_bias(name)
     }
 
 
+def _shape(layer: Layer) -> tuple[int, int]:
+    return layer.weight.shape[0], layer.weight[0].numel()
+
+
 def _answered(
-    layer: Layer, bits: int, quantizer: QuantizerSpec, moments: LayerMoments, shifted: bool
+    rows: NDArray[np.float32], bits: int, quantizer: QuantizerSpec, own: LayerMoments, shifted: bool
 ) -> NDArray[np.float32]:
     alone = quantizer
     if quantizer.compensation != "none":
         alone = replace(quantizer, compensation="inputs")
-    rows = weight_rows(layer)
     widths, order = np.full(len(rows), bits, np.int8), np.arange(rows.shape[1])
-    made = round_layer(rows, widths, alone, moments, order, shifted)
-    return made.rows(widths, alone, order) - rows
+    made = round_layer(rows, widths, alone, own, order, shifted)
+    errors: NDArray[np.float32] = made.rows(widths, alone, order) - rows
+    return errors

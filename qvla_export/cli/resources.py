@@ -16,7 +16,7 @@ from qvla_export.streamed import room_beside_whole
 
 _LOG = logging.getLogger(__name__)
 # Of the sensitivities.
-_WIDTHS = 4
+_WIDTHS = (0, 2, 4, 8)
 
 
 @dataclass(frozen=True)
