@@ -71,7 +71,7 @@ def add_batch(
         observations: of the batch.
         probes: how the action's Jacobian is probed.
         batch: number of the batch, seeds its probes.
-        sums: as `standard_errors.empty_sums` makes them; added to in place.
+        sums: as `standard_errors.empty_sums` makes them, `WHOLE` of this batch; added to in place.
         contraction: how gradients and errors come together.
         means: layer name -> mean input float32 [inputs], where a bias makes up for the mean error.
 
@@ -128,10 +128,16 @@ class Deviations:
         means = torch.cat([piece.means for piece in pieces], dim=-1)
         return Deviations(means, torch.stack([piece.layer_sums for piece in pieces]).sum(dim=0))
 
+    @staticmethod
+    def of_batch(observations: Sequence["Deviations"]) -> "Deviations":
+        """Return those of a batch from those of its observations."""
+        means = torch.cat([each.means for each in observations])
+        return Deviations(means, torch.cat([each.layer_sums for each in observations], dim=1))
+
     def add_to(self, sums: Mapping[str, NDArray[np.float64]], name: str, sampled: bool) -> None:
         """Add to the sums of layer `name`; `sampled`: the probes are random."""
         sums[name][:] += self.means.sum(dim=0).cpu().numpy()
-        add_moments(sums, name, self.means, list(self.layer_sums), sampled)
+        add_moments(sums, name, self.means, self.layer_sums, sampled)
 
 
 def deviations(

@@ -28,7 +28,14 @@ from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.sharded_sums import OnProgress, ShardedSums
-from qvla_export.standard_errors import MOST_PROBES, empty_sums, standard_error, wanted_probes
+from qvla_export.standard_errors import (
+    MOST_PROBES,
+    WHOLE,
+    empty_sums,
+    empty_whole,
+    standard_error,
+    wanted_probes,
+)
 from qvla_export.streamed import Stream, open_stream, sums_bytes
 from qvla_export.weight_errors import mean_inputs, weight_errors
 
@@ -39,7 +46,8 @@ METHODS: Mapping[Contraction, str] = {
     "isotropic": "norm product, isotropic noise",
 }
 # Batches after which a bounded measurement looks at its standard error for the first time; the
-# next looks come after twice as many each. So the numbers do not depend on how many share the work.
+# next looks come after half as many more each. So the numbers do not depend on how many share the
+# work.
 _FIRST_LOOK = 4
 # Probes of each unit of work, among the sums; no layer has this name.
 _PROBES = "#probes"
@@ -62,9 +70,9 @@ class FirstOrder:
     batch_size: int = 8
     # "full" is the method; the others are the paper's proxies.
     contraction: Contraction = "full"
-    # No more observations are measured once the relative standard error of every layer's sum over
-    # its channels, at every width, is at most this; `probes` are then those of the first batches,
-    # and of the later ones as many as bring it there soonest. None measures all.
+    # No more observations are measured once the relative standard error of a layer's sum over its
+    # channels, the median of all layers and widths, is at most this; `probes` are then those of the
+    # first batches, and of the later ones as many as bring it there soonest. None measures all.
     max_standard_error: float | None = None
     # Layers that do not fit into this many bytes together are measured in further passes; see
     # `layer_groups` for what it counts. None measures all at once.
@@ -85,6 +93,13 @@ class FirstOrder:
             )
         if self.max_standard_error is not None and not self.max_standard_error > 0:
             raise QvlaError(f"max_standard_error must be above 0, got {self.max_standard_error}")
+
+    @property
+    def most_probes(self) -> int | None:
+        """Random probes that an observation has at most; None for the whole Jacobian."""
+        if self.max_standard_error is None or self.probes is None:
+            return self.probes
+        return max(self.probes, MOST_PROBES)
 
 
 def measure_first_order(
@@ -120,6 +135,7 @@ def measure_first_order(
     layers = traced_layers(policy)
     size, widths = settings.batch_size, len(settings.widths)
     empty = empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths)
+    empty[WHOLE] = empty_whole(settings.most_probes, len(observations), widths)
     stream = None
     if next(policy.module.parameters()).is_meta:
         if settings.moments is not None:
@@ -140,7 +156,7 @@ def measure_first_order(
     work = _Work(policy, layers, groups, observations, settings, sums, on_progress, stream)
     probes = settings.probes
     total: dict[str, NDArray[np.float64]] = {}
-    used = 0
+    used, reached = 0, None
     for start, stop in _looks(batches, settings):
         if sums.resumed & work.units(start, stop):
             probes = work.probes_then(start, stop)
@@ -148,14 +164,11 @@ def measure_first_order(
         if stop < batches and sums.resumed & work.units(stop, batches):
             continue  # a run before this one looked here and went on
         total, used = sums.total(), min(stop * size, len(observations))
-        if settings.max_standard_error is None:
-            break
-        reached = standard_error(total, list(layers), used)
-        if reached is not None and reached.layers <= settings.max_standard_error:
+        done, bound = work.done(total[_PROBES], used), settings.max_standard_error
+        reached = standard_error(total, list(layers), done)
+        if bound is None or (reached is not None and (reached.median or 0.0) <= bound):
             break
         if probes is not None and reached is not None:
-            done = work.done(total[_PROBES], used)
-            bound = settings.max_standard_error
             probes = wanted_probes(total, list(layers), done, len(observations), bound)
     return Sensitivities(
         values={name: (total[name] / used).astype(np.float32) for name in layers},
@@ -168,7 +181,7 @@ def measure_first_order(
         policy_digest=policy.digest,
         calibration_digest=calibration_digest,
         quantizer=settings.quantizer,
-        standard_error=standard_error(total, list(layers), used),
+        standard_error=reached,
     )
 
 
@@ -226,7 +239,9 @@ class _Work:
     ) -> None:
         size = self.settings.batch_size
         observations = self.observations[batch * size : (batch + 1) * size]
-        drawn, sums = Probes(probes, self.settings.seed), self.sums.values
+        drawn, values = Probes(probes, self.settings.seed), self.sums.values
+        whole = values[WHOLE][:, batch * size : batch * size + len(observations)]
+        sums = {**values, WHOLE: whole}
         kind = self.settings.contraction
         if self.stream is None:
             means = mean_inputs(group, self.settings.quantizer, self.settings.moments)
@@ -257,7 +272,7 @@ def _looks(batches: int, settings: FirstOrder) -> Iterator[tuple[int, int]]:
     start, stop = 0, batches if settings.max_standard_error is None else _FIRST_LOOK
     while start < batches:
         yield start, min(stop, batches)
-        start, stop = stop, 2 * stop
+        start, stop = stop, stop + stop // 2
 
 
 def _stream(
@@ -268,9 +283,7 @@ def _stream(
     held_bytes: int,
     world: World,
 ) -> Stream:
-    probes = settings.probes
-    if settings.max_standard_error is not None and probes is not None:
-        probes = max(probes, MOST_PROBES)
+    probes = settings.most_probes
     size, bound = settings.batch_size, settings.max_bytes
 
     def needs_of(some: Layers, moved: Mapping[str, tuple[int, int]]) -> dict[str, LayerNeeds]:

@@ -34,10 +34,20 @@ _FIELDS = (
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Relative standard errors of one quantity at every width."""
+
+    error: tuple[float, ...]
+    # Were only the probes drawn anew, on these very observations.
+    by_probes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class StandardError:
     """How far sensitivities may be from those of all such observations and probes, relatively.
 
-    Of the mean over observations, each with probes of its own; 0.1 means 10 %.
+    Of the mean over observations, each with probes of its own; 0.1 means 10 %. What is None or
+    empty is missing in files of before it was recorded.
     """
 
     # Of the sum over a layer's channels at one width: the largest of all layers and widths.
@@ -46,6 +56,25 @@ class StandardError:
     layers_by_probes: float
     # Of one channel at one width: the median of all.
     channels: float
+    # Of the sum over a layer's channels at one width: the median of all layers and widths.
+    median: float | None = None
+    median_by_probes: float | None = None
+    # Of the same sum of the "median layer" and the "worst layer" of each width, and of the sum over
+    # "all layers".
+    by_width: Mapping[str, Spread] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a file holds: nothing of what is missing, so that its digest stays."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "StandardError":
+        """Read what `to_json` made."""
+        spreads = {
+            name: Spread(tuple(spread["error"]), tuple(spread["by_probes"]))
+            for name, spread in value.get("by_width", {}).items()
+        }
+        return StandardError(**{**value, "by_width": spreads})
 
 
 @dataclass(frozen=True)
@@ -127,7 +156,7 @@ class Sensitivities(TensorArtifact):
             "versions": dict(self.made_with),
         }
         if self.standard_error is not None:
-            provenance["standard_error"] = asdict(self.standard_error)
+            provenance["standard_error"] = self.standard_error.to_json()
         if self.settings:
             provenance["settings"] = dict(self.settings)
         return provenance
@@ -155,7 +184,7 @@ class Sensitivities(TensorArtifact):
                 policy_digest=value["policy_digest"],
                 calibration_digest=value["calibration_digest"],
                 quantizer=QuantizerSpec.from_json(value["quantizer"]),
-                standard_error=None if deviation is None else StandardError(**deviation),
+                standard_error=deviation and StandardError.from_json(deviation),
                 settings=dict(value.get("settings", {})),
                 made_with=value["versions"],
             )

@@ -4,14 +4,14 @@ An observation's value is its mean over probes; observations are independent dra
 probes of each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qvla_export.sensitivity import StandardError
+from qvla_export.sensitivity import Spread, StandardError
 
 # An observation's forward pass and output errors take as long as so many probes; measured on the
 # reference policy at four widths.
@@ -21,6 +21,8 @@ _FEWEST_PROBES = 2
 MOST_PROBES = 64
 
 Sums = Mapping[str, NDArray[np.float64]]
+# Among the sums, of all layers together; no layer has this name.  [probes, observations, widths]
+WHOLE = "#whole"
 
 
 def empty_sums(channels: Mapping[str, int], widths: int) -> dict[str, NDArray[np.float64]]:
@@ -37,42 +39,64 @@ def empty_sums(channels: Mapping[str, int], widths: int) -> dict[str, NDArray[np
     return empty
 
 
-def add_moments(
-    sums: Sums, name: str, means: Tensor, layer_sums: Sequence[Tensor], sampled: bool
-) -> None:
+def empty_whole(probes: int | None, observations: int, widths: int) -> NDArray[np.float64]:
+    """Return zeros for `WHOLE`: of each probe of each observation, the sum over all channels.
+
+    Of up to so many probes an observation; of the whole Jacobian (None) only the sum over it.
+    """
+    return np.zeros((probes or 1, observations, widths))
+
+
+def add_moments(sums: Sums, name: str, means: Tensor, layer_sums: Tensor, sampled: bool) -> None:
     """Add what a batch says about a layer's spread.
 
     Args:
-        sums: of all layers; added to in place.
+        sums: of all layers, and of `WHOLE` this batch's observations; added to in place.
         name: of the layer.
         means: each observation's mean over probes.  float64 [B, widths, channels]
-        layer_sums: of each probe, the sum over channels.  float64 [B, widths] each
+        layer_sums: of each probe, the sum over channels.  float64 [probes, B, widths]
         sampled: the probes are random, not the whole Jacobian.
     """
     sums[_squares(name)][:] += means.square().sum(dim=0).cpu().numpy()
     moments = sums[_moments(name)]
     moments[0] += means.sum(dim=-1).square().sum(dim=0).cpu().numpy()
     if sampled and len(layer_sums) > 1:
-        variance = torch.stack(list(layer_sums)).var(dim=0) / len(layer_sums)
-        moments[1] += variance.sum(dim=0).cpu().numpy()
+        moments[1] += (layer_sums.var(dim=0) / len(layer_sums)).sum(dim=0).cpu().numpy()
+    kept = layer_sums if sampled else layer_sums.sum(dim=0, keepdim=True)
+    sums[WHOLE][: len(kept)] += kept.cpu().numpy()
 
 
-def standard_error(sums: Sums, names: Sequence[str], observations: int) -> StandardError | None:
-    """Return the relative standard errors; None of fewer than two observations."""
-    if observations < 2:
+def standard_error(
+    sums: Sums, names: Sequence[str], done: Sequence[tuple[int, int]]
+) -> StandardError | None:
+    """Return the relative standard errors; None of fewer than two observations.
+
+    Args:
+        sums: so far.
+        names: of the layers.
+        done: (observations, random probes of each) of what is in the sums, in order; 0 probes
+            stand for the whole Jacobian.
+    """
+    count = sum(many for many, _ in done)
+    if count < 2:
         return None
-    layers, by_probes, channels = [], [], []
-    for name in names:
-        values, moments = sums[name], sums[_moments(name)]
-        whole = values.sum(axis=1)
-        layers.append(_relative(whole, moments[0], observations))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            by_probes.append(np.sqrt(moments[1]) / whole)
-        channels.append(_relative(values, sums[_squares(name)], observations).ravel())
+    values = np.stack([sums[name].sum(axis=1) for name in names])
+    moments = np.stack([sums[_moments(name)] for name in names], axis=1)
+    layers = _relative(values, moments[0], count)
+    channels = [_relative(sums[n], sums[_squares(n)], count).ravel() for n in names]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        by_probes = np.sqrt(moments[1]) / values
     return StandardError(
-        layers=_largest(layers),
-        layers_by_probes=_largest(by_probes),
-        channels=_median(np.concatenate(channels)),
+        layers=_told(_finite(np.max, layers)),
+        layers_by_probes=_told(_finite(np.max, by_probes)),
+        channels=_told(_finite(np.median, np.concatenate(channels))),
+        median=_told(_finite(np.median, layers)),
+        median_by_probes=_told(_finite(np.median, by_probes)),
+        by_width={
+            "median layer": _spread(np.median, layers, by_probes),
+            "worst layer": _spread(np.max, layers, by_probes),
+            "all layers": _spread(np.max, *_of_whole(sums[WHOLE], done)),
+        },
     )
 
 
@@ -85,16 +109,16 @@ def wanted_probes(
 ) -> int:
     """Return how many probes the observations to come should have each.
 
-    The cheapest number for the layer and width that are farthest from the bound: few where
-    observations differ more than probes, since a new observation brings new probes as well; as
-    many as the bound takes where there are no more observations.
+    The cheapest number for the median layer and width: few where observations differ more than
+    probes, since a new observation brings new probes as well; as many as the bound takes where
+    there are no more observations.
 
     Args:
         sums: so far.
         names: of the layers.
         done: (observations, probes of each) of what is in the sums; at least 2 of each.
         observations: that there are in all.
-        bound: relative standard error that is asked for.
+        bound: of the relative standard error of the median layer and width.
     """
     count = sum(many for many, _ in done)
     whole = np.concatenate([sums[name].sum(axis=1) for name in names]) / count
@@ -103,16 +127,31 @@ def wanted_probes(
     whole, moments = whole[seen], moments[:, seen]
     if not len(whole):
         return _FEWEST_PROBES
-    # Relative variances: of an observation as measured, and of one probe of an observation.
+    # Relative variances: of an observation as measured, without its probes', and of one probe.
     measured = np.maximum(moments[0] - count * whole**2, 0) / (count - 1) / whole**2
-    probe = moments[1] / sum(many / probes for many, probes in done) / whole**2
-    worst = int(measured.argmax())
-    of_probe = float(probe[worst])
-    between = max(0.0, float(measured[worst] - moments[1][worst] / count / whole[worst] ** 2))
+    between = float(np.median(np.maximum(measured - moments[1] / count / whole**2, 0)))
+    of_probe = float(np.median(moments[1] / sum(n / probes for n, probes in done) / whole**2))
     cheapest = np.sqrt(_PASS_COST * of_probe / between) if between else np.inf
     room = observations * bound**2 - between
     needed = of_probe / room if room > 0 else 0.0
     return int(np.clip(np.ceil(max(cheapest, needed)), _FEWEST_PROBES, MOST_PROBES))
+
+
+def _of_whole(
+    whole: NDArray[np.float64], done: Sequence[tuple[int, int]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the standard error of the sum over all layers, and by probes.  [1, widths] each"""
+    counts, drawn = zip(*done, strict=True)
+    probes = np.repeat(np.maximum(drawn, 1), counts)[:, None]
+    whole = whole[:, : len(probes)]
+    means = whole.sum(axis=0) / probes
+    used = np.arange(len(whole))[:, None, None] < probes
+    squares = np.where(used, whole - means, 0.0) ** 2
+    by_probes = squares.sum(axis=0) / np.maximum(probes - 1, 1) / probes
+    total = means.sum(axis=0, keepdims=True)
+    error = _relative(total, np.square(means).sum(axis=0, keepdims=True), len(probes))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return error, np.sqrt(by_probes.sum(axis=0, keepdims=True)) / total
 
 
 def _relative(
@@ -126,15 +165,21 @@ def _relative(
     return relative
 
 
-def _largest(found: Sequence[NDArray[np.float64]]) -> float:
-    values = np.concatenate(found)
-    finite = values[np.isfinite(values)]
-    return _told(finite.max()) if len(finite) else 0.0
+def _spread(
+    of_layers: Callable[..., Any], error: NDArray[np.float64], by_probes: NDArray[np.float64]
+) -> Spread:
+    """Bring [layers, widths] together by width."""
+    errors, probes = (
+        tuple(_told(_finite(of_layers, column)) for column in found.T)
+        for found in (error, by_probes)
+    )
+    return Spread(errors, probes)
 
 
-def _median(values: NDArray[np.float64]) -> float:
+def _finite(of_values: Callable[..., Any], values: NDArray[np.float64]) -> float:
+    """NaN stands for the error of a zero."""
     finite = values[np.isfinite(values)]
-    return _told(np.median(finite)) if len(finite) else 0.0
+    return float(of_values(finite)) if len(finite) else 0.0
 
 
 def _told(value: float) -> float:

@@ -119,8 +119,8 @@ class Stream:
                 for part, each in zip(parts, moved, strict=True):
                     part.append(each[name])
                 if piece.stop == count:
-                    for part in found.pop(name):
-                        Deviations.joined(part).add_to(sums, name, probes.count is not None)
+                    whole = [Deviations.joined(part) for part in found.pop(name)]
+                    Deviations.of_batch(whole).add_to(sums, name, probes.count is not None)
 
 
 def _measured(

@@ -117,19 +117,26 @@ def test_a_standard_error_ends_the_measurement(many: Question) -> None:
     assert reached is not None and everything.samples == 40
     # What is easily reached takes the first look only.
     loose = measured(many, 100.0)
-    assert loose.samples == 4 and loose.standard_error.layers <= 100
+    assert loose.samples == 4 and loose.standard_error.median <= 100
+    # The next looks come after half as many observations more, each.
+    middle = measured(many, reached.median * 1.5)
+    assert middle.samples in (6, 9, 13, 19, 28)
+    assert middle.standard_error.median <= reached.median * 1.5
     # Where observations differ most, more probes would not help.
-    tight = measured(many, reached.layers * 0.6)
-    assert tight.samples == 40 and tight.standard_error.layers > reached.layers * 0.6
-    assert tight.settings["max_standard_error"] == reached.layers * 0.6
+    tight = measured(many, reached.median * 0.6)
+    assert tight.samples == 40 and tight.standard_error.median > reached.median * 0.6
+    assert tight.settings["max_standard_error"] == reached.median * 0.6
 
 
 def test_where_only_probes_differ_more_of_them_reach_the_bound(many: Question) -> None:
     alike = replace(many, observations=many.observations[:1] * 40)
     two = measured(alike, None).standard_error
     assert two.layers_by_probes == pytest.approx(two.layers, rel=0.3)
-    more = measured(alike, two.layers / 2)
-    assert more.standard_error.layers <= two.layers / 2 and more.probes == 2
+    assert two.median_by_probes == pytest.approx(two.median, rel=0.3)
+    for spread in two.by_width.values():
+        np.testing.assert_allclose(spread.by_probes, spread.error, rtol=0.3)
+    more = measured(alike, two.median / 2)
+    assert more.standard_error.median <= two.median / 2 and more.probes == 2
 
 
 @pytest.mark.parametrize("bound", [0.02, 0.3])

@@ -1,5 +1,6 @@
 """`qvla sensitivities` and `qvla estimators`: what quantizing a channel does to the action."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -48,8 +49,8 @@ StandardErrorOption = Annotated[
     typer.Option(
         "--standard-error",
         help="Measure no more observations, and no more probes each, than bring the relative "
-        "standard error of every layer's sum at every width to this (0.1: 10 %). Default: all "
-        "observations.",
+        "standard error of a layer's sum, the median of all layers and widths, to this (0.3: "
+        "30 %). Default: all observations.",
     ),
 ]
 ShareOption = Annotated[
@@ -122,6 +123,8 @@ def sensitivities(
     if resources.world.rank:
         return  # process 0 speaks for all
     typer.echo(f"sensitivities: {_described(measured)} -> {folder.sensitivities}")
+    if measured.standard_error is not None:
+        typer.echo(_standard_error(measured))
     if standard_error is not None:
         typer.echo(_reached(measured, standard_error))
     if check_pairs:
@@ -184,21 +187,32 @@ def estimators(
 
 def _described(measured: "Sensitivities") -> str:
     channels = sum(v.shape[1] for v in measured.values.values())
-    text = f"{channels} channels, {measured.method}, {measured.samples} observations"
+    return f"{channels} channels, {measured.method}, {measured.samples} observations"
+
+
+def _standard_error(measured: "Sensitivities") -> str:
+    """Lines for a terminal; the report has a table."""
     error = measured.standard_error
-    if error is None:
-        return text
+    if error is None or error.median is None or error.median_by_probes is None:
+        return "standard error: unknown"
+    share = (error.median_by_probes / error.median) ** 2 if error.median else 0.0
+    whole = zip(measured.widths, error.by_width["all layers"].error, strict=True)
+    by_width = ", ".join(f"{found:.0%} at {bits} bits" for bits, found in whole)
     return (
-        f"{text}; standard error {error.layers:.1%} of the worst layer and width "
-        f"({error.layers_by_probes:.1%} by probes), {error.channels:.1%} of the median channel"
+        f"standard error: {error.median:.1%} of the median layer and width, probes make "
+        f"{share:.0%} of its square; {error.layers:.0%} of the worst, {error.channels:.0%} of the "
+        f"median channel; of all layers together {by_width}"
     )
 
 
 def _reached(measured: "Sensitivities", asked: float) -> str:
     error = measured.standard_error
-    if error is not None and error.layers <= asked:
+    if error is None or error.median is None:
+        return "standard error: unknown; one observation does not tell"
+    if error.median <= asked:
         return f"standard error: at most {asked:.1%} as asked"
+    wanted = math.ceil(measured.samples * (error.median / asked) ** 2)
     return (
         f"standard error: above the {asked:.1%} asked for although every observation was used; "
-        "draw more: qvla calibrate --count"
+        f"about {wanted} would do: qvla calibrate --count {wanted}"
     )
