@@ -20,9 +20,9 @@ from qvla_export.activations import (
     RangeMethod,
     storable_range,
 )
-from qvla_export.artifacts import require_fields, versions, write_bytes
+from qvla_export.artifacts import require_fields, versions
 from qvla_export.errors import ArtifactError, QvlaError
-from qvla_export.tensor_files import read_tensor_file, tensor_file
+from qvla_export.tensor_files import read_tensor_file, write_tensor_file
 
 BINS = 8192
 # Share of the numbers that the "percentile" rule represents.
@@ -151,7 +151,7 @@ class ActivationStatistics:
             "calibration_digest": self.calibration_digest,
             "versions": dict(self.made_with),
         }
-        write_bytes(path, tensor_file(tensors, provenance))
+        write_tensor_file(path, tensors, provenance)
 
     @staticmethod
     def load(path: Path) -> "ActivationStatistics":

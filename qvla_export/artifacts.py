@@ -9,6 +9,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,30 @@ def sha256_tree(root: Path, names: Iterable[str] | None = None) -> str:
     return digest.hexdigest()
 
 
+def stated(value: Any, *optional: str) -> dict[str, Any]:
+    """Return a dataclass as JSON; optional fields, which older artifacts lack, where they are set.
+
+    Args:
+        value: the dataclass.
+        optional: fields that are left out where they are false.
+    """
+    return {k: v for k, v in asdict(value).items() if v or k not in optional}
+
+
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all: temporary name, fsync, rename."""
+    write_pieces(path, [data])
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write a file whole or not at all from pieces that follow each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)

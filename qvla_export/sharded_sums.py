@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.artifacts import remove_leftovers, write_bytes
+from qvla_export.artifacts import remove_leftovers
 from qvla_export.distributed import Alone, World
 from qvla_export.errors import ArtifactError
-from qvla_export.tensor_files import read_tensor_file, tensor_file
+from qvla_export.tensor_files import StoredTensors, open_tensor_file, write_tensor_file
 
 _FORMAT = "qvla-progress-2"
 _log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class ShardedSums:
 
     def _write(self, path: Path) -> None:
         provenance = {"format": _FORMAT, "of": self._identity, "units": sorted(self._own)}
-        write_bytes(path, tensor_file(self.values, provenance))
+        write_tensor_file(path, self.values, provenance)
 
     def _merge(self, journal: Path) -> set[int]:
         """Add up the journals of this very measurement, write one of them all, remove the rest."""
@@ -108,16 +108,16 @@ class ShardedSums:
                 path.unlink(missing_ok=True)
         return done
 
-    def _read(self, path: Path) -> tuple[dict[str, NDArray[Any]], set[int]] | None:
+    def _read(self, path: Path) -> tuple[StoredTensors, set[int]] | None:
         try:
-            tensors, saved = read_tensor_file(path, _FORMAT, "progress")
+            tensors, saved = open_tensor_file(path, _FORMAT, "progress")
         except ArtifactError as error:
             _log.warning("starting anew: %s", error)
             return None
         if saved.get("of") != self._identity:
             _log.warning("%s is of another measurement; starting anew", path)
             return None
-        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in self.values.items()}:
+        if {k: tensors.shape(k) for k in tensors} != {k: v.shape for k, v in self.values.items()}:
             _log.warning("%s holds other sums; starting anew", path)
             return None
         return tensors, set(saved["units"])

@@ -1,20 +1,23 @@
-"""Artifacts that are one safetensors file: tensors, and provenance with a checksum. numpy only."""
+"""Artifacts that are one safetensors file: tensors, and provenance with a checksum. numpy only.
+
+Files are written from the tensors where they lie, and read one tensor at a time: some are as large
+as a bound of memory allows.
+"""
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
 from numpy.typing import NDArray
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
-from qvla_export.artifacts import write_bytes
+from qvla_export.artifacts import write_pieces
 from qvla_export.errors import ArtifactError
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -27,11 +30,14 @@ class TensorArtifact(ABC):
     @property
     def digest(self) -> str:
         """SHA-256 of the file that `save` writes; what is made from this records it."""
-        return hashlib.sha256(tensor_file(self._tensors(), self._provenance())).hexdigest()
+        digest = hashlib.sha256()
+        for piece in _pieces(self._tensors(), self._provenance()):
+            digest.update(piece)
+        return digest.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write safetensors with the provenance as metadata, atomically."""
-        write_bytes(path, tensor_file(self._tensors(), self._provenance()))
+        write_tensor_file(path, self._tensors(), self._provenance())
 
     @abstractmethod
     def _tensors(self) -> Tensors:
@@ -81,20 +87,67 @@ def layers_of(tensors: Tensors, names: Iterable[str], kind: type[_Parts]) -> dic
     return found
 
 
-def tensor_file(tensors: Tensors, provenance: Mapping[str, Any]) -> bytes:
-    """Return a safetensors file whose one metadata entry holds provenance and checksum.
+class StoredTensors(Mapping[str, NDArray[Any]]):
+    """Tensors of a file, each read when it is asked for; see `open_tensor_file`."""
+
+    def __init__(self, path: Path, places: Mapping[str, "_Place"]) -> None:
+        self._path = path
+        self._places = places
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        place = self._places[name]
+        values = np.fromfile(self._path, place.dtype, place.count, offset=place.offset)
+        if len(values) != place.count:
+            raise ArtifactError(f"{self._path} was cut short while it was in use; make it anew")
+        return values.reshape(place.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return self._places[name].shape
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in its file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def count(self) -> int:
+        """How many numbers."""
+        return math.prod(self.shape)
+
+
+def write_tensor_file(path: Path, tensors: Tensors, provenance: Mapping[str, Any]) -> None:
+    """Write a safetensors file whose one metadata entry holds provenance and checksum, atomically.
 
     One entry, because safetensors writes several in random order; equal content gives equal bytes.
     """
-    contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
-    value = {**provenance, "sha256": _checksum(contiguous)}
-    return save_tensors(contiguous, {"qvla": json.dumps(value)})
+    write_pieces(path, _pieces(tensors, provenance))
 
 
 def read_tensor_file(
     path: Path, form: str, what: str
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Return the tensors and the provenance of a file that `tensor_file` made.
+    """Return the tensors and the provenance of a file that `write_tensor_file` made.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, damaged or not of the format `form`.
+    """
+    stored, provenance = open_tensor_file(path, form, what)
+    return dict(stored), provenance
+
+
+def open_tensor_file(path: Path, form: str, what: str) -> tuple[StoredTensors, dict[str, Any]]:
+    """Check a file that `write_tensor_file` made; return its tensors, unread, and the provenance.
 
     Raises:
         ArtifactError: the file is missing, truncated, damaged or not of the format `form`.
@@ -102,24 +155,79 @@ def read_tensor_file(
     if not path.is_file():
         raise ArtifactError(f"{what} not found: {path}")
     try:
-        data = path.read_bytes()
-        tensors = load_tensors(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        with safetensors.safe_open(path, "numpy"):
+            pass  # its header and size are right
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        provenance = json.loads(header.pop("__metadata__", {}).get("qvla", "{}"))
+        places = {
+            name: _Place(
+                _DTYPES[entry["dtype"]],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        }
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"{what} {path}: truncated or damaged file ({error}); make it anew"
         ) from error
-    provenance = json.loads(header.get("__metadata__", {}).get("qvla", "{}"))
     if provenance.get("format") != form:
         raise ArtifactError(f"{path} holds no {what} of format {form}; make it anew")
-    if provenance.get("sha256") != _checksum(tensors):
+    stored = StoredTensors(path, places)
+    if provenance.get("sha256") != _checksum(stored):
         raise ArtifactError(f"{what} {path}: the checksum is wrong, the file is damaged; remake it")
-    return tensors, provenance
+    return stored, provenance
+
+
+# In the order in which safetensors lays tensors out, last first; of one type they are by name.
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "I16": np.int16,
+        "U16": np.uint16,
+        "F16": np.float16,
+        "I32": np.int32,
+        "U32": np.uint32,
+        "F32": np.float32,
+        "F64": np.float64,
+        "I64": np.int64,
+        "U64": np.uint64,
+    }.items()
+}
+
+
+def _pieces(tensors: Tensors, provenance: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes that safetensors would write, header first, without a copy of the tensors."""
+    value = {**provenance, "sha256": _checksum(tensors)}
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    ranks = {dtype: rank for rank, dtype in enumerate(names)}
+    order = sorted(tensors, key=lambda name: (-ranks[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": {"qvla": json.dumps(value)}}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        kind, shape = names[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield _bytes_of(tensors[name])
 
 
 def _checksum(tensors: Tensors) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}\n".encode())
-        digest.update(tensors[name].tobytes())
+        values = tensors[name]
+        digest.update(f"{name} {values.dtype} {values.shape}\n".encode())
+        digest.update(_bytes_of(values))
     return digest.hexdigest()
+
+
+def _bytes_of(values: NDArray[Any]) -> memoryview:
+    return memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
