@@ -19,7 +19,7 @@ from qvla_export.demotions import DemotionTable, Levels, PruningRule, demotion_t
 from qvla_export.errors import QvlaError
 from qvla_export.plan import BitPlan
 from qvla_export.sensitivity import Sensitivities
-from qvla_export.storage import stored_bytes
+from qvla_export.storage import stored_bytes, stored_on
 from qvla_export.target import WIDTHS, Target
 
 __all__ = [
@@ -64,6 +64,7 @@ def allocate_bits(
         QvlaError: a limit cannot be met, an unknown width or method.
     """
     allocator = find_allocator(method) if isinstance(method, str) else method
+    target = stored_on(target, sensitivities.quantizer)
     if latency is not None and allocator.name == "gates":
         raise QvlaError(
             "fixed gates leave a latency limit nothing to choose; take another method, such as hull"
@@ -113,6 +114,7 @@ def least_error(
     Returns:
         Sum of sensitivities; infinite where no plan is within the budget.
     """
+    target = stored_on(target, sensitivities.quantizer)
     table = _table(sensitivities, budget, target, widths, pruning)
     return error_bound(table, *_cost(budget, table))
 

@@ -15,6 +15,7 @@ from qvla_export.buckets_to_onnx import BucketedWeight, BucketEmitter, Store, bu
 from qvla_export.float_graph import LAYER_KEY, ExportError, layer_nodes, weight_rows
 from qvla_export.passes.merge import MEMBERS_KEY
 from qvla_export.quantize import QuantizerSpec
+from qvla_export.scale_search import Steps
 from qvla_export.target import Target
 
 
@@ -24,7 +25,7 @@ def bucketize(
     spec: QuantizerSpec,
     target: Target,
     store: Store = keep,
-    scales: Mapping[str, NDArray[np.float32]] | None = None,
+    steps: Mapping[str, Steps] | None = None,
 ) -> ir.Model:
     """Return a copy of a float graph with every planned layer in buckets.
 
@@ -37,7 +38,7 @@ def bucketize(
         spec: quantizer of the plan.
         target: whose containers and compute type the buckets get.
         store: gets every packed constant as soon as it is made; may put it on disk.
-        scales: layer name -> those its weights were rounded at, float32 [channels, groups]; None
+        steps: layer name -> those its weights were rounded at, of [channels, groups]; None
             chooses them from the weights.
 
     Raises:
@@ -59,7 +60,7 @@ def bucketize(
                 f"which has {len(rows)} channels; make the plan from this policy"
             )
         emitter = BucketEmitter(target, store)
-        given = None if scales is None else scales[name]
+        given = None if steps is None else steps[name]
         _replace(model.graph, node, name, bucket_weight(rows, layer_widths, spec, given), emitter)
     RemoveUnusedNodesPass()(model)
     return model

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qvla_export.buckets import ChannelBuckets, bucket_channels
-from qvla_export.quantize import QuantizedWeight, QuantizerSpec, at_scales, quantize_channels
+from qvla_export.quantize import QuantizedWeight, QuantizerSpec, at_steps, quantize_channels
+from qvla_export.scale_search import Steps
 from qvla_export.storage import stored_columns
 from qvla_export.target import Target
 
@@ -21,6 +22,7 @@ COMPUTE_TYPES = {
 }
 # Names of a bucket's constants are "<layer>.b<bits>" and one of these.
 CODES_SUFFIX, SCALES_SUFFIX, HALVES_SUFFIX = ".codes", ".scales", ".halves"
+ZERO_POINTS_SUFFIX = ".zero_points"
 # Name of the constant that restores a layer's order by a Gather: "<layer>" and this.
 ORDER_SUFFIX = ".order"
 # By the container's bits.
@@ -55,7 +57,7 @@ def bucket_weight(
     rows: NDArray[np.float32],
     widths: NDArray[np.int8],
     spec: QuantizerSpec,
-    scales: NDArray[np.float32] | None = None,
+    steps: Steps | None = None,
 ) -> BucketedWeight:
     """Quantize a layer's rows, each at its width.
 
@@ -63,18 +65,16 @@ def bucket_weight(
         rows: float32 [channels, inputs].
         widths: int8 [channels].
         spec: the quantizer.
-        scales: those the rows were rounded at, float32 [channels, groups]; the first counts where a
+        steps: those the rows were rounded at, of [channels, groups]; the first counts where a
             channel has one. None chooses them from the rows.
     """
     buckets = bucket_channels(widths)
     weights = []
     for bits, _, _ in buckets.runs:
         channels = buckets.channels(bits)
-        if bits in spec.rules and scales is not None:
-            size = spec.rule(bits).group_size
-            groups = 1 if size is None else -(-rows.shape[1] // size)
-            chosen = scales[channels, :groups]
-            weights.append(at_scales(rows[channels], bits, spec, chosen))
+        if bits in spec.rules and steps is not None:
+            chosen = steps.of(channels, spec.rule(bits).groups(rows.shape[1]))
+            weights.append(at_steps(rows[channels], bits, spec, chosen))
         elif bits:
             weights.append(quantize_channels(rows[channels], bits, spec))
     return BucketedWeight(buckets, tuple(weights))
@@ -228,13 +228,16 @@ class BucketEmitter:
             return self.tape.op("MatMul", [inputs, self._in_compute_type(halves, codes)])
         code_type = _CODE_TYPES[self._target.containers[weight.bits].bits]
         packed = self._stored(name + CODES_SUFFIX, codes.astype(code_type))
-        scales = _stored(weight.scales, weight.scales.shape[1], shape[1], 1)
-        attributes = {"axis": 0, "block_size": weight.group_size}
-        if weight.group_size is None:
-            scales = scales.reshape(-1)
-            attributes = {"axis": 1}
+        attributes, form, groups = {"axis": 1}, [shape[1]], weight.scales.shape[1]
+        if weight.group_size is not None:
+            attributes, form = {"axis": 0, "block_size": weight.group_size}, [groups, shape[1]]
+        scales = _stored(weight.scales, groups, shape[1], 1).reshape(form)
         scale = self._in_compute_type(self._stored(name + SCALES_SUFFIX, scales), scales)
-        matrix = self.tape.op("DequantizeLinear", [packed, scale], attributes)
+        stored = [packed, scale]
+        if weight.zero_points is not None:
+            zeros = _stored(weight.zero_points, groups, shape[1], 0).reshape(form)
+            stored.append(self._stored(name + ZERO_POINTS_SUFFIX, zeros.astype(code_type)))
+        matrix = self.tape.op("DequantizeLinear", stored, attributes)
         return self.tape.op("MatMul", [inputs, matrix])
 
     def _in_compute_type(self, value: ir.Value, stored: NDArray[np.generic]) -> ir.Value:

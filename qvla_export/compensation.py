@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.moments import LayerMoments
-from qvla_export.quantize import QuantizerSpec, at_scales, channel_scales, quantize_channels
+from qvla_export.quantize import QuantizerSpec, at_steps, channel_steps, quantize_channels
 from qvla_export.rounding import RoundedLayer
-from qvla_export.scale_search import CODE_RANGE
+from qvla_export.scale_search import CODE_RANGE, Steps
 
 # Added to the diagonals, as shares of their means: what is measured on few observations is not
 # known well where it is small.
@@ -101,23 +101,28 @@ class _Work:
     def __init__(self, rows: NDArray[np.float32], spec: QuantizerSpec, inputs: _Inputs) -> None:
         self.spec = spec
         self._inputs = inputs
-        sizes = [rule.group_size for rule in spec.rules.values()]
-        groups = max([1, *(-(-rows.shape[1] // size) for size in sizes if size)])
+        rules = spec.rules.values()
+        groups = max([1, *(rule.groups(rows.shape[1]) for rule in rules)])
         self.codes = np.zeros(rows.shape, np.int8)
         self.halves: dict[int, NDArray[np.float16]] = {}
         self.scales = np.ones((len(rows), groups), np.float32)
+        pointed = any(rule.zero_points for rule in rules)
+        self.zero_points = np.zeros(self.scales.shape, np.int8) if pointed else None
         self.weights = np.zeros(rows.shape, np.float32)
 
     def round(self, chosen: NDArray[np.int64], targets: _Matrix, bits: int) -> _Matrix:
         """Round channels of one width to targets float64 [chosen, inputs]; return the weights."""
         if bits in CODE_RANGE:
             wanted = targets.astype(np.float32)
-            scales = channel_scales(wanted, bits, self.spec, self._inputs.importance)
+            steps = channel_steps(wanted, bits, self.spec, self._inputs.importance)
             if self._inputs.upper is not None:
-                wanted = self._along_inputs(targets, scales, bits)
-            made = at_scales(wanted, bits, self.spec, scales)
+                wanted = self._along_inputs(targets, steps, bits)
+            made = at_steps(wanted, bits, self.spec, steps)
             self.codes[chosen] = made.codes
-            self.scales[chosen, : scales.shape[1]] = scales
+            groups = steps.scales.shape[1]
+            self.scales[chosen, :groups] = steps.scales
+            if self.zero_points is not None and steps.zero_points is not None:
+                self.zero_points[chosen, :groups] = steps.zero_points
             self.weights[chosen] = made.dequantize()
         elif bits == 16:
             made = quantize_channels(targets.astype(np.float32), 16, self.spec)
@@ -125,18 +130,20 @@ class _Work:
             self.weights[chosen] = made.dequantize()
         return self.weights[chosen].astype(np.float64)
 
-    def _along_inputs(
-        self, targets: _Matrix, scales: NDArray[np.float32], bits: int
-    ) -> NDArray[np.float32]:
+    def _along_inputs(self, targets: _Matrix, steps: Steps, bits: int) -> NDArray[np.float32]:
         """Return the channels' rounded weights, input by input in the order of elimination."""
         order, upper = self._inputs.order, self._inputs.upper
         assert order is not None and upper is not None
-        size = self.spec.rule(bits).group_size or targets.shape[1]
-        steps = np.repeat(scales, size, axis=1)[:, order].astype(np.float64)
-        left, low, high = targets[:, order].T.copy(), *CODE_RANGE[bits]
+        spread = steps.by_input(self.spec.rule(bits).group_size, targets.shape[1])
+        scales, zeros = spread.scales[:, order].astype(np.float64), spread.zero_points
+        # Codes less zero points, of each input and channel or of all.
+        low, high = (np.full((len(order), 1), code) for code in CODE_RANGE[bits])
+        if zeros is not None:
+            low, high = (code - zeros[:, order].T.astype(np.int64) for code in (low, high))
+        left = targets[:, order].T.copy()
         for place in range(len(order)):
-            step = steps[:, place]
-            rounded = np.clip(np.rint(left[place] / step), low, high) * step
+            scale = scales[:, place]
+            rounded = np.clip(np.rint(left[place] / scale), low[place], high[place]) * scale
             error = (left[place] - rounded) / upper[place, place]
             left[place] = rounded
             left[place + 1 :] -= np.outer(upper[place, place + 1 :], error)
@@ -162,7 +169,7 @@ class _Work:
             missing = rows.astype(np.float64)
             missing[:, order] -= self.weights
             shift = (missing @ mean.astype(np.float64)).astype(np.float32)
-        return RoundedLayer(codes, halves, self.scales, shift)
+        return RoundedLayer(codes, halves, self.scales, shift, self.zero_points)
 
 
 def _eliminate(

@@ -5,7 +5,14 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from qvla_export.bucketize import bucketize
-from qvla_export.buckets_to_onnx import CODES_SUFFIX, HALVES_SUFFIX, SCALES_SUFFIX, Store, keep
+from qvla_export.buckets_to_onnx import (
+    CODES_SUFFIX,
+    HALVES_SUFFIX,
+    SCALES_SUFFIX,
+    ZERO_POINTS_SUFFIX,
+    Store,
+    keep,
+)
 from qvla_export.float_graph import layer_nodes
 from qvla_export.float_storage import store_exactly
 from qvla_export.passes.compute_type import to_compute_type
@@ -13,9 +20,10 @@ from qvla_export.passes.couple import couple_mlps
 from qvla_export.passes.integer_products import keep_integer_products
 from qvla_export.passes.merge import merge_parallel
 from qvla_export.passes.quantize_activations import quantize_activations
-from qvla_export.passes.rounding import merged_scales, round_weights, stored_scales
+from qvla_export.passes.rounding import merged_steps, round_weights, stored_steps
 from qvla_export.plan import BitPlan
 from qvla_export.rounded_plan import couplings_of, require_rounded
+from qvla_export.storage import stored_on
 from qvla_export.target import Target, UnsupportedOnTarget
 
 
@@ -24,8 +32,8 @@ def lower(
 ) -> tuple[ir.Model, dict[str, int]]:
     """Return a float graph as it is shipped, and the bytes of its constants by part.
 
-    The parts are "2", "4", "8", "16" and "scales" of planned layers, "float" of layers without a
-    plan, and "rest".
+    The parts are "2", "4", "8", "16" and "scales" (zero points too) of planned layers, "float" of
+    layers without a plan, and "rest".
 
     Args:
         graph: from `export_float`; left as it is.
@@ -39,6 +47,7 @@ def lower(
     if plan is None:
         model = _finished(graph, target)
         return model, _float_bytes(model, _layer_weights(model))
+    target = stored_on(target, plan.quantizer)
     _require_plan_for(plan, target)
     require_rounded(plan)
     couplings = couplings_of(plan)
@@ -48,10 +57,10 @@ def lower(
     if plan.activations is not None:
         model = quantize_activations(model, plan.activations, target)
     model, widths = merge_parallel(model, widths, one_width_apart=target.runtime == "ort")
-    scales = None
+    steps = None
     if plan.rounding is not None:
-        scales = merged_scales(stored_scales(plan, couplings), widths)
-    model = bucketize(model, widths, plan.quantizer, target, store, scales)
+        steps = merged_steps(stored_steps(plan, couplings), widths)
+    model = bucketize(model, widths, plan.quantizer, target, store, steps)
     if plan.activations is not None:
         model = keep_integer_products(model)
     model = _finished(model, target)
@@ -111,7 +120,7 @@ def _bucket_bytes(model: ir.Model) -> dict[str, int]:
     """Bytes of the constants: "2", "4", "8", "16" of planned layers, "scales", "rest"."""
     found: dict[str, int] = {"16": 0, "8": 0, "4": 0, "2": 0, "scales": 0, "rest": 0}
     for name, nbytes in _constant_bytes(model):
-        if name.endswith(SCALES_SUFFIX):
+        if name.endswith((SCALES_SUFFIX, ZERO_POINTS_SUFFIX)):
             found["scales"] += nbytes
         elif name.endswith((CODES_SUFFIX, HALVES_SUFFIX)):
             found[name.rsplit(".", 2)[1].removeprefix("b")] += nbytes

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.activations import ActivationRanges
-from qvla_export.artifacts import read_json, require_fields, versions, write_json
+from qvla_export.artifacts import read_json, require_fields, stated, versions, write_json
 from qvla_export.errors import ArtifactError, PlanMismatch, QvlaError
 from qvla_export.quantize import QuantizerSpec, spec_for
 from qvla_export.rounding import Rounding
-from qvla_export.storage import stored_bytes
+from qvla_export.storage import require_zero_points_of, stored_bytes
 from qvla_export.target import WIDTHS, Container, Target
 
 # Layer name -> (channels, weights of one channel).
@@ -70,6 +70,7 @@ class BitPlan:
             )
         if self.activations is not None:
             self.activations.require_layers(self.widths)
+        require_zero_points_of(self.containers, self.quantizer)
         available = set(WIDTHS) & {0, *self.containers}
         for name, widths in self.widths.items():
             if widths.ndim != 1 or widths.dtype != np.int8:
@@ -186,7 +187,9 @@ class BitPlan:
             "sensitivities_digest": self.sensitivities_digest,
             "calibration_digest": self.calibration_digest,
             "versions": dict(self.made_with),
-            "containers": {str(bits): asdict(c) for bits, c in sorted(self.containers.items())},
+            "containers": {
+                str(b): stated(c, "zero_points") for b, c in sorted(self.containers.items())
+            },
             "quantizer": self.quantizer.to_json(),
             "layers": layers,
         }

@@ -2,25 +2,27 @@
 
 Fake quantization, sensitivities and packing all use this one implementation. Fake quantization and
 packing also share the order of inputs (`qvla_export.coupling`), so what is judged is what is
-shipped; sensitivities are measured in the natural order. Symmetric: w ~ code * scale, scale > 0,
-one scale per channel or per group of consecutive inputs.
+shipped; sensitivities are measured in the natural order. w ~ (code - zero point) * scale, one of
+both per channel or per group of consecutive inputs. Zero points are 0 unless a rule has them.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.artifacts import stated
 from qvla_export.errors import ArtifactError, QvlaError
 from qvla_export.scale_search import (
     CODE_RANGE,
     SCALE_LIMITS,
+    Steps,
     grouped,
-    max_scales,
+    max_steps,
     nearest_codes,
-    searched_scales,
+    searched_steps,
 )
 from qvla_export.target import WIDTHS, Target
 
@@ -38,6 +40,8 @@ class WidthRule:
     scale: ScaleRule = "max"
     # Bits of a stored scale: 32 or 16. Codes are computed with the rounded scale.
     scale_bits: int = 32
+    # Whether every scale has a zero point of its own; without, codes are symmetric.
+    zero_points: bool = False
 
     def __post_init__(self) -> None:
         if self.group_size is not None and self.group_size < 1:
@@ -46,6 +50,10 @@ class WidthRule:
             raise QvlaError(f"scale must be one of {get_args(ScaleRule)}, got {self.scale!r}")
         if self.scale_bits not in SCALE_LIMITS:
             raise QvlaError(f"scale_bits must be one of [16, 32], got {self.scale_bits}")
+
+    def groups(self, inputs: int) -> int:
+        """Return how many scales a channel of `inputs` weights has."""
+        return 1 if self.group_size is None else -(-inputs // self.group_size)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ class QuantizerSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return what an artifact stores: the rules by width, and options that are in use."""
-        rules = {str(bits): asdict(rule) for bits, rule in sorted(self.rules.items())}
+        rules = {str(bits): stated(r, "zero_points") for bits, r in sorted(self.rules.items())}
         return rules | {
             name: getattr(self, name) for name in _OPTIONS if getattr(self, name) != _OPTIONS[name]
         }
@@ -131,22 +139,27 @@ class QuantizedWeight:
     bits: int
     # Inputs that share a scale; None for one scale per channel.
     group_size: int | None
+    # Codes that stand for 0; None where all are 0.  int8 [channels, groups]
+    zero_points: NDArray[np.int8] | None = None
 
     def dequantize(self) -> NDArray[np.float32]:
         """Return the weights an engine computes with.  float32 [channels, inputs]"""
         weights = self.codes.astype(np.float32)
         if self.scales.shape[1] == 0:
             return weights
-        scales = self.scales.astype(np.float32)
-        inputs = weights.shape[1]
+        stored = Steps(self.scales.astype(np.float32), self.zero_points)
         if self.group_size is not None:
-            scales = np.repeat(scales, self.group_size, axis=1)[:, :inputs]
-        return weights * scales
+            stored = stored.by_input(self.group_size, weights.shape[1])
+        if stored.zero_points is not None:
+            weights -= stored.zero_points
+        return weights * stored.scales
 
     @property
     def nbytes(self) -> int:
-        """Packed size in bytes, scales included."""
-        return -(-self.codes.size * self.bits // 8) + self.scales.nbytes
+        """Packed size in bytes, scales and zero points included."""
+        zeros = 0 if self.zero_points is None else self.zero_points.size
+        packed = sum(-(-count * self.bits // 8) for count in (self.codes.size, zeros))
+        return packed + self.scales.nbytes
 
 
 def spec_for(target: Target) -> QuantizerSpec:
@@ -154,7 +167,10 @@ def spec_for(target: Target) -> QuantizerSpec:
     return QuantizerSpec(
         {
             bits: WidthRule(
-                container.group_size, "max" if bits == 8 else "mse", container.scale_bits
+                container.group_size,
+                "max" if bits == 8 else "mse",
+                container.scale_bits,
+                container.zero_points,
             )
             for bits, container in target.containers.items()
             if bits in CODE_RANGE
@@ -208,45 +224,42 @@ def quantize_channels(
         return QuantizedWeight(halves, no_scales, 16, None)
     if bits == 0:
         return QuantizedWeight(np.zeros(weight.shape, np.int8), no_scales, 0, None)
-    scales = channel_scales(weight, bits, spec, input_second_moment)
-    return at_scales(weight, bits, spec, scales)
+    steps = channel_steps(weight, bits, spec, input_second_moment)
+    return at_steps(weight, bits, spec, steps)
 
 
-def channel_scales(
+def channel_steps(
     weight: NDArray[np.float32],
     bits: int,
     spec: QuantizerSpec,
     input_second_moment: NDArray[np.float32] | None = None,
-) -> NDArray[np.float32]:
-    """Return the scales that channels of 2, 4 or 8 bits get, as stored.
+) -> Steps:
+    """Return the scales and zero points that channels of 2, 4 or 8 bits get.
 
     Args: as in `quantize_channels`.
-
-    Returns:
-        float32 [channels, groups]
     """
     rule = spec.rule(bits)
     groups = grouped(weight, rule.group_size)
     if rule.scale == "max":
-        return max_scales(groups, bits, rule.scale_bits)
+        return max_steps(groups, bits, rule.scale_bits, rule.zero_points)
     importance = _grouped_importance(input_second_moment, weight.shape[1], rule.group_size)
-    return searched_scales(groups, bits, rule.scale_bits, importance)
+    return searched_steps(groups, bits, rule.scale_bits, importance, rule.zero_points)
 
 
-def at_scales(
-    weight: NDArray[np.float32], bits: int, spec: QuantizerSpec, scales: NDArray[np.float32]
+def at_steps(
+    weight: NDArray[np.float32], bits: int, spec: QuantizerSpec, steps: Steps
 ) -> QuantizedWeight:
-    """Round channels of 2, 4 or 8 bits to the nearest codes at scales float32 [channels, groups].
+    """Round channels of 2, 4 or 8 bits to the nearest codes at steps of [channels, groups].
 
     What `QuantizedWeight.dequantize` returned becomes the same codes again.
     """
     rule = spec.rule(bits)
-    codes = nearest_codes(grouped(weight, rule.group_size), scales, bits)
+    codes = nearest_codes(grouped(weight, rule.group_size), steps, bits)
     kept = codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]]
-    stored = scales if rule.scale_bits == 32 else scales.astype(np.float16)
-    return QuantizedWeight(
-        np.ascontiguousarray(kept.astype(np.int8)), stored, bits, rule.group_size
-    )
+    stored = steps.scales if rule.scale_bits == 32 else steps.scales.astype(np.float16)
+    integers = np.ascontiguousarray(kept.astype(np.int8))
+    zeros = steps.zero_points if rule.zero_points else None
+    return QuantizedWeight(integers, stored, bits, rule.group_size, zeros)
 
 
 def fake_quantize(

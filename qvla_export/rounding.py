@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qvla_export.artifacts import require_fields, versions
 from qvla_export.errors import ArtifactError, QvlaError
 from qvla_export.quantize import QuantizedWeight, QuantizerSpec
+from qvla_export.scale_search import Steps
 from qvla_export.tensor_files import (
     TensorArtifact,
     Tensors,
@@ -46,6 +47,9 @@ class RoundedLayer:
     scales: NDArray[np.float32]
     # What is added to the layer's bias.  float32 [channels]
     shift: NDArray[np.float32]
+    # Beside the scales; None where no width has them, 0 where a channel's has none.
+    # int8 [channels, groups]
+    zero_points: NDArray[np.int8] | None = None
 
     def __post_init__(self) -> None:
         channels, inputs = self.codes.shape
@@ -54,11 +58,17 @@ class RoundedLayer:
             or len(self.scales) != channels
             or self.shift.shape != (channels,)
             or self.halves.shape[1:] != (inputs,)
+            or (self.zero_points is not None and self.zero_points.shape != self.scales.shape)
         ):
             raise QvlaError(
                 f"codes {list(self.codes.shape)} do not go with halves {list(self.halves.shape)}, "
                 f"scales {list(self.scales.shape)} and shift {list(self.shift.shape)}"
             )
+
+    @property
+    def steps(self) -> Steps:
+        """What its codes stand for."""
+        return Steps(self.scales, self.zero_points)
 
     def rows(
         self, widths: NDArray[np.int8], spec: QuantizerSpec, order: NDArray[np.int64]
@@ -80,9 +90,10 @@ class RoundedLayer:
                 result[chosen] = self.halves
             elif bits:
                 codes = self.codes[np.ix_(np.flatnonzero(chosen), order)]
-                size = spec.rule(bits).group_size
-                scales = self.scales[chosen, : 1 if size is None else -(-len(order) // size)]
-                weight = QuantizedWeight(codes, scales, bits, size)
+                rule = spec.rule(bits)
+                steps = self.steps.of(chosen, rule.groups(len(order)))
+                zeros = steps.zero_points if rule.zero_points else None
+                weight = QuantizedWeight(codes, steps.scales, bits, rule.group_size, zeros)
                 result[np.ix_(np.flatnonzero(chosen), order)] = weight.dequantize()
         return result
 

@@ -81,7 +81,8 @@ def parse_setting(name: str, target: Target | None = None) -> Setting:
             f"a setting is 'float', 'w<mean bits>' such as w4 or w2.5, or 'w<bits>-rtn' for "
             f"uniform round-to-nearest, both also with 'a8' for 8-bit activations (w8a8); a "
             f"planned one may go on with {', '.join('-' + part for part in _METHODS)} (-gates1 to "
-            f"-gates4), -set<widths> (-set0.8) and -refined, in this order; got {name!r}"
+            f"-gates4), -set<widths> (-set0.8) and -refined, in this order; zero points are asked "
+            f"for by --zero-points of qvla sensitivities and deploy; got {name!r}"
         )
     bits = float(found["bits"])
     if found["uniform"] and bits not in (2, 4, 8, 16):
@@ -153,6 +154,11 @@ class RunFolder:
     def moments(self) -> Path:
         """What the layers are fed and what their outputs are worth."""
         return self.root / "moments.safetensors"
+
+    @property
+    def fitted_moments(self) -> Path:
+        """The same, without the observations that decide how a plan is refined."""
+        return self.root / "moments-fitted.safetensors"
 
     @property
     def agreement(self) -> Path:

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.coupling import Coupling, find_couplings
-from qvla_export.target import Container
+from qvla_export.errors import QvlaError
+from qvla_export.quantize import QuantizerSpec
+from qvla_export.target import Container, Target
 
 Widths = Mapping[str, NDArray[np.int8]]
 # ONNX Runtime 1.32 repacks INT2 columns four at a time and computes garbage otherwise.
@@ -113,12 +115,38 @@ def stored_bytes(
     )
 
 
+def stored_on(target: Target, spec: QuantizerSpec) -> Target:
+    """Return a target that stores the zero points of a quantizer, if it has them.
+
+    Raises:
+        UnsupportedOnTarget: the target has none; with the reason.
+    """
+    pointed = any(rule.zero_points for rule in spec.rules.values())
+    return target.with_zero_points() if pointed else target
+
+
+def require_zero_points_of(containers: Mapping[int, Container], spec: QuantizerSpec) -> None:
+    """Refuse containers that store other zero points than a quantizer makes.
+
+    Raises:
+        QvlaError: naming the widths of both.
+    """
+    stored = sorted(bits for bits, container in containers.items() if container.zero_points)
+    made = sorted(bits for bits, rule in spec.rules.items() if rule.zero_points)
+    if stored != made:
+        raise QvlaError(
+            f"the quantizer makes zero points of {made} bits, the containers store those of "
+            f"{stored}; they must agree: qvla sensitivities and plan for the same target"
+        )
+
+
 def bucket_bytes(channels: int, inputs: int, container: Container) -> int:
-    """Return the bytes of one bucket's codes and scales, for channels of so many inputs."""
+    """Return the bytes of one bucket's codes, scales and zero points, for so many inputs."""
     columns = stored_columns(channels, container)
-    groups = 1 if container.group_size is None else -(-inputs // container.group_size)
+    steps = columns * container.groups(inputs)
     codes = -(-columns * container.stored_inputs(inputs) * container.bits // 8)
-    return codes + columns * groups * container.scale_bits // 8
+    zeros = -(-steps * container.bits // 8) if container.zero_points else 0
+    return codes + steps * container.scale_bits // 8 + zeros
 
 
 def parallel_layers(

@@ -1,7 +1,7 @@
 """The noun `Target`: what a device and its runtime really offer. Instances: `engines.targets`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from qvla_export.errors import QvlaError
@@ -32,6 +32,8 @@ class Container:
     scale_bits: int
     # Whether the runtime takes whole groups only: the input is filled up with zeros then.
     whole_groups: bool = False
+    # Whether every scale has a zero point beside it, of as many bits as a weight.
+    zero_points: bool = False
 
     def stored_inputs(self, inputs: int) -> int:
         """Return how many weights a channel of `inputs` weights is stored with."""
@@ -43,8 +45,12 @@ class Container:
         """Return the stored bits of one channel with `inputs` weights, scales included."""
         if self.bits == 0:
             return 0
-        groups = 1 if self.group_size is None else -(-inputs // self.group_size)
-        return self.stored_inputs(inputs) * self.bits + groups * self.scale_bits
+        step_bits = self.scale_bits + (self.bits if self.zero_points else 0)
+        return self.stored_inputs(inputs) * self.bits + self.groups(inputs) * step_bits
+
+    def groups(self, inputs: int) -> int:
+        """Return how many scales a channel of `inputs` weights has."""
+        return 1 if self.group_size is None else -(-inputs // self.group_size)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,19 @@ class Target:
             raise UnsupportedOnTarget(
                 f"target {self.name!r} has no {feature}: {self.refusals[feature]}"
             )
+
+    def with_zero_points(self) -> "Target":
+        """Return this target with weights of 2, 4 and 8 bits that have zero points.
+
+        Raises:
+            UnsupportedOnTarget: it has none; with the reason.
+        """
+        self.require("zero points")
+        stored = {
+            bits: replace(container, zero_points=0 < bits < 16)
+            for bits, container in self.containers.items()
+        }
+        return replace(self, containers=stored)
 
     def power_mode(self, name: str | None = None) -> PowerMode:
         """Return a power mode by name; the first, the device's fastest, for None.

@@ -23,6 +23,7 @@ from qvla_export.cli.options import (
     TargetOption,
     UnnormKeyOption,
     WorkersOption,
+    ZeroPointsOption,
     open_checkpoint,
     open_dataset,
 )
@@ -57,6 +58,8 @@ class Deployment:
     workers: int
     # Codes of planned settings: "nearest" or "compensated".
     quantizer: str
+    # Whether they have zero points.
+    zero_points: bool = False
 
 
 def register(app: typer.Typer) -> None:
@@ -101,11 +104,12 @@ def deploy(
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
     quantizer: QuantizerOption = "compensated",
+    zero_points: ZeroPointsOption = False,
 ) -> None:
     """Run every stage: calibration, sensitivities, plans, bundles, judgement, latency, report."""
     from engines.targets import find_target
 
-    device = find_target(target)
+    device = find_target(target, zero_points)
     wanted = Deployment(
         run=RunFolder(run),
         source=PolicySource(str(policy), unnorm_key, preset, threads=1),
@@ -122,6 +126,7 @@ def deploy(
         seed=seed,
         workers=workers,
         quantizer=quantizer,
+        zero_points=zero_points,
     )
     run_all(wanted, open_checkpoint(policy, unnorm_key, preset))
 
@@ -145,7 +150,8 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     _say("sensitivities of every channel and width")
     compensated = wanted.quantizer == "compensated"
     estimator = FirstOrderEstimator()
-    stages.sensitivities(run, policy, target, estimator, wanted.seed, compensated=compensated)
+    measured_for = find_target(wanted.target, wanted.zero_points)
+    stages.sensitivities(run, policy, measured_for, estimator, wanted.seed, compensated=compensated)
     if wanted.check_pairs:
         compared = stages.agreement(run, policy, wanted.check_pairs, wanted.seed)
         _say(

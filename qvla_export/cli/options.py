@@ -23,6 +23,14 @@ TargetOption = Annotated[
     str,
     typer.Option("--target", help="Device and runtime: cpu, cuda, rtx4070, orin-jp7 or orin-jp6."),
 ]
+ZeroPointsOption = Annotated[
+    bool,
+    typer.Option(
+        "--zero-points",
+        help="Planned weights have a zero point beside every scale: codes that need not lie "
+        "around 0. Target cpu only; plans follow the sensitivities.",
+    ),
+]
 UnnormKeyOption = Annotated[
     str | None,
     typer.Option(help="Data set whose statistics un-normalize actions; needed if several."),
@@ -70,9 +78,9 @@ MaxMemoryOption = Annotated[
     float | None,
     typer.Option(
         "--max-memory-gb",
-        help="Bound of weights, weight errors and activations in 10^9 bytes a process; temporaries "
-        "come on top. Layers go in groups; first order also reads weights that do not fit from "
-        "disk, stage by stage. Default: none.",
+        help="Bound of what a process takes above the interpreter, in 10^9 bytes. Layers go in "
+        "groups; first-order methods and moments also read weights that do not fit from disk, "
+        "stage by stage. Default: none.",
     ),
 ]
 WaitOption = Annotated[

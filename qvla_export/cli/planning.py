@@ -119,6 +119,7 @@ def plan(
     from engines.targets import find_target
     from qvla_export.cli import prediction, stages
     from qvla_export.sensitivity import Sensitivities
+    from qvla_export.storage import stored_on
 
     folder, device = RunFolder(run), find_target(target)
     wanted = parse_setting(setting, device)
@@ -127,7 +128,8 @@ def plan(
     choices = given.choices(wanted, measured, device)
     limit = loaded = None
     if max_predicted_ms is not None:
-        where = prediction.Device(device, power_mode, rates)
+        stores = stored_on(device, measured.quantizer)
+        where = prediction.Device(stores, power_mode, rates)
         limit = prediction.latency_limit(max_predicted_ms, where, measured, wanted, policy, preset)
     if policy is not None and (wanted.refinements if refine is None else refine):
         loaded = open_checkpoint(policy, unnorm_key, preset)

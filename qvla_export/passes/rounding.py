@@ -17,9 +17,10 @@ from qvla_export.passes.merge import members_of
 from qvla_export.passes.weights import add_to_output, register
 from qvla_export.plan import BitPlan
 from qvla_export.rounded_plan import stored_order
+from qvla_export.scale_search import Steps
 from qvla_export.storage import stored_inputs
 
-Scales = dict[str, NDArray[np.float32]]
+LayerSteps = dict[str, Steps]
 
 
 def round_weights(model: ir.Model, plan: BitPlan, couplings: Mapping[str, Coupling]) -> ir.Model:
@@ -47,26 +48,25 @@ def round_weights(model: ir.Model, plan: BitPlan, couplings: Mapping[str, Coupli
     return model
 
 
-def stored_scales(plan: BitPlan, couplings: Mapping[str, Coupling]) -> Scales:
-    """Return the scales of every layer's channels as a coupled graph stores them.
+def stored_steps(plan: BitPlan, couplings: Mapping[str, Coupling]) -> LayerSteps:
+    """Return the scales and zero points of every layer's channels as a coupled graph stores them.
 
     Returns:
-        Layer name -> float32 [stored channels, groups]; ones for units that fill up.
+        Layer name -> of [stored channels, groups]; ones and zeros for units that fill up.
     """
     assert plan.rounding is not None
-    found = {name: layer.scales for name, layer in plan.rounding.layers.items()}
+    found = {name: layer.steps for name, layer in plan.rounding.layers.items()}
     for consumer, coupling in couplings.items():
         order = coupling.order
         units = stored_inputs(len(order), plan.widths[consumer], plan.containers)
-        missing = ((0, units - len(order)), (0, 0))
         for name in coupling.producers:
-            found[name] = np.pad(found[name][order], missing, constant_values=1)
+            found[name] = found[name].of(order).filled(units)
     return found
 
 
-def merged_scales(scales: Scales, names: Mapping[str, object]) -> Scales:
-    """Return the scales of layers after those of one input were merged, by the merged names."""
-    return {name: np.concatenate([scales[member] for member in members_of(name)]) for name in names}
+def merged_steps(steps: LayerSteps, names: Mapping[str, object]) -> LayerSteps:
+    """Return the steps of layers after those of one input were merged, by the merged names."""
+    return {name: Steps.joined([steps[member] for member in members_of(name)]) for name in names}
 
 
 def _replace_weight(
