@@ -1,7 +1,7 @@
 """`qvla moments`, `qvla round` and `qvla quantizers`: codes made from what the layers are fed."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 
 from qvla_export.artifacts import versions, write_json
 from qvla_export.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    MaxMemoryOption,
     PolicyOption,
     PresetOption,
     RunOption,
     SettingOption,
     TargetOption,
     UnnormKeyOption,
+    WaitOption,
     open_checkpoint,
 )
 from qvla_export.errors import QvlaError
@@ -44,12 +48,30 @@ def moments(
     policy: PolicyOption,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
+    largest_block: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Inputs, or channels, whose moments are kept together; of more, blocks along the "
+            "diagonal. Default: 4096, or the largest half of it again that fits the bound.",
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
+    batch_size: BatchSizeOption = 8,
+    max_memory_gb: MaxMemoryOption = None,
+    wait_minutes: WaitOption = 60.0,
 ) -> None:
     """Measure what layers are fed and what their outputs are worth to the action."""
     from qvla_export.cli import compensating
+    from qvla_export.cli.resources import joined_resources, open_within
 
     folder = RunFolder(run)
-    found = compensating.moments(folder, open_checkpoint(policy, unnorm_key, preset))
+    with joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources:
+        demand = compensating.moment_demand(largest_block)
+        opened = open_within(resources, policy, unnorm_key, preset, demand)
+        found = compensating.moments(folder, opened.policy, resources, largest_block)
+    if resources.world.rank:
+        return  # process 0 speaks for all
     typer.echo(
         f"moments: {len(found.layers)} layers on {found.samples} observations -> {folder.moments}"
     )
@@ -87,7 +109,10 @@ def quantizers(
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
 ) -> None:
-    """Compare what each part of the quantizer does to held-out actions, plans kept as they are."""
+    """Compare what each part of the quantizer does to held-out actions.
+
+    All plans keep to the same budget; those with zero points pay their bytes from it.
+    """
     from calibration.samples import CalibrationSet
     from engines.targets import find_target
     from qvla_export.choices import choices_of
@@ -102,12 +127,15 @@ def quantizers(
     rows: list[dict[str, Any]] = []
     for text in bits.split(","):
         choices = choices_of(parse_setting(f"w{text}", device), measured, device)
-        plan = choices.allocate(measured, device, None)
-        for row in _compared(loaded, plan, found, device, held_out):
-            rows.append({"mean_bits": text, "share_of_float16": plan.ratio, **row})
+        plans = {
+            name: choices.allocate(replace(measured, quantizer=spec), device, None)
+            for name, spec in variants(device).items()
+        }
+        for row in _compared(loaded, plans, found, held_out):
+            rows.append({"mean_bits": text, **row})
             typer.echo(
-                f"w{text} {plan.ratio:.4f}  {row['quantizer']:<36} {row['rms']:.5f}  "
-                f"{row['seconds']:.1f} s"
+                f"w{text} {row['share_of_float16']:.4f}  {row['quantizer']:<40} "
+                f"{row['rms']:.5f}  {row['seconds']:.1f} s"
             )
     about = {"sensitivities_digest": measured.digest, "moments_digest": found.digest}
     write_json(output, {**about, "versions": versions(), "rows": rows})
@@ -117,6 +145,13 @@ def variants(target: "Target") -> dict[str, QuantizerSpec]:
     """Return quantizers that differ in one part, and the whole."""
     nearest, whole = spec_for(target), compensated_spec(target)
     inputs = replace(nearest, weighted_scales=True, compensation="inputs")
+    pointed = {}
+    if "zero points" not in target.refusals:
+        stored = target.with_zero_points()
+        pointed = {
+            "nearest, zero points": spec_for(stored),
+            "inputs and channels, bias, zero points": compensated_spec(stored),
+        }
     return {
         "nearest": nearest,
         "bias correction": replace(nearest, bias_correction=True),
@@ -125,14 +160,14 @@ def variants(target: "Target") -> dict[str, QuantizerSpec]:
         "inputs, bias": replace(inputs, bias_correction=True),
         "inputs and channels": replace(whole, bias_correction=False),
         "inputs and channels, bias": whole,
+        **pointed,
     }
 
 
 def _compared(
     policy: "Policy",
-    plan: "BitPlan",
+    plans: "Mapping[str, BitPlan]",
     found: "Moments",
-    target: "Target",
     observations: "tuple[Observation, ...]",
 ) -> Iterator[dict[str, Any]]:
     """Yield what each quantizer does to the actions: RMS, normalized, and the time it takes."""
@@ -140,16 +175,15 @@ def _compared(
     from qvla_export.rounded_plan import round_plan
 
     exact = _actions(policy, observations)
-    for name, spec in variants(target).items():
+    for name, plan in plans.items():
         started = time.perf_counter()
-        tried = replace(plan, quantizer=spec, rounding=None)
-        if spec.needs_moments:
-            tried = round_plan(policy, tried, found)
+        tried = round_plan(policy, plan, found) if plan.quantizer.needs_moments else plan
         seconds = time.perf_counter() - started
         with fake_quantized(policy, tried):
             moved = _actions(policy, observations) - exact
         rms = float(np.sqrt(np.square(moved).mean()))
-        yield {"quantizer": name, "rms": rms, "seconds": seconds}
+        share = plan.ratio
+        yield {"quantizer": name, "share_of_float16": share, "rms": rms, "seconds": seconds}
 
 
 def _actions(policy: "Policy", observations: "tuple[Observation, ...]") -> NDArray[np.float32]:
