@@ -21,6 +21,7 @@ from engines.targets import CPU, find_target
 from engines.verify import judge
 from qvla_export.bucketize import bucketize
 from qvla_export.cli import exporting, stages
+from qvla_export.cli.quantizing import variants
 from qvla_export.errors import QvlaError
 from qvla_export.estimators.first_order import FirstOrderEstimator
 from qvla_export.moment_measurement import measure_moments
@@ -158,6 +159,16 @@ def test_other_targets_refuse_with_the_reason(name: str) -> None:
     with pytest.raises(UnsupportedOnTarget, match="has no zero points"):
         find_target(name, zero_points=True)
     assert find_target("cpu", zero_points=True) == POINTED
+
+
+def test_quantizers_are_compared_with_zero_points_where_there_are_some() -> None:
+    pointed = {name for name in variants(CPU) if "zero points" in name}
+    assert set(variants(find_target("rtx4070"))) == set(variants(CPU)) - pointed
+    assert len(pointed) == 2
+    for name in pointed:
+        plain = variants(CPU)[name.removesuffix(", zero points")]
+        assert all(rule.zero_points for rule in variants(CPU)[name].rules.values())
+        assert replace(variants(CPU)[name], rules=plain.rules) == plain
 
 
 def test_plan_and_containers_must_agree() -> None:

@@ -29,10 +29,12 @@ from qvla_export.quantize import QuantizerSpec, compensated_spec, spec_for
 from qvla_export.run_folder import RunFolder, parse_setting
 
 if TYPE_CHECKING:
+    from qvla_export.choices import Choices
     from qvla_export.moments import Moments
     from qvla_export.observation import Observation
     from qvla_export.plan import BitPlan
     from qvla_export.policies.base import Policy
+    from qvla_export.sensitivity import Sensitivities
     from qvla_export.target import Target
 
 
@@ -111,7 +113,7 @@ def quantizers(
 ) -> None:
     """Compare what each part of the quantizer does to held-out actions.
 
-    All plans keep to the same budget; those with zero points pay their bytes from it.
+    Plans are those of the sensitivities; with zero points they are made anew for the same bytes.
     """
     from calibration.samples import CalibrationSet
     from engines.targets import find_target
@@ -127,10 +129,7 @@ def quantizers(
     rows: list[dict[str, Any]] = []
     for text in bits.split(","):
         choices = choices_of(parse_setting(f"w{text}", device), measured, device)
-        plans = {
-            name: choices.allocate(replace(measured, quantizer=spec), device, None)
-            for name, spec in variants(device).items()
-        }
+        plans = _equal_plans(choices, measured, device)
         for row in _compared(loaded, plans, found, held_out):
             rows.append({"mean_bits": text, **row})
             typer.echo(
@@ -162,6 +161,19 @@ def variants(target: "Target") -> dict[str, QuantizerSpec]:
         "inputs and channels, bias": whole,
         **pointed,
     }
+
+
+def _equal_plans(
+    choices: "Choices", measured: "Sensitivities", target: "Target"
+) -> "dict[str, BitPlan]":
+    """Return a plan for each quantizer, none of more bytes than that of the first."""
+    plans: dict[str, BitPlan] = {}
+    for name, spec in variants(target).items():
+        plans[name] = choices.allocate(replace(measured, quantizer=spec), target, None)
+        if len(plans) == 1:
+            capped = replace(choices.budget, max_stored_ratio=plans[name].ratio)
+            choices = replace(choices, budget=capped)
+    return plans
 
 
 def _compared(
