@@ -15,12 +15,12 @@ from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from qvla_export.backward import Contraction, Layers, Probes, add_batch
 from qvla_export.distributed import Alone, World
 from qvla_export.errors import QvlaError
-from qvla_export.layer_groups import LayerNeeds, Piece, layer_groups, layer_needs
+from qvla_export.layer_groups import Piece, layer_groups
 from qvla_export.layers import layer_shapes, traced_layers
 from qvla_export.moments import Moments
 from qvla_export.observation import Observation
@@ -36,8 +36,8 @@ from qvla_export.standard_errors import (
     standard_error,
     wanted_probes,
 )
-from qvla_export.streamed import Stream, open_stream, sums_bytes
-from qvla_export.weight_errors import mean_inputs, weight_errors
+from qvla_export.streamed import Stream, open_stream, weights_on_disk
+from qvla_export.weight_errors import error_needs, mean_inputs, weight_errors
 
 # How the gradients come together -> what `Sensitivities.method` says.
 METHODS: Mapping[Contraction, str] = {
@@ -134,18 +134,18 @@ def measure_first_order(
         raise QvlaError("sensitivities need at least one observation, got none")
     layers = traced_layers(policy)
     size, widths = settings.batch_size, len(settings.widths)
+    needs_of = error_needs(settings.quantizer, settings.widths)
     empty = empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths)
     empty[WHOLE] = empty_whole(settings.most_probes, len(observations), widths)
     stream = None
-    if next(policy.module.parameters()).is_meta:
-        if settings.moments is not None:
-            raise QvlaError("sensitivities with moments need the weights in memory")
-        held = sums_bytes(empty)
-        stream = _stream(policy, layers, observations, settings, held, world or Alone())
+    if weights_on_disk(policy):
+        held, most = sum(array.nbytes for array in empty.values()), settings.most_probes
+        shared = (policy, layers, observations, size, most, needs_of, held, settings.max_bytes)
+        stream = open_stream(*shared, (world or Alone()).device)
         groups = [list(layers)]
     else:
         first = observations[:size]
-        groups = layer_groups(policy, layers, first, settings.widths, settings.max_bytes)
+        groups = layer_groups(policy, layers, first, needs_of, settings.max_bytes)
     batches = -(-len(observations) // size)
     sums = ShardedSums(
         {**empty, _PROBES: np.zeros(batches * len(groups))},
@@ -223,7 +223,7 @@ class _Work:
             mine = self.sums.share([batch * count + g for batch in range(start, stop)])
             group = {name: self.layers[name] for name in names}
             wanted = group if mine and self.stream is None else {}
-            errors = {n: self._errors(n, x) for n, x in wanted.items()}
+            errors = {n: self._errors(Piece(n, 0, len(x.weight))) for n, x in wanted.items()}
             for unit in mine:
                 self._add(unit // count, group, errors, probes)
                 self.sums.values[_PROBES][unit] = probes or 0
@@ -244,20 +244,19 @@ class _Work:
         sums = {**values, WHOLE: whole}
         kind = self.settings.contraction
         if self.stream is None:
-            means = mean_inputs(group, self.settings.quantizer, self.settings.moments)
+            means = self._means(group)
             add_batch(self.policy, group, errors, observations, drawn, batch, sums, kind, means)
             return
+        how = (self._errors, self._means)
+        self.stream.add_batch(*how, observations, drawn, batch, sums, kind)
 
-        def errors_of(piece: Piece) -> dict[int, Tensor]:
-            return self._errors(piece.layer, self.layers[piece.layer], piece.channels)
+    def _errors(self, piece: Piece) -> dict[int, Tensor]:
+        how, layer = self.settings, self.layers[piece.layer]
+        means = (how.widths, how.quantizer, how.moments)
+        return weight_errors(piece.layer, layer, *means, piece.channels)
 
-        self.stream.add_batch(errors_of, observations, drawn, batch, sums, kind)
-
-    def _errors(
-        self, name: str, layer: nn.Linear | nn.Conv2d, channels: slice = slice(None)
-    ) -> dict[int, Tensor]:
-        how = self.settings
-        return weight_errors(name, layer, how.widths, how.quantizer, how.moments, channels)
+    def _means(self, layers: Layers) -> dict[str, Tensor]:
+        return mean_inputs(layers, self.settings.quantizer, self.settings.moments)
 
     def _tell(self) -> None:
         if self.on_progress is not None:
@@ -273,25 +272,6 @@ def _looks(batches: int, settings: FirstOrder) -> Iterator[tuple[int, int]]:
     while start < batches:
         yield start, min(stop, batches)
         start, stop = stop, stop + stop // 2
-
-
-def _stream(
-    policy: Policy,
-    layers: Layers,
-    observations: Sequence[Observation],
-    settings: FirstOrder,
-    held_bytes: int,
-    world: World,
-) -> Stream:
-    probes = settings.most_probes
-    size, bound = settings.batch_size, settings.max_bytes
-
-    def needs_of(some: Layers, moved: Mapping[str, tuple[int, int]]) -> dict[str, LayerNeeds]:
-        return layer_needs(some, moved, settings.widths)
-
-    return open_stream(
-        policy, layers, observations, size, probes, needs_of, held_bytes, bound, world.device
-    )
 
 
 def _identity(

@@ -4,7 +4,7 @@ What a layer takes is counted here; a layer that is too large by itself is cut i
 """
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +48,9 @@ class LayerNeeds:
     made: int
     # Widths that are measured.
     widths: tuple[int, ...]
-    # What weight errors of a quantizer that needs moments take on their way: whatever the number
-    # of channels, and for each.
-    answer_bytes: int = 0
-    answer_bytes_per_channel: int = 0
+    # What else comes and goes: whatever the number of channels, and for each.
+    more_bytes: int = 0
+    more_bytes_per_channel: int = 0
 
     def kept_bytes(self, channels: int) -> int:
         """Return what some of the channels take.
@@ -65,9 +64,9 @@ class LayerNeeds:
 
     def passing_bytes(self, channels: int) -> int:
         """Return what comes and goes: the quantizer's temporaries, a product of gradients."""
-        answering = self.answer_bytes + channels * self.answer_bytes_per_channel
-        rounding = rounding_bytes(channels, self.inputs)
-        return max(rounding, answering, _FLOAT_BYTES * self._share(channels))
+        rounding = rounding_bytes(channels, self.inputs) if self.widths else 0
+        more = self.more_bytes + channels * self.more_bytes_per_channel
+        return max(rounding, more, _FLOAT_BYTES * self._share(channels))
 
     def nbytes(self, channels: int | None = None) -> int:
         """Return what some of the channels, or all, take by themselves."""
@@ -85,11 +84,15 @@ class LayerNeeds:
         return -(-self.made * channels // self.channels)
 
 
+# Layers, and how many numbers a pass puts into and out of each -> what each needs.
+NeedsOf = Callable[[Layers, Mapping[str, tuple[int, int]]], Mapping[str, LayerNeeds]]
+
+
 def layer_groups(
     policy: Policy,
     layers: Layers,
     observations: Sequence[Observation],
-    widths: tuple[int, ...],
+    needs_of: NeedsOf,
     max_bytes: int | None,
 ) -> list[list[str]]:
     """Cut the layers, in forward order, into groups that fit.
@@ -100,7 +103,7 @@ def layer_groups(
         policy: gives the number of each layer's tokens, by a pass.
         layers: of the policy.
         observations: one batch.
-        widths: that are measured.
+        needs_of: layers and how many numbers a pass moves -> what each layer needs.
         max_bytes: bound of one group; None puts all layers into one.
 
     Raises:
@@ -109,12 +112,8 @@ def layer_groups(
     if max_bytes is None:
         return [list(layers)]
     moved = _moved_numbers(policy, layers, observations)
-    needs = layer_needs(layers, moved, widths)
-    groups = fitting_groups(needs, max_bytes)
-    for name, need in needs.items():
-        # Spreads are of whole layers, and the sums of a group do not know of another's.
-        if need.nbytes() > max_bytes:
-            raise _too_small(name, need.nbytes(), max_bytes, 0)
+    # Spreads are of whole layers, and the sums of a group do not know of another's.
+    groups = fitting_groups(needs_of(layers, moved), max_bytes, cut=False)
     return [[piece.layer for piece in group] for group in groups]
 
 
@@ -135,7 +134,7 @@ def layer_needs(
 
 
 def fitting_groups(
-    layers: Mapping[str, LayerNeeds], max_bytes: int | None, beside: int = 0
+    layers: Mapping[str, LayerNeeds], max_bytes: int | None, beside: int = 0, cut: bool = True
 ) -> list[list[Piece]]:
     """Cut layers, in their order, into groups that fit; those too large alone into pieces.
 
@@ -145,6 +144,7 @@ def fitting_groups(
         layers: what each takes.
         max_bytes: bound of one group and what is beside it; None puts all layers into one.
         beside: bytes that are taken anyway.
+        cut: whether a layer may be cut.
 
     Raises:
         QvlaError: a small piece of a layer needs more; the message says how much.
@@ -154,9 +154,9 @@ def fitting_groups(
     for name, needs in layers.items():
         room = None if max_bytes is None else max_bytes - beside
         step = needs.channels if room is None else needs.fitting(room)
-        if not step:
-            least = beside + needs.nbytes(-(-needs.channels // _MOST_PIECES))
-            raise _too_small(name, least, max_bytes or 0, beside)
+        if not step or (not cut and step < needs.channels):
+            fewest = -(-needs.channels // _MOST_PIECES) if cut else needs.channels
+            raise _too_small(name, beside + needs.nbytes(fewest), max_bytes or 0, beside)
         for start in range(0, needs.channels, step):
             piece = Piece(name, start, min(start + step, needs.channels))
             count = piece.stop - start

@@ -1,7 +1,11 @@
-"""Measure `Moments`: one recorded pass a batch, one backward pass a probe of the action."""
+"""Measure `Moments`: one recorded pass a batch, one backward pass a probe of the action.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+Weights that were left on disk are read stage by stage (`qvla_export.streamed`). What is summed is
+in memory throughout: 8 bytes for each number of the blocks.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,44 +13,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.backward import Layers, Probes, recorded_pass
-from qvla_export.distributed import World
+from qvla_export.backward import Layers, Probes, Recorded, recorded_pass
+from qvla_export.distributed import Alone, World
 from qvla_export.errors import QvlaError
-from qvla_export.layers import as_tokens, layer_shapes, traced_layers
-from qvla_export.moments import LayerMoments, Moments, block_size
+from qvla_export.layers import as_tokens, traced_layers
+from qvla_export.moment_bounds import (
+    DEFAULT_MOMENTS,
+    MomentSettings,
+    moment_sums,
+    open_moment_stream,
+)
+from qvla_export.moments import LayerMoments, Moments
 from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
 from qvla_export.sharded_sums import OnProgress, ShardedSums
+from qvla_export.streamed import weights_on_disk
 
 _Sums = Mapping[str, NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class MomentSettings:
-    """How to measure moments."""
-
-    # Random signs over the action's numbers, of each observation.
-    probes: int = 4
-    seed: int = 0
-    # Observations that run together; memory grows with it.
-    batch_size: int = 8
-    # Inputs or channels whose moments are kept together; of more, blocks along the diagonal. A
-    # layer takes 8 * (inputs * block + channels * block) bytes while it is measured.
-    largest_block: int = 4096
-
-    def __post_init__(self) -> None:
-        if min(self.probes, self.batch_size, self.largest_block) < 1:
-            raise QvlaError(f"probes, batch size and block must be at least 1, got {self}")
 
 
 def measure_moments(
     policy: Policy,
     observations: Sequence[Observation],
     calibration_digest: str,
-    settings: MomentSettings = MomentSettings(),
+    settings: MomentSettings = DEFAULT_MOMENTS,
     progress_file: Path | None = None,
     on_progress: OnProgress | None = None,
     world: World | None = None,
+    max_bytes: int | None = None,
 ) -> Moments:
     """Measure the moments of every quantizable layer.
 
@@ -61,13 +55,18 @@ def measure_moments(
         progress_file: sums are saved here after each batch; a killed run goes on from it.
         on_progress: called with (observations done, observations in all).
         world: the processes that share the observations; all get the result.
+        max_bytes: for a policy whose weights were left on disk: bound of all that is in memory.
 
     Raises:
-        QvlaError: no observations, or a layer that is called more than once in a pass.
+        QvlaError: no observations, a layer that is called more than once in a pass, or one that
+            exceeds the bound of memory.
     """
     if not observations:
         raise QvlaError("moments need at least one observation, got none")
-    layers = traced_layers(policy)
+    layers, world = traced_layers(policy), world or Alone()
+    stream = None
+    if weights_on_disk(policy):
+        stream = open_moment_stream(policy, layers, observations, settings, world, max_bytes)
     identity = {
         "what": "moments",
         "policy_digest": policy.digest,
@@ -75,17 +74,25 @@ def measure_moments(
         "observations": len(observations),
         "settings": asdict(settings),
     }
-    sums = ShardedSums(_empty(layers, settings), identity, progress_file, world)
+    sums = ShardedSums(moment_sums(layers, settings), identity, progress_file, world)
     size = settings.batch_size
     batches = list(range(-(-len(observations) // size)))
     for batch in sums.share(batches):
         chosen = observations[batch * size : (batch + 1) * size]
-        _add_batch(policy, layers, chosen, batch, settings, sums.values)
+        probes = Probes(settings.probes, settings.seed)
+        if stream is None:
+            _add_batch(policy, layers, chosen, batch, probes, sums.values)
+        else:
+            for _, passes in stream.passes(chosen, probes, batch):
+                for item in passes:
+                    _add_pass(item.recorded, item.gradients, item.weights, sums.values)
+                    del item  # the next pass is made before the name is bound anew
         sums.mark(batch)
         if on_progress is not None:
             done = min(sums.done(batches) * size, len(observations))
             on_progress(done, len(observations))
     total = sums.total()
+    sums.values.clear()
     return Moments(
         layers={name: _moments(total, name) for name in layers},
         samples=len(observations),
@@ -114,60 +121,57 @@ def layer_tokens(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> Tensor:
     return patches.transpose(1, 2)
 
 
-def _empty(layers: Layers, settings: MomentSettings) -> dict[str, NDArray[np.float64]]:
-    found: dict[str, NDArray[np.float64]] = {}
-    for name, (channels, inputs) in layer_shapes(layers).items():
-        found |= {
-            f"{name}/tokens": np.zeros(1),
-            f"{name}/weight": np.zeros(1),
-            f"{name}/sum": np.zeros(inputs),
-            f"{name}/weighted": np.zeros(inputs),
-            f"{name}/inputs": _blocks(inputs, settings),
-            f"{name}/channels": _blocks(channels, settings),
-        }
-    return found
-
-
-def _blocks(width: int, settings: MomentSettings) -> NDArray[np.float64]:
-    size = block_size(width, settings.largest_block)
-    return np.zeros((-(-width // size), size, size))
-
-
 def _add_batch(
     policy: Policy,
     layers: Layers,
     observations: Sequence[Observation],
     batch: int,
-    settings: MomentSettings,
+    probes: Probes,
     sums: _Sums,
 ) -> None:
     """Add a batch's moments to the sums."""
     actions, inputs, outputs = recorded_pass(policy, layers, observations)
     flat = actions.reshape(len(observations), -1)
-    drawn, weight = Probes(settings.probes, settings.seed).draw(flat, batch)
+    drawn, weight = probes.draw(flat, batch)
     targets = [outputs[name] for name in layers]
+
+    def gradients(number: int) -> Sequence[Tensor]:
+        more = number + 1 < len(drawn)
+        return torch.autograd.grad(flat, targets, grad_outputs=drawn[number], retain_graph=more)
+
+    recorded = Recorded(layers, inputs, outputs, len(observations))
+    _add_pass(recorded, gradients, [weight] * len(drawn), sums)
+
+
+def _add_pass(
+    recorded: Recorded,
+    gradients: Callable[[int], Sequence[Tensor]],
+    weights: Sequence[float],
+    sums: _Sums,
+) -> None:
+    """Add the moments of recorded layers to the sums."""
     # Layer name -> |g|^2 of each token, mean over probes.  [N * tokens]
     worths: dict[str, Tensor] = {}
-    for number, probe in enumerate(drawn):
-        more = number + 1 < len(drawn)
-        found = torch.autograd.grad(flat, targets, grad_outputs=probe, retain_graph=more)
-        for (name, layer), gradient in zip(layers.items(), found, strict=True):
+    for number, weight in enumerate(weights):
+        for (name, layer), gradient in zip(recorded.layers.items(), gradients(number), strict=True):
             tokens = as_tokens(layer, gradient).flatten(0, 1)
             _add_products(sums[f"{name}/channels"], tokens, tokens * weight)
             worth = weight * tokens.square().sum(dim=1)
             worths[name] = worths[name] + worth if number else worth
-    for name, layer in layers.items():
-        _add_inputs(sums, name, layer_tokens(layer, inputs.pop(name)).flatten(0, 1), worths[name])
+    for name, layer in recorded.layers.items():
+        inputs = recorded.inputs.pop(name)
+        _add_inputs(sums, name, layer_tokens(layer, inputs).flatten(0, 1), worths[name])
 
 
 def _add_inputs(sums: _Sums, name: str, tokens: Tensor, worth: Tensor) -> None:
     """Add tokens [n, inputs] of a layer, each of a worth [n]."""
     counted = tokens[worth > 0]
-    weighted = tokens * worth[:, None]
     sums[f"{name}/tokens"] += len(counted)
     sums[f"{name}/weight"] += float(worth.double().sum())
-    sums[f"{name}/sum"] += counted.double().sum(dim=0).cpu().numpy()
-    sums[f"{name}/weighted"] += weighted.double().sum(dim=0).cpu().numpy()
+    sums[f"{name}/sum"] += counted.sum(dim=0, dtype=torch.float64).cpu().numpy()
+    del counted
+    weighted = tokens * worth[:, None]
+    sums[f"{name}/weighted"] += weighted.sum(dim=0, dtype=torch.float64).cpu().numpy()
     _add_products(sums[f"{name}/inputs"], tokens, weighted)
 
 
@@ -180,12 +184,13 @@ def _add_products(blocks: NDArray[np.float64], left: Tensor, right: Tensor) -> N
         block[:inside, :inside] += (one.T @ other).double().cpu().numpy()
 
 
-def _moments(sums: _Sums, name: str) -> LayerMoments:
-    """Means and central moments of a layer's sums; of one without any effect, zeros."""
+def _moments(sums: dict[str, NDArray[np.float64]], name: str) -> LayerMoments:
+    """Means and central moments of a layer's sums, which are used up; without effect zeros."""
     tokens, worth = float(sums[f"{name}/tokens"][0]), float(sums[f"{name}/weight"][0])
-    mean = sums[f"{name}/sum"] / max(tokens, 1.0)
-    weighted = sums[f"{name}/weighted"] / (worth or 1.0)
-    blocks = sums[f"{name}/inputs"] / (worth or 1.0)
+    mean = sums.pop(f"{name}/sum") / max(tokens, 1.0)
+    weighted = sums.pop(f"{name}/weighted") / (worth or 1.0)
+    blocks = sums.pop(f"{name}/inputs")
+    blocks /= worth or 1.0
     size = blocks.shape[1]
     for number, block in enumerate(blocks):
         inside = slice(number * size, min((number + 1) * size, len(mean)))
@@ -193,7 +198,8 @@ def _moments(sums: _Sums, name: str) -> LayerMoments:
         cross = np.outer(weighted[inside], mean[inside])
         block[:width, :width] -= cross + cross.T - np.outer(mean[inside], mean[inside])
         block[:] = (block + block.T) / 2
-    channels = sums[f"{name}/channels"] / max(tokens, 1.0)
+    channels = sums.pop(f"{name}/channels")
+    channels /= max(tokens, 1.0)
     return LayerMoments(
         mean.astype(np.float32),
         weighted.astype(np.float32),

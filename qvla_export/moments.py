@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from qvla_export.artifacts import require_fields, require_same, versions
 from qvla_export.errors import ArtifactError, QvlaError
 from qvla_export.tensor_files import (
+    StoredLayers,
     TensorArtifact,
     Tensors,
     layer_tensors,
-    layers_of,
-    read_tensor_file,
+    open_tensor_file,
 )
 
 _FORMAT = "qvla-moments-1"
@@ -120,6 +120,13 @@ class Moments(TensorArtifact):
             )
         return found
 
+    def has_blocks(self, largest: int) -> bool:
+        """Say whether matrices are kept in the blocks that `largest` asks for."""
+        return all(
+            layer.inputs.shape[-1] == block_size(len(layer.mean), largest)
+            for layer in self.layers.values()
+        )
+
     def require_of(self, policy_digest: str, calibration_digest: str | None = None) -> None:
         """Refuse another policy, or another calibration set than was named.
 
@@ -149,16 +156,19 @@ class Moments(TensorArtifact):
 
     @staticmethod
     def load(path: Path) -> "Moments":
-        """Read moments.
+        """Read moments; those of a layer lie in memory only while someone uses them.
 
         Raises:
             ArtifactError: the file is missing, truncated, damaged or of another kind.
         """
-        tensors, value = read_tensor_file(path, _FORMAT, "moments")
+        tensors, value = open_tensor_file(path, _FORMAT, "moments")
         require_fields(value, _FIELDS, f"moments {path}")
         try:
+            layers = StoredLayers(tensors, value["layers"], LayerMoments)
+            for name in layers:
+                layers[name]  # says what is wrong with it
             return Moments(
-                layers=layers_of(tensors, value["layers"], LayerMoments),
+                layers=layers,
                 samples=int(value["samples"]),
                 probes=int(value["probes"]),
                 seed=int(value["seed"]),

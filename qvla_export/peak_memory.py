@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_SYSTEM = Path("/proc/meminfo")
 _RESET = Path("/proc/self/clear_refs")
 
 
@@ -27,11 +28,18 @@ def peak_memory() -> Iterator[PeakMemory]:
     give_back()
     with contextlib.suppress(OSError):
         _RESET.write_text("5")
-        before = _status_bytes("VmRSS")
+        before = _bytes_of(_STATUS, "VmRSS")
     yield found
     if before is not None:
-        peak = _status_bytes("VmHWM")
+        peak = _bytes_of(_STATUS, "VmHWM")
         found.extra_bytes = None if peak is None else max(0, peak - before)
+
+
+def available_bytes() -> int | None:
+    """Return what the system can still give without swapping; None where it does not tell."""
+    with contextlib.suppress(OSError):
+        return _bytes_of(_SYSTEM, "MemAvailable")
+    return None
 
 
 def give_back() -> None:
@@ -40,8 +48,8 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _status_bytes(field: str) -> int | None:
-    for line in _STATUS.read_text().splitlines():
+def _bytes_of(table: Path, field: str) -> int | None:
+    for line in table.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return None

@@ -8,7 +8,6 @@ one for each probe, the same that a pass over the whole policy would bring there
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -25,17 +24,16 @@ from qvla_export.backward import (
     recording,
 )
 from qvla_export.errors import QvlaError
-from qvla_export.layer_groups import LayerNeeds, Piece, fitting_groups, layer_needs
-from qvla_export.layers import traced_layers
+from qvla_export.layer_groups import NeedsOf, Piece, fitting_groups
 from qvla_export.observation import Observation
 from qvla_export.peak_memory import give_back
 from qvla_export.policies.base import Policy
 from qvla_export.stage_needs import StageNeeds, stage_needs
-from qvla_export.standard_errors import empty_sums
 
 # Channels of a layer -> width -> their weight errors, as `backward.add_batch` takes them.
 ErrorsOf = Callable[[Piece], Mapping[int, Tensor]]
-NeedsOf = Callable[[Layers, Mapping[str, tuple[int, int]]], Mapping[str, LayerNeeds]]
+# Layers -> mean inputs of those whose bias makes up for the mean error.
+MeansOf = Callable[[Layers], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -101,17 +99,18 @@ class Stream:
     def add_batch(
         self,
         errors_of: ErrorsOf,
+        means_of: MeansOf,
         observations: Sequence[Observation],
         probes: Probes,
         batch: int,
         sums: Mapping[str, NDArray[np.float64]],
         contraction: Contraction = "full",
-        means: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Add the squared deviations of all layers on a batch to sums; as `backward.add_batch`."""
         # Layer name -> observation -> what was found of its channels so far.
         found: dict[str, list[list[Deviations]]] = {}
         for group, passes in self.passes(observations, probes, batch):
+            means = means_of({piece.layer: self.layers[piece.layer] for piece in group})
             moved = _measured(group, passes, errors_of, contraction, means)
             for piece in group:
                 name, count = piece.layer, len(self.layers[piece.layer].weight)
@@ -196,6 +195,11 @@ class _Run:
         return Pass(Recorded(group, inputs, outputs, 1, {}, channels), gradients, weights)
 
 
+def weights_on_disk(policy: Policy) -> bool:
+    """Say whether a policy's weights were left on disk."""
+    return next(policy.module.parameters()).is_meta
+
+
 def open_stream(
     policy: Policy,
     layers: Layers,
@@ -206,6 +210,7 @@ def open_stream(
     held_bytes: int,
     max_bytes: int | None,
     device: torch.device,
+    cut: bool = True,
 ) -> Stream:
     """Find what every stage needs and cut its layers into groups that fit.
 
@@ -223,6 +228,7 @@ def open_stream(
         held_bytes: sums and whatever else stays in memory.
         max_bytes: bound; None for one group a stage.
         device: where to compute.
+        cut: whether a layer may be cut into its channels.
 
     Raises:
         QvlaError: a stage, or a small part of one of its layers, needs more than the bound.
@@ -246,44 +252,8 @@ def open_stream(
                 f"goes between stages {held / 1e9:.3g}; the bound is {max_bytes / 1e9:.4g} GB: "
                 "raise it (--max-memory-gb) or run fewer observations together (--batch-size)"
             )
-        groups.append(fitting_groups(needs_of(layers, n.moved), max_bytes, beside))
+        groups.append(fitting_groups(needs_of(layers, n.moved), max_bytes, beside, cut))
     return Stream(policy, layers, device, needs, groups)
-
-
-def room_beside_whole(
-    policy: Policy, batch_size: int, widths: tuple[int, ...], max_bytes: int
-) -> int | None:
-    """Return what a bound leaves for weight errors if the policy is in memory as a whole.
-
-    None: not enough for its largest layer; the policy has to be streamed.
-
-    Args:
-        policy: its weights were left on disk.
-        batch_size: observations that run together.
-        widths: that are measured.
-        max_bytes: the bound.
-    """
-    layers = traced_layers(policy)
-    stages = policy.stages(1)
-    made = {stage.output for stage in stages}
-    feeds = {n: t for stage in stages for n, t in stage.inputs.items() if n not in made}
-    needs = stage_needs(policy, layers, feeds)
-    whole = 4 * sum(tensor.numel() for tensor in policy.module.state_dict().values())
-    passed = sum(n.made_bytes for n in needs) + max(n.pass_bytes - n.made_bytes for n in needs)
-    sums = sums_bytes(empty_sums({k: len(x.weight) for k, x in layers.items()}, len(widths)))
-    room = max_bytes - whole - sums - batch_size * passed
-    moved = {
-        name: (batch_size * fed, batch_size * out)
-        for n in needs
-        for name, (fed, out) in n.moved.items()
-    }
-    largest = max(needs.nbytes() for needs in layer_needs(layers, moved, widths).values())
-    return room if room >= largest else None
-
-
-def sums_bytes(sums: Mapping[str, NDArray[np.float64]]) -> int:
-    """Return what sums take while they are added to."""
-    return sum(array.nbytes for array in sums.values())
 
 
 @contextlib.contextmanager

@@ -54,6 +54,8 @@ def layer_tensors(layers: Mapping[str, Any]) -> Tensors:
     Args:
         layers: layer name -> dataclass of arrays; a field that is None is left out.
     """
+    if isinstance(layers, StoredLayers):
+        return layers.tensors
     return {
         f"{name}/{part.name}": getattr(layer, part.name)
         for name, layer in layers.items()
@@ -126,6 +128,26 @@ class _Place:
         return math.prod(self.shape)
 
 
+class StoredLayers(Mapping[str, _Parts]):
+    """Layers of a file that `layer_tensors` filled, each read when it is asked for."""
+
+    def __init__(self, tensors: Tensors, names: Iterable[str], kind: type[_Parts]) -> None:
+        self.tensors = tensors
+        self._names = tuple(names)
+        self._kind = kind
+
+    def __getitem__(self, name: str) -> _Parts:
+        if name not in self._names:
+            raise KeyError(name)
+        return layers_of(self.tensors, [name], self._kind)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def write_tensor_file(path: Path, tensors: Tensors, provenance: Mapping[str, Any]) -> None:
     """Write a safetensors file whose one metadata entry holds provenance and checksum, atomically.
 
@@ -176,7 +198,7 @@ def open_tensor_file(path: Path, form: str, what: str) -> tuple[StoredTensors, d
     if provenance.get("format") != form:
         raise ArtifactError(f"{path} holds no {what} of format {form}; make it anew")
     stored = StoredTensors(path, places)
-    if provenance.get("sha256") != _checksum(stored):
+    if provenance.get("sha256") != _looked_through(stored)[0]:
         raise ArtifactError(f"{what} {path}: the checksum is wrong, the file is damaged; remake it")
     return stored, provenance
 
@@ -203,16 +225,21 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
 
 def _pieces(tensors: Tensors, provenance: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
     """Yield the bytes that safetensors would write, header first, without a copy of the tensors."""
-    value = {**provenance, "sha256": _checksum(tensors)}
+    checksum, kinds = _looked_through(tensors)
+    value = {**provenance, "sha256": checksum}
+    ranks = {name: rank for rank, name in enumerate(_DTYPES)}
     names = {dtype: name for name, dtype in _DTYPES.items()}
-    ranks = {dtype: rank for rank, dtype in enumerate(names)}
-    order = sorted(tensors, key=lambda name: (-ranks[tensors[name].dtype], name))
+    order = sorted(kinds, key=lambda name: (-ranks[names[kinds[name].dtype]], name))
     header: dict[str, Any] = {"__metadata__": {"qvla": json.dumps(value)}}
     end = 0
     for name in order:
-        start, end = end, end + tensors[name].nbytes
-        kind, shape = names[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+        kind, start = kinds[name], end
+        end += kind.count * kind.dtype.itemsize
+        header[name] = {
+            "dtype": names[kind.dtype],
+            "shape": list(kind.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
@@ -220,14 +247,16 @@ def _pieces(tensors: Tensors, provenance: Mapping[str, Any]) -> Iterator[bytes |
         yield _bytes_of(tensors[name])
 
 
-def _checksum(tensors: Tensors) -> str:
-    digest = hashlib.sha256()
+def _looked_through(tensors: Tensors) -> tuple[str, dict[str, _Place]]:
+    """Return a checksum of the tensors, and what each is; each is looked at once."""
+    digest, kinds = hashlib.sha256(), {}
     for name in sorted(tensors):
         values = tensors[name]
+        kinds[name] = _Place(values.dtype, values.shape, 0)
         digest.update(f"{name} {values.dtype} {values.shape}\n".encode())
         digest.update(_bytes_of(values))
-    return digest.hexdigest()
+    return digest.hexdigest(), kinds
 
 
 def _bytes_of(values: NDArray[Any]) -> memoryview:
-    return memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data

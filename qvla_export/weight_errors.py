@@ -9,12 +9,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvla_export.compensation import round_layer
+from qvla_export.layer_groups import LayerNeeds, NeedsOf, layer_needs
 from qvla_export.layers import error_rows, weight_rows
 from qvla_export.moments import LayerMoments, Moments
 from qvla_export.quantize import QuantizerSpec
 from qvla_export.rounded_plan import takes_bias
 
 Layer = nn.Linear | nn.Conv2d
+# What compensation takes for each pair of inputs, and for each weight, as float64 for the most
+# part.
+_BYTES_PER_PAIR, _BYTES_PER_ANSWER = 56, 80
 
 
 def weight_errors(
@@ -55,6 +59,33 @@ def weight_errors(
             rows = _answered(weights, bits, quantizer, own, takes_bias(name))
         found[bits] = torch.from_numpy(rows).to(layer.weight.device)
     return found
+
+
+def error_needs(quantizer: QuantizerSpec, widths: tuple[int, ...]) -> NeedsOf:
+    """Return what tells the needs of layers whose errors `weight_errors` makes.
+
+    Args:
+        quantizer: how.
+        widths: that are measured.
+    """
+
+    def needs_of(
+        layers: Mapping[str, Layer], moved: Mapping[str, tuple[int, int]]
+    ) -> dict[str, LayerNeeds]:
+        nearest = layer_needs(layers, moved, widths)
+        if not quantizer.needs_moments:
+            return nearest
+        return {name: _with_answers(needs) for name, needs in nearest.items()}
+
+    return needs_of
+
+
+def _with_answers(needs: LayerNeeds) -> LayerNeeds:
+    """Add the inputs' moments, their inverse and factors, and the weights on their way."""
+    matrices = _BYTES_PER_PAIR * needs.inputs**2 + 4 * needs.channels**2
+    return replace(
+        needs, more_bytes=matrices, more_bytes_per_channel=_BYTES_PER_ANSWER * needs.inputs
+    )
 
 
 def mean_inputs(

@@ -22,7 +22,8 @@ from qvla_export.estimators.first_order import FirstOrderEstimator
 from qvla_export.export import export_bundle
 from qvla_export.golden import golden_actions, staged_golden_actions
 from qvla_export.layers import fake_quantized, traced_layers
-from qvla_export.moment_measurement import MomentSettings, layer_tokens, measure_moments
+from qvla_export.moment_bounds import MomentSettings
+from qvla_export.moment_measurement import layer_tokens, measure_moments
 from qvla_export.moments import LayerMoments, Moments
 from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan

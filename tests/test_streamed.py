@@ -10,7 +10,9 @@ import torch
 from conftest import TINY_CONFIG, write_tiny_checkpoint
 
 from qvla_export.backward import Contraction
-from qvla_export.cli.resources import Resources, open_within
+from qvla_export.cli import resources
+from qvla_export.cli.compensating import moment_demand
+from qvla_export.cli.resources import Demand, Resources, open_within
 from qvla_export.errors import QvlaError
 from qvla_export.first_order import FirstOrder, measure_first_order
 from qvla_export.layers import traced_layers
@@ -19,7 +21,9 @@ from qvla_export.policies.oft import OftPolicy, load_oft_policy
 from qvla_export.quantize import QuantizerSpec, WidthRule
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.stage_needs import stage_needs
-from qvla_export.streamed import room_beside_whole, weights_in_memory
+from qvla_export.streamed import weights_in_memory
+from qvla_export.weight_errors import error_needs
+from qvla_export.whole_policy import room_beside_whole
 
 Make = Callable[..., list[Observation]]
 SETTINGS = FirstOrder(
@@ -137,36 +141,49 @@ def test_weights_leave_memory_even_on_an_error(stored: OftPolicy) -> None:
     assert stored.module.get_parameter(name).is_meta
 
 
+NEEDS = error_needs(SETTINGS.quantizer, SETTINGS.widths)
+DEMAND = Demand(NEEDS, lambda layers: 1000)
+
+
 def test_what_does_not_fit_as_a_whole_is_streamed(stored: OftPolicy) -> None:
     whole = 4 * sum(tensor.numel() for tensor in stored.module.state_dict().values())
-    assert room_beside_whole(stored, 2, (0, 2, 4, 8), whole) is None
+    assert room_beside_whole(stored, 2, NEEDS, 0, whole) is None
     ample = 10 * whole + 10_000_000
-    room = room_beside_whole(stored, 2, (0, 2, 4, 8), ample)
-    more = room_beside_whole(stored, 4, (0, 2, 4, 8), ample)
+    room = room_beside_whole(stored, 2, NEEDS, 0, ample)
+    more = room_beside_whole(stored, 4, NEEDS, 0, ample)
     assert room is not None and more is not None and more < room < ample - whole
+    assert room_beside_whole(stored, 2, NEEDS, 1000, ample) == room - 1000
 
 
 def test_a_bound_of_memory_chooses_between_whole_and_streamed(
     stored: OftPolicy, tiny_checkpoint: Path
 ) -> None:
-    whole = open_within(Resources(), tiny_checkpoint, None, None, streams=True)
+    whole = open_within(Resources(), tiny_checkpoint, None, None, DEMAND)
     assert whole.max_bytes is None and whole.policy.stored is None
     ample = Resources(batch_size=2, max_bytes=100_000_000)
-    roomy = open_within(ample, tiny_checkpoint, None, None, streams=True)
+    roomy = open_within(ample, tiny_checkpoint, None, None, DEMAND)
     assert roomy.policy.stored is None
-    assert roomy.max_bytes == room_beside_whole(stored, 2, (0, 2, 4, 8), 100_000_000)
+    assert roomy.max_bytes == room_beside_whole(stored, 2, NEEDS, 1000, 100_000_000)
     weights = stored.module.state_dict()
     for name, tensor in roomy.policy.module.state_dict().items():
         assert not tensor.is_meta and tensor.shape == weights[name].shape
     narrow = Resources(batch_size=2, max_bytes=1_700_000)
-    streamed = open_within(narrow, tiny_checkpoint, None, None, streams=True)
+    streamed = open_within(narrow, tiny_checkpoint, None, None, DEMAND)
     assert streamed.policy.stored is not None and streamed.max_bytes == 1_700_000
     # What cannot be done stage by stage takes the memory it takes.
-    assert open_within(narrow, tiny_checkpoint, None, None, streams=False).policy.stored is None
+    assert open_within(narrow, tiny_checkpoint, None, None, None).policy.stored is None
+
+
+def test_what_this_machine_cannot_hold_is_refused_before_it_is_begun(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "available_bytes", lambda: 1_000_000)
+    with pytest.raises(QvlaError, match=r"weights take .* GB .*0\.001 GB left.*--max-memory-gb"):
+        open_within(Resources(), tiny_checkpoint, None, None, moment_demand())
 
 
 def test_a_policy_with_tokens_is_held_whole(tmp_path: Path) -> None:
     config = replace(TINY_CONFIG, head="tokens")
     checkpoint = write_tiny_checkpoint(tmp_path / "tokens", config=config)
     narrow = Resources(batch_size=2, max_bytes=1_700_000)
-    assert open_within(narrow, checkpoint, None, None, streams=True).policy.stored is None
+    assert open_within(narrow, checkpoint, None, None, DEMAND).policy.stored is None

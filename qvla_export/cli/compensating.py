@@ -1,6 +1,7 @@
 """Stages of a run whose codes depend on what the layers are fed: moments, rounding."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.progress import Progress
@@ -14,38 +15,53 @@ from qvla_export.rounding import Rounding
 from qvla_export.run_folder import RunFolder, Setting, made
 
 if TYPE_CHECKING:
-    from qvla_export.distributed import World
+    from qvla_export.cli.resources import Demand, Resources
     from qvla_export.estimators.base import Question
+    from qvla_export.layer_groups import Layers
     from qvla_export.plan import BitPlan
     from qvla_export.policies.base import Policy
     from qvla_export.target import Target
 
 
-def moments(run: RunFolder, policy: "Policy", world: "World | None" = None) -> Moments:
+def moments(
+    run: RunFolder,
+    policy: "Policy",
+    resources: "Resources | None" = None,
+    largest_block: int | None = None,
+) -> Moments:
     """Measure what the layers are fed and what their outputs are worth, or keep what is there.
 
-    Processes of one world share the observations; process 0 writes.
+    Processes of one world share the observations; process 0 writes. Of a policy whose weights were
+    left on disk, the blocks are the largest that fit into the bound unless told.
     """
     from calibration.samples import CalibrationSet
-    from qvla_export.distributed import Alone
-    from qvla_export.moment_measurement import MomentSettings, measure_moments
+    from qvla_export.cli.resources import Resources
+    from qvla_export.moment_bounds import MomentSettings, fitting_block
+    from qvla_export.moment_measurement import measure_moments
     from qvla_export.sharded_sums import remove_journals
+    from qvla_export.streamed import weights_on_disk
 
-    world = world or Alone()
-    first = world.rank == 0
+    means = resources or Resources()
+    world, first = means.world, means.world.rank == 0
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
-    settings, journal = MomentSettings(), run.moments.with_suffix(".progress")
+    observations, digest = calibration.observations, calibration.digest
+    settings, journal = MomentSettings(batch_size=means.batch_size), _journal(run)
     kept = kept_artifact(run.moments, Moments.load)
     same = kept is not None and (
         (kept.policy_digest, kept.calibration_digest, kept.probes, kept.seed)
-        == (policy.digest, calibration.digest, settings.probes, settings.seed)
+        == (policy.digest, digest, settings.probes, settings.seed)
+        and (largest_block is None or kept.has_blocks(largest_block))
     )
     if not world.told(same):
+        bound = means.max_bytes
+        if largest_block is None and bound is not None and weights_on_disk(policy):
+            largest_block = fitting_block(policy, observations, settings, bound, world)
+        if largest_block is not None:
+            settings = replace(settings, largest_block=largest_block)
         with Progress(disable=not first) as progress:
-            told = bar(progress, "moments")
-            digest = calibration.digest
+            told = bar(progress, f"moments, blocks of {settings.largest_block}")
             kept = measure_moments(
-                policy, calibration.observations, digest, settings, journal, told, world
+                policy, observations, digest, settings, journal, told, world, bound
             )
         if first:
             kept.save(run.moments)
@@ -54,11 +70,30 @@ def moments(run: RunFolder, policy: "Policy", world: "World | None" = None) -> M
     return kept or Moments.load(run.moments)
 
 
+def moment_demand(largest_block: int | None = None) -> "Demand":
+    """Return what measuring moments takes of memory."""
+    from qvla_export.cli.resources import Demand
+    from qvla_export.moment_bounds import DEFAULT_MOMENTS, moment_needs, moment_sums
+
+    settings = DEFAULT_MOMENTS
+    if largest_block is not None:
+        settings = replace(settings, largest_block=largest_block)
+
+    def held_of(layers: "Layers") -> int:
+        return sum(array.nbytes for array in moment_sums(layers, settings).values())
+
+    return Demand(lambda layers, moved: moment_needs(layers, moved, settings), held_of)
+
+
+def _journal(run: RunFolder) -> Path:
+    return run.moments.with_suffix(".progress")
+
+
 def asked(
-    run: RunFolder, question: "Question", target: "Target", world: "World | None" = None
+    run: RunFolder, question: "Question", target: "Target", resources: "Resources | None" = None
 ) -> "Question":
     """Return a question about the compensating quantizer instead of the nearest codes."""
-    found = moments(run, question.policy, world)
+    found = moments(run, question.policy, resources)
     return replace(question, quantizer=compensated_spec(target), moments=found)
 
 

@@ -18,13 +18,17 @@ from qvla_export.cli.options import (
     TargetOption,
     UnnormKeyOption,
     WaitOption,
+    ZeroPointsOption,
     open_checkpoint,
 )
 from qvla_export.errors import QvlaError
 from qvla_export.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from qvla_export.cli.resources import Demand
+    from qvla_export.layer_groups import Layers
     from qvla_export.sensitivity import Sensitivities
+    from qvla_export.target import Target
 
 MethodOption = Annotated[
     str,
@@ -80,6 +84,7 @@ def sensitivities(
     target: TargetOption = "cpu",
     method: MethodOption = "first-order",
     quantizer: QuantizerOption = "nearest",
+    zero_points: ZeroPointsOption = False,
     probes: ProbesOption = 4,
     standard_error: StandardErrorOption = None,
     exact_share: ShareOption = 0.02,
@@ -104,7 +109,7 @@ def sensitivities(
     from qvla_export.cli.resources import joined_resources, open_within
     from qvla_export.estimators.names import STREAMED, Options, find_estimator
 
-    folder, wanted = RunFolder(run), find_target(target)
+    folder, wanted = RunFolder(run), find_target(target, zero_points)
     with joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources:
         told = Options(probes or None, standard_error, exact_share, resources.max_bytes)
         find_estimator(method, told)  # says what is wrong before much is read
@@ -112,11 +117,12 @@ def sensitivities(
             raise QvlaError(
                 f"sensitivities of compensated codes are of first order, got --method {method}"
             )
-        streams = method in STREAMED and not check_pairs and quantizer == "nearest"
-        opened = open_within(resources, policy, unnorm_key, preset, streams)
+        compensated = quantizer == "compensated"
+        streams = method in STREAMED and not check_pairs
+        demand = _demand(wanted, compensated) if streams else None
+        opened = open_within(resources, policy, unnorm_key, preset, demand)
         loaded = opened.policy
         estimator = find_estimator(method, replace(told, max_bytes=opened.max_bytes))
-        compensated = quantizer == "compensated"
         measured = stages.sensitivities(
             folder, loaded, wanted, estimator, seed, resources, compensated
         )
@@ -183,6 +189,25 @@ def estimators(
     compared = compare(asked, methods, official, output)
     typer.echo(table(compared))
     typer.echo(f"{len(compared.pairs)} pairs of {compared.pairs_in_all} -> {output}")
+
+
+def _demand(target: "Target", compensated: bool) -> "Demand":
+    """Return what measuring to first order takes of memory, with the moments that it may need."""
+    from qvla_export.cli.compensating import moment_demand
+    from qvla_export.cli.resources import Demand
+    from qvla_export.estimators.base import Question
+    from qvla_export.quantize import compensated_spec, spec_for
+    from qvla_export.standard_errors import empty_sums
+    from qvla_export.weight_errors import error_needs
+
+    spec = compensated_spec(target) if compensated else spec_for(target)
+
+    def held_of(layers: "Layers") -> int:
+        channels = {name: len(layer.weight) for name, layer in layers.items()}
+        sums = sum(array.nbytes for array in empty_sums(channels, len(Question.widths)).values())
+        return max(sums, moment_demand().held_of(layers)) if compensated else sums
+
+    return Demand(error_needs(spec, Question.widths), held_of)
 
 
 def _described(measured: "Sensitivities") -> str:

@@ -90,7 +90,7 @@ def sensitivities(
     first = means.world.rank == 0
     asked = question(run, policy, target, seed, means.batch_size)
     if compensated:
-        asked = compensating.asked(run, asked, target, means.world)
+        asked = compensating.asked(run, asked, target, means)
     journal = run.sensitivities.with_suffix(".progress")
     kept = kept_artifact(run.sensitivities, Sensitivities.load)
     # Process 0 decides, so that none waits for one that has nothing to do.
