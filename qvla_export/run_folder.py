@@ -166,6 +166,11 @@ class RunFolder:
         return self.root / "agreement.json"
 
     @property
+    def estimators(self) -> Path:
+        """Comparison of all estimators."""
+        return self.root / "estimators.json"
+
+    @property
     def latency(self) -> Path:
         """Latency profiles of all settings."""
         return self.root / "latency.json"

@@ -106,6 +106,19 @@ def tiny_observations() -> Callable[..., list[Observation]]:
 
 
 @pytest.fixture(scope="session")
+def pristine_report_run(
+    tiny_policy: OftPolicy,
+    tiny_observations: Callable[..., list[Observation]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Run folder of the tiny policy with all that a report shows. Copy it before changing it."""
+    from report_runs import make_report_run
+
+    folder = tmp_path_factory.mktemp("report") / "run"
+    return make_report_run(tiny_policy, tiny_observations(2), folder)
+
+
+@pytest.fixture(scope="session")
 def oracles() -> Path:
     """Folder of golden data: `QVLA_ORACLES`, else ../shared/oracles, else the committed subset."""
     committed = Path(__file__).parent / "data" / "oracles"

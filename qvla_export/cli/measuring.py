@@ -145,9 +145,13 @@ def estimators(
     run: RunOption,
     policy: PolicyOption,
     target: TargetOption = "cpu",
-    output: Annotated[Path, typer.Option(help="JSON file; an interrupted run goes on.")] = Path(
-        "estimators.json"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file; an interrupted run goes on. Default: estimators.json in the run "
+            "folder, where qvla report finds it."
+        ),
+    ] = None,
     pairs: Annotated[
         int, typer.Option(help="(channel, width) pairs, of every layer at every width.")
     ] = 2000,
@@ -186,6 +190,7 @@ def estimators(
     asked = Asked(
         RunFolder(run), loaded, find_target(target), told, pairs, observations, episodes, seed
     )
+    output = output or asked.run.estimators
     compared = compare(asked, methods, official, output)
     typer.echo(table(compared))
     typer.echo(f"{len(compared.pairs)} pairs of {compared.pairs_in_all} -> {output}")

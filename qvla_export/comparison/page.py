@@ -11,9 +11,9 @@ from qvla_export.comparison.comparison import Comparison
 from qvla_export.comparison.contestants import TABLES
 from qvla_export.comparison.tables import all_rows, bar_table, dimensions, paper_table
 from qvla_export.report import figures
+from qvla_export.report.cells import Table
 from qvla_export.report.page import Drawing
 from qvla_export.report.svg import style
-from qvla_export.report.tables import Table
 from qvla_export.sensitivity import Sensitivities
 
 

@@ -5,7 +5,7 @@ from qvla_export.comparison.comparison import FLOAT, Comparison
 from qvla_export.comparison.contestants import PaperTable, parse_contestant
 from qvla_export.comparison.paired import wilson_95
 from qvla_export.comparison.rows import Outcome, Row
-from qvla_export.report.tables import Cell, Table
+from qvla_export.report.cells import Cell, Table
 
 NONE = "–"
 _COLUMNS = (

@@ -152,7 +152,7 @@ def read_action_error(path: Path) -> ActionError:
     value = read_object(path, "action error", fields)
     with damage_named(path, "action error"):
         normalized, largest, physical = (
-            tuple(_finite(value[name]).reshape(-1).tolist())
+            tuple(finite(value[name]).reshape(-1).tolist())
             for name in ("mean_abs_normalized", "max_abs_normalized", "mean_abs_physical")
         )
         if not len(normalized) == len(largest) == len(physical):
@@ -160,13 +160,13 @@ def read_action_error(path: Path) -> ActionError:
         return ActionError(
             bundle_digest=str(value["bundle_digest"]),
             held_out=int(value["held_out"]),
-            mse=float(_finite(value["mse"])),
-            rms=float(_finite(value["rms"])),
+            mse=float(finite(value["mse"])),
+            rms=float(finite(value["rms"])),
             mean_abs_normalized=normalized,
             max_abs_normalized=largest,
             mean_abs_physical=physical,
-            engine_drift_max=float(_finite(value["engine_drift_max"])),
-            cosine=float(_finite(value["cosine"])),
+            engine_drift_max=float(finite(value["engine_drift_max"])),
+            cosine=float(finite(value["cosine"])),
         )
 
 
@@ -209,7 +209,7 @@ def read_latencies(path: Path) -> dict[str, Latency]:
         ratios = {
             str(r["name"]): Ratio(
                 str(r["baseline"]),
-                *(float(_finite(r[k])) for k in ("ratio", "low", "high", "confidence")),
+                *(float(finite(r[k])) for k in ("ratio", "low", "high", "confidence")),
             )
             for r in value["ratios"]
             if r["stage"] == "total"
@@ -229,14 +229,14 @@ def read_agreement(path: Path) -> RankAgreement:
         _, _, bits, estimated, exact = zip(*value["pairs"], strict=True)
         return RankAgreement(
             sensitivities_digest=str(value["sensitivities_digest"]),
-            spearman=float(_finite(value["spearman"])),
+            spearman=float(finite(value["spearman"])),
             spearman_by_width={int(k): float(v) for k, v in value["spearman_by_width"].items()},
             samples=int(value["samples"]),
-            first_order_seconds=float(_finite(value["first_order_seconds"])),
-            exact_all_seconds=float(_finite(value["exact_all_seconds"])),
+            first_order_seconds=float(finite(value["first_order_seconds"])),
+            exact_all_seconds=float(finite(value["exact_all_seconds"])),
             bits=np.array([int(b) for b in bits], np.int64),
-            estimated=_finite(estimated),
-            exact=_finite(exact),
+            estimated=finite(estimated),
+            exact=finite(exact),
         )
 
 
@@ -250,12 +250,12 @@ def _deadline(value: Any) -> Deadline | None:
 
 
 def _latency(item: Mapping[str, Any], ratio: Ratio | None, deadline: Deadline | None) -> Latency:
-    samples = {str(stage): _finite(values) for stage, values in item["samples_ms"].items()}
+    samples = {str(stage): finite(values) for stage, values in item["samples_ms"].items()}
     if "total" not in samples or any(v.ndim != 1 or not v.size for v in samples.values()):
         raise ValueError("a profile needs samples of 'total' and of every stage")
     board = item["board_before"]
     machine = str(board["model"] or board["cpu_model"] or "unnamed machine")
-    load_ms = None if item["load_ms"] is None else float(_finite(item["load_ms"]))
+    load_ms = None if item["load_ms"] is None else float(finite(item["load_ms"]))
     return Latency(
         str(item["bundle_digest"]),
         samples,
@@ -263,7 +263,7 @@ def _latency(item: Mapping[str, Any], ratio: Ratio | None, deadline: Deadline | 
         str(item["transport"]),
         machine,
         load_ms,
-        float(_finite(item["first_action_ms"])),
+        float(finite(item["first_action_ms"])),
         deadline,
     )
 
@@ -279,12 +279,12 @@ def _cumulative(deviations: list[list[float]]) -> NDArray[np.float64]:
     longest = max(len(row) for row in deviations)
     padded = np.zeros((len(deviations), longest))
     for row, values in zip(padded, deviations, strict=True):
-        row[: len(values)] = _finite(values) if values else 0.0
+        row[: len(values)] = finite(values) if values else 0.0
     sums: NDArray[np.float64] = np.cumsum(padded, axis=1)
     return sums
 
 
-def _finite(value: Any) -> NDArray[np.float64]:
+def finite(value: Any) -> NDArray[np.float64]:
     array = np.asarray(value, np.float64)
     if not np.isfinite(array).all():
         raise ValueError("a number is not finite")

@@ -8,8 +8,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from qvla_export.artifacts import write_bytes
-from qvla_export.report import figures, result_figures, tables
-from qvla_export.report.run_data import RunData, missing_artifacts, read_run
+from qvla_export.report import estimators, figures, result_figures, tables
+from qvla_export.report.missing import missing_artifacts
+from qvla_export.report.run_data import RunData, read_run
 from qvla_export.report.svg import style
 
 REPORT = "report.html"
@@ -61,6 +62,9 @@ def render(data: RunData) -> str:
         tasks=tables.tasks(data),
         plans=tables.plans(data),
         latencies=tables.latencies(data),
+        estimators=estimators.estimator_table(data.estimators),
+        estimators_caption=data.estimators and estimators.estimator_caption(data.estimators),
+        standard_errors=estimators.standard_error_table(data.sensitivities),
         drawings=drawings,
         missing=missing_artifacts(data),
     )

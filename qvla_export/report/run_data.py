@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any, TypeVar
 
 from qvla_export.artifacts import require_same, sha256_file
 from qvla_export.bundle import Bundle
 from qvla_export.errors import ArtifactError, ArtifactMismatch
 from qvla_export.plan import BitPlan
+from qvla_export.report.estimators import ComparedEstimators, read_estimators
 from qvla_export.report.measured import (
     ActionError,
     Latency,
@@ -77,6 +77,8 @@ class RunData:
     calibration: Mapping[str, Any] | None
     sensitivities: Sensitivities
     agreement: RankAgreement | None
+    # What `qvla estimators` wrote; None where it was not run.
+    estimators: ComparedEstimators | None
     settings: tuple[Setting, ...]
     # By name, of those in `CONTROLS` that were run.
     controls: Mapping[str, Rollouts]
@@ -96,59 +98,6 @@ class RunData:
         return next((s for s in self.settings if s.plan is None), None)
 
 
-@dataclass(frozen=True)
-class Missing:
-    """An optional artifact that a run lacks."""
-
-    # In words.
-    what: str
-    # What makes it.
-    command: str
-
-
-def missing_artifacts(data: RunData) -> dict[str, list[Missing]]:
-    """Return the optional artifacts that are not there, by the page's section."""
-    run = quote(data.folder)
-    deploy = f"qvla deploy --policy <checkpoint> --run {run}"
-    absent: dict[str, list[Missing]] = {"calibration": [], "agreement": []}
-    if data.calibration is None:
-        absent["calibration"].append(Missing("calibration set", f"qvla calibrate --run {run}"))
-    if data.agreement is None:
-        command = f"qvla sensitivities --run {run} --policy <checkpoint> --check-pairs 500"
-        absent["agreement"].append(Missing("comparison with exact sensitivities", command))
-    settings = data.settings
-    absent["action_error"] = [
-        Missing(f"action error of {s.name}", deploy) for s in settings if s.action_error is None
-    ]
-    absent["latency"] = [
-        Missing(f"latency of {s.name}", deploy) for s in settings if s.latency is None
-    ]
-    absent["evaluation"] = [
-        Missing(f"closed-loop episodes of {s.name}", _evaluate_command(data.folder, s.name))
-        for s in settings
-        if s.rollouts is None
-    ]
-    absent["controls"] = [
-        Missing(f"{name} control", _control_command(data, name))
-        for name in CONTROLS
-        if name not in data.controls
-    ]
-    return {section: pieces for section, pieces in absent.items() if pieces}
-
-
-def _evaluate_command(run: str, setting: str) -> str:
-    folder = f"{run}/settings/{setting}"
-    output = quote(f"{folder}/evaluation.json")
-    return f"qvla evaluate {quote(folder + '/bundle')} --reference <checkpoint> --output {output}"
-
-
-def _control_command(data: RunData, control: str) -> str:
-    first = data.float_setting or data.settings[0]
-    bundle = quote(f"{data.folder}/settings/{first.name}/bundle")
-    output = quote(f"{data.folder}/controls/{control}.json")
-    return f"qvla evaluate {bundle} --control {control} --output {output}"
-
-
 def read_run(run: Path) -> RunData:
     """Read a run folder.
 
@@ -165,6 +114,11 @@ def read_run(run: Path) -> RunData:
     if agreement is not None:
         made_for = agreement.sensitivities_digest
         _require("agreement and sensitivities", made_for, sensitivities.digest)
+    compared = _if_there(run / "estimators.json", read_estimators)
+    if compared is not None:
+        _require("run and estimators", info.policy_digest, compared.policy_digest)
+        drawn = sensitivities.calibration_digest
+        _require("estimators and calibration set", drawn, compared.calibration_digest)
     latencies = _if_there(run / "latency.json", read_latencies) or {}
     settings = tuple(
         _read_setting(run / "settings" / name, info, sensitivities, latencies.get(name))
@@ -182,6 +136,7 @@ def read_run(run: Path) -> RunData:
         calibration=_read_calibration(run / "calibration" / "calibration.json", sensitivities),
         sensitivities=sensitivities,
         agreement=agreement,
+        estimators=compared,
         settings=settings,
         controls=controls,
         other_latencies={n: v for n, v in latencies.items() if n not in info.settings},

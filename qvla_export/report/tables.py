@@ -1,34 +1,15 @@
 """The page's words and numbers: the sentence, the comparison table, the smaller tables."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.latency_figures import PERCENTS, jitter, percentile_text, tail
+from qvla_export.report.cells import NONE, Cell, Table
 from qvla_export.report.measured import Latency, Share
 from qvla_export.report.run_data import RunData, Setting
 from qvla_export.target import WIDTHS
-
-_NONE = "–"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number and, smaller below it, what qualifies it."""
-
-    text: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows below a heading; the first cell of a row names it."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-
 
 _COLUMNS = (
     "Setting",
@@ -126,9 +107,9 @@ def plans(data: RunData) -> Table:
             (
                 Cell(setting.name, setting.plan.budget),
                 *(Cell(f"{counts[bits]:,}") for bits in WIDTHS),
-                Cell(_NONE if expected is None else f"{expected:.3g}"),
-                Cell(_NONE if error is None else f"{error.mse:.3g}"),
-                Cell(f"{error.mse / expected:.3g}×" if error and expected else _NONE),
+                Cell(NONE if expected is None else f"{expected:.3g}"),
+                Cell(NONE if error is None else f"{error.mse:.3g}"),
+                Cell(f"{error.mse / expected:.3g}×" if error and expected else NONE),
             )
         )
     widths = (f"{bits} bits" for bits in WIDTHS)
@@ -167,7 +148,7 @@ def _stage_cells(latency: Latency, stage: str) -> Iterator[Cell]:
     yield Cell(f"{samples.max():.3f}")
     found = jitter(samples)
     for ms in (found.spread_ms, found.step_ms):
-        yield Cell(_NONE if ms is None else f"{ms:.3f}")
+        yield Cell(NONE if ms is None else f"{ms:.3f}")
     yield Cell(str(len(samples)))
     if deadline is not None:
         misses = deadline.misses(samples)
@@ -212,21 +193,21 @@ def _mean_bits(setting: Setting, data: RunData) -> Cell:
 def _error(setting: Setting) -> Cell:
     error = setting.action_error
     if error is None:
-        return Cell(_NONE)
+        return Cell(NONE)
     drift = f"engine drift {error.engine_drift_max:.1e}"
     return Cell(f"{error.rms:.3g} RMS", f"‖ΔA‖² {error.mse:.3g}, n\u00a0{error.held_out}; {drift}")
 
 
 def _success(share: Share | None) -> Cell:
     if share is None:
-        return Cell(_NONE)
+        return Cell(NONE)
     interval = f"[{100 * share.low:.1f}, {100 * share.high:.1f}]"
     return Cell(f"{100 * share.value:.1f} %", f"{interval}, n\u00a0{share.episodes}")
 
 
 def _latency(latency: Latency | None) -> Cell:
     if latency is None:
-        return Cell(_NONE)
+        return Cell(NONE)
     return Cell(
         f"{latency.percentile(50):.2f} ms",
         _worst(latency.samples_ms["total"]),
@@ -240,7 +221,7 @@ def _worst(total_ms: NDArray[np.float64]) -> str:
 
 def _ratio(latency: Latency | None) -> Cell:
     if latency is None:
-        return Cell(_NONE)
+        return Cell(NONE)
     ratio = latency.ratio
     if ratio is None:
         return Cell("1", "baseline")
