@@ -65,12 +65,14 @@ def pytest_runtest_setup() -> None:
     torch.set_num_threads(1)
 
 
-def write_tiny_checkpoint(path: Path, seed: int = 0, config: OftConfig = TINY_CONFIG) -> Path:
+def write_tiny_checkpoint(
+    path: Path, seed: int = 0, config: OftConfig = TINY_CONFIG, size: OftSize = TINY_SIZE
+) -> Path:
     """Write a whole checkpoint folder; the same seed gives the same bytes."""
-    tokenizer = train_tokenizer(TINY_INSTRUCTIONS, TINY_SIZE.vocab_size)
+    tokenizer = train_tokenizer(TINY_INSTRUCTIONS, size.vocab_size)
     bounds = {"q01": [-1.0] * 4, "q99": [1.0] * 4, "min": [-1.0] * 4, "max": [1.0] * 4}
     statistics = {"tiny": {"action": {**bounds, "mask": [True] * 4}, "proprio": bounds}}
-    module = new_module(TINY_SIZE, config, seed)
+    module = new_module(size, config, seed)
     save_checkpoint(path, module, config, tokenizer, statistics, step=0)
     return path
 

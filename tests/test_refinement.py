@@ -1,27 +1,40 @@
 """Refinement: slopes against measured changes, never a worse plan, limits kept, resumed."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_SIZE, write_tiny_checkpoint
 
+from calibration.samples import CalibrationSet
 from engines.targets import CPU
 from qvla_export.allocation import Budget, allocate_bits, least_error
+from qvla_export.cli import compensating, stages
+from qvla_export.error_slopes import error_slopes
 from qvla_export.errors import QvlaError
+from qvla_export.estimators.first_order import FirstOrderEstimator
 from qvla_export.first_order import FirstOrder, measure_first_order
-from qvla_export.layers import fake_quantized, traced_layers
+from qvla_export.layers import fake_quantized, layer_shapes, traced_layers
+from qvla_export.moment_measurement import measure_moments
 from qvla_export.observation import Observation
-from qvla_export.plan import BitPlan
-from qvla_export.policies.oft import OftPolicy
-from qvla_export.quantize import spec_for
-from qvla_export.refinement import error_slopes, refine_plan
+from qvla_export.plan import BitPlan, uniform_plan
+from qvla_export.policies.oft import OftPolicy, load_oft_policy
+from qvla_export.quantize import compensated_spec, spec_for
+from qvla_export.refinement import Evidence, refine_plan, rounds_in
+from qvla_export.rounded_plan import round_plan
+from qvla_export.run_folder import RunFolder, parse_setting
 from qvla_export.sensitivity import Sensitivities
 
+FULL = compensated_spec(CPU)
 BUDGET = Budget("bits per channel", 3.0)
+DIGEST = "c" * 64
 Observations = list[Observation]
+OnProgress = Callable[[int, int], None]
+# Rounding takes its time: fewer layers than the other tests' policy.
+SMALL = replace(TINY_SIZE, vision_depth=2, depth=1)
 
 
 def allocate(table: Sensitivities) -> BitPlan:
@@ -37,28 +50,66 @@ def action_error(policy: OftPolicy, plan: BitPlan, observations: Observations) -
     return float(moved.double().square().sum()) / len(observations)
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is refined, by what."""
+
+    policy: OftPolicy
+    evidence: Evidence
+    measured: Sensitivities
+    plan: BitPlan
+
+    def refined(
+        self, rounds: int, journal: Path | None = None, told: OnProgress | None = None
+    ) -> BitPlan:
+        arguments = (self.policy, self.evidence, self.measured, self.plan, allocate)
+        return refine_plan(*arguments, rounds, journal, told)
+
+    def deciding_error(self, plan: BitPlan) -> float:
+        if self.evidence.moments is not None:
+            plan = round_plan(self.policy, plan, self.evidence.moments)
+        return action_error(self.policy, plan, list(self.evidence.deciding))
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> OftPolicy:
+    path = tmp_path_factory.mktemp("small") / "checkpoint"
+    return load_oft_policy(write_tiny_checkpoint(path, size=SMALL))
+
+
 @pytest.fixture(scope="module")
 def observations(tiny_observations: Callable[..., Observations]) -> Observations:
     return tiny_observations(6)
 
 
-@pytest.fixture(scope="module")
-def measured(tiny_policy: OftPolicy, observations: Observations) -> Sensitivities:
-    settings = FirstOrder(spec_for(CPU), probes=None)
-    return measure_first_order(tiny_policy, observations, "c" * 64, settings)
+@pytest.fixture(scope="module", params=["nearest", "compensated"])
+def case(
+    request: pytest.FixtureRequest,
+    policy: OftPolicy,
+    observations: Observations,
+    tiny_observations: Callable[..., Observations],
+) -> Case:
+    moments, quantizer = None, spec_for(CPU)
+    if request.param == "compensated":
+        moments, quantizer = measure_moments(policy, observations, DIGEST), FULL
+    settings = FirstOrder(quantizer, moments=moments)
+    measured = measure_first_order(policy, observations, DIGEST, settings)
+    evidence = Evidence(observations, tiny_observations(12, seed=1), moments)
+    return Case(policy, evidence, measured, allocate(measured))
 
 
 @pytest.fixture(scope="module")
-def plan(measured: Sensitivities) -> BitPlan:
-    return allocate(measured)
+def refined(case: Case) -> BitPlan:
+    return case.refined(rounds=2)
 
 
 def test_slopes_are_what_a_small_change_does(
-    tiny_policy: OftPolicy, observations: Observations, plan: BitPlan
+    tiny_policy: OftPolicy, observations: Observations
 ) -> None:
     """Single channels of 4 bits put to 8: the action error changes by the slope, to first order."""
-    widths = {name: np.full_like(w, 4) for name, w in plan.widths.items()}
-    coarse = replace(plan, widths=widths)
+    shapes = layer_shapes(traced_layers(tiny_policy))
+    coarse = uniform_plan(shapes, 4, CPU, tiny_policy.digest, spec_for(CPU))
+    widths = coarse.widths
     with torch.no_grad():
         reference = [tiny_policy.normalized_actions(tiny_policy.batch(observations))]
     slopes = error_slopes(tiny_policy, [observations], reference, coarse)
@@ -80,82 +131,108 @@ def test_slopes_are_what_a_small_change_does(
     assert 0.7 < scale < 1.05
 
 
-def test_the_error_falls_and_the_limits_hold(
-    tiny_policy: OftPolicy, observations: Observations, measured: Sensitivities, plan: BitPlan
-) -> None:
-    before = {name: layer.weight.clone() for name, layer in traced_layers(tiny_policy).items()}
-    refined = refine_plan(tiny_policy, observations, measured, plan, allocate, rounds=2)
-    for name, layer in traced_layers(tiny_policy).items():
-        assert torch.equal(layer.weight, before[name])
-        assert not layer.weight.requires_grad
-    errors = [action_error(tiny_policy, p, observations) for p in (plan, refined)]
-    assert errors[1] < errors[0]
+def test_no_worse_where_it_is_decided_and_within_the_limits(case: Case, refined: BitPlan) -> None:
+    errors = [case.deciding_error(plan) for plan in (case.plan, refined)]
+    rounds = rounds_in(refined)
+    assert rounds[0].error_before == pytest.approx(errors[0], rel=1e-3)
+    taken = [each.error_after for each in rounds if each.accepted]
+    assert errors[1] == pytest.approx([errors[0], *taken][-1], rel=1e-3)
+    assert errors[1] <= errors[0]
     assert refined.mean_bits_per_channel <= 3.0
-    assert refined.sensitivities_digest == plan.sensitivities_digest
+    assert refined.rounding is None
+    assert refined.quantizer == case.plan.quantizer
+    assert refined.sensitivities_digest == case.plan.sensitivities_digest
     assert refined.expected_error is not None
-    assert refined.expected_error >= least_error(measured, BUDGET, CPU) * (1 - 1e-6)
-    assert refined.allocation is not None
-    rounds = refined.allocation["refinement"]["rounds"]
-    assert rounds[0]["error_before"] == pytest.approx(errors[0], rel=1e-3)
-    taken = [r["error_after"] for r in rounds if r["error_after"] < r["error_before"]]
-    assert taken[-1] == pytest.approx(errors[1], rel=1e-3)
+    assert refined.expected_error >= least_error(case.measured, BUDGET, CPU) * (1 - 1e-6)
 
 
-def test_a_plan_that_nothing_improves_stays(
-    tiny_policy: OftPolicy, observations: Observations, measured: Sensitivities, plan: BitPlan
-) -> None:
+def test_a_plan_that_nothing_improves_stays(case: Case) -> None:
     """An allocation that always answers with worse widths: two rounds in vain are enough."""
+    plan = case.plan
     worse = replace(plan, widths={name: np.full_like(w, 2) for name, w in plan.widths.items()})
-    kept = refine_plan(tiny_policy, observations, measured, plan, lambda table: worse, rounds=9)
+    kept = refine_plan(case.policy, case.evidence, case.measured, plan, lambda table: worse, 9)
     assert all((kept.widths[name] == plan.widths[name]).all() for name in plan.widths)
-    assert kept.allocation is not None
-    rounds = kept.allocation["refinement"]["rounds"]
+    rounds = rounds_in(kept)
     assert len(rounds) == 2
-    assert all(each["error_after"] >= each["error_before"] for each in rounds)
+    assert not any(each.accepted for each in rounds)
 
 
 def test_a_killed_refinement_goes_on_where_it_was(
-    tiny_policy: OftPolicy,
-    observations: Observations,
-    measured: Sensitivities,
-    plan: BitPlan,
-    tmp_path: Path,
+    case: Case, refined: BitPlan, tmp_path: Path
 ) -> None:
     journal = tmp_path / "plan.progress"
-    whole = refine_plan(tiny_policy, observations, measured, plan, allocate, rounds=2)
+    before = {name: layer.weight.clone() for name, layer in traced_layers(case.policy).items()}
 
     def killed(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        refine_plan(tiny_policy, observations, measured, plan, allocate, 2, journal, killed)
+        case.refined(2, journal, killed)
+    for name, layer in traced_layers(case.policy).items():
+        assert torch.equal(layer.weight, before[name])
+        assert not layer.weight.requires_grad
     seen: list[int] = []
-    again = refine_plan(
-        tiny_policy,
-        observations,
-        measured,
-        plan,
-        allocate,
-        2,
-        journal,
-        lambda done, total: seen.append(done),
-    )
+    again = case.refined(2, journal, lambda done, total: seen.append(done))
     assert seen == [2]
-    assert again.digest == whole.digest
-    # Another plan's journal, or a damaged one, is not gone on from.
-    other = allocate_bits(measured, Budget("bits per channel", 4.0), CPU)
-    assert BitPlan.load(journal).digest == again.digest
-    refine_plan(tiny_policy, observations, measured, other, lambda table: other, 1, journal)
-    assert BitPlan.load(journal).allocation != again.allocation
-    journal.write_text("{")
-    final = refine_plan(tiny_policy, observations, measured, plan, allocate, 2, journal)
-    assert final.digest == whole.digest
+    assert again.digest == refined.digest == BitPlan.load(journal).digest
 
 
-def test_nothing_to_refine_on_is_refused(
-    tiny_policy: OftPolicy, measured: Sensitivities, plan: BitPlan, observations: Observations
+def test_what_is_no_journal_of_the_plan_is_not_gone_on_from(
+    case: Case, refined: BitPlan, tmp_path: Path
 ) -> None:
-    with pytest.raises(QvlaError, match="at least one round, got 0 and 1"):
-        refine_plan(tiny_policy, [], measured, plan, allocate, 1)
-    with pytest.raises(QvlaError, match="got 6 and 0"):
-        refine_plan(tiny_policy, observations, measured, plan, allocate, 0)
+    journal = tmp_path / "plan.progress"
+    other = allocate_bits(case.measured, Budget("bits per channel", 4.0), CPU)
+    for text in (None, "{"):
+        refined.save(journal)
+        if text is not None:
+            journal.write_text(text)
+        arguments = (case.policy, case.evidence, case.measured, other, lambda table: other)
+        made = refine_plan(*arguments, 1, journal)
+        assert len(rounds_in(made)) == 1
+        assert BitPlan.load(journal).digest == made.digest
+
+
+def test_nothing_to_refine_with_is_refused(case: Case, observations: Observations) -> None:
+    for fitted, deciding in (([], observations), (observations, [])):
+        with pytest.raises(QvlaError, match=r"others to decide by, got .*qvla calibrate --count"):
+            Evidence(fitted, deciding)
+    with pytest.raises(QvlaError, match="at least one round, got 0"):
+        case.refined(rounds=0)
+    if case.plan.quantizer.needs_moments:
+        bare = replace(case, evidence=replace(case.evidence, moments=None))
+        with pytest.raises(QvlaError, match="measure that first, qvla moments"):
+            bare.refined(rounds=1)
+
+
+def test_a_setting_is_refined_and_its_codes_are_of_the_refined_plan(
+    policy: OftPolicy, tiny_observations: Callable[..., Observations], tmp_path: Path
+) -> None:
+    run, setting = RunFolder(tmp_path / "run"), parse_setting("w3-refined")
+    drawn = tiny_observations(8)
+    CalibrationSet(tuple(drawn[:6]), tuple(drawn[6:]), {}, (2, 2, 2)).save(run.calibration)
+    estimator = FirstOrderEstimator()
+    stages.sensitivities(run, policy, CPU, estimator, 0, compensated=True)
+
+    def planned() -> BitPlan:
+        made = stages.plan(run, setting, CPU, policy.digest, policy=policy, refinements=1)
+        assert made is not None
+        return made
+
+    made = planned()
+    assert len(rounds_in(made)) == 1
+    assert made.mean_bits_per_channel <= 3.0
+    rounded = compensating.rounded(run, setting, policy)
+    assert rounded is not None and rounded.rounding is not None
+    assert rounded.rounding.plan_digest == made.digest
+    stamp = run.rounding(setting).stat().st_mtime_ns
+    assert not run.plan(setting).with_suffix(".progress").exists()
+    # Asked for again, it is kept, and so are its codes.
+    run.fitted_moments.unlink()
+    assert planned().digest == made.digest
+    assert not run.fitted_moments.exists()
+    compensating.rounded(run, setting, policy)
+    assert run.rounding(setting).stat().st_mtime_ns == stamp
+    CalibrationSet(tuple(drawn[:2]), tuple(drawn[2:]), {}, (2,)).save(run.calibration)
+    stages.sensitivities(run, policy, CPU, estimator, 0, compensated=True)
+    with pytest.raises(QvlaError, match="has 1 episode: draw more with qvla calibrate --count"):
+        planned()
