@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ from qvla_export.policies.oft_init import (
     save_checkpoint,
     train_tokenizer,
 )
+
+if TYPE_CHECKING:
+    from command_runs import Inputs, Outcome
 
 # Processes that tests start take one thread each, as tests do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -118,6 +122,23 @@ def pristine_report_run(
 
     folder = tmp_path_factory.mktemp("report") / "run"
     return make_report_run(tiny_policy, tiny_observations(2), folder)
+
+
+@pytest.fixture(scope="session")
+def inputs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> "Inputs":
+    """A checkpoint and a data set for commands."""
+    from command_runs import Inputs
+    from small_datasets import write_small_dataset
+
+    demos = tmp_path_factory.mktemp("cli") / "demos"
+    return Inputs(tiny_checkpoint, write_small_dataset(demos, [6] * 10))
+
+
+@pytest.fixture(scope="session")
+def deployed(inputs: "Inputs", tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, Outcome]":
+    """Run folder that `qvla deploy` made, and what it said. Copy it before changing it."""
+    run = tmp_path_factory.mktemp("deployed") / "run"
+    return run, inputs.deploy(run)
 
 
 @pytest.fixture(scope="session")

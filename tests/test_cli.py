@@ -1,95 +1,29 @@
-"""The `qvla` command: help, the whole way on a tiny policy, and bad input that leaves nothing."""
+"""The `qvla` command: help, the whole way on a tiny policy, usage."""
 
-import contextlib
-import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import typer.main
-from conftest import write_tiny_checkpoint
+from command_runs import SETTINGS, Inputs, Outcome, listing, qvla
 from small_datasets import write_small_dataset
 
 from jetson.latency import LatencyComparison
-from qvla_export.artifacts import sha256_file
 from qvla_export.bundle import Bundle
-from qvla_export.cli import main
 from qvla_export.cli.commands import app
 from qvla_export.run_folder import RunFolder, parse_setting
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-SETTINGS = "float,w4,w4-rtn"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line that an error is."""
-        assert self.code != 0, self.out
-        assert "Traceback" not in self.err
-        lines = [line for line in self.err.splitlines() if not line.startswith(("INFO", "WARNING"))]
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("error: ")
-        return lines[0]
-
-
-def qvla(*arguments: object) -> Outcome:
-    """Run the command in this process, as its entry point does."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["qvla", *map(str, arguments)])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-    return Outcome(code, out.getvalue(), err.getvalue())
-
-
-def listing(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): sha256_file(p) for p in folder.rglob("*") if p.is_file()}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    checkpoint: Path
-    dataset: Path
-
-    def deploy(self, run: Path, *more: object) -> Outcome:
-        return qvla(
-            *("deploy", "--policy", self.checkpoint, "--dataset", self.dataset, "--run", run),
-            *("--settings", SETTINGS, "--episodes", 0, "--count", 6, "--held-out", 6),
-            *("--check-pairs", 6, "--samples", 5, *more),
-        )
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    demos = tmp_path_factory.mktemp("cli") / "demos"
-    return Inputs(tiny_checkpoint, write_small_dataset(demos, [6] * 10))
-
-
-@pytest.fixture(scope="module")
-def deployed(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
-    run = tmp_path_factory.mktemp("deployed") / "run"
-    return run, inputs.deploy(run)
 
 
 @pytest.fixture
 def run(deployed: tuple[Path, Outcome], tmp_path: Path) -> Path:
-    """A copy of a deployed run to do bad things to."""
+    """A copy of a deployed run."""
     return shutil.copytree(deployed[0], tmp_path / "run")
 
 
@@ -206,183 +140,6 @@ def test_the_stages_one_by_one_give_what_deploy_gives(
     ours.pop("profile.json")
     assert ours == {name: theirs[name] for name in ours}
     assert "settings/w4/bundle/manifest.json" in ours
-
-
-def refused(run: Path, *arguments: object) -> str:
-    """Return the error line of a command that must fail and change nothing."""
-    before = listing(run.parent)
-    outcome = qvla(*arguments)
-    assert outcome.code == 2
-    assert listing(run.parent) == before
-    return outcome.error
-
-
-@pytest.mark.parametrize("kept", [0, 4, 1000, -1])
-def test_a_truncated_checkpoint(run: Path, inputs: Inputs, kept: int) -> None:
-    bad = shutil.copytree(inputs.checkpoint, run.parent / "bad")
-    (weights,) = bad.glob("*.safetensors")
-    weights.write_bytes(weights.read_bytes()[:kept])
-    for command in (
-        ("sensitivities", "--run", run),
-        ("export", "--run", run, "--setting", "w4"),
-        ("deploy", "--run", run, "--dataset", inputs.dataset),
-    ):
-        assert weights.name in refused(run, *command, "--policy", bad)
-
-
-@pytest.mark.parametrize("kept", [0, 4, 1000, -1])
-def test_truncated_sensitivities(run: Path, kept: int) -> None:
-    path = run / "sensitivities.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    assert "sensitivities.safetensors" in refused(run, "plan", "--run", run, "--setting", "w4")
-
-
-def test_truncated_calibration(run: Path, inputs: Inputs) -> None:
-    path = run / "calibration/observations.safetensors"
-    path.write_bytes(path.read_bytes()[:-5])
-    error = refused(run, "sensitivities", "--run", run, "--policy", inputs.checkpoint)
-    assert "qvla calibrate" in error
-
-
-def test_a_plan_of_another_model(run: Path, inputs: Inputs) -> None:
-    other = write_tiny_checkpoint(run.parent / "other", seed=1)
-    arguments = ("export", "--run", run, "--setting", "w4", "--policy")
-    digest = json.loads((run / "run.json").read_text())["policy_digest"]
-    assert f"the plan was made for policy {digest[:16]}" in refused(run, *arguments, other)
-    # The other way round: a foreign plan in this run.
-    plan = run / "settings/w4/plan.json"
-    plan.write_text(plan.read_text().replace(digest, "0" * 64))
-    assert "the plan was made for policy 0000" in refused(run, *arguments, inputs.checkpoint)
-
-
-def test_a_flipped_byte_in_a_bundle(run: Path, inputs: Inputs) -> None:
-    bundle = run / "settings/w4/bundle"
-    weights = bundle / "policy.onnx.data"
-    data = bytearray(weights.read_bytes())
-    data[len(data) // 2] ^= 1
-    weights.write_bytes(data)
-    output = run / "evaluation.json"
-    for command in (
-        ("verify", bundle),
-        ("serve", bundle, "--port", 0),
-        ("evaluate", bundle, "--output", output),
-        ("evaluate", run / "settings/float/bundle", "--output", output, "--reference", bundle),
-        ("profile", bundle, "--output", run / "profile.json"),
-    ):
-        error = refused(run, *command)
-        assert "policy.onnx.data is damaged: expected SHA-256" in error
-        assert "export it anew" in error
-
-
-def test_a_damaged_bundle_is_exported_anew(run: Path, inputs: Inputs) -> None:
-    before = listing(run)
-    weights = run / "settings/w4/bundle/policy.onnx.data"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    done = qvla("export", "--run", run, "--setting", "w4", "--policy", inputs.checkpoint)
-    assert done.code == 0, done.err
-    assert listing(run) == before
-    assert re.search(r"\d+ MatMuls.*\(0 behind MLP producers\).*multiplications removed", done.out)
-
-
-UNKNOWN_NAMES = [
-    (
-        "sensitivities --target orion",
-        "target 'orion' is unknown; there are ['cpu', 'cuda'",
-    ),
-    ("export --setting w4 --target orion", "target 'orion' is unknown"),
-    ("deploy --target orion", "target 'orion' is unknown"),
-    ("export --setting w17", "got 'w17'"),
-    ("export --setting four", "a setting is 'float', 'w<mean bits>'"),
-    ("deploy --settings float,w3-rtn", "uniform widths are 2, 4, 8 or 16, got 'w3-rtn'"),
-    ("deploy --settings ,", "a setting is"),
-    ("deploy --tasks make-tea", "no task is called 'make-tea'"),
-    ("sensitivities --preset libro", "preset must be one of ['aloha', 'bridge', 'libero']"),
-    ("export --setting w4 --unnorm-key tinny", "'tiny'"),
-    ("deploy --unnorm-key tinny", "'tiny'"),
-]
-
-
-@pytest.mark.parametrize(("command", "message"), UNKNOWN_NAMES, ids=[c for c, _ in UNKNOWN_NAMES])
-def test_unknown_names(run: Path, inputs: Inputs, command: str, message: str) -> None:
-    arguments = (*command.split(" "), "--run", run, "--policy", inputs.checkpoint)
-    assert message in refused(run, *arguments)
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("plan --run {run} --setting w4 --target orion", "target 'orion' is unknown"),
-        ("plan --run {run} --setting w0", "a setting is 'float'"),
-        ("plan --run {run} --setting float", "the float setting has no plan"),
-        ("calibrate --run {run} --dataset {run}/nowhere", "nowhere/meta/info.json"),
-        ("calibrate --run {run} --count 0", "at least 1 each, got 0, 64 and 2"),
-        ("deploy --run {run} --policy {run}/nowhere", "is neither a checkpoint folder"),
-        ("deploy --run {run} --policy {run}/settings/w4/bundle", "must be a checkpoint folder"),
-        ("verify {run}/nowhere", "bundle folder not found"),
-        ("serve {run}/nowhere", "is neither a checkpoint folder"),
-        ("serve {run}/settings/w4/bundle --host 0.0.0.0", "stay on loopback"),
-        ("serve {run}/settings/w4/bundle --reply some", "reply must be one of"),
-        ("serve {run}/settings/w4/bundle --port 70000", "port must be in 0..65535"),
-        ("evaluate {run}/settings/w4/bundle --output {run}/e --control deaf", "control must be"),
-        ("evaluate {run}/settings/w4/bundle --output {run}/e --episodes 0", "episodes >= 1"),
-        ("evaluate {run}/settings/w4/bundle --output {run}/e --seed -1", "seed >= 0"),
-        ("evaluate {run}/settings/w4/bundle --output {run}/e --tasks make-tea", "no task"),
-        ("train {run}/nowhere {run}/trained", "nowhere/meta/info.json"),
-        ("train {run}/nowhere {run}/trained --precision fp8", "must be bf16 or fp32"),
-    ],
-)
-def test_what_cannot_be_done_is_refused(run: Path, command: str, message: str) -> None:
-    arguments = [word.format(run=run) for word in command.split(" ")]
-    assert message in refused(run, *arguments)
-
-
-def test_data_that_are_missing_leave_an_existing_run_alone(run: Path, inputs: Inputs) -> None:
-    nowhere = run.parent / "nowhere"
-    error = refused(
-        run, "deploy", "--run", run, "--policy", inputs.checkpoint, "--dataset", nowhere
-    )
-    assert str(nowhere) in error
-
-
-@pytest.mark.parametrize(
-    ("missing", "command", "first"),
-    [
-        ("calibration", "sensitivities --policy {policy}", "qvla calibrate"),
-        ("sensitivities.safetensors", "plan --setting w4", "qvla sensitivities"),
-        ("calibration", "export --setting w4 --policy {policy}", "qvla calibrate"),
-        (
-            "settings/w4/plan.json",
-            "export --setting w4 --policy {policy}",
-            "qvla plan --setting w4",
-        ),
-    ],
-)
-def test_a_missing_artifact_names_the_command_that_makes_it(
-    run: Path, inputs: Inputs, missing: str, command: str, first: str
-) -> None:
-    path = run / missing
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    words = [word.format(policy=inputs.checkpoint) for word in command.split(" ")]
-    error = refused(run, *words, "--run", run)
-    assert first in error
-    assert str(path) in error
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(run: Path, inputs: Inputs) -> None:
-    (run.parent / "file").write_text("not a folder")
-    error = refused(
-        run,
-        "calibrate",
-        "--run",
-        run.parent / "file/run",
-        "--dataset",
-        inputs.dataset,
-        "--count",
-        6,
-        "--held-out",
-        6,
-    )
-    assert "file/run" in error
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from qvla_export.estimators.two_stage import TwoStage, most_important, scale_cor
 from qvla_export.exact import ChannelWidth, all_pairs
 from qvla_export.layers import layer_shapes
 from qvla_export.observation import Observation
+from qvla_export.policies.oft import OftPolicy
 from qvla_export.quantize import quantize_channels
 
 NAMES = ("first-order", "norm-product", "isotropic-noise", "hessian", "two-stage", "exact")
@@ -132,6 +133,18 @@ def test_cumulative_over_episodes_of_one_step_is_the_step(linear: Question, name
     lengths = replace(linear, episode_lengths=())
     with pytest.raises(QvlaError, match="qvla calibrate --frames-per-episode"):
         find_estimator(name).table(lengths)
+
+
+@pytest.mark.parametrize("name", ["norm-product", "isotropic-noise"])
+def test_padding_of_shorter_instructions_counts_for_nothing(
+    tiny_policy: OftPolicy, tiny_observations: Make, name: str
+) -> None:
+    observations = tiny_observations(3)
+    together = Question(tiny_policy, observations, "c", QUANTIZER, (0, 4), batch_size=3)
+    alone = [replace(together, observations=[each], batch_size=1) for each in observations]
+    whole = find_estimator(name, Options(probes=None))
+    expected = sum(flat(whole.table(question)).astype(np.float64) for question in alone) / 3
+    np.testing.assert_allclose(flat(whole.table(together)), expected, rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

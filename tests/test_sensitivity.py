@@ -28,7 +28,7 @@ from qvla_export.plan import uniform_plan
 from qvla_export.policies.base import PolicyBatch
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
 from qvla_export.quantize import QuantizerSpec, WidthRule, quantize_channels
-from qvla_export.sensitivity import Sensitivities
+from qvla_export.sensitivity import Sensitivities, StandardError
 from qvla_export.target import Container, Target
 
 QUANTIZER = QuantizerSpec({2: WidthRule(64, "mse"), 4: WidthRule(64, "mse"), 8: WidthRule()})
@@ -188,6 +188,23 @@ def test_save_load_and_digest(first_order: Sensitivities, tmp_path: Path) -> Non
     np.testing.assert_array_equal(loaded.at(name, 16), np.zeros(values.shape[1]))
     with pytest.raises(QvlaError, match="not at 3"):
         loaded.at(name, 3)
+
+
+def test_standard_errors_are_kept_and_files_of_before_stay_the_same(
+    first_order: Sensitivities, tmp_path: Path
+) -> None:
+    path = tmp_path / "sensitivities.safetensors"
+    first_order.save(path)
+    whole = Sensitivities.load(path).standard_error
+    assert whole == first_order.standard_error
+    assert whole.by_width.keys() == {"median layer", "worst layer", "all layers"}
+    assert max(whole.by_width["worst layer"].error) == whole.layers >= whole.median > 0
+    before = replace(first_order, standard_error=StandardError(0.5, 0.1, 0.3))
+    before.save(path)
+    assert b"median" not in path.read_bytes()
+    loaded = Sensitivities.load(path)
+    assert loaded.standard_error == before.standard_error
+    assert loaded.standard_error.median is None and loaded.digest == before.digest
 
 
 def test_damaged_files_are_refused(first_order: Sensitivities, tmp_path: Path) -> None:
