@@ -137,9 +137,9 @@ class _Work:
         spread = steps.by_input(self.spec.rule(bits).group_size, targets.shape[1])
         scales, zeros = spread.scales[:, order].astype(np.float64), spread.zero_points
         # Codes less zero points, of each input and channel or of all.
-        low, high = (np.full((len(order), 1), code) for code in CODE_RANGE[bits])
+        low, high = (np.full((len(order), 1), float(code)) for code in CODE_RANGE[bits])
         if zeros is not None:
-            low, high = (code - zeros[:, order].T.astype(np.int64) for code in (low, high))
+            low, high = (code - zeros[:, order].T.astype(np.float64) for code in (low, high))
         left = targets[:, order].T.copy()
         for place in range(len(order)):
             scale = scales[:, place]
