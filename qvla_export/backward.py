@@ -6,7 +6,7 @@ its output error E of every width together.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -78,18 +78,10 @@ def add_batch(
     Raises:
         QvlaError: a layer is called more than once in a pass.
     """
-    actions, inputs, outputs = recorded_pass(policy, layers, observations)
-    flat = actions.reshape(len(observations), -1)
-    drawn, weight = probes.draw(flat, batch)
-    targets = [outputs[name] for name in layers]
-
-    def gradients(number: int) -> Sequence[Tensor]:
-        more = number + 1 < len(drawn)
-        return torch.autograd.grad(flat, targets, grad_outputs=drawn[number], retain_graph=more)
-
-    weights = [weight] * len(drawn)
-    recorded = Recorded(layers, inputs, outputs, len(observations), means)
-    for name, found in deviations(recorded, errors, gradients, weights, contraction).items():
+    made = probed_pass(policy, layers, observations, probes, batch)
+    recorded = replace(made.recorded, means=means)
+    moved = deviations(recorded, errors, made.gradients, made.weights, contraction)
+    for name, found in moved.items():
         found.add_to(sums, name, probes.count is not None)
 
 
@@ -111,6 +103,18 @@ class Recorded:
     def of(self, name: str) -> slice:
         """Return the channels of a layer that are asked for."""
         return self.channels.get(name, slice(None))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A way through a policy, or one observation's through a stage of it, with a graph."""
+
+    recorded: Recorded
+    # Number of a probe -> gradients of probe . action at the outputs of the recorded layers. Every
+    # probe has to be asked for, once and in order: earlier stages need what that brings.
+    gradients: Callable[[int], Sequence[Tensor]]
+    # Of the probes.
+    weights: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,31 @@ def _contracted(
         return whole.sum(dim=1).double().square()
     gains = tokens.reshape(count, -1, tokens.shape[-1]).square().sum(dim=1)
     return gains.double()[:, None] * torch.stack(noises, dim=1)
+
+
+def probed_pass(
+    policy: Policy,
+    layers: Layers,
+    observations: Sequence[Observation],
+    probes: Probes,
+    batch: int,
+) -> Pass:
+    """Run a batch forward with a graph and draw its probes.
+
+    Raises:
+        QvlaError: a layer is called more than once.
+    """
+    actions, inputs, outputs = recorded_pass(policy, layers, observations)
+    flat = actions.reshape(len(observations), -1)
+    drawn, weight = probes.draw(flat, batch)
+    targets = [outputs[name] for name in layers]
+
+    def gradients(number: int) -> Sequence[Tensor]:
+        more = number + 1 < len(drawn)
+        return torch.autograd.grad(flat, targets, grad_outputs=drawn[number], retain_graph=more)
+
+    recorded = Recorded(layers, inputs, outputs, len(observations))
+    return Pass(recorded, gradients, [weight] * len(drawn))
 
 
 def recorded_pass(

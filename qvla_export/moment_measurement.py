@@ -4,7 +4,7 @@ Weights that were left on disk are read stage by stage (`qvla_export.streamed`).
 in memory throughout: 8 bytes for each number of the blocks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.backward import Layers, Probes, Recorded, recorded_pass
+from qvla_export.backward import Pass, Probes, probed_pass
 from qvla_export.distributed import Alone, World
 from qvla_export.errors import QvlaError
 from qvla_export.layers import as_tokens, traced_layers
@@ -81,11 +81,11 @@ def measure_moments(
         chosen = observations[batch * size : (batch + 1) * size]
         probes = Probes(settings.probes, settings.seed)
         if stream is None:
-            _add_batch(policy, layers, chosen, batch, probes, sums.values)
+            _add_pass(probed_pass(policy, layers, chosen, probes, batch), sums.values)
         else:
             for _, passes in stream.passes(chosen, probes, batch):
                 for item in passes:
-                    _add_pass(item.recorded, item.gradients, item.weights, sums.values)
+                    _add_pass(item, sums.values)
                     del item  # the next pass is made before the name is bound anew
         sums.mark(batch)
         if on_progress is not None:
@@ -121,46 +121,20 @@ def layer_tokens(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> Tensor:
     return patches.transpose(1, 2)
 
 
-def _add_batch(
-    policy: Policy,
-    layers: Layers,
-    observations: Sequence[Observation],
-    batch: int,
-    probes: Probes,
-    sums: _Sums,
-) -> None:
-    """Add a batch's moments to the sums."""
-    actions, inputs, outputs = recorded_pass(policy, layers, observations)
-    flat = actions.reshape(len(observations), -1)
-    drawn, weight = probes.draw(flat, batch)
-    targets = [outputs[name] for name in layers]
-
-    def gradients(number: int) -> Sequence[Tensor]:
-        more = number + 1 < len(drawn)
-        return torch.autograd.grad(flat, targets, grad_outputs=drawn[number], retain_graph=more)
-
-    recorded = Recorded(layers, inputs, outputs, len(observations))
-    _add_pass(recorded, gradients, [weight] * len(drawn), sums)
-
-
-def _add_pass(
-    recorded: Recorded,
-    gradients: Callable[[int], Sequence[Tensor]],
-    weights: Sequence[float],
-    sums: _Sums,
-) -> None:
+def _add_pass(made: Pass, sums: _Sums) -> None:
     """Add the moments of recorded layers to the sums."""
+    layers, inputs = made.recorded.layers, made.recorded.inputs
     # Layer name -> |g|^2 of each token, mean over probes.  [N * tokens]
     worths: dict[str, Tensor] = {}
-    for number, weight in enumerate(weights):
-        for (name, layer), gradient in zip(recorded.layers.items(), gradients(number), strict=True):
+    for number, weight in enumerate(made.weights):
+        for (name, layer), gradient in zip(layers.items(), made.gradients(number), strict=True):
             tokens = as_tokens(layer, gradient).flatten(0, 1)
             _add_products(sums[f"{name}/channels"], tokens, tokens * weight)
             worth = weight * tokens.square().sum(dim=1)
             worths[name] = worths[name] + worth if number else worth
-    for name, layer in recorded.layers.items():
-        inputs = recorded.inputs.pop(name)
-        _add_inputs(sums, name, layer_tokens(layer, inputs).flatten(0, 1), worths[name])
+    for name, layer in layers.items():
+        tokens = layer_tokens(layer, inputs.pop(name)).flatten(0, 1)
+        _add_inputs(sums, name, tokens, worths[name])
 
 
 def _add_inputs(sums: _Sums, name: str, tokens: Tensor, worth: Tensor) -> None:

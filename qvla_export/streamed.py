@@ -18,6 +18,7 @@ from qvla_export.backward import (
     Contraction,
     Deviations,
     Layers,
+    Pass,
     Probes,
     Recorded,
     deviations,
@@ -34,18 +35,6 @@ from qvla_export.stage_needs import StageNeeds, stage_needs
 ErrorsOf = Callable[[Piece], Mapping[int, Tensor]]
 # Layers -> mean inputs of those whose bias makes up for the mean error.
 MeansOf = Callable[[Layers], Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One observation's way through a stage, with a graph."""
-
-    recorded: Recorded
-    # Number of a probe -> gradients of probe . action at the outputs of the recorded layers. Every
-    # probe has to be asked for, once and in order: earlier stages need what that brings.
-    gradients: Callable[[int], Sequence[Tensor]]
-    # Of the probes.
-    weights: Sequence[float]
 
 
 @dataclass(frozen=True)
