@@ -13,23 +13,22 @@ import numpy as np
 
 from qvla_export.sensitivity import Sensitivities
 
-# Widths whose charges are tried; the others' are one.
+# Widths whose charges are tried, in turn; the others' are one.
 _CHARGED = (0, 2)
+# How many times more, or less, in the first rounds and in later ones.
+_FACTORS = (3.0, 3.0**0.5)
 
 
-def neighbours(charges: Mapping[str, float], factor: float) -> list[dict[str, float]]:
-    """Return charges in each of which one width's is `factor` times more, or less.
+def neighbours(charges: Mapping[str, float], number: int) -> list[dict[str, float]]:
+    """Return what a round tries: charges in each of which one width's is more, or less.
 
     Args:
         charges: name of a width, "2 bits" -> times its sensitivity; one where not named.
-        factor: above one.
+        number: of the round; from 0.
     """
-    found = []
-    for bits in _CHARGED:
-        name = _name(bits)
-        for times in (factor, 1 / factor):
-            found.append({**charges, name: charges.get(name, 1.0) * times})
-    return found
+    name = _name(_CHARGED[number % len(_CHARGED)])
+    factor = _FACTORS[min(number // len(_CHARGED), len(_FACTORS) - 1)]
+    return [{**charges, name: charges.get(name, 1.0) * times} for times in (factor, 1 / factor)]
 
 
 def charged(measured: Sensitivities, charges: Mapping[str, float]) -> Sensitivities:

@@ -1,16 +1,16 @@
 """Plan again on the quantized policy, and keep what its measured action error says is better.
 
-A plan's additive error takes channels to disturb the action independently and alike on other
-observations than those it was measured on; neither is so. Each round makes plans that could be
-better, with their own codes, and measures their action error on observations that are held aside.
-Which plans those are depends on the quantizer:
+A plan's additive error takes channels to disturb the action independently, and on other
+observations as on those it was measured on; neither is so. Each round makes plans that could be
+better, with their own codes, and measures their action error on observations that were not used
+for them. Which plans those are depends on the quantizer:
 
 - Nearest codes: widths move along the slopes of the action error at the plan, more and less far;
   see `qvla_export.error_slopes`.
 - Codes that make up for each other: what the sensitivities leave out is how well that works on
-  other observations, which depends on the width; widths are charged more and less than their
-  sensitivities; see `qvla_export.charges`. Codes are made from moments without the observations
-  held aside, or the errors there would be too small.
+  other observations, which depends on the width; a width is charged more or less than its
+  sensitivities; see `qvla_export.charges`. Codes are tried that are made from moments of other
+  observations than they are tried on: on their own the error is half of what it is elsewhere.
 
 Everything is in memory at once: float weights, weights in place and, for slopes, their gradients.
 """
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qvla_export.charges import charged, neighbours
@@ -49,6 +48,15 @@ Steps = list[tuple[dict[str, float], Sensitivities]]
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Observations that a plan is tried on."""
+
+    observations: Sequence[Observation]
+    # Of others, where the quantizer makes its codes from them.
+    moments: Moments | None = None
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What a refinement goes by.
 
@@ -56,18 +64,17 @@ class Evidence:
         QvlaError: no observations.
     """
 
-    # What slopes are taken on.
+    # What slopes are taken on; not needed where the quantizer makes codes from moments.
     fitted: Sequence[Observation]
-    # Others, of other episodes: the action error on them says which plan is better.
-    deciding: Sequence[Observation]
-    # Of `fitted`, where the quantizer makes its codes from them.
-    moments: Moments | None = None
+    # A plan is better if its action error is less in each of them.
+    trials: Sequence[Trial]
 
     def __post_init__(self) -> None:
-        if not self.fitted or not self.deciding:
+        counts = [len(self.fitted), *(len(each.observations) for each in self.trials)]
+        if len(counts) < 2 or not min(counts):
             raise QvlaError(
                 "refining needs observations to plan on and others to decide by, got "
-                f"{len(self.fitted)} and {len(self.deciding)}; draw more: qvla calibrate --count"
+                f"{counts}; draw more: qvla calibrate --count"
             )
 
 
@@ -79,16 +86,15 @@ class Round:
     step: Mapping[str, float]
     # Channels whose width it changes.
     changed: int
-    # E||dA||^2 on the deciding observations, before and with the round's best plan.
-    error_before: float
-    error_after: float
-    # Of their difference: what it varies by from one draw of observations to the next.
-    standard_error: float
+    # E||dA||^2 in each trial, before and with the round's best plan.
+    errors_before: Sequence[float]
+    errors_after: Sequence[float]
 
     @property
     def accepted(self) -> bool:
-        """Whether the error fell, by more than chance would have it."""
-        return self.error_after + self.standard_error < self.error_before
+        """Whether the error fell in each trial: in one alone it may be chance."""
+        pairs = zip(self.errors_before, self.errors_after, strict=True)
+        return all(after < before for before, after in pairs)
 
 
 def refine_plan(
@@ -118,29 +124,29 @@ def refine_plan(
     """
     if rounds < 1:
         raise QvlaError(f"refining needs at least one round, got {rounds}")
-    if plan.quantizer.needs_moments and evidence.moments is None:
+    if plan.quantizer.needs_moments and any(each.moments is None for each in evidence.trials):
         raise QvlaError(
             "the plan's codes are made from what the layers are fed, and refining makes them: "
             "measure that first, qvla moments"
         )
-    start = plan.digest
+    start = plan
     bench = _Bench(policy, evidence)
-    plan, done = _resumed(journal, start) or (plan, [])
+    plan, done = _resumed(journal, start, rounds) or (plan, [])
     errors = bench.errors(plan)
     for number in range(len(done), rounds):
         if [r.accepted for r in done[-2:]] == [False, False]:
             break
-        found: list[tuple[Round, NDArray[np.float64], BitPlan]] = []
+        found: list[tuple[Round, BitPlan]] = []
         for step, table in bench.steps(measured, plan, done):
             other = allocate(table)
-            after = bench.errors(other)
-            found.append((_judged(step, _changed(plan, other), errors, after), after, other))
-        best, after, other = min(found, key=lambda each: each[0].error_after)
+            found.append((Round(step, _changed(plan, other), errors, bench.errors(other)), other))
+        # First what would be taken, then what is least.
+        best, other = min(found, key=lambda each: (not each[0].accepted, sum(each[0].errors_after)))
         done.append(best)
         _log.debug("round %d: %s", number + 1, best)
         if best.accepted:
-            plan, errors = other, after
-        plan = _recorded(plan, measured, start, rounds, done)
+            plan, errors = other, best.errors_after
+        plan = _recorded(plan, measured, start.digest, rounds, done)
         if journal is not None:
             plan.save(journal)
         if on_progress is not None:
@@ -149,7 +155,7 @@ def refine_plan(
 
 
 def is_refined(plan: BitPlan, start: BitPlan, rounds: int) -> bool:
-    """Say whether a plan is what so many rounds made of another."""
+    """Say whether a plan is what rounds, of so many, made of another."""
     refinement = (plan.allocation or {}).get(_KEY, {})
     return (refinement.get("start"), refinement.get("asked")) == (start.digest, rounds)
 
@@ -167,21 +173,20 @@ class _Bench:
     policy: Policy
     evidence: Evidence
     _references: dict[int, list[Tensor]] = field(default_factory=dict)
-    _known: dict[bytes, NDArray[np.float64]] = field(default_factory=dict)
+    _known: dict[bytes, list[float]] = field(default_factory=dict)
 
-    def errors(self, plan: BitPlan) -> NDArray[np.float64]:
-        """Return ||dA||^2 of a plan on each deciding observation, weights fake-quantized."""
+    def errors(self, plan: BitPlan) -> Sequence[float]:
+        """Return E||dA||^2 of a plan in each trial, weights fake-quantized."""
         widths = b"".join(w.tobytes() for w in plan.widths.values())
         if widths not in self._known:
-            self._known[widths] = self._measured(plan)
+            self._known[widths] = [self._error(plan, each) for each in self.evidence.trials]
         return self._known[widths]
 
     def steps(self, measured: Sensitivities, plan: BitPlan, done: Sequence[Round]) -> Steps:
         """Return what a round tries: what each is made with, and the table to allocate from."""
         if plan.quantizer.needs_moments:
             taken = [dict(each.step) for each in done if each.accepted]
-            vain = sum(not each.accepted for each in done)
-            tried = neighbours(taken[-1] if taken else {}, _STEP ** (0.5**vain))
+            tried = neighbours(taken[-1] if taken else {}, len(done))
             return [(step, charged(measured, step)) for step in tried]
         slopes = error_slopes(self.policy, *self._batches(self.evidence.fitted), plan)
         caution = done[-1].step["caution"] if done else _CAUTION
@@ -190,20 +195,17 @@ class _Bench:
         tried = [{"caution": caution * factor} for factor in (1 / _STEP, 1, _STEP)]
         return [(step, changes_at(measured, plan, slopes, step["caution"])) for step in tried]
 
-    def _measured(self, plan: BitPlan) -> NDArray[np.float64]:
-        batches, reference = self._batches(self.evidence.deciding)
-        found = []
-        with torch.no_grad(), fake_quantized(self.policy, self._with_codes(plan)):
+    def _error(self, plan: BitPlan, trial: Trial) -> float:
+        if plan.quantizer.needs_moments:
+            assert trial.moments is not None
+            plan = round_plan(self.policy, plan, trial.moments)
+        batches, reference = self._batches(trial.observations)
+        total = 0.0
+        with torch.no_grad(), fake_quantized(self.policy, plan):
             for batch, expected in zip(batches, reference, strict=True):
                 moved = self.policy.normalized_actions(self.policy.batch(batch)) - expected
-                found.append(moved.double().square().flatten(1).sum(dim=1).cpu().numpy())
-        return np.concatenate(found)
-
-    def _with_codes(self, plan: BitPlan) -> BitPlan:
-        if not plan.quantizer.needs_moments:
-            return plan
-        assert self.evidence.moments is not None
-        return round_plan(self.policy, plan, self.evidence.moments)
+                total += float(moved.double().square().sum())
+        return total / len(trial.observations)
 
     def _batches(
         self, observations: Sequence[Observation]
@@ -216,18 +218,6 @@ class _Bench:
                 reference = [self.policy.normalized_actions(self.policy.batch(b)) for b in batches]
             self._references[id(observations)] = reference
         return batches, self._references[id(observations)]
-
-
-def _judged(
-    step: dict[str, float],
-    changed: int,
-    before: NDArray[np.float64],
-    after: NDArray[np.float64],
-) -> Round:
-    """Compare a plan's errors with those before, observation by observation."""
-    spread = float(np.std(after - before, ddof=1)) if len(before) > 1 else 0.0
-    deviation = spread / len(before) ** 0.5
-    return Round(step, changed, float(before.mean()), float(after.mean()), deviation)
 
 
 def _recorded(
@@ -252,13 +242,15 @@ def _changed(plan: BitPlan, other: BitPlan) -> int:
     return sum(int((widths != other.widths[name]).sum()) for name, widths in plan.widths.items())
 
 
-def _resumed(journal: Path | None, start: str) -> tuple[BitPlan, list[Round]] | None:
+def _resumed(
+    journal: Path | None, start: BitPlan, rounds: int
+) -> tuple[BitPlan, list[Round]] | None:
     """Return the plan and rounds of a journal that began with the same plan."""
     if journal is None or not journal.is_file():
         return None
     try:
         plan = BitPlan.load(journal)
-        if (plan.allocation or {})[_KEY]["start"] == start:
+        if is_refined(plan, start, rounds):
             return plan, rounds_in(plan)
     except (ArtifactError, KeyError, TypeError) as error:
         _log.warning("starting anew: %s", error)

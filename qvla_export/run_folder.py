@@ -155,10 +155,9 @@ class RunFolder:
         """What the layers are fed and what their outputs are worth."""
         return self.root / "moments.safetensors"
 
-    @property
-    def fitted_moments(self) -> Path:
-        """The same, without the observations that decide how a plan is refined."""
-        return self.root / "moments-fitted.safetensors"
+    def half_moments(self, half: int) -> Path:
+        """The same of one half of the observations, 0 or 1: a plan is refined with both."""
+        return self.root / f"moments-half-{half}.safetensors"
 
     @property
     def agreement(self) -> Path:

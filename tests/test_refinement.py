@@ -23,7 +23,7 @@ from qvla_export.observation import Observation
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.policies.oft import OftPolicy, load_oft_policy
 from qvla_export.quantize import compensated_spec, spec_for
-from qvla_export.refinement import Evidence, refine_plan, rounds_in
+from qvla_export.refinement import Evidence, Trial, refine_plan, rounds_in
 from qvla_export.rounded_plan import round_plan
 from qvla_export.run_folder import RunFolder, parse_setting
 from qvla_export.sensitivity import Sensitivities
@@ -65,10 +65,14 @@ class Case:
         arguments = (self.policy, self.evidence, self.measured, self.plan, allocate)
         return refine_plan(*arguments, rounds, journal, told)
 
-    def deciding_error(self, plan: BitPlan) -> float:
-        if self.evidence.moments is not None:
-            plan = round_plan(self.policy, plan, self.evidence.moments)
-        return action_error(self.policy, plan, list(self.evidence.deciding))
+    def errors(self, plan: BitPlan) -> list[float]:
+        found = []
+        for trial in self.evidence.trials:
+            tried = plan
+            if trial.moments is not None:
+                tried = round_plan(self.policy, plan, trial.moments)
+            found.append(action_error(self.policy, tried, list(trial.observations)))
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +93,14 @@ def case(
     observations: Observations,
     tiny_observations: Callable[..., Observations],
 ) -> Case:
-    moments, quantizer = None, spec_for(CPU)
+    others = tiny_observations(12, seed=1)
+    moments, quantizer, trials = None, spec_for(CPU), [Trial(others[:6]), Trial(others[6:])]
     if request.param == "compensated":
         moments, quantizer = measure_moments(policy, observations, DIGEST), FULL
+        trials = [Trial(others, moments)]
     settings = FirstOrder(quantizer, moments=moments)
     measured = measure_first_order(policy, observations, DIGEST, settings)
-    evidence = Evidence(observations, tiny_observations(12, seed=1), moments)
-    return Case(policy, evidence, measured, allocate(measured))
+    return Case(policy, Evidence(observations, trials), measured, allocate(measured))
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +137,12 @@ def test_slopes_are_what_a_small_change_does(
 
 
 def test_no_worse_where_it_is_decided_and_within_the_limits(case: Case, refined: BitPlan) -> None:
-    errors = [case.deciding_error(plan) for plan in (case.plan, refined)]
     rounds = rounds_in(refined)
-    assert rounds[0].error_before == pytest.approx(errors[0], rel=1e-3)
-    taken = [each.error_after for each in rounds if each.accepted]
-    assert errors[1] == pytest.approx([errors[0], *taken][-1], rel=1e-3)
-    assert errors[1] <= errors[0]
+    before, after = case.errors(case.plan), case.errors(refined)
+    assert rounds[0].errors_before == pytest.approx(before, rel=1e-3)
+    taken = [each.errors_after for each in rounds if each.accepted]
+    assert after == pytest.approx([before, *taken][-1], rel=1e-3)
+    assert all(new <= old for old, new in zip(before, after, strict=True))
     assert refined.mean_bits_per_channel <= 3.0
     assert refined.rounding is None
     assert refined.quantizer == case.plan.quantizer
@@ -195,11 +200,11 @@ def test_what_is_no_journal_of_the_plan_is_not_gone_on_from(
 def test_nothing_to_refine_with_is_refused(case: Case, observations: Observations) -> None:
     for fitted, deciding in (([], observations), (observations, [])):
         with pytest.raises(QvlaError, match=r"others to decide by, got .*qvla calibrate --count"):
-            Evidence(fitted, deciding)
+            Evidence(fitted, [Trial(deciding)])
     with pytest.raises(QvlaError, match="at least one round, got 0"):
         case.refined(rounds=0)
     if case.plan.quantizer.needs_moments:
-        bare = replace(case, evidence=replace(case.evidence, moments=None))
+        bare = replace(case, evidence=Evidence(observations, [Trial(observations)]))
         with pytest.raises(QvlaError, match="measure that first, qvla moments"):
             bare.refined(rounds=1)
 
@@ -227,9 +232,9 @@ def test_a_setting_is_refined_and_its_codes_are_of_the_refined_plan(
     stamp = run.rounding(setting).stat().st_mtime_ns
     assert not run.plan(setting).with_suffix(".progress").exists()
     # Asked for again, it is kept, and so are its codes.
-    run.fitted_moments.unlink()
+    run.half_moments(0).unlink()
     assert planned().digest == made.digest
-    assert not run.fitted_moments.exists()
+    assert not run.half_moments(0).exists()
     compensating.rounded(run, setting, policy)
     assert run.rounding(setting).stat().st_mtime_ns == stamp
     CalibrationSet(tuple(drawn[:2]), tuple(drawn[2:]), {}, (2,)).save(run.calibration)

@@ -82,8 +82,9 @@ RefineOption = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Rounds that measure again on the quantized policy and plan anew; needs --policy. "
-        "Default: 0, of -refined settings 4.",
+        help="Rounds that plan anew and keep what measures better on the quantized policy, on "
+        "observations that its codes were not made from; needs --policy. Default: 0, of -refined "
+        "settings 4.",
     ),
 ]
 
