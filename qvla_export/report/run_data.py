@@ -116,9 +116,13 @@ def read_run(run: Path) -> RunData:
         _require("agreement and sensitivities", made_for, sensitivities.digest)
     compared = _if_there(run / "estimators.json", read_estimators)
     if compared is not None:
-        _require("run and estimators", info.policy_digest, compared.policy_digest)
-        drawn = sensitivities.calibration_digest
-        _require("estimators and calibration set", drawn, compared.calibration_digest)
+        again = "Run `qvla estimators` on this run folder again, or remove its estimators.json."
+        measured_on = (sensitivities.policy_digest, sensitivities.calibration_digest)
+        compared_on = (compared.policy_digest, compared.calibration_digest)
+        for what, ours, theirs in zip(
+            ("policy", "calibration set"), measured_on, compared_on, strict=True
+        ):
+            require_same(f"{what} of sensitivities and estimators", ours, theirs, again)
     latencies = _if_there(run / "latency.json", read_latencies) or {}
     settings = tuple(
         _read_setting(run / "settings" / name, info, sensitivities, latencies.get(name))
