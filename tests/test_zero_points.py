@@ -79,6 +79,14 @@ def squared(
     return float((np.square(error) * (1.0 if moment is None else moment)).sum())
 
 
+def slack(
+    error: float, weight: NDArray[np.float32], moment: NDArray[np.float32] | None = None
+) -> float:
+    """What errors may differ by for being searched in float32."""
+    whole = np.square(weight.astype(np.float64)) * (1.0 if moment is None else moment)
+    return 1e-4 * error + 1e-7 * float(whole.sum()) + 1e-12
+
+
 @settings(deadline=None)
 @given(
     WEIGHTS, GROUPS, st.sampled_from(sorted(CODE_RANGE)), st.sampled_from(["max", "mse"]), st.data()
@@ -92,15 +100,14 @@ def test_never_worse_than_symmetric(
         moment = data.draw(hnp.arrays(np.float32, inputs, elements=st.floats(0, 4, width=32)))
     symmetric = squared(weight, bits, spec(False, rule, group), moment)
     pointed = squared(weight, bits, spec(True, rule, group), moment)
-    # The search sums in float32.
-    assert pointed <= symmetric * (1 + 1e-4) + 1e-6
+    assert pointed <= symmetric + slack(symmetric, weight, moment)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None)
 @given(WEIGHTS, GROUPS)
 def test_more_bits_never_mean_more_error(weight: NDArray[np.float32], group: int | None) -> None:
     sums = [squared(weight, bits, spec(True, "mse", group)) for bits in (0, 2, 4, 8)]
-    assert all(more <= less * (1 + 1e-4) + 1e-6 for less, more in pairwise(sums)), sums
+    assert all(more <= less + slack(less, weight) for less, more in pairwise(sums)), sums
 
 
 @settings(deadline=None)
