@@ -40,6 +40,7 @@ _CAUTION = 100.0
 _STEP = 3.0
 # Observations that run together.
 _BATCH_SIZE = 8
+_SMALLEST = 1e-30
 # What a plan's record calls its refinement.
 _KEY = "refinement"
 _log = logging.getLogger(__name__)
@@ -86,7 +87,8 @@ class Round:
     step: Mapping[str, float]
     # Channels whose width it changes.
     changed: int
-    # E||dA||^2 in each trial, before and with the round's best plan.
+    # Geometric mean of the observations' ||dA||^2 in each trial, before and with the best plan of
+    # the round. Of their mean a few observations would make most, and those decide by chance.
     errors_before: Sequence[float]
     errors_after: Sequence[float]
 
@@ -176,7 +178,7 @@ class _Bench:
     _known: dict[bytes, list[float]] = field(default_factory=dict)
 
     def errors(self, plan: BitPlan) -> Sequence[float]:
-        """Return E||dA||^2 of a plan in each trial, weights fake-quantized."""
+        """Return the geometric mean of ||dA||^2 in each trial, weights fake-quantized."""
         widths = b"".join(w.tobytes() for w in plan.widths.values())
         if widths not in self._known:
             self._known[widths] = [self._error(plan, each) for each in self.evidence.trials]
@@ -200,12 +202,12 @@ class _Bench:
             assert trial.moments is not None
             plan = round_plan(self.policy, plan, trial.moments)
         batches, reference = self._batches(trial.observations)
-        total = 0.0
+        found = []
         with torch.no_grad(), fake_quantized(self.policy, plan):
             for batch, expected in zip(batches, reference, strict=True):
                 moved = self.policy.normalized_actions(self.policy.batch(batch)) - expected
-                total += float(moved.double().square().sum())
-        return total / len(trial.observations)
+                found.append(moved.double().square().flatten(1).sum(dim=1))
+        return float(torch.cat(found).clamp(min=_SMALLEST).log().mean().exp())
 
     def _batches(
         self, observations: Sequence[Observation]
