@@ -169,6 +169,20 @@ def test_more_probes_the_more_they_differ(between: float, of_probe: float, bound
         assert between + of_probe / probes <= 200 * bound**2 * (1 + 1e-9)
 
 
+def test_few_probes_where_observations_differ_more(many: Question) -> None:
+    # Eight probes of each observation, which leave a hundredth of its variance.
+    sums = empty_sums({"layer": 3}, 2)
+    sums["layer"][:] = 40 / 3
+    sums["layer#moments"][0] = 40 + 39 * 1.0
+    sums["layer#moments"][1] = 40 * 0.01
+    assert wanted_probes(sums, ["layer"], [(40, 8)], 64, 0.2) == 2
+    # So it is on policies: later batches have fewer than the first.
+    bound = measured(many, None).standard_error.median * 0.6
+    fewer = FirstOrderEstimator(probes=16, max_standard_error=bound).table(many)
+    always = FirstOrderEstimator(probes=16).table(many)
+    assert fewer.standard_error.median_by_probes > 1.5 * always.standard_error.median_by_probes
+
+
 def test_peak_memory_is_what_a_block_took() -> None:
     with peak_memory() as found:
         held = np.ones(4_000_000)

@@ -44,8 +44,9 @@ ProbesOption = Annotated[
     typer.Option(
         "--probes",
         min=0,
-        help="Random probes an observation; 0 takes the whole Jacobian. With --standard-error, "
-        "those of the first batches.",
+        help="Random probes an observation; 0 takes the whole Jacobian. At 4 they made 10 to 25 % "
+        "of the variance on the reference policy, which observations were drawn the rest; the "
+        "command states both. With --standard-error, those of the first batches.",
     ),
 ]
 StandardErrorOption = Annotated[
