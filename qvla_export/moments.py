@@ -79,9 +79,15 @@ class LayerMoments:
         """
         matrix = _picked(self.inputs, order)
         if not centred:
-            mean = self.mean[order].astype(np.float64)
-            cross = np.outer(self.weighted_mean[order], mean)
-            matrix += cross + cross.T - np.outer(mean, mean)
+            # About the weighted mean first, within blocks, then about zero for all inputs: in this
+            # order no direction becomes negative where blocks leave moments out.
+            weighted = self.weighted_mean[order].astype(np.float64)
+            shift = weighted - self.mean[order]
+            block = order // self.inputs.shape[1]
+            for number in range(len(self.inputs)):
+                inside = np.flatnonzero(block == number)
+                matrix[np.ix_(inside, inside)] -= np.outer(shift[inside], shift[inside])
+            matrix += np.outer(weighted, weighted)
         return matrix
 
     def channel_matrix(self, order: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -172,3 +172,25 @@ def test_the_reference_policy_from_disk_gives_the_numbers_of_the_whole() -> None
         channels for channels, _ in layer_shapes(traced_layers(policy)).values()
     )
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("size", [4, 5, 12])
+def test_moments_in_blocks_are_those_of_some_inputs(size: int) -> None:
+    """About zero as well: exact within blocks, and no direction is negative."""
+    generator = np.random.default_rng(0)
+    tokens, worth = generator.standard_normal((40, 12)) + 3, generator.uniform(0, 1, 40) ** 8
+    worth /= worth.sum()
+    mean, weighted = tokens.mean(axis=0), worth @ tokens
+    central = (tokens - mean).T @ ((tokens - mean) * worth[:, None])
+    blocks = np.zeros((-(-12 // size), size, size), np.float32)
+    for number, block in enumerate(blocks):
+        inside = slice(number * size, min((number + 1) * size, 12))
+        block[: inside.stop - inside.start, : inside.stop - inside.start] = central[inside, inside]
+    one = np.zeros((1, 1, 1), np.float32)
+    moments = LayerMoments(mean.astype(np.float32), weighted.astype(np.float32), blocks, one)
+    order = generator.permutation(12)
+    found = moments.input_matrix(False, order)
+    expected = (tokens.T @ (tokens * worth[:, None]))[np.ix_(order, order)]
+    same = order[:, None] // size == order // size
+    np.testing.assert_allclose(found[same], expected[same], rtol=1e-4)
+    assert np.linalg.eigvalsh(found).min() > -1e-4
