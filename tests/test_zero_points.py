@@ -20,7 +20,7 @@ from engines.load import load_engine
 from engines.targets import CPU, find_target
 from engines.verify import judge
 from qvla_export.bucketize import bucketize
-from qvla_export.cli import exporting, stages
+from qvla_export.cli import stages
 from qvla_export.cli.quantizing import variants
 from qvla_export.errors import QvlaError
 from qvla_export.estimators.first_order import FirstOrderEstimator
@@ -251,7 +251,7 @@ def test_a_run_measures_plans_and_packs_zero_points(
     assert plan is not None and plan.containers == POINTED.containers
     baseline = stages.plan(run, parse_setting("w4-rtn"), CPU, tiny_policy.digest)
     assert baseline is not None and baseline.containers == CPU.containers
-    bundle = exporting.export(run, wanted, tiny_policy, CPU)
+    bundle = make_bundle(tiny_policy, plan, drawn[8:], tmp_path / "bundle")
     assert sum(n for part, n in bundle.weight_bytes.items() if part != "rest") == plan.weight_bytes
     with load_engine(bundle, threads=1) as engine:
         drift = judge(bundle, engine).drift
