@@ -41,6 +41,8 @@ _STEP = 3.0
 # Observations that run together.
 _BATCH_SIZE = 8
 _SMALLEST = 1e-30
+# To this share the typical ||dA|| must fall: any other widths, no better ones, move it by as much.
+_WORTH = 0.95
 # What a plan's record calls its refinement.
 _KEY = "refinement"
 _log = logging.getLogger(__name__)
@@ -94,9 +96,9 @@ class Round:
 
     @property
     def accepted(self) -> bool:
-        """Whether the error fell in each trial: in one alone it may be chance."""
-        pairs = zip(self.errors_before, self.errors_after, strict=True)
-        return all(after < before for before, after in pairs)
+        """Whether the error fell in each trial, and over all by more than is worth nothing."""
+        ratios = np.divide(self.errors_after, self.errors_before)
+        return bool((ratios < 1).all() and np.log(ratios).mean() <= 2 * np.log(_WORTH))
 
 
 def refine_plan(
