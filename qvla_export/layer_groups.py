@@ -4,6 +4,7 @@ What a layer takes is counted here; a layer that is too large by itself is cut i
 """
 
 import bisect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -172,10 +173,15 @@ def fitting_groups(
 
 def _too_small(name: str, need: int, max_bytes: int, beside: int) -> QvlaError:
     told = f", {beside / 1e9:.3g} GB of them weights, activations and sums" if beside else ""
-    return QvlaError(
-        f"layer {name} needs {need / 1e9:.4g} GB{told}, more than the bound of "
-        f"{max_bytes / 1e9:.4g} GB; raise the bound (--max-memory-gb) or run fewer observations "
-        "together (--batch-size)"
+    return QvlaError(f"layer {name} needs {need / 1e9:.4g} GB{told}; {too_small(need, max_bytes)}")
+
+
+def too_small(need: int, max_bytes: int) -> str:
+    """Return what is to be done about a bound that leaves too little."""
+    missing = math.ceil((need - max_bytes) / 1e7) / 100
+    return (
+        f"the bound leaves {max_bytes / 1e9:.4g} GB: raise it by {missing} GB (--max-memory-gb) or "
+        "run fewer observations together (--batch-size)"
     )
 
 

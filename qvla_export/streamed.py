@@ -25,7 +25,7 @@ from qvla_export.backward import (
     recording,
 )
 from qvla_export.errors import QvlaError
-from qvla_export.layer_groups import NeedsOf, Piece, fitting_groups
+from qvla_export.layer_groups import NeedsOf, Piece, fitting_groups, too_small
 from qvla_export.observation import Observation
 from qvla_export.peak_memory import give_back
 from qvla_export.policies.base import Policy
@@ -238,8 +238,7 @@ def open_stream(
             raise QvlaError(
                 f"stage {n.stage.name} needs {beside / 1e9:.4g} GB: weights "
                 f"{n.weight_bytes / 1e9:.3g}, activations {n.pass_bytes / 1e9:.3g}, sums and what "
-                f"goes between stages {held / 1e9:.3g}; the bound is {max_bytes / 1e9:.4g} GB: "
-                "raise it (--max-memory-gb) or run fewer observations together (--batch-size)"
+                f"goes between stages {held / 1e9:.3g}; {too_small(beside, max_bytes)}"
             )
         groups.append(fitting_groups(needs_of(layers, n.moved), max_bytes, beside, cut))
     return Stream(policy, layers, device, needs, groups)
