@@ -25,6 +25,8 @@ INPUT_DAMPING = 0.01
 CHANNEL_DAMPING = 0.3
 # Channels rounded together, as one step of the elimination.
 _BLOCK_CHANNELS = 16
+# Inputs whose errors those behind them answer together, by one product.
+_BLOCK_INPUTS = 64
 _SMALLEST = 1e-30
 _NONE = np.zeros(0, np.int64)
 
@@ -141,12 +143,17 @@ class _Work:
         if zeros is not None:
             low, high = (code - zeros[:, order].T.astype(np.float64) for code in (low, high))
         left = targets[:, order].T.copy()
-        for place in range(len(order)):
-            scale = scales[:, place]
-            rounded = np.clip(np.rint(left[place] / scale), low[place], high[place]) * scale
-            error = (left[place] - rounded) / upper[place, place]
-            left[place] = rounded
-            left[place + 1 :] -= np.outer(upper[place, place + 1 :], error)
+        for start in range(0, len(order), _BLOCK_INPUTS):
+            stop = min(start + _BLOCK_INPUTS, len(order))
+            errors = np.empty((stop - start, left.shape[1]))
+            for place in range(start, stop):
+                scale = scales[:, place]
+                rounded = np.clip(np.rint(left[place] / scale), low[place], high[place]) * scale
+                error = (left[place] - rounded) / upper[place, place]
+                left[place] = rounded
+                left[place + 1 : stop] -= np.outer(upper[place, place + 1 : stop], error)
+                errors[place - start] = error
+            left[stop:] -= upper[start:stop, stop:].T @ errors
         result = np.empty(targets.shape, np.float32)
         result[:, order] = left.T
         return result
