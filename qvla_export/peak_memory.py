@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,18 @@ def peak_memory() -> Iterator[PeakMemory]:
     if before is not None:
         peak = _bytes_of(_STATUS, "VmHWM")
         found.extra_bytes = None if peak is None else max(0, peak - before)
+
+
+def high_water_bytes() -> int:
+    """Return the largest resident memory this process had since its program began.
+
+    `ru_maxrss` also counts what the process had that started it; it stands in where the system does
+    not tell more.
+    """
+    found = None
+    with contextlib.suppress(OSError):
+        found = _bytes_of(_STATUS, "VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if found is None else found
 
 
 def available_bytes() -> int | None:

@@ -1,5 +1,9 @@
 """`qvla bench-allocation`: a table of a published size, each method in a process of its own."""
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 
 from engines.targets import CPU
@@ -24,6 +28,13 @@ def test_what_the_other_process_refuses_is_said_here() -> None:
         measure_allocation(AllocationBench("openvla-8b", "hull", BUDGET, CPU))
     with pytest.raises(QvlaError, match="the method must be one of"):
         measure_allocation(AllocationBench("openvla-7b", "lp", BUDGET, CPU))
+
+
+def test_a_process_does_not_count_what_the_one_before_it_had() -> None:
+    held = np.ones(50_000_000)
+    line = "from qvla_export.peak_memory import high_water_bytes; print(high_water_bytes())"
+    told = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert 0 < int(told.stdout) < held.nbytes / 2
 
 
 @pytest.mark.slow

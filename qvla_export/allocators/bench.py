@@ -4,7 +4,6 @@ The table stands for no policy: what is measured depends on its size, hardly on 
 """
 
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from qvla_export.allocation import Budget, allocate_bits, find_allocator, least_error
 from qvla_export.errors import QvlaError
 from qvla_export.geometries import find_geometry
+from qvla_export.peak_memory import high_water_bytes
 from qvla_export.quantize import spec_for
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.target import Target
@@ -118,7 +118,7 @@ def _measured(wanted: AllocationBench, clock: Callable[[], float]) -> Allocation
         start = clock()
         plan = allocate_bits(table, wanted.budget, wanted.target, method=allocator)
         seconds.append(clock() - start)
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak_bytes = high_water_bytes()
     assert plan.expected_error is not None
     return AllocationFigures(
         method=wanted.method,

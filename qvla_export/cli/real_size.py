@@ -4,7 +4,6 @@ Its weights are random and stay on disk; what counts is memory, bytes and time.
 """
 
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from qvla_export.artifacts import versions, write_json
 from qvla_export.errors import QvlaError
+from qvla_export.peak_memory import high_water_bytes
 
 if TYPE_CHECKING:
     from qvla_export.observation import Observation
@@ -242,10 +242,9 @@ def _child(
 
     import qvla_export.export  # noqa: F401  # the same
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water_bytes()
     result = step(wanted)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    sender.send((result, (peak - before) * 1024))
+    sender.send((result, high_water_bytes() - before))
 
 
 def _table(steps: list[Step]) -> Table:
