@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import safetensors
@@ -21,7 +21,13 @@ from qvla_export.artifacts import write_pieces
 from qvla_export.errors import ArtifactError
 
 Tensors = Mapping[str, NDArray[Any]]
-_Parts = TypeVar("_Parts")
+
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+_Parts = TypeVar("_Parts", bound=_Dataclass)
 
 
 class TensorArtifact(ABC):
@@ -74,10 +80,8 @@ def layers_of(tensors: Tensors, names: Iterable[str], kind: type[_Parts]) -> dic
 
     Raises:
         KeyError: a tensor is missing.
-        TypeError: `kind` is no dataclass.
     """
-    # The checker takes no bare type for a dataclass; `fields` raises if it is none.
-    parts: tuple[Any, ...] = fields(kind)  # type: ignore[arg-type]
+    parts = fields(kind)
     found = {}
     for name in names:
         given = {
