@@ -141,6 +141,7 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     from qvla_export.cli import compensating, exporting, judging, stages
     from qvla_export.cli.building import build_with_progress
     from qvla_export.estimators.first_order import FirstOrderEstimator
+    from qvla_export.report.run_data import estimators_of
 
     run, target = wanted.run, find_target(wanted.target)
     _check_inputs(wanted, policy)
@@ -149,9 +150,9 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     _describe(wanted, policy)
     _say("sensitivities of every channel and width")
     compensated = wanted.quantizer == "compensated"
-    estimator = FirstOrderEstimator()
-    measured_for = find_target(wanted.target, wanted.zero_points)
-    stages.sensitivities(run, policy, measured_for, estimator, wanted.seed, compensated=compensated)
+    how = (find_target(wanted.target, wanted.zero_points), FirstOrderEstimator(), wanted.seed)
+    measured = stages.sensitivities(run, policy, *how, compensated=compensated)
+    estimators_of(run.root, measured)  # what the report would refuse at the end
     if wanted.check_pairs:
         compared = stages.agreement(run, policy, wanted.check_pairs, wanted.seed)
         _say(

@@ -67,7 +67,8 @@ def joined_resources(
         max_bytes = int(max_memory_gb * 1e9) - _UNCOUNTED_BYTES
         if max_bytes <= 0:
             raise QvlaError(
-                f"--max-memory-gb must be above {_UNCOUNTED_BYTES / 1e9}, got {max_memory_gb}"
+                f"--max-memory-gb must be above {_UNCOUNTED_BYTES / 1e9}, which what is "
+                f"not counted one by one takes, got {max_memory_gb}; raise it"
             )
     with joined_world(device, timedelta(minutes=wait_minutes)) as world:
         if world.rank:

@@ -114,15 +114,6 @@ def read_run(run: Path) -> RunData:
     if agreement is not None:
         made_for = agreement.sensitivities_digest
         _require("agreement and sensitivities", made_for, sensitivities.digest)
-    compared = _if_there(run / "estimators.json", read_estimators)
-    if compared is not None:
-        again = "Run `qvla estimators` on this run folder again, or remove its estimators.json."
-        measured_on = (sensitivities.policy_digest, sensitivities.calibration_digest)
-        compared_on = (compared.policy_digest, compared.calibration_digest)
-        for what, ours, theirs in zip(
-            ("policy", "calibration set"), measured_on, compared_on, strict=True
-        ):
-            require_same(f"{what} of sensitivities and estimators", ours, theirs, again)
     latencies = _if_there(run / "latency.json", read_latencies) or {}
     settings = tuple(
         _read_setting(run / "settings" / name, info, sensitivities, latencies.get(name))
@@ -140,11 +131,30 @@ def read_run(run: Path) -> RunData:
         calibration=_read_calibration(run / "calibration" / "calibration.json", sensitivities),
         sensitivities=sensitivities,
         agreement=agreement,
-        estimators=compared,
+        estimators=estimators_of(run, sensitivities),
         settings=settings,
         controls=controls,
         other_latencies={n: v for n, v in latencies.items() if n not in info.settings},
     )
+
+
+def estimators_of(run: Path, sensitivities: Sensitivities) -> ComparedEstimators | None:
+    """Return the comparison of estimators that lies in a run folder, if one does.
+
+    Raises:
+        ArtifactError: it is damaged.
+        ArtifactMismatch: it is of another policy or calibration set than the sensitivities.
+    """
+    compared = _if_there(run / "estimators.json", read_estimators)
+    if compared is not None:
+        again = "Run `qvla estimators` on this run folder again, or remove its estimators.json."
+        measured_on = (sensitivities.policy_digest, sensitivities.calibration_digest)
+        compared_on = (compared.policy_digest, compared.calibration_digest)
+        for what, ours, theirs in zip(
+            ("policy", "calibration set"), measured_on, compared_on, strict=True
+        ):
+            require_same(f"{what} of sensitivities and estimators", ours, theirs, again)
+    return compared
 
 
 def _require_judged_alike(
