@@ -9,6 +9,8 @@ import pytest
 from command_runs import Inputs, Outcome, listing, qvla
 from conftest import write_tiny_checkpoint
 
+from qvla_export.artifacts import write_json
+
 
 @pytest.fixture
 def run(deployed: tuple[Path, Outcome], tmp_path: Path) -> Path:
@@ -191,3 +193,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(run: Path, inputs: Inputs) 
         6,
     )
     assert "file/run" in error
+
+
+def test_deploy_refuses_a_stale_comparison_of_estimators_early(run: Path, inputs: Inputs) -> None:
+    asked = {"policy_digest": "0" * 64, "calibration_digest": "0" * 64}
+    stale = {"asked": asked, "pairs": [], "pairs_in_all": 0, "figures": [], "official": None}
+    write_json(run / "estimators.json", stale)
+    shutil.rmtree(run / "settings")
+    assert "remove its estimators.json" in inputs.deploy(run).error
+    assert not (run / "settings").exists()
