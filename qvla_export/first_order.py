@@ -8,13 +8,12 @@ vectors. Neither the norm product of eq. 6 nor the isotropic noise of appendix G
 can be had for comparison.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qvla_export.backward import Contraction, Layers, Probes, add_batch
@@ -28,14 +27,7 @@ from qvla_export.policies.base import Policy
 from qvla_export.quantize import QuantizerSpec
 from qvla_export.sensitivity import Sensitivities
 from qvla_export.sharded_sums import OnProgress, ShardedSums
-from qvla_export.standard_errors import (
-    MOST_PROBES,
-    WHOLE,
-    empty_sums,
-    empty_whole,
-    standard_error,
-    wanted_probes,
-)
+from qvla_export.standard_errors import WHOLE, empty_sums, empty_whole, standard_error
 from qvla_export.streamed import Stream, open_stream, weights_on_disk
 from qvla_export.weight_errors import error_needs, mean_inputs, weight_errors
 
@@ -45,12 +37,6 @@ METHODS: Mapping[Contraction, str] = {
     "norms": "norm product",
     "isotropic": "norm product, isotropic noise",
 }
-# Batches after which a bounded measurement looks at its standard error for the first time; the
-# next looks come after half as many more each. So the numbers do not depend on how many share the
-# work.
-_FIRST_LOOK = 4
-# Probes of each unit of work, among the sums; no layer has this name.
-_PROBES = "#probes"
 
 
 @dataclass(frozen=True)
@@ -70,10 +56,6 @@ class FirstOrder:
     batch_size: int = 8
     # "full" is the method; the others are the paper's proxies.
     contraction: Contraction = "full"
-    # No more observations are measured once the relative standard error of a layer's sum over its
-    # channels, the median of all layers and widths, is at most this; `probes` are then those of the
-    # first batches, and of the later ones as many as bring it there soonest. None measures all.
-    max_standard_error: float | None = None
     # Layers that do not fit into this many bytes together are measured in further passes; see
     # `layer_groups` for what it counts. None measures all at once.
     max_bytes: int | None = None
@@ -91,15 +73,6 @@ class FirstOrder:
             raise QvlaError(
                 f"contraction must be one of {get_args(Contraction)}, got {self.contraction!r}"
             )
-        if self.max_standard_error is not None and not self.max_standard_error > 0:
-            raise QvlaError(f"max_standard_error must be above 0, got {self.max_standard_error}")
-
-    @property
-    def most_probes(self) -> int | None:
-        """Random probes that an observation has at most; None for the whole Jacobian."""
-        if self.max_standard_error is None or self.probes is None:
-            return self.probes
-        return max(self.probes, MOST_PROBES)
 
 
 def measure_first_order(
@@ -118,7 +91,7 @@ def measure_first_order(
             twice a batch; see `qvla_export.streamed`.
         observations: at least one.
         calibration_digest: digest of the set they came from.
-        settings: quantizer, widths, probes, seed, batch size, bounds.
+        settings: quantizer, widths, probes, seed, batch size, bound of memory.
         progress_file: sums are saved here after each batch; a killed run that finds the file goes
             on from it and gives the same numbers. The caller removes it when the result is safe:
             `sharded_sums.remove_journals`. Several processes need a folder that all see.
@@ -133,55 +106,36 @@ def measure_first_order(
     if not observations:
         raise QvlaError("sensitivities need at least one observation, got none")
     layers = traced_layers(policy)
-    size, widths = settings.batch_size, len(settings.widths)
+    count, size, widths = len(observations), settings.batch_size, len(settings.widths)
     needs_of = error_needs(settings.quantizer, settings.widths)
     empty = empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths)
-    empty[WHOLE] = empty_whole(settings.most_probes, len(observations), widths)
+    empty[WHOLE] = empty_whole(settings.probes, count, widths)
     stream = None
     if weights_on_disk(policy):
-        held, most = sum(array.nbytes for array in empty.values()), settings.most_probes
-        shared = (policy, layers, observations, size, most, needs_of, held, settings.max_bytes)
-        stream = open_stream(*shared, (world or Alone()).device)
+        held = sum(array.nbytes for array in empty.values())
+        how = (size, settings.probes, needs_of, held, settings.max_bytes)
+        stream = open_stream(policy, layers, observations, *how, (world or Alone()).device)
         groups = [list(layers)]
     else:
         first = observations[:size]
         groups = layer_groups(policy, layers, first, needs_of, settings.max_bytes)
-    batches = -(-len(observations) // size)
-    sums = ShardedSums(
-        {**empty, _PROBES: np.zeros(batches * len(groups))},
-        _identity(policy, len(observations), calibration_digest, settings, groups, stream),
-        progress_file,
-        world,
-    )
+    identity = _identity(policy, count, calibration_digest, settings, groups, stream)
+    sums = ShardedSums(empty, identity, progress_file, world)
     work = _Work(policy, layers, groups, observations, settings, sums, on_progress, stream)
-    probes = settings.probes
-    total: dict[str, NDArray[np.float64]] = {}
-    used, reached = 0, None
-    for start, stop in _looks(batches, settings):
-        if sums.resumed & work.units(start, stop):
-            probes = work.probes_then(start, stop)
-        work.add(start, stop, probes)
-        if stop < batches and sums.resumed & work.units(stop, batches):
-            continue  # a run before this one looked here and went on
-        total, used = sums.total(), min(stop * size, len(observations))
-        done, bound = work.done(total[_PROBES], used), settings.max_standard_error
-        reached = standard_error(total, list(layers), done)
-        if bound is None or (reached is not None and (reached.median or 0.0) <= bound):
-            break
-        if probes is not None and reached is not None:
-            probes = wanted_probes(total, list(layers), done, len(observations), bound)
+    work.add()
+    total = sums.total()
     return Sensitivities(
-        values={name: (total[name] / used).astype(np.float32) for name in layers},
+        values={name: (total[name] / count).astype(np.float32) for name in layers},
         widths=settings.widths,
         weights_per_channel={name: n for name, (_, n) in layer_shapes(layers).items()},
         method=METHODS[settings.contraction],
-        samples=used,
+        samples=count,
         probes=settings.probes or 0,
         seed=settings.seed,
         policy_digest=policy.digest,
         calibration_digest=calibration_digest,
         quantizer=settings.quantizer,
-        standard_error=reached,
+        standard_error=standard_error(total, list(layers)),
     )
 
 
@@ -199,47 +153,28 @@ class _Work:
     # For a policy whose weights were left on disk; all layers are one group then.
     stream: Stream | None = None
 
-    def units(self, start: int, stop: int) -> set[int]:
-        """Return the units of the batches [start, stop), of all groups."""
-        count = len(self.groups)
-        return {batch * count + g for batch in range(start, stop) for g in range(count)}
+    @property
+    def units(self) -> range:
+        """All units: of a batch, one for each group."""
+        return range(-(-len(self.observations) // self.settings.batch_size) * len(self.groups))
 
-    def probes_then(self, start: int, stop: int) -> int | None:
-        """Return how many probes the batches [start, stop) have that a run before began."""
-        used = self.sums.total()[_PROBES][sorted(self.units(start, stop))].max()
-        return int(used) or None
-
-    def done(self, probes: NDArray[np.float64], observations: int) -> list[tuple[int, int]]:
-        """Return (observations, probes of each) of every batch that has been measured."""
-        each = probes[:: len(self.groups)]
-        size = self.settings.batch_size
-        counts = [min(size, observations - start) for start in range(0, observations, size)]
-        return [(count, int(many)) for count, many in zip(counts, each, strict=False)]
-
-    def add(self, start: int, stop: int, probes: int | None) -> None:
-        """Add this process's share of the batches [start, stop)."""
+    def add(self) -> None:
+        """Add this process's share."""
         count = len(self.groups)
         for g, names in enumerate(self.groups):
-            mine = self.sums.share([batch * count + g for batch in range(start, stop)])
+            mine = self.sums.share(self.units[g::count])
             group = {name: self.layers[name] for name in names}
             wanted = group if mine and self.stream is None else {}
             errors = {n: self._errors(Piece(n, 0, len(x.weight))) for n, x in wanted.items()}
             for unit in mine:
-                self._add(unit // count, group, errors, probes)
-                self.sums.values[_PROBES][unit] = probes or 0
+                self._add(unit // count, group, errors)
                 self.sums.mark(unit)
                 self._tell()
 
-    def _add(
-        self,
-        batch: int,
-        group: Layers,
-        errors: Mapping[str, dict[int, Tensor]],
-        probes: int | None,
-    ) -> None:
+    def _add(self, batch: int, group: Layers, errors: Mapping[str, dict[int, Tensor]]) -> None:
         size = self.settings.batch_size
         observations = self.observations[batch * size : (batch + 1) * size]
-        drawn, values = Probes(probes, self.settings.seed), self.sums.values
+        drawn, values = Probes(self.settings.probes, self.settings.seed), self.sums.values
         whole = values[WHOLE][:, batch * size : batch * size + len(observations)]
         sums = {**values, WHOLE: whole}
         kind = self.settings.contraction
@@ -260,18 +195,9 @@ class _Work:
 
     def _tell(self) -> None:
         if self.on_progress is not None:
-            size, count = self.settings.batch_size, len(self.groups)
-            whole = len(self.observations) * count
-            units = self.sums.done(self.units(0, -(-len(self.observations) // size)))
-            self.on_progress(min(units * size, whole), whole)
-
-
-def _looks(batches: int, settings: FirstOrder) -> Iterator[tuple[int, int]]:
-    """Yield runs of batches, [start, stop), after each of which a bounded measurement looks."""
-    start, stop = 0, batches if settings.max_standard_error is None else _FIRST_LOOK
-    while start < batches:
-        yield start, min(stop, batches)
-        start, stop = stop, stop + stop // 2
+            whole = len(self.observations) * len(self.groups)
+            done = self.sums.done(self.units) * self.settings.batch_size
+            self.on_progress(min(done, whole), whole)
 
 
 def _identity(

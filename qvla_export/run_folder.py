@@ -14,7 +14,7 @@ ROUNDING = "rounding.safetensors"
 _SETTING = re.compile(
     r"w(?P<bits>\d+(\.\d+)?)(a(?P<activations>\d+))?"
     r"((?P<uniform>-rtn)|(-(?P<method>alg1|staged|layer|module|uniform|gates(?P<gates>[1-4])?))?"
-    r"(-set(?P<widths>\d+(\.\d+)*))?(?P<refined>-refined)?)"
+    r"(-set(?P<widths>\d+(\.\d+)*))?)"
 )
 # Part of a setting's name -> allocator, see `qvla_export.allocators.names`.
 _METHODS = {
@@ -25,8 +25,6 @@ _METHODS = {
     "uniform": "uniform",
     "gates": "gates",
 }
-# Rounds of "-refined"; see `qvla_export.refinement`.
-REFINED_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Setting:
     "w8a8", "w4a8-rtn": the inputs of the layers have 8 bits as well; "w4a4" is for torch only.
     Planned ones are allocated along hulls, or as the name goes on: "-alg1", "-staged", "-gates"
     (the best row of table 6, "-gates2" another), "-layer", "-module", "-uniform"; "-set0.8" allows
-    only these widths; "-refined" measures and plans again on the quantized policy.
+    only these widths.
     """
 
     name: str
@@ -51,8 +49,6 @@ class Setting:
     method: str = "hull"
     gates_row: int | None = None
     widths: tuple[int, ...] = WIDTHS
-    # Rounds in which a plan is refined.
-    refinements: int = 0
 
 
 # Part of a setting's name that people try -> what they ask a target for.
@@ -81,8 +77,8 @@ def parse_setting(name: str, target: Target | None = None) -> Setting:
             f"a setting is 'float', 'w<mean bits>' such as w4 or w2.5, or 'w<bits>-rtn' for "
             f"uniform round-to-nearest, both also with 'a8' for 8-bit activations (w8a8); a "
             f"planned one may go on with {', '.join('-' + part for part in _METHODS)} (-gates1 to "
-            f"-gates4), -set<widths> (-set0.8) and -refined, in this order; zero points are asked "
-            f"for by --zero-points of qvla sensitivities and deploy; got {name!r}"
+            f"-gates4) and -set<widths> (-set0.8), in this order; zero points are asked for by "
+            f"--zero-points of qvla sensitivities and deploy; got {name!r}"
         )
     bits = float(found["bits"])
     if found["uniform"] and bits not in (2, 4, 8, 16):
@@ -100,7 +96,6 @@ def parse_setting(name: str, target: Target | None = None) -> Setting:
         method=next((m for part, m in _METHODS.items() if method.startswith(part)), "hull"),
         gates_row=int(found["gates"]) if found["gates"] else None,
         widths=_allowed(found["widths"], name),
-        refinements=REFINED_ROUNDS if found["refined"] else 0,
     )
 
 
@@ -154,10 +149,6 @@ class RunFolder:
     def moments(self) -> Path:
         """What the layers are fed and what their outputs are worth."""
         return self.root / "moments.safetensors"
-
-    def half_moments(self, half: int) -> Path:
-        """The same of one half of the observations, 0 or 1: a plan is refined with both."""
-        return self.root / f"moments-half-{half}.safetensors"
 
     @property
     def agreement(self) -> Path:

@@ -13,13 +13,6 @@ from torch import Tensor
 
 from qvla_export.sensitivity import Spread, StandardError
 
-# An observation's forward pass and output errors take as long as so many probes; measured on the
-# reference policy at four widths, on a CPU.
-_PASS_COST = 1.7
-# Two tell how far probes differ.
-_FEWEST_PROBES = 2
-MOST_PROBES = 64
-
 Sums = Mapping[str, NDArray[np.float64]]
 # Among the sums, of all layers together; no layer has this name.  [probes, observations, widths]
 WHOLE = "#whole"
@@ -42,7 +35,7 @@ def empty_sums(channels: Mapping[str, int], widths: int) -> dict[str, NDArray[np
 def empty_whole(probes: int | None, observations: int, widths: int) -> NDArray[np.float64]:
     """Return zeros for `WHOLE`: of each probe of each observation, the sum over all channels.
 
-    Of up to so many probes an observation; of the whole Jacobian (None) only the sum over it.
+    Of the whole Jacobian (None) only the sum over it.
     """
     return np.zeros((probes or 1, observations, widths))
 
@@ -63,21 +56,17 @@ def add_moments(sums: Sums, name: str, means: Tensor, layer_sums: Tensor, sample
     if sampled and len(layer_sums) > 1:
         moments[1] += (layer_sums.var(dim=0) / len(layer_sums)).sum(dim=0).cpu().numpy()
     kept = layer_sums if sampled else layer_sums.sum(dim=0, keepdim=True)
-    sums[WHOLE][: len(kept)] += kept.cpu().numpy()
+    sums[WHOLE][:] += kept.cpu().numpy()
 
 
-def standard_error(
-    sums: Sums, names: Sequence[str], done: Sequence[tuple[int, int]]
-) -> StandardError | None:
+def standard_error(sums: Sums, names: Sequence[str]) -> StandardError | None:
     """Return the relative standard errors; None of fewer than two observations.
 
     Args:
-        sums: so far.
+        sums: of all observations.
         names: of the layers.
-        done: (observations, random probes of each) of what is in the sums, in order; 0 probes
-            stand for the whole Jacobian.
     """
-    count = sum(many for many, _ in done)
+    count = sums[WHOLE].shape[1]
     if count < 2:
         return None
     values = np.stack([sums[name].sum(axis=1) for name in names])
@@ -95,61 +84,20 @@ def standard_error(
         by_width={
             "median layer": _spread(np.median, layers, by_probes),
             "worst layer": _spread(np.max, layers, by_probes),
-            "all layers": _spread(np.max, *_of_whole(sums[WHOLE], done)),
+            "all layers": _spread(np.max, *_of_whole(sums[WHOLE])),
         },
     )
 
 
-def wanted_probes(
-    sums: Sums,
-    names: Sequence[str],
-    done: Sequence[tuple[int, int]],
-    observations: int,
-    bound: float,
-) -> int:
-    """Return how many probes the observations to come should have each.
-
-    The cheapest number for the median layer and width: few where observations differ more than
-    probes, since a new observation brings new probes as well; as many as the bound takes where
-    there are no more observations.
-
-    Args:
-        sums: so far.
-        names: of the layers.
-        done: (observations, probes of each) of what is in the sums; at least 2 of each.
-        observations: that there are in all.
-        bound: of the relative standard error of the median layer and width.
-    """
-    count = sum(many for many, _ in done)
-    whole = np.concatenate([sums[name].sum(axis=1) for name in names]) / count
-    moments = np.concatenate([sums[_moments(name)] for name in names], axis=1)
-    seen = whole > 0
-    whole, moments = whole[seen], moments[:, seen]
-    if not len(whole):
-        return _FEWEST_PROBES
-    # Relative variances: of an observation as measured, without its probes', and of one probe.
-    measured = np.maximum(moments[0] - count * whole**2, 0) / (count - 1) / whole**2
-    between = float(np.median(np.maximum(measured - moments[1] / count / whole**2, 0)))
-    of_probe = float(np.median(moments[1] / sum(n / probes for n, probes in done) / whole**2))
-    cheapest = np.sqrt(_PASS_COST * of_probe / between) if between else np.inf
-    room = observations * bound**2 - between
-    needed = of_probe / room if room > 0 else 0.0
-    return int(np.clip(np.ceil(max(cheapest, needed)), _FEWEST_PROBES, MOST_PROBES))
-
-
 def _of_whole(
-    whole: NDArray[np.float64], done: Sequence[tuple[int, int]]
+    whole: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the standard error of the sum over all layers, and by probes.  [1, widths] each"""
-    counts, drawn = zip(*done, strict=True)
-    probes = np.repeat(np.maximum(drawn, 1), counts)[:, None]
-    whole = whole[:, : len(probes)]
+    probes, count, _ = whole.shape
     means = whole.sum(axis=0) / probes
-    used = np.arange(len(whole))[:, None, None] < probes
-    squares = np.where(used, whole - means, 0.0) ** 2
-    by_probes = squares.sum(axis=0) / np.maximum(probes - 1, 1) / probes
+    by_probes = np.square(whole - means).sum(axis=0) / max(probes - 1, 1) / probes
     total = means.sum(axis=0, keepdims=True)
-    error = _relative(total, np.square(means).sum(axis=0, keepdims=True), len(probes))
+    error = _relative(total, np.square(means).sum(axis=0, keepdims=True), count)
     with np.errstate(divide="ignore", invalid="ignore"):
         return error, np.sqrt(by_probes.sum(axis=0, keepdims=True)) / total
 

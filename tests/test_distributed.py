@@ -130,21 +130,6 @@ def test_what_a_killed_process_kept_is_not_measured_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_a_bound_ends_any_number_of_processes_alike(case: Case, processes: int) -> None:
-    bound = "--standard-error 0.9"
-    done = together(case, processes, more=bound)
-    assert done.returncode == 0, done.stderr
-    found = Sensitivities.load(case.run.sensitivities)
-    case.run.sensitivities.unlink()
-    alone = case.measure(*bound.split())
-    assert found.samples == alone.samples == 8
-    assert found.standard_error == alone.standard_error
-    for name, values in alone.values.items():
-        np.testing.assert_array_max_ulp(found.values[name], values, maxulp=1)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("again", [2, 3])
 def test_another_number_of_processes_goes_on_after_a_kill(case: Case, again: int) -> None:
     assert together(case, 2, "kill 0 2").returncode != 0

@@ -1,4 +1,4 @@
-"""Estimators side by side: the sample, the figures, the file; a standard error that stops."""
+"""Estimators side by side: the sample, the figures, the file; what the commands take."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_policies import interrupted_until_done, linear_question
+from linear_policies import linear_question
+from report_runs import edit_json
 from typer.testing import CliRunner
 
 from calibration.samples import CalibrationSet
@@ -32,15 +33,13 @@ from qvla_export.observation import Observation
 from qvla_export.peak_memory import peak_memory
 from qvla_export.policies.oft import OftPolicy
 from qvla_export.sensitivity import Sensitivities
-from qvla_export.standard_errors import empty_sums, wanted_probes
 
 Make = Callable[..., list[Observation]]
 
 
 @pytest.fixture(scope="module")
 def many() -> Question:
-    """Forty observations, one a batch, so that a bounded measurement looks after 4, 8, ..."""
-    return replace(linear_question(40), batch_size=1)
+    return linear_question(40)
 
 
 @given(
@@ -107,80 +106,13 @@ def test_the_official_structure_computes_what_one_pass_does(many: Question) -> N
         np.testing.assert_allclose(proxies.numpy(), quick.values[name], rtol=1e-3)
 
 
-def measured(question: Question, bound: float | None) -> Sensitivities:
-    return FirstOrderEstimator(probes=2, max_standard_error=bound).table(question)
-
-
-def test_a_standard_error_ends_the_measurement(many: Question) -> None:
-    everything = measured(many, None)
-    reached = everything.standard_error
-    assert reached is not None and everything.samples == 40
-    # What is easily reached takes the first look only.
-    loose = measured(many, 100.0)
-    assert loose.samples == 4 and loose.standard_error.median <= 100
-    # The next looks come after half as many observations more, each.
-    middle = measured(many, reached.median * 1.5)
-    assert middle.samples in (6, 9, 13, 19, 28)
-    assert middle.standard_error.median <= reached.median * 1.5
-    # Where observations differ most, more probes would not help.
-    tight = measured(many, reached.median * 0.6)
-    assert tight.samples == 40 and tight.standard_error.median > reached.median * 0.6
-    assert tight.settings["max_standard_error"] == reached.median * 0.6
-
-
-def test_where_only_probes_differ_more_of_them_reach_the_bound(many: Question) -> None:
+def test_where_only_probes_differ_they_make_the_standard_error(many: Question) -> None:
     alike = replace(many, observations=many.observations[:1] * 40)
-    two = measured(alike, None).standard_error
-    assert two.layers_by_probes == pytest.approx(two.layers, rel=0.3)
-    assert two.median_by_probes == pytest.approx(two.median, rel=0.3)
-    for spread in two.by_width.values():
+    found = FirstOrderEstimator(probes=2).table(alike).standard_error
+    assert found.layers_by_probes == pytest.approx(found.layers, rel=0.3)
+    assert found.median_by_probes == pytest.approx(found.median, rel=0.3)
+    for spread in found.by_width.values():
         np.testing.assert_allclose(spread.by_probes, spread.error, rtol=0.3)
-    more = measured(alike, two.median / 2)
-    assert more.standard_error.median <= two.median / 2 and more.probes == 2
-
-
-@pytest.mark.parametrize("bound", [0.02, 0.3])
-def test_a_stopped_bounded_measurement_goes_on_to_the_same_file(
-    many: Question, bound: float, tmp_path: Path
-) -> None:
-    estimator = FirstOrderEstimator(probes=2, max_standard_error=bound)
-    whole = estimator.table(many)
-    found, stops = interrupted_until_done(estimator, many, tmp_path / "progress")
-    assert stops > 1
-    whole.save(tmp_path / "whole")
-    found.save(tmp_path / "found")
-    assert (tmp_path / "found").read_bytes() == (tmp_path / "whole").read_bytes()
-
-
-@given(between=st.floats(0.01, 2), of_probe=st.floats(0.01, 100), bound=st.floats(0.01, 1))
-def test_more_probes_the_more_they_differ(between: float, of_probe: float, bound: float) -> None:
-    def wanted(of_probe: float) -> int:
-        # A hundred observations of mean 1, four probes each.
-        sums = empty_sums({"layer": 1}, 1)
-        sums["layer"][:] = 100
-        sums["layer#moments"][0] = 100 + 99 * (between + of_probe / 4)
-        sums["layer#moments"][1] = 100 * of_probe / 4
-        return wanted_probes(sums, ["layer"], [(60, 4), (40, 4)], 200, bound)
-
-    assert 2 <= wanted(of_probe) <= wanted(2 * of_probe) <= 64
-    # Never fewer than bring the bound about with all observations, where enough could.
-    probes, room = wanted(of_probe), 200 * bound**2 - between
-    if room > 0 and of_probe / room < 64:
-        assert between + of_probe / probes <= 200 * bound**2 * (1 + 1e-9)
-
-
-def test_few_probes_where_observations_differ_more(many: Question) -> None:
-    # Eight probes of each observation, which leave a hundredth of its variance.
-    sums = empty_sums({"layer": 3}, 2)
-    sums["layer"][:] = 40 / 3
-    sums["layer#moments"][0] = 40 + 39 * 1.0
-    sums["layer#moments"][1] = 40 * 0.01
-    assert wanted_probes(sums, ["layer"], [(40, 8)], 64, 0.2) == 2
-    # So it is on policies: later batches have fewer than the first.
-    bound = measured(many, None).standard_error.median * 0.6
-    fewer = FirstOrderEstimator(probes=16, max_standard_error=bound).table(many)
-    always = FirstOrderEstimator(probes=16).table(many)
-    assert fewer.standard_error.median_by_probes > 1.5 * always.standard_error.median_by_probes
 
 
 def test_peak_memory_is_what_a_block_took() -> None:
@@ -215,18 +147,22 @@ def test_commands_take_methods_and_refuse_what_does_not_fit(
     assert Sensitivities.load(path).method == "input Hessian proxy"
     invoked(*common, "--method", "cumulative-first-order", "--probes", 2)
     summed = Sensitivities.load(path)
-    output = invoked(*common, "--probes", 2, "--standard-error", 1e-6)
-    assert "above the 0.0% asked for" in output and "qvla calibrate" in output
+    assert "of the median layer and width, probes make" in invoked(*common, "--probes", 2)
     plain = Sensitivities.load(path)
-    assert plain.settings == {"probes": 2, "max_standard_error": 1e-6}
+    assert plain.settings == {"probes": 2}
     assert summed.method == f"cumulative, {plain.method}"
-    written = path.stat().st_mtime_ns
-    invoked(*common, "--probes", 2, "--standard-error", 1e-6)
-    assert path.stat().st_mtime_ns == written
+    # Files of before name a bound; null bounded nothing.
+    for bound, kept in (
+        ({}, True),
+        ({"max_standard_error": None}, True),
+        ({"max_standard_error": 0.3}, False),
+    ):
+        replace(plain, settings={"probes": 2, **bound}).save(path)
+        written = path.stat().st_mtime_ns
+        invoked(*common, "--probes", 2)
+        assert (path.stat().st_mtime_ns == written) == kept
     for refused, message in (
         (("--method", "guess"), "a method is one of"),
-        (("--method", "hessian", "--standard-error", 0.1), "stops .* only"),
-        (("--standard-error", 0), "must be above 0"),
         (("--method", "two-stage", "--exact-share", 0), r"must be in \(0, 1\]"),
     ):
         with pytest.raises(QvlaError, match=message):
@@ -242,6 +178,9 @@ def test_the_comparing_command_goes_on_where_it_stopped(
     text = invoked(*common, "--method", "first-order")
     assert "first-order" in text and "(scaled)" in text
     first = Comparison.load(output)
+    options = first.asked["options"]
+    # As files of before have it.
+    edit_json(output, asked={**first.asked, "options": {**options, "max_standard_error": None}})
     invoked(*common, "--method", "first-order", "--method", "hessian")
     second = Comparison.load(output)
     assert [f.name for f in second.figures] == ["exact", "first-order", "hessian"]

@@ -79,17 +79,16 @@ def test_a_settings_name_says_how_it_is_allocated(
 
 
 def test_names_are_read_whole() -> None:
-    assert parse_setting("w2.5a8-gates2-set0.4.8-refined") == Setting(
-        "w2.5a8-gates2-set0.4.8-refined",
+    assert parse_setting("w2.5a8-gates2-set0.4.8") == Setting(
+        "w2.5a8-gates2-set0.4.8",
         "planned",
         2.5,
         8,
         method="gates",
         gates_row=2,
         widths=(0, 4, 8),
-        refinements=4,
     )
-    for wrong in ("w4-gates5", "w4-foo", "w4-refined-layer", "w4-rtn-layer", "w4-set", "w4-"):
+    for wrong in ("w4-gates5", "w4-foo", "w4-refined", "w4-rtn-layer", "w4-set", "w4-"):
         with pytest.raises(QvlaError, match="planned one may go on with -alg1"):
             parse_setting(wrong)
     for wrong in ("w4-set0", "w4-set0.3"):
@@ -144,8 +143,6 @@ def test_gates_are_given_as_shares(plan: Plan) -> None:
         ("w4-rtn --widths 4", "not allocated; leave out.*widths"),
         ("w4-rtn --budget-by bytes", "not allocated; leave out.*budget_by"),
         ("w1 --widths 2,4,8", "cannot be met.*raise the budget"),
-        ("w4-refined", "runs the policy; name it with --policy"),
-        ("w4 --refine 1", "runs the policy; name it with --policy"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_remedy(plan: Plan, arguments: str, said: str) -> None:

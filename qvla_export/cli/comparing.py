@@ -80,7 +80,7 @@ def compare(
         QvlaError: a method is unknown or lacks what it needs.
     """
     names = list(methods or (*_TABLES, *(_CUMULATIVE if asked.episodes else ())))
-    estimators = {name: find_estimator(name, _options(asked, name)) for name in [EXACT, *names]}
+    estimators = {name: find_estimator(name, asked.options) for name in [EXACT, *names]}
     question = asked.question()
     along = asked.along_episodes() if set(names) & set(_CUMULATIVE) else None
     told: dict[str, Any] = {
@@ -104,17 +104,13 @@ def compare(
     return compared
 
 
-def _options(asked: Asked, name: str) -> Options:
-    """Without a bound for those that have none."""
-    if name in (EXACT, "hessian", "cumulative"):
-        return replace(asked.options, max_standard_error=None)
-    return asked.options
-
-
 def _kept(wanted: Comparison, output: Path) -> Comparison:
     """What a run before this one has done of the same comparison, or the one without figures."""
     kept = stages.kept_artifact(output, Comparison.load)
-    return kept if kept is not None and kept.asked == wanted.asked else wanted
+    # Files of before name a bound that is gone; null bounded nothing.
+    options = {**wanted.asked["options"], "max_standard_error": None}
+    same = (wanted.asked, {**wanted.asked, "options": options})
+    return kept if kept is not None and kept.asked in same else wanted
 
 
 def table(compared: Comparison) -> str:

@@ -102,9 +102,7 @@ def _plan(stand: Stand, setting: Setting) -> list[str]:
     stand.timed(
         plan,
         stand.run.plan(setting),
-        lambda: stages.plan(
-            stand.run, setting, stand.target, stand.policy.digest, policy=stand.policy
-        ),
+        lambda: stages.plan(stand.run, setting, stand.target, stand.policy.digest),
         always=True,
     )
     names.append(plan)

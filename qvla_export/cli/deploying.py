@@ -164,7 +164,7 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     native = runtime_here(target) == target.runtime
     for setting in wanted.settings:
         _say(f"{setting.name}: plan, bundle, engine")
-        stages.plan(run, setting, target, policy.digest, policy=policy)
+        stages.plan(run, setting, target, policy.digest)
         compensating.rounded(run, setting, policy)
         bundle = exporting.export(run, setting, policy, target)
         require_no_errors(check_bundle(bundle, target))

@@ -1,6 +1,5 @@
 """`qvla sensitivities` and `qvla estimators`: what quantizing a channel does to the action."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -46,16 +45,7 @@ ProbesOption = Annotated[
         min=0,
         help="Random probes an observation; 0 takes the whole Jacobian. At 4 they made 10 to 25 % "
         "of the variance on the reference policy, which observations were drawn the rest; the "
-        "command states both. With --standard-error, those of the first batches.",
-    ),
-]
-StandardErrorOption = Annotated[
-    float | None,
-    typer.Option(
-        "--standard-error",
-        help="Measure no more observations, and no more probes each, than bring the relative "
-        "standard error of a layer's sum, the median of all layers and widths, to this (0.3: "
-        "30 %). Default: all observations.",
+        "command states both.",
     ),
 ]
 ShareOption = Annotated[
@@ -87,7 +77,6 @@ def sensitivities(
     quantizer: QuantizerOption = "nearest",
     zero_points: ZeroPointsOption = False,
     probes: ProbesOption = 4,
-    standard_error: StandardErrorOption = None,
     exact_share: ShareOption = 0.02,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
@@ -112,7 +101,7 @@ def sensitivities(
 
     folder, wanted = RunFolder(run), find_target(target, zero_points)
     with joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources:
-        told = Options(probes or None, standard_error, exact_share, resources.max_bytes)
+        told = Options(probes or None, exact_share, resources.max_bytes)
         find_estimator(method, told)  # says what is wrong before much is read
         if quantizer == "compensated" and method != "first-order":
             raise QvlaError(
@@ -132,8 +121,6 @@ def sensitivities(
     typer.echo(f"sensitivities: {_described(measured)} -> {folder.sensitivities}")
     if measured.standard_error is not None:
         typer.echo(_standard_error(measured))
-    if standard_error is not None:
-        typer.echo(_reached(measured, standard_error))
     if check_pairs:
         compared = stages.agreement(folder, loaded, check_pairs, seed)
         typer.echo(
@@ -164,7 +151,6 @@ def estimators(
         typer.Option("--method", help="Estimator, beside exact; repeat. Default: all."),
     ] = None,
     probes: ProbesOption = 4,
-    standard_error: StandardErrorOption = None,
     exact_share: ShareOption = 0.02,
     episodes: Annotated[
         Path | None,
@@ -186,7 +172,7 @@ def estimators(
     from qvla_export.estimators.names import Options
 
     torch.set_num_threads(threads)
-    told = Options(probes or None, standard_error, exact_share)
+    told = Options(probes or None, exact_share)
     loaded = open_checkpoint(policy, unnorm_key, preset)
     asked = Asked(
         RunFolder(run), loaded, find_target(target), told, pairs, observations, episodes, seed
@@ -233,17 +219,4 @@ def _standard_error(measured: "Sensitivities") -> str:
         f"standard error: {error.median:.1%} of the median layer and width, probes make "
         f"{share:.0%} of its square; {error.layers:.0%} of the worst, {error.channels:.0%} of the "
         f"median channel; of all layers together {by_width}"
-    )
-
-
-def _reached(measured: "Sensitivities", asked: float) -> str:
-    error = measured.standard_error
-    if error is None or error.median is None:
-        return "standard error: unknown; one observation does not tell"
-    if error.median <= asked:
-        return f"standard error: at most {asked:.1%} as asked"
-    wanted = math.ceil(measured.samples * (error.median / asked) ** 2)
-    return (
-        f"standard error: above the {asked:.1%} asked for although every observation was used; "
-        f"about {wanted} would do: qvla calibrate --count {wanted}"
     )

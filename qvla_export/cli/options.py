@@ -58,7 +58,7 @@ SettingOption = Annotated[
         "--setting",
         help="float, w<mean bits> (w4), w<bits>-rtn (uniform); with a8 8-bit activations (w8a8). "
         "A planned one may name its allocation: -alg1, -staged, -gates, -layer, -module, -uniform, "
-        "-set<widths> (w8-set0.8), -refined.",
+        "-set<widths> (w8-set0.8).",
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random draw.")]

@@ -12,8 +12,6 @@ from qvla_export.cli.options import (
     RunOption,
     SettingOption,
     TargetOption,
-    UnnormKeyOption,
-    open_checkpoint,
 )
 from qvla_export.cli.predicting import (
     LimitedPolicyOption,
@@ -21,7 +19,6 @@ from qvla_export.cli.predicting import (
     PowerModeOption,
     RatesOption,
 )
-from qvla_export.cli.refining import rounds_of
 from qvla_export.errors import QvlaError
 from qvla_export.run_folder import RunFolder, Setting, made, parse_setting
 
@@ -78,15 +75,6 @@ RegularizersOption = Annotated[
         "max-share=X (L0-style) and max-share-of-layer=X cap the share that is pruned.",
     ),
 ]
-RefineOption = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        help="Rounds that plan anew and keep what measures better on the quantized policy, on "
-        "observations that its codes were not made from; needs --policy. Default: 0, of -refined "
-        "settings 4.",
-    ),
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -111,9 +99,7 @@ def plan(
     max_predicted_ms: MaxPredictedOption = None,
     power_mode: PowerModeOption = None,
     rates: RatesOption = None,
-    refine: RefineOption = None,
     policy: LimitedPolicyOption = None,
-    unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
 ) -> None:
     """Allocate bits to channels under a budget, and under a predicted latency if one is given."""
@@ -127,23 +113,18 @@ def plan(
     measured = Sensitivities.load(made(folder.sensitivities, "sensitivities"))
     given = _Given(method, gates, widths, budget_by, budget, tuple(regularizers or ()))
     choices = given.choices(wanted, measured, device)
-    limit = loaded = None
+    limit = None
     if max_predicted_ms is not None:
         stores = stored_on(device, measured.quantizer)
         where = prediction.Device(stores, power_mode, rates)
         limit = prediction.latency_limit(max_predicted_ms, where, measured, wanted, policy, preset)
-    if policy is not None and (wanted.refinements if refine is None else refine):
-        loaded = open_checkpoint(policy, unnorm_key, preset)
-    digest = measured.policy_digest if loaded is None else loaded.digest
     planned = stages.plan(
-        folder, wanted, device, digest, activations_method, limit, choices, loaded, refine
+        folder, wanted, device, measured.policy_digest, activations_method, limit, choices
     )
     if planned is None:
         raise QvlaError("the float setting has no plan; choose w4, w8a8, w4-rtn, ...")
     typer.echo(_summary(planned, folder.plan(wanted)))
     typer.echo(prediction.plan_figures(planned, measured, choices, device, limit))
-    for number, found in enumerate(rounds_of(planned), start=1):
-        typer.echo(f"round {number}: {found}")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ MaxPredictedOption = Annotated[
 ]
 LimitedPolicyOption = Annotated[
     Path | None,
-    typer.Option("--policy", help="Checkpoint, for a limit on the latency or a refinement."),
+    typer.Option("--policy", help="Checkpoint, for a limit on the latency."),
 ]
 
 

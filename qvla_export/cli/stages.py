@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
@@ -14,7 +13,6 @@ from qvla_export.budget import LatencyLimit
 from qvla_export.choices import Choices, choices_of, shapes_of
 from qvla_export.cli.keeping import bar as bar
 from qvla_export.cli.keeping import kept_artifact as kept_artifact
-from qvla_export.cli.refining import refined, remove_progress
 from qvla_export.plan import BitPlan, uniform_plan
 from qvla_export.quantize import QuantizerSpec, spec_for
 from qvla_export.run_folder import RunFolder, Setting, made
@@ -128,8 +126,9 @@ def question(
 
 def _same(kept: Sensitivities, asked: "Question", estimator: "Estimator") -> bool:
     """Whether sensitivities are what an estimator would answer."""
-    # Files of before settings were recorded: first order with so many probes.
-    told = kept.settings or {"probes": kept.probes or None, "max_standard_error": None}
+    # Files of before settings were recorded: first order with so many probes. Later ones name a
+    # bound that is gone; null bounded nothing.
+    told, now = kept.settings or {"probes": kept.probes or None}, dict(estimator.settings)
     return (
         (kept.policy_digest, kept.calibration_digest, kept.quantizer, kept.widths, kept.seed)
         == (
@@ -140,7 +139,7 @@ def _same(kept: Sensitivities, asked: "Question", estimator: "Estimator") -> boo
             asked.seed,
         )
         and kept.method == estimator.method
-        and told == dict(estimator.settings)
+        and told in (now, {**now, "max_standard_error": None})
     )
 
 
@@ -213,12 +212,8 @@ def plan(
     method: RangeMethod = DEFAULT_METHOD,
     latency: LatencyLimit | None = None,
     choices: Choices | None = None,
-    policy: "OftPolicy | None" = None,
-    refinements: int | None = None,
 ) -> BitPlan | None:
-    """Allocate bits for a setting, leaving a file of the same plan alone; None for float.
-
-    `refinements` rounds, None for the setting's, plan again on the quantized `policy`."""
+    """Allocate bits for a setting, leaving a file of the same plan alone; None for float."""
     if setting.kind == "float":
         return None
     measured = Sensitivities.load(made(run.sensitivities, "sensitivities"))
@@ -231,13 +226,9 @@ def plan(
         _require_groups_of(target, measured)
         chosen = choices or choices_of(setting, measured, target)
         planned = chosen.allocate(measured, target, latency)
-        if rounds := setting.refinements if refinements is None else refinements:
-            allocate = partial(chosen.allocate, target=target, latency=latency)
-            planned = refined(run, setting, policy, measured, planned, allocate, rounds)
     if setting.activation_bits is not None:
         planned = _with_activations(run, planned, setting.activation_bits, method)
     planned.save(run.plan(setting))
-    remove_progress(run, setting)
     return planned
 
 

@@ -140,11 +140,10 @@ TABLES: tuple[PaperTable, ...] = (
     PaperTable(
         "2",
         "Weights only",
-        ("float", "w8", "w8@nearest", "w8-rtn", "w8-awq", "w8-gptq", "w4", "w4-refined",
-         "w4@nearest", "w4-rtn", "w4-awq", "w4-gptq", "w4-auto-round", "w3", "w3-refined",
-         "w3@nearest", "w3-awq", "w3-gptq", "w3-auto-round", "w2.5", "w2.5-refined",
-         "w2.5@nearest", "w2", "w2-refined", "w2@nearest", "w2-rtn", "w2-awq", "w2-gptq",
-         "w2-auto-round"),
+        ("float", "w8", "w8@nearest", "w8-rtn", "w8-awq", "w8-gptq", "w4", "w4@nearest",
+         "w4-rtn", "w4-awq", "w4-gptq", "w4-auto-round", "w3", "w3@nearest", "w3-awq", "w3-gptq",
+         "w3-auto-round", "w2.5", "w2.5@nearest", "w2", "w2@nearest", "w2-rtn", "w2-awq",
+         "w2-gptq", "w2-auto-round"),
         "Libraries' results are run in torch with their own codes and scales; 3, 2.5 and 2 mean "
         "bits are beyond the paper.",
     ),

@@ -21,8 +21,6 @@ class FirstOrderEstimator:
     contraction: Contraction = "full"
     # Random probes an observation; None takes the whole Jacobian.
     probes: int | None = 4
-    # Relative standard error that decides how many observations and probes are measured.
-    max_standard_error: float | None = None
     # Bound of what layers take together; see `qvla_export.layer_groups`.
     max_bytes: int | None = None
 
@@ -33,8 +31,8 @@ class FirstOrderEstimator:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Probes to begin with, and the bound."""
-        return {"probes": self.probes, "max_standard_error": self.max_standard_error}
+        """Probes."""
+        return {"probes": self.probes}
 
     @property
     def exact_share(self) -> float:
@@ -56,7 +54,6 @@ class FirstOrderEstimator:
                 seed=question.seed,
                 batch_size=size,
                 contraction=self.contraction,
-                max_standard_error=self.max_standard_error,
                 max_bytes=self.max_bytes,
                 moments=question.moments,
             ),
