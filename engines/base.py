@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.layer_times import LayerTimes
-from qvla_export.bundle import PLAN, Bundle, TensorSpec
-from qvla_export.errors import QvlaError
-from qvla_export.plan import BitPlan
+from qvla_export.quantizer.plan import BitPlan
+from qvla_export.shared.bundle import PLAN, Bundle, TensorSpec
+from qvla_export.shared.errors import QvlaError
 
 _Self = TypeVar("_Self")  # typing.Self needs Python 3.11
 Feeds = Mapping[str, NDArray[Any]]

@@ -7,9 +7,9 @@ import numpy as np
 import onnxruntime
 
 from engines.ort import ort_options
-from qvla_export.errors import QvlaError
-from qvla_export.kernel_rates import DeviceRates, KernelRates, Probe
-from qvla_export.target import PowerMode
+from qvla_export.latency_model.kernel_rates import DeviceRates, KernelRates, Probe
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.target import PowerMode
 
 # Enough rows that multiplications decide, few enough that a run ends before a busy machine
 # interrupts it.
@@ -29,7 +29,7 @@ def measure_cpu_rates(probes: Sequence[Probe], threads: int | None = None) -> De
     """Time the probes and return the machine's rates.
 
     Args:
-        probes: from `qvla_export.probe_graphs.probe_graphs`.
+        probes: from `qvla_export.graph.probe_graphs.probe_graphs`.
         threads: threads of one operator; None for one a physical core.
 
     Raises:

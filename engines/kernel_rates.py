@@ -6,16 +6,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.targets import ORIN_JP7, RTX4070
-from qvla_export.errors import QvlaError
-from qvla_export.geometries import (
+from qvla_export.latency_model.kernel_rates import KernelRates
+from qvla_export.latency_model.network_shape import (
+    LayerShape,
+    NetworkShape,
+    StageShape,
+    decoder_stage,
+)
+from qvla_export.latency_model.published_sizes import (
     GEOMETRIES,
     TransformerSize,
     llama_layers,
 )
-from qvla_export.kernel_rates import KernelRates
-from qvla_export.latency_model import LatencyModel
-from qvla_export.network_shape import LayerShape, NetworkShape, StageShape, decoder_stage
-from qvla_export.target import PowerMode, Target
+from qvla_export.latency_model.roofline import LatencyModel
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.target import PowerMode, Target
 
 # Launch: a guess for kernels of a CUDA graph, too small to be seen in the figures. Tile: the
 # smallest that the usual tensor-core products of Ampere and Ada compute at once.

@@ -1,7 +1,7 @@
 """The noun `LayerTimes`: what each node of the runtime's own graph took, pass by pass.
 
 Taken in passes of their own: reporting costs time, and the sum of layers is not an action's time.
-Names are the runtime's; where they say so (`qvla_export.node_names`) also the policy's layer and
+Names are the runtime's; where they say so (`shared.node_names`) also the policy's layer and
 width.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.artifacts import require_fields
-from qvla_export.errors import ArtifactError
+from qvla_export.shared.artifacts import require_fields
+from qvla_export.shared.errors import ArtifactError
 
 _TEXTS = ("stage", "name", "op_type", "layer")
 _LONGEST_MS = 1e9

@@ -5,8 +5,8 @@ from typing import Literal
 
 from engines.base import Engine, EngineError
 from engines.targets import find_target
-from qvla_export.bundle import Bundle
-from qvla_export.target import Runtime, Target
+from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.target import Runtime, Target
 
 
 def load_engine(

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from engines.base import BundleEngine, EngineError, Feeds, check_feeds, rounds_activations
 from engines.layer_times import LayerTime, LayerTimes
 from engines.ort_layers import profiling_options, read_profile
-from qvla_export.bundle import Bundle, Stage
-from qvla_export.clock import StageClock
+from qvla_export.shared.bundle import Bundle, Stage
+from qvla_export.shared.clock import StageClock
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 _UNPACK = "session.disable_quant_qdq"

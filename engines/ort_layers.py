@@ -8,7 +8,7 @@ import numpy as np
 
 from engines.base import EngineError
 from engines.layer_times import LayerTime
-from qvla_export.node_names import parse_node_name
+from qvla_export.shared.node_names import parse_node_name
 
 _KERNEL = "_kernel_time"
 

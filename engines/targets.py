@@ -3,8 +3,8 @@
 import difflib
 from dataclasses import replace
 
-from qvla_export.errors import QvlaError
-from qvla_export.target import Container, PowerMode, Target
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.target import Container, PowerMode, Target
 
 # ONNX Runtime 1.32 on a CPU (AVX2), measured 2026-11:
 # - DequantizeLinear -> MatMul becomes MatMulNBits for 8, 4 and 2 bits, per channel and for blocks
@@ -13,7 +13,7 @@ from qvla_export.target import Container, PowerMode, Target
 #   scale straight into DequantizeLinear does not fuse.
 # - INT2 needs opset 25. Opset 23's Attention is slower there: it is expanded into 20 nodes.
 # - INT2 with a number of channels that is not a multiple of 4 computes garbage, silently;
-#   `qvla_export.buckets_to_onnx` fills up with channels of zeros.
+#   `qvla_export.graph.buckets_to_onnx` fills up with channels of zeros.
 # - Zero points fuse as well and give the right numbers at accuracy level 0, for any number of
 #   channels and inputs (int2: channels in fours); with 8-bit activations too.
 # - Blocks of 32, 64 and 128 run alike, so the block is a choice of accuracy per byte. Relative
@@ -40,7 +40,7 @@ CPU = Target(
 
 # float16, not bfloat16: equally fast on sm_87 and sm_89, and its 11 bits of precision move actions
 # an eighth as much as bfloat16's 8. Its range is enough where norms and softmax stay in float32
-# (`qvla_export.passes.compute_type`). 8-bit scales are one a channel, 4-bit scales one a block of
+# (`graph.passes.compute_type`). 8-bit scales are one a channel, 4-bit scales one a block of
 # 128 inputs, the block of NVIDIA's own int4 kernels. No 2-bit type exists: 2 bits cost 4.
 # TensorRT-RTX 1.7 parses whole blocks only and refuses int4 tensors of odd size (measured 2026-11).
 # 32 channels of 4 bits are the 16 bytes that a vectorized load reads.

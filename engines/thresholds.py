@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.drift import ActionDrift
-from qvla_export.target import ComputeType
+from qvla_export.shared.target import ComputeType
 
 # A float policy's cosine (issue 3): below it, an engine computes something else.
 MIN_COSINE = 0.999

@@ -12,8 +12,8 @@ from engines.base import Engine, EngineError, Feeds, rounds_activations, rounds_
 from engines.drift import ActionDrift, action_drift
 from engines.targets import find_target
 from engines.thresholds import Thresholds, thresholds_for
-from qvla_export.artifacts import require_same
-from qvla_export.bundle import Bundle, Golden
+from qvla_export.shared.artifacts import require_same
+from qvla_export.shared.bundle import Bundle, Golden
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Errors of the robot side, and the HTTP status each one becomes.
 
 QvlaError
-├── InvalidObservation  422  the observation breaks the policy's contract (qvla_export.errors)
+├── InvalidObservation  422  the observation breaks the policy's contract (shared.errors)
 ├── WireError           400  the bytes are not what the protocol speaks
 ├── Unauthorized        401  the token is missing or wrong
 ├── Forbidden           403  the request comes through a browser or a name that is not ours
@@ -14,7 +14,7 @@ QvlaError
 └── RemoteError              a remote server cannot be reached, or answered with an error
 """
 
-from qvla_export.errors import InvalidObservation, QvlaError
+from qvla_export.shared.errors import InvalidObservation, QvlaError
 
 
 class WireError(QvlaError):

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.base import Engine, EngineError
-from qvla_export.action import ActionChunk
-from qvla_export.bundle import Bundle
-from qvla_export.clock import StageClock, part
-from qvla_export.observation import Observation
+from qvla_export.shared.action import ActionChunk
+from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.clock import StageClock, part
+from qvla_export.shared.observation import Observation
 
 
 class UnsafeAction(EngineError):

@@ -1,11 +1,11 @@
 """The action server: every protocol on one policy, in one process.
 
     port         HTTP and websockets on Starlette and uvicorn
-                 POST /act        OpenVLA and OpenVLA-OFT      jetson.protocols.act
-                 websocket        openpi                       jetson.protocols.openpi
+                 POST /act        OpenVLA and OpenVLA-OFT      jetson.serving.protocols.act
+                 websocket        openpi                       jetson.serving.protocols.openpi
                  GET /healthz, GET /metadata, GET /metrics
                  GET /            the live page                jetson.live
-    gr00t port   ZMQ, if asked for                             jetson.protocols.gr00t
+    gr00t port   ZMQ, if asked for                             jetson.serving.protocols.gr00t
 
 One inference runs at a time, whoever asks. The ports open after warm-up and close, on SIGTERM,
 after the requests under way are answered.
@@ -30,19 +30,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from jetson.contract import PolicyContract
 from jetson.errors import RefusedSetting
-from jetson.guard import Guard
-from jetson.line import ActionLine
-from jetson.protocols.act import ActEndpoint
-from jetson.protocols.openpi import OpenpiEndpoint
-from jetson.security import Gate, RateLimit
-from jetson.service import ActionService
-from jetson.settings import ServerSettings
-from jetson.upgrade import WebsocketThreads
-from jetson.watching import Watch, watching
-from qvla_export.action import ActionPolicy
-from qvla_export.observation import Observation
+from jetson.observers import Watch, watching
+from jetson.server_settings import ServerSettings
+from jetson.serving.guard import Guard
+from jetson.serving.policy_contract import PolicyContract
+from jetson.serving.protocols.act import ActEndpoint
+from jetson.serving.protocols.openpi import OpenpiEndpoint
+from jetson.serving.request_queue import ActionLine
+from jetson.serving.security import Gate, RateLimit
+from jetson.serving.service import ActionService
+from jetson.serving.upgrade import WebsocketThreads
+from qvla_export.shared.action import ActionPolicy
+from qvla_export.shared.observation import Observation
 
 _LOG = logging.getLogger(__name__)
 # A robot that pauses between actions keeps its connection.
@@ -152,7 +152,7 @@ def _ready(
         )
         if settings.gr00t_port is not None:
             # Not imported where nobody asks for it: it takes longer than all the rest.
-            from jetson.protocols.gr00t import Gr00tEndpoint
+            from jetson.serving.protocols.gr00t import Gr00tEndpoint
 
             stack.enter_context(Gr00tEndpoint(line, settings, rate))
         app = create_app(line, settings, gate, watch)

@@ -9,19 +9,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from places import DATA, ROOT
+from tiny_policy import TINY_INSTRUCTIONS, write_tiny_checkpoint
 
-from qvla_export.observation import Observation
-from qvla_export.policies.oft import OftPolicy, load_oft_policy
-from qvla_export.policies.oft_config import OftConfig
-from qvla_export.policies.oft_init import (
-    BOS_ID,
-    STOP_ID,
-    SUFFIX_ID,
-    OftSize,
-    new_module,
-    save_checkpoint,
-    train_tokenizer,
-)
+from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
+from qvla_export.shared.observation import Observation
 
 if TYPE_CHECKING:
     from command_runs import Inputs, Outcome
@@ -34,31 +26,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 settings.register_profile("qvla", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("qvla")
 
-TINY_SIZE = OftSize(
-    image_size=28,
-    patch_size=14,
-    vision_dim=64,
-    vision_depth=3,
-    hidden_dim=64,
-    mlp_dim=128,
-    depth=2,
-    heads=2,
-    vocab_size=300,
-)
-TINY_CONFIG = OftConfig(
-    cameras=("image",),
-    horizon=4,
-    action_dim=4,
-    state_dim=4,
-    normalization="q99",
-    vision_heads=(2, 2),
-    bos_token_id=BOS_ID,
-    stop_token_id=STOP_ID,
-    suffix_token_id=SUFFIX_ID,
-)
-# The second instruction is longer than the first, so that batches are ragged.
-TINY_INSTRUCTIONS = ("push the button", "open the small drawer slowly", "close the window")
-
 
 def pytest_runtest_setup() -> None:
     """Give torch one thread; a command under test may have changed that.
@@ -67,18 +34,6 @@ def pytest_runtest_setup() -> None:
     long, and sums in another order are not bit for bit the same.
     """
     torch.set_num_threads(1)
-
-
-def write_tiny_checkpoint(
-    path: Path, seed: int = 0, config: OftConfig = TINY_CONFIG, size: OftSize = TINY_SIZE
-) -> Path:
-    """Write a whole checkpoint folder; the same seed gives the same bytes."""
-    tokenizer = train_tokenizer(TINY_INSTRUCTIONS, size.vocab_size)
-    bounds = {"q01": [-1.0] * 4, "q99": [1.0] * 4, "min": [-1.0] * 4, "max": [1.0] * 4}
-    statistics = {"tiny": {"action": {**bounds, "mask": [True] * 4}, "proprio": bounds}}
-    module = new_module(size, config, seed)
-    save_checkpoint(path, module, config, tokenizer, statistics, step=0)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -144,8 +99,8 @@ def deployed(inputs: "Inputs", tmp_path_factory: pytest.TempPathFactory) -> "tup
 @pytest.fixture(scope="session")
 def oracles() -> Path:
     """Folder of golden data: `QVLA_ORACLES`, else ../shared/oracles, else the committed subset."""
-    committed = Path(__file__).parent / "data" / "oracles"
-    shared = Path(__file__).parents[2] / "shared" / "oracles"
+    committed = DATA / "oracles"
+    shared = ROOT.parent / "shared" / "oracles"
     named = os.environ.get("QVLA_ORACLES")
     for folder in (Path(named) if named else shared, committed):
         if folder.is_dir():

@@ -18,11 +18,11 @@ from engines.bench.mixes import MIXES, Mix
 from engines.bench.modelopt import ModeloptEnvironment
 from engines.ort import keep_integers_exact, ort_options
 from engines.targets import CPU
-from qvla_export.activations import ActivationRanges
-from qvla_export.external_data import ExternalData
-from qvla_export.graph_figures import measure_graph
-from qvla_export.lowering import lower
-from qvla_export.plan import BitPlan
+from qvla_export.graph.external_data import ExternalData
+from qvla_export.graph.graph_figures import measure_graph
+from qvla_export.graph.lowering import lower
+from qvla_export.quantizer.activations import ActivationRanges
+from qvla_export.quantizer.plan import BitPlan
 
 BASELINE, DYNAMIC = "ORT FP32", "ORT dynamic INT8"
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]

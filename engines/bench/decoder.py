@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from qvla_export.activations import ActivationRanges, storable_range
-from qvla_export.float_graph import export_stage
-from qvla_export.plan import LayerShapes
+from qvla_export.graph.float_graph import export_stage
 from qvla_export.policies.base import Policy, PolicyStage
-from qvla_export.policies.oft_module import LanguageModel
-from qvla_export.target import Target
+from qvla_export.policies.oft.module import LanguageModel
+from qvla_export.quantizer.activations import ActivationRanges, storable_range
+from qvla_export.quantizer.plan import LayerShapes
+from qvla_export.shared.target import Target
 
 INPUT = "hidden"
 # No policy stands behind the plans; they are made for this.

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from engines.bench.decoder import DIGEST
-from qvla_export.activations import ActivationRanges
-from qvla_export.drawn_plan import draw_plan
-from qvla_export.plan import BitPlan, LayerShapes
-from qvla_export.target import Target
+from qvla_export.allocation.random_plan import draw_plan
+from qvla_export.quantizer.activations import ActivationRanges
+from qvla_export.quantizer.plan import BitPlan, LayerShapes
+from qvla_export.shared.target import Target
 
 
 @dataclass(frozen=True)

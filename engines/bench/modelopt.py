@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bench.decoder import INPUT
-from qvla_export.errors import QvlaError
+from qvla_export.shared.errors import QvlaError
 
 # Installed without their dependencies: those are QVLA's, or for GPUs.
 REQUIREMENTS = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.bootstrap import ratio_of_medians
+from qvla_export.shared.bootstrap import ratio_of_medians
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from engines.check.ort_rules import check_ort
 from engines.check.quantization_rules import check_quantization
 from engines.check.rules import RULES
 from engines.trt.modules import is_tensorrt
-from qvla_export.bundle import MANIFEST, Bundle, Stage, TensorSpec
-from qvla_export.target import Target
+from qvla_export.shared.bundle import MANIFEST, Bundle, Stage, TensorSpec
+from qvla_export.shared.target import Target
 
 
 def check_graph(graph: CheckedGraph, target: Target) -> tuple[Finding, ...]:

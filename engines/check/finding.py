@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from qvla_export.errors import QvlaError
+from qvla_export.shared.errors import QvlaError
 
 # "error": the graph will not parse or build, or computes something else.
 # "warning": no document promises the kernel; it may take float16's time and memory.

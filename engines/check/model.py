@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engines.check.finding import Finding
 from engines.check.rules import RULES
-from qvla_export.errors import ArtifactError
+from qvla_export.shared.errors import ArtifactError
 
 if TYPE_CHECKING:
     import onnx

@@ -22,7 +22,7 @@ from engines.check.runtimes import (
     reader,
 )
 from engines.trt.modules import is_tensorrt
-from qvla_export.target import Target
+from qvla_export.shared.target import Target
 
 if TYPE_CHECKING:
     import onnx

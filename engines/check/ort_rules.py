@@ -3,7 +3,7 @@
 from engines.check.model import CheckedGraph, dtype_name
 from engines.check.quantization_rules import check_scale
 from engines.check.quantized import read_quantized
-from qvla_export.target import Target
+from qvla_export.shared.target import Target
 
 _INT2_COLUMNS = 4
 

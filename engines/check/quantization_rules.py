@@ -13,7 +13,7 @@ from engines.check.model import (
 )
 from engines.check.quantized import Quantized, read_quantized, weight_axes
 from engines.check.runtimes import ONNX_COMPUTE
-from qvla_export.target import Target
+from qvla_export.shared.target import Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engines.trt.modules import is_tensorrt
-from qvla_export.target import Runtime, Target
+from qvla_export.shared.target import Runtime, Target
 
 Version = tuple[int, ...]
 

@@ -11,8 +11,8 @@ from engines.trt.gpu import Gpu
 from engines.trt.modules import TrtModule
 from engines.trt.sidecar import REMEDY, Sidecar, engine_path, sidecar_path
 from engines.trt.vouching import NotVouchedFor
-from qvla_export.artifacts import require_same
-from qvla_export.bundle import Bundle, Stage
+from qvla_export.shared.artifacts import require_same
+from qvla_export.shared.bundle import Bundle, Stage
 
 
 def admitted_sidecar(bundle: Bundle, stage: Stage, folder: Path) -> Sidecar:

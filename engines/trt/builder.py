@@ -20,10 +20,10 @@ from engines.trt.shapes import PromptRange, ShapeRange, input_ranges
 from engines.trt.sidecar import Origin, Sidecar, engine_path, sidecar_path
 from engines.trt.timing_cache import TimingCache
 from engines.trt.vouching import NotVouchedFor
-from qvla_export.artifacts import read_json, sha256_file, write_bytes, write_json
-from qvla_export.bundle import Bundle, Stage
-from qvla_export.errors import ArtifactError
-from qvla_export.target import Target
+from qvla_export.shared.artifacts import read_json, sha256_file, write_bytes, write_json
+from qvla_export.shared.bundle import Bundle, Stage
+from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.target import Target
 
 _LOGGER = logging.getLogger(__name__)
 # Called with (stage, phase, steps done, steps in all).

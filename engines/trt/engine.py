@@ -26,7 +26,7 @@ from engines.trt.modules import TrtModule, load_module
 from engines.trt.runner import Scratch, StageRunner
 from engines.trt.shapes import Shape, ShapeRange
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
-from qvla_export.bundle import Bundle, Stage
+from qvla_export.shared.bundle import Bundle, Stage
 
 # First passes of a profile: what TensorRT puts off until a context runs.
 _UNTIMED_PASSES = 5

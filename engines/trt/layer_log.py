@@ -9,7 +9,7 @@ import numpy as np
 from engines.base import EngineError
 from engines.layer_times import LayerTime
 from engines.trt.modules import TrtModule
-from qvla_export.node_names import LayerNode, parse_node_name
+from qvla_export.shared.node_names import LayerNode, parse_node_name
 
 # In the engine inspector's "Metadata", between control characters.
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")

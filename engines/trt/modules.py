@@ -8,7 +8,7 @@ from typing import Any
 
 from engines.base import EngineError
 from engines.trt.gpu import Gpu
-from qvla_export.target import Target
+from qvla_export.shared.target import Target
 
 _CONDITION = re.compile(r"\s*(>=|<=|==|!=|>|<)\s*(\d+(?:\.\d+)*)\s*")
 

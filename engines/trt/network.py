@@ -8,7 +8,7 @@ from typing import Any
 from engines.trt.log import Log
 from engines.trt.modules import BuildError, TrtModule
 from engines.trt.shapes import Shape, ShapeRange
-from qvla_export.target import Target
+from qvla_export.shared.target import Target
 
 _MAX_SHOWN = 3
 

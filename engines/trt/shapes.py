@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engines.trt.modules import BuildError
-from qvla_export.bundle import TensorSpec
+from qvla_export.shared.bundle import TensorSpec
 
 Shape = tuple[int, ...]
 

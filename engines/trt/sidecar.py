@@ -6,8 +6,8 @@ from typing import Any
 
 from engines.trt.shapes import ShapeRange, ranges_from_json, ranges_to_json
 from engines.trt.vouching import NotVouchedFor, read_sealed, write_sealed
-from qvla_export.artifacts import require_fields
-from qvla_export.bundle import Bundle
+from qvla_export.shared.artifacts import require_fields
+from qvla_export.shared.bundle import Bundle
 
 FORMAT = "qvla-engine-1"
 REMEDY = "build it on this machine: qvla build BUNDLE"

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from engines.trt.sidecar import Sidecar
-from qvla_export.bundle import Bundle
+from qvla_export.shared.bundle import Bundle
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from engines.base import EngineError
 from engines.trt.gpu import Gpu
 from engines.trt.modules import BuildError, TrtModule
 from engines.trt.vouching import read_sealed, write_sealed
-from qvla_export.artifacts import write_bytes
+from qvla_export.shared.artifacts import write_bytes
 
 _FORMAT = "qvla-timing-cache-1"
 

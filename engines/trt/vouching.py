@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.base import EngineError
-from qvla_export.artifacts import read_json, write_json
+from qvla_export.shared.artifacts import read_json, write_json
 
 _KEY_BYTES = 32
 SEAL = "seal"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from qvla_export.errors import ArtifactError
+from qvla_export.shared.errors import ArtifactError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from jetson.control.clock import Clock
 from jetson.control.sources import TimedObservation
 from jetson.errors import RefusedSetting
-from qvla_export.observation import Observation
+from qvla_export.shared.observation import Observation
 
 _LOG = logging.getLogger(__name__)
 _REOPEN_S = 1.0

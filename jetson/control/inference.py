@@ -6,7 +6,7 @@ from typing import Protocol
 
 from jetson.control.clock import Clock
 from jetson.control.sources import TimedObservation
-from qvla_export.action import ActionChunk, ActionPolicy
+from qvla_export.shared.action import ActionChunk, ActionPolicy
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ With `StreamSink` on the other end the robot's computer runs the policy of anoth
 import threading
 from typing import BinaryIO
 
-from jetson.contract import PolicyContract
 from jetson.control.clock import Clock
 from jetson.control.sources import PushedSource, TimedObservation
 from jetson.errors import RequestTooLarge
-from jetson.wire import decode_request
+from jetson.serving.policy_contract import PolicyContract
+from jetson.serving.wire import decode_request
 
 # As the server's default.
 _MAX_LINE_BYTES = 32 << 20

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from jetson.errors import RefusedSetting
 from jetson.policy import UnsafeAction
-from qvla_export.statistics import Bounds
+from qvla_export.shared.normalization import Bounds
 
 Vector = NDArray[np.float32]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from jetson.control.clock import Clock
 from jetson.control.sinks import Command
 from jetson.errors import RefusedSetting
-from qvla_export.observation import Observation
+from qvla_export.shared.observation import Observation
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class EpisodeSource:
 
 
 class Steppable(Protocol):
-    """A simulator that is reset: `calibration.simulator.Simulator`."""
+    """A simulator that is reset: `calibration.benchmarks.metaworld.simulator.Simulator`."""
 
     @property
     def done(self) -> bool:

@@ -10,10 +10,10 @@ from engines.trt.admission import admitted_sidecar
 from engines.trt.builder import BuildSettings
 from engines.trt.modules import BuildError, TrtModule, is_tensorrt, load_module
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
-from qvla_export.artifacts import sha256_file
-from qvla_export.bundle import Bundle
-from qvla_export.errors import QvlaError
-from qvla_export.target import Target
+from qvla_export.shared.artifacts import sha256_file
+from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.target import Target
 
 # Code of kernels in a stage's engine, whatever its weights: 5 to 23 MB (TensorRT for RTX 1.7.1).
 _CODE_BYTES = 32_000_000

@@ -8,7 +8,7 @@ from engines.trt.modules import TRAITS, admits
 from jetson.doctor.bundle_facts import BundleFacts
 from jetson.doctor.finding import Check, Finding
 from jetson.doctor.machine import Machine
-from qvla_export.target import Target
+from qvla_export.shared.target import Target
 
 NO_BUNDLE = "no bundle given"
 # Jetson Linux -> the Python that JetPack's modules are for. JetPack 5's 3.8 is too old for us.

@@ -10,8 +10,8 @@ from pathlib import Path
 from jetson.doctor.finding import Check, Finding
 from jetson.doctor.machine import Machine
 from jetson.errors import RefusedSetting
-from jetson.security import TOKEN_VARIABLE, read_token
-from jetson.settings import is_loopback
+from jetson.server_settings import is_loopback
+from jetson.serving.security import TOKEN_VARIABLE, read_token
 
 _PORT = Check("server port", "a server cannot listen where another process does", "free")
 _TOKEN = Check(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from jetson.doctor.bundle_facts import BundleFacts
 from jetson.doctor.finding import Check, Finding
-from qvla_export.artifacts import read_json
-from qvla_export.errors import QvlaError
-from qvla_export.policies.oft_config import CONFIG_NAME, PRESETS, OftConfig, load_config
-from qvla_export.statistics import Statistics, load_statistics
+from qvla_export.policies.oft.config import CONFIG_NAME, PRESETS, OftConfig, load_config
+from qvla_export.shared.artifacts import read_json
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.normalization import Statistics, load_statistics
 
 FILE_NAME = "dataset_statistics.json"
 NO_CHECKPOINT = "no checkpoint given"

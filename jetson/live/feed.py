@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jetson.board import BoardState
-from jetson.contract import PolicyContract
-from jetson.observing import Served
-from qvla_export.statistics import Bounds
+from jetson.serving.observing import Served
+from jetson.serving.policy_contract import PolicyContract
+from qvla_export.shared.normalization import Bounds
 
 # Actions that the latency strip shows.
 RECENT = 120

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from jetson.live.feed import LiveFeed
-from jetson.metrics import Metrics
+from jetson.serving.metrics import Metrics
 
 _FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),

@@ -18,22 +18,22 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from jetson.board_watch import BoardWatch
-from jetson.contract import PolicyContract
+from jetson.board.watch import BoardWatch
 from jetson.control.chunks import TimedChunk
 from jetson.control.records import Counters, Recorder, StepRecord
 from jetson.control.safety import ActionSafety
 from jetson.control.sources import TimedObservation
 from jetson.errors import RefusedSetting
-from jetson.guard import Guard
 from jetson.live.feed import LiveFeed
 from jetson.live.routes import live_routes
-from jetson.metrics import Metrics
-from jetson.observing import Observers, Served
-from jetson.security import Gate, RateLimit
-from jetson.settings import ServerSettings
-from qvla_export.action import ActionChunk
-from qvla_export.statistics import Bounds
+from jetson.server_settings import ServerSettings
+from jetson.serving.guard import Guard
+from jetson.serving.metrics import Metrics
+from jetson.serving.observing import Observers, Served
+from jetson.serving.policy_contract import PolicyContract
+from jetson.serving.security import Gate, RateLimit
+from qvla_export.shared.action import ActionChunk
+from qvla_export.shared.normalization import Bounds
 
 
 class LoopWatch:

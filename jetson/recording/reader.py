@@ -23,12 +23,12 @@ from mcap.stream_reader import StreamReader, breakup_chunk
 from numpy.typing import NDArray
 from PIL import Image
 
-from jetson.contract import PolicyContract
 from jetson.errors import WireError
 from jetson.recording.schemas import ABOUT, ACTION, CAMERA, END, FORMAT, OBSERVATION
-from qvla_export.action import ActionChunk
-from qvla_export.errors import ArtifactError, InvalidObservation, QvlaError
-from qvla_export.observation import Observation
+from jetson.serving.policy_contract import PolicyContract
+from qvla_export.shared.action import ActionChunk
+from qvla_export.shared.errors import ArtifactError, InvalidObservation, QvlaError
+from qvla_export.shared.observation import Observation
 
 _LOG = logging.getLogger(__name__)
 _MAX_RECORD_BYTES = 256 << 20

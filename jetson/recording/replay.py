@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.drift import ActionDrift, action_drift
-from jetson.contract import PolicyContract, processor_of
 from jetson.recording.reader import Recording
-from jetson.service import ActionService
-from qvla_export.action import ActionPolicy
-from qvla_export.artifacts import write_json
-from qvla_export.clock import whole_stages
-from qvla_export.errors import ArtifactError, ArtifactMismatch
+from jetson.serving.policy_contract import PolicyContract, processor_of
+from jetson.serving.service import ActionService
+from qvla_export.shared.action import ActionPolicy
+from qvla_export.shared.artifacts import write_json
+from qvla_export.shared.clock import whole_stages
+from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
 
 _FORMAT = "qvla.replay/1"
 # Of the protocol, not of the policy.

@@ -25,9 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jetson.board import BoardState
-from jetson.contract import PolicyContract
 from jetson.errors import RefusedSetting
-from jetson.observing import Served
 from jetson.recording.queue import DropQueue, Waiting
 from jetson.recording.schemas import (
     ABOUT,
@@ -42,8 +40,10 @@ from jetson.recording.schemas import (
     STEP,
     Images,
 )
-from qvla_export.artifacts import versions
-from qvla_export.observation import Observation
+from jetson.serving.observing import Served
+from jetson.serving.policy_contract import PolicyContract
+from qvla_export.shared.artifacts import versions
+from qvla_export.shared.observation import Observation
 
 if TYPE_CHECKING:
     from jetson.control.chunks import TimedChunk

@@ -12,12 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.action import ActionChunk
 from qvla_export.baselines.baseline import Baseline, BaselineLayer
 from qvla_export.baselines.handing import HandedLinear
-from qvla_export.layers import layer_shapes, replaced_weights, rounded_inputs, traced_layers
-from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
+from qvla_export.policies.layers import (
+    layer_shapes,
+    replaced_weights,
+    rounded_inputs,
+    traced_layers,
+)
+from qvla_export.shared.action import ActionChunk
+from qvla_export.shared.observation import Observation
 
 
 @contextlib.contextmanager

@@ -17,8 +17,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from qvla_export.activations import ActivationRanges
-from qvla_export.artifacts import (
+from qvla_export.baselines.methods import BaselineRequest
+from qvla_export.quantizer.activations import ActivationRanges
+from qvla_export.quantizer.plan import LayerShapes
+from qvla_export.quantizer.quantize import QuantizedWeight
+from qvla_export.shared.artifacts import (
     new_folder,
     read_json,
     require_fields,
@@ -26,10 +29,7 @@ from qvla_export.artifacts import (
     write_bytes,
     write_json,
 )
-from qvla_export.baselines.methods import BaselineRequest
-from qvla_export.errors import ArtifactError, PlanMismatch, QvlaError
-from qvla_export.plan import LayerShapes
-from qvla_export.quantize import QuantizedWeight
+from qvla_export.shared.errors import ArtifactError, PlanMismatch, QvlaError
 
 _FORMAT = "qvla-baseline-1"
 _DESCRIPTION = "baseline.json"
@@ -132,7 +132,7 @@ class Baseline:
         """Refuse a policy that it was not made of.
 
         Args:
-            shapes: of the policy's quantizable layers, see `qvla_export.layers.layer_shapes`.
+            shapes: of the policy's quantizable layers, see `policies.layers.layer_shapes`.
             policy_digest: of the policy.
 
         Raises:

@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 from qvla_export.baselines.baseline import BaselineLayer
 from qvla_export.baselines.handing import blocks_of, coded, hand_over, module_names
 from qvla_export.baselines.quantized import Calibration, Quantized
-from qvla_export.errors import QvlaError
-from qvla_export.layers import layer_shapes, traced_layers
+from qvla_export.policies.layers import layer_shapes, traced_layers
+from qvla_export.shared.errors import QvlaError
 
 # Positional and named arguments of one call.
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]

@@ -16,7 +16,7 @@ from qvla_export.baselines.baseline import BaselineLayer
 from qvla_export.baselines.handing import blocks_of, coded, hand_over, module_names
 from qvla_export.baselines.methods import BaselineRequest
 from qvla_export.baselines.quantized import Calibration, Quantized
-from qvla_export.layers import layer_shapes, traced_layers
+from qvla_export.policies.layers import layer_shapes, traced_layers
 
 
 def quantize(calibration: Calibration) -> Quantized:

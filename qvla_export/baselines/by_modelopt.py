@@ -10,12 +10,12 @@ from modelopt.torch import quantization as mtq
 from numpy.typing import NDArray
 from torch import nn
 
-from qvla_export.activations import ActivationRanges
 from qvla_export.baselines.baseline import BaselineLayer
 from qvla_export.baselines.handing import coded, hand_over, module_names
 from qvla_export.baselines.methods import BaselineRequest
 from qvla_export.baselines.quantized import Calibration, Quantized
-from qvla_export.layers import layer_shapes, traced_layers
+from qvla_export.policies.layers import layer_shapes, traced_layers
+from qvla_export.quantizer.activations import ActivationRanges
 
 
 def quantize(calibration: Calibration) -> Quantized:

@@ -17,10 +17,10 @@ from pathlib import Path
 from qvla_export.baselines.baseline import Baseline
 from qvla_export.baselines.methods import METHODS, BaselineRequest
 from qvla_export.baselines.quantized import Calibration, Quantized
-from qvla_export.errors import QvlaError
+from qvla_export.shared.errors import QvlaError
 
 _REMEDY = "make it with: make baselines-env (pinned in constraints-baselines.txt)"
-_WORKER = "qvla_export.cli.baseline_worker"
+_WORKER = "qvla_export.pipeline.baseline_worker"
 # Lines and characters of a failed library's messages that are kept.
 _LINES, _LAST = 40, 800
 

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.errors import QvlaError
-from qvla_export.layers import traced_layers
-from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy, PolicyBatch
-from qvla_export.quantize import QuantizedWeight
+from qvla_export.policies.layers import traced_layers
+from qvla_export.quantizer.quantize import QuantizedWeight
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.observation import Observation
 
 _BATCH_SIZE = 16
 # Of a step: what rounding of floats may leave between a library's weights and codes times scales.

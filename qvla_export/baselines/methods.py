@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from qvla_export.errors import QvlaError
+from qvla_export.shared.errors import QvlaError
 
 Library = Literal["modelopt", "llmcompressor", "auto_round"]
 

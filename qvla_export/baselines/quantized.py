@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from qvla_export.activations import ActivationRanges
 from qvla_export.baselines.baseline import BaselineLayer
 from qvla_export.baselines.methods import BaselineRequest
-from qvla_export.observation import Observation
 from qvla_export.policies.base import Policy
+from qvla_export.quantizer.activations import ActivationRanges
+from qvla_export.shared.observation import Observation
 
 # Called with (parts done, parts in all).
 Progress = Callable[[int, int], None]

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvla_export.artifacts import read_json, require_fields
 from qvla_export.baselines.baseline import Baseline
 from qvla_export.baselines.methods import METHODS
-from qvla_export.errors import ArtifactError
-from qvla_export.run_folder import RunFolder
+from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.shared.artifacts import read_json, require_fields
+from qvla_export.shared.errors import ArtifactError
 
 _BASELINE = "baseline"
 _ERROR = "action_error.json"

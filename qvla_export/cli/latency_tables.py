@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.table import Table
 
-from qvla_export.latency_figures import PERCENTS, jitter, percentile_text
+from qvla_export.shared.latency_statistics import PERCENTS, jitter, percentile_text
 
 if TYPE_CHECKING:
     from engines.layer_times import LayerTimes, TimeShare
-    from jetson.latency import LatencyComparison
-    from jetson.latency_comparison import LatencyChange
-    from jetson.latency_profile import LatencyProfile
-    from qvla_export.bootstrap import Interval
+    from jetson.latency.comparison import LatencyComparison
+    from jetson.latency.profile import LatencyProfile
+    from jetson.latency.regression import LatencyChange
+    from qvla_export.shared.bootstrap import Interval
 
 _SLOWEST = 15
 _NONE = "-"

@@ -6,7 +6,7 @@ import sys
 
 from rich.console import Console
 
-from qvla_export.errors import QvlaError
+from qvla_export.shared.errors import QvlaError
 
 # What typer exits with after Ctrl-C.
 _INTERRUPTED = 130
@@ -20,7 +20,7 @@ _EXTRAS = {
 
 def main() -> None:
     """Run the `qvla` command; exit 2 with one message on an error a user can mend."""
-    from qvla_export.cli.commands import app
+    from qvla_export.cli.app import app
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "OpenGL", "torch", "onnxscript", "onnx_ir", "matplotlib"):

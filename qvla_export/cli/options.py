@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qvla_export.cli.opening import PolicySource
-from qvla_export.errors import QvlaError
+from qvla_export.pipeline.policy_source import PolicySource
+from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
-    from calibration.lerobot import LeRobotDataset
-    from qvla_export.policies.oft import OftPolicy
+    from calibration.sources.lerobot import LeRobotDataset
+    from qvla_export.policies.oft.policy import OftPolicy
 
 # Under torchrun only --run-folder can be written: it takes --run for one of its own.
 RunOption = Annotated[
@@ -100,7 +100,7 @@ def open_dataset(
     """
     if root is None:
         return None
-    from calibration.lerobot import KeyMap, LeRobotDataset
+    from calibration.sources.lerobot import KeyMap, LeRobotDataset
 
     pairs = [text.partition("=") for text in cameras or ()]
     if bad := [name for name, _, column in pairs if not name or not column]:
@@ -119,7 +119,7 @@ def open_checkpoint(
     Raises:
         QvlaError: it is no checkpoint.
     """
-    from qvla_export.policies.oft import OftPolicy
+    from qvla_export.policies.oft.policy import OftPolicy
 
     source = PolicySource(str(place), unnorm_key, preset, resident=resident)
     if source.kind != "checkpoint":

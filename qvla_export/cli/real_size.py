@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from qvla_export.artifacts import versions, write_json
-from qvla_export.errors import QvlaError
-from qvla_export.peak_memory import high_water_bytes
+from qvla_export.measurement.peak_memory import high_water_bytes
+from qvla_export.shared.artifacts import versions, write_json
+from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
-    from qvla_export.observation import Observation
-    from qvla_export.plan import BitPlan
-    from qvla_export.policies.oft import OftPolicy
+    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.quantizer.plan import BitPlan
+    from qvla_export.shared.observation import Observation
 
 # Shares of the channels at each width: 4 mean bits.
 _MIX = "8:0.15,4:0.7,0:0.15"
@@ -116,8 +116,8 @@ def _shares(text: str) -> dict[int, float] | None:
 
 
 def _checkpoint(wanted: RealSize) -> dict[str, Any]:
-    from qvla_export.geometries import find_geometry
-    from qvla_export.policies.oft_random import write_random_checkpoint
+    from qvla_export.latency_model.published_sizes import find_geometry
+    from qvla_export.policies.oft.random_checkpoint import write_random_checkpoint
 
     with Progress(transient=True) as progress:
         task = progress.add_task("checkpoint")
@@ -132,8 +132,8 @@ def _checkpoint(wanted: RealSize) -> dict[str, Any]:
 
 def _export(wanted: RealSize) -> dict[str, Any]:
     from engines.targets import find_target
-    from qvla_export.export import export_bundle
-    from qvla_export.policies.oft import load_oft_policy
+    from qvla_export.graph.export import export_bundle
+    from qvla_export.policies.oft.policy import load_oft_policy
 
     policy = load_oft_policy(wanted.checkpoint, resident=False)
     plan = _plan(wanted, policy)
@@ -162,7 +162,7 @@ def _export(wanted: RealSize) -> dict[str, Any]:
 def _observation(policy: "OftPolicy") -> "Observation":
     import numpy as np
 
-    from qvla_export.observation import Observation
+    from qvla_export.shared.observation import Observation
 
     spec, generator = policy.processor.spec, np.random.default_rng(0)
     images = {
@@ -174,8 +174,8 @@ def _observation(policy: "OftPolicy") -> "Observation":
 
 def _plan(wanted: RealSize, policy: "OftPolicy") -> "BitPlan | None":
     from engines.targets import find_target
-    from qvla_export.drawn_plan import draw_plan
-    from qvla_export.layers import layer_shapes
+    from qvla_export.allocation.random_plan import draw_plan
+    from qvla_export.policies.layers import layer_shapes
 
     if wanted.mix is None:
         return None
@@ -185,8 +185,8 @@ def _plan(wanted: RealSize, policy: "OftPolicy") -> "BitPlan | None":
 
 def _engines(wanted: RealSize) -> dict[str, Any]:
     from engines.trt.sidecar import engine_folder
-    from qvla_export.bundle import Bundle
-    from qvla_export.cli.building import build_with_progress
+    from qvla_export.cli.build import build_with_progress
+    from qvla_export.shared.bundle import Bundle
 
     bundle = Bundle.load(wanted.bundle)
     built = build_with_progress(bundle, engine_folder(bundle))
@@ -197,7 +197,7 @@ def _act(wanted: RealSize) -> dict[str, Any]:
     import numpy as np
 
     from engines.ort import OrtEngine
-    from qvla_export.bundle import Bundle
+    from qvla_export.shared.bundle import Bundle
 
     bundle = Bundle.load(wanted.bundle)
     golden = bundle.golden()
@@ -240,7 +240,7 @@ def _child(
     import torch  # noqa: F401  # the same
     import transformers  # noqa: F401  # the same
 
-    import qvla_export.export  # noqa: F401  # the same
+    import qvla_export.graph.export  # noqa: F401  # the same
 
     before = high_water_bytes()
     result = step(wanted)

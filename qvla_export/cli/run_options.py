@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qvla_export.errors import QvlaError
+from qvla_export.shared.errors import QvlaError
 
 RunPolicyArgument = Annotated[str, typer.Argument(help="Bundle folder, or URL of a `qvla serve`.")]
 SourceOption = Annotated[

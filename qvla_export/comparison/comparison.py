@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from qvla_export.artifacts import read_json, require_fields, versions, write_json
 from qvla_export.comparison.contestants import parse_contestant
 from qvla_export.comparison.rows import Cost, Outcome, Row, SeedRow
-from qvla_export.errors import ArtifactError, QvlaError
+from qvla_export.shared.artifacts import read_json, require_fields, versions, write_json
+from qvla_export.shared.errors import ArtifactError, QvlaError
 
 _FORMAT = "qvla-comparison-1"
 FLOAT = "float"

@@ -14,7 +14,7 @@ from qvla_export.report import figures
 from qvla_export.report.cells import Table
 from qvla_export.report.page import Drawing
 from qvla_export.report.svg import style
-from qvla_export.sensitivity import Sensitivities
+from qvla_export.sensitivity.sensitivities import Sensitivities
 
 
 @dataclass(frozen=True)

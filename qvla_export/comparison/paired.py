@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qvla_export.errors import QvlaError
+from qvla_export.shared.errors import QvlaError
 
 _NORMAL_95 = 1.959963984540054
 

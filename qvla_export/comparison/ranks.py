@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.agreement import rank_correlation
 from qvla_export.comparison.comparison import Ranks
+from qvla_export.sensitivity.agreement import rank_correlation
 
 # Ranks that differ by no more than this share of their number count as near the diagonal.
 _NEAR = 0.1

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qvla_export.comparison.paired import PairedDifference, paired_difference, wilson_95
-from qvla_export.errors import QvlaError
+from qvla_export.shared.errors import QvlaError
 
 EngineName = Literal["onnxruntime", "torch"]
 

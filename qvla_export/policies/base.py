@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.action import ActionChunk
-from qvla_export.observation import Observation
-from qvla_export.processor import Processor
+from qvla_export.shared.action import ActionChunk
+from qvla_export.shared.observation import Observation
+from qvla_export.shared.processor import Processor
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from qvla_export.report.cells import NONE, Cell, Table
 from qvla_export.report.measured import damage_named, finite, read_object
-from qvla_export.sensitivity import Sensitivities
+from qvla_export.sensitivity.sensitivities import Sensitivities
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ComparedEstimators:
 
 
 def read_estimators(path: Path) -> ComparedEstimators:
-    """Read what `qvla_export.estimators.comparison.Comparison` saved, without its import of torch.
+    """Read what `sensitivity.estimator_comparison.Comparison` saved, without its import of torch.
 
     Raises:
         ArtifactError: the file is missing or damaged.

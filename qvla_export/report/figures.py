@@ -8,8 +8,8 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from numpy.typing import NDArray
 
-from qvla_export.plan import BitPlan
-from qvla_export.report.layer_names import label_of, module_of
+from qvla_export.quantizer.layer_names import label_of, module_of
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.report.measured import RankAgreement
 from qvla_export.report.svg import (
     DASHES,
@@ -23,8 +23,8 @@ from qvla_export.report.svg import (
     short,
     to_svg,
 )
-from qvla_export.sensitivity import Sensitivities
-from qvla_export.target import WIDTHS
+from qvla_export.sensitivity.sensitivities import Sensitivities
+from qvla_export.shared.target import WIDTHS
 
 # A 7-billion-parameter policy has 14 modules; beyond this a legend covers its figure.
 _CURVES = 8

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.artifacts import read_json, require_fields
-from qvla_export.errors import ArtifactError, QvlaError
-from qvla_export.latency_figures import LATENCY_FORMAT, Deadline
+from qvla_export.shared.artifacts import read_json, require_fields
+from qvla_export.shared.errors import ArtifactError, QvlaError
+from qvla_export.shared.latency_statistics import LATENCY_FORMAT, Deadline
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def read_action_error(path: Path) -> ActionError:
 
 
 def read_rollouts(path: Path) -> Rollouts:
-    """Read an evaluation in the format of `calibration.rollouts`."""
+    """Read an evaluation in the format of `calibration.benchmarks.rollouts`."""
     value = read_object(path, "evaluation", ("policy", "digest", "config", "results"))
     with damage_named(path, "evaluation"):
         results = [(str(r["task"]), bool(r["success"])) for r in value["results"]]
@@ -197,7 +197,7 @@ def _episodes(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def read_latencies(path: Path) -> dict[str, Latency]:
-    """Read `latency.json` in the format of `jetson.latency`; the first profile is the baseline."""
+    """Read `latency.json` as `latency.comparison` writes it; the first profile is the baseline."""
     value = read_object(path, "latency", ("format",))
     if value["format"] != LATENCY_FORMAT:
         raise ArtifactError(
@@ -222,7 +222,7 @@ def read_latencies(path: Path) -> dict[str, Latency]:
 
 
 def read_agreement(path: Path) -> RankAgreement:
-    """Read what `qvla_export.agreement.Agreement` saved, without its import of torch."""
+    """Read what `sensitivity.agreement.Agreement` saved, without its import of torch."""
     fields = tuple(RankAgreement.__dataclass_fields__)[:6]
     value = read_object(path, "agreement", (*fields, "pairs"))
     with damage_named(path, "agreement"):

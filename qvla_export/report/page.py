@@ -7,11 +7,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from qvla_export.artifacts import write_bytes
 from qvla_export.report import estimators, figures, result_figures, tables
 from qvla_export.report.missing import missing_artifacts
 from qvla_export.report.run_data import RunData, read_run
 from qvla_export.report.svg import style
+from qvla_export.shared.artifacts import write_bytes
 
 REPORT = "report.html"
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from qvla_export.clock import whole_stages
 from qvla_export.report.measured import Latency, Share
 from qvla_export.report.run_data import RunData, Setting
 from qvla_export.report.svg import (
@@ -21,6 +20,7 @@ from qvla_export.report.svg import (
     short,
     to_svg,
 )
+from qvla_export.shared.clock import whole_stages
 
 _NORMAL_95 = 1.96
 _EXACT = 1e-8  # a sum below is rounding: the float engine beside the float policy

@@ -5,10 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qvla_export.artifacts import require_same, sha256_file
-from qvla_export.bundle import Bundle
-from qvla_export.errors import ArtifactError, ArtifactMismatch
-from qvla_export.plan import BitPlan
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.report.estimators import ComparedEstimators, read_estimators
 from qvla_export.report.measured import (
     ActionError,
@@ -22,7 +19,10 @@ from qvla_export.report.measured import (
     read_object,
     read_rollouts,
 )
-from qvla_export.sensitivity import Sensitivities
+from qvla_export.sensitivity.sensitivities import Sensitivities
+from qvla_export.shared.artifacts import require_same, sha256_file
+from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
 
 _T = TypeVar("_T")
 

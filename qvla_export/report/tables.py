@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.latency_figures import PERCENTS, jitter, percentile_text, tail
 from qvla_export.report.cells import NONE, Cell, Table
 from qvla_export.report.measured import Latency, Share
 from qvla_export.report.run_data import RunData, Setting
-from qvla_export.target import WIDTHS
+from qvla_export.shared.latency_statistics import PERCENTS, jitter, percentile_text, tail
+from qvla_export.shared.target import WIDTHS
 
 _COLUMNS = (
     "Setting",

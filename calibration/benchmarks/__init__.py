@@ -1,0 +1,1 @@
+"""Closed-loop rollouts and their success."""

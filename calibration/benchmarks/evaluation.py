@@ -1,0 +1,154 @@
+"""The nouns of closed-loop judgement: which episodes are run, how each went, what they say."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
+from qvla_export.shared.artifacts import read_json, require_fields, write_json
+from qvla_export.shared.errors import ArtifactError, QvlaError
+
+Control = Literal["none", "blank-image", "wrong-instruction"]
+CONTROLS: tuple[Control, ...] = ("none", "blank-image", "wrong-instruction")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Which episodes are run and how chunks are executed.
+
+    Raises:
+        QvlaError: a value is out of range, or a task is unknown or named twice.
+    """
+
+    tasks: tuple[str, ...]
+    episodes: int
+    # First episode seed; the same seed gives the same scene to every policy.
+    seed: int = 1_000_000
+    # Actions of a chunk executed before the policy looks again; a shorter chunk is executed whole.
+    execute: int = 8
+    # What is taken from the policy to see whether it needs it.
+    control: Control = "none"
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.execute < 1 or not self.tasks or self.seed < 0:
+            raise QvlaError(
+                f"a rollout needs tasks, episodes >= 1, execute >= 1 and seed >= 0, got {self}"
+            )
+        if self.control not in CONTROLS:
+            raise QvlaError(f"control must be one of {CONTROLS}, got {self.control!r}")
+        if len({*self.tasks}) != len(self.tasks):
+            raise QvlaError(f"each task counts once, got {', '.join(self.tasks)}")
+        for name in self.tasks:
+            find_task(name)
+
+    def runnable(self) -> "RolloutConfig":
+        """Return the configuration with only the tasks its control can be tried on.
+
+        Raises:
+            QvlaError: there are none.
+        """
+        if self.control != "wrong-instruction":
+            return self
+        tasks = tuple(name for name in self.tasks if scene_siblings(find_task(name)))
+        if not tasks:
+            raise QvlaError(
+                "the wrong-instruction control needs tasks that share a scene with another, "
+                f"got {', '.join(self.tasks)}"
+            )
+        return replace(self, tasks=tasks)
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One episode."""
+
+    task: str
+    seed: int
+    success: bool
+    # Control steps until success or the limit.
+    steps: int
+    # ||A - A*||^2 of each decision, normalized units; empty without a reference policy.
+    deviations: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All episodes of one policy."""
+
+    # What was evaluated, in words, and the digest of its checkpoint or bundle.
+    policy: str
+    digest: str
+    config: RolloutConfig
+    results: tuple[EpisodeResult, ...]
+    versions: dict[str, str]
+
+    def success(self, task: str | None = None) -> float:
+        """Return the share of solved episodes, of one task or of all.
+
+        Raises:
+            QvlaError: no episode of that task was run.
+        """
+        chosen = [r.success for r in self.results if task in (None, r.task)]
+        if not chosen:
+            raise QvlaError(f"no episode of {task} was run, only {', '.join(self.config.tasks)}")
+        return sum(chosen) / len(chosen)
+
+    def interval(self) -> tuple[float, float]:
+        """Return the Wilson 95 % interval of the overall success."""
+        return wilson_interval(sum(r.success for r in self.results), len(self.results))
+
+    def cumulative_deviation(self) -> list[float]:
+        """Return the mean over episodes of the running sum of deviations, by decision (eq. 5).
+
+        An episode that ended earlier keeps its last sum.
+        """
+        longest = max((len(r.deviations) for r in self.results), default=0)
+        sums = np.zeros((len(self.results), longest))
+        for row, result in zip(sums, self.results, strict=True):
+            row[: len(result.deviations)] = result.deviations
+        return [float(v) for v in np.cumsum(sums, axis=1).mean(axis=0)] if longest else []
+
+    def save(self, path: Path) -> None:
+        """Write JSON atomically, with the summary a reader looks for first."""
+        low, high = self.interval()
+        summary = {
+            "success": self.success(),
+            "wilson_95": [low, high],
+            "episodes": len(self.results),
+            "by_task": {task: self.success(task) for task in self.config.tasks},
+            "cumulative_deviation": self.cumulative_deviation(),
+        }
+        write_json(path, {"summary": summary, **asdict(self)})
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """Read an evaluation.
+
+    Raises:
+        ArtifactError: the file is missing, damaged or of another version.
+    """
+    raw = read_json(path, "evaluation")
+    try:
+        require_fields(raw, ("policy", "digest", "config", "results", "versions"), str(path))
+        config = RolloutConfig(**{**raw["config"], "tasks": tuple(raw["config"]["tasks"])})
+        results = tuple(result_from_json(row) for row in raw["results"])
+        return Evaluation(raw["policy"], raw["digest"], config, results, raw["versions"])
+    except ArtifactError:
+        raise
+    except (TypeError, KeyError, QvlaError) as error:
+        raise ArtifactError(f"{path} is no evaluation ({error}); run qvla evaluate anew") from error
+
+
+def result_from_json(row: dict[str, Any]) -> EpisodeResult:
+    """Read one episode as `dataclasses.asdict` wrote it."""
+    return EpisodeResult(**{**row, "deviations": tuple(row["deviations"])})
+
+
+def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
+    """Return the Wilson 95 % interval of a success rate."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, episodes).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)

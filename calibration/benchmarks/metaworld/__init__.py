@@ -1,0 +1,1 @@
+"""Meta-World: simulator, tasks, scripted experts and the demonstrations they give."""

@@ -1,0 +1,232 @@
+"""One task of the simulator: seeded episodes, control steps, pictures on demand."""
+
+import atexit
+import os
+import warnings
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.benchmarks.metaworld.tasks import Task
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.observation import Observation
+
+# mujoco reads these once, when it is first imported: by us, metaworld or gymnasium.
+_GL = os.environ.setdefault("MUJOCO_GL", "egl")
+if _GL in ("egl", "osmesa"):
+    os.environ.setdefault("PYOPENGL_PLATFORM", _GL)
+
+IMAGE_SIZE = 84
+# Simulator steps per control step: the policy acts at half the simulator's 80 Hz.
+ACTION_REPEAT = 2
+CONTROL_HZ = 40
+ACTION_DIM = 4
+STATE_DIM = 4
+CAMERA = "image"
+PACKAGES = "libegl1 libgl1 libgles2 libegl-mesa0 libosmesa6"
+
+# Links that cost most of the vertices and would only hide what the hand does.
+_ARM = "right_arm_base_link right_l0 right_l1 right_l1_2 right_l2 right_l2_2 right_l3 right_l4 "
+_ARM += "right_l4_2 right_l5 right_l6"
+_STAND = "controller_box pedestal_feet pedestal torso head screen"
+_HIDDEN_BODIES = frozenset(_ARM.split()) | frozenset(_STAND.split())
+_HIDDEN_GROUP = 5
+_VISIBLE_GROUPS = (1, 1, 0, 0, 0, 0)
+
+
+class Simulator:
+    """A Meta-World scene behind the nouns of this project.
+
+    The same task, seed and actions give the same states and the same picture bytes, whatever the
+    object was used for before.  Rendering happens only in `observe` and `reset`.
+    """
+
+    def __init__(self, task: Task, image_size: int = IMAGE_SIZE) -> None:
+        self.task = task
+        self.instruction = task.instruction
+        self.image_size = image_size
+        # Control steps since the last reset.
+        self.steps = 0
+        # Whether the task was solved at any moment since the last reset.
+        self.success = False
+        self._mujoco = _load_mujoco()
+        self._environment = _build_environment(task)
+        _make_cheap_to_draw(self._environment.model, image_size)
+        self._pristine = self._copy_placements()
+        self._renderer: Any = None
+        self._camera, self._options = _view(self._mujoco)
+        self._full_state: NDArray[np.float64] = np.zeros(39)
+        # Where this episode's object (and goal) was put.  float64 [3 or 6]
+        self.placement: NDArray[np.float64] = np.zeros(0)
+
+    def __enter__(self) -> "Simulator":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the renderer and the environment; a second call does nothing."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+            atexit.unregister(self.close)
+        self._environment.close()
+
+    @property
+    def full_state(self) -> NDArray[np.float64]:
+        """What a scripted expert sees, object and goal positions included.  float64 [39]"""
+        return self._full_state.copy()
+
+    @property
+    def state(self) -> NDArray[np.float32]:
+        """Hand position in metres and gripper opening 0..1.  float32 [4]"""
+        return self._full_state[:STATE_DIM].astype(np.float32)
+
+    @property
+    def done(self) -> bool:
+        """Whether the episode is solved or out of steps."""
+        return self.success or self.steps >= self.task.steps
+
+    def reset(self, seed: int, instruction: str | None = None) -> Observation:
+        """Start the episode of that seed; say another instruction than the canonical one."""
+        random = np.random.default_rng(seed)
+        placement = random.uniform(*self.task.placement)
+        hand = random.uniform(*self.task.hand)
+        fraction = random.uniform()
+        environment = self._environment
+        self._restore_placements()
+        environment._last_rand_vec = placement
+        environment.hand_init_pos = hand
+        environment.reset()
+        if (start := self.task.start) is not None:
+            opening = start.low + fraction * (start.high - start.low)
+            environment.data.joint(start.name).qpos = opening
+            environment.data.joint(start.name).qvel = 0.0
+        self._mujoco.mj_forward(environment.model, environment.data)
+        self._full_state = environment._get_obs()
+        self.placement = placement
+        self.instruction = instruction or self.task.instruction
+        self.steps = 0
+        self.success = False
+        return self.observe()
+
+    def step(self, action: NDArray[np.float32]) -> bool:
+        """Apply one action (hand dx, dy, dz and gripper, clipped to -1..1) for one control step.
+
+        Returns whether the task has been solved by now.  Nothing is rendered.
+        """
+        action = np.clip(np.asarray(action, dtype=np.float32), -1.0, 1.0)
+        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
+            raise QvlaError(f"an action is {ACTION_DIM} finite numbers, got {action.tolist()}")
+        for _ in range(ACTION_REPEAT):
+            self._full_state, _, _, _, info = self._environment.step(action)
+            self.success = self.success or bool(info["success"])
+        self.steps += 1
+        return self.success
+
+    def observe(self) -> Observation:
+        """Render the scene and return what the policy sees now."""
+        return Observation({CAMERA: self.render()}, self.instruction, self.state)
+
+    def render(self) -> NDArray[np.uint8]:
+        """Return the picture of the fixed camera.  uint8 [image_size, image_size, 3]"""
+        if self._renderer is None:
+            self._renderer = _make_renderer(self._mujoco, self._environment.model, self.image_size)
+            # Registered after mujoco's own handler, so called before it shuts OpenGL down: a
+            # renderer that outlives it prints errors.
+            atexit.register(self.close)
+        self._renderer.update_scene(self._environment.data, self._camera, self._options)
+        image: NDArray[np.uint8] = self._renderer.render().copy()
+        return image
+
+    def _copy_placements(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        model = self._environment.model
+        return model.body_pos.copy(), model.site_pos.copy()
+
+    def _restore_placements(self) -> None:
+        # An episode moves bodies in the model itself; the next one must not start among them.
+        model = self._environment.model
+        model.body_pos[:], model.site_pos[:] = self._pristine
+
+
+def _load_mujoco() -> Any:
+    try:
+        import mujoco
+    except ImportError as error:
+        if error.name == "mujoco":
+            raise QvlaError("the simulator needs mujoco: pip install 'qvla[sim]'") from None
+        raise _no_opengl(error) from error
+    except Exception as error:
+        # PyOpenGL fails in many ways where a library is missing, mujoco with a RuntimeError.
+        raise _no_opengl(error) from error
+    return mujoco
+
+
+def _no_opengl(error: Exception) -> QvlaError:
+    return QvlaError(
+        f"cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); "
+        f"install the software OpenGL libraries: apt-get install {PACKAGES}"
+    )
+
+
+def _build_environment(task: Task) -> Any:
+    with warnings.catch_warnings():
+        # gymnasium and metaworld warn of their own deprecated calls; nothing here can mend them.
+        warnings.simplefilter("ignore")
+        try:
+            from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        except ImportError as error:
+            raise QvlaError(
+                f"the simulator needs metaworld: pip install 'qvla[sim]' ({error})"
+            ) from None
+        environment = ALL_V3_ENVIRONMENTS[task.environment]()
+    environment._partially_observable = False
+    # The space cached while the goal was hidden would clip the goal to zero.
+    environment.__dict__.pop("sawyer_observation_space", None)
+    environment._freeze_rand_vec = True
+    environment._set_task_called = True
+    # The step limit is ours (in control steps), not Meta-World's.
+    environment.max_path_length = 1 << 62
+    return environment
+
+
+def _make_cheap_to_draw(model: Any, image_size: int) -> None:
+    model.light_castshadow[:] = 0
+    model.mat_reflectance[:] = 0
+    model.vis.quality.offsamples = 0
+    model.vis.quality.shadowsize = 0
+    model.vis.global_.offwidth = image_size
+    model.vis.global_.offheight = image_size
+    for geom in range(model.ngeom):
+        if model.body(model.geom_bodyid[geom]).name in _HIDDEN_BODIES:
+            model.geom_group[geom] = _HIDDEN_GROUP
+
+
+def _view(mujoco: Any) -> tuple[Any, Any]:
+    camera = mujoco.MjvCamera()
+    camera.type = mujoco.mjtCamera.mjCAMERA_FREE
+    camera.lookat[:] = (0.0, 0.73, 0.13)
+    camera.distance, camera.azimuth, camera.elevation = 1.1, 90.0, -50.0
+    options = mujoco.MjvOption()
+    options.geomgroup[:] = _VISIBLE_GROUPS
+    options.sitegroup[:] = 0
+    return camera, options
+
+
+def _make_renderer(mujoco: Any, model: Any, image_size: int) -> Any:
+    try:
+        renderer = mujoco.Renderer(model, image_size, image_size)
+    except Exception as error:
+        raise _no_opengl(error) from error
+    flags = renderer.scene.flags
+    flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+    flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+    return renderer

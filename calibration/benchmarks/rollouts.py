@@ -1,0 +1,268 @@
+"""Closed-loop rollouts: paired seeds, action deviation along episodes, controls, resumable."""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+from rich.progress import Progress
+
+from calibration.benchmarks.evaluation import (
+    CONTROLS,
+    Control,
+    EpisodeResult,
+    Evaluation,
+    RolloutConfig,
+    load_evaluation,
+    result_from_json,
+)
+from calibration.benchmarks.metaworld.simulator import CAMERA, Simulator
+from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
+from calibration.benchmarks.workers import leave_with_parent
+from qvla_export.shared.action import ActionChunk, ActionPolicy
+from qvla_export.shared.artifacts import versions, write_bytes
+from qvla_export.shared.errors import ArtifactError, ArtifactMismatch, QvlaError
+from qvla_export.shared.observation import Observation
+
+__all__ = [
+    "CONTROLS",
+    "Control",
+    "EpisodeResult",
+    "Evaluation",
+    "PolicyFactory",
+    "RolloutConfig",
+    "evaluate",
+    "load_evaluation",
+    "run_episode",
+]
+
+# Makes a policy inside a worker process; must be picklable.
+PolicyFactory = Callable[[], ActionPolicy]
+_BLANK = 127
+
+
+def evaluate(
+    policy: str,
+    digest: str,
+    factory: PolicyFactory,
+    config: RolloutConfig,
+    output: Path,
+    reference: PolicyFactory | None = None,
+    workers: int = 2,
+    reference_digest: str = "",
+) -> Evaluation:
+    """Run all episodes, sharded over processes, and write the evaluation to `output`.
+
+    Finished episodes are kept in `<output>.partial`, so that an interrupted evaluation goes on
+    where it stopped.
+
+    Args:
+        policy: what is evaluated, in words.
+        digest: of its checkpoint or bundle.
+        factory: makes it in each worker.
+        config: the episodes.
+        output: the JSON file to write.
+        reference: makes the policy that every decision is compared with.
+        workers: processes; 1 runs in this one.
+        reference_digest: of the reference, so that episodes of two of them are not mixed.
+
+    Raises:
+        ArtifactMismatch: the partial file belongs to another policy or other settings.
+        QvlaError: a policy's action cannot be executed, or a worker died.
+    """
+    config = config.runnable()
+    wanted = [(t, config.seed + i) for i in range(config.episodes) for t in config.tasks]
+    partial = output.with_name(output.name + ".partial")
+    compared = None if reference is None else reference_digest
+    identity = {"policy": policy, "digest": digest, "reference": compared, "config": asdict(config)}
+    done = _read_partial(partial, json.dumps(identity))
+    missing = [pair for pair in wanted if pair not in done]
+    with Progress() as progress, partial.open("a") as journal:
+        bar = progress.add_task(f"rollouts {policy}", total=len(wanted), completed=len(done))
+        for result in _run_all(missing, factory, reference, config, workers):
+            journal.write(json.dumps(asdict(result)) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+            done[result.task, result.seed] = result
+            progress.advance(bar)
+    ordered = tuple(done[pair] for pair in wanted)
+    evaluation = Evaluation(policy, digest, config, ordered, versions())
+    evaluation.save(output)
+    partial.unlink()
+    return evaluation
+
+
+def run_episode(
+    simulator: Simulator,
+    policy: ActionPolicy,
+    config: RolloutConfig,
+    seed: int,
+    reference: ActionPolicy | None = None,
+) -> EpisodeResult:
+    """Run one episode: look, act for `execute` control steps, look again."""
+    instruction = None
+    if config.control == "wrong-instruction":
+        siblings = scene_siblings(simulator.task)
+        instruction = siblings[seed % len(siblings)].instruction
+    observation = simulator.reset(seed, instruction)
+    deviations: list[float] = []
+    while not simulator.done:
+        seen = _blanked(observation) if config.control == "blank-image" else observation
+        chunk = _usable(policy.infer(seen))
+        if reference is not None:
+            deviations.append(_deviation(chunk, _usable(reference.infer(seen))))
+        for action in chunk.actions[: config.execute]:
+            simulator.step(action)
+            if simulator.done:
+                break
+        else:
+            observation = simulator.observe()
+    task = simulator.task.name
+    return EpisodeResult(task, seed, simulator.success, simulator.steps, tuple(deviations))
+
+
+def _blanked(observation: Observation) -> Observation:
+    blank = np.full_like(observation.images[CAMERA], _BLANK)
+    return replace(observation, images={CAMERA: blank})
+
+
+def _usable(chunk: ActionChunk) -> ActionChunk:
+    if not len(chunk.actions):
+        raise QvlaError("a policy must return at least one action, got an empty chunk")
+    if not (np.isfinite(chunk.actions).all() and np.isfinite(chunk.normalized).all()):
+        raise QvlaError(
+            "a policy must return finite actions, got NaN or infinity; no episode with them counts"
+        )
+    return chunk
+
+
+def _deviation(chunk: ActionChunk, reference: ActionChunk) -> float:
+    ours, theirs = chunk.normalized, reference.normalized
+    if ours.shape != theirs.shape:
+        raise QvlaError(
+            f"policy and reference must return chunks of one shape, got {list(ours.shape)} and "
+            f"{list(theirs.shape)}"
+        )
+    return float(np.square(ours.astype(np.float64) - theirs).sum())
+
+
+def _run_all(
+    pairs: Sequence[tuple[str, int]],
+    factory: PolicyFactory,
+    reference: PolicyFactory | None,
+    config: RolloutConfig,
+    workers: int,
+) -> Iterator[EpisodeResult]:
+    if not pairs:
+        return
+    # By task, so that a worker rarely builds another simulator.
+    ordered = sorted(pairs)
+    if workers <= 1:
+        _start_worker(factory, reference, config)
+        try:
+            yield from map(_run_pair, ordered)
+        finally:
+            _close_worker()
+        return
+    # A forked child would inherit the parent's OpenGL and thread state.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, _start_process, (factory, reference, config))
+    try:
+        for job in as_completed([pool.submit(_run_pair, pair) for pair in ordered]):
+            yield job.result()
+    except BrokenProcessPool as error:
+        raise QvlaError(
+            "a worker process died, perhaps of too little memory; the same command continues, "
+            "with fewer --workers if need be"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Worker:
+    """One process's policies and its simulator of the current task."""
+
+    def __init__(
+        self, factory: PolicyFactory, reference: PolicyFactory | None, config: RolloutConfig
+    ) -> None:
+        self.policy = factory()
+        self.reference = reference() if reference is not None else None
+        self.config = config
+        self.simulator: Simulator | None = None
+
+    def run(self, task: str, seed: int) -> EpisodeResult:
+        if self.simulator is None or self.simulator.task.name != task:
+            self.close()
+            self.simulator = Simulator(find_task(task))
+        return run_episode(self.simulator, self.policy, self.config, seed, self.reference)
+
+    def close(self) -> None:
+        if self.simulator is not None:
+            self.simulator.close()
+            self.simulator = None
+
+
+_worker: _Worker | None = None
+# Why this process has no worker: raised by its first episode, where the parent sees it.
+_failure: QvlaError | None = None
+
+
+def _start_process(
+    factory: PolicyFactory, reference: PolicyFactory | None, config: RolloutConfig
+) -> None:
+    global _failure
+    leave_with_parent()
+    try:
+        _start_worker(factory, reference, config)
+    except QvlaError as error:
+        _failure = error
+
+
+def _start_worker(
+    factory: PolicyFactory, reference: PolicyFactory | None, config: RolloutConfig
+) -> None:
+    global _worker
+    # The pool has a worker for each core: more threads in the renderer only contend.
+    os.environ.setdefault("LP_NUM_THREADS", "0")
+    _worker = _Worker(factory, reference, config)
+
+
+def _close_worker() -> None:
+    global _worker
+    if _worker is not None:
+        _worker.close()
+        _worker = None
+
+
+def _run_pair(pair: tuple[str, int]) -> EpisodeResult:
+    if _failure is not None:
+        raise _failure
+    assert _worker is not None
+    return _worker.run(*pair)
+
+
+def _read_partial(path: Path, header: str) -> dict[tuple[str, int], EpisodeResult]:
+    if not path.exists():
+        write_bytes(path, f"{header}\n".encode())
+        return {}
+    lines = path.read_bytes().splitlines(keepends=True)
+    if not lines or lines[0] != f"{header}\n".encode():
+        raise ArtifactMismatch(
+            f"{path} belongs to another policy or other settings; remove it to start anew"
+        )
+    results: dict[tuple[str, int], EpisodeResult] = {}
+    whole = [line for line in lines[1:] if line.endswith(b"\n")]
+    for line in whole:
+        try:
+            result = result_from_json(json.loads(line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}); remove it to start anew") from error
+        results[result.task, result.seed] = result
+    # A kill may leave half a line: cut it off before appending.
+    write_bytes(path, b"".join([lines[0], *whole]))
+    return results

@@ -1,0 +1,266 @@
+"""The noun `CalibrationSet`: observations drawn from episodes, with a held-out split."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from calibration.benchmarks.metaworld.demonstrations import Recording, record_episode
+from calibration.benchmarks.metaworld.simulator import Simulator
+from calibration.benchmarks.metaworld.tasks import find_task
+from calibration.sources.image_codec import decode_png
+from calibration.sources.lerobot import LeRobotDataset
+from calibration.sources.lerobot_writer import Episode
+from qvla_export.shared.artifacts import (
+    new_folder,
+    read_json,
+    require_fields,
+    sha256_tree,
+    write_bytes,
+    write_json,
+)
+from qvla_export.shared.errors import ArtifactError, QvlaError
+from qvla_export.shared.observation import Observation
+
+_FORMAT = "qvla-calibration-1"
+_DESCRIPTION = "calibration.json"
+_TENSORS = "observations.safetensors"
+_IMAGES = "images/"
+FRAMES_PER_EPISODE = 2
+_REMEDY = "make it anew with qvla calibrate"
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Observations to measure on and others, of other episodes, to judge by."""
+
+    observations: tuple[Observation, ...]
+    held_out: tuple[Observation, ...]
+    # Where they came from and how they were drawn.
+    source: Mapping[str, Any]
+    # How many of `observations` come from each episode, one after the other and in its order;
+    # empty where not known.
+    episode_lengths: tuple[int, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over every observation's content and order."""
+        digest = hashlib.sha256()
+        for observation in (*self.observations, *self.held_out):
+            for name, image in observation.images.items():
+                digest.update(f"{name}{image.shape}".encode() + image.tobytes())
+            digest.update(observation.state.tobytes() + observation.instruction.encode() + b"\0")
+        digest.update(str(len(self.observations)).encode())
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the folder atomically.
+
+        Raises:
+            QvlaError: there are no observations, or they differ in cameras, image size or state.
+        """
+        everything = [*self.observations, *self.held_out]
+        if not everything:
+            raise QvlaError("a calibration set needs at least one observation, got none")
+        tensors = _stacked(everything)
+        description = {
+            "format": _FORMAT,
+            "digest": self.digest,
+            "calibration": len(self.observations),
+            "held_out": len(self.held_out),
+            "cameras": list(everything[0].images),
+            "source": dict(self.source),
+            "episode_lengths": list(self.episode_lengths),
+            "instructions": [o.instruction for o in everything],
+        }
+        with new_folder(path) as folder:
+            write_bytes(folder / _TENSORS, save_tensors(tensors))
+            write_json(folder / _DESCRIPTION, description)
+
+    @staticmethod
+    def load(path: Path) -> "CalibrationSet":
+        """Read a folder and check its digest.
+
+        Raises:
+            ArtifactError: a file is missing, truncated or changed.
+        """
+        description = read_json(path / _DESCRIPTION, "calibration set")
+        if not isinstance(description, dict) or description.get("format") != _FORMAT:
+            raise ArtifactError(f"{path} is not of format {_FORMAT!r}; {_REMEDY}")
+        fields = ("digest", "calibration", "held_out", "cameras", "instructions", "source")
+        require_fields(description, fields, f"calibration set {path}")
+        try:
+            tensors = load_tensors((path / _TENSORS).read_bytes())
+            cameras = {name: tensors[_IMAGES + name] for name in description["cameras"]}
+            everything = [
+                Observation({n: c[i] for n, c in cameras.items()}, text, tensors["state"][i])
+                for i, text in enumerate(description["instructions"])
+            ]
+            count = int(description["calibration"])
+            source = dict(description["source"])
+            # Sets of before episodes were told apart do not have it.
+            lengths = tuple(int(n) for n in description.get("episode_lengths", ()))
+        except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} is incomplete or damaged ({error}); {_REMEDY}") from error
+        loaded = CalibrationSet(
+            tuple(everything[:count]), tuple(everything[count:]), source, lengths
+        )
+        if loaded.digest != description["digest"]:
+            raise ArtifactError(
+                f"{path} was changed after it was made: digest {loaded.digest[:16]}, "
+                f"recorded {str(description['digest'])[:16]}; {_REMEDY}"
+            )
+        return loaded
+
+
+def sample_dataset(
+    dataset: LeRobotDataset,
+    count: int,
+    held_out: int,
+    seed: int,
+    frames_per_episode: int = FRAMES_PER_EPISODE,
+) -> CalibrationSet:
+    """Draw observations from a LeRobot data set; held-out ones come from other episodes.
+
+    Raises:
+        QvlaError: the data set has too few episodes, or nothing is asked for.
+    """
+    _require_counts(count, held_out, frames_per_episode)
+    order = np.random.default_rng(seed).permutation(len(dataset.episodes))
+    needed = -(-count // frames_per_episode) - (-held_out // frames_per_episode)
+    if needed > len(order):
+        raise QvlaError(
+            f"{count} + {held_out} observations need {needed} episodes, {dataset.root} has "
+            f"{len(order)}; ask for fewer or record more"
+        )
+    episodes = (dataset.episode(int(number)) for number in order)
+    source = {**dataset_source(dataset), "seed": seed}
+    return _draw(episodes, count, held_out, seed, source, frames_per_episode)
+
+
+def sample_simulator(
+    tasks: Sequence[str],
+    count: int,
+    held_out: int,
+    seed: int,
+    frames_per_episode: int = FRAMES_PER_EPISODE,
+) -> CalibrationSet:
+    """Draw observations from freshly recorded, disturbed expert episodes of all tasks in turn.
+
+    Raises:
+        QvlaError: nothing is asked for, or a task is unknown.
+    """
+    _require_counts(count, held_out, frames_per_episode)
+    if not tasks:
+        raise QvlaError("drawing from the simulator needs at least one task, got none")
+    recording = Recording(seed=seed)
+
+    def episodes() -> Iterable[Episode]:
+        needed = -(-count // frames_per_episode) - (-held_out // frames_per_episode)
+        rounds = -(-needed // len(tasks))
+        recorded: dict[str, list[Episode]] = {}
+        for name in tasks:
+            with Simulator(find_task(name)) as simulator:
+                recorded[name] = [record_episode(simulator, recording, i) for i in range(rounds)]
+        return (recorded[name][i] for i in range(rounds) for name in tasks)
+
+    source = {"simulator": list(tasks), "seed": seed}
+    return _draw(episodes(), count, held_out, seed, source, frames_per_episode)
+
+
+def dataset_source(dataset: LeRobotDataset) -> dict[str, Any]:
+    """Return what tells one drawing's data from another's: name, metadata digest, columns used."""
+    root = dataset.root
+    files = (p.relative_to(root).as_posix() for p in (root / "meta").rglob("*") if p.is_file())
+    return {
+        "dataset": root.resolve().name,
+        "dataset_digest": sha256_tree(root, files),
+        "columns": {**dataset.keys.images, "state": dataset.keys.state},
+    }
+
+
+def _require_counts(count: int, held_out: int, frames_per_episode: int) -> None:
+    if count < 1 or held_out < 1 or frames_per_episode < 1:
+        raise QvlaError(
+            "observations to measure on, to judge by and of one episode must be at least 1 each, "
+            f"got {count}, {held_out} and {frames_per_episode}"
+        )
+
+
+def _draw(
+    episodes: Iterable[Episode],
+    count: int,
+    held_out: int,
+    seed: int,
+    source: Mapping[str, Any],
+    frames: int,
+) -> CalibrationSet:
+    random = np.random.default_rng((seed, 1))
+    ordered = iter(episodes)
+    parts = []
+    lengths: list[list[int]] = []
+    for wanted in (count, held_out):
+        drawn: list[Observation] = []
+        lengths.append([])
+        while len(drawn) < wanted:
+            episode = next(ordered, None)
+            if episode is None:
+                raise QvlaError(
+                    f"the episodes are too short for {count} + {held_out} observations, "
+                    f"{frames} of each; ask for fewer or record more"
+                )
+            found = _frames(episode, random, min(frames, wanted - len(drawn)))
+            drawn.extend(found)
+            lengths[-1].append(len(found))
+        parts.append(tuple(drawn))
+    source = {**source, "count": count, "held_out": held_out}
+    if frames != FRAMES_PER_EPISODE:
+        source["frames_per_episode"] = frames
+    return CalibrationSet(parts[0], parts[1], source, tuple(lengths[0]))
+
+
+def _frames(episode: Episode, random: np.random.Generator, most: int) -> list[Observation]:
+    size = min(most, len(episode))
+    rows = np.sort(random.choice(len(episode), size=size, replace=False))
+    return [
+        Observation(
+            {name: decode_png(pngs[row]) for name, pngs in episode.images.items()},
+            episode.instruction,
+            episode.state[row],
+        )
+        for row in rows
+    ]
+
+
+def _stacked(observations: Sequence[Observation]) -> dict[str, NDArray[Any]]:
+    first = observations[0]
+    if any(list(o.images) != list(first.images) for o in observations):
+        raise QvlaError(f"all observations must have the cameras {list(first.images)}")
+    columns: dict[str, list[NDArray[Any]]] = {"state": [o.state for o in observations]}
+    for name in first.images:
+        columns[_IMAGES + name] = [o.images[name] for o in observations]
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, arrays in columns.items():
+        shapes = {array.shape for array in arrays}
+        if len(shapes) != 1:
+            what = f"images of camera {name.removeprefix(_IMAGES)!r}" if "/" in name else "states"
+            raise QvlaError(f"{what} must have one size, got {sorted(shapes)}")
+        tensors[name] = np.stack(arrays)
+    return tensors
+
+
+def describe(calibration: CalibrationSet) -> str:
+    """Return one line that says what a calibration set holds."""
+    source = json.dumps(dict(calibration.source))
+    return (
+        f"{len(calibration.observations)} observations, {len(calibration.held_out)} held out, "
+        f"from {source[:120]}"
+    )

@@ -1,0 +1,1 @@
+"""Recorded demonstrations, read from and written to the formats people have."""

@@ -1,0 +1,115 @@
+"""Rows of parquet files by number, one row group in memory at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qvla_export.shared.errors import ArtifactError
+
+# What pyarrow raises for damaged bytes; names that are no UTF-8 come as a bare decoding error.
+_DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
+
+
+class ParquetRows:
+    """Reads runs of rows from a folder's parquet files; the last row group is kept."""
+
+    def __init__(self, root: Path, columns: Sequence[str]) -> None:
+        self._root = root
+        self._columns = list(columns)
+        self._name: str | None = None
+        self._file: Any = None
+        self._starts = np.zeros(0, dtype=np.int64)
+        self._group: int | None = None
+        self._table: Any = None
+
+    def read(self, name: str, start: int, stop: int) -> Any:
+        """Return rows [start, stop) of one file as a pyarrow table.
+
+        Raises:
+            ArtifactError: the file is missing, damaged, lacks a column or has too few rows.
+        """
+        self._open(name)
+        if not 0 <= start < stop <= self._starts[-1]:
+            raise ArtifactError(
+                f"{self._root / name} has {self._starts[-1]} rows, not {start}..{stop}; "
+                "the dataset is incomplete or its metadata belongs to another one"
+            )
+        parts = []
+        while start < stop:
+            group = int(np.searchsorted(self._starts, start, side="right")) - 1
+            end = min(stop, int(self._starts[group + 1]))
+            first = int(self._starts[group])
+            parts.append(self._read_group(group).slice(start - first, end - start))
+            start = end
+        return parts[0] if len(parts) == 1 else pa.concat_tables(parts)
+
+    def close(self) -> None:
+        """Close the open file; reading again reopens it."""
+        if self._file is not None:
+            self._file.close()
+        self._name = self._file = self._group = self._table = None
+
+    def _open(self, name: str) -> None:
+        if name == self._name:
+            return
+        self.close()
+        path = self._root / name
+        self._file = open_parquet(path)
+        missing = [key for key in self._columns if key not in self._file.schema_arrow.names]
+        if missing:
+            present = ", ".join(self._file.schema_arrow.names)
+            self.close()
+            raise ArtifactError(f"{path} lacks the columns {missing}; it has {present}")
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._name = name
+
+    def _read_group(self, group: int) -> Any:
+        if group != self._group:
+            try:
+                self._table = self._file.read_row_group(group, columns=self._columns)
+            except _DAMAGED as error:
+                self._group = None
+                raise _damaged(self._root / str(self._name), error) from None
+            self._group = group
+        return self._table
+
+
+def open_parquet(path: Path) -> Any:
+    """Open a parquet file.
+
+    Raises:
+        ArtifactError: it is missing, truncated or no parquet file.
+    """
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise ArtifactError(f"a file of the dataset is missing: {path}") from None
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
+    """Return a small parquet file as a pyarrow table; all columns by default.
+
+    Raises:
+        ArtifactError: it is missing, damaged or lacks a column.
+    """
+    with open_parquet(path) as file:
+        try:
+            present = file.schema_arrow.names
+            missing = [key for key in columns or () if key not in present]
+            if missing:
+                raise ArtifactError(f"{path} lacks the columns {missing}; it has {present}")
+            return file.read(columns=None if columns is None else list(columns))
+        except _DAMAGED as error:
+            raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{path} is truncated or damaged ({error}); copy the dataset again")

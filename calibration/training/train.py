@@ -1,0 +1,102 @@
+"""Imitation training of a small OpenVLA-OFT policy from demonstrations. Resumable."""
+
+import io
+import json
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from calibration.sources.lerobot import LeRobotDataset
+from calibration.training.trainer import REFERENCE_CONFIG, Trainer, TrainingConfig
+from calibration.training.training_data import load_frames
+from qvla_export.policies.oft.new_checkpoint import OftSize, save_checkpoint
+from qvla_export.shared.artifacts import versions, write_bytes, write_json
+from qvla_export.shared.errors import ArtifactError
+
+__all__ = ["REFERENCE_CONFIG", "OftSize", "TrainingConfig", "train_policy"]
+
+_LOG = logging.getLogger(__name__)
+
+
+def train_policy(
+    root: Path, output: Path, size: OftSize, config: TrainingConfig, data_name: str
+) -> Path:
+    """Train on a LeRobot data set; returns the checkpoint folder `output/checkpoint`.
+
+    Killed and started again with the same arguments it continues from the last saved state;
+    `steps` and the decay may change between runs.
+
+    Raises:
+        QvlaError: the data do not fit the network or the batch.
+        ArtifactMismatch: `output` holds a training with other settings, network or data.
+    """
+    frames = load_frames(LeRobotDataset(root), REFERENCE_CONFIG, data_name, size.vocab_size)
+    trainer = Trainer(frames, size, config)
+    state_path, log_path = output / "training_state.pt", output / "training_log.jsonl"
+    if state_path.exists():
+        trainer.load_state_dict(_load_state(state_path))
+        _LOG.info("continuing at step %d", trainer.step)
+    log = _read_log(log_path, trainer.step)
+    started, first = time.monotonic(), trainer.step
+    with Progress() as progress:
+        bar = progress.add_task("training", total=config.steps, completed=trainer.step)
+        while trainer.step < config.steps:
+            losses = trainer.train_step()
+            progress.update(bar, completed=trainer.step)
+            if trainer.step % 50 == 0 or trainer.step == config.steps:
+                rate = (trainer.step - first) * config.batch_size / (time.monotonic() - started)
+                log.append({"step": trainer.step, **losses, "samples_per_s": round(rate, 1)})
+            if trainer.step % config.save_every_steps == 0 or trainer.step == config.steps:
+                _save(trainer, output, state_path, log_path, log)
+    write_json(
+        output / "training.json",
+        {
+            "config": asdict(config),
+            "size": asdict(size),
+            "frames": len(frames),
+            "episodes": frames.statistics[data_name]["num_trajectories"],
+            "versions": versions(),
+        },
+    )
+    return output / "checkpoint"
+
+
+def _save(
+    trainer: Trainer, output: Path, state_path: Path, log_path: Path, log: list[dict[str, float]]
+) -> None:
+    buffer = io.BytesIO()
+    torch.save(trainer.state_dict(), buffer)
+    # The state last: a finished state promises that the checkpoint is there.
+    save_checkpoint(
+        output / "checkpoint",
+        trainer.averaged,
+        REFERENCE_CONFIG,
+        trainer.frames.tokenizer,
+        trainer.frames.statistics,
+        trainer.step,
+    )
+    write_bytes(log_path, "".join(json.dumps(row) + "\n" for row in log).encode())
+    write_bytes(state_path, buffer.getvalue())
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"step", "identity", "module", "averaged", "goals", "optimizer"} - set(state)
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise ArtifactError(f"{path} cannot be resumed from: {error}; remove it") from error
+    if missing:
+        raise ArtifactError(f"{path} lacks {sorted(missing)}; remove it to train anew")
+    return state
+
+
+def _read_log(path: Path, step: int) -> list[dict[str, float]]:
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if row["step"] <= step]

@@ -1,0 +1,1 @@
+"""Clients of the action server: HTTP and the other protocols, load, and what times them."""

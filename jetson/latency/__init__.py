@@ -1,0 +1,1 @@
+"""Latency profiles of an action: measured, compared, and read from other tools."""

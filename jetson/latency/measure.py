@@ -1,0 +1,187 @@
+"""Measure latency through the code path that serves: real bodies, the real handler."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from jetson.board import BoardState, ask_board
+from jetson.clients.http_client import RemotePolicy
+from jetson.errors import PolicyFailure
+from jetson.latency.comparison import LatencyComparison, compare_profiles
+from jetson.latency.profile import LatencyProfile
+from jetson.serving.policy_contract import PolicyContract
+from jetson.serving.service import ActionService
+from jetson.serving.wire import decode_request, encode_request
+from qvla_export.shared.action import ActionPolicy
+from qvla_export.shared.artifacts import versions
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.latency_statistics import Deadline
+from qvla_export.shared.observation import Observation
+
+# Called with (actions done, actions in all).
+Progress = Callable[[int, int], None]
+
+
+class _Taken(NamedTuple):
+    start_ns: int
+    # Stage -> milliseconds.
+    timing_ms: Mapping[str, float]
+
+
+class _Endpoint(Protocol):
+    contract: PolicyContract
+    transport: str
+
+    def request(self, body: bytes) -> Mapping[str, float]:
+        """Answer one body; return stage -> milliseconds with "total"."""
+        ...
+
+
+# Also where the body is OpenVLA's, whose clients expect the first action alone.
+_WHOLE_CHUNK = partial(decode_request, reply="chunk")
+
+
+class _InProcess:
+    transport = "in-process"
+
+    def __init__(self, policy: ActionPolicy) -> None:
+        self._service = ActionService(policy)
+        self.contract = self._service.contract
+
+    def request(self, body: bytes) -> Mapping[str, float]:
+        answer = self._service.answer(body, _WHOLE_CHUNK)
+        if answer.status != 200:
+            raise PolicyFailure(f"an action failed while measuring: {answer.body.decode()}")
+        return answer.timing_ms
+
+
+class _OverHttp:
+    transport = "http"
+
+    def __init__(self, remote: RemotePolicy) -> None:
+        self._remote = remote
+        self.contract = remote.contract
+
+    def request(self, body: bytes) -> Mapping[str, float]:
+        return self._remote.post(body, "chunk")[1]
+
+
+def profile_latency(
+    policies: Mapping[str, ActionPolicy | str],
+    observations: Sequence[Observation],
+    warmup: int = 10,
+    samples: int = 200,
+    progress: Progress | None = None,
+    load_ms: Mapping[str, float] | None = None,
+    conditions: Mapping[str, str] | None = None,
+    deadline: Deadline | None = None,
+) -> LatencyComparison:
+    """Measure one or more policies, interleaved action by action; the first is the baseline.
+
+    Each round sends one observation to every policy, in an order that rotates from round to
+    round, so that a slow moment of the machine hits all of them alike.
+
+    Args:
+        policies: name -> policy measured in this process, or the URL of a `qvla serve`.
+        observations: sent in turn.
+        warmup: rounds before the samples.
+        samples: rounds measured.
+        progress: called after every action.
+        load_ms: name -> loading time, where the caller measured it.
+        conditions: name -> how the engine runs (threads, weights), for the record.
+        deadline: until when actions are wanted, for the record.
+
+    Raises:
+        QvlaError: there is nothing to measure, or an observation does not fit a policy.
+        PolicyFailure: a policy failed; nothing is returned of a run with holes.
+    """
+    if not policies or not observations or samples < 1 or warmup < 0:
+        raise QvlaError(
+            f"profiling needs policies, observations, samples >= 1 and warmup >= 0; got "
+            f"{len(policies)}, {len(observations)}, {samples} and {warmup}"
+        )
+    opened: list[RemotePolicy] = []
+    try:
+        endpoints = {name: _endpoint(policy, opened) for name, policy in policies.items()}
+        before = ask_board()
+        taken = _measure(endpoints, observations, warmup + samples, progress)
+        after = ask_board()
+    finally:
+        for remote in opened:
+            remote.close()
+    loaded, said = load_ms or {}, conditions or {}
+    return compare_profiles(
+        [
+            replace(
+                _profile(name, endpoint, taken[name], warmup, loaded.get(name), (before, after)),
+                conditions=said.get(name, ""),
+            )
+            for name, endpoint in endpoints.items()
+        ],
+        deadline,
+    )
+
+
+def _endpoint(policy: ActionPolicy | str, opened: list[RemotePolicy]) -> _Endpoint:
+    if isinstance(policy, str):
+        opened.append(RemotePolicy(policy))
+        return _OverHttp(opened[-1])
+    return _OverHttp(policy) if isinstance(policy, RemotePolicy) else _InProcess(policy)
+
+
+def _measure(
+    endpoints: Mapping[str, _Endpoint],
+    observations: Sequence[Observation],
+    rounds: int,
+    progress: Progress | None,
+) -> dict[str, list[_Taken]]:
+    """Return each endpoint's actions, one a round."""
+    used = observations[:rounds]
+    bodies = {
+        name: [encode_request(observation, endpoint.contract) for observation in used]
+        for name, endpoint in endpoints.items()
+    }
+    taken: dict[str, list[_Taken]] = {name: [] for name in endpoints}
+    names = list(endpoints)
+    for index in range(rounds):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            body = bodies[name][index % len(used)]
+            start_ns = time.perf_counter_ns()
+            taken[name].append(_Taken(start_ns, endpoints[name].request(body)))
+            if progress is not None:
+                progress(sum(map(len, taken.values())), rounds * len(names))
+    return taken
+
+
+def _profile(
+    name: str,
+    endpoint: _Endpoint,
+    taken: Sequence[_Taken],
+    warmup: int,
+    load_ms: float | None,
+    boards: tuple[BoardState, BoardState],
+) -> LatencyProfile:
+    kept = taken[warmup:]
+    stages = dict.fromkeys(stage for action in kept for stage in action.timing_ms)
+    starts_ns = np.array([action.start_ns for action in kept])
+    return LatencyProfile(
+        name=name,
+        # A stage that did not run in some action took no time there.
+        samples_ms={s: np.array([a.timing_ms.get(s, 0.0) for a in kept]) for s in stages},
+        started_ms=(starts_ns - starts_ns[0]) / 1e6,
+        warmup=warmup,
+        first_action_ms=taken[0].timing_ms["total"],
+        load_ms=load_ms,
+        transport=endpoint.transport,
+        bundle_digest=endpoint.contract.bundle_digest,
+        target=endpoint.contract.target,
+        horizon=endpoint.contract.horizon,
+        versions=versions(),
+        board_before=boards[0],
+        board_after=boards[1],
+    )

@@ -1,0 +1,76 @@
+"""Everything that watches a server: metrics, the live page, the board and the recorder."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.routing import BaseRoute
+
+from jetson.board.watch import BoardWatch
+from jetson.live.feed import LiveFeed
+from jetson.live.routes import live_routes
+from jetson.recording.writer import McapRecorder
+from jetson.server_settings import ServerSettings
+from jetson.serving.metrics import Metrics
+from jetson.serving.observing import Observer, Observers, Served
+from jetson.serving.policy_contract import PolicyContract, processor_of
+from qvla_export.shared.action import ActionPolicy
+from qvla_export.shared.errors import QvlaError
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told of every request, and where people read what they know."""
+
+    observers: Observers
+    routes: list[BaseRoute]
+
+    def refused(self, error: QvlaError) -> None:
+        """Note a request that was turned away unread."""
+        self.observers.answered(Served(None, None, {}, error))
+
+
+@contextlib.contextmanager
+def watching(
+    policy: ActionPolicy, contract: PolicyContract, settings: ServerSettings
+) -> Iterator[Watch]:
+    """Yield what watches a server; closes the recording, if there is one, at the end.
+
+    Raises:
+        RefusedSetting: the recording cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        board = stack.enter_context(BoardWatch())
+        recorder: McapRecorder | None = None
+        if settings.record is not None:
+            recorder = stack.enter_context(
+                McapRecorder(
+                    settings.record, contract, lambda: board.state, "serve", settings.record_images
+                )
+            )
+
+        def recording() -> dict[str, Any] | None:
+            if recorder is None:
+                return None
+            counts = {"written": recorder.written, "dropped": recorder.dropped}
+            return {"file": recorder.path.name, **counts}
+
+        processor = processor_of(policy)
+        metrics = Metrics(
+            contract,
+            lambda: board.state,
+            settings.deadline_ms,
+            lambda: 0 if recorder is None else recorder.dropped,
+        )
+        feed = LiveFeed(
+            contract,
+            lambda: board.state,
+            None if processor is None else processor.statistics.action,
+            settings.deadline_ms,
+            recording,
+        )
+        observers: tuple[Observer, ...] = (metrics, feed)
+        if recorder is not None:
+            observers = (*observers, recorder)
+        yield Watch(Observers(observers), live_routes(feed, metrics))

@@ -1,0 +1,126 @@
+"""The noun `PolicyContract`: what a client must send to a policy and what it gets back."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from jetson.errors import RefusedSetting, WireError
+from qvla_export.shared.action import ActionPolicy
+from qvla_export.shared.errors import InvalidObservation
+from qvla_export.shared.observation import Observation
+
+# Request fields that no camera may be called.
+RESERVED_FIELDS = ("instruction", "state", "unnorm_key", "encoded")
+_WARMUP_SIDE = 224
+
+
+@dataclass(frozen=True)
+class PolicyContract:
+    """Inputs and outputs of a served policy, and which policy it is.
+
+    Raises:
+        RefusedSetting: there is no camera, two share a name, or a name is a request field.
+    """
+
+    # Image names, primary camera first.
+    cameras: tuple[str, ...]
+    # Actions in a chunk and dimensions of an action.
+    horizon: int
+    action_dim: int
+    # Length of the proprioceptive state; 0 where the policy takes none.
+    state_dim: int
+    # Data set whose statistics un-normalize the actions.
+    unnorm_key: str
+    # Digest of the bundle and the target it was exported for; empty where there is none.
+    bundle_digest: str = ""
+    target: str = ""
+
+    def __post_init__(self) -> None:
+        taken = [name for name in self.cameras if name in RESERVED_FIELDS]
+        if not self.cameras or len({*self.cameras}) != len(self.cameras) or taken:
+            raise RefusedSetting(
+                f"a policy needs distinct camera names other than {list(RESERVED_FIELDS)}, "
+                f"got {list(self.cameras)}; rename the cameras in the policy's configuration"
+            )
+
+    def check(self, observation: Observation) -> None:
+        """Refuse an observation that lacks a camera or whose state has another length.
+
+        Raises:
+            InvalidObservation: the message lists what the policy needs.
+        """
+        missing = [name for name in self.cameras if name not in observation.images]
+        if missing:
+            raise InvalidObservation(
+                f"the policy needs images {list(self.cameras)}, missing {missing}, "
+                f"got {sorted(observation.images)}"
+            )
+        if self.state_dim and observation.state.shape != (self.state_dim,):
+            raise InvalidObservation(
+                f"the policy needs a state of {self.state_dim} numbers, "
+                f"got {list(observation.state.shape)}; send it as 'state'"
+            )
+
+    def blank_observation(self) -> Observation:
+        """Return a valid observation of nothing, for warming an engine up."""
+        image = np.zeros((_WARMUP_SIDE, _WARMUP_SIDE, 3), np.uint8)
+        state = np.zeros(self.state_dim, np.float32)
+        return Observation(dict.fromkeys(self.cameras, image), "hold still", state)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the contract as `GET /metadata` sends it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> "PolicyContract":
+        """Read what `to_json` wrote; unknown fields are ignored.
+
+        Raises:
+            WireError: a field is missing or of the wrong kind.
+        """
+        kinds: Mapping[str, type] = {
+            "horizon": int, "action_dim": int, "state_dim": int,
+            "unnorm_key": str, "bundle_digest": str, "target": str,
+        }  # fmt: skip
+        cameras = value.get("cameras") if isinstance(value, dict) else None
+        if not isinstance(cameras, list) or any(not isinstance(name, str) for name in cameras):
+            raise WireError(f"policy metadata needs a list of cameras, got {value!r:.200}")
+        wrong = [name for name, kind in kinds.items() if type(value.get(name)) is not kind]
+        if wrong:
+            raise WireError(f"policy metadata lacks {wrong}; is the server a `qvla serve`?")
+        return cls(cameras=tuple(cameras), **{name: value[name] for name in kinds})
+
+
+def contract_of(policy: ActionPolicy) -> PolicyContract:
+    """Return the contract of a policy: its own, or that of its processor and bundle.
+
+    Raises:
+        RefusedSetting: the policy has neither.
+    """
+    contract = getattr(policy, "contract", None)
+    if isinstance(contract, PolicyContract):
+        return contract
+    processor = processor_of(policy)
+    if processor is None:
+        raise RefusedSetting(
+            f"{type(policy).__name__} has neither a contract nor a processor; "
+            "pass contract=PolicyContract(...)"
+        )
+    bundle, spec = getattr(policy, "bundle", None), processor.spec
+    return PolicyContract(
+        cameras=tuple(spec.cameras),
+        horizon=spec.horizon,
+        action_dim=spec.action_dim,
+        state_dim=spec.state_dim,
+        unnorm_key=processor.statistics.key,
+        bundle_digest=getattr(bundle, "digest", ""),
+        target=getattr(bundle, "target", ""),
+    )
+
+
+def processor_of(policy: ActionPolicy) -> Any:
+    """Return the `shared.processor.Processor` of a policy or its bundle; None without one."""
+    bundle = getattr(policy, "bundle", None)
+    return getattr(bundle if bundle is not None else policy, "processor", None)

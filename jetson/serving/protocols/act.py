@@ -1,0 +1,99 @@
+"""`POST /act` of OpenVLA and OpenVLA-OFT over HTTP; the bodies are those of `jetson.serving.wire`.
+
+Upstream answers every failure with HTTP 200 and the body "error"; here the status is honest and
+the body says why, unless `strict_compat` asks for upstream's form.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import Mapping
+from functools import partial
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from jetson.errors import RequestTooLarge, RequestTooSlow, WireError
+from jetson.server_settings import ServerSettings
+from jetson.serving.request_queue import ActionLine
+from jetson.serving.service import Answer
+from jetson.serving.wire import REPLIES, Reply, decode_request
+from qvla_export.shared.errors import QvlaError
+
+_LOG = logging.getLogger(__name__)
+_NOT_A_TOKEN = re.compile(r"[^A-Za-z0-9_.-]")
+
+
+class ActEndpoint:
+    """Answers `POST /act`."""
+
+    def __init__(self, line: ActionLine, settings: ServerSettings) -> None:
+        self._line = line
+        self._settings = settings
+
+    async def act(self, request: Request) -> Response:
+        """Answer one request with actions or the reason why there are none."""
+        try:
+            answer = await self._answer(request)
+        except ClientDisconnect:
+            _LOG.info("a client left before its request was complete")
+            return Response(status_code=400)
+        except QvlaError as error:
+            _LOG.warning("no action: %s", error)
+            answer = Answer.of_error(error)
+            # The body may not have been read to its end, and will not be.
+            headers = {"connection": "close"}
+        else:
+            if answer.error is not None:
+                _LOG.warning("no action: %s", answer.error)
+            headers = {"server-timing": _server_timing(answer.timing_ms)}
+        if answer.error is not None and self._settings.strict_compat:
+            return JSONResponse("error", headers=headers)
+        return Response(answer.body, answer.status, headers, "application/json")
+
+    async def _answer(self, request: Request) -> Answer:
+        reply = _reply(request, self._settings)
+        with self._line.place():
+            body = await _read_body(request, self._settings)
+            return await self._line.answer(body, partial(decode_request, reply=reply))
+
+
+def _reply(request: Request, settings: ServerSettings) -> Reply:
+    asked = request.query_params.get("reply", settings.reply)
+    for known in REPLIES:
+        if asked == known:
+            return known
+    raise WireError(f"reply must be one of {list(REPLIES)}, got {asked!r:.40}")
+
+
+async def _read_body(request: Request, settings: ServerSettings) -> bytes:
+    limit = settings.max_body_bytes
+    too_large = RequestTooLarge(
+        f"the body may have {limit} bytes; send smaller images or raise the server's limit"
+    )
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared[:20]) > limit:
+        raise too_large
+
+    async def read() -> bytes:
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise too_large
+            parts.append(part)
+        return b"".join(parts)
+
+    try:
+        return await asyncio.wait_for(read(), settings.body_timeout_s)
+    except asyncio.TimeoutError:
+        raise RequestTooSlow(
+            f"the body did not arrive within {settings.body_timeout_s:g} s"
+        ) from None
+
+
+def _server_timing(timing_ms: Mapping[str, float]) -> str:
+    """Return W3C `Server-Timing`: stages in order, durations in milliseconds."""
+    return ", ".join(
+        f"{_NOT_A_TOKEN.sub('_', name)};dur={ms:.4f}" for name, ms in timing_ms.items()
+    )

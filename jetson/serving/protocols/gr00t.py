@@ -1,0 +1,257 @@
+"""GR00T's ZMQ protocol: one msgpack map a request, one reply each, arrays as the bytes of np.save.
+
+    request  {"endpoint", "data": {...}, "api_token"?}; endpoints get_action (the default), ping,
+             reset, get_modality_config; kill is refused, a robot's server is not a client's to end
+    data     {"observation": {"video": {camera: uint8 [1, 1, h, w, 3]},
+                              "state": {"state": float [1, 1, n]},
+                              "language": {any one key: [[instruction]]}}, "options"}
+             or the same keys flat: "video.<camera>", "state.<name>", and any other for language
+    reply    [{"actions": float32 [1, horizon, dim]}, {"timing_ms": ...}], flat "action.actions";
+             or {"error": reason}
+
+Clients are REQ sockets; the server is a ROUTER, so that one which leaves blocks nobody.
+Source: Isaac-GR00T `gr00t/policy/server_client.py` and `gr00t_policy.py`, read as a description.
+"""
+
+import logging
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+from numpy.typing import NDArray
+
+from jetson.errors import Forbidden, RefusedSetting, RequestTooLarge, WireError
+from jetson.server_settings import ServerSettings
+from jetson.serving.arrays import decode_npy, encode_npy
+from jetson.serving.fields import observation_of
+from jetson.serving.packing import pack, unpack_map
+from jetson.serving.policy_contract import PolicyContract
+from jetson.serving.request_queue import ActionLine
+from jetson.serving.security import RateLimit, check_token
+from qvla_export.shared.action import ActionChunk
+from qvla_export.shared.errors import InvalidObservation, QvlaError
+from qvla_export.shared.observation import Observation
+
+_LOG = logging.getLogger(__name__)
+ENDPOINTS = ("get_action", "ping", "reset", "get_modality_config")
+# How often the thread looks whether it should end; requests do not wait for it.
+_POLL_MS = 100
+# libzmq cuts off a longer message without a word; up to there the client is told why.
+_CUT_OFF_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class Gr00tRequest:
+    """One decoded observation, and whether its keys were flat."""
+
+    observation: Observation
+    flat: bool
+
+    def encode(self, chunk: ActionChunk, infer_ms: float) -> bytes:
+        """Return the reply [action, info]."""
+        actions = _npy(chunk.actions[None])
+        info = {"timing_ms": {**chunk.timing_ms, "infer": infer_ms}}
+        return pack([{"action.actions" if self.flat else "actions": actions}, info])
+
+
+def decode_observation(message: Mapping[Any, Any], contract: PolicyContract) -> Gr00tRequest:
+    """Return the observation of a `get_action` message.
+
+    Raises:
+        WireError: the message or an array in it is damaged.
+        InvalidObservation: it does not fit the policy.
+    """
+    data = _map(message.get("data"), "data")
+    given = _map(data.get("observation"), "observation")
+    flat = "video" not in given
+    observation, _ = observation_of(_fields(_nested(given) if flat else given), contract, _array)
+    return Gr00tRequest(observation, flat)
+
+
+def modality_config(contract: PolicyContract) -> dict[str, Any]:
+    """Return what `get_modality_config` answers: the keys and steps a client sends and gets."""
+    keys = {"video": list(contract.cameras), "state": ["state"], "language": ["instruction"]}
+    if not contract.state_dim:
+        del keys["state"]
+    return {
+        **{name: _modality([0], names) for name, names in keys.items()},
+        "action": _modality(list(range(contract.horizon)), ["actions"]),
+    }
+
+
+class Gr00tEndpoint:
+    """Serves ZMQ clients on a thread of its own. A context manager; the port is open inside."""
+
+    def __init__(self, line: ActionLine, settings: ServerSettings, rate: RateLimit) -> None:
+        self._line = line
+        self._settings = settings
+        self._rate = rate
+        self._ending = threading.Event()
+        self._modalities = modality_config(line.service.contract)
+        self._thread = threading.Thread(target=self._serve, name="qvla-gr00t", daemon=True)
+
+    def __enter__(self) -> "Gr00tEndpoint":
+        address = _address(self._settings.host, self._settings.gr00t_port)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        options = {
+            zmq.IPV6: int("[" in address),
+            zmq.LINGER: 1000,
+            zmq.MAXMSGSIZE: _CUT_OFF_FACTOR * self._settings.max_body_bytes,
+            zmq.RCVHWM: self._settings.max_pending,
+            zmq.SNDHWM: self._settings.max_pending,
+            # A peer that vanished is forgotten, as its memory would not be.
+            zmq.HEARTBEAT_IVL: 10_000,
+            zmq.HEARTBEAT_TIMEOUT: 30_000,
+        }
+        for option, value in options.items():
+            self._socket.setsockopt(option, value)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise RefusedSetting(
+                f"cannot listen on {address}: {error}; stop what uses it or choose another "
+                "--gr00t-port"
+            ) from None
+        _LOG.info("serving GR00T's protocol on %s", address)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._socket.close()
+        self._context.term()
+
+    def _serve(self) -> None:
+        # Once it should end, what has arrived is still answered: with the reason, mostly.
+        while self._socket.poll(0 if self._ending.is_set() else _POLL_MS) or (
+            not self._ending.is_set()
+        ):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                continue
+            if len(frames) != 3 or len(frames[1]):
+                _LOG.warning("a ZMQ peer sent %d parts, a REQ socket sends 3", len(frames))
+                continue
+            reply = self._answer(frames[2])
+            self._socket.send_multipart([frames[0].bytes, b"", reply])
+
+    def _answer(self, frame: zmq.Frame) -> bytes:
+        try:
+            self._rate.take(str(frame.get("Peer-Address")))
+            limit = self._settings.max_body_bytes
+            if len(frame) > limit:
+                raise RequestTooLarge(
+                    f"a message may have {limit} bytes, got {len(frame)}; send smaller images or "
+                    "raise the server's limit"
+                )
+            message = unpack_map(frame.bytes)
+            check_token(message.get("api_token"), self._settings.token)
+            return self._dispatch(message)
+        except QvlaError as error:
+            _LOG.warning("no action: %s", error)
+            return pack({"error": f"{type(error).__name__}: {error}"})
+        except Exception as error:  # the one thread that serves all ZMQ clients does not end
+            _LOG.exception("a failure of the server's own")
+            return pack({"error": f"the server failed: {type(error).__name__}"})
+
+    def _dispatch(self, message: Mapping[Any, Any]) -> bytes:
+        endpoint = message.get("endpoint", "get_action")
+        if endpoint == "get_action":
+            with self._line.place():
+                answer = self._line.service.answer(message, decode_observation)
+            if answer.error is not None:
+                raise answer.error
+            return answer.body
+        if endpoint == "ping":
+            return pack({"status": "ok", "message": "Server is running"})
+        if endpoint == "reset":
+            return pack({})  # a policy keeps nothing between observations
+        if endpoint == "get_modality_config":
+            return pack(self._modalities)
+        if endpoint == "kill":
+            raise Forbidden("clients may not stop this server; send it SIGTERM on the robot")
+        raise WireError(f"endpoint must be one of {list(ENDPOINTS)}, got {endpoint!r:.80}")
+
+
+def _address(host: str, port: int | None) -> str:
+    """Return a ZMQ address; libzmq does not resolve the names that it listens on."""
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise RefusedSetting(f"cannot listen on {host!r}: {error}; name an address") from None
+    numeric = str(found[0][4][0])
+    return f"tcp://[{numeric}]:{port}" if ":" in numeric else f"tcp://{numeric}:{port}"
+
+
+def _map(value: Any, name: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise WireError(f"{name!r} must be a map, got {type(value).__name__}")
+    return value
+
+
+def _nested(flat: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    nested: dict[str, dict[str, Any]] = {"video": {}, "state": {}, "language": {}}
+    for key, value in flat.items():
+        kind, _, name = str(key).partition(".")
+        if kind in ("video", "state") and name:
+            nested[kind][name] = value
+        else:
+            nested["language"][str(key)] = value
+    return nested
+
+
+def _fields(observation: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the observation by the names of `serving.fields`, batch and time still in front."""
+    video = _map(observation.get("video"), "video")
+    language = _map(observation.get("language"), "language")
+    states = _map(observation.get("state", {}), "state")
+    if any(not isinstance(name, str) for name in video) or {"state", "instruction"} & {*video}:
+        raise WireError(f"cameras must have names of their own, got {list(video)!r:.200}")
+    if len(language) != 1 or len(states) > 1:
+        raise InvalidObservation(
+            "an observation needs one 'language' entry and at most one 'state', concatenated as "
+            f"the policy was trained; got {list(language)!r:.200} and {list(states)!r:.200}"
+        )
+    (instruction,) = language.values()
+    # [[text]]: batch and time; the flat form has no time.
+    for _ in range(2):
+        if isinstance(instruction, list) and len(instruction) == 1:
+            instruction = instruction[0]
+    fields = {**video, "instruction": instruction}
+    return {**fields, "state": next(iter(states.values()))} if states else fields
+
+
+def _array(value: Any, name: str) -> NDArray[Any]:
+    if not isinstance(value, dict) or "__ndarray_class__" not in value:
+        raise WireError(
+            f"{name!r} must be an array as np.save writes it, got {type(value).__name__}"
+        )
+    array = decode_npy(value.get("as_npy"), name)
+    if array.ndim < 3 or array.shape[:2] != (1, 1):
+        raise InvalidObservation(
+            f"{name!r} must have batch and time of 1 in front, [1, 1, ...], got {list(array.shape)}"
+        )
+    observed: NDArray[Any] = array[0, 0]
+    return observed
+
+
+def _npy(array: NDArray[Any]) -> dict[str, Any]:
+    return {"__ndarray_class__": True, "as_npy": encode_npy(array)}
+
+
+def _modality(steps: list[int], names: list[str]) -> dict[str, Any]:
+    config = {
+        "delta_indices": steps,
+        "modality_keys": names,
+        "sin_cos_embedding_keys": None,
+        "mean_std_embedding_keys": None,
+        "action_configs": None,
+    }
+    return {"__ModalityConfig_class__": True, "as_json": config}

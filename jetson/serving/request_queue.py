@@ -1,0 +1,74 @@
+"""The line of requests before the one engine: bounded, shared by all protocols.
+
+`ActionService` lets one inference run at a time. A websocket or ZMQ client is answered by the
+thread that reads its socket; HTTP, whose event loop must not wait, has one thread more.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from jetson.errors import ServerBusy
+from jetson.serving.observing import Served
+from jetson.serving.service import ActionService, Answer, Decoder
+
+
+class ActionLine:
+    """Admits requests while there is room for them. A context manager."""
+
+    def __init__(self, service: ActionService, max_pending: int) -> None:
+        self.service = service
+        self._max_pending = max_pending
+        self._lock = threading.Lock()
+        self._pending = 0
+        self._draining = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="qvla-action")
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place from before the body is read, or decoded, until the reply is sent.
+
+        Raises:
+            ServerBusy: there is none left, or the server shuts down.
+        """
+        with self._lock:
+            if self._draining:
+                raise self._busy("the server is shutting down; ask again once it is back")
+            if self._pending >= self._max_pending:
+                raise self._busy(
+                    f"{self._pending} requests are waiting, the limit is {self._max_pending}; "
+                    "send the next one after the last reply"
+                )
+            self._pending += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pending -= 1
+
+    def _busy(self, reason: str) -> ServerBusy:
+        error = ServerBusy(reason)
+        self.service.observers.answered(Served(None, None, {}, error))
+        return error
+
+    async def answer(self, body: bytes, decode: Decoder) -> Answer:
+        """Await the answer to a request without holding up the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self.service.answer, body, decode)
+
+    async def drain(self, limit_s: float) -> None:
+        """Refuse new requests and wait, at most so long, until those under way are answered."""
+        with self._lock:
+            self._draining = True
+        end_s = time.monotonic() + limit_s
+        while self._pending and time.monotonic() < end_s:
+            await asyncio.sleep(0.01)
+
+    def __enter__(self) -> "ActionLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()

@@ -1,0 +1,1 @@
+"""Sensitivities and a budget -> a width for every channel. numpy only."""

@@ -1,1 +1,0 @@
-"""Allocators behind one interface; `names` chooses among them."""

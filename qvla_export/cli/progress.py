@@ -1,0 +1,94 @@
+"""How far a call is: bars on a terminal, elsewhere plain lines that a log keeps."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import rich.progress as bars
+from rich.console import Console
+
+from qvla_export.pipeline.progress import OnProgress, Progress
+
+# A log hears of the same work again after so many seconds.
+_REPEAT_S = 30.0
+
+
+@contextmanager
+def progress_shown(console: Console | None = None) -> Iterator[OnProgress]:
+    """Yield a listener that draws on stderr until the block ends."""
+    where = console or Console(stderr=True, highlight=False)
+    if not where.is_terminal:
+        yield _Lines(where.print).hear
+        return
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.TaskProgressColumn(),
+        bars.TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with bars.Progress(*columns, console=where) as drawn:
+        yield _Bars(drawn).hear
+
+
+class _Bars:
+    """One bar for each piece of work."""
+
+    def __init__(self, drawn: bars.Progress) -> None:
+        self._drawn = drawn
+        self._tasks: dict[str, bars.TaskID] = {}
+
+    def hear(self, progress: Progress) -> None:
+        text = _text(progress)
+        if text not in self._tasks:
+            # A total of None draws a bar that moves without saying how far it is.
+            self._tasks[text] = self._drawn.add_task(text, total=progress.total or None)
+        task = self._tasks[text]
+        if progress.state != "running":
+            done = progress.total or 1
+            kept = " (kept)" if progress.state == "kept" else ""
+            self._drawn.update(task, description=text + kept, completed=done, total=done)
+        elif progress.total:
+            self._drawn.update(task, completed=progress.done, total=progress.total)
+
+
+class _Lines:
+    """A line when work begins, ends or has gone on for long, with an estimate of the time left."""
+
+    def __init__(
+        self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say, self._clock = say, clock
+        # Of the work that runs: its text, when it began and at how many units, the last line.
+        self._text = ""
+        self._began = self._last = 0.0
+        self._first = 0
+
+    def hear(self, progress: Progress) -> None:
+        now, text = self._clock(), _text(progress)
+        if text != self._text:
+            self._text, self._began, self._last, self._first = text, now, now, progress.done
+            if progress.state == "running":
+                self._say(text)
+        if progress.state != "running":
+            self._say(f"{text}: {progress.state}, {now - self._began:.0f} s")
+            self._text = ""
+        elif now - self._last >= _REPEAT_S and progress.total:
+            self._last = now
+            self._say(f"{text}: {progress.done} of {progress.total}{self._left(progress, now)}")
+
+    def _left(self, progress: Progress, now: float) -> str:
+        units = progress.done - self._first
+        if units <= 0:
+            return ""
+        left_s = (now - self._began) / units * (progress.total - progress.done)
+        return (
+            f", about {left_s:.0f} s left"
+            if left_s < 120
+            else f", about {left_s / 60:.0f} min left"
+        )
+
+
+def _text(progress: Progress) -> str:
+    if not progress.steps:
+        return progress.work
+    return f"step {progress.step} of {progress.steps}: {progress.work}"

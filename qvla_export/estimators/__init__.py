@@ -1,1 +1,0 @@
-"""Sensitivity estimators behind one interface; `names` chooses among them."""

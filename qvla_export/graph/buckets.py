@@ -1,0 +1,62 @@
+"""Channels of a layer grouped by width, and the order that brings them back. numpy only."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.target import WIDTHS
+
+
+@dataclass(frozen=True)
+class ChannelBuckets:
+    """Channel order, runs of equal width, inverse order of one layer."""
+
+    # Channels by falling width; equal widths keep their order.  int64 [channels]
+    order: NDArray[np.int64]
+    # (bits, start, stop) into `order`, only for widths that occur; 0 bits is last.
+    runs: tuple[tuple[int, int, int], ...]
+    # concat(outputs of the runs, zeros for 0 bits)[inverse] is the layer's output.
+    # int64 [channels]
+    inverse: NDArray[np.int64]
+
+    @property
+    def kept(self) -> int:
+        """Channels that are computed: all but those of 0 bits."""
+        return sum(stop - start for bits, start, stop in self.runs if bits)
+
+    def channels(self, bits: int) -> NDArray[np.int64]:
+        """Return the layer's channels of one width, in stored order.  int64 [n], maybe empty"""
+        for width, start, stop in self.runs:
+            if width == bits:
+                return self.order[start:stop]
+        return self.order[:0]
+
+
+def bucket_channels(widths: NDArray[np.int8]) -> ChannelBuckets:
+    """Group a layer's channels by width.
+
+    Args:
+        widths: int8 [channels], each in {0, 2, 4, 8, 16}.
+
+    Raises:
+        QvlaError: another width, or no vector.
+    """
+    if widths.ndim != 1:
+        raise QvlaError(f"widths must be a vector [channels], got shape {list(widths.shape)}")
+    values = widths.astype(np.int64)
+    unknown = sorted(set(values.tolist()) - set(WIDTHS))
+    if unknown:
+        raise QvlaError(f"widths must be among {WIDTHS}, got {unknown}")
+    order = np.argsort(-values, kind="stable").astype(np.int64)
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    runs = []
+    start = 0
+    for bits in sorted(WIDTHS, reverse=True):
+        stop = start + int((values == bits).sum())
+        if stop > start:
+            runs.append((bits, start, stop))
+        start = stop
+    return ChannelBuckets(order, tuple(runs), inverse)

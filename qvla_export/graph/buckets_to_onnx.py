@@ -1,0 +1,303 @@
+"""One bucketed linear map as ONNX nodes: packed codes, DequantizeLinear, MatMul, channel order."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qvla_export.graph.buckets import ChannelBuckets, bucket_channels
+from qvla_export.quantizer.packed_storage import stored_columns
+from qvla_export.quantizer.quantize import (
+    QuantizedWeight,
+    QuantizerSpec,
+    at_steps,
+    quantize_channels,
+)
+from qvla_export.quantizer.scale_search import Steps
+from qvla_export.shared.target import Target
+
+COMPUTE_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+# Names of a bucket's constants are "<layer>.b<bits>" and one of these.
+CODES_SUFFIX, SCALES_SUFFIX, HALVES_SUFFIX = ".codes", ".scales", ".halves"
+ZERO_POINTS_SUFFIX = ".zero_points"
+# Name of the constant that restores a layer's order by a Gather: "<layer>" and this.
+ORDER_SUFFIX = ".order"
+# By the container's bits.
+_CODE_TYPES = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
+# Pieces up to which Split + Concat is used instead of a Gather. Two layers that share an order
+# (gate and up of a gated MLP) need at most 4 + 16.
+_MOST_PIECES = 24
+
+# Puts a packed constant where it stays until the graph is saved, maybe on disk.
+Store = Callable[[ir.TensorProtocol], ir.TensorProtocol]
+
+
+def keep(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """Leave a constant in memory."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class BucketedWeight:
+    """A layer's weight, one `QuantizedWeight` for each width that occurs except 0."""
+
+    buckets: ChannelBuckets
+    weights: tuple[QuantizedWeight, ...]
+
+    @property
+    def channels(self) -> int:
+        """Output channels, pruned ones included."""
+        return len(self.buckets.order)
+
+
+def bucket_weight(
+    rows: NDArray[np.float32],
+    widths: NDArray[np.int8],
+    spec: QuantizerSpec,
+    steps: Steps | None = None,
+) -> BucketedWeight:
+    """Quantize a layer's rows, each at its width.
+
+    Args:
+        rows: float32 [channels, inputs].
+        widths: int8 [channels].
+        spec: the quantizer.
+        steps: those the rows were rounded at, of [channels, groups]; the first counts where a
+            channel has one. None chooses them from the rows.
+    """
+    buckets = bucket_channels(widths)
+    weights = []
+    for bits, _, _ in buckets.runs:
+        channels = buckets.channels(bits)
+        if bits in spec.rules and steps is not None:
+            chosen = steps.of(channels, spec.rule(bits).groups(rows.shape[1]))
+            weights.append(at_steps(rows[channels], bits, spec, chosen))
+        elif bits:
+            weights.append(quantize_channels(rows[channels], bits, spec))
+    return BucketedWeight(buckets, tuple(weights))
+
+
+class BucketEmitter:
+    """Records the nodes of bucketed layers as a target takes them.
+
+    ONNX Runtime on a CPU fuses DequantizeLinear and MatMul if the scale is float32 then, so stored
+    float16 scales and 16-bit weights pass a Cast, which it folds at load. Elsewhere scales are in
+    the compute type and go straight in, as TensorRT's parser requires.
+    """
+
+    def __init__(self, target: Target, store: Store = keep) -> None:
+        """Emit for a target.
+
+        Args:
+            target: its containers and compute type.
+            store: gets every packed constant as soon as it is made.
+        """
+        self.tape = ir.tape.Tape()
+        self._target = target
+        self._store = store
+        self._compute = COMPUTE_TYPES[target.compute]
+
+    def constant(self, name: str, value: NDArray[np.generic]) -> ir.Value:
+        """Record a constant."""
+        return self.tape.initializer(ir.Tensor(value, name=name))
+
+    def emit(
+        self, name: str, inputs: ir.Value, weight: BucketedWeight, sizes: Sequence[int]
+    ) -> list[ir.Value]:
+        """Record inputs [..., K] -> outputs [..., n], one for each layer that is merged in this.
+
+        Biases are not included. Pruned channels pick a column of zeros: a filled-up one if there
+        is one. Where every channel is pruned the outputs are zeros.
+
+        Args:
+            name: of the layer; starts the constants' names.
+            inputs: buckets that are stored in whole groups read it filled up with zeros.
+            weight: of all layers side by side.
+            sizes: their channels.
+        """
+        if not weight.weights:
+            return [self._zeros(f"{name}.{i}", inputs, size) for i, size in enumerate(sizes)]
+        columns = [
+            stored_columns(w.codes.shape[0], self._target.containers[w.bits])
+            for w in weight.weights
+        ]
+        width = weight.weights[0].codes.shape[1]
+        rows = [self._target.containers[w.bits].stored_inputs(width) for w in weight.weights]
+        read = {width: inputs}
+        if max(rows) > width:
+            read[max(rows)] = self._filled(name, inputs, max(rows) - width)
+        outputs = [
+            self._bucket(f"{name}.b{w.bits}", read[height], w, (height, filled))
+            for w, height, filled in zip(weight.weights, rows, columns, strict=True)
+        ]
+        index, needs_zero = _gather_index(weight, columns)
+        if needs_zero:
+            outputs[-1] = self._pad(name, outputs[-1], 1)
+            columns[-1] += 1
+        members = np.split(index, np.cumsum(sizes)[:-1])
+        starts = np.concatenate([[0], np.cumsum(columns)])
+        runs = [_runs(member, starts) for member in members]
+        if sum(map(len, runs)) <= _MOST_PIECES:
+            return self._pieces(name, outputs, starts, runs)
+        joined = self._joined(outputs)
+        rank = None if inputs.shape is None else inputs.shape.rank()
+        ordered = self._gathered(name, joined, index, rank)
+        if len(sizes) == 1:
+            return [ordered]
+        lengths = self.constant(f"{name}.members", np.array(sizes, np.int64))
+        split = self.tape.op_multi_out(
+            "Split", [ordered, lengths], {"axis": -1}, num_outputs=len(sizes)
+        )
+        return list(split)
+
+    def _filled(self, name: str, inputs: ir.Value, missing: int) -> ir.Value:
+        """Record zeros behind the last axis of an activation."""
+        filled = self._pad(f"{name}.fill", inputs, missing)
+        shape = inputs.shape
+        if shape is not None and isinstance(shape[-1], int):
+            filled.type = inputs.type
+            filled.shape = ir.Shape([*shape[:-1], shape[-1] + missing])
+        return filled
+
+    def _pieces(
+        self,
+        name: str,
+        outputs: Sequence[ir.Value],
+        starts: NDArray[np.int64],
+        runs: Sequence[Sequence[tuple[int, int]]],
+    ) -> list[ir.Value]:
+        """Put each layer together from runs of consecutive columns of the buckets."""
+        pieces: dict[tuple[int, int], ir.Value] = {}
+        wanted = {run for member in runs for run in member}
+        for number, output in enumerate(outputs):
+            low, high = int(starts[number]), int(starts[number + 1])
+            inside = sorted(run for run in wanted if low <= run[0] < high)
+            pieces.update(self._cut(f"{name}.{number}", output, low, high, inside))
+        return [self._joined([pieces[run] for run in member]) for member in runs]
+
+    def _cut(
+        self, name: str, output: ir.Value, low: int, high: int, runs: Sequence[tuple[int, int]]
+    ) -> dict[tuple[int, int], ir.Value]:
+        """Cut a bucket's output, columns low to high of all, into the runs of it."""
+        if not runs or runs == [(low, high)]:
+            return dict.fromkeys(runs, output)
+        if len(runs) == 1:
+            values = (runs[0][0] - low, runs[0][1] - low, -1)
+            limits = [
+                self.constant(f"{name}.{part}", np.array([value], np.int64))
+                for part, value in zip(("start", "stop", "axis"), values, strict=True)
+            ]
+            return {runs[0]: self.tape.op("Slice", [output, *limits])}
+        bounds = sorted({low, high, *(bound for run in runs for bound in run)})
+        sizes = self.constant(f"{name}.pieces", np.diff(bounds).astype(np.int64))
+        parts = self.tape.op_multi_out(
+            "Split", [output, sizes], {"axis": -1}, num_outputs=len(bounds) - 1
+        )
+        cut = dict(zip(itertools.pairwise(bounds), parts, strict=True))
+        return {
+            run: self._joined([part for (a, b), part in cut.items() if run[0] <= a and b <= run[1]])
+            for run in runs
+        }
+
+    def _gathered(
+        self, name: str, joined: ir.Value, index: NDArray[np.int64], rank: int | None
+    ) -> ir.Value:
+        """Pick columns one by one.
+
+        ONNX Runtime does it fastest with a Gather of the transposed: it copies whole rows, along
+        the last axis single numbers. 90 x 768 on one AVX2 thread: 38 us, transposing included,
+        and 157 us.
+        """
+        order = self.constant(name + ORDER_SUFFIX, index.astype(np.int32))
+        if rank is None or self._target.runtime != "ort":
+            return self.tape.op("Gather", [joined, order], {"axis": -1})
+        rows = self.tape.op("Transpose", [joined], {"perm": [rank - 1, *range(rank - 1)]})
+        gathered = self.tape.op("Gather", [rows, order], {"axis": 0})
+        return self.tape.op("Transpose", [gathered], {"perm": [*range(1, rank), 0]})
+
+    def _bucket(
+        self, name: str, inputs: ir.Value, weight: QuantizedWeight, shape: tuple[int, int]
+    ) -> ir.Value:
+        """One width: codes of a shape [K, columns], blocks of scales along K, MatMul."""
+        codes = _stored(weight.codes, *shape, 0)
+        if weight.bits == 16:
+            halves = self._stored(name + HALVES_SUFFIX, codes)
+            return self.tape.op("MatMul", [inputs, self._in_compute_type(halves, codes)])
+        code_type = _CODE_TYPES[self._target.containers[weight.bits].bits]
+        packed = self._stored(name + CODES_SUFFIX, codes.astype(code_type))
+        attributes, form, groups = {"axis": 1}, [shape[1]], weight.scales.shape[1]
+        if weight.group_size is not None:
+            attributes, form = {"axis": 0, "block_size": weight.group_size}, [groups, shape[1]]
+        scales = _stored(weight.scales, groups, shape[1], 1).reshape(form)
+        scale = self._in_compute_type(self._stored(name + SCALES_SUFFIX, scales), scales)
+        stored = [packed, scale]
+        if weight.zero_points is not None:
+            zeros = _stored(weight.zero_points, groups, shape[1], 0).reshape(form)
+            stored.append(self._stored(name + ZERO_POINTS_SUFFIX, zeros.astype(code_type)))
+        matrix = self.tape.op("DequantizeLinear", stored, attributes)
+        return self.tape.op("MatMul", [inputs, matrix])
+
+    def _in_compute_type(self, value: ir.Value, stored: NDArray[np.generic]) -> ir.Value:
+        if ir.DataType.from_numpy(stored.dtype) == self._compute:
+            return value
+        return self.tape.op("Cast", [value], {"to": self._compute})
+
+    def _stored(self, name: str, value: NDArray[np.generic]) -> ir.Value:
+        return self.tape.initializer(self._store(ir.Tensor(value, name=name)), name=name)
+
+    def _joined(self, parts: Sequence[ir.Value]) -> ir.Value:
+        return parts[0] if len(parts) == 1 else self.tape.op("Concat", parts, {"axis": -1})
+
+    def _pad(self, name: str, outputs: ir.Value, missing: int) -> ir.Value:
+        pads = self.constant(f"{name}.pads", np.array([0, missing], np.int64))
+        axes = self.constant(f"{name}.pad_axis", np.array([-1], np.int64))
+        return self.tape.op("Pad", [outputs, pads, None, axes])
+
+    def _zeros(self, name: str, inputs: ir.Value, channels: int) -> ir.Value:
+        leading = self.tape.op("Shape", [inputs], {"start": 0, "end": -1})
+        leading.dtype = ir.DataType.INT64
+        width = self.constant(f"{name}.channels", np.array([channels], np.int64))
+        shape = self.tape.op("Concat", [leading, width], {"axis": 0})
+        zero = self.constant(f"{name}.zero", np.zeros(1, np.float32))
+        return self.tape.op("Expand", [zero, shape])
+
+
+def _runs(index: NDArray[np.int64], starts: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Consecutive columns in an index, each run within one bucket: (start, stop)."""
+    bucket = np.searchsorted(starts, index, side="right")
+    cuts = np.flatnonzero((np.diff(index) != 1) | (np.diff(bucket) != 0)) + 1
+    firsts, lasts = np.concatenate([[0], cuts]), np.concatenate([cuts - 1, [len(index) - 1]])
+    return [(int(index[a]), int(index[b]) + 1) for a, b in zip(firsts, lasts, strict=True)]
+
+
+def _gather_index(weight: BucketedWeight, columns: Sequence[int]) -> tuple[NDArray[np.int64], bool]:
+    """Column of each channel among the joined outputs; whether a zero column must be appended."""
+    index = np.empty(weight.channels, np.int64)
+    zero_column = None
+    start = 0
+    for bucket, filled in zip(weight.weights, columns, strict=True):
+        channels = weight.buckets.channels(bucket.bits)
+        index[channels] = np.arange(start, start + len(channels))
+        if filled > len(channels):
+            zero_column = start + len(channels)
+        start += filled
+    pruned = weight.buckets.channels(0)
+    index[pruned] = start if zero_column is None else zero_column
+    return index, zero_column is None and len(pruned) > 0
+
+
+def _stored(
+    rows: NDArray[np.generic], height: int, columns: int, value: int
+) -> NDArray[np.generic]:
+    """Transpose [channels, n] to [height, columns], what is further filled with a value."""
+    missing = ((0, columns - rows.shape[0]), (0, height - rows.shape[1]))
+    padded = np.pad(rows, missing, constant_values=value) if np.any(missing) else rows
+    return np.ascontiguousarray(padded.T)

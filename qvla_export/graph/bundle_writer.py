@@ -1,0 +1,105 @@
+"""Write a bundle: whole or not at all."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from qvla_export.shared.artifacts import new_folder, sha256_file, versions, write_json
+from qvla_export.shared.bundle import (
+    FORMAT,
+    GOLDEN,
+    MANIFEST,
+    PLAN,
+    TOKENIZER,
+    Bundle,
+    Golden,
+    Stage,
+    TensorSpec,
+    manifest_digest,
+)
+from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.processor import Processor, processor_to_json
+
+
+@dataclass(frozen=True)
+class BundleParts:
+    """What `write_bundle` puts into a bundle beside the graphs."""
+
+    target: str
+    processor: Processor
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    stages: tuple[Stage, ...]
+    golden: Golden
+    # SHA-256 of the policy's checkpoint.
+    policy_digest: str
+    # Bytes of the graphs' constants: planned layers by kind, everything else as "rest".
+    weight_bytes: Mapping[str, int]
+    # Averages and budget of the plan; None for the float policy.
+    plan: Mapping[str, Any] | None = None
+    # What the engine must be set to for the golden actions to hold.
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_bundle(path: Path, parts: BundleParts, save_files: Callable[[Path], None]) -> Bundle:
+    """Write a bundle whole or not at all, replacing one at `path`.
+
+    Args:
+        path: the folder.
+        parts: what the manifest says.
+        save_files: writes each stage's graph and weights and, of a quantized policy, `PLAN` into a
+            folder.
+
+    Raises:
+        CheckpointError: the policy has no tokenizer, without which a robot cannot read prompts.
+    """
+    tokenizer = parts.processor.tokenizer
+    if tokenizer is None:
+        raise CheckpointError(
+            "a bundle needs the policy's tokenizer; add tokenizer.json to the checkpoint"
+        )
+    with new_folder(path) as folder:
+        save_files(folder)
+        tokenizer.save(str(folder / TOKENIZER))
+        save_file(_golden_tensors(parts.golden), folder / GOLDEN)
+        write_json(folder / MANIFEST, _manifest(folder, parts))
+    return Bundle.load(path)
+
+
+def _manifest(folder: Path, parts: BundleParts) -> dict[str, Any]:
+    files = {
+        file.name: {"sha256": sha256_file(file), "bytes": file.stat().st_size}
+        for file in sorted(folder.iterdir())
+    }
+    plan = None if parts.plan is None else {**parts.plan, "digest": files[PLAN]["sha256"]}
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "target": parts.target,
+        "policy_digest": parts.policy_digest,
+        "plan": plan,
+        "inputs": [asdict(spec) for spec in parts.inputs],
+        "outputs": [asdict(spec) for spec in parts.outputs],
+        "stages": [asdict(stage) for stage in parts.stages],
+        "processor": processor_to_json(parts.processor),
+        "engine_options": dict(parts.engine_options),
+        "weight_bytes": dict(parts.weight_bytes),
+        "versions": versions(),
+        "files": files,
+    }
+    return {**manifest, "digest": manifest_digest(manifest)}
+
+
+def _golden_tensors(golden: Golden) -> dict[str, NDArray[Any]]:
+    tensors: dict[str, NDArray[Any]] = {
+        f"{index:03d}/{name}": np.ascontiguousarray(tensor)
+        for index, feeds in enumerate(golden.feeds)
+        for name, tensor in feeds.items()
+    }
+    tensors["reference"] = np.ascontiguousarray(golden.reference)
+    tensors["full_precision"] = np.ascontiguousarray(golden.full_precision)
+    return tensors

@@ -1,0 +1,193 @@
+"""Policy + plan -> bundle, stage by stage."""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qvla_export.graph.bundle_writer import BundleParts, write_bundle
+from qvla_export.graph.float_graph import POLICY_KEY, TARGET_KEY, ExportError
+from qvla_export.graph.golden import golden_actions, staged_golden_actions
+from qvla_export.graph.graph_figures import GraphFigures
+from qvla_export.graph.stage_export import (
+    ExportedStage,
+    kept_stage,
+    total_bytes,
+    total_figures,
+    write_stage,
+)
+from qvla_export.policies.base import Policy
+from qvla_export.policies.layers import layer_shapes
+from qvla_export.quantizer.plan import BitPlan
+from qvla_export.shared.artifacts import read_json, require_same, versions, write_json
+from qvla_export.shared.bundle import PLAN, Bundle, Golden
+from qvla_export.shared.observation import Observation
+from qvla_export.shared.target import Target
+
+# Arithmetic of ONNX Runtime's MatMulNBits: 0 keeps activations in float32. 4 rounds them to 8 bits
+# per block, which is faster but moves the action; see `engines.ort`.
+FLOAT_ACTIVATIONS = {"accuracy_level": 0}
+_LOGGER = logging.getLogger(__name__)
+
+
+def export_bundle(
+    policy: Policy,
+    plan: BitPlan | None,
+    target: Target,
+    observations: Sequence[Observation],
+    path: Path,
+    float_graph: ir.Model | None = None,
+    engine_options: Mapping[str, Any] = FLOAT_ACTIVATIONS,
+    layers_per_stage: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Bundle:
+    """Write the bundle of a policy under a plan.
+
+    An interrupted export goes on at the first stage it had not finished.
+
+    Args:
+        policy: the full-precision policy; its weights may have been left on disk.
+        plan: widths of the channels; None for the float bundle.
+        target: what the bundle is made for; must be the plan's.
+        observations: held-out; become the golden observations.
+        path: folder to create or replace.
+        float_graph: result of `export_float(policy, target)`, to share it between plans.
+        engine_options: stored in the manifest and obeyed by the engine.
+        layers_per_stage: decoder blocks a stage; None makes one graph of the whole policy.
+        on_progress: called with (stages done, stages in all).
+
+    Raises:
+        PlanMismatch, ArtifactMismatch: the plan or the float graph is for another policy or target.
+        ExportError: a planned layer cannot be bucketed, or there are no observations.
+    """
+    if not observations:
+        raise ExportError("a bundle needs at least one golden observation, got none")
+    layers = policy.layers()
+    if plan is not None:
+        require_same("plan and target", plan.target, target.name, "Make the plan for this target.")
+        plan.require_fits(layer_shapes(layers), policy.digest)
+    if float_graph is not None:
+        _require_traced_from(float_graph, policy, target)
+    stages = policy.stages(layers_per_stage)
+    with _unfinished(path, _identity(policy, plan, target, layers_per_stage)) as folder:
+        exported = []
+        for number, stage in enumerate(stages):
+            kept = kept_stage(folder, stage.name)
+            exported.append(
+                kept or write_stage(policy, stage, layers, plan, target, folder, float_graph)
+            )
+            if on_progress is not None:
+                on_progress(number + 1, len(stages))
+        _require_all_planned(exported, layers)
+        if layers_per_stage is None:
+            golden = golden_actions(policy, plan, observations)
+        else:
+            reads = {item.stage.name: item.weights for item in exported}
+            golden = staged_golden_actions(policy, plan, observations, stages, reads)
+        parts = _parts(policy, plan, target, exported, golden, engine_options)
+        bundle = write_bundle(path, parts, lambda new: _take_over(folder, new, exported, plan))
+    _LOGGER.info("bundle %s: %d bytes, %s", path, bundle.nbytes, dict(parts.weight_bytes))
+    return bundle
+
+
+def _parts(
+    policy: Policy,
+    plan: BitPlan | None,
+    target: Target,
+    exported: Sequence[ExportedStage],
+    golden: Golden,
+    engine_options: Mapping[str, Any],
+) -> BundleParts:
+    stages = tuple(item.stage for item in exported)
+    made = {spec.name for stage in stages for spec in stage.outputs}
+    read = {spec.name: spec for stage in stages for spec in stage.inputs}
+    return BundleParts(
+        target=target.name,
+        processor=policy.processor,
+        inputs=tuple(spec for name, spec in read.items() if name not in made),
+        outputs=stages[-1].outputs,
+        stages=stages,
+        golden=golden,
+        policy_digest=policy.digest,
+        weight_bytes=total_bytes(exported),
+        plan=None if plan is None else _summary(plan, total_figures(exported)),
+        engine_options=engine_options,
+    )
+
+
+def _identity(
+    policy: Policy, plan: BitPlan | None, target: Target, layers_per_stage: int | None
+) -> dict[str, Any]:
+    """What must be equal for the stages of an interrupted export to be used."""
+    return {
+        "policy_digest": policy.digest,
+        "plan_digest": None if plan is None else plan.digest,
+        "rounding_digest": _rounding_digest(plan),
+        "target": target.name,
+        "layers_per_stage": layers_per_stage,
+        "versions": versions(),
+    }
+
+
+def unfinished_folder(path: Path) -> Path:
+    """Return where the stages of a bundle lie while its export is under way."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+@contextlib.contextmanager
+def _unfinished(path: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the folder of the stages done so far; it is removed only if the block succeeds."""
+    folder = unfinished_folder(path)
+    stated = folder / "identity.json"
+    if folder.exists() and not (stated.is_file() and read_json(stated, "identity") == identity):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(stated, identity)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _take_over(
+    folder: Path, new: Path, exported: Sequence[ExportedStage], plan: BitPlan | None
+) -> None:
+    """Put the finished stages into the bundle's folder; links, since they may be large."""
+    for item in exported:
+        for name in (item.stage.model, f"{item.stage.model}.data"):
+            (new / name).hardlink_to(folder / name)
+    if plan is not None:
+        plan.save(new / PLAN)
+
+
+def _require_all_planned(exported: Iterable[ExportedStage], layers: Iterable[str]) -> None:
+    found = {name.removesuffix(".weight") for item in exported for name in item.weights}
+    if missing := sorted(set(layers) - found):
+        raise ExportError(f"layers not found in the exported graphs: {missing}")
+
+
+def _require_traced_from(graph: ir.Model, policy: Policy, target: Target) -> None:
+    for key, expected in ((POLICY_KEY, policy.digest), (TARGET_KEY, target.name)):
+        found = graph.metadata_props.get(key, "nothing")
+        require_same(f"float graph and {key}", found, expected, "Export the float graph anew.")
+
+
+def _rounding_digest(plan: BitPlan | None) -> str | None:
+    return None if plan is None or plan.rounding is None else plan.rounding.digest
+
+
+def _summary(plan: BitPlan, figures: GraphFigures) -> dict[str, Any]:
+    return {
+        "budget": plan.budget,
+        "rounding_digest": _rounding_digest(plan),
+        "mean_bits_per_channel": plan.mean_bits_per_channel,
+        "mean_bits_per_weight": plan.mean_bits_per_weight,
+        "stored_bits_per_weight": plan.stored_bits_per_weight,
+        "weight_bytes": plan.weight_bytes,
+        "float16_bytes": plan.float16_bytes,
+        "channels_by_width": {str(bits): n for bits, n in plan.histogram().items()},
+        "graph": asdict(figures),
+    }

@@ -1,0 +1,159 @@
+"""Pass: swap each planned layer of a float graph for its buckets of packed weights.
+
+A pruned (0-bit) channel leaves the MatMul; its output is its bias, as in the layer whose row is
+zero. Convolutions whose kernel is their stride (patch embeddings) become unfold + MatMul.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from qvla_export.graph.buckets_to_onnx import (
+    BucketedWeight,
+    BucketEmitter,
+    Store,
+    bucket_weight,
+    keep,
+)
+from qvla_export.graph.float_graph import LAYER_KEY, ExportError, layer_nodes, weight_rows
+from qvla_export.graph.passes.merge import MEMBERS_KEY
+from qvla_export.quantizer.quantize import QuantizerSpec
+from qvla_export.quantizer.scale_search import Steps
+from qvla_export.shared.target import Target
+
+
+def bucketize(
+    model: ir.Model,
+    widths: Mapping[str, NDArray[np.int8]],
+    spec: QuantizerSpec,
+    target: Target,
+    store: Store = keep,
+    steps: Mapping[str, Steps] | None = None,
+) -> ir.Model:
+    """Return a copy of a float graph with every planned layer in buckets.
+
+    Weights are read one layer at a time. Where the target's compute type is not float32, buckets
+    have it already; `to_compute_type` does the rest of the graph.
+
+    Args:
+        model: from `export_float`; left as it is.
+        widths: layer name -> int8 [channels], each in {0, 2, 4, 8, 16}.
+        spec: quantizer of the plan.
+        target: whose containers and compute type the buckets get.
+        store: gets every packed constant as soon as it is made; may put it on disk.
+        steps: layer name -> those its weights were rounded at, of [channels, groups]; None
+            chooses them from the weights.
+
+    Raises:
+        ExportError: a planned layer is not in the graph or has another number of channels.
+    """
+    model = model.clone()
+    nodes = layer_nodes(model)
+    if unknown := sorted(set(widths) - set(nodes)):
+        raise ExportError(
+            f"the plan names layers that the graph does not have: {unknown}; "
+            "make the plan from this policy"
+        )
+    for name, layer_widths in widths.items():
+        node = nodes[name]
+        rows = weight_rows(node)
+        if len(rows) != len(layer_widths):
+            raise ExportError(
+                f"the plan gives {len(layer_widths)} widths to layer {name}, "
+                f"which has {len(rows)} channels; make the plan from this policy"
+            )
+        emitter = BucketEmitter(target, store)
+        given = None if steps is None else steps[name]
+        _replace(model.graph, node, name, bucket_weight(rows, layer_widths, spec, given), emitter)
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _replace(
+    graph: ir.Graph,
+    node: ir.Node,
+    name: str,
+    weight: BucketedWeight,
+    emitter: BucketEmitter,
+) -> None:
+    """Put buckets in the place of a layer, and of the Split behind it if it is a merged one."""
+    inputs, old_nodes = node.inputs[0], [node]
+    assert inputs is not None
+    if node.op_type == "Conv":
+        outputs = [_emit_patches(emitter, node, name, weight)]
+    elif MEMBERS_KEY in node.metadata_props:
+        sizes = [int(size) for size in node.metadata_props[MEMBERS_KEY].split(",")]
+        ((split, _),) = node.outputs[0].uses()
+        old_nodes.append(split)
+        outputs = emitter.emit(name, inputs, weight, sizes)
+    else:
+        outputs = emitter.emit(name, inputs, weight, [weight.channels])
+        # A MatMul's bias is an Add of its own and stays where it is.
+        if node.op_type == "Gemm" and len(node.inputs) > 2:
+            outputs = [emitter.tape.op("Add", [*outputs, node.inputs[2]])]
+    for value in emitter.tape.initializers:
+        graph.register_initializer(value)
+    for new in emitter.tape.nodes:
+        new.metadata_props[LAYER_KEY + ".part"] = name
+    old = list(old_nodes[-1].outputs)
+    for output, replaced in zip(outputs, old, strict=True):
+        output.name, old_name = replaced.name, replaced.name
+        replaced.name = f"{old_name}.float"
+    ir.convenience.replace_nodes_and_values(
+        graph, node, old_nodes[::-1], list(emitter.tape.nodes), old, outputs
+    )
+
+
+def _emit_patches(
+    emitter: BucketEmitter, node: ir.Node, name: str, weight: BucketedWeight
+) -> ir.Value:
+    """Unfold [B, C, H, W] into patches [B, h * w, C * k * k], multiply, fold to [B, N, h, w]."""
+    image, tape = node.inputs[0], emitter.tape
+    assert image is not None
+    channels, (high, wide), kernel = _patch_grid(node, name)
+
+    def constant(suffix: str, values: list[int]) -> ir.Value:
+        return emitter.constant(f"{name}.{suffix}", np.array(values, np.int64))
+
+    grid = [-1, channels, high, kernel[0], wide, kernel[1]]
+    split = tape.op("Reshape", [image, constant("grid", grid)])
+    moved = tape.op("Transpose", [split], {"perm": [0, 2, 4, 1, 3, 5]})
+    flat = [-1, high * wide, channels * kernel[0] * kernel[1]]
+    patches = tape.op("Reshape", [moved, constant("patches", flat)])
+    (output,) = emitter.emit(name, patches, weight, [weight.channels])
+    if len(node.inputs) > 2:
+        output = tape.op("Add", [output, node.inputs[2]])
+    rows = tape.op("Transpose", [output], {"perm": [0, 2, 1]})
+    return tape.op("Reshape", [rows, constant("map", [-1, weight.channels, high, wide])])
+
+
+def _patch_grid(node: ir.Node, name: str) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """Input channels, patches high and wide, kernel of a convolution that tiles its input."""
+    image, kernel_value = node.inputs[0], node.inputs[1]
+    assert image is not None and kernel_value is not None
+    shape = image.shape
+    height, width = shape[2:] if shape is not None else (None, None)
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise ExportError(f"convolution {name} needs a static image size, got {shape}")
+    assert kernel_value.shape is not None
+    _, channels, tall, broad = kernel_value.shape.numpy()
+    tiles = (
+        list(node.attributes.get_ints("strides", [1, 1])) == [tall, broad]
+        and not any(node.attributes.get_ints("pads", [0]))
+        and node.attributes.get_int("group", 1) == 1
+        and all(step == 1 for step in node.attributes.get_ints("dilations", [1]))
+        and node.attributes.get_string("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+        and height % tall == 0
+        and width % broad == 0
+    )
+    if not tiles:
+        raise ExportError(
+            f"convolution {name} must tile its input (stride = kernel, no padding, no groups) to "
+            f"become a matrix product; got kernel {[tall, broad]} on {[height, width]} with "
+            f"{ {key: attribute.value for key, attribute in node.attributes.items()} }; "
+            "leave it out of the plan"
+        )
+    return channels, (height // tall, width // broad), (tall, broad)

@@ -1,0 +1,63 @@
+"""Pass: nodes that work for one layer are named after it, so that a runtime's report tells whom
+its time went to; see `qvla_export.shared.node_names`."""
+
+from collections import Counter
+
+import onnx_ir as ir
+
+from qvla_export.shared.node_names import LayerNode, node_name, parse_constant_name
+
+# Between a constant and the node that computes with it.
+_CARRIERS = ("Cast", "DequantizeLinear", "Transpose", "Reshape")
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Name nodes in place by the constants they read; a Concat by what it joins.
+
+    The products of one bucket bear its width. Others keep their names.
+    """
+    named: dict[ir.Node, LayerNode] = {}
+    taken: Counter[str] = Counter()
+    for node in model.graph:
+        found = None if _is_carrier(node) else _layer_of(node, named)
+        if found is None:
+            continue
+        named[node] = found
+        name = node_name(*found)
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+
+
+def _is_carrier(node: ir.Node) -> bool:
+    return node.op_type in _CARRIERS and _constant_of(node.inputs[0]) is not None
+
+
+def _layer_of(node: ir.Node, named: dict[ir.Node, LayerNode]) -> LayerNode | None:
+    for value in node.inputs:
+        constant = _constant_of(value)
+        found = None if constant is None else parse_constant_name(constant)
+        if found is not None:
+            # Only a product reads a bucket's codes; an Add behind it serves the layer.
+            return LayerNode(*found, node.op_type)
+    if node.op_type != "Concat":
+        return None
+    sources = {named.get(producer) for producer in _producers(node)}
+    layers = {source.layer for source in sources if source is not None}
+    return LayerNode(layers.pop(), None, "Concat") if len(layers) == 1 else None
+
+
+def _producers(node: ir.Node) -> list[ir.Node]:
+    producers = (None if value is None else value.producer() for value in node.inputs)
+    return [producer for producer in producers if producer is not None]
+
+
+def _constant_of(value: ir.Value | None) -> str | None:
+    """Return the name of the constant behind a value, through casts and dequantization."""
+    while value is not None:
+        if value.is_initializer():
+            return value.name
+        producer = value.producer()
+        if producer is None or producer.op_type not in _CARRIERS:
+            return None
+        value = producer.inputs[0]
+    return None

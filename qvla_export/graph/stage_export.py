@@ -1,0 +1,122 @@
+"""One stage of a policy -> its graph and weights on disk, and what is known about them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import nn
+
+from qvla_export.graph.external_data import ExternalData
+from qvla_export.graph.float_graph import WEIGHTS_KEY, export_stage, layer_nodes, policy_weights
+from qvla_export.graph.graph_figures import GraphFigures, measure_graph
+from qvla_export.graph.lowering import lower
+from qvla_export.graph.passes.name_nodes import name_nodes
+from qvla_export.policies.base import Policy, PolicyStage
+from qvla_export.quantizer.plan import BitPlan
+from qvla_export.shared.artifacts import read_json, write_json
+from qvla_export.shared.bundle import Stage, TensorSpec, stage_from_json
+from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.target import Target
+
+
+@dataclass(frozen=True)
+class ExportedStage:
+    """A stage on disk."""
+
+    stage: Stage
+    # Bytes of the graph's constants by part; see `qvla_export.graph.lowering.lower`.
+    weight_bytes: Mapping[str, int]
+    figures: GraphFigures
+    # Parameters and buffers of the policy that the stage reads.
+    weights: tuple[str, ...]
+
+
+def write_stage(
+    policy: Policy,
+    stage: PolicyStage,
+    layers: Mapping[str, nn.Module],
+    plan: BitPlan | None,
+    target: Target,
+    folder: Path,
+    graph: ir.Model | None = None,
+) -> ExportedStage:
+    """Write `<stage>.onnx`, `<stage>.onnx.data` and last, so that it vouches for them, a record.
+
+    Args:
+        policy: where the weights are read.
+        stage: one of its stages.
+        layers: its quantizable layers.
+        plan: of the whole policy; None for float.
+        target: what the graph is made for.
+        folder: where to write.
+        graph: the stage's float graph, if it was traced before.
+    """
+    graph = graph or export_stage(policy, stage, layers, target)
+    inside = [name for name in layer_nodes(graph) if plan is not None and name in plan.widths]
+    own = None if plan is None or not inside else plan.restricted(inside)
+    path = folder / f"{stage.name}.onnx"
+    with ExternalData(path) as data:
+        model, weight_bytes = lower(graph, own, target, data.store)
+        figures = measure_graph(model, own)
+        name_nodes(model)
+        model.metadata_props.pop(WEIGHTS_KEY, None)
+        data.save(model)
+    exported = ExportedStage(
+        Stage(stage.name, _specs(graph.graph.inputs), _specs(graph.graph.outputs)),
+        weight_bytes,
+        figures,
+        policy_weights(graph),
+    )
+    files = {p.name: p.stat().st_size for p in (path, path.with_name(f"{path.name}.data"))}
+    write_json(_record(folder, stage.name), {**asdict(exported), "files": files})
+    return exported
+
+
+def kept_stage(folder: Path, name: str) -> ExportedStage | None:
+    """Return a stage that an interrupted export had finished; None if it had not."""
+    try:
+        value = read_json(_record(folder, name), "stage record")
+        whole = all((folder / n).stat().st_size == size for n, size in value["files"].items())
+    except (ArtifactError, OSError, KeyError, TypeError):
+        return None
+    return _from_json(value) if whole else None
+
+
+def total_figures(stages: Iterable[ExportedStage]) -> GraphFigures:
+    """Return the figures of all graphs together."""
+    found = [asdict(stage.figures) for stage in stages]
+    return GraphFigures(**{name: sum(f[name] for f in found) for name in found[0]})
+
+
+def total_bytes(stages: Iterable[ExportedStage]) -> dict[str, int]:
+    """Return the bytes of all graphs' constants by part."""
+    total: dict[str, int] = {}
+    for stage in stages:
+        for part, nbytes in stage.weight_bytes.items():
+            total[part] = total.get(part, 0) + nbytes
+    return total
+
+
+def _record(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
+
+
+def _from_json(value: Mapping[str, Any]) -> ExportedStage:
+    return ExportedStage(
+        stage_from_json(value["stage"]),
+        value["weight_bytes"],
+        GraphFigures(**value["figures"]),
+        tuple(value["weights"]),
+    )
+
+
+def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
+    return tuple(_spec(value) for value in values)
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    sizes = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+    return TensorSpec(value.name, value.dtype.numpy().name, sizes)

@@ -1,0 +1,1 @@
+"""Predicted latency on a target: a roofline over a policy's products. numpy only."""

@@ -1,0 +1,231 @@
+"""The noun `NetworkShape`: what a policy multiplies for one action, independent of torch.
+
+Layers are told apart by their names, as checkpoints of OpenVLA's family have them, so that a plan,
+a bundle or a published geometry is enough to make one.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isqrt
+from typing import Literal
+
+from qvla_export.quantizer.packed_storage import PARALLEL
+from qvla_export.quantizer.plan import LayerShapes
+from qvla_export.shared.errors import QvlaError
+
+_TOWERS = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
+_DECODER = "language_model.model."
+# DINOv2's class token and registers come before its patches; SigLIP has none.
+_DINO_PREFIX = 5
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One linear map and the rows it multiplies at a time."""
+
+    # Module name; a plan that names it gives it its widths, otherwise it stays in float.
+    name: str
+    channels: int
+    # Weights of one channel.
+    inputs: int
+    rows: int
+
+    @property
+    def group(self) -> str:
+        """Equal for layers that run as one product; see `qvla_export.graph.passes.merge`."""
+        parent, _, last = self.name.rpartition(".")
+        for members in PARALLEL:
+            if last in members:
+                return f"{parent}.{'+'.join(members)}"
+        return self.name
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Scores and weighted sum of one attention block, all heads together."""
+
+    rows: int
+    # Keys that each row attends to, and how many distinct ones are read.
+    keys: int
+    keys_read: int
+    # Width of queries, and of keys and values.
+    width: int
+    kv_width: int
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """A part of the network that runs `runs` times an action."""
+
+    # "vision", "decoder", "head"; an autoregressive policy has "prefill" and "decode".
+    name: str
+    layers: tuple[LayerShape, ...]
+    attentions: tuple[AttentionShape, ...] = ()
+    runs: int = 1
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """All stages, in the order they run."""
+
+    stages: tuple[StageShape, ...]
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """Layer name -> (channels, weights of one channel), each layer once."""
+        every = (layer for stage in self.stages for layer in stage.layers)
+        return {layer.name: (layer.channels, layer.inputs) for layer in every}
+
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """What decides the rows of a policy's layers."""
+
+    images: int
+    # Side of an image in pixels.
+    image_size: int
+    # Prompt tokens, BOS and suffix included.
+    prompt_tokens: int
+    horizon: int
+    action_dim: int
+    # 0 where the policy takes no state.
+    state_dim: int = 0
+    head: Literal["l1", "tokens"] = "l1"
+    # Every token needs a pass of its own, as in OpenVLA; False: one pass, as in OpenVLA-OFT.
+    autoregressive: bool = False
+    # Rows of lm_head, for token heads.
+    vocab_size: int = 32064
+
+    @property
+    def slots(self) -> int:
+        """Numbers of a chunk: action tokens, or positions of the sequence."""
+        return self.horizon * self.action_dim
+
+
+def network_of(shapes: LayerShapes, inputs: PolicyInputs) -> NetworkShape:
+    """Return the network around a policy's quantizable layers.
+
+    Projector, state projector and head are added at the sizes OpenVLA's family gives them.
+
+    Args:
+        shapes: quantizable layers that reach the action, by module name.
+        inputs: images, prompt, chunk.
+
+    Raises:
+        QvlaError: the layers are not those of this family.
+    """
+    towers = [_patch_embedding(shapes, tower) for tower in _TOWERS]
+    features = sum(shapes[name][0] for name in towers)
+    patches = {_patches(shapes[name][1], inputs.image_size) for name in towers}
+    hidden = shapes[_required(shapes, f"{_DECODER}layers.0.self_attn.q_proj")][1]
+    if len(patches) != 1:
+        raise QvlaError(f"both towers must make the same number of patches, got {sorted(patches)}")
+    count = inputs.images * patches.pop()
+    vision = _vision(shapes, towers, inputs.images, count)
+    projector = (
+        LayerShape("projector.fc1", 4 * features, features, count),
+        LayerShape("projector.fc2", hidden, 4 * features, count),
+        LayerShape("projector.fc3", hidden, hidden, count),
+    )
+    first = StageShape("vision", vision.layers + projector, vision.attentions)
+    prompt = count + inputs.prompt_tokens + (1 if inputs.state_dim else 0)
+    return NetworkShape((first, *_decoder(shapes, prompt, hidden, inputs)))
+
+
+def decoder_stage(
+    shapes: LayerShapes, name: str, rows: int, keys: int, runs: int = 1
+) -> StageShape:
+    """Return a pass of `rows` positions through a decoder's layers, each attending to `keys`."""
+    layers = _layers_at(shapes, _DECODER, rows)
+    return StageShape(name, layers, _attentions(layers, keys, keys), runs)
+
+
+def _vision(shapes: LayerShapes, embeddings: list[str], images: int, patches: int) -> StageShape:
+    """Both towers on all images; attention stays within an image."""
+    layers: tuple[LayerShape, ...] = ()
+    attentions: tuple[AttentionShape, ...] = ()
+    for tower, embedding, prefix in zip(_TOWERS, embeddings, (_DINO_PREFIX, 0), strict=True):
+        rows = patches + images * prefix
+        blocks = tuple(e for e in _layers_at(shapes, tower, rows) if e.name != embedding)
+        layers += (LayerShape(embedding, *shapes[embedding], patches), *blocks)
+        attentions += _attentions(blocks, rows // images, rows)
+    return StageShape("vision", layers, attentions)
+
+
+def _decoder(
+    shapes: LayerShapes, prompt: int, hidden: int, inputs: PolicyInputs
+) -> tuple[StageShape, ...]:
+    """Everything from the first decoder block on; `prompt` positions come before the action."""
+    if inputs.autoregressive:
+        # The pass over the prompt yields the first token.
+        steps = inputs.slots - 1
+        lm_head = LayerShape("language_model.lm_head", inputs.vocab_size, hidden, 1)
+        return (
+            decoder_stage(shapes, "prefill", prompt, prompt),
+            decoder_stage(shapes, "decode", 1, prompt + inputs.slots // 2, steps),
+            StageShape("head", (lm_head,), runs=inputs.slots),
+        )
+    rows = prompt + inputs.slots + 1
+    decoder = decoder_stage(shapes, "decoder", rows, rows)
+    if inputs.state_dim:
+        state = (
+            LayerShape("proprio_projector.fc1", hidden, inputs.state_dim, 1),
+            LayerShape("proprio_projector.fc2", hidden, hidden, 1),
+        )
+        decoder = StageShape("decoder", state + decoder.layers, decoder.attentions)
+    if inputs.head == "tokens":
+        lm_head = LayerShape("language_model.lm_head", inputs.vocab_size, hidden, inputs.slots)
+        return decoder, StageShape("head", (lm_head,))
+    sizes = [(hidden, hidden * inputs.action_dim), *[(hidden, hidden)] * 2]
+    sizes.append((inputs.action_dim, hidden))
+    head = tuple(
+        LayerShape(f"action_head.model.{i}", channels, width, inputs.horizon)
+        for i, (channels, width) in enumerate(sizes)
+    )
+    return decoder, StageShape("head", head)
+
+
+def _layers_at(shapes: LayerShapes, prefix: str, rows: int) -> tuple[LayerShape, ...]:
+    return tuple(
+        LayerShape(name, *shape, rows) for name, shape in shapes.items() if name.startswith(prefix)
+    )
+
+
+def _attentions(
+    layers: Iterable[LayerShape], keys: int, keys_read: int
+) -> tuple[AttentionShape, ...]:
+    channels = {layer.name: layer.channels for layer in layers}
+    return tuple(
+        AttentionShape(
+            layer.rows, keys, keys_read, layer.channels, channels[f"{layer.name[:-6]}k_proj"]
+        )
+        for layer in layers
+        if layer.name.endswith(".q_proj")
+    )
+
+
+def _patch_embedding(shapes: LayerShapes, tower: str) -> str:
+    for name in shapes:
+        if name.startswith(f"{tower}embeddings."):
+            return name
+    return _required(shapes, f"{tower}embeddings")
+
+
+def _patches(inputs: int, image_size: int) -> int:
+    """Patches of an image; `inputs` are the 3 colours of a square patch."""
+    side = isqrt(inputs // 3)
+    if 3 * side * side != inputs or image_size % side:
+        raise QvlaError(
+            f"a patch embedding must read square patches of 3 colours that tile the image, got "
+            f"{inputs} inputs for images of {image_size} pixels; give the policy's image size"
+        )
+    return (image_size // side) ** 2
+
+
+def _required(shapes: Mapping[str, tuple[int, int]], name: str) -> str:
+    if name not in shapes:
+        raise QvlaError(
+            f"no layer {name!r} among {list(shapes)[:3]}...; latency is predicted for policies "
+            "with the module names of OpenVLA's family"
+        )
+    return name

@@ -1,0 +1,300 @@
+"""Roofline prediction of what one action costs on a target in a power mode. numpy only.
+
+Of each product the slower of two counts, reading its weights and writing its outputs or its
+multiplications; where a runtime expands codes beforehand that comes on top, and so do launches.
+Layers that share an input are one product for each width (`graph.passes.merge`), constant
+hidden units are gone (`qvla_export.quantizer.coupling`). Everything here is a prediction, never a
+measurement.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.latency_model.kernel_rates import KernelRates
+from qvla_export.latency_model.network_shape import (
+    AttentionShape,
+    LayerShape,
+    NetworkShape,
+    StageShape,
+)
+from qvla_export.quantizer.coupling import find_couplings
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.target import ActivationSupport, PowerMode, Target
+
+# Layer name -> width of each channel.  int8 [channels]
+Widths = Mapping[str, NDArray[np.int8]]
+
+_INT8_BYTES = 1
+
+
+@dataclass(frozen=True)
+class StagePrediction:
+    """Predicted milliseconds of a stage, all its runs together."""
+
+    name: str
+    runs: int
+    total_ms: float
+    # What `total_ms` is made of: products of weights, attention, and kernels between them.
+    weights_ms: float
+    attention_ms: float
+    between_ms: float
+
+
+@dataclass(frozen=True)
+class LatencyPrediction:
+    """Predicted milliseconds of one action."""
+
+    stages: tuple[StagePrediction, ...]
+    # The truth is expected between total_ms / uncertainty and total_ms * uncertainty.
+    uncertainty: float
+
+    @property
+    def total_ms(self) -> float:
+        """Of all stages."""
+        return sum(stage.total_ms for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Layers of one input: a MatMul for each width."""
+
+    rows: int
+    inputs: int
+    # Width -> channels computed with it; 0 bits never.
+    channels: Mapping[int, int]
+    # Outputs in all, pruned ones included.
+    outputs: int
+    # Whether the channels' order must be restored.
+    reordered: bool
+    # Whether these are quantized layers, so that 8-bit activations reach them.
+    planned: bool
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Hidden units of planned MLPs that stay."""
+
+    # Producer -> the units it computes.  int64 [kept]
+    produced: Mapping[str, NDArray[np.int64]]
+    # Consumer -> how many it reads.
+    read: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Predicts one network on one target in one power mode."""
+
+    network: NetworkShape
+    target: Target
+    mode: PowerMode
+    rates: KernelRates
+
+    def predict(
+        self, widths: Widths | None = None, activations: ActivationSupport = "none"
+    ) -> LatencyPrediction:
+        """Predict the milliseconds of one action.
+
+        Args:
+            widths: layer name -> int8 [channels], as in a plan; layers not named, and all layers
+                for None, are in the target's compute type.
+            activations: the plan's setting, "none" or "int8".
+
+        Raises:
+            QvlaError: widths of a layer the network does not have.
+        """
+        shapes = self.network.layers
+        widths = widths or {}
+        for name, values in widths.items():
+            if name not in shapes or len(values) != shapes[name][0]:
+                raise QvlaError(
+                    f"the plan gives {len(values)} widths to layer {name!r}; the network has "
+                    f"{shapes.get(name, 'no such layer')}. Predict the policy the plan is for."
+                )
+        units = _units(widths, {name: shapes[name][1] for name in widths})
+        stages = tuple(
+            self._stage(stage, widths, units, activations) for stage in self.network.stages
+        )
+        return LatencyPrediction(stages, self.rates.uncertainty_of(self.mode, activations))
+
+    def channel_ms(
+        self, layer: str, widths: tuple[int, ...], activations: ActivationSupport = "none"
+    ) -> NDArray[np.float64]:
+        """Return what one channel of a layer adds at each width, launches aside.
+
+        The sum over channels differs from `predict` by launches, whole tiles and the inputs of
+        later layers that constant units save.
+
+        Returns:
+            Milliseconds of one action.  float64 [len(widths)]
+        """
+        total = np.zeros(len(widths))
+        for stage in self.network.stages:
+            for shape in stage.layers:
+                if shape.name == layer:
+                    costs = [self._channel_ms(shape, bits, activations) for bits in widths]
+                    total += stage.runs * np.array(costs)
+        return total
+
+    def _channel_ms(self, shape: LayerShape, bits: int, activations: ActivationSupport) -> float:
+        if bits == 0:
+            return 0.0
+        return self._matmul_ms(shape.rows, shape.inputs, 1.0, bits, activations)
+
+    def _stage(
+        self, stage: StageShape, widths: Widths, units: _Units, activations: ActivationSupport
+    ) -> StagePrediction:
+        products = _products(stage, widths, units)
+        weights = sum(self._product_ms(product, activations) for product in products)
+        between = sum(self._between_ms(product, activations) for product in products)
+        attention = sum(self._attention_ms(shape) for shape in stage.attentions)
+        return StagePrediction(
+            name=stage.name,
+            runs=stage.runs,
+            total_ms=stage.runs * (weights + between + attention),
+            weights_ms=stage.runs * weights,
+            attention_ms=stage.runs * attention,
+            between_ms=stage.runs * between,
+        )
+
+    def _product_ms(self, product: _Product, activations: ActivationSupport) -> float:
+        setting: ActivationSupport = activations if product.planned else "none"
+        tile = self.rates.channel_tile
+        total = 0.0
+        for bits, channels in product.channels.items():
+            # Unused channels of a tile are multiplied but neither stored nor read.
+            filled = -(-channels // tile) * tile / channels
+            ms = self._matmul_ms(product.rows, product.inputs, channels, bits, setting, filled)
+            total += ms + self._launch_ms
+        return total
+
+    def _matmul_ms(
+        self,
+        rows: int,
+        inputs: int,
+        channels: float,
+        bits: int,
+        activations: ActivationSupport,
+        filled: float = 1.0,
+    ) -> float:
+        """Rows [rows, inputs] times the channels of one width, without launch."""
+        stored = self._stored_bits(bits)
+        codes = channels * inputs
+        row_bits = inputs * stored if bits == 16 else self.target.containers[bits].row_bits(inputs)
+        element = _INT8_BYTES if activations == "int8" else self._element_bytes
+        # The inputs are read once for all channels: not a cost of a channel.
+        read = channels * row_bits / 8 + rows * channels * element
+        operations = 2 * rows * codes * filled
+        share = self.rates.compute_share
+        arithmetic = self._arithmetic(stored, activations)
+        if arithmetic != "int8" and bits != 16:
+            share *= self.rates.expanded_share.get(stored, 1.0)
+        compute_ms = operations / (self._dense_tops(arithmetic) * share * 1e9)
+        expansion_ms = 0.0
+        if arithmetic != "int8" and stored in self.rates.expanded_gcodes_s and bits != 16:
+            expansion_ms = codes / (self.rates.expanded_gcodes_s[stored] * 1e6)
+        return max(self._read_ms(read), compute_ms) + expansion_ms
+
+    def _between_ms(self, product: _Product, activations: ActivationSupport) -> float:
+        """Norms, activation functions, residuals, Q/DQ and channel order around one product.
+
+        Each kernel is taken to read the product's input and to pass over its output.
+        """
+        numbers = product.rows * (product.inputs + 2 * product.outputs)
+        once = self._read_ms(numbers * self._element_bytes) + self._launch_ms
+        total = self.rates.kernels_between * once
+        if activations == "int8" and product.planned:
+            moved = product.rows * product.inputs * (self._element_bytes + _INT8_BYTES)
+            total += self._read_ms(moved) + self._launch_ms
+        if product.reordered:
+            moved = 2 * product.rows * product.outputs * self._element_bytes
+            total += self._read_ms(moved) + self._launch_ms
+        return total
+
+    def _attention_ms(self, shape: AttentionShape) -> float:
+        """One fused kernel: scores, softmax and weighted sum; the scores stay on the chip."""
+        operations = 4 * shape.rows * shape.keys * shape.width
+        numbers = 2 * shape.rows * shape.width + 2 * shape.keys_read * shape.kv_width
+        compute = self._dense_tops(self._float_arithmetic) * self.rates.compute_share
+        read_ms = self._read_ms(numbers * self._element_bytes)
+        return max(operations / (compute * 1e9), read_ms) + self._launch_ms
+
+    def _stored_bits(self, bits: int) -> int:
+        """Bits of one weight where the product reads it; 16-bit weights in the compute type."""
+        return 8 * self._element_bytes if bits == 16 else self.target.containers[bits].bits
+
+    def _arithmetic(self, stored: int, activations: ActivationSupport) -> str:
+        """8-bit weights multiply 8-bit activations as integers; narrower ones do not.
+
+        TensorRT's int4 products take float activations only, and ONNX Runtime's graphs keep them
+        in float (`qvla_export.graph.passes.integer_products`).
+        """
+        both = activations == "int8" and stored == 8
+        return "int8" if both else self._float_arithmetic
+
+    @property
+    def _float_arithmetic(self) -> str:
+        # Tensor cores multiply bfloat16 as fast as float16.
+        return "float32" if self.target.compute == "float32" else "float16"
+
+    @property
+    def _element_bytes(self) -> int:
+        return 4 if self.target.compute == "float32" else 2
+
+    @property
+    def _launch_ms(self) -> float:
+        return self.rates.launch_us / 1e3
+
+    def _read_ms(self, nbytes: float) -> float:
+        return nbytes / (self.mode.bandwidth_gb_s * self.rates.bandwidth_share * 1e6)
+
+    def _dense_tops(self, arithmetic: str) -> float:
+        if arithmetic not in self.mode.dense_tops:
+            raise QvlaError(
+                f"power mode {self.mode.name!r} of {self.target.name!r} states no rate for "
+                f"{arithmetic}, only for {sorted(self.mode.dense_tops)}"
+            )
+        return self.mode.dense_tops[arithmetic]
+
+
+def _units(widths: Widths, inputs: Mapping[str, int]) -> _Units:
+    produced: dict[str, NDArray[np.int64]] = {}
+    read: dict[str, int] = {}
+    for coupling in find_couplings(widths, inputs):
+        produced |= dict.fromkeys(coupling.producers, coupling.order)
+        read[coupling.consumer] = len(coupling.order)
+    return _Units(produced, read)
+
+
+def _products(stage: StageShape, widths: Widths, units: _Units) -> list[_Product]:
+    """Group a stage's layers by shared input."""
+    groups: dict[str, list[LayerShape]] = {}
+    for layer in stage.layers:
+        groups.setdefault(layer.group, []).append(layer)
+    return [_product(members, widths, units) for members in groups.values()]
+
+
+def _product(members: list[LayerShape], widths: Widths, units: _Units) -> _Product:
+    counts = np.zeros(17, np.int64)
+    for layer in members:
+        if layer.name not in widths:
+            counts[16] += layer.channels
+        elif layer.name in units.produced:
+            counts += np.bincount(widths[layer.name][units.produced[layer.name]], minlength=17)
+        else:
+            counts += np.bincount(widths[layer.name], minlength=17)
+    first = members[0]
+    produces = first.name in units.produced
+    channels = {int(bits): int(counts[bits]) for bits in np.flatnonzero(counts) if bits}
+    several = len(channels) + bool(counts[0]) > 1
+    return _Product(
+        rows=first.rows,
+        inputs=units.read.get(first.name, first.inputs),
+        channels=channels,
+        outputs=sum(channels.values()) if produces else sum(m.channels for m in members),
+        # What an MLP produces is read in the stored order.
+        reordered=several and not produces,
+        planned=first.name in widths,
+    )

@@ -1,0 +1,1 @@
+"""Runs the policy and sums what happens inside it: gradients, moments, activations."""

@@ -1,0 +1,182 @@
+"""Measure `Moments`: one recorded pass a batch, one backward pass a probe of the action.
+
+Weights that were left on disk are read stage by stage (`measurement.streamed`). What is summed is
+in memory throughout: 8 bytes for each number of the blocks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qvla_export.measurement.backward import Pass, Probes, probed_pass
+from qvla_export.measurement.distributed import Alone, World
+from qvla_export.measurement.moment_bounds import (
+    DEFAULT_MOMENTS,
+    MomentSettings,
+    moment_sums,
+    open_moment_stream,
+)
+from qvla_export.measurement.sharded_sums import OnProgress, ShardedSums
+from qvla_export.measurement.streamed import weights_on_disk
+from qvla_export.policies.base import Policy
+from qvla_export.policies.layers import as_tokens, traced_layers
+from qvla_export.quantizer.moments import LayerMoments, Moments
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.observation import Observation
+
+_Sums = Mapping[str, NDArray[np.float64]]
+
+
+def measure_moments(
+    policy: Policy,
+    observations: Sequence[Observation],
+    calibration_digest: str,
+    settings: MomentSettings = DEFAULT_MOMENTS,
+    progress_file: Path | None = None,
+    on_progress: OnProgress | None = None,
+    world: World | None = None,
+    max_bytes: int | None = None,
+) -> Moments:
+    """Measure the moments of every quantizable layer.
+
+    Tokens that the action does not depend on, such as those that fill a batch's prompts up, do not
+    count.
+
+    Args:
+        policy: the full-precision policy; stays as it is.
+        observations: at least one.
+        calibration_digest: digest of the set they came from.
+        settings: probes, seed, batch size, blocks.
+        progress_file: sums are saved here after each batch; a killed run goes on from it.
+        on_progress: called with (observations done, observations in all).
+        world: the processes that share the observations; all get the result.
+        max_bytes: for a policy whose weights were left on disk: bound of all that is in memory.
+
+    Raises:
+        QvlaError: no observations, a layer that is called more than once in a pass, or one that
+            exceeds the bound of memory.
+    """
+    if not observations:
+        raise QvlaError("moments need at least one observation, got none")
+    layers, world = traced_layers(policy), world or Alone()
+    stream = None
+    if weights_on_disk(policy):
+        stream = open_moment_stream(policy, layers, observations, settings, world, max_bytes)
+    identity = {
+        "what": "moments",
+        "policy_digest": policy.digest,
+        "calibration_digest": calibration_digest,
+        "observations": len(observations),
+        "settings": asdict(settings),
+    }
+    sums = ShardedSums(moment_sums(layers, settings), identity, progress_file, world)
+    size = settings.batch_size
+    batches = list(range(-(-len(observations) // size)))
+    for batch in sums.share(batches):
+        chosen = observations[batch * size : (batch + 1) * size]
+        probes = Probes(settings.probes, settings.seed)
+        if stream is None:
+            _add_pass(probed_pass(policy, layers, chosen, probes, batch), sums.values)
+        else:
+            for _, passes in stream.passes(chosen, probes, batch):
+                for item in passes:
+                    _add_pass(item, sums.values)
+                    del item  # the next pass is made before the name is bound anew
+        sums.mark(batch)
+        if on_progress is not None:
+            done = min(sums.done(batches) * size, len(observations))
+            on_progress(done, len(observations))
+    total = sums.total()
+    sums.values.clear()
+    return Moments(
+        layers={name: _moments(total, name) for name in layers},
+        samples=len(observations),
+        probes=settings.probes,
+        seed=settings.seed,
+        policy_digest=policy.digest,
+        calibration_digest=calibration_digest,
+    )
+
+
+def layer_tokens(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> Tensor:
+    """Return what each output token is a linear map of.  [N, tokens, weights of a channel]
+
+    Raises:
+        QvlaError: a convolution in groups, whose channels do not see the same.
+    """
+    if isinstance(layer, nn.Linear):
+        return inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+    if layer.groups != 1 or (isinstance(layer.padding, str) and layer.padding != "valid"):
+        raise QvlaError(
+            f"moments of convolutions need one group and padding in numbers, got {layer}; "
+            "leave the layer out of the plan"
+        )
+    padding = 0 if isinstance(layer.padding, str) else layer.padding
+    patches = nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
+    return patches.transpose(1, 2)
+
+
+def _add_pass(made: Pass, sums: _Sums) -> None:
+    """Add the moments of recorded layers to the sums."""
+    layers, inputs = made.recorded.layers, made.recorded.inputs
+    # Layer name -> |g|^2 of each token, mean over probes.  [N * tokens]
+    worths: dict[str, Tensor] = {}
+    for number, weight in enumerate(made.weights):
+        for (name, layer), gradient in zip(layers.items(), made.gradients(number), strict=True):
+            tokens = as_tokens(layer, gradient).flatten(0, 1)
+            _add_products(sums[f"{name}/channels"], tokens, tokens * weight)
+            worth = weight * tokens.square().sum(dim=1)
+            worths[name] = worths[name] + worth if number else worth
+    for name, layer in layers.items():
+        tokens = layer_tokens(layer, inputs.pop(name)).flatten(0, 1)
+        _add_inputs(sums, name, tokens, worths[name])
+
+
+def _add_inputs(sums: _Sums, name: str, tokens: Tensor, worth: Tensor) -> None:
+    """Add tokens [n, inputs] of a layer, each of a worth [n]."""
+    counted = tokens[worth > 0]
+    sums[f"{name}/tokens"] += len(counted)
+    sums[f"{name}/weight"] += float(worth.double().sum())
+    sums[f"{name}/sum"] += counted.sum(dim=0, dtype=torch.float64).cpu().numpy()
+    del counted
+    weighted = tokens * worth[:, None]
+    sums[f"{name}/weighted"] += weighted.sum(dim=0, dtype=torch.float64).cpu().numpy()
+    _add_products(sums[f"{name}/inputs"], tokens, weighted)
+
+
+def _add_products(blocks: NDArray[np.float64], left: Tensor, right: Tensor) -> None:
+    """Add left^T right, [n, width] each, to the blocks along its diagonal."""
+    size = blocks.shape[1]
+    parts = zip(blocks, torch.split(left, size, 1), torch.split(right, size, 1), strict=True)
+    for block, one, other in parts:
+        inside = one.shape[1]
+        block[:inside, :inside] += (one.T @ other).double().cpu().numpy()
+
+
+def _moments(sums: dict[str, NDArray[np.float64]], name: str) -> LayerMoments:
+    """Means and central moments of a layer's sums, which are used up; without effect zeros."""
+    tokens, worth = float(sums[f"{name}/tokens"][0]), float(sums[f"{name}/weight"][0])
+    mean = sums.pop(f"{name}/sum") / max(tokens, 1.0)
+    weighted = sums.pop(f"{name}/weighted") / (worth or 1.0)
+    blocks = sums.pop(f"{name}/inputs")
+    blocks /= worth or 1.0
+    size = blocks.shape[1]
+    for number, block in enumerate(blocks):
+        inside = slice(number * size, min((number + 1) * size, len(mean)))
+        width = inside.stop - inside.start
+        cross = np.outer(weighted[inside], mean[inside])
+        block[:width, :width] -= cross + cross.T - np.outer(mean[inside], mean[inside])
+        block[:] = (block + block.T) / 2
+    channels = sums.pop(f"{name}/channels")
+    channels /= max(tokens, 1.0)
+    return LayerMoments(
+        mean.astype(np.float32),
+        weighted.astype(np.float32),
+        blocks.astype(np.float32),
+        ((channels + channels.transpose(0, 2, 1)) / 2).astype(np.float32),
+    )

@@ -1,0 +1,139 @@
+"""How moments are measured, what that takes, and blocks that fit into a bound of memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.measurement.backward import Layers
+from qvla_export.measurement.distributed import Alone, World
+from qvla_export.measurement.layer_groups import LayerNeeds
+from qvla_export.measurement.streamed import Stream, open_stream
+from qvla_export.policies.base import Policy
+from qvla_export.policies.layers import layer_shapes, traced_layers
+from qvla_export.quantizer.moments import block_size
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.observation import Observation
+
+# The largest blocks that fit are measured; smaller ones say too little of what weights share.
+LARGEST_BLOCK, SMALLEST_BLOCK = 4096, 64
+
+
+@dataclass(frozen=True)
+class MomentSettings:
+    """How to measure moments."""
+
+    # Random signs over the action's numbers, of each observation.
+    probes: int = 4
+    seed: int = 0
+    # Observations that run together; memory grows with it.
+    batch_size: int = 8
+    # Inputs or channels whose moments are kept together; of more, blocks along the diagonal. A
+    # layer takes 8 * (inputs * block + channels * block) bytes while it is measured.
+    largest_block: int = LARGEST_BLOCK
+
+    def __post_init__(self) -> None:
+        if min(self.probes, self.batch_size, self.largest_block) < 1:
+            raise QvlaError(f"probes, batch size and block must be at least 1, got {self}")
+
+
+DEFAULT_MOMENTS = MomentSettings()
+
+
+def moment_sums(layers: Layers, settings: MomentSettings) -> dict[str, NDArray[np.float64]]:
+    """Return zeros for all that is summed."""
+    found: dict[str, NDArray[np.float64]] = {}
+    for name, (channels, inputs) in layer_shapes(layers).items():
+        found |= {
+            f"{name}/tokens": np.zeros(1),
+            f"{name}/weight": np.zeros(1),
+            f"{name}/sum": np.zeros(inputs),
+            f"{name}/weighted": np.zeros(inputs),
+            f"{name}/inputs": _blocks(inputs, settings),
+            f"{name}/channels": _blocks(channels, settings),
+        }
+    return found
+
+
+def _blocks(width: int, settings: MomentSettings) -> NDArray[np.float64]:
+    size = block_size(width, settings.largest_block)
+    return np.zeros((-(-width // size), size, size))
+
+
+def open_moment_stream(
+    policy: Policy,
+    layers: Layers,
+    observations: Sequence[Observation],
+    settings: MomentSettings,
+    world: World,
+    max_bytes: int | None,
+) -> Stream:
+    """Return how batches go through a policy whose weights lie on disk.
+
+    Raises:
+        QvlaError: sums, and a stage or one of its layers, need more than the bound.
+    """
+    sums = sum(array.nbytes for array in moment_sums(layers, settings).values())
+    # Partners' sums lie beside this process's own when they are added up.
+    held = sums * (2 if world.size > 1 else 1)
+    return open_stream(
+        policy,
+        layers,
+        observations,
+        settings.batch_size,
+        settings.probes,
+        lambda some, moved: moment_needs(some, moved, settings),
+        held,
+        max_bytes,
+        world.device,
+        cut=False,
+    )
+
+
+def fitting_block(
+    policy: Policy,
+    observations: Sequence[Observation],
+    settings: MomentSettings,
+    max_bytes: int,
+    world: World | None = None,
+) -> int:
+    """Return the largest block whose sums fit into a bound beside a stage of the policy.
+
+    4096, or the half of it again and again, down to 64.
+
+    Args:
+        policy: its weights were left on disk.
+        observations: all.
+        settings: the block is not looked at.
+        max_bytes: bound of all that is in memory.
+        world: the processes that share the observations.
+
+    Raises:
+        QvlaError: blocks of 64 do not fit; says what is needed.
+    """
+    layers, size = traced_layers(policy), LARGEST_BLOCK
+    while True:
+        tried = replace(settings, largest_block=size)
+        try:
+            open_moment_stream(policy, layers, observations, tried, world or Alone(), max_bytes)
+        except QvlaError:
+            if size <= SMALLEST_BLOCK:
+                raise
+            size //= 2
+        else:
+            return size
+
+
+def moment_needs(
+    layers: Layers, moved: Mapping[str, tuple[int, int]], settings: MomentSettings
+) -> dict[str, LayerNeeds]:
+    """Return what each layer takes in a pass: products, weighted tokens, patches."""
+    found = {}
+    for name, (fed, made) in moved.items():
+        channels, inputs = layer_shapes({name: layers[name]})[name]
+        patches = made // channels * inputs
+        block = max(block_size(width, settings.largest_block) for width in (channels, inputs))
+        passing = 4 * max(made, 3 * patches) + 12 * block**2
+        found[name] = LayerNeeds(channels, inputs, fed, made, (), passing)
+    return found

@@ -1,0 +1,212 @@
+"""Run a policy again with single channels changed, computing only what they can change.
+
+The first pass records every module that maps a batch to a batch. A replay with some channels of one
+layer changed runs several of them side by side, as repetitions of the batch: whatever ended before
+the layer began returns its recorded output, the layer adds the changed channels' difference to its
+own, and whatever comes after it runs only where its inputs differ. Weights are never touched.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvla_export.policies.base import Policy, PolicyBatch
+from qvla_export.policies.layers import apply_rows, as_tokens
+from qvla_export.shared.errors import QvlaError
+
+Layers = Mapping[str, nn.Linear | nn.Conv2d]
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What a module did in the reference pass."""
+
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    # When it was called and when it returned, counted in calls and returns.
+    began: int
+    ended: int
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Rows added to channels of one layer, each in a repetition of its own."""
+
+    layer: str
+    # int64 [repetitions]
+    channels: Tensor
+    # float32 [repetitions, inputs]
+    rows: Tensor
+
+
+class Replay:
+    """The recorded pass of one batch; see `recorded`."""
+
+    def __init__(self, policy: Policy, layers: Layers, batch: PolicyBatch) -> None:
+        self._policy = policy
+        self._layers = layers
+        self._batch = batch
+        self._records: dict[str, _Recorded] = {}
+        # Modules that are called more than once, or do not map a batch to a batch.
+        self._unfit: set[str] = set()
+        self._change: _Change | None = None
+        self._clock = 0
+        # Normalized actions of the reference pass.  float32 [B, outputs]
+        self.reference = torch.zeros(0)
+
+    def deviations(self, layer: str, channels: Sequence[int], rows: Tensor) -> Tensor:
+        """Return the squared action deviation of each change by itself.
+
+        Args:
+            layer: its name.
+            channels: of the layer.
+            rows: what each channel's weights gain.  float32 [len(channels), inputs]
+
+        Returns:
+            ||dA||^2 of each observation.  float64 [len(channels), B]
+        """
+        count = len(channels)
+        indices = torch.tensor(list(channels), device=rows.device)
+        self._change = _Change(layer, indices, rows)
+        try:
+            actions = self._policy.normalized_actions(_repeated(self._batch, count))
+        finally:
+            self._change = None
+        moved = actions.reshape(count, len(self._batch), -1) - self.reference
+        return moved.double().square().sum(dim=-1)
+
+    def record(self) -> None:
+        """Run the reference pass; the stand-ins must be in place."""
+        actions = self._policy.normalized_actions(self._batch)
+        self.reference = actions.reshape(len(self._batch), -1)
+
+    def stand_in(self, name: str, module: nn.Module) -> Callable[..., Any]:
+        """Return what stands in for a module's forward."""
+        original = module.forward
+        layer = self._layers.get(name)
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            if self._change is None:
+                return self._recording(name, original, arguments, named)
+            known = self._records.get(name)
+            began = self._records[self._change.layer].began
+            if known is None or known.began < began < known.ended:
+                return original(*arguments, **named)
+            if layer is not None and name == self._change.layer:
+                return _changed(layer, known, self._change)
+            count = len(self._change.channels)
+            if known.ended < began or _equal(_tensors((arguments, named)), known.inputs, count):
+                return _expanded(known.output, count)
+            return original(*arguments, **named)
+
+        return run
+
+    def _recording(
+        self, name: str, original: Callable[..., Any], arguments: Any, named: Any
+    ) -> Any:
+        began, self._clock = self._clock, self._clock + 1
+        output = original(*arguments, **named)
+        ended, self._clock = self._clock, self._clock + 1
+        if name in self._records and name in self._layers:
+            raise QvlaError(f"layer {name} runs more than once in a pass; not supported")
+        inputs = _tensors((arguments, named))
+        first = arguments[0] if arguments else None
+        maps_batches = (
+            isinstance(output, Tensor)
+            and isinstance(first, Tensor)
+            and output.ndim > 1
+            and first.shape[:1] == output.shape[:1]
+        )
+        if name in self._records or not maps_batches:
+            self._unfit.add(name)
+        if name in self._unfit:
+            self._records.pop(name, None)
+        else:
+            self._records[name] = _Recorded(inputs, output, began, ended)
+        return output
+
+
+@contextlib.contextmanager
+def recorded(policy: Policy, layers: Layers, batch: PolicyBatch) -> Iterator[Replay]:
+    """Run a batch and yield what replays it; the policy is as before when the block ends.
+
+    Args:
+        policy: float32; called without gradients.
+        layers: whose channels may be changed.
+        batch: of any size; leads the tensors between modules.
+
+    Raises:
+        QvlaError: one of the layers is called more than once in a pass.
+    """
+    replay = Replay(policy, layers, batch)
+    names = {module: name for name, module in layers.items()}
+    replaced: list[Any] = []
+    try:
+        for name, module in policy.module.named_modules():
+            # Without parameters there is little to save, and tables of positions have no batch.
+            if module is policy.module or next(module.parameters(), None) is None:
+                continue
+            stand_in = replay.stand_in(names.get(module, name), module)
+            module.forward = stand_in
+            replaced.append(module)
+        with torch.no_grad():
+            replay.record()
+            yield replay
+    finally:
+        for module in replaced:
+            del module.forward  # the class's own forward shows again
+
+
+def _changed(layer: nn.Linear | nn.Conv2d, known: _Recorded, change: _Change) -> Tensor:
+    """The layer's outputs, each repetition with its channel changed."""
+    count = len(change.channels)
+    added = apply_rows(layer, known.inputs[0], change.rows)  # [N, tokens, repetitions]
+    outputs = _expanded(known.output, count)
+    tokens = as_tokens(layer, outputs)
+    by_repetition = tokens.reshape(count, -1, *tokens.shape[1:])
+    for repetition, channel in enumerate(change.channels.tolist()):
+        by_repetition[repetition, ..., channel] += added[..., repetition]
+    return outputs
+
+
+def _expanded(output: Tensor, count: int) -> Tensor:
+    """Repeat a batch; a copy, contiguous."""
+    return output.repeat(count, *[1] * (output.ndim - 1))
+
+
+def _repeated(batch: PolicyBatch, count: int) -> PolicyBatch:
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{n: _expanded(t, count) for n, t in tensors.items() if t is not None})
+
+
+def _equal(inputs: Sequence[Tensor], known: Sequence[Tensor], count: int) -> bool:
+    """Whether inputs are the recorded ones, repeated where they lead with the batch."""
+    if len(inputs) != len(known):
+        return False
+    for found, expected in zip(inputs, known, strict=True):
+        if found.shape == expected.shape:
+            if not torch.equal(found, expected):
+                return False
+        elif found.shape != (count * expected.shape[0], *expected.shape[1:]):
+            return False
+        else:
+            repetitions = found.reshape(count, *expected.shape)
+            # Mostly the first one already differs.
+            if not all(torch.equal(repetitions[i], expected) for i in range(count)):
+                return False
+    return True
+
+
+def _tensors(value: Any) -> tuple[Tensor, ...]:
+    """Return the tensors among arguments, in order."""
+    if isinstance(value, Tensor):
+        return (value,)
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return ()
+    return tuple(tensor for item in value for tensor in _tensors(item))

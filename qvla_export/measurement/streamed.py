@@ -1,0 +1,276 @@
+"""First order in the memory of one stage: weights come from disk, forward once and back once.
+
+The forward pass keeps what goes from stage to stage. The backward pass takes the stages in reverse,
+runs each again from what it was given, now with a graph, and hands the gradients of the action on:
+one for each probe, the same that a pass over the whole policy would bring there.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qvla_export.measurement.backward import (
+    Contraction,
+    Deviations,
+    Layers,
+    Pass,
+    Probes,
+    Recorded,
+    deviations,
+    recording,
+)
+from qvla_export.measurement.layer_groups import NeedsOf, Piece, fitting_groups, too_small
+from qvla_export.measurement.peak_memory import give_back
+from qvla_export.measurement.stage_needs import StageNeeds, stage_needs
+from qvla_export.policies.base import Policy
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.observation import Observation
+
+# Channels of a layer -> width -> their weight errors, as `backward.add_batch` takes them.
+ErrorsOf = Callable[[Piece], Mapping[int, Tensor]]
+# Layers -> mean inputs of those whose bias makes up for the mean error.
+MeansOf = Callable[[Layers], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How batches go through a policy whose weights lie on disk; see `open_stream`."""
+
+    policy: Policy
+    layers: Layers
+    device: torch.device
+    needs: Sequence[StageNeeds]
+    # Layers of each stage, in groups that are measured together.
+    groups: Sequence[Sequence[Sequence[Piece]]]
+
+    def passes(
+        self, observations: Sequence[Observation], probes: Probes, batch: int
+    ) -> Iterator[tuple[Sequence[Piece], Iterator[Pass]]]:
+        """Run a batch forward, then back; yield each group with a pass of every observation.
+
+        Args:
+            observations: of the batch; the passes are in their order.
+            probes: how the action's Jacobian is probed.
+            batch: number of the batch, seeds its probes.
+        """
+        runs = [_Run(_feeds(self.policy, item, self.device)) for item in observations]
+        for needs in self.needs:
+            with weights_in_memory(self.policy, needs.reads, self.device), torch.no_grad():
+                for run in runs:
+                    run.values[needs.stage.output] = run.through(needs)
+        last = self.needs[-1].stage.output
+        flat = torch.cat([run.values[last].reshape(1, -1) for run in runs])
+        drawn, weight = probes.draw(flat, batch)
+        for number, run in enumerate(runs):
+            shape = run.values[last].shape
+            run.gradients[last] = [probe[number].reshape(shape) for probe in drawn]
+        weights = [weight] * len(drawn)
+        for needs, groups in zip(reversed(self.needs), reversed(self.groups), strict=True):
+            with weights_in_memory(self.policy, needs.reads, self.device):
+                for number, group in enumerate(groups):
+                    layers = {piece.layer: self.layers[piece.layer] for piece in group}
+                    channels = {piece.layer: piece.channels for piece in group}
+                    yield (
+                        group,
+                        (
+                            run.back(needs, layers, channels, weights, hand_on=number == 0)
+                            for run in runs
+                        ),
+                    )
+            for run in runs:
+                del run.values[needs.stage.output], run.gradients[needs.stage.output]
+
+    def add_batch(
+        self,
+        errors_of: ErrorsOf,
+        means_of: MeansOf,
+        observations: Sequence[Observation],
+        probes: Probes,
+        batch: int,
+        sums: Mapping[str, NDArray[np.float64]],
+        contraction: Contraction = "full",
+    ) -> None:
+        """Add the squared deviations of all layers on a batch to sums; as `backward.add_batch`."""
+        # Layer name -> observation -> what was found of its channels so far.
+        found: dict[str, list[list[Deviations]]] = {}
+        for group, passes in self.passes(observations, probes, batch):
+            means = means_of({piece.layer: self.layers[piece.layer] for piece in group})
+            moved = _measured(group, passes, errors_of, contraction, means)
+            for piece in group:
+                name, count = piece.layer, len(self.layers[piece.layer].weight)
+                parts = found.setdefault(name, [[] for _ in observations])
+                for part, each in zip(parts, moved, strict=True):
+                    part.append(each[name])
+                if piece.stop == count:
+                    whole = [Deviations.joined(part) for part in found.pop(name)]
+                    Deviations.of_batch(whole).add_to(sums, name, probes.count is not None)
+
+
+def _measured(
+    group: Sequence[Piece],
+    passes: Iterator[Pass],
+    errors_of: ErrorsOf,
+    contraction: Contraction,
+    means: Mapping[str, Tensor],
+) -> list[dict[str, Deviations]]:
+    """Return what each observation's pass says about the layers of a group."""
+    errors = {piece.layer: errors_of(piece) for piece in group}
+    moved = []
+    for item in passes:
+        recorded = replace(item.recorded, means=means)
+        moved.append(deviations(recorded, errors, item.gradients, item.weights, contraction))
+        # The next pass is made before the name is bound anew.
+        del item, recorded
+    return moved
+
+
+@dataclass
+class _Run:
+    """One observation on its way through the stages and back."""
+
+    # Model inputs, and outputs of stages.
+    values: dict[str, Tensor]
+    # Output of a stage -> gradient of each probe's action.
+    gradients: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def through(self, needs: StageNeeds) -> Tensor:
+        """Return a stage's output."""
+        output: Tensor = needs.stage.module(*(self.values[name] for name in needs.stage.inputs))
+        return output
+
+    def back(
+        self,
+        needs: StageNeeds,
+        group: Layers,
+        channels: Mapping[str, slice],
+        weights: Sequence[float],
+        hand_on: bool,
+    ) -> Pass:
+        """Run a stage with a graph.
+
+        Args:
+            needs: the stage.
+            group: layers to record.
+            channels: of these layers, that are asked for.
+            weights: of the probes.
+            hand_on: keep the gradients of what earlier stages made as well.
+        """
+        given = {name: self.values[name].detach() for name in needs.stage.inputs}
+        sources = needs.made_by_others if hand_on else ()
+        for name in sources:
+            given[name].requires_grad_(True)
+        with recording(group) as (inputs, outputs), torch.enable_grad():
+            result = needs.stage.module(*given.values())
+        upstream = self.gradients[needs.stage.output]
+        targets = [*(outputs[name] for name in group), *(given[name] for name in sources)]
+
+        def gradients(number: int) -> Sequence[Tensor]:
+            if not targets:
+                return ()
+            more = number + 1 < len(upstream)
+            found = torch.autograd.grad(
+                result, targets, grad_outputs=upstream[number], retain_graph=more
+            )
+            for name, gradient in zip(sources, found[len(group) :], strict=True):
+                # Each output has one reader.
+                self.gradients.setdefault(name, []).append(gradient)
+            return found[: len(group)]
+
+        return Pass(Recorded(group, inputs, outputs, 1, {}, channels), gradients, weights)
+
+
+def weights_on_disk(policy: Policy) -> bool:
+    """Say whether a policy's weights were left on disk."""
+    return next(policy.module.parameters()).is_meta
+
+
+def open_stream(
+    policy: Policy,
+    layers: Layers,
+    observations: Sequence[Observation],
+    batch_size: int,
+    probes: int | None,
+    needs_of: NeedsOf,
+    held_bytes: int,
+    max_bytes: int | None,
+    device: torch.device,
+    cut: bool = True,
+) -> Stream:
+    """Find what every stage needs and cut its layers into groups that fit.
+
+    At any time there are: what is held throughout; what goes from stage to stage, of a batch; the
+    gradients of each probe there; one stage's weights; of one observation, all that the stage
+    makes; what a group of its layers needs.
+
+    Args:
+        policy: its weights were left on disk.
+        layers: of the policy.
+        observations: all; the longest prompt counts.
+        batch_size: observations that go through together.
+        probes: of an observation; None for one of each number of the action chunk.
+        needs_of: layers and how many numbers a pass moves -> what each layer needs.
+        held_bytes: sums and whatever else stays in memory.
+        max_bytes: bound; None for one group a stage.
+        device: where to compute.
+        cut: whether a layer may be cut into its channels.
+
+    Raises:
+        QvlaError: a stage, or a small part of one of its layers, needs more than the bound.
+    """
+    longest = max(observations, key=lambda o: len(policy.processor.input_ids(o.instruction)))
+    feeds = _feeds(policy, longest, torch.device("cpu"))
+    needs = stage_needs(policy, layers, feeds)
+    if probes is None:
+        probes = policy.processor.spec.horizon * policy.processor.spec.action_dim
+    largest = max(n.output_bytes for n in needs)
+    kept = sum(n.output_bytes for n in needs) + 2 * probes * largest
+    kept += sum(tensor.nbytes for tensor in feeds.values())
+    held = held_bytes + batch_size * kept
+    groups = []
+    for n in needs:
+        beside = held + n.weight_bytes + n.pass_bytes
+        if max_bytes is not None and beside > max_bytes:
+            raise QvlaError(
+                f"stage {n.stage.name} needs {beside / 1e9:.4g} GB: weights "
+                f"{n.weight_bytes / 1e9:.3g}, activations {n.pass_bytes / 1e9:.3g}, sums and what "
+                f"goes between stages {held / 1e9:.3g}; {too_small(beside, max_bytes)}"
+            )
+        groups.append(fitting_groups(needs_of(layers, n.moved), max_bytes, beside, cut))
+    return Stream(policy, layers, device, needs, groups)
+
+
+@contextlib.contextmanager
+def weights_in_memory(policy: Policy, names: Sequence[str], device: torch.device) -> Iterator[None]:
+    """Hold some weights of a policy in memory, as float32, while the block runs.
+
+    Args:
+        policy: its weights were left on disk.
+        names: of parameters and buffers.
+        device: where to put them.
+    """
+    replaced: list[tuple[nn.Module, str, Tensor]] = []
+    try:
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            module = policy.module.get_submodule(parent)
+            empty = getattr(module, leaf)
+            value = torch.from_numpy(np.ascontiguousarray(policy.read_weight(name))).to(device)
+            is_parameter = isinstance(empty, nn.Parameter)
+            setattr(module, leaf, nn.Parameter(value, False) if is_parameter else value)
+            replaced.append((module, leaf, empty))
+            del value  # the last one would stay until the end
+        yield
+    finally:
+        for module, leaf, empty in replaced:
+            setattr(module, leaf, empty)
+        give_back()
+
+
+def _feeds(policy: Policy, observation: Observation, device: torch.device) -> dict[str, Tensor]:
+    feeds = policy.processor.feeds(observation)
+    return {name: torch.from_numpy(value).to(device) for name, value in feeds.items()}

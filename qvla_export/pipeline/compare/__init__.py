@@ -1,0 +1,1 @@
+"""The comparison over seeds: every contestant planned, run and judged, in one folder a seed."""

@@ -1,0 +1,81 @@
+"""Open a policy of any kind: a checkpoint, a bundle, a running server."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qvla_export.shared.action import ActionPolicy
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.target import Runtime
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """Where a policy is; picklable, so that worker processes open it themselves."""
+
+    # Checkpoint folder, bundle folder, or URL of `qvla serve`.
+    place: str
+    unnorm_key: str | None = None
+    preset: str | None = None
+    # CPU threads; None for the runtime's own choice.
+    threads: int | None = None
+    # Of a bundle: compute with the stored codes, or make them float32 at load.
+    weights: Literal["packed", "unpacked"] = "packed"
+    # Of a bundle: None for its target's own; "ort" executes its graphs on a CPU.
+    runtime: Runtime | None = None
+    # Of a checkpoint: False leaves its weights on disk; it can be exported only.
+    resident: bool = True
+
+    @property
+    def kind(self) -> str:
+        """ "server", "bundle" or "checkpoint"."""
+        if self.place.startswith(("http://", "https://")):
+            return "server"
+        if (Path(self.place) / "manifest.json").is_file():
+            return "bundle"
+        if (Path(self.place) / "config.json").is_file():
+            return "checkpoint"
+        raise QvlaError(
+            f"{self.place!r} is neither a checkpoint folder (config.json), a bundle folder "
+            "(manifest.json) nor the URL of a server"
+        )
+
+    def __call__(self) -> ActionPolicy:
+        """Open the policy."""
+        kind = self.kind
+        if kind == "server":
+            from jetson.clients.http_client import RemotePolicy
+
+            return RemotePolicy(self.place)
+        if kind == "bundle":
+            from engines.load import load_engine
+            from jetson.policy import EnginePolicy
+            from qvla_export.shared.bundle import Bundle
+
+            bundle = Bundle.load(Path(self.place))
+            return EnginePolicy(
+                bundle, load_engine(bundle, self.threads, self.weights, self.runtime)
+            )
+        import torch
+
+        from qvla_export.policies.oft.config import PRESETS
+        from qvla_export.policies.oft.policy import load_oft_policy
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if self.preset is not None and self.preset not in PRESETS:
+            raise QvlaError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
+        config = None if self.preset is None else PRESETS[self.preset]
+        return load_oft_policy(Path(self.place), self.unnorm_key, config, self.resident)
+
+    def digest(self, policy: ActionPolicy) -> str:
+        """Return the digest of the checkpoint or bundle behind an opened policy."""
+        if self.kind == "server":
+            from jetson.serving.policy_contract import contract_of
+
+            return contract_of(policy).bundle_digest
+        if self.kind == "bundle":
+            from qvla_export.shared.bundle import Bundle
+
+            return Bundle.load(Path(self.place)).digest
+        return str(getattr(policy, "digest"))  # noqa: B009  # not part of the ActionPolicy protocol

@@ -1,0 +1,189 @@
+"""What a latency is predicted for: a bundle, a published geometry, a checkpoint's inputs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.latency_model.kernel_rates import DeviceRates
+from qvla_export.latency_model.network_shape import NetworkShape, PolicyInputs, network_of
+from qvla_export.latency_model.published_sizes import PROMPT_TOKENS, find_geometry
+from qvla_export.latency_model.roofline import LatencyModel
+from qvla_export.policies.oft.config import PRESETS, load_config
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.images import load_image_spec
+from qvla_export.shared.target import WIDTHS, ActivationSupport, Target
+
+if TYPE_CHECKING:
+    from qvla_export.allocation.allocate import LatencyLimit
+    from qvla_export.allocation.plan_request import Choices
+    from qvla_export.pipeline.run_folder import Setting
+    from qvla_export.quantizer.plan import BitPlan
+    from qvla_export.sensitivity.sensitivities import Sensitivities
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where it is predicted for."""
+
+    target: Target
+    # None for the target's modes, the fastest first.
+    power_mode: str | None
+    # File of `qvla rates`; takes the place of the target's own modes.
+    rates: Path | None
+
+    def models(self, network: NetworkShape) -> tuple[LatencyModel, ...]:
+        """Return a model for each power mode asked for, the fastest first."""
+        from engines.kernel_rates import kernel_rates
+
+        if self.rates is not None:
+            measured = DeviceRates.load(self.rates)
+            return (LatencyModel(network, self.target, measured.mode, measured.rates),)
+        kernels = kernel_rates(self.target)
+        modes = self.target.power_modes
+        if self.power_mode is not None:
+            modes = (self.target.power_mode(self.power_mode),)
+        return tuple(LatencyModel(network, self.target, mode, kernels) for mode in modes)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network and the plan it is predicted under."""
+
+    name: str
+    network: NetworkShape
+    # Layer name -> int8 [channels].
+    widths: dict[str, NDArray[np.int8]]
+    activations: ActivationSupport
+    # Name of the target it is for; None where it is for any.
+    target: str | None
+
+
+def subject_of_bundle(path: Path) -> Subject:
+    """Return a quantized bundle's network and plan.
+
+    Raises:
+        QvlaError: it is a float bundle.
+    """
+    from qvla_export.quantizer.plan import BitPlan
+    from qvla_export.shared.bundle import PLAN, Bundle
+
+    bundle = Bundle.load(path)
+    if bundle.plan is None:
+        raise QvlaError(
+            f"{path} is a float bundle, which does not list its layers; give a quantized bundle "
+            "of the same policy: its prediction shows float beside it"
+        )
+    plan, spec = BitPlan.load(path / PLAN), bundle.processor.spec
+    shapes = {name: (len(w), plan.weights_per_channel[name]) for name, w in plan.widths.items()}
+    inputs = PolicyInputs(
+        images=len(spec.cameras),
+        image_size=spec.image.size,
+        prompt_tokens=bundle.golden().feeds[0]["input_ids"].shape[1],
+        horizon=spec.horizon,
+        action_dim=spec.action_dim,
+        state_dim=spec.state_dim,
+    )
+    return Subject(
+        str(path),
+        network_of(shapes, inputs),
+        dict(plan.widths),
+        "none" if plan.activations is None else "int8",
+        plan.target,
+    )
+
+
+def subject_of_geometry(name: str, bits: str, activations: ActivationSupport) -> Subject:
+    """Return a published geometry with the same shares of widths in every layer."""
+    geometry = find_geometry(name)
+    shares = _shares(bits)
+    widths = {}
+    for layer, (channels, _) in geometry.layers.items():
+        # Equal places in every layer, so that gate and up prune the same units.
+        stops = np.rint(np.cumsum(list(shares.values())) * channels).astype(int)
+        widths[layer] = np.repeat(np.array(list(shares), np.int8), np.diff(stops, prepend=0))
+    return Subject(f"{name}, {bits} bits", geometry.network, widths, activations, None)
+
+
+def latency_limit(
+    max_ms: float,
+    device: Device,
+    measured: "Sensitivities",
+    setting: "Setting",
+    policy: Path | None,
+    preset: str | None,
+) -> "LatencyLimit":
+    """Return the limit that a planned setting must keep in the device's first power mode.
+
+    Raises:
+        QvlaError: the setting is not planned, or nothing says what the policy is given.
+    """
+    from qvla_export.allocation.allocate import LatencyLimit
+
+    if setting.kind != "planned":
+        raise QvlaError(f"setting {setting.name} has fixed widths; limit a planned one, such as w4")
+    if policy is None:
+        raise QvlaError(
+            "--max-predicted-ms needs --policy, the checkpoint that says how many images a policy "
+            "sees and how many actions it returns"
+        )
+    shapes = {n: (v.shape[1], measured.weights_per_channel[n]) for n, v in measured.values.items()}
+    model = device.models(network_of(shapes, _checkpoint_inputs(policy, preset)))[0]
+    return LatencyLimit(max_ms, model, "int8" if setting.activation_bits else "none")
+
+
+def plan_figures(
+    planned: "BitPlan",
+    measured: "Sensitivities",
+    choices: "Choices | None",
+    target: Target,
+    limit: "LatencyLimit | None",
+) -> str:
+    """Say how far an allocated plan is from the bound, and how long an action is predicted."""
+    from qvla_export.allocation.allocate import least_error
+
+    if planned.expected_error is None or choices is None:
+        return "additive error: unknown, the plan is uniform"
+    text = f"{choices.allocator.name}: additive error {planned.expected_error:.4g}"
+    if choices.budget.kind != "bytes":
+        least = least_error(measured, choices.budget, target, choices.widths, choices.pruning)
+        text += f", at least {least:.4g} under this budget"
+    if limit is None:
+        return text
+    predicted = limit.model.predict(planned.widths, limit.activations)
+    return f"{text}; an action: predicted {predicted.total_ms:.2f} ms ({limit})"
+
+
+def _checkpoint_inputs(checkpoint: Path, preset: str | None) -> PolicyInputs:
+    """What decides the rows of a checkpoint's layers; reads no weights."""
+    if preset is not None and preset not in PRESETS:
+        raise QvlaError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
+    config = load_config(checkpoint) if preset is None else PRESETS[preset]
+    image = load_image_spec(checkpoint / "preprocessor_config.json")
+    return PolicyInputs(
+        images=len(config.cameras),
+        image_size=image.size,
+        prompt_tokens=PROMPT_TOKENS,
+        horizon=config.horizon,
+        action_dim=config.action_dim,
+        state_dim=config.state_dim,
+        head=config.head,
+    )
+
+
+def _shares(text: str) -> dict[int, float]:
+    """Read "4" or "8:0.3,4:0.7": width -> share of the channels."""
+    try:
+        pairs = [part.partition(":") for part in text.split(",")]
+        shares = {int(width): float(share or 1) for width, _, share in pairs}
+    except ValueError:
+        shares = {}
+    known = set(shares) <= set(WIDTHS) and all(share >= 0 for share in shares.values())
+    if not shares or not known or abs(sum(shares.values()) - 1) > 1e-6:
+        raise QvlaError(
+            f"--bits is one of {WIDTHS} or shares that add up to 1, such as 8:0.3,4:0.6,0:0.1; "
+            f"got {text!r}"
+        )
+    return shares

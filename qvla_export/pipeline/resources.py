@@ -1,0 +1,140 @@
+"""What a measurement may use: processes, device, memory."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+from qvla_export.cli.options import open_checkpoint
+from qvla_export.measurement.distributed import Alone, DeviceChoice, World, joined_world
+from qvla_export.measurement.layer_groups import Layers, NeedsOf
+from qvla_export.measurement.peak_memory import available_bytes
+from qvla_export.measurement.whole_policy import room_beside_whole
+from qvla_export.policies.layers import traced_layers
+from qvla_export.policies.oft.config import CONFIG_NAME, PRESETS, load_config
+from qvla_export.policies.oft.policy import OftPolicy
+from qvla_export.shared.errors import QvlaError
+
+_LOG = logging.getLogger(__name__)
+# Of a bound: what is not counted one by one, such as modules of the network without weights,
+# buffers that torch and numpy's LAPACK take at their first use, free lists, a calibration set.
+# Measured on the reference policy: 0.05 GB, with compensated codes 0.1 GB.
+_UNCOUNTED_BYTES = 128_000_000
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is done with a policy, so that its memory can be foretold."""
+
+    # Layers and how many numbers a pass moves -> what each layer needs.
+    needs_of: NeedsOf
+    # Layers -> bytes of the sums that stay in memory.
+    held_of: Callable[[Layers], int]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Processes and memory of a measurement."""
+
+    world: World = field(default_factory=Alone)
+    # Observations that run together.
+    batch_size: int = 8
+    # For what is held at once; None for as much as it takes.
+    max_bytes: int | None = None
+
+
+@contextlib.contextmanager
+def joined_resources(
+    device: DeviceChoice,
+    wait_minutes: float,
+    batch_size: int = 8,
+    max_memory_gb: float | None = None,
+) -> Iterator[Resources]:
+    """Join the processes that torchrun started; all but the first keep to warnings.
+
+    Raises:
+        QvlaError: an option is out of range, the device cannot be had, a process does not come.
+    """
+    if not wait_minutes > 0 or (max_memory_gb is not None and not max_memory_gb > 0):
+        raise QvlaError(
+            f"--wait-minutes and --max-memory-gb must be above 0, got {wait_minutes} and "
+            f"{max_memory_gb}"
+        )
+    max_bytes = None
+    if max_memory_gb is not None:
+        max_bytes = int(max_memory_gb * 1e9) - _UNCOUNTED_BYTES
+        if max_bytes <= 0:
+            raise QvlaError(
+                f"--max-memory-gb must be above {_UNCOUNTED_BYTES / 1e9}, which what is "
+                f"not counted one by one takes, got {max_memory_gb}; raise it"
+            )
+    with joined_world(device, timedelta(minutes=wait_minutes)) as world:
+        if world.rank:
+            logging.getLogger().setLevel(logging.WARNING)
+        yield Resources(world, batch_size, max_bytes)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A policy, and what is left of the bound beside it; None without a bound."""
+
+    policy: OftPolicy
+    max_bytes: int | None
+
+
+def open_within(
+    resources: Resources,
+    place: Path,
+    unnorm_key: str | None,
+    preset: str | None,
+    demand: Demand | None,
+) -> Opened:
+    """Open a policy in memory, or with its weights left on disk where the bound wants it.
+
+    Args:
+        resources: with the bound.
+        place, unnorm_key, preset: as `options.open_checkpoint`.
+        demand: what is to be done, if it can be done stage by stage.
+
+    Raises:
+        QvlaError: there is no bound, and this machine has less memory than that takes.
+    """
+    bound, device = resources.max_bytes, resources.world.device
+    if demand is None or _has_tokens(place, preset):
+        loaded = open_checkpoint(place, unnorm_key, preset)
+        loaded.module.to(device)
+        return Opened(loaded, bound)
+    stored = open_checkpoint(place, unnorm_key, preset, resident=False)
+    held = demand.held_of(traced_layers(stored))
+    room = None
+    if bound is None:
+        _require_memory(stored, held)
+    else:
+        room = room_beside_whole(stored, resources.batch_size, demand.needs_of, held, bound)
+        if room is None:
+            _LOG.info("the policy exceeds --max-memory-gb: its weights are read stage by stage")
+            return Opened(stored, bound)
+    loaded = stored.in_memory()
+    loaded.module.to(device)
+    return Opened(loaded, room)
+
+
+def _require_memory(policy: OftPolicy, held: int) -> None:
+    weights = 4 * sum(tensor.numel() for tensor in policy.module.state_dict().values())
+    free = available_bytes()
+    if free is not None and weights + held > free:
+        raise QvlaError(
+            f"the policy's weights take {weights / 1e9:.3g} GB as float32 and the sums "
+            f"{held / 1e9:.3g} GB; this machine has {free / 1e9:.3g} GB left. With "
+            f"--max-memory-gb {0.8 * free / 1e9:.1f} weights are read stage by stage, and what is "
+            "summed is cut to fit"
+        )
+
+
+def _has_tokens(place: Path, preset: str | None) -> bool:
+    """Whether the policy has a token head, whose table of bins is not left on disk."""
+    if preset in PRESETS:
+        return PRESETS[preset].head == "tokens"
+    return (place / CONFIG_NAME).is_file() and load_config(place).head == "tokens"

@@ -1,0 +1,248 @@
+"""A policy's quantizable layers: their shapes, weights as rows, and temporary replacement."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qvla_export.policies.base import Policy
+from qvla_export.quantizer.activations import ActivationRanges
+from qvla_export.quantizer.coupling import Coupling, fake_quantize_coupled, find_couplings
+from qvla_export.quantizer.plan import BitPlan
+from qvla_export.quantizer.quantize import QuantizerSpec, as_rows, fake_quantize, quantize_channels
+from qvla_export.quantizer.round_plan import require_rounded
+from qvla_export.quantizer.rounding import Rounding
+
+# Weights that are rounded at once, and what each takes on its way: codes, scales, products.
+_ROUNDED_WEIGHTS = 1 << 19
+_BYTES_PER_ROUNDED = 32
+
+
+def traced_layers(policy: Policy) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the policy's quantizable layers, in forward order; also where gradients are off."""
+    with torch.enable_grad():
+        return dict(policy.layers())
+
+
+def layer_shapes(layers: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, tuple[int, int]]:
+    """Return (channels, weights of one channel) of each layer."""
+    return {
+        name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items()
+    }
+
+
+def weight_rows(layer: nn.Linear | nn.Conv2d, channels: slice = slice(None)) -> NDArray[np.float32]:
+    """Return a copy of a layer's weight, or of some channels'.  float32 [channels, inputs]"""
+    weight: NDArray[np.float32] = layer.weight.detach()[channels].float().cpu().numpy().copy()
+    return as_rows(weight)
+
+
+def apply_rows(layer: nn.Linear | nn.Conv2d, inputs: Tensor, rows: Tensor) -> Tensor:
+    """Return the layer's linear map of its inputs with other rows and without bias.
+
+    Args:
+        layer: gives kernel, stride, padding and dilation.
+        inputs: the layer's inputs, [N, ..., in] or [N, in channels, H, W].
+        rows: any number of rows of the layer's length.  [rows, inputs]
+
+    Returns:
+        [N, tokens, rows]; the tokens of a convolution are its output positions.
+    """
+    if isinstance(layer, nn.Linear):
+        mapped = nn.functional.linear(inputs, rows)
+        return mapped.reshape(mapped.shape[0], -1, mapped.shape[-1])
+    kernel = rows.reshape(-1, *layer.weight.shape[1:])
+    mapped = nn.functional.conv2d(
+        inputs, kernel, None, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
+    return mapped.flatten(2).transpose(1, 2)
+
+
+def as_tokens(layer: nn.Linear | nn.Conv2d, outputs: Tensor) -> Tensor:
+    """View a layer's outputs, or gradients of them, as [N, tokens, channels]."""
+    if isinstance(layer, nn.Linear):
+        return outputs.reshape(outputs.shape[0], -1, outputs.shape[-1])
+    return outputs.flatten(2).transpose(1, 2)
+
+
+def error_rows(
+    layer: nn.Linear | nn.Conv2d,
+    bits: int,
+    quantizer: QuantizerSpec,
+    channels: slice = slice(None),
+) -> NDArray[np.float32]:
+    """Return what quantizing channels to one width adds to their weights, a few rows at a time.
+
+    Beside the result `rounding_bytes` are taken.
+
+    Args:
+        layer: its weights stay as they are.
+        bits: the width.
+        quantizer: how.
+        channels: which; all unless told.
+
+    Returns:
+        float32 [channels, inputs]
+    """
+    count, inputs = layer.weight.shape[0], layer.weight[0].numel()
+    start, stop, _ = channels.indices(count)
+    errors = np.empty((stop - start, inputs), np.float32)
+    step = max(1, _ROUNDED_WEIGHTS // inputs)
+    for first in range(start, stop, step):
+        rows = weight_rows(layer, slice(first, min(first + step, stop)))
+        rounded = quantize_channels(rows, bits, quantizer).dequantize()
+        np.subtract(rounded, rows, out=errors[first - start : first - start + len(rows)])
+    return errors
+
+
+def rounding_bytes(channels: int, inputs: int) -> int:
+    """Return what the quantizer takes beside weights and errors when it rounds such a layer."""
+    return _BYTES_PER_ROUNDED * inputs * min(channels, max(1, _ROUNDED_WEIGHTS // inputs))
+
+
+@contextlib.contextmanager
+def replaced_weights(
+    layers: Mapping[str, nn.Linear | nn.Conv2d], rows: Mapping[str, NDArray[np.float32]]
+) -> Iterator[None]:
+    """Run the block with other weights; the old ones return bit for bit, even on an error.
+
+    Args:
+        layers: by name.
+        rows: layer name -> float32 [channels, inputs]; layers not named keep their weights.
+    """
+    kept = {name: layers[name].weight.detach().clone() for name in rows}
+    try:
+        with torch.no_grad():
+            for name, values in rows.items():
+                weight = layers[name].weight
+                weight.copy_(torch.from_numpy(values).reshape(weight.shape))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in kept.items():
+                layers[name].weight.copy_(weight)
+
+
+def planned_rows(
+    name: str,
+    rows: NDArray[np.float32],
+    plan: BitPlan,
+    couplings: Mapping[str, Coupling],
+) -> NDArray[np.float32]:
+    """Return a layer's weights as a plan's engine computes with them, [channels, inputs].
+
+    Args:
+        name: of the layer.
+        rows: its float weights.
+        plan: gives its widths.
+        couplings: of the plan, by their consumer.
+    """
+    if plan.rounding is not None:
+        order = couplings[name].order if name in couplings else np.arange(rows.shape[1])
+        return plan.rounding.layers[name].rows(plan.widths[name], plan.quantizer, order)
+    if name in couplings:
+        return fake_quantize_coupled(rows, plan.widths[name], plan.quantizer, couplings[name])
+    return fake_quantize(rows, plan.widths[name], plan.quantizer)
+
+
+@contextlib.contextmanager
+def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
+    """Run the block with the policy's weights and activations as the plan's engine has them.
+
+    Biases stay: a channel of 0 bits puts out its bias. Consumers of coupled layers are quantized
+    in their producers' order; see `quantizer.coupling`. Hidden units that leave an MLP are not
+    rounded on their way: the engine has their constant outputs in the consumer's bias. Of a plan
+    with a rounding they have no weights there, and biases are shifted.
+
+    Raises:
+        PlanMismatch: the plan is for another policy, or has no codes yet.
+    """
+    layers = traced_layers(policy)
+    plan.require_fits(layer_shapes(layers), policy.digest)
+    require_rounded(plan)
+    couplings = {c.consumer: c for c in find_couplings(plan.widths, plan.weights_per_channel)}
+    rows = {
+        name: planned_rows(name, weight_rows(layers[name]), plan, couplings) for name in plan.widths
+    }
+    removed = {name: coupling.removed for name, coupling in couplings.items()}
+    with (
+        replaced_weights(layers, rows),
+        rounded_inputs(layers, plan.activations, removed),
+        shifted_outputs(layers, plan.rounding),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def shifted_outputs(
+    layers: Mapping[str, nn.Linear | nn.Conv2d], rounding: Rounding | None
+) -> Iterator[None]:
+    """Run the block with the layers' outputs shifted as a rounding says; None for not at all."""
+    handles = []
+    try:
+        for name, rounded in () if rounding is None else rounding.layers.items():
+            if rounded.shift.any():
+                shift = torch.from_numpy(rounded.shift)
+                if not isinstance(layers[name], nn.Linear):
+                    shift = shift[:, None, None]
+                handles.append(layers[name].register_forward_hook(_shifting_hook(shift)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shifting_hook(shift: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + shift.to(output)
+
+    return add
+
+
+@contextlib.contextmanager
+def rounded_inputs(
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    activations: ActivationRanges | None,
+    untouched: Mapping[str, NDArray[np.int64]] | None = None,
+) -> Iterator[None]:
+    """Run the block with the layers' inputs rounded as the engine rounds them.
+
+    Gradients pass as if nothing were rounded.
+
+    Args:
+        layers: by name.
+        activations: how; None for not at all. Layers without a range keep their inputs.
+        untouched: layer name -> indices of the last axis that stay as they are.
+    """
+    handles = []
+    try:
+        for name in () if activations is None else activations.ranges:
+            assert activations is not None
+            kept = torch.from_numpy((untouched or {}).get(name, np.zeros(0, np.int64)))
+            hook = _rounding_hook(float(activations.scale(name)), activations.codes, kept)
+            handles.append(layers[name].register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rounding_hook(
+    scale: float, codes: tuple[int, int], untouched: Tensor
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def round_inputs(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs = arguments[0]
+        # A tensor: by a Python number torch may multiply with the reciprocal, which rounds
+        # differently.
+        step = torch.tensor(scale, dtype=inputs.dtype, device=inputs.device)
+        with torch.no_grad():
+            rounded = (inputs / step).round_().clamp_(*codes).mul_(step)
+            if len(untouched):
+                rounded[..., untouched] = inputs[..., untouched]
+        # The difference is exactly zero and carries the gradient.
+        return (rounded + (inputs - inputs.detach()), *arguments[1:])
+
+    return round_inputs

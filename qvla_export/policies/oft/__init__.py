@@ -1,0 +1,1 @@
+"""OpenVLA-OFT: its checkpoint, network, parts and a new small one."""

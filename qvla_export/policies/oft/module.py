@@ -1,0 +1,280 @@
+"""The OpenVLA-OFT network on `transformers` modules.
+
+Two vision towers (DINOv2 with registers, SigLIP), a projector, a Llama decoder with bidirectional
+attention, and a parallel action head. Sources: openvla-oft `modeling_prismatic.py`,
+`action_heads.py`, `projectors.py`; the attention change of `transformers-openvla-oft`.
+Parameter names are the upstream ones wherever `transformers` has no module of its own.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Dinov2WithRegistersModel,
+    LlamaConfig,
+    LlamaModel,
+    SiglipVisionModel,
+)
+
+from qvla_export.policies.oft.architecture import OftArchitecture
+
+IGNORED_TOKEN_ID = 1  # fills the action slots; its embedding is replaced by zeros
+
+
+class VisionBackbone(nn.Module):
+    """Both towers up to their second-to-last block, features side by side."""
+
+    def __init__(self, arch: OftArchitecture) -> None:
+        super().__init__()
+        self.featurizer = Dinov2WithRegistersModel(arch.dino)
+        self.fused_featurizer = SiglipVisionModel(arch.siglip)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return patch features [B, images * patches, dino + siglip] of [B, 6 * images, S, S]."""
+        towers = [self.features(pixel_values, "dino"), self.features(pixel_values, "siglip")]
+        return torch.cat(towers, dim=-1)
+
+    def features(self, pixel_values: Tensor, tower: Literal["dino", "siglip"]) -> Tensor:
+        """Return one tower's features [B, images * patches, width] of [B, 6 * images, S, S]."""
+        batch, channels, height, width = pixel_values.shape
+        frames = pixel_values.reshape(batch * (channels // 6), 6, height, width)
+        found = self._dino(frames[:, :3]) if tower == "dino" else self._siglip(frames[:, 3:])
+        return found.reshape(batch, -1, found.shape[-1])
+
+    def _dino(self, frames: Tensor) -> Tensor:
+        embeddings = self.featurizer.embeddings
+        positions = embeddings.position_embeddings
+        patches = embeddings.patch_embeddings(frames) + positions[:, 1:]
+        first = embeddings.cls_token + positions[:, :1]
+        prefix = torch.cat([first, embeddings.register_tokens], dim=1)
+        hidden: Tensor = torch.cat([prefix.expand(frames.shape[0], -1, -1), patches], dim=1)
+        for block in self.featurizer.encoder.layer[:-1]:
+            hidden = block(hidden)
+        return hidden[:, prefix.shape[1] :]
+
+    def _siglip(self, frames: Tensor) -> Tensor:
+        embeddings = self.fused_featurizer.embeddings
+        hidden: Tensor = embeddings.patch_embedding(frames).flatten(2).transpose(1, 2)
+        hidden = hidden + embeddings.position_embedding.weight
+        for block in self.fused_featurizer.encoder.layers[:-1]:
+            hidden = block(hidden, attention_mask=None)
+        return hidden
+
+
+class Projector(nn.Module):
+    """PrismaticProjector of the fused backbone: three linear maps with GELU between."""
+
+    def __init__(self, vision_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(vision_dim, 4 * vision_dim)
+        self.fc2 = nn.Linear(4 * vision_dim, hidden_dim)
+        self.fc3 = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map patch features to the language model's width."""
+        gelu = nn.functional.gelu
+        projected: Tensor = self.fc3(gelu(self.fc2(gelu(self.fc1(features)))))
+        return projected
+
+
+class ProprioProjector(nn.Module):
+    """State vector to one token."""
+
+    def __init__(self, state_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(state_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Map the normalized state [B, n] to [B, hidden]."""
+        token: Tensor = self.fc2(nn.functional.gelu(self.fc1(state)))
+        return token
+
+
+class MLPResNetBlock(nn.Module):
+    """Pre-norm residual block of the L1 head."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return hidden + ffn(hidden)."""
+        output: Tensor = hidden + self.ffn(hidden)
+        return output
+
+
+class MLPResNet(nn.Module):
+    """The L1 head's body."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(input_dim)
+        self.fc1 = nn.Linear(input_dim, hidden_dim)
+        self.mlp_resnet_blocks = nn.ModuleList(MLPResNetBlock(hidden_dim) for _ in range(2))
+        self.layer_norm2 = nn.LayerNorm(hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, output_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map [B, horizon, input_dim] to [B, horizon, output_dim]."""
+        hidden = torch.relu(self.fc1(self.layer_norm1(features)))
+        for block in self.mlp_resnet_blocks:
+            hidden = block(hidden)
+        output: Tensor = self.fc2(self.layer_norm2(hidden))
+        return output
+
+
+class L1RegressionActionHead(nn.Module):
+    """The hidden states of a step side by side -> its normalized action."""
+
+    def __init__(self, arch: OftArchitecture) -> None:
+        super().__init__()
+        width = arch.action_dim * arch.llama.hidden_size
+        self.model = MLPResNet(width, arch.head_dim, arch.action_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map [B, horizon, dim * hidden] to [B, horizon, dim]."""
+        actions: Tensor = self.model(features)
+        return actions
+
+
+class LanguageModel(nn.Module):
+    """Llama body and, for token policies, its output layer."""
+
+    def __init__(self, llama: LlamaConfig, with_head: bool) -> None:
+        super().__init__()
+        self.model = LlamaModel(llama)
+        for layer in self.model.layers:
+            # The fork of openvla-oft attends in both directions over the whole sequence.
+            attention = layer.self_attn
+            assert isinstance(attention, nn.Module)
+            attention.is_causal = False  # type: ignore[assignment]  # a plain attribute
+        self.lm_head = (
+            nn.Linear(llama.hidden_size, llama.vocab_size, bias=False) if with_head else None
+        )
+
+    def forward(
+        self, hidden: Tensor, mask: Tensor | None = None, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """Run the blocks [first, last) on hidden states [B, N, hidden].
+
+        The final norm follows the last block of all, which `last` = None stands for; `mask` is
+        additive [B, 1, 1, N].
+        """
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rotary = self.model.rotary_emb(hidden, position_ids=positions)
+        for layer in self.model.layers[first:last]:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        if last is None or last == len(self.model.layers):
+            hidden = self.model.norm(hidden)
+        return hidden
+
+
+class OftModule(nn.Module):
+    """One forward pass from pixels, prompt and state to the normalized action chunk."""
+
+    def __init__(self, arch: OftArchitecture) -> None:
+        super().__init__()
+        self.arch = arch
+        hidden_dim = arch.llama.hidden_size
+        self.vision_backbone = VisionBackbone(arch)
+        self.projector = Projector(arch.dino.hidden_size + arch.siglip.hidden_size, hidden_dim)
+        self.language_model = LanguageModel(arch.llama, with_head=arch.head == "tokens")
+        self.proprio_projector = (
+            ProprioProjector(arch.state_dim, hidden_dim) if arch.state_dim else None
+        )
+        self.action_head = L1RegressionActionHead(arch) if arch.head == "l1" else None
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        state: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Return the head's output for a batch.
+
+        Args:
+            pixel_values: float32 [B, 6 * images, S, S].
+            input_ids: int64 [B, L], BOS to suffix token; rows shorter than L are padded at the
+                end and need `prompt_lengths`.
+            state: normalized float32 [B, n], where the policy takes one.
+            prompt_lengths: int64 [B]; None if every row has L tokens.
+
+        Returns:
+            Normalized actions [B, horizon, dim] (L1) or logits [B, horizon, dim, vocab] (tokens).
+        """
+        patches = self.projector(self.vision_backbone(pixel_values))
+        embeddings = self.embed(patches, input_ids, state, prompt_lengths)
+        mask = self.padding_mask(embeddings, input_ids, prompt_lengths)
+        hidden = self.language_model(embeddings, mask)
+        return self.act(self.action_hidden(hidden, input_ids, prompt_lengths))
+
+    def embed(
+        self,
+        patches: Tensor,
+        input_ids: Tensor,
+        state: Tensor | None,
+        prompt_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Return [BOS, patches, state, prompt, zeroed action slots, stop] embeddings [B, N, D]."""
+        tokens = self.language_model.model.embed_tokens
+        text = tokens(input_ids)
+        stop = tokens(torch.full_like(input_ids[:, :1], self.arch.stop_token_id))
+        slots = torch.zeros_like(stop).expand(-1, self.arch.slots, -1)
+        if prompt_lengths is None:
+            tail = torch.cat([text[:, 1:], slots, stop], dim=1)
+        else:
+            tail = self._ragged_tail(text[:, 1:], slots, stop, prompt_lengths - 1)
+        middle = [patches]
+        if self.proprio_projector is not None:
+            if state is None:
+                raise ValueError("this policy needs a state")
+            middle.append(self.proprio_projector(state)[:, None])
+        return torch.cat([text[:, :1], *middle, tail], dim=1)
+
+    def action_hidden(
+        self, hidden: Tensor, input_ids: Tensor, prompt_lengths: Tensor | None = None
+    ) -> Tensor:
+        """Return the hidden states that predict actions [B, slots, D].
+
+        The slice starts one position before the first slot: the usual next-token shift.
+        """
+        slots = self.arch.slots
+        if prompt_lengths is None:
+            return hidden[:, -(slots + 2) : -2]
+        longest = input_ids.shape[1]
+        first = hidden.shape[1] - (slots + 2) - (longest - prompt_lengths)
+        index = first[:, None] + torch.arange(slots, device=hidden.device)
+        return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+    def act(self, action_hidden: Tensor) -> Tensor:
+        """Apply the action head to [B, slots, D]."""
+        batch, horizon, dim = action_hidden.shape[0], self.arch.horizon, self.arch.action_dim
+        if self.action_head is not None:
+            actions: Tensor = self.action_head(action_hidden.reshape(batch, horizon, -1))
+            return actions
+        assert self.language_model.lm_head is not None
+        logits: Tensor = self.language_model.lm_head(action_hidden)
+        return logits.reshape(batch, horizon, dim, -1)
+
+    def _ragged_tail(self, text: Tensor, slots: Tensor, stop: Tensor, lengths: Tensor) -> Tensor:
+        """Slots and stop directly after each row's own prompt; padding goes to the end."""
+        position = torch.arange(text.shape[1] + slots.shape[1] + 1, device=text.device)[None]
+        padded = torch.cat([text, torch.zeros_like(slots), torch.zeros_like(stop)], dim=1)
+        is_text = position < lengths[:, None]
+        is_stop = position == lengths[:, None] + slots.shape[1]
+        return padded * is_text[:, :, None] + stop * is_stop[:, :, None]
+
+    def padding_mask(
+        self, embeddings: Tensor, input_ids: Tensor, prompt_lengths: Tensor | None
+    ) -> Tensor | None:
+        """Return the additive mask [B, 1, 1, N] that hides padding; None if there is none."""
+        if prompt_lengths is None:
+            return None
+        valid = embeddings.shape[1] - (input_ids.shape[1] - prompt_lengths)
+        padding = torch.arange(embeddings.shape[1], device=valid.device)[None] >= valid[:, None]
+        lowest = torch.finfo(embeddings.dtype).min
+        mask = torch.zeros(padding.shape, dtype=embeddings.dtype, device=valid.device)
+        return mask.masked_fill(padding, lowest)[:, None, None, :]

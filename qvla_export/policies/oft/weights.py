@@ -1,0 +1,158 @@
+"""The tensors of an OpenVLA-OFT checkpoint under this project's names, each read when asked for."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qvla_export.policies.oft.config import OftConfig
+from qvla_export.policies.oft.keys import from_upstream
+from qvla_export.shared.artifacts import read_json
+from qvla_export.shared.errors import CheckpointError
+
+# Replaced by the L1 head, but part of every published file.
+_LM_HEAD = "language_model.lm_head.weight"
+# Of a file, mapped at once while a tensor is converted.
+_BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class CheckpointWeights:
+    """Where each tensor of a checkpoint lies; holds none of their numbers."""
+
+    # Our name -> the tensor without its numbers (device "meta").
+    shapes: Mapping[str, Tensor]
+    # Our name -> safetensors file and upstream key.
+    places: Mapping[str, tuple[Path, str]]
+    # Our name -> head file and the part's name, which goes before its keys.
+    parts: Mapping[str, tuple[Path, str]]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor by our name, as stored.
+
+        Raises:
+            CheckpointError: its file was damaged or removed since it was opened.
+        """
+        if name in self.parts:
+            file, part = self.parts[name]
+            return _read_part(file)[name.removeprefix(f"{part}.")]
+        path, key = self.places[name]
+        return from_upstream({key: _read(path, key)})[name]
+
+    def copy_to(self, name: str, target: Tensor) -> None:
+        """Write a tensor into one of its shape, converted, a block of rows in memory at a time.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        path, key = self.places.get(name, (None, name))
+        if path is None or tuple(target.shape) != _shape(path, key) or not target.ndim:
+            target.copy_(self.read(name))
+            return
+        rows = max(1, _BLOCK_BYTES // (4 * max(1, target[0].numel())))
+        for start in range(0, len(target), rows):
+            block = slice(start, start + rows)
+            target[block] = _read(path, key, block)
+
+
+def open_weights(checkpoint: Path, config: OftConfig) -> CheckpointWeights:
+    """Find every tensor of a checkpoint: safetensors, single or sharded, and the head files.
+
+    Raises:
+        CheckpointError: no weights, a missing, truncated or unsafe file.
+    """
+    shapes: dict[str, Tensor] = {}
+    places: dict[str, tuple[Path, str]] = {}
+    for path, key, stored in _stored_tensors(checkpoint):
+        for name, tensor in from_upstream({key: stored}).items():
+            if config.head == "l1" and name == _LM_HEAD:
+                continue
+            shapes[name], places[name] = tensor, (path, key)
+    parts: dict[str, tuple[Path, str]] = {}
+    wanted = {"action_head": config.head == "l1", "proprio_projector": config.state_dim > 0}
+    for part in (name for name, needed in wanted.items() if needed):
+        path = part_file(checkpoint, part)
+        for key, tensor in _read_part(path).items():
+            shapes[f"{part}.{key}"] = tensor.to("meta")
+            parts[f"{part}.{key}"] = path, part
+    return CheckpointWeights(shapes, places, parts)
+
+
+def part_file(checkpoint: Path, part: str) -> Path:
+    """Return the only `{part}--*_checkpoint.pt` of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or more than one.
+    """
+    found = sorted(checkpoint.glob(f"*{part}*checkpoint*"))
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{checkpoint} must hold exactly one {part}--STEP_checkpoint.pt, "
+            f"found {[p.name for p in found]}"
+        )
+    return found[0]
+
+
+def _stored_tensors(checkpoint: Path) -> list[tuple[Path, str, Tensor]]:
+    """File, upstream key and shape of every tensor in `model.safetensors` or its shards."""
+    index = checkpoint / "model.safetensors.index.json"
+    weight_map = read_json(index, "shard index").get("weight_map", {}) if index.is_file() else None
+    names = ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values()))
+    found: list[tuple[Path, str, Tensor]] = []
+    for path in (checkpoint / name for name in names):
+        if not path.is_file():
+            raise CheckpointError(f"weights not found: {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # not a dict
+                    shape = file.get_slice(key).get_shape()
+                    found.append((path, key, torch.empty(shape, device="meta")))
+        except (SafetensorError, OSError) as error:
+            raise _incomplete(path, error) from error
+    absent = sorted(set(weight_map or ()) - {key for _, key, _ in found})
+    if absent:
+        raise CheckpointError(f"{index} names weights that no shard holds: {absent}")
+    return found
+
+
+def _read(path: Path, key: str, rows: slice = slice(None)) -> Tensor:
+    try:
+        # Opened for these rows alone: an open file keeps every page that was read mapped.
+        with safe_open(path, framework="pt") as file:
+            whole = rows == slice(None)
+            tensor: Tensor = file.get_tensor(key) if whole else file.get_slice(key)[rows]
+    except (SafetensorError, OSError) as error:
+        raise _incomplete(path, error) from error
+    return tensor
+
+
+def _shape(path: Path, key: str) -> tuple[int, ...]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return tuple(file.get_slice(key).get_shape())
+    except (SafetensorError, OSError) as error:
+        raise _incomplete(path, error) from error
+
+
+def _incomplete(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a complete safetensors file ({error}); download it again"
+    )
+
+
+def _read_part(path: Path) -> dict[str, Tensor]:
+    """Tensors of a head file by their keys, mapped where its format can be."""
+    try:
+        mapped = zipfile.is_zipfile(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be loaded safely: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} must hold a state dict of tensors")
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}

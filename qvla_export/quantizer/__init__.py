@@ -1,0 +1,1 @@
+"""Weights -> integer codes: plans, scales, rounding, compensation, packed storage. numpy only."""

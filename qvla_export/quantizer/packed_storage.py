@@ -1,0 +1,163 @@
+"""Bytes of packed weights: what the buckets of a plan really occupy on a target. numpy only.
+
+Three things make them differ from channels times width: hidden units that are constant leave
+producers and consumer (`quantizer.coupling`), runtimes that want whole groups get inputs filled
+up with zeros (by further units of the layer before it where that is coupled, else by a Pad), and
+columns of 2 and 4 bits come in fours or pairs.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.quantizer.coupling import Coupling, find_couplings
+from qvla_export.quantizer.quantize import QuantizerSpec
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.target import Container, Target
+
+Widths = Mapping[str, NDArray[np.int8]]
+# ONNX Runtime 1.32 repacks INT2 columns four at a time and computes garbage otherwise.
+_INT2_COLUMNS = 4
+# TensorRT packs two int4 a byte and documents no row that ends within one.
+_INT4_COLUMNS = 2
+# Last parts of the names of layers that share an input and become one.
+PARALLEL = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """Layers that are stored as one, after coupling and filling."""
+
+    # Names of its members, in the plan's order.
+    names: tuple[str, ...]
+    # Widths of all members' channels, filled-up ones included.  int8 [channels]
+    widths: NDArray[np.int8]
+    # Weights of a channel; more are stored in whole groups.
+    inputs: int
+
+
+def stored_columns(channels: int, container: Container) -> int:
+    """Return how many channels a bucket is stored with; further ones are zeros."""
+    multiple = 1
+    if container.bits == 2:
+        multiple = _INT2_COLUMNS
+    elif container.bits == 4 and container.whole_groups:
+        multiple = _INT4_COLUMNS
+    return -(-channels // multiple) * multiple
+
+
+def stored_inputs(
+    inputs: int, widths: NDArray[np.int8], containers: Mapping[int, Container]
+) -> int:
+    """Return how many inputs the widest stored bucket of a layer reads.
+
+    Args:
+        inputs: weights of a channel.
+        widths: int8 [channels] of all layers that share the input.
+        containers: of the target.
+    """
+    used = [containers[bits] for bits in np.unique(widths).tolist() if bits]
+    return max([inputs, *(container.stored_inputs(inputs) for container in used)])
+
+
+def producer_widths(widths: Widths, coupling: Coupling, units: int) -> dict[str, NDArray[np.int8]]:
+    """Return the widths of a coupling's producers as they are stored.
+
+    Units of zeros that fill the consumer's groups up get the lowest width that occurs.
+
+    Args:
+        widths: layer name -> int8 [channels].
+        coupling: of the layers.
+        units: inputs that the consumer is stored with.
+
+    Returns:
+        Producer -> int8 [units].
+    """
+    kept = {name: widths[name][coupling.order] for name in coupling.producers}
+    lowest = min(int(layer.min()) for layer in kept.values())
+    missing = units - len(coupling.order)
+    return {n: np.pad(layer, (0, missing), constant_values=lowest) for n, layer in kept.items()}
+
+
+def stored_layers(
+    widths: Widths, weights_per_channel: Mapping[str, int], containers: Mapping[int, Container]
+) -> tuple[StoredLayer, ...]:
+    """Return the layers that a target's graph holds.
+
+    Args:
+        widths: layer name -> int8 [channels].
+        weights_per_channel: layer name -> weights of one channel.
+        containers: of the target.
+    """
+    widths, inputs = dict(widths), dict(weights_per_channel)
+    for coupling in find_couplings(widths, weights_per_channel):
+        units = stored_inputs(len(coupling.order), widths[coupling.consumer], containers)
+        inputs[coupling.consumer] = units
+        widths |= producer_widths(widths, coupling, units)
+    layers = []
+    for names in parallel_layers(widths, weights_per_channel):
+        joined = np.concatenate([widths[name] for name in names])
+        layers.append(StoredLayer(names, joined, inputs[names[0]]))
+    return tuple(layers)
+
+
+def stored_bytes(
+    widths: Widths, weights_per_channel: Mapping[str, int], containers: Mapping[int, Container]
+) -> int:
+    """Return the bytes of all buckets, scales included; arguments as of `stored_layers`."""
+    return sum(
+        bucket_bytes(int((layer.widths == bits).sum()), layer.inputs, containers[bits])
+        for layer in stored_layers(widths, weights_per_channel, containers)
+        for bits in np.unique(layer.widths).tolist()
+        if bits
+    )
+
+
+def stored_on(target: Target, spec: QuantizerSpec) -> Target:
+    """Return a target that stores the zero points of a quantizer, if it has them.
+
+    Raises:
+        UnsupportedOnTarget: the target has none; with the reason.
+    """
+    pointed = any(rule.zero_points for rule in spec.rules.values())
+    return target.with_zero_points() if pointed else target
+
+
+def require_zero_points_of(containers: Mapping[int, Container], spec: QuantizerSpec) -> None:
+    """Refuse containers that store other zero points than a quantizer makes.
+
+    Raises:
+        QvlaError: naming the widths of both.
+    """
+    stored = sorted(bits for bits, container in containers.items() if container.zero_points)
+    made = sorted(bits for bits, rule in spec.rules.items() if rule.zero_points)
+    if stored != made:
+        raise QvlaError(
+            f"the quantizer makes zero points of {made} bits, the containers store those of "
+            f"{stored}; they must agree: qvla sensitivities and plan for the same target"
+        )
+
+
+def bucket_bytes(channels: int, inputs: int, container: Container) -> int:
+    """Return the bytes of one bucket's codes, scales and zero points, for so many inputs."""
+    columns = stored_columns(channels, container)
+    steps = columns * container.groups(inputs)
+    codes = -(-columns * container.stored_inputs(inputs) * container.bits // 8)
+    zeros = -(-steps * container.bits // 8) if container.zero_points else 0
+    return codes + steps * container.scale_bits // 8 + zeros
+
+
+def parallel_layers(
+    names: Iterable[str], weights_per_channel: Mapping[str, int]
+) -> tuple[tuple[str, ...], ...]:
+    """Group layers by name as their graph merges them; most are alone."""
+    groups: dict[tuple[str, int, int], list[str]] = {}
+    alone = len(PARALLEL)
+    for number, name in enumerate(names):
+        parent, _, last = name.rpartition(".")
+        kind = next((i for i, group in enumerate(PARALLEL) if last in group), alone)
+        key = (parent, kind, weights_per_channel[name])
+        groups.setdefault(key if kind < alone else (name, alone, number), []).append(name)
+    return tuple(tuple(group) for group in groups.values())

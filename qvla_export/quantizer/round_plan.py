@@ -1,0 +1,107 @@
+"""Plans whose codes are made from what the layers are fed: making them, attaching them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.quantizer.compensation import round_layer
+from qvla_export.quantizer.coupling import Coupling, find_couplings
+from qvla_export.quantizer.moments import Moments
+from qvla_export.quantizer.plan import BitPlan
+from qvla_export.quantizer.quantize import as_rows
+from qvla_export.quantizer.rounding import RoundedLayer, Rounding
+from qvla_export.shared.artifacts import require_same
+from qvla_export.shared.errors import PlanMismatch
+
+if TYPE_CHECKING:
+    from qvla_export.policies.base import Policy
+
+# Last parts of the names of layers that get no bias: behind gate_proj and up_proj of a pruned unit
+# the unit has to be zero, and what its mean would add is in down_proj's bias.
+_WITHOUT_BIAS = ("gate_proj", "up_proj")
+
+
+def round_plan(
+    policy: "Policy",
+    plan: BitPlan,
+    moments: Moments,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> BitPlan:
+    """Return a plan with the codes of all its layers, made layer by layer.
+
+    Args:
+        policy: its weights are read one layer at a time.
+        plan: its quantizer says how.
+        moments: of this policy, on the plan's calibration set.
+        on_progress: called with (layers done, layers in all).
+
+    Raises:
+        ArtifactMismatch: the moments are of another policy or calibration set.
+        QvlaError: moments of a layer are missing.
+    """
+    require_same(
+        "policy and plan", plan.policy_digest, policy.digest, "Make the plan of this policy."
+    )
+    moments.require_of(policy.digest, plan.calibration_digest)
+    couplings = couplings_of(plan)
+    gone = {name: c.removed for c in couplings.values() for name in c.producers}
+    layers: dict[str, RoundedLayer] = {}
+    for name, widths in plan.widths.items():
+        rows = as_rows(policy.read_weight(f"{name}.weight"))
+        layers[name] = round_layer(
+            rows,
+            widths,
+            plan.quantizer,
+            moments.of(name, *rows.shape),
+            stored_order(name, plan, couplings),
+            takes_bias(name),
+            gone.get(name, np.zeros(0, np.int64)),
+        )
+        if on_progress is not None:
+            on_progress(len(layers), len(plan.widths))
+    return with_rounding(plan, Rounding(layers, plan.digest, moments.digest))
+
+
+def with_rounding(plan: BitPlan, rounding: Rounding) -> BitPlan:
+    """Attach the codes that were made for a plan.
+
+    Raises:
+        ArtifactMismatch: they are of another plan; names both digests.
+    """
+    again = "Round the weights again: qvla round."
+    require_same("plan and rounding", rounding.plan_digest, plan.digest, again)
+    return replace(plan, rounding=rounding)
+
+
+def require_rounded(plan: BitPlan) -> None:
+    """Refuse a plan whose codes are still to be made.
+
+    Raises:
+        PlanMismatch: the quantizer needs a rounding and there is none of all layers.
+    """
+    found = set() if plan.rounding is None else set(plan.rounding.layers)
+    if plan.quantizer.needs_moments and found != set(plan.widths):
+        raise PlanMismatch(
+            f"the plan's quantizer makes codes from what the layers are fed; of "
+            f"{len(plan.widths)} layers {len(found)} have them: make them with qvla round"
+        )
+
+
+def couplings_of(plan: BitPlan) -> dict[str, Coupling]:
+    """Return the plan's couplings by their consumer."""
+    return {c.consumer: c for c in find_couplings(plan.widths, plan.weights_per_channel)}
+
+
+def stored_order(name: str, plan: BitPlan, couplings: Mapping[str, Coupling]) -> NDArray[np.int64]:
+    """Return the inputs of a layer that the graph keeps, as it stores them.  int64 [kept]"""
+    if name in couplings:
+        return couplings[name].order
+    return np.arange(plan.weights_per_channel[name])
+
+
+def takes_bias(name: str) -> bool:
+    """Say whether a layer may get a bias."""
+    return name.rpartition(".")[2] not in _WITHOUT_BIAS

@@ -1,0 +1,30 @@
+"""Actions a policy returns, and the one interface every policy object offers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.shared.observation import Observation
+
+
+@dataclass(frozen=True)
+class ActionChunk:
+    """The next actions of a policy and the time each stage of computing them took."""
+
+    # Actions in the robot's units.  float32 [horizon, dim]
+    actions: NDArray[np.float32]
+    # The same before un-normalization.  float32 [horizon, dim]
+    normalized: NDArray[np.float32]
+    # Stage name -> milliseconds.
+    timing_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+class ActionPolicy(Protocol):
+    """Anything that acts: a torch policy, an engine, a remote server."""
+
+    def infer(self, observation: Observation) -> ActionChunk:
+        """Return the next actions for one observation."""
+        ...

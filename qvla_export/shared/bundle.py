@@ -1,0 +1,239 @@
+"""The noun `Bundle`: a folder with everything a robot needs to act, each file vouched for.
+
+manifest.json, one graph `<stage>.onnx` a stage with its weights `<stage>.onnx.data`,
+tokenizer.json, golden.safetensors and, for a quantized policy, plan.json. The robot imports this
+module: no torch, no onnx. `qvla_export.graph.bundle_writer` writes it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from qvla_export.shared.artifacts import read_json, require_fields, sha256_file
+from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
+from qvla_export.shared.processor import Processor, load_tokenizer, processor_from_json
+
+FORMAT = "qvla-bundle-2"
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+TOKENIZER = "tokenizer.json"
+GOLDEN = "golden.safetensors"
+_FIELDS = (
+    "target",
+    "policy_digest",
+    "plan",
+    "inputs",
+    "outputs",
+    "stages",
+    "processor",
+    "engine_options",
+    "weight_bytes",
+    "versions",
+    "files",
+)
+_REMEDY = "copy the bundle again or export it anew"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of a graph's input or output."""
+
+    name: str
+    # numpy's name: "float32", "int64".
+    dtype: str
+    # A name instead of a size where any size will do.
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One graph of a bundle, run in order; it reads the bundle's inputs and earlier outputs."""
+
+    # "vision", "decoder", "head".
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def model(self) -> str:
+        """File name of the graph; its weights lie beside it, with `.data` appended."""
+        return f"{self.name}.onnx"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Held-out model inputs and the actions that torch computes for them."""
+
+    # Named model inputs of each observation, batch size 1.
+    feeds: tuple[Mapping[str, NDArray[Any]], ...]
+    # Normalized actions of torch with the bundle's quantized weights.  float32 [n, horizon, dim]
+    reference: NDArray[np.float32]
+    # The same of the full-precision policy.  float32 [n, horizon, dim]
+    full_precision: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle on disk."""
+
+    path: Path
+    processor: Processor = field(repr=False)
+    # What an observation becomes, and what the last stage makes of it.
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    # In the order they run.
+    stages: tuple[Stage, ...]
+    # The whole manifest, as read.
+    manifest: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which holds the SHA-256 of every file."""
+        return str(self.manifest["digest"])
+
+    @property
+    def target(self) -> str:
+        """Name of the target the graph was made for."""
+        return str(self.manifest["target"])
+
+    @property
+    def policy_digest(self) -> str:
+        """SHA-256 of the checkpoint it was made from."""
+        return str(self.manifest["policy_digest"])
+
+    @property
+    def plan(self) -> Mapping[str, Any] | None:
+        """Averages, budget and digest of the plan; None for the float policy."""
+        plan: Mapping[str, Any] | None = self.manifest["plan"]
+        return plan
+
+    @property
+    def weight_bytes(self) -> Mapping[str, int]:
+        """Bytes of the graph's constants by part; see `BundleParts`."""
+        parts: Mapping[str, int] = self.manifest["weight_bytes"]
+        return parts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model: graphs and weights, without tokenizer and golden observations."""
+        return sum(
+            int(entry["bytes"])
+            for name, entry in self.manifest["files"].items()
+            if name.endswith((".onnx", ".onnx.data"))
+        )
+
+    @property
+    def engine_options(self) -> Mapping[str, Any]:
+        """What the engine must be set to for the golden actions to hold."""
+        options: Mapping[str, Any] = self.manifest["engine_options"]
+        return options
+
+    def model_path(self, stage: Stage) -> Path:
+        """Return the path of a stage's graph; its weights lie beside it."""
+        return self.path / stage.model
+
+    def golden(self) -> Golden:
+        """Read the golden observations and reference actions."""
+        try:
+            tensors = load_file(self.path / GOLDEN)
+            reference = tensors.pop("reference")
+            full_precision = tensors.pop("full_precision")
+        except (SafetensorError, KeyError, OSError) as error:
+            raise ArtifactError(f"{self.path / GOLDEN} is damaged: {error}; {_REMEDY}") from error
+        feeds: list[dict[str, NDArray[Any]]] = [{} for _ in reference]
+        for key, tensor in tensors.items():
+            index, name = key.split("/", 1)
+            feeds[int(index)][name] = tensor
+        return Golden(tuple(feeds), reference, full_precision)
+
+    @staticmethod
+    def load(path: Path) -> "Bundle":
+        """Open a bundle and verify every file.
+
+        Raises:
+            ArtifactError: the folder, its format or a file is not what the manifest says; the
+                message names the file, the expected and the found digest.
+        """
+        if not path.is_dir():
+            raise ArtifactError(f"bundle folder not found: {path}; qvla export makes one")
+        manifest = _read_manifest(path / MANIFEST)
+        try:
+            stages = tuple(stage_from_json(value) for value in manifest["stages"])
+            _verify_files(path, manifest["files"], {stage.model for stage in stages})
+            tokenizer = load_tokenizer(path / TOKENIZER)
+            return Bundle(
+                path=path,
+                processor=processor_from_json(manifest["processor"], tokenizer),
+                inputs=_specs_from_json(manifest["inputs"]),
+                outputs=_specs_from_json(manifest["outputs"]),
+                stages=stages,
+                manifest=manifest,
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"the manifest of {path} lacks or misstates {error}; {_REMEDY}"
+            ) from error
+
+
+def _read_manifest(path: Path) -> Mapping[str, Any]:
+    manifest = read_json(path, "bundle manifest")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ArtifactError(
+            f"{path} must be of format {FORMAT!r}, got {found!r}; "
+            "export the bundle with this version"
+        )
+    stated = manifest.get("digest")
+    found = manifest_digest({key: value for key, value in manifest.items() if key != "digest"})
+    if stated != found:
+        raise ArtifactMismatch(_damaged(path, str(stated), found))
+    require_fields(manifest, _FIELDS, f"bundle manifest {path}")
+    return manifest
+
+
+def _verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], models: set[str]) -> None:
+    if missing := sorted({TOKENIZER, GOLDEN, *models} - set(files)):
+        raise ArtifactError(f"the manifest of {folder} does not list {missing}; {_REMEDY}")
+    for name, entry in files.items():
+        parts = PurePosixPath(name).parts
+        if "\\" in name or len(parts) != 1 or parts[0] in ("..", "/"):
+            raise ArtifactError(
+                f"a bundle's files must lie in its folder, its manifest names {name!r}; "
+                "do not use this bundle"
+            )
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise ArtifactError(f"bundle file {path} is missing or a link; {_REMEDY}")
+        found = sha256_file(path)
+        if found != entry["sha256"]:
+            raise ArtifactMismatch(_damaged(path, str(entry["sha256"]), found))
+
+
+def _damaged(path: Path, expected: str, found: str) -> str:
+    return f"{path} is damaged: expected SHA-256 {expected}, found {found}; {_REMEDY}"
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _specs_from_json(values: Any) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(value["name"], value["dtype"], tuple(value["shape"])) for value in values
+    )
+
+
+def stage_from_json(value: Any) -> Stage:
+    """Rebuild a stage from what `dataclasses.asdict` made of it."""
+    return Stage(
+        value["name"], _specs_from_json(value["inputs"]), _specs_from_json(value["outputs"])
+    )

@@ -1,0 +1,116 @@
+"""Normalization statistics of a data set: state in, actions out (`dataset_statistics.json`)."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.shared.artifacts import read_json
+from qvla_export.shared.errors import StatisticsError
+
+Normalization = Literal["q99", "bounds"]
+
+# OpenVLA-OFT `NormalizationType`: BOUNDS_Q99 uses the 1 % and 99 % quantiles, BOUNDS min and max.
+_LIMIT_NAMES: Mapping[str, tuple[str, str]] = {"q99": ("q01", "q99"), "bounds": ("min", "max")}
+_EPSILON = 1e-8  # openvla-oft adds it to the range on both sides; plain OpenVLA does not
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Limits that map a physical vector to [-1, 1] and back."""
+
+    # Physical value of -1 and of +1.  float64 [n]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    # Dimensions that are mapped; the others pass unchanged.  bool [n]
+    mask: NDArray[np.bool_]
+
+    def normalize(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """Map physical values [..., n] to [-1, 1], clipped (openvla-oft `normalize_proprio`)."""
+        values = np.asarray(values, dtype=np.float64)
+        mapped = 2 * (values - self.low) / (self.high - self.low + _EPSILON) - 1
+        return np.clip(np.where(self.mask, mapped, values), -1.0, 1.0).astype(np.float32)
+
+    def unnormalize(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Map normalized values [..., n] to physical ones; neither input nor output is clipped."""
+        values = np.asarray(values, dtype=np.float64)
+        mapped = 0.5 * (values + 1) * (self.high - self.low + _EPSILON) + self.low
+        return np.where(self.mask, mapped, values)
+
+    def scale(self) -> NDArray[np.float64]:
+        """Return the physical size of one normalized unit.  float64 [n]"""
+        return np.where(self.mask, 0.5 * (self.high - self.low + _EPSILON), 1.0)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What un-normalizes one data set's actions and normalizes its state."""
+
+    # Name of the data set, the `unnorm_key`.
+    key: str
+    action: Bounds
+    state: Bounds | None
+
+
+def load_statistics(
+    path: Path,
+    key: str | None,
+    normalization: Normalization,
+    action_dim: int,
+    state_dim: int,
+) -> Statistics:
+    """Read one data set's statistics from `dataset_statistics.json`.
+
+    `key` may be None where the file holds exactly one data set.
+
+    Raises:
+        StatisticsError: the key is missing or ambiguous (the message lists the keys and the
+            nearest), or its entries do not fit the policy's dimensions.
+    """
+    table = read_json(path, "data set statistics")
+    if not isinstance(table, dict) or not table:
+        raise StatisticsError(f"{path} must map data set names to statistics, got {table!r:.80}")
+    keys = sorted(table)
+    if key is None:
+        if len(keys) > 1:
+            raise StatisticsError(f"{path} holds several data sets; choose an unnorm key of {keys}")
+        key = keys[0]
+    if key not in table:
+        nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
+        raise StatisticsError(
+            f"unnorm key {key!r} is not in {path}; it has {keys}. Did you mean {nearest!r}?"
+        )
+    entry = table[key]
+    action = _bounds(entry, "action", normalization, action_dim, f"{path}[{key}]")
+    state = _bounds(entry, "proprio", normalization, state_dim, f"{path}[{key}]")
+    if action is None:
+        raise StatisticsError(f"{path}[{key}] has no 'action' statistics; the policy cannot act")
+    return Statistics(key, action, state if state_dim else None)
+
+
+def _bounds(
+    entry: Any, part: str, normalization: Normalization, size: int, where: str
+) -> Bounds | None:
+    if size == 0:
+        return None
+    names = _LIMIT_NAMES[normalization]
+    values = entry.get(part) if isinstance(entry, dict) else None
+    if not isinstance(values, dict) or any(name not in values for name in names):
+        raise StatisticsError(
+            f"{where} needs {part!r} with {list(names)} for {normalization!r} normalization; "
+            f"it has {sorted(values) if isinstance(values, dict) else values!r}"
+        )
+    low, high = (np.asarray(values[name], dtype=np.float64) for name in names)
+    mask = np.asarray(values.get("mask", [True] * low.size), dtype=bool)
+    if not low.shape == high.shape == mask.shape == (size,):
+        raise StatisticsError(
+            f"{where}: {part!r} must have {size} entries for this policy, got {low.shape}, "
+            f"{high.shape} and mask {mask.shape}"
+        )
+    if not (np.isfinite(low).all() and np.isfinite(high).all() and (high >= low).all()):
+        raise StatisticsError(f"{where}: {part!r} limits must be finite and ordered")
+    return Bounds(low, high, mask)

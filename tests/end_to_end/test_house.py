@@ -1,0 +1,130 @@
+"""The house keeps its rules: rooms, words, sizes. docs/development.md says why."""
+
+import ast
+from collections import Counter, defaultdict
+
+import pytest
+from house import (
+    FLOORS,
+    HOST_TOOLS,
+    MODULES,
+    SURFACE,
+    circles,
+    file_arrows,
+    functions_of,
+    imports_of,
+    our_imports,
+    room_arrows,
+    room_of,
+    top,
+    tree_of,
+)
+from places import ROOT
+
+LIBRARY = sorted(name for name in MODULES if name not in SURFACE)
+# Which other packages' rooms a package reaches; pipeline and cli cross freely.
+MAY_CROSS = {
+    "engines": {"qvla_export.shared"},
+    "jetson": {"qvla_export.shared", "engines"},
+    "calibration": {"qvla_export.shared", "qvla_export.policies"},
+    "qvla_export": set(),
+}
+FREE = ("qvla_export.pipeline", "qvla_export.cli")
+FAMILIES = {path.parent.name for path in (ROOT / "qvla_export" / "policies").glob("*/__init__.py")}
+MOST_FILES = 30
+MOST_PARAMETERS = 7
+# Every family's folder holds the same files; these two names say what they say anywhere.
+MAY_REPEAT = {"base", "registry", "__init__", "__main__"}
+
+
+def test_the_list_of_rooms_is_whole() -> None:
+    rooms = {room_of(module) for module in LIBRARY}
+    assert rooms == set(FLOORS)
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_imports_go_down(module: str) -> None:
+    floor = FLOORS.index(room_of(module))
+    climbing = sorted(name for name in our_imports(module) if FLOORS.index(room_of(name)) > floor)
+    assert not climbing, f"{module} ({room_of(module)}) imports what stands above it: {climbing}"
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    assert not circles(file_arrows())
+    assert not circles(room_arrows())
+
+
+@pytest.mark.parametrize("module", [m for m in LIBRARY if not m.startswith(FREE)])
+def test_packages_cross_where_they_may(module: str) -> None:
+    if module.startswith(HOST_TOOLS):
+        return  # of the host, though they live beside the engines they judge
+    package = top(module)
+    foreign = {room_of(name) for name in our_imports(module) if top(name) != package}
+    assert foreign <= MAY_CROSS[package], f"{module} imports {sorted(foreign)}"
+
+
+@pytest.mark.parametrize("module", [m for m in LIBRARY if not m.startswith("qvla_export.cli")])
+def test_nobody_imports_the_command(module: str) -> None:
+    assert not [n for n in imports_of(module, typed=True) if n.startswith("qvla_export.cli")]
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_a_family_is_named_at_home_only(module: str) -> None:
+    if module == "qvla_export.policies.families" or module.startswith("calibration.training"):
+        return
+    homes = tuple(f"qvla_export.policies.{family}" for family in FAMILIES)
+    imported = [
+        name
+        for name in our_imports(module)
+        if name.startswith(homes) and not module.startswith(homes)
+    ]
+    assert not imported, f"{module} imports a family: {sorted(imported)}"
+    if module.startswith(homes):
+        return
+    compared = [
+        constant.value
+        for node in ast.walk(tree_of(module))
+        if isinstance(node, ast.Compare | ast.MatchValue)
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant) and constant.value in FAMILIES
+    ]
+    assert not compared, f"{module} compares with a family's name: {compared}"
+
+
+def test_no_folder_is_crowded() -> None:
+    counts = Counter(path.parent for path in MODULES.values() if path.name != "__init__.py")
+    assert {str(p.relative_to(ROOT)): n for p, n in counts.items() if n > MOST_FILES} == {}
+
+
+def test_a_room_has_one_module_of_a_name() -> None:
+    names = defaultdict(list)
+    for module in LIBRARY:
+        name = module.rpartition(".")[2]
+        if name not in MAY_REPEAT and MODULES[module].name != "__init__.py":
+            home = room_of(module)
+            family = module.split(".")[2] if home == "qvla_export.policies" else ""
+            names[home, family if family in FAMILIES else "", name].append(module)
+    assert not [modules for modules in names.values() if len(modules) > 1]
+
+
+@pytest.mark.parametrize("package", sorted(MAY_CROSS))
+def test_a_package_has_one_public_class_of_a_name(package: str) -> None:
+    homes = defaultdict(list)
+    for module in LIBRARY:
+        if top(module) == package:
+            for node in tree_of(module).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    homes[node.name].append(module)
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    arguments = function.args
+    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+@pytest.mark.parametrize("module", [m for m in LIBRARY if not m.startswith("qvla_export.cli")])
+def test_functions_take_few_parameters(module: str) -> None:
+    many = {f.name: n for f in functions_of(module) if (n := len(parameters(f))) > MOST_PARAMETERS}
+    assert not many, f"{module}: pass a frozen dataclass whole, {many}"

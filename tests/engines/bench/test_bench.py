@@ -1,0 +1,128 @@
+"""`qvla bench`: every engine computes the stack, bytes and products are right, JSON holds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from engines.bench import contenders
+from engines.bench.contenders import BASELINE, DYNAMIC, Contender
+from engines.bench.decoder import DecoderGeometry, DecoderStack, measure_ranges
+from engines.bench.mixes import MIXES, W4_UNPRUNED
+from engines.bench.modelopt import ModeloptEnvironment
+from engines.bench.rounds import speedup, time_in_turn
+from engines.targets import CPU
+from qvla_export.cli.app import app
+from qvla_export.shared.errors import QvlaError
+
+GEOMETRY = DecoderGeometry(width=128, mlp=352, depth=1, heads=2, tokens=5)
+WEIGHTS = 4 * 128 * 128 + 3 * 128 * 352
+
+
+@pytest.fixture(scope="module")
+def stack() -> DecoderStack:
+    return DecoderStack(GEOMETRY)
+
+
+@pytest.fixture(scope="module")
+def found(stack: DecoderStack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Contender]:
+    folder = tmp_path_factory.mktemp("graphs")
+    return {c.name: c for c in contenders.prepare(stack, folder, threads=1, modelopt=None)}
+
+
+def test_all_contenders_are_there_and_take_one_row_or_many(
+    stack: DecoderStack, found: dict[str, Contender]
+) -> None:
+    assert set(found) == {BASELINE, "torch eager FP32", DYNAMIC, *(mix.name for mix in MIXES)}
+    for contender in found.values():
+        for tokens in (1, 5):
+            output = contender.run(stack.example(tokens))
+            assert output.shape == (1, tokens, 128) and np.isfinite(output).all()
+
+
+def test_engines_that_prune_nothing_are_near_the_float_network(
+    stack: DecoderStack, found: dict[str, Contender]
+) -> None:
+    x = stack.example(5, seed=3)
+    reference = found["torch eager FP32"].run(x)
+    tolerance = {BASELINE: 1e-5, DYNAMIC: 0.05, "ours w8a8": 0.05, "ours w4, nothing pruned": 0.5}
+    for name, share in tolerance.items():
+        error = np.linalg.norm(found[name].run(x) - reference) / np.linalg.norm(reference)
+        assert error < share, name
+
+
+def test_the_same_plan_means_the_same_whatever_the_runtime_does_with_it(
+    stack: DecoderStack, found: dict[str, Contender]
+) -> None:
+    x = stack.example(5, seed=3)
+    exact = found["ours w4, exact activations"].run(x)
+    scale = np.abs(exact).max()
+    assert np.abs(found["ours w4, unpacked"].run(x) - exact).max() < 1e-4 * scale
+    rounded = np.abs(found["ours w4"].run(x) - exact).max()
+    assert 0 < rounded < 0.1 * scale
+
+
+def test_pruning_removes_multiplications_and_plans_bytes(found: dict[str, Contender]) -> None:
+    for name in (BASELINE, DYNAMIC, "ours w8a8"):
+        assert found[name].multiplications == WEIGHTS
+    # Its few 2-bit channels are filled up to fours.
+    assert WEIGHTS <= found["ours w4, nothing pruned"].multiplications < 1.01 * WEIGHTS
+    assert found["ours w8a8, 30 % pruned"].multiplications < 0.7 * WEIGHTS
+    assert found["ours w3"].multiplications < found["ours w4"].multiplications < 0.75 * WEIGHTS
+    assert found["ours w3"].stored_bytes < found["ours w4"].stored_bytes
+    assert found["ours w4"].stored_bytes < found["ours w8a8"].stored_bytes
+    assert found[BASELINE].stored_bytes > 4 * WEIGHTS
+
+
+def test_four_bit_mixes_have_four_mean_bits(stack: DecoderStack) -> None:
+    ranges = measure_ranges(stack, stack.example(5))
+    means = {m.name: m.plan(stack.shapes, CPU, ranges).mean_bits_per_channel for m in MIXES}
+    assert all(abs(bits - 4) < 0.1 for name, bits in means.items() if name.startswith("ours w4"))
+    assert 0 not in W4_UNPRUNED
+
+
+def test_layers_of_one_input_share_a_range(stack: DecoderStack) -> None:
+    ranges = measure_ranges(stack, stack.example(5)).ranges
+    block = "language_model.model.layers.0.self_attn"
+    assert len({ranges[f"{block}.{name}"] for name in ("q_proj", "k_proj", "v_proj")}) == 1
+
+
+def test_rounds_go_in_turn_and_the_first_is_dropped() -> None:
+    order: list[str] = []
+    samples = time_in_turn({n: lambda n=n: order.append(n) for n in "abc"}, rounds=3)  # type: ignore[misc]
+    assert "".join(order) == "abc" * 4
+    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", 3)
+
+
+@given(st.lists(st.floats(0.1, 1e3), min_size=2, max_size=30), st.floats(0.1, 10))
+def test_a_speedup_lies_in_its_interval_and_scales(times: list[float], factor: float) -> None:
+    baseline = np.array(times)
+    ratio = speedup(baseline / factor, baseline)
+    assert ratio.median == pytest.approx(factor)
+    assert ratio.low <= ratio.median * (1 + 1e-9) and ratio.median <= ratio.high * (1 + 1e-9)
+    assert speedup(baseline, baseline).low == speedup(baseline, baseline).high == 1.0
+
+
+def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    done = CliRunner().invoke(app, ["bench", "--quick", "--rounds", "2", "--output", str(path)])
+    assert done.exit_code == 0, done.output
+    value = json.loads(path.read_text())
+    assert value["threads"] == 1 and value["cpu"] and value["versions"]["onnxruntime"]
+    assert [regime["regime"] for regime in value["regimes"]] == ["pass", "decode"]
+    for regime in value["regimes"]:
+        names = [row["name"] for row in regime["engines"]]
+        assert names[0] == BASELINE and len(names) == 3 + len(MIXES)
+        assert all(len(row["samples_ms"]) == 2 for row in regime["engines"])
+        assert all(row["name"] in done.output for row in regime["engines"])
+
+
+def test_an_environment_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("no folder")
+    with pytest.raises(QvlaError, match="without --modelopt"):
+        ModeloptEnvironment(taken / "inside").create()

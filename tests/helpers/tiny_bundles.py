@@ -1,0 +1,59 @@
+"""Bundles of the tiny policy, made once for all test files that want them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from graph_checks import require_clean
+
+from engines.targets import CPU
+from qvla_export.graph.export import export_bundle
+from qvla_export.graph.float_graph import export_float
+from qvla_export.policies.base import Policy
+from qvla_export.policies.layers import layer_shapes
+from qvla_export.quantizer.plan import BitPlan
+from qvla_export.quantizer.quantize import spec_for
+from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.observation import Observation
+
+_GRAPHS: dict[str, ir.Model] = {}
+
+
+def float_graph(policy: Policy) -> ir.Model:
+    """Return the policy's float graph; tracing takes seconds, so it is kept."""
+    if policy.digest not in _GRAPHS:
+        _GRAPHS[policy.digest] = export_float(policy, CPU)
+    return _GRAPHS[policy.digest]
+
+
+def mixed_plan(policy: Policy, seed: int = 0) -> BitPlan:
+    """Every layer has every width, except one layer of each single width."""
+    shapes = layer_shapes(policy.layers())
+    generator = np.random.default_rng(seed)
+    widths = {
+        name: generator.choice([0, 2, 4, 8, 16], channels, p=[0.05, 0.2, 0.5, 0.2, 0.05])
+        for name, (channels, _) in shapes.items()
+    }
+    for name, bits in zip(list(widths)[:4], (4, 8, 2, 16), strict=True):
+        widths[name][:] = bits
+    return BitPlan(
+        widths={name: w.astype(np.int8) for name, w in widths.items()},
+        weights_per_channel={name: inputs for name, (_, inputs) in shapes.items()},
+        target=CPU.name,
+        containers=dict(CPU.containers),
+        quantizer=spec_for(CPU),
+        budget="random",
+        policy_digest=policy.digest,
+    )
+
+
+def make_bundle(
+    policy: Policy,
+    plan: BitPlan | None,
+    observations: Sequence[Observation],
+    path: Path,
+) -> Bundle:
+    bundle = export_bundle(policy, plan, CPU, observations, path, float_graph(policy))
+    require_clean(bundle)
+    return bundle

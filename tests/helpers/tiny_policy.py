@@ -1,0 +1,51 @@
+"""A tiny untrained OpenVLA-OFT policy: its sizes, its settings and its checkpoint."""
+
+from pathlib import Path
+
+from qvla_export.policies.oft.config import OftConfig
+from qvla_export.policies.oft.new_checkpoint import (
+    BOS_ID,
+    STOP_ID,
+    SUFFIX_ID,
+    OftSize,
+    new_module,
+    save_checkpoint,
+    train_tokenizer,
+)
+
+TINY_SIZE = OftSize(
+    image_size=28,
+    patch_size=14,
+    vision_dim=64,
+    vision_depth=3,
+    hidden_dim=64,
+    mlp_dim=128,
+    depth=2,
+    heads=2,
+    vocab_size=300,
+)
+TINY_CONFIG = OftConfig(
+    cameras=("image",),
+    horizon=4,
+    action_dim=4,
+    state_dim=4,
+    normalization="q99",
+    vision_heads=(2, 2),
+    bos_token_id=BOS_ID,
+    stop_token_id=STOP_ID,
+    suffix_token_id=SUFFIX_ID,
+)
+# The second instruction is longer than the first, so that batches are ragged.
+TINY_INSTRUCTIONS = ("push the button", "open the small drawer slowly", "close the window")
+
+
+def write_tiny_checkpoint(
+    path: Path, seed: int = 0, config: OftConfig = TINY_CONFIG, size: OftSize = TINY_SIZE
+) -> Path:
+    """Write a whole checkpoint folder; the same seed gives the same bytes."""
+    tokenizer = train_tokenizer(TINY_INSTRUCTIONS, size.vocab_size)
+    bounds = {"q01": [-1.0] * 4, "q99": [1.0] * 4, "min": [-1.0] * 4, "max": [1.0] * 4}
+    statistics = {"tiny": {"action": {**bounds, "mask": [True] * 4}, "proprio": bounds}}
+    module = new_module(size, config, seed)
+    save_checkpoint(path, module, config, tokenizer, statistics, step=0)
+    return path

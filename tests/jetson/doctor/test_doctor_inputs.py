@@ -1,0 +1,213 @@
+"""`qvla doctor` on checkpoints, data sets, LIBERO's versions, the server; and as a command."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command_runs import qvla
+from house import HOST_ONLY
+from robot_runs import run_on_robot
+from small_datasets import write_small_dataset
+
+from jetson.board.state import UNKNOWN, Clock
+from jetson.doctor.finding import Finding
+from jetson.doctor.libero import check_libero
+from jetson.doctor.machine import Machine
+from jetson.doctor.observations import (
+    DatasetFacts,
+    Needs,
+    check_cameras,
+    check_columns,
+    check_dataset,
+)
+from jetson.doctor.serving import check_port, check_token, read_serving
+from jetson.doctor.statistics import check_config, check_key, read_checkpoint
+from qvla_export.shared.artifacts import read_json, write_json
+
+
+class TestCheckpoint:
+    @pytest.fixture
+    def folder(self, tiny_checkpoint: Path, tmp_path: Path) -> Path:
+        """A checkpoint with the statistics of two data sets."""
+        folder = tmp_path / "checkpoint"
+        folder.mkdir()
+        for name in ("config.json", "qvla_policy.json", "dataset_statistics.json"):
+            shutil.copy(tiny_checkpoint / name, folder)
+        table = read_json(folder / "dataset_statistics.json", "statistics")
+        both = {"libero_goal_no_noops": table["tiny"], "libero_spatial_no_noops": table["tiny"]}
+        write_json(folder / "dataset_statistics.json", both)
+        return folder
+
+    def test_the_only_key_needs_no_choice(self, tiny_checkpoint: Path) -> None:
+        facts = read_checkpoint(tiny_checkpoint, None)
+        assert check_key(facts).severity == check_config(facts).severity == "ok"
+
+    def test_keys_that_exist_are_listed_the_nearest_first(self, folder: Path) -> None:
+        finding = check_key(read_checkpoint(folder, "libero_spatial"))
+        assert finding.severity == "error"
+        assert finding.remedy == (
+            "--unnorm-key libero_spatial_no_noops or --unnorm-key libero_goal_no_noops"
+        )
+        assert finding.wanted == "one of libero_goal_no_noops, libero_spatial_no_noops"
+        missing = check_key(read_checkpoint(folder, None))
+        assert "holds several data sets" in missing.observed and missing.remedy
+        assert check_key(read_checkpoint(folder, "libero_goal_no_noops")).severity == "ok"
+
+    def test_statistics_in_the_configuration_are_taken_out(self, folder: Path) -> None:
+        table = read_json(folder / "dataset_statistics.json", "statistics")
+        (folder / "dataset_statistics.json").unlink()
+        finding = check_key(read_checkpoint(folder, None))
+        assert "rsync" in finding.remedy
+        config = read_json(folder / "config.json", "configuration")
+        write_json(folder / "config.json", {**config, "norm_stats": table})
+        finding = check_key(read_checkpoint(folder, None))
+        subprocess.run(["sh", "-c", finding.remedy], check=True, timeout=60)
+        assert read_json(folder / "dataset_statistics.json", "statistics") == table
+
+    def test_a_policy_nobody_describes_needs_a_preset(self, folder: Path) -> None:
+        (folder / "qvla_policy.json").unlink()
+        for preset in (None, "kuka"):
+            finding = check_config(read_checkpoint(folder, None, preset))
+            assert "--preset aloha|bridge|libero" in finding.remedy
+        facts = read_checkpoint(folder, "libero_goal_no_noops", "libero")
+        assert check_config(facts).severity == "ok"
+        # Seven actions, the statistics have four.
+        assert "qvla_policy.json" in check_key(facts).remedy
+
+    @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"{}", b'{"a": 1}', b'{"a": {}}'])
+    def test_hostile_statistics_are_an_error_with_a_remedy(
+        self, folder: Path, content: bytes
+    ) -> None:
+        (folder / "dataset_statistics.json").write_bytes(content)
+        for key in (None, "a", "b"):
+            finding = check_key(read_checkpoint(folder, key))
+            assert (finding.severity, bool(finding.remedy)) == ("error", True)
+        (folder / "qvla_policy.json").write_bytes(content)
+        assert check_config(read_checkpoint(folder, None)).severity == "error"
+
+
+class TestDataset:
+    def test_cameras_and_sizes_are_compared(self) -> None:
+        needs = Needs(("image",), state_dim=4, action_dim=4)
+        facts = DatasetFacts(Path("d"), frames=3, cameras={"image": "c"}, state_dim=4, action_dim=4)
+        assert check_columns(facts, needs).severity == "ok"
+        other = replace(facts, cameras={"front": "observation.images.front"})
+        finding = check_columns(other, needs)
+        assert finding.remedy.endswith("--dataset d --camera image=observation.images.front")
+        assert "--state-column" in check_columns(replace(facts, state_dim=9), needs).remedy
+
+    def test_it_is_read_where_its_library_is(self, tmp_path: Path, tiny_checkpoint: Path) -> None:
+        write_small_dataset(tmp_path / "data", [3])
+        done = qvla(
+            "doctor", "--checkpoint", tiny_checkpoint, "--dataset", tmp_path / "data", "--json"
+        )
+        found = {f["what"]: f for f in json.loads(done.out)["findings"]}
+        assert found["data set"]["observed"] == "3 frames"
+        assert found["data set's cameras"]["severity"] == "ok"
+        done = qvla("doctor", "--dataset", tmp_path, "--json")
+        found = {f["what"]: f for f in json.loads(done.out)["findings"]}
+        assert (done.code, found["data set"]["severity"]) == (2, "error")
+        missing = DatasetFacts(tmp_path, "pyarrow is not installed", "pip install 'qvla[host]'")
+        assert check_dataset(missing).severity == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "severity"),
+    [
+        ("robosuite", "1.4.0", "ok"),
+        ("robosuite", "1.4.1", "ok"),
+        ("robosuite", "1.5.2", "error"),
+        ("robosuite", None, "error"),
+        ("mujoco", "3.3.7", "ok"),
+        ("mujoco", "3.4.0", "error"),
+        ("mujoco", "unreleased", "unknown"),
+    ],
+)
+def test_libero_s_versions(package: str, version: str | None, severity: str) -> None:
+    installed = {} if version is None else {package: version}
+    assert check_libero(Machine(packages=installed), package, True).severity == severity
+    assert check_libero(Machine(packages=installed), package, False).severity == "not applicable"
+    there = Machine(packages={**installed, "hf-libero": "0.1.0"})
+    assert check_libero(there, package, False).severity == severity
+
+
+def test_a_token_must_be_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QVLA_TOKEN", raising=False)
+    path = tmp_path / "my token"
+
+    def finding(host: str = "127.0.0.1") -> Finding:
+        return check_token(read_serving(host, 0, path))
+
+    assert finding().remedy == f"(umask 077; openssl rand -hex 32 > '{path}')"
+    path.write_text("0123456789abcdef" * 2)
+    path.chmod(0o644)
+    assert finding().remedy == f"chmod 600 '{path}'"
+    path.chmod(0o600)
+    assert finding().severity == "ok"
+    path.write_bytes(b"\xff\xff")
+    assert finding().severity == "error"
+    assert check_token(read_serving("127.0.0.1", 0, None)).severity == "not applicable"
+    assert check_token(read_serving("0.0.0.0", 0, None)).severity == "error"
+    monkeypatch.setenv("QVLA_TOKEN", "0123456789abcdef")
+    assert check_token(read_serving("0.0.0.0", 0, None)).severity == "ok"
+
+
+# None of them asks a name server: an address for documents, no text, too long for a name.
+@pytest.mark.parametrize("host", ["203.0.113.7", "\udcff", "a" * 300])
+def test_an_address_that_is_not_ours_is_named(host: str) -> None:
+    finding = check_port(read_serving(host, 0, None))
+    assert (finding.severity, bool(finding.remedy)) == ("error", True)
+
+
+def test_the_command_prints_remedies_on_one_line_and_counts(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    done = qvla("doctor", tmp_path / "no bundle", "--checkpoint", tiny_checkpoint)
+    assert done.code == 2
+    assert f"rsync -a --checksum --delete HOST:RUN/settings/SETTING/bundle/ '{tmp_path}" in done.out
+    assert "doctor: 1 error, " in done.out
+    assert "  engines: " in done.out.split("not applicable here:")[1]
+    fine = qvla("doctor", "--json")
+    report = json.loads(fine.out)
+    assert fine.code == 0 and report["format"] == "qvla.doctor/1"
+    assert sum(report["counts"].values()) == len(report["findings"])
+
+
+def test_cameras_are_listed_and_never_a_fault() -> None:
+    machine = Machine(cameras=("/dev/video0",))
+    assert check_cameras(machine, None).severity == "not applicable"
+    finding = check_cameras(machine, Needs(("front", "wrist"), 4, 4))
+    assert finding.observed == "the policy's: front, wrist; found /dev/video0"
+    assert finding.severity == check_cameras(Machine(), Needs(("front",), 4, 4)).severity == "ok"
+
+
+def test_the_command_runs_where_only_the_robot_s_libraries_are(tiny_checkpoint: Path) -> None:
+    printed = run_on_robot(
+        "-c",
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {sorted(HOST_ONLY)!r}:\n"
+        "            raise ModuleNotFoundError(name, name=name.partition('.')[0])\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "from qvla_export.cli import main\n"
+        f"sys.argv = 'qvla doctor --dataset d --checkpoint'.split() + [{str(tiny_checkpoint)!r}]\n"
+        "main()",
+    )
+    assert "unknown: data set\n    pip install 'qvla[host]'" in printed
+    assert "doctor: 0 error, " in printed
+
+
+def test_a_server_says_at_its_start_what_makes_it_slow(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loose = Clock("gpu", 306.0, 306.0, 1300.0, locked=False)
+    slow = replace(UNKNOWN, l4t="36.4.3", clocks=(loose,), clocks_locked=False)
+    monkeypatch.setattr("jetson.board.read_board_state", lambda: slow)
+    monkeypatch.setattr("jetson.server.serve", lambda policy, settings: None)
+    assert qvla("serve", tiny_checkpoint).code == 0
+    [warned] = [r.getMessage() for r in caplog.records if "qvla doctor" in r.getMessage()]
+    assert "clocks locked: gpu 306 to 1300 MHz (sudo jetson_clocks)" in warned

@@ -1,0 +1,197 @@
+"""The `qvla` command: help, the whole way on a tiny policy, usage."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+from command_runs import SETTINGS, Inputs, Outcome, listing, qvla
+from places import ROOT
+from small_datasets import write_small_dataset
+
+from jetson.latency.comparison import LatencyComparison
+from qvla_export.cli.app import app
+from qvla_export.pipeline.run_folder import RunFolder, parse_setting
+from qvla_export.shared.bundle import Bundle
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def run(deployed: tuple[Path, Outcome], tmp_path: Path) -> Path:
+    """A copy of a deployed run."""
+    return shutil.copytree(deployed[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_tells_every_option_with_its_default(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.setenv("TERM", "dumb")
+    shown = qvla(name, "--help")
+    assert shown.code == 0
+    for parameter in COMMANDS[name].params:
+        if parameter.name == "help":
+            continue
+        assert parameter.help, f"{name} {parameter.name} says nothing"
+        start = parameter.help.split("[")[0].strip()
+        # A text of several lines has the frame between them.
+        text = re.sub(r"[\s│]+", " ", shown.out)
+        assert start in text
+        if not parameter.required and parameter.default not in (None, False, ""):
+            told = text.partition(start)[2].partition(" --")[0]
+            # Of a switch that is on, its name is shown.
+            default = parameter.name if parameter.default is True else parameter.default
+            assert f"[default: {default}]" in told, f"{name} {parameter.name} hides its default"
+
+
+def test_help_lists_the_commands() -> None:
+    shown = qvla("--help")
+    assert shown.code == 0
+    assert all(name in shown.out for name in COMMANDS)
+
+
+def test_deploy_makes_every_artifact(deployed: tuple[Path, Outcome], inputs: Inputs) -> None:
+    run, outcome = deployed
+    assert outcome.code == 0, outcome.err
+    for name in ("run.json", "agreement.json", "sensitivities.safetensors", "calibration"):
+        assert (run / name).exists()
+    about = json.loads((run / "run.json").read_text())
+    assert (about["target"], about["settings"]) == ("cpu", SETTINGS.split(","))
+    folder = RunFolder(run)
+    digests = set()
+    for setting in map(parse_setting, SETTINGS.split(",")):
+        bundle = Bundle.load(folder.bundle(setting))
+        digests.add(bundle.digest)
+        assert bundle.policy_digest == about["policy_digest"]
+        error = json.loads(folder.action_error(setting).read_text())
+        assert error["bundle_digest"] == bundle.digest
+        assert error["held_out"] == 6
+        assert folder.plan(setting).exists() == (setting.kind != "float")
+        assert setting.name in outcome.out
+    profiles = LatencyComparison.load(folder.latency).profiles
+    assert [p.name for p in profiles] == ["float", "w4", "w4-rtn", "w4 unpacked", "w4 served"]
+    assert {p.bundle_digest for p in profiles} == digests
+    assert {len(p.samples_ms["total"]) for p in profiles} == {5}
+    assert "float against quantized" in outcome.out
+    assert (run / "report.html").stat().st_size > 1000
+    names = [path.name for path in run.rglob("*")]
+    assert not [name for name in names if name.startswith(".") or "progress" in name]
+
+
+def test_deploying_again_keeps_what_is_there(
+    deployed: tuple[Path, Outcome], inputs: Inputs
+) -> None:
+    run, first = deployed
+
+    def times() -> dict[Path, int]:
+        kept = (p for p in run.rglob("*") if p.name not in ("run.json", "report.html"))
+        return {path: path.stat().st_mtime_ns for path in kept if path.is_file()}
+
+    before, contents = times(), listing(run)
+    again = inputs.deploy(run)
+    assert again.code == 0, again.err
+    assert times() == before
+    for outcome in (first, again):
+        assert "float against quantized" in outcome.out
+    changed = {name for name, digest in listing(run).items() if contents[name] != digest}
+    assert changed <= {"run.json", "report.html"}
+
+
+def test_other_data_of_the_same_name_are_drawn_anew(
+    run: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    same = ("calibrate", "--run", run, "--count", 6, "--held-out", 6)
+    before = listing(run)
+    assert qvla(*same, "--dataset", inputs.dataset).code == 0
+    assert listing(run) == before
+    other = write_small_dataset(tmp_path / "demos", [7] * 10)
+    assert qvla(*same, "--dataset", other).code == 0
+    assert listing(run / "calibration") != {
+        name.removeprefix("calibration/"): digest
+        for name, digest in before.items()
+        if name.startswith("calibration/")
+    }
+
+
+def test_the_stages_one_by_one_give_what_deploy_gives(
+    deployed: tuple[Path, Outcome], inputs: Inputs, tmp_path: Path
+) -> None:
+    run, common = tmp_path / "run", ("--run", tmp_path / "run")
+    policy = ("--policy", inputs.checkpoint)
+    steps = [
+        ("calibrate", *common, "--dataset", inputs.dataset, "--count", 6, "--held-out", 6),
+        ("sensitivities", *common, *policy, "--quantizer", "compensated"),
+        ("plan", *common, "--setting", "w4"),
+        ("round", *common, *policy, "--setting", "w4"),
+        ("export", *common, *policy, "--setting", "w4"),
+        ("verify", run / "settings/w4/bundle"),
+        ("profile", run / "settings/w4/bundle", "--output", run / "profile.json", "--samples", 3),
+    ]
+    for step in steps:
+        outcome = qvla(*step)
+        assert outcome.code == 0, outcome.err
+    ours, theirs = listing(run), listing(deployed[0])
+    ours.pop("profile.json")
+    assert ours == {name: theirs[name] for name in ours}
+    assert "settings/w4/bundle/manifest.json" in ours
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan"],
+        ["no-such-command"],
+        ["calibrate", "--run", "x", "--count", "many"],
+        ["deploy", "--no-such-option"],
+        [],
+    ],
+)
+def test_wrong_usage_exits_2(arguments: list[str]) -> None:
+    outcome = qvla(*arguments)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+
+
+def test_the_installed_command_exits_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-m", "qvla_export", "verify", "a" * 200]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: bundle folder not found: aaa")
+
+
+def test_an_interrupt_says_that_the_command_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bundle, "load", interrupt)
+    outcome = qvla("verify", "x")
+    assert outcome.code == 130
+    assert "the same command continues" in outcome.err
+
+
+def test_data_that_do_not_fit_the_policy_are_refused_before_the_first_stage(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    outcome = inputs.deploy(tmp_path / "run", "--camera", "other=observation.images.image")
+    assert outcome.code == 2
+    assert "missing ['image']" in outcome.error
+    assert "--camera NAME=COLUMN" in outcome.error
+    assert not list(tmp_path.iterdir())
+    outcome = inputs.deploy(tmp_path / "run", "--camera", "observation.images.image")
+    assert "--camera takes NAME=COLUMN" in outcome.error
+
+
+def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_torch() -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("qvla_export.cli.app.app", without_torch)
+    assert "pip install 'qvla[host]'" in qvla("sensitivities").error
