@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvla_export.baselines.baseline import Baseline, BaselineLayer
-from qvla_export.baselines.handing import HandedLinear
+from qvla_export.baselines.layer_adapter import GroupedLinear
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import (
     layer_shapes,
@@ -95,7 +95,7 @@ def _rows(layer: BaselineLayer, rounded: bool) -> NDArray[np.float32]:
 @contextlib.contextmanager
 def _run_by_patches(layer: nn.Conv2d) -> Iterator[nn.Linear]:
     """Let a convolution compute by a linear layer, which is returned."""
-    handed = HandedLinear(layer, 1)
+    handed = GroupedLinear(layer, 1)
     original = layer.forward
     layer.forward = handed.forward  # type: ignore[method-assign,assignment]  # given back below
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from qvla_export.baselines.baseline import BaselineLayer
-from qvla_export.baselines.handing import blocks_of, coded, hand_over, module_names
+from qvla_export.baselines.layer_adapter import blocks_of, coded, hand_over, module_names
 from qvla_export.baselines.quantized import Calibration, Quantized
 from qvla_export.policies.layers import layer_shapes, traced_layers
 from qvla_export.shared.errors import QvlaError

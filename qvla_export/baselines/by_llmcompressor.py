@@ -13,7 +13,7 @@ from llmcompressor.core import LifecycleCallbacks, create_session
 from llmcompressor.modifiers.gptq import GPTQModifier
 
 from qvla_export.baselines.baseline import BaselineLayer
-from qvla_export.baselines.handing import blocks_of, coded, hand_over, module_names
+from qvla_export.baselines.layer_adapter import blocks_of, coded, hand_over, module_names
 from qvla_export.baselines.methods import BaselineRequest
 from qvla_export.baselines.quantized import Calibration, Quantized
 from qvla_export.policies.layers import layer_shapes, traced_layers

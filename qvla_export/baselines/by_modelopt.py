@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qvla_export.baselines.baseline import BaselineLayer
-from qvla_export.baselines.handing import coded, hand_over, module_names
+from qvla_export.baselines.layer_adapter import coded, hand_over, module_names
 from qvla_export.baselines.methods import BaselineRequest
 from qvla_export.baselines.quantized import Calibration, Quantized
 from qvla_export.policies.layers import layer_shapes, traced_layers

@@ -27,7 +27,7 @@ class Calibration:
 
     def run(self) -> None:
         """Run all observations through the policy, without padding."""
-        from qvla_export.baselines.handing import even_batches
+        from qvla_export.baselines.layer_adapter import even_batches
 
         with torch.no_grad():
             for batch in even_batches(self.policy, self.observations):

@@ -14,7 +14,7 @@ from qvla_export.pipeline import plan as stages
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.sensitivity.estimator_comparison import (
     EXACT,
-    Comparison,
+    EstimatorComparison,
     add_estimator,
     new_comparison,
     time_official,
@@ -73,7 +73,7 @@ class Asked:
 
 def compare(
     asked: Asked, methods: Sequence[str] | None, official: bool, output: Path
-) -> Comparison:
+) -> EstimatorComparison:
     """Compare the estimators named (None for all), writing after each; go on where a run stopped.
 
     Raises:
@@ -104,16 +104,16 @@ def compare(
     return compared
 
 
-def _kept(wanted: Comparison, output: Path) -> Comparison:
+def _kept(wanted: EstimatorComparison, output: Path) -> EstimatorComparison:
     """What a run before this one has done of the same comparison, or the one without figures."""
-    kept = stages.kept_artifact(output, Comparison.load)
+    kept = stages.kept_artifact(output, EstimatorComparison.load)
     # Files of before name a bound that is gone; null bounded nothing.
     options = {**wanted.asked["options"], "max_standard_error": None}
     same = (wanted.asked, {**wanted.asked, "options": options})
     return kept if kept is not None and kept.asked in same else wanted
 
 
-def table(compared: Comparison) -> str:
+def table(compared: EstimatorComparison) -> str:
     """Return the figures for a terminal."""
     widths = [str(bits) for bits in compared.asked["widths"]]
     shown = Table()

@@ -47,11 +47,13 @@ class World(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def added(self, values: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    def all_reduce_sum(
+        self, values: Mapping[str, NDArray[np.float64]]
+    ) -> dict[str, NDArray[np.float64]]:
         """Return the sums of every process's arrays; all give the same names and shapes."""
         ...
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return process 0's JSON value, once all have come here."""
         ...
 
@@ -64,11 +66,13 @@ class Alone:
     rank: int = 0
     size: int = 1
 
-    def added(self, values: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    def all_reduce_sum(
+        self, values: Mapping[str, NDArray[np.float64]]
+    ) -> dict[str, NDArray[np.float64]]:
         """Return the arrays."""
         return dict(values)
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return the value."""
         return json.loads(json.dumps(value))
 
@@ -84,7 +88,9 @@ class Together:
     rank: int
     size: int
 
-    def added(self, values: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    def all_reduce_sum(
+        self, values: Mapping[str, NDArray[np.float64]]
+    ) -> dict[str, NDArray[np.float64]]:
         """Return the sums over all processes."""
         sums = {}
         with _partners():
@@ -95,7 +101,7 @@ class Together:
                 sums[name] = tensor.cpu().numpy()
         return sums
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return process 0's value, once all have come here."""
         text = np.frombuffer(json.dumps(value).encode(), np.uint8)
         length = torch.tensor([len(text)], device=self.device)

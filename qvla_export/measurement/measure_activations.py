@@ -73,12 +73,14 @@ def _join(histograms: Sequence[Histogram], world: World) -> None:
     """Make every process's histograms those of all; no number moves between bins by rounding."""
     largest = np.zeros((world.size, len(histograms)))
     largest[world.rank] = [histogram.largest for histogram in histograms]
-    of_all = world.added({"largest": largest})["largest"].max(axis=0)
+    of_all = world.all_reduce_sum({"largest": largest})["largest"].max(axis=0)
     for histogram, most in zip(histograms, of_all.tolist(), strict=True):
         histogram.widen(most)
     # Counts are whole numbers far below 2^53.
     counts = np.stack([histogram.counts for histogram in histograms]).astype(np.float64)
-    for histogram, row in zip(histograms, world.added({"counts": counts})["counts"], strict=True):
+    for histogram, row in zip(
+        histograms, world.all_reduce_sum({"counts": counts})["counts"], strict=True
+    ):
         histogram.counts = row.astype(np.int64)
 
 

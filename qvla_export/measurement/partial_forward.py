@@ -1,9 +1,10 @@
 """Run a policy again with single channels changed, computing only what they can change.
 
-The first pass records every module that maps a batch to a batch. A replay with some channels of one
-layer changed runs several of them side by side, as repetitions of the batch: whatever ended before
-the layer began returns its recorded output, the layer adds the changed channels' difference to its
-own, and whatever comes after it runs only where its inputs differ. Weights are never touched.
+The first pass records every module that maps a batch to a batch. A partial pass with some channels
+of one layer changed runs several of them side by side, as repetitions of the batch: whatever ended
+before the layer began returns its recorded output, the layer adds the changed channels' difference
+to its own, and whatever comes after it runs only where its inputs differ. Weights are never
+touched.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ class _Change:
     rows: Tensor
 
 
-class Replay:
+class PartialForward:
     """The recorded pass of one batch; see `recorded`."""
 
     def __init__(self, policy: Policy, layers: Layers, batch: PolicyBatch) -> None:
@@ -131,8 +132,8 @@ class Replay:
 
 
 @contextlib.contextmanager
-def recorded(policy: Policy, layers: Layers, batch: PolicyBatch) -> Iterator[Replay]:
-    """Run a batch and yield what replays it; the policy is as before when the block ends.
+def recorded(policy: Policy, layers: Layers, batch: PolicyBatch) -> Iterator[PartialForward]:
+    """Run a batch and yield what runs it partially; the policy is as before when the block ends.
 
     Args:
         policy: float32; called without gradients.
@@ -142,7 +143,7 @@ def recorded(policy: Policy, layers: Layers, batch: PolicyBatch) -> Iterator[Rep
     Raises:
         QvlaError: one of the layers is called more than once in a pass.
     """
-    replay = Replay(policy, layers, batch)
+    forward = PartialForward(policy, layers, batch)
     names = {module: name for name, module in layers.items()}
     replaced: list[Any] = []
     try:
@@ -150,12 +151,12 @@ def recorded(policy: Policy, layers: Layers, batch: PolicyBatch) -> Iterator[Rep
             # Without parameters there is little to save, and tables of positions have no batch.
             if module is policy.module or next(module.parameters(), None) is None:
                 continue
-            stand_in = replay.stand_in(names.get(module, name), module)
+            stand_in = forward.stand_in(names.get(module, name), module)
             module.forward = stand_in
             replaced.append(module)
         with torch.no_grad():
-            replay.record()
-            yield replay
+            forward.record()
+            yield forward
     finally:
         for module in replaced:
             del module.forward  # the class's own forward shows again

@@ -60,7 +60,7 @@ class ShardedSums:
             merged = self._merge(journal)
         self._own = set(merged)
         # Units that were done before this start; the same for all processes.
-        self.resumed: frozenset[int] = frozenset(self.world.told(sorted(merged)))
+        self.resumed: frozenset[int] = frozenset(self.world.broadcast(sorted(merged)))
 
     def share(self, units: Sequence[int]) -> list[int]:
         """Return those of the units that this process has to add."""
@@ -82,7 +82,7 @@ class ShardedSums:
 
     def total(self) -> dict[str, NDArray[np.float64]]:
         """Return the sums over all processes; all call this together."""
-        return self.world.added(self.values)
+        return self.world.all_reduce_sum(self.values)
 
     def _write(self, path: Path) -> None:
         provenance = {"format": _FORMAT, "of": self._identity, "units": sorted(self._own)}

@@ -52,7 +52,7 @@ def moments(
         == (policy.digest, digest, settings.probes, settings.seed)
         and (largest_block is None or kept.has_blocks(largest_block))
     )
-    if not world.told(same):
+    if not world.broadcast(same):
         bound = means.max_bytes
         if largest_block is None and bound is not None and weights_on_disk(policy):
             largest_block = fitting_block(policy, observations, settings, bound, world)

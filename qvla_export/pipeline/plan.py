@@ -92,7 +92,7 @@ def sensitivities(
     journal = run.sensitivities.with_suffix(".progress")
     kept = kept_artifact(run.sensitivities, Sensitivities.load)
     # Process 0 decides, so that none waits for one that has nothing to do.
-    if means.world.told(kept is not None and _same(kept, asked, estimator)):
+    if means.world.broadcast(kept is not None and _same(kept, asked, estimator)):
         if first:
             remove_progress(journal)
         return kept or Sensitivities.load(run.sensitivities)
@@ -192,7 +192,7 @@ def activations(
     same = kept is not None and (
         (kept.policy_digest, kept.calibration_digest) == (policy.digest, calibration.digest)
     )
-    if world.told(same):
+    if world.broadcast(same):
         return kept or ActivationStatistics.load(run.activations)
     with Progress(disable=not first) as progress:
         told = bar(progress, "activations")

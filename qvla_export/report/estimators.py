@@ -11,7 +11,7 @@ from qvla_export.sensitivity.sensitivities import Sensitivities
 
 
 @dataclass(frozen=True)
-class EstimatorFigures:
+class EstimatorRow:
     """One estimator on the sampled (channel, width) pairs."""
 
     name: str
@@ -35,14 +35,14 @@ class ComparedEstimators:
     calibration_digest: str
     pairs: int
     pairs_in_all: int
-    figures: tuple[EstimatorFigures, ...]
+    figures: tuple[EstimatorRow, ...]
     # Estimator that was timed beside the official structure, how many times longer that takes, and
     # the same of CPU time; None where it was not timed.
     official: tuple[str, float, float] | None
 
 
 def read_estimators(path: Path) -> ComparedEstimators:
-    """Read what `sensitivity.estimator_comparison.Comparison` saved, without its import of torch.
+    """Read what `EstimatorComparison` saved, without its import of torch.
 
     Raises:
         ArtifactError: the file is missing or damaged.
@@ -101,10 +101,10 @@ def standard_error_table(measured: Sensitivities) -> Table:
     return Table(columns, tuple(rows))
 
 
-def _figures(row: Mapping[str, Any]) -> EstimatorFigures:
+def _figures(row: Mapping[str, Any]) -> EstimatorRow:
     by_width = finite(list(row["spearman_by_width"].values()))
     peak = row["peak_bytes"]
-    return EstimatorFigures(
+    return EstimatorRow(
         name=str(row["name"]),
         method=str(row["method"]),
         spearman=float(finite(row["spearman"])),
@@ -116,7 +116,7 @@ def _figures(row: Mapping[str, Any]) -> EstimatorFigures:
     )
 
 
-def _row(row: EstimatorFigures) -> tuple[Cell, ...]:
+def _row(row: EstimatorRow) -> tuple[Cell, ...]:
     return (
         Cell(row.name, f"{row.method}; {row.observations} observations"),
         Cell(f"{row.spearman:.4f}"),

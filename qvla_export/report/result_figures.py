@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from qvla_export.report.measured import Latency, Share
-from qvla_export.report.run_data import RunData, Setting
+from qvla_export.report.run_data import RunData, SettingResult
 from qvla_export.report.svg import (
     DASHES,
     INK,
@@ -26,7 +26,7 @@ _NORMAL_95 = 1.96
 _EXACT = 1e-8  # a sum below is rounding: the float engine beside the float policy
 
 
-def draw_deviation(data: RunData, settings: Sequence[Setting]) -> str:
+def draw_deviation(data: RunData, settings: Sequence[SettingResult]) -> str:
     """Mean cumulative deviation along episodes with a 95 % band (Fig. 3)."""
     figure = new_figure(3.3)
     axes = figure.subplots()
@@ -59,7 +59,7 @@ def draw_deviation(data: RunData, settings: Sequence[Setting]) -> str:
     return to_svg(figure, "deviation")
 
 
-def draw_success(data: RunData, settings: Sequence[Setting]) -> str:
+def draw_success(data: RunData, settings: Sequence[SettingResult]) -> str:
     """Success of each task and setting with Wilson 95 % intervals."""
     tasks = list(dict.fromkeys(t for s in settings if s.rollouts for t in s.rollouts.by_task))
     rows = ["all tasks", *tasks]
@@ -82,7 +82,7 @@ def draw_success(data: RunData, settings: Sequence[Setting]) -> str:
     return to_svg(figure, "success")
 
 
-def draw_latency(data: RunData, settings: Sequence[Setting]) -> str:
+def draw_latency(data: RunData, settings: Sequence[SettingResult]) -> str:
     """Distribution of the total, and the median of each stage."""
     rows = {s.name: s.latency for s in settings if s.latency is not None}
     rows = {**rows, **data.other_latencies}
@@ -103,7 +103,7 @@ def draw_latency(data: RunData, settings: Sequence[Setting]) -> str:
     return to_svg(figure, "latency")
 
 
-def draw_trade_off(data: RunData, settings: Sequence[Setting]) -> str:
+def draw_trade_off(data: RunData, settings: Sequence[SettingResult]) -> str:
     """Action error and success against the bytes of the quantized layers."""
     figure = new_figure(5.0)
     upper, lower = figure.subplots(2, 1, sharex=True)

@@ -46,7 +46,7 @@ class RunInfo:
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingResult:
     """One way to store the policy, and what became of its actions."""
 
     name: str
@@ -79,7 +79,7 @@ class RunData:
     agreement: RankAgreement | None
     # What `qvla estimators` wrote; None where it was not run.
     estimators: ComparedEstimators | None
-    settings: tuple[Setting, ...]
+    settings: tuple[SettingResult, ...]
     # By name, of those in `CONTROLS` that were run.
     controls: Mapping[str, Rollouts]
     # Latency profiles of no setting, by name: bundles that were reached through a server.
@@ -93,7 +93,7 @@ class RunData:
         return 2 * sum(int(v.shape[1]) * sizes[name] for name, v in values.items())
 
     @property
-    def float_setting(self) -> Setting | None:
+    def float_setting(self) -> SettingResult | None:
         """The first setting without a plan."""
         return next((s for s in self.settings if s.plan is None), None)
 
@@ -158,7 +158,7 @@ def estimators_of(run: Path, sensitivities: Sensitivities) -> ComparedEstimators
 
 
 def _require_judged_alike(
-    info: RunInfo, settings: Sequence[Setting], controls: Mapping[str, Rollouts]
+    info: RunInfo, settings: Sequence[SettingResult], controls: Mapping[str, Rollouts]
 ) -> None:
     """Refuse success rates of other policies, or of other episodes, side by side."""
     known = {info.policy_digest, *(setting.bundle_digest for setting in settings)}
@@ -214,7 +214,7 @@ def _read_calibration(path: Path, sensitivities: Sensitivities) -> Mapping[str, 
 
 def _read_setting(
     folder: Path, info: RunInfo, sensitivities: Sensitivities, latency: Latency | None
-) -> Setting:
+) -> SettingResult:
     with damage_named(folder / "bundle", "bundle"):
         bundle = Bundle.load(folder / "bundle")
         parts = {str(part): int(count) for part, count in bundle.weight_bytes.items()}
@@ -227,7 +227,7 @@ def _read_setting(
     rollouts = _if_there(folder / "evaluation.json", read_rollouts)
     if rollouts is not None and rollouts.digest not in (bundle.digest, bundle.policy_digest):
         _require(f"evaluation and bundle {folder.name}", rollouts.digest, bundle.digest)
-    return Setting(
+    return SettingResult(
         bundle_digest=bundle.digest,
         name=folder.name,
         plan=plan,

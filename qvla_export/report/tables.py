@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from qvla_export.report.cells import NONE, Cell, Table
 from qvla_export.report.measured import Latency, Share
-from qvla_export.report.run_data import RunData, Setting
+from qvla_export.report.run_data import RunData, SettingResult
 from qvla_export.shared.latency_statistics import PERCENTS, jitter, percentile_text, tail
 from qvla_export.shared.target import WIDTHS
 
@@ -155,7 +155,7 @@ def _stage_cells(latency: Latency, stage: str) -> Iterator[Cell]:
         yield Cell(f"{misses.count} ({100 * misses.share:.1f} %)" if stage == "total" else "")
 
 
-def _setting_row(setting: Setting, data: RunData) -> tuple[Cell, ...]:
+def _setting_row(setting: SettingResult, data: RunData) -> tuple[Cell, ...]:
     return (
         Cell(setting.name, _budget(setting)),
         _mean_bits(setting, data),
@@ -171,7 +171,7 @@ def _setting_row(setting: Setting, data: RunData) -> tuple[Cell, ...]:
     )
 
 
-def _budget(setting: Setting) -> str:
+def _budget(setting: SettingResult) -> str:
     if setting.plan is None:
         return "not quantized"
     if setting.measured_widths:
@@ -179,7 +179,7 @@ def _budget(setting: Setting) -> str:
     return f"{setting.plan.budget}, round to nearest"
 
 
-def _mean_bits(setting: Setting, data: RunData) -> Cell:
+def _mean_bits(setting: SettingResult, data: RunData) -> Cell:
     stored = 16 * setting.layer_bytes / data.float16_bytes
     if setting.plan is None:
         return Cell("float", f"stored {stored:.2f} per weight")
@@ -190,7 +190,7 @@ def _mean_bits(setting: Setting, data: RunData) -> Cell:
     )
 
 
-def _error(setting: Setting) -> Cell:
+def _error(setting: SettingResult) -> Cell:
     error = setting.action_error
     if error is None:
         return Cell(NONE)
@@ -228,7 +228,7 @@ def _ratio(latency: Latency | None) -> Cell:
     return Cell(f"{ratio.value:.2f}×", f"[{ratio.low:.2f}, {ratio.high:.2f}] of {ratio.baseline}")
 
 
-def _error_clause(chosen: Setting, data: RunData) -> str:
+def _error_clause(chosen: SettingResult, data: RunData) -> str:
     assert chosen.action_error is not None
     text = f"its action error is {chosen.action_error.rms:.3g} RMS"
     uniform = [

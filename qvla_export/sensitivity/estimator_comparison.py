@@ -1,4 +1,4 @@
-"""The noun `Comparison`: estimators side by side on one sample of channels and widths."""
+"""The noun `EstimatorComparison`: estimators side by side on one sample of channels and widths."""
 
 import functools
 import statistics
@@ -28,7 +28,7 @@ _RATIOS = ("ratio", "cpu_ratio")
 
 
 @dataclass(frozen=True)
-class EstimatorFigures:
+class EstimatorScore:
     """How well one estimator ranks the pairs, and what it takes."""
 
     name: str
@@ -75,7 +75,7 @@ class OfficialTime:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EstimatorComparison:
     """Estimators on the same (channel, width) pairs, exact ones first."""
 
     # What was asked: digests, seed, quantizer, options. A file of another question is made anew.
@@ -84,11 +84,11 @@ class Comparison:
     pairs: Sequence[tuple[str, int, int]]
     # Of the policy, all channels at all widths.
     pairs_in_all: int
-    figures: Sequence[EstimatorFigures] = ()
+    figures: Sequence[EstimatorScore] = ()
     official: OfficialTime | None = None
     made_with: Mapping[str, str] = field(default_factory=versions)
 
-    def of(self, name: str) -> EstimatorFigures | None:
+    def of(self, name: str) -> EstimatorScore | None:
         """Return the figures of an estimator, if it is in."""
         return next((found for found in self.figures if found.name == name), None)
 
@@ -100,14 +100,14 @@ class Comparison:
         write_json(path, value)
 
     @staticmethod
-    def load(path: Path) -> "Comparison":
+    def load(path: Path) -> "EstimatorComparison":
         """Read what `save` wrote.
 
         Raises:
             ArtifactError: the file is missing, damaged or of another kind.
         """
         value = read_json(path, "comparison of estimators")
-        fields = Comparison.__dataclass_fields__
+        fields = EstimatorComparison.__dataclass_fields__
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise ArtifactError(f"{path} is no comparison of estimators; make it anew")
         require_fields(value, fields, f"comparison {path}")
@@ -115,11 +115,11 @@ class Comparison:
             official = value["official"]
             if official is not None:
                 official = OfficialTime(**{k: v for k, v in official.items() if k not in _RATIOS})
-            return Comparison(
+            return EstimatorComparison(
                 asked=value["asked"],
                 pairs=[(str(p[0]), int(p[1]), int(p[2])) for p in value["pairs"]],
                 pairs_in_all=int(value["pairs_in_all"]),
-                figures=tuple(EstimatorFigures(**figures) for figures in value["figures"]),
+                figures=tuple(EstimatorScore(**figures) for figures in value["figures"]),
                 official=official,
                 made_with=value["made_with"],
             )
@@ -129,7 +129,7 @@ class Comparison:
 
 def new_comparison(
     question: Question, pairs: int, seed: int, told: Mapping[str, Any] | None = None
-) -> Comparison:
+) -> EstimatorComparison:
     """Draw the pairs of a comparison.
 
     Args:
@@ -151,16 +151,16 @@ def new_comparison(
         **(told or {}),
     }
     whole = len(question.widths) * sum(channels for channels, _ in shapes.values())
-    return Comparison(asked, [(p.layer, p.channel, p.bits) for p in drawn], whole)
+    return EstimatorComparison(asked, [(p.layer, p.channel, p.bits) for p in drawn], whole)
 
 
 def add_estimator(
-    comparison: Comparison,
+    comparison: EstimatorComparison,
     name: str,
     estimator: Estimator,
     question: Question,
     on_progress: OnProgress | None = None,
-) -> Comparison:
+) -> EstimatorComparison:
     """Return the comparison with one more estimator in it.
 
     Args:
@@ -185,7 +185,7 @@ def add_estimator(
     # Of those that are not in the sample, so many cost a pass each.
     share, left = estimator.exact_share, comparison.pairs_in_all - len(pairs)
     each = seconds if exact is None or share == 1 else exact.seconds
-    figures = EstimatorFigures(
+    figures = EstimatorScore(
         name=name,
         method=estimator.method,
         settings=dict(estimator.settings),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qvla_export.measurement.distributed import World
-from qvla_export.measurement.partial_forward import Replay, recorded
+from qvla_export.measurement.partial_forward import PartialForward, recorded
 from qvla_export.measurement.sharded_sums import OnProgress, ShardedSums
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import traced_layers, weight_rows
@@ -94,11 +94,11 @@ def measure_exact(
         if not todo:
             continue
         inputs = policy.batch(observations[batch * batch_size : (batch + 1) * batch_size])
-        with recorded(policy, layers, inputs) as replay:
+        with recorded(policy, layers, inputs) as forward:
             for unit in todo:
                 for chunk in _chunks(pairs, pieces[unit % len(pieces)], side_by_side):
                     chosen = [pairs[i] for i in chunk]
-                    sums.values["pairs"][chunk] += _deviations(replay, layers, chosen, quantizer)
+                    sums.values["pairs"][chunk] += _deviations(forward, layers, chosen, quantizer)
                 sums.mark(unit)
                 if on_progress is not None:
                     done = sums.done(range(batches * len(pieces)))
@@ -142,12 +142,12 @@ def _chunks(pairs: Sequence[ChannelWidth], piece: Sequence[int], most: int) -> I
 
 
 def _deviations(
-    replay: Replay, layers: Layers, pairs: Sequence[ChannelWidth], quantizer: QuantizerSpec
+    forward: PartialForward, layers: Layers, pairs: Sequence[ChannelWidth], quantizer: QuantizerSpec
 ) -> NDArray[np.float64]:
     """Squared deviations of pairs of one layer, summed over a batch.  float64 [pairs]"""
     name = pairs[0].layer
-    rows = _changed_rows(layers[name], pairs, quantizer).to(replay.reference)
-    found = replay.deviations(name, [pair.channel for pair in pairs], rows)
+    rows = _changed_rows(layers[name], pairs, quantizer).to(forward.reference)
+    found = forward.deviations(name, [pair.channel for pair in pairs], rows)
     summed: NDArray[np.float64] = found.sum(dim=1).cpu().numpy()
     return summed
 

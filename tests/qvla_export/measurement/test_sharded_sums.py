@@ -69,12 +69,12 @@ class Simulated:
     board: Board
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         if self.rank == 0:
             self.board.said.append(value)
         return self.board.said[-1]
 
-    def added(self, values: Any) -> Any:
+    def all_reduce_sum(self, values: Any) -> Any:
         raise NotImplementedError
 
 

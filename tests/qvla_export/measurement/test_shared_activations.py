@@ -42,14 +42,14 @@ class Threads:
     def size(self) -> int:
         return self.meeting.size
 
-    def added(self, values: Any) -> Any:
+    def all_reduce_sum(self, values: Any) -> Any:
         self.meeting.brought[self.rank] = values
         self.meeting.barrier.wait()
         sums = {n: sum(self.meeting.brought[r][n] for r in range(self.size)) for n in values}
         self.meeting.barrier.wait()
         return sums
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         raise NotImplementedError
 
 

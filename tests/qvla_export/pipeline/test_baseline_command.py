@@ -19,8 +19,8 @@ from calibration.calibration_set import CalibrationSet
 from engines.targets import CPU
 from qvla_export.baselines.baseline import BaselineLayer
 from qvla_export.baselines.environment import BaselineEnvironment, BaselineJob
-from qvla_export.baselines.handing import (
-    HandedLinear,
+from qvla_export.baselines.layer_adapter import (
+    GroupedLinear,
     blocks_of,
     coded,
     even_batches,
@@ -98,7 +98,7 @@ def test_a_handed_layer_maps_as_the_layer_does(layer: Any, group_size: int) -> N
     torch.manual_seed(0)
     shape = (2, 10) if isinstance(layer, nn.Linear) else (2, layer.in_channels, 12, 16)
     inputs = torch.randn(shape)
-    handed = HandedLinear(layer, group_size)
+    handed = GroupedLinear(layer, group_size)
     assert handed.linear.in_features % group_size == 0
     torch.testing.assert_close(handed(inputs), layer(inputs))
 
@@ -106,7 +106,7 @@ def test_a_handed_layer_maps_as_the_layer_does(layer: Any, group_size: int) -> N
 def test_convolutions_that_are_no_linear_map_of_patches_are_refused() -> None:
     for layer in (nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 2, 3, padding="same")):
         with pytest.raises(QvlaError, match="convolutions of one group"):
-            HandedLinear(layer, 4)
+            GroupedLinear(layer, 4)
 
 
 def test_a_policy_that_is_handed_over_acts_as_before(

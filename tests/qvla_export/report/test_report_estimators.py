@@ -10,7 +10,11 @@ import pytest
 from report_runs import edit_json
 
 from qvla_export.report.page import write_report
-from qvla_export.sensitivity.estimator_comparison import Comparison, EstimatorFigures, OfficialTime
+from qvla_export.sensitivity.estimator_comparison import (
+    EstimatorComparison,
+    EstimatorScore,
+    OfficialTime,
+)
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.artifacts import read_json, write_json
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
@@ -21,22 +25,22 @@ def run(pristine_report_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine_report_run, tmp_path / "run"))
 
 
-def compared(run: Path) -> Comparison:
+def compared(run: Path) -> EstimatorComparison:
     measured = Sensitivities.load(run / "sensitivities.safetensors")
     asked = {
         "policy_digest": measured.policy_digest,
         "calibration_digest": measured.calibration_digest,
     }
-    exact = EstimatorFigures(
+    exact = EstimatorScore(
         "exact", "exact", {}, 32, 1.0, {"2": 1.0, "4": 1.0}, 5.0, 37010.4, True, None, [1.0, 2.0]
     )
     by_width = {"2": 0.9912, "4": 0.9876}
-    ours = EstimatorFigures(
+    ours = EstimatorScore(
         "first-order", "full", {}, 32, 0.9981, by_width, 2.9, 2.9, False, 350_000_000, [1.0, 2.0]
     )
     official = OfficialTime("first-order", 32, 66.0, [5.0, 6.0, 7.0], 60.0, [5.0, 5.0, 9.0])
     pairs = [("layer", 0, 2), ("layer", 1, 4)]
-    return Comparison(asked, pairs, 74752, (exact, ours), official)
+    return EstimatorComparison(asked, pairs, 74752, (exact, ours), official)
 
 
 def shown(run: Path) -> str:

@@ -19,7 +19,7 @@ from qvla_export.measurement.peak_memory import peak_memory
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.sensitivity.estimator_comparison import (
-    Comparison,
+    EstimatorComparison,
     add_estimator,
     new_comparison,
     time_official,
@@ -74,7 +74,7 @@ def test_figures_of_all_estimators(many: Question, tmp_path: Path) -> None:
     compared = replace(compared, official=time_official(many, "first-order", FirstOrderEstimator()))
     assert compared.official is not None and len(compared.official.estimator_seconds) == 3
     compared.save(tmp_path / "estimators.json")
-    assert Comparison.load(tmp_path / "estimators.json") == replace(
+    assert EstimatorComparison.load(tmp_path / "estimators.json") == replace(
         compared, pairs=[tuple(pair) for pair in compared.pairs]
     )
 
@@ -83,9 +83,9 @@ def test_figures_of_all_estimators(many: Question, tmp_path: Path) -> None:
 def test_damaged_comparisons_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "estimators.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"estimators\.json"):
-        Comparison.load(tmp_path / "estimators.json")
+        EstimatorComparison.load(tmp_path / "estimators.json")
     with pytest.raises(ArtifactError, match="not found"):
-        Comparison.load(tmp_path / "absent.json")
+        EstimatorComparison.load(tmp_path / "absent.json")
 
 
 def test_damage_inside_a_comparison_is_refused(many: Question, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_damage_inside_a_comparison_is_refused(many: Question, tmp_path: Path) -
     for key, wrong in (("pairs", [["first"]]), ("figures", [{"name": "x"}]), ("official", 3)):
         path.write_text(json.dumps({**value, key: wrong}))
         with pytest.raises(ArtifactError, match="is damaged"):
-            Comparison.load(path)
+            EstimatorComparison.load(path)
 
 
 def test_the_official_structure_computes_what_one_pass_does(many: Question) -> None:
@@ -177,12 +177,12 @@ def test_the_comparing_command_goes_on_where_it_stopped(
     common = (*common, "--pairs", 3, "--observations", 1, "--no-official")
     text = invoked(*common, "--method", "first-order")
     assert "first-order" in text and "(scaled)" in text
-    first = Comparison.load(output)
+    first = EstimatorComparison.load(output)
     options = first.asked["options"]
     # As files of before have it.
     edit_json(output, asked={**first.asked, "options": {**options, "max_standard_error": None}})
     invoked(*common, "--method", "first-order", "--method", "hessian")
-    second = Comparison.load(output)
+    second = EstimatorComparison.load(output)
     assert [f.name for f in second.figures] == ["exact", "first-order", "hessian"]
     assert second.figures[:2] == first.figures
     layers = layer_shapes(tiny_policy.layers())

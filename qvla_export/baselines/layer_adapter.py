@@ -23,7 +23,7 @@ _LARGEST_RESIDUE = 0.02
 _SCALE_LIMITS: Mapping[int, tuple[float, float]] = {16: (2.0**-24, 65504.0), 32: (1e-30, 1e30)}
 
 
-class HandedLinear(nn.Module):
+class GroupedLinear(nn.Module):
     """A layer as the linear map it is, its inputs filled up to whole groups.
 
     Raises:
@@ -88,7 +88,7 @@ def hand_over(policy: Policy, group_size: int | None) -> dict[str, nn.Linear | n
         if group_size is None or whole:
             layers[name] = layer
             continue
-        handed = HandedLinear(layer, group_size)
+        handed = GroupedLinear(layer, group_size)
         policy.module.set_submodule(name, handed)
         layers[name] = handed.linear
     return layers
