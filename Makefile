@@ -24,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS)
 .ONESHELL:
 .SHELLFLAGS := -euc
 .DELETE_ON_ERROR:
-.PHONY: help install system demo test test-slow lint wheel baselines-env clean
+.PHONY: help install system demo test test-slow lint docs wheel baselines-env clean
 
 help:
 	@cat <<-'TEXT'
@@ -32,6 +32,7 @@ help:
 	make test       the tests that take seconds each (WORKERS=2)
 	make test-slow  the tests that take minutes, or the network
 	make lint       ruff and mypy
+	make docs       the pages, strictly checked -> site/index.html
 	make install    $(VENV) with the pinned versions of constraints.txt
 	make system     Debian packages: software OpenGL, Chromium
 	make wheel      dist/qvla-*.whl
@@ -50,7 +51,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	echo "installing the pinned versions into $(VENV) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip==$(PIP_VERSION)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    -c constraints.txt -e '.[host,sim,rtx,camera,dev]'
+	    -c constraints.txt -e '.[host,sim,rtx,camera,docs,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(OPENPI_CLIENT)
 	touch $@
 
@@ -97,6 +98,11 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The themes' notice is about mkdocs' future, not about these pages.
+docs: install
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --clean
+	echo "open site/index.html"
+
 # A stale build/ would put modules that no longer exist into the wheel.
 wheel: install
 	@rm -rf build
@@ -115,5 +121,5 @@ $(BASELINES)/installed.stamp: constraints-baselines.txt | install
 	touch $@
 
 clean:
-	@rm -rf $(VENV) $(BASELINES) build dist qvla.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(BASELINES) build dist site qvla.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,6 +21,8 @@ import house  # noqa: E402  # found through the line above
 import qvla_export  # noqa: E402
 from qvla_export.cli.app import app  # noqa: E402
 
+# How a cell of a table spells it.
+PIPE = "\\|"
 _MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 
 
@@ -46,8 +48,14 @@ def library() -> str:
 
 
 def rooms() -> str:
-    """Return a table of the packages, ground to roof, and what each docstring says lives there."""
-    rows = [f"| `{room}` | {' '.join(docstring(room).split())} |" for room in house.ROOMS]
+    """Return the rooms from ground to roof, each with what the docstrings of its packages say."""
+    packages = sorted(name for name in house.MODULES if house.MODULES[name].name == "__init__.py")
+    rows = [
+        f"| {'&emsp;' * (package != room)}`{package}` | {_plain(docstring(package))} |"
+        for room in house.FLOORS
+        for package in packages
+        if package == room or package.startswith(f"{room}.")
+    ]
     return "\n".join(["| room | what lives there |", "| --- | --- |", *rows])
 
 
@@ -80,12 +88,14 @@ def _leaves(group: Any, context: Any) -> Iterator[tuple[str, Any, Any]]:
 def _section(command: Any, context: Any) -> str:
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     help_text = "\n\n".join(map(_plain, (command.help or "").split("\n\n")))
-    text = [f"### `{context.command_path}`", help_text, f"```text\n{usage}\n```"]
-    records = [parameter.get_help_record(context) for parameter in command.params]
-    rows = [f"| `{names.replace('|', chr(92) + '|')}` | {_plain(said)} |" for names, said in records]
+    section = [f"### `{context.command_path}`", help_text, f"```text\n{usage}\n```"]
+    rows = []
+    for parameter in command.params:
+        names, meaning = parameter.get_help_record(context)
+        rows.append(f"| `{names.replace('|', PIPE)}` | {_plain(meaning)} |")
     if rows:
-        text.append("\n".join(["| | |", "| --- | --- |", *rows]))
-    return "\n\n".join(text)
+        section.append("\n".join(["| argument or option | meaning |", "| --- | --- |", *rows]))
+    return "\n\n".join(section)
 
 
 def _plain(text: str) -> str:
