@@ -1,4 +1,4 @@
-"""What a run's baselines came to, for tables and reports."""
+"""The figures of a run's baselines, for tables and reports."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 from qvla_export.baselines.baseline import Baseline
 from qvla_export.baselines.methods import METHODS
-from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.shared.artifacts import read_json, require_fields
 from qvla_export.shared.errors import ArtifactError
 
@@ -17,23 +16,23 @@ _EVALUATION = "evaluation.json"
 
 @dataclass(frozen=True)
 class BaselinePaths:
-    """Where one setting's baseline and its figures are in a run folder."""
+    """Where a setting's baseline and its figures lie in a run folder."""
 
     folder: Path
 
     @property
     def baseline(self) -> Path:
-        """Codes, scales and where they came from."""
+        """Return the folder of codes, scales and their provenance."""
         return self.folder / _BASELINE
 
     @property
     def action_error(self) -> Path:
-        """Held-out action error; fields as of our own settings."""
+        """Return the file of the held-out action error; fields as in our own settings' files."""
         return self.folder / _ERROR
 
     @property
     def evaluation(self) -> Path:
-        """Closed-loop evaluation; format as of our own settings."""
+        """Return the file of the closed-loop evaluation, in the format of our own settings'."""
         return self.folder / _EVALUATION
 
 
@@ -61,18 +60,23 @@ class BaselineResult:
     evaluation: Path | None
 
 
-def baseline_paths(run: RunFolder, setting: str) -> BaselinePaths:
-    """Return the paths of a setting's baseline."""
-    return BaselinePaths(run.root / "settings" / setting)
+def baseline_paths(run: Path, setting: str) -> BaselinePaths:
+    """Return the paths of a setting's baseline.
+
+    Args:
+        run: the run folder.
+        setting: its name, such as "w4-awq".
+    """
+    return BaselinePaths(run / "settings" / setting)
 
 
-def baseline_results(run: RunFolder) -> tuple[BaselineResult, ...]:
-    """Return the figures of all baselines of a run, by setting.
+def baseline_results(run: Path) -> tuple[BaselineResult, ...]:
+    """Return the figures of all baselines in a run folder, ordered by setting.
 
     Raises:
         ArtifactError: a file is damaged, or an error was measured on another baseline.
     """
-    found = sorted((run.root / "settings").glob(f"*/{_BASELINE}"))
+    found = sorted((run / "settings").glob(f"*/{_BASELINE}"))
     return tuple(_result(BaselinePaths(path.parent)) for path in found)
 
 

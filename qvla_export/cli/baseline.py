@@ -78,7 +78,7 @@ def baseline(
             f"success {result.success():.1%} [{low:.1%}, {high:.1%}] of {len(result.results)} "
             "episodes"
         )
-    typer.echo(f"baseline: {baseline_paths(folder, wanted.setting).folder}")
+    typer.echo(f"baseline: {baseline_paths(folder.root, wanted.setting).folder}")
 
 
 def request_for(
@@ -118,7 +118,7 @@ def quantize(
     from qvla_export.pipeline.plan import kept_artifact
 
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
-    path = baseline_paths(run, wanted.setting).baseline
+    path = baseline_paths(run.root, wanted.setting).baseline
     kept = kept_artifact(path, Baseline.load)
     if kept is not None and (
         (kept.request, kept.policy_digest, kept.calibration_digest)
@@ -145,7 +145,7 @@ def kept_baseline(run: RunFolder, setting: str) -> "Baseline":
     from qvla_export.baselines.baseline import Baseline
     from qvla_export.baselines.results import baseline_paths
 
-    return Baseline.load(made(baseline_paths(run, setting).baseline, "baseline"))
+    return Baseline.load(made(baseline_paths(run.root, setting).baseline, "baseline"))
 
 
 def action_error(run: RunFolder, quantized: "Baseline", policy: "OftPolicy") -> dict[str, Any]:
@@ -159,7 +159,7 @@ def action_error(run: RunFolder, quantized: "Baseline", policy: "OftPolicy") -> 
     from qvla_export.pipeline.plan import kept_artifact, require_calibration
     from qvla_export.shared.artifacts import read_json, write_json
 
-    path = baseline_paths(run, quantized.request.setting).action_error
+    path = baseline_paths(run.root, quantized.request.setting).action_error
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
     require_calibration(calibration, quantized.calibration_digest, "baseline")
     identity = {
@@ -198,7 +198,7 @@ def rollouts(
     from qvla_export.baselines.results import baseline_paths
     from qvla_export.pipeline.plan import kept_artifact
 
-    paths = baseline_paths(run, quantized.request.setting)
+    paths = baseline_paths(run.root, quantized.request.setting)
     kept = kept_artifact(paths.evaluation, load_evaluation)
     if kept is not None and (kept.digest, kept.config) == (quantized.digest, config):
         return kept

@@ -185,7 +185,7 @@ def estimators(
 
 def _demand(target: "Target", compensated: bool) -> "Demand":
     """Return what measuring to first order takes of memory, with the moments that it may need."""
-    from qvla_export.measurement.standard_errors import empty_sums
+    from qvla_export.measurement.standard_error import empty_sums
     from qvla_export.measurement.weight_errors import error_needs
     from qvla_export.pipeline.moments import moment_demand
     from qvla_export.pipeline.resources import Demand

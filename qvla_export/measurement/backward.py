@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.measurement.standard_errors import add_moments
+from qvla_export.measurement.standard_error import add_moments
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import apply_rows, as_tokens
 from qvla_export.shared.errors import QvlaError
@@ -71,7 +71,7 @@ def add_batch(
         observations: of the batch.
         probes: how the action's Jacobian is probed.
         batch: number of the batch, seeds its probes.
-        sums: as `standard_errors.empty_sums` makes them, `WHOLE` of this batch; added to in place.
+        sums: as `standard_error.empty_sums` makes them, `WHOLE` of this batch; added to in place.
         contraction: how gradients and errors come together.
         means: layer name -> mean input float32 [inputs], where a bias makes up for the mean error.
 

@@ -147,7 +147,7 @@ def agreement(run: RunFolder, policy: "OftPolicy", pairs: int, seed: int) -> "Ag
     """Compare the sensitivities with exact ones on sampled channels and widths."""
     from calibration.calibration_set import CalibrationSet
     from qvla_export.sensitivity.agreement import Agreement, compare_with_exact
-    from qvla_export.sensitivity.first_order import FirstOrder, measure_first_order
+    from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 
     measured = Sensitivities.load(made(run.sensitivities, "sensitivities"))
     require_same("policy and sensitivities", measured.policy_digest, policy.digest, _MEASURE)

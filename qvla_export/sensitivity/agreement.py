@@ -11,8 +11,9 @@ from scipy.stats import spearmanr
 
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import layer_shapes, traced_layers
-from qvla_export.sensitivity.exact import ChannelWidth, measure_exact
-from qvla_export.sensitivity.first_order import FirstOrder, measure_first_order
+from qvla_export.sensitivity.estimators.base import ChannelWidth, Question, Work
+from qvla_export.sensitivity.estimators.exact import ExactEstimator
+from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.artifacts import read_json, require_fields, write_json
 from qvla_export.shared.errors import ArtifactError, QvlaError
@@ -96,9 +97,14 @@ def compare_with_exact(
     total = len(sensitivities.widths) * sum(channels for channels, _ in shapes.values())
     sample = _sample(sensitivities, min(pairs, total), seed)
     started = time.perf_counter()
-    exact = measure_exact(
-        policy, observations, sample, sensitivities.quantizer, batch_size, on_progress
+    question = Question(
+        policy,
+        observations,
+        sensitivities.calibration_digest,
+        sensitivities.quantizer,
+        batch_size=batch_size,
     )
+    exact = ExactEstimator().of_pairs(question, sample, Work(on_progress=on_progress))
     pair_seconds = (time.perf_counter() - started) / len(sample)
     estimated = np.array([float(sensitivities.at(p.layer, p.bits)[p.channel]) for p in sample])
     return Agreement(

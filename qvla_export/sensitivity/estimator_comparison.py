@@ -14,9 +14,8 @@ from qvla_export.measurement.peak_memory import peak_memory
 from qvla_export.measurement.sharded_sums import OnProgress
 from qvla_export.policies.layers import layer_shapes, traced_layers
 from qvla_export.sensitivity.agreement import by_width, rank_correlation
-from qvla_export.sensitivity.estimators.base import Estimator, Question, Work
+from qvla_export.sensitivity.estimators.base import ChannelWidth, Estimator, Question, Work
 from qvla_export.sensitivity.estimators.sampling import stratified_pairs
-from qvla_export.sensitivity.exact import ChannelWidth
 from qvla_export.sensitivity.official_timing import official_proxies
 from qvla_export.shared.artifacts import read_json, require_fields, versions, write_json
 from qvla_export.shared.errors import ArtifactError, QvlaError

@@ -1,16 +1,17 @@
 """The noun `Sensitivities`: what each channel at each width does to the action. numpy only.
 
-`qvla_export.estimators` measure them, `qvla_export.allocation.allocate` uses them.
+`qvla_export.sensitivity.estimators` measure them, `qvla_export.allocation.allocate` uses them.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.measurement.standard_error import StandardError
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.shared.artifacts import require_fields, versions
 from qvla_export.shared.errors import ArtifactError, QvlaError
@@ -34,50 +35,6 @@ _FIELDS = (
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Relative standard errors of one quantity at every width."""
-
-    error: tuple[float, ...]
-    # Were only the probes drawn anew, on these very observations.
-    by_probes: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class StandardError:
-    """How far sensitivities may be from those of all such observations and probes, relatively.
-
-    Of the mean over observations, each with probes of its own; 0.1 means 10 %. What is None or
-    empty is missing in files of before it was recorded.
-    """
-
-    # Of the sum over a layer's channels at one width: the largest of all layers and widths.
-    layers: float
-    # The same where only the probes were drawn anew, on these very observations.
-    layers_by_probes: float
-    # Of one channel at one width: the median of all.
-    channels: float
-    # Of the sum over a layer's channels at one width: the median of all layers and widths.
-    median: float | None = None
-    median_by_probes: float | None = None
-    # Of the same sum of the "median layer" and the "worst layer" of each width, and of the sum over
-    # "all layers".
-    by_width: Mapping[str, Spread] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what a file holds: nothing of what is missing, so that its digest stays."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "StandardError":
-        """Read what `to_json` made."""
-        spreads = {
-            name: Spread(tuple(spread["error"]), tuple(spread["by_probes"]))
-            for name, spread in value.get("by_width", {}).items()
-        }
-        return StandardError(**{**value, "by_width": spreads})
-
-
-@dataclass(frozen=True)
 class Sensitivities(TensorArtifact):
     """Expected squared action deviation of quantizing one channel, all else in float (eq. 4).
 
@@ -94,7 +51,8 @@ class Sensitivities(TensorArtifact):
     widths: tuple[int, ...]
     # Layer name -> weights of one channel.
     weights_per_channel: Mapping[str, int]
-    # How they were estimated: "first order, full", "exact", ...; see `qvla_export.estimators`.
+    # How they were estimated: "first order, full", "exact", ...; see
+    # `sensitivity.estimators`.
     method: str
     # Observations, and random probes an observation (0 where the method needs none).
     samples: int

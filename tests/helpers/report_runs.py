@@ -19,7 +19,7 @@ from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.plan import BitPlan, uniform_plan
 from qvla_export.quantizer.quantize import spec_for
 from qvla_export.sensitivity.agreement import Agreement
-from qvla_export.sensitivity.first_order import FirstOrder, measure_first_order
+from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.bundle import Bundle

@@ -13,13 +13,21 @@ from qvla_export.measurement.sharded_sums import OnProgress, remove_journals
 from qvla_export.policies.base import Policy
 from qvla_export.quantizer.moments import Moments
 from qvla_export.quantizer.quantize import QuantizerSpec
-from qvla_export.sensitivity.exact import ChannelWidth
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
 # Stages of an estimator that keep a journal of their own; "" is the main one.
 _PARTS = ("", "proxy", "exact")
+
+
+@dataclass(frozen=True)
+class ChannelWidth:
+    """One channel at one width: a pair, what an exact measurement is of."""
+
+    layer: str
+    channel: int
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,16 @@ class Estimator(Protocol):
             QvlaError: the question lacks what the method needs, the policy a layer or channel.
         """
         ...
+
+
+def all_pairs(shapes: Mapping[str, tuple[int, int]], widths: Sequence[int]) -> list[ChannelWidth]:
+    """Return every channel at every width: by layer, then width, then channel."""
+    return [
+        ChannelWidth(name, channel, bits)
+        for name, (channels, _) in shapes.items()
+        for bits in widths
+        for channel in range(channels)
+    ]
 
 
 def looked_up(table: Sensitivities, pairs: Sequence[ChannelWidth]) -> NDArray[np.float64]:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.sensitivity.estimators.base import QUIETLY, Estimator, Question, Work
-from qvla_export.sensitivity.exact import ChannelWidth
+from qvla_export.sensitivity.estimators.base import QUIETLY, ChannelWidth, Estimator, Question, Work
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
 

@@ -1,35 +1,63 @@
-"""Exact sensitivities (eq. 4) as an estimator."""
+"""Exact sensitivities (eq. 4): quantize one channel, run forward, measure the action deviation.
 
-from collections.abc import Mapping, Sequence
+`measurement.partial_forward` runs only what the channel can change, and many channels side by side.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from qvla_export.policies.layers import layer_shapes, traced_layers
-from qvla_export.sensitivity.estimators.base import QUIETLY, Question, Work
-from qvla_export.sensitivity.exact import METHOD, ChannelWidth, all_pairs, measure_exact
+from qvla_export.measurement.partial_forward import PartialForward, recorded
+from qvla_export.measurement.sharded_sums import ShardedSums
+from qvla_export.policies.layers import layer_shapes, traced_layers, weight_rows
+from qvla_export.quantizer.quantize import QuantizerSpec, quantize_channels
+from qvla_export.sensitivity.estimators.base import (
+    QUIETLY,
+    ChannelWidth,
+    Question,
+    Work,
+    all_pairs,
+)
 from qvla_export.sensitivity.sensitivities import Sensitivities
+from qvla_export.shared.errors import QvlaError
+
+# Pairs between two writes of the progress.
+_UNIT_PAIRS = 256
+
+Layers = Mapping[str, nn.Linear | nn.Conv2d]
 
 
 @dataclass(frozen=True)
 class ExactEstimator:
-    """One forward pass a channel, width and observation; see `qvla_export.sensitivity.exact`."""
+    """One forward pass a channel, width and observation, of what the channel can change."""
+
+    # Channels of a layer that run together; a run is of the batch size times as many.
+    side_by_side: int = 4
+
+    def __post_init__(self) -> None:
+        if self.side_by_side < 1:
+            raise QvlaError(f"side_by_side must be at least 1, got {self.side_by_side}")
 
     @property
     def method(self) -> str:
-        """As recorded."""
-        return METHOD
+        """Return what is recorded: "exact"."""
+        return "exact"
 
     @property
     def exact_share(self) -> float:
-        """All."""
+        """Return 1: every pair is measured by itself."""
         return 1.0
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """None."""
+        """Return nothing: no setting changes what is measured."""
         return {}
 
     def table(self, question: Question, work: Work = QUIETLY) -> Sensitivities:
@@ -57,15 +85,105 @@ class ExactEstimator:
     def of_pairs(
         self, question: Question, pairs: Sequence[ChannelWidth], work: Work = QUIETLY
     ) -> NDArray[np.float64]:
-        """Measure some pairs.  float64 [pairs]"""
-        return measure_exact(
-            question.policy,
-            question.observations,
-            pairs,
-            question.quantizer,
-            question.batch_size,
-            work.on_progress,
-            progress_file=work.progress_file,
-            world=work.world,
-            calibration_digest=question.calibration_digest,
-        )
+        """Measure some pairs: mean over observations of ||dA||^2.  float64 [pairs]
+
+        Every other channel stays in float. Progress counts each pair once a batch.
+
+        Args:
+            question: its policy is float32 and left as it is.
+            pairs: channels and widths.
+            work: a killed measurement that finds its journal goes on from it.
+
+        Raises:
+            QvlaError: the policy lacks a layer or channel.
+        """
+        policy, observations, size = question.policy, question.observations, question.batch_size
+        layers = traced_layers(policy)
+        _require_pairs(layers, pairs)
+        pieces = _pieces(layers, pairs)
+        batches = -(-len(observations) // size)
+        empty = {"pairs": np.zeros(len(pairs))}
+        sums = ShardedSums(empty, _identity(question, pairs), work.progress_file, work.world)
+        units = range(batches * len(pieces))
+        mine = sums.share(units)
+        for batch in range(batches):
+            todo = [unit for unit in mine if unit // len(pieces) == batch]
+            if not todo:
+                continue
+            inputs = policy.batch(observations[batch * size : (batch + 1) * size])
+            with recorded(policy, layers, inputs) as forward:
+                for unit in todo:
+                    for chunk in _chunks(pairs, pieces[unit % len(pieces)], self.side_by_side):
+                        chosen = [pairs[i] for i in chunk]
+                        moved = _deviations(forward, layers, chosen, question.quantizer)
+                        sums.values["pairs"][chunk] += moved
+                    sums.mark(unit)
+                    if work.on_progress is not None:
+                        whole = len(pairs) * batches
+                        work.on_progress(min(whole, sums.done(units) * _UNIT_PAIRS), whole)
+        return sums.total()["pairs"] / len(observations)
+
+
+def _pieces(layers: Layers, pairs: Sequence[ChannelWidth]) -> list[list[int]]:
+    """Return the indices of pairs by layer, so that channels of one layer meet, cut into units."""
+    place = {name: i for i, name in enumerate(layers)}
+    order = sorted(range(len(pairs)), key=lambda i: place[pairs[i].layer])
+    return [order[i : i + _UNIT_PAIRS] for i in range(0, len(order), _UNIT_PAIRS)]
+
+
+def _identity(question: Question, pairs: Sequence[ChannelWidth]) -> dict[str, Any]:
+    """Return what must be equal for saved sums to be of the same measurement."""
+    return {
+        "exact": _digest(pairs),
+        "policy_digest": question.policy.digest,
+        "calibration_digest": question.calibration_digest,
+        "observations": [len(question.observations), question.batch_size],
+        "quantizer": question.quantizer.to_json(),
+    }
+
+
+def _digest(pairs: Sequence[ChannelWidth]) -> str:
+    """SHA-256 of the pairs in their order; all of a policy would fill every journal."""
+    text = json.dumps([[p.layer, p.channel, p.bits] for p in pairs])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _require_pairs(layers: Layers, pairs: Sequence[ChannelWidth]) -> None:
+    for pair in pairs:
+        if pair.layer not in layers or not 0 <= pair.channel < len(layers[pair.layer].weight):
+            raise QvlaError(f"the policy has no channel {pair.channel} of layer {pair.layer!r}")
+
+
+def _chunks(pairs: Sequence[ChannelWidth], piece: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Cut indices of pairs, sorted by layer, into runs of one layer each."""
+    chunk: list[int] = []
+    for i in piece:
+        if chunk and (len(chunk) == most or pairs[chunk[0]].layer != pairs[i].layer):
+            yield chunk
+            chunk = []
+        chunk.append(i)
+    if chunk:
+        yield chunk
+
+
+def _deviations(
+    forward: PartialForward, layers: Layers, pairs: Sequence[ChannelWidth], quantizer: QuantizerSpec
+) -> NDArray[np.float64]:
+    """Squared deviations of pairs of one layer, summed over a batch.  float64 [pairs]"""
+    name = pairs[0].layer
+    rows = _changed_rows(layers[name], pairs, quantizer).to(forward.reference)
+    found = forward.deviations(name, [pair.channel for pair in pairs], rows)
+    summed: NDArray[np.float64] = found.sum(dim=1).cpu().numpy()
+    return summed
+
+
+def _changed_rows(
+    layer: nn.Linear | nn.Conv2d, pairs: Sequence[ChannelWidth], quantizer: QuantizerSpec
+) -> torch.Tensor:
+    """What quantization adds to each pair's row.  float32 [pairs, inputs]"""
+    rows = weight_rows(layer)[[p.channel for p in pairs]]
+    quantized = [
+        quantize_channels(row[None], pair.bits, quantizer).dequantize()
+        for row, pair in zip(rows, pairs, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(quantized) - rows)

@@ -1,22 +1,91 @@
-"""First order in full (DESIGN.md), and the paper's norm products of eq. 6 and appendix G."""
+"""Sensitivities of all channels and widths to first order, one backward pass a probe.
+
+Quantizing channel c of a layer changes its output at token t by E[t, c] = x_t . dW_c, and the
+normalized action by dA = sum_t J[t, c] E[t, c] to first order. For a probe v over the action's
+numbers, one backward pass gives g = d(v . A)/dY, hence v . dA = sum_t g[t, c] E[t, c] for every
+channel at once; random signs v give E_v[(v . dA)^2] = ||dA||^2, and so does the sum over all unit
+vectors. Neither the norm product of eq. 6 nor the isotropic noise of appendix G is assumed; both
+can be had for comparison.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from qvla_export.measurement.backward import Contraction
-from qvla_export.sensitivity.estimators.base import QUIETLY, Question, Work, looked_up
-from qvla_export.sensitivity.exact import ChannelWidth
-from qvla_export.sensitivity.first_order import METHODS, FirstOrder, measure_first_order
+from qvla_export.measurement.backward import Contraction, Layers, Probes, add_batch
+from qvla_export.measurement.distributed import Alone, World
+from qvla_export.measurement.layer_groups import Piece, layer_groups
+from qvla_export.measurement.sharded_sums import OnProgress, ShardedSums
+from qvla_export.measurement.standard_error import WHOLE, empty_sums, empty_whole, standard_error
+from qvla_export.measurement.streamed import Stream, open_stream, weights_on_disk
+from qvla_export.measurement.weight_errors import error_needs, mean_inputs, weight_errors
+from qvla_export.policies.base import Policy
+from qvla_export.policies.layers import layer_shapes, traced_layers
+from qvla_export.quantizer.moments import Moments
+from qvla_export.quantizer.quantize import QuantizerSpec
+from qvla_export.sensitivity.estimators.base import (
+    QUIETLY,
+    ChannelWidth,
+    Question,
+    Work,
+    looked_up,
+)
 from qvla_export.sensitivity.sensitivities import Sensitivities
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.observation import Observation
+
+# How the gradients come together -> what `Sensitivities.method` says.
+METHODS: Mapping[Contraction, str] = {
+    "full": "first order, full",
+    "norms": "norm product",
+    "isotropic": "norm product, isotropic noise",
+}
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """How to measure to first order.
+
+    `probes` random signs an observation leave the estimate unbiased with a relative standard error
+    of at most sqrt(2 / probes), and sqrt(2 / (probes * observations)) where observations are alike.
+    None takes every number of the action chunk in turn: no such error, cheap for small chunks.
+    """
+
+    quantizer: QuantizerSpec
+    widths: tuple[int, ...] = (0, 2, 4, 8)
+    probes: int | None = None
+    seed: int = 0
+    # Observations that run together; memory grows with it.
+    batch_size: int = 8
+    # "full" is the method; the others are the paper's proxies.
+    contraction: Contraction = "full"
+    # Layers that do not fit into this many bytes together are measured in further passes; see
+    # `layer_groups` for what it counts. None measures all at once.
+    max_bytes: int | None = None
+    # Where the quantizer needs them.
+    moments: Moments | None = None
+
+    def __post_init__(self) -> None:
+        if (self.moments is not None) != self.quantizer.needs_moments:
+            raise QvlaError("moments belong to a quantizer that needs them: qvla moments")
+        if self.batch_size < 1 or (self.probes is not None and self.probes < 1):
+            raise QvlaError(
+                f"batch_size and probes must be at least 1, got {self.batch_size}, {self.probes}"
+            )
+        if self.contraction not in get_args(Contraction):
+            raise QvlaError(
+                f"contraction must be one of {get_args(Contraction)}, got {self.contraction!r}"
+            )
 
 
 @dataclass(frozen=True)
 class FirstOrderEstimator:
-    """All channels and widths from one backward pass a probe; see `sensitivity.first_order`."""
+    """All channels and widths from one backward pass a probe."""
 
     contraction: Contraction = "full"
     # Random probes an observation; None takes the whole Jacobian.
@@ -26,17 +95,17 @@ class FirstOrderEstimator:
 
     @property
     def method(self) -> str:
-        """As recorded."""
+        """Return the contraction's name, as it is recorded."""
         return METHODS[self.contraction]
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Probes."""
+        """Return the number of probes."""
         return {"probes": self.probes}
 
     @property
     def exact_share(self) -> float:
-        """None is measured by itself."""
+        """Return 0: no pair is measured by itself."""
         return 0.0
 
     def table(self, question: Question, work: Work = QUIETLY) -> Sensitivities:
@@ -68,3 +137,152 @@ class FirstOrderEstimator:
     ) -> NDArray[np.float64]:
         """Look the pairs up in the table, which costs the same.  float64 [pairs]"""
         return looked_up(self.table(question, work), pairs)
+
+
+def measure_first_order(
+    policy: Policy,
+    observations: Sequence[Observation],
+    calibration_digest: str,
+    settings: FirstOrder,
+    progress_file: Path | None = None,
+    on_progress: OnProgress | None = None,
+    world: World | None = None,
+) -> Sensitivities:
+    """Estimate the sensitivity of every channel at every width.
+
+    Args:
+        policy: its weights stay as they are. Those that were left on disk are read stage by stage,
+            twice a batch; see `qvla_export.measurement.streamed`.
+        observations: at least one.
+        calibration_digest: digest of the set they came from.
+        settings: quantizer, widths, probes, seed, batch size, bound of memory.
+        progress_file: sums are saved here after each batch; a killed run that finds the file goes
+            on from it and gives the same numbers. The caller removes it when the result is safe:
+            `sharded_sums.remove_journals`. Several processes need a folder that all see.
+        on_progress: called with (observations done, observations in all) after each batch; with
+            several groups of layers, each group counts all observations.
+        world: the processes that share the observations; all get the result.
+
+    Raises:
+        QvlaError: no observations, a layer that is called more than once in a pass, or one that
+            exceeds the bound of memory.
+    """
+    if not observations:
+        raise QvlaError("sensitivities need at least one observation, got none")
+    layers = traced_layers(policy)
+    count, size, widths = len(observations), settings.batch_size, len(settings.widths)
+    needs_of = error_needs(settings.quantizer, settings.widths)
+    empty = empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths)
+    empty[WHOLE] = empty_whole(settings.probes, count, widths)
+    stream = None
+    if weights_on_disk(policy):
+        held = sum(array.nbytes for array in empty.values())
+        how = (size, settings.probes, needs_of, held, settings.max_bytes)
+        stream = open_stream(policy, layers, observations, *how, (world or Alone()).device)
+        groups = [list(layers)]
+    else:
+        first = observations[:size]
+        groups = layer_groups(policy, layers, first, needs_of, settings.max_bytes)
+    identity = _identity(policy, count, calibration_digest, settings, groups, stream)
+    sums = ShardedSums(empty, identity, progress_file, world)
+    work = _Work(policy, layers, groups, observations, settings, sums, on_progress, stream)
+    work.add()
+    total = sums.total()
+    return Sensitivities(
+        values={name: (total[name] / count).astype(np.float32) for name in layers},
+        widths=settings.widths,
+        weights_per_channel={name: n for name, (_, n) in layer_shapes(layers).items()},
+        method=METHODS[settings.contraction],
+        samples=count,
+        probes=settings.probes or 0,
+        seed=settings.seed,
+        policy_digest=policy.digest,
+        calibration_digest=calibration_digest,
+        quantizer=settings.quantizer,
+        standard_error=standard_error(total, list(layers)),
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Units of work: one group of layers on one batch each."""
+
+    policy: Policy
+    layers: Layers
+    groups: Sequence[Sequence[str]]
+    observations: Sequence[Observation]
+    settings: FirstOrder
+    sums: ShardedSums
+    on_progress: OnProgress | None
+    # For a policy whose weights were left on disk; all layers are one group then.
+    stream: Stream | None = None
+
+    @property
+    def units(self) -> range:
+        """All units: of a batch, one for each group."""
+        return range(-(-len(self.observations) // self.settings.batch_size) * len(self.groups))
+
+    def add(self) -> None:
+        """Add this process's share."""
+        count = len(self.groups)
+        for g, names in enumerate(self.groups):
+            mine = self.sums.share(self.units[g::count])
+            group = {name: self.layers[name] for name in names}
+            wanted = group if mine and self.stream is None else {}
+            errors = {n: self._errors(Piece(n, 0, len(x.weight))) for n, x in wanted.items()}
+            for unit in mine:
+                self._add(unit // count, group, errors)
+                self.sums.mark(unit)
+                self._tell()
+
+    def _add(self, batch: int, group: Layers, errors: Mapping[str, dict[int, Tensor]]) -> None:
+        size = self.settings.batch_size
+        observations = self.observations[batch * size : (batch + 1) * size]
+        drawn, values = Probes(self.settings.probes, self.settings.seed), self.sums.values
+        whole = values[WHOLE][:, batch * size : batch * size + len(observations)]
+        sums = {**values, WHOLE: whole}
+        kind = self.settings.contraction
+        if self.stream is None:
+            means = self._means(group)
+            add_batch(self.policy, group, errors, observations, drawn, batch, sums, kind, means)
+            return
+        how = (self._errors, self._means)
+        self.stream.add_batch(*how, observations, drawn, batch, sums, kind)
+
+    def _errors(self, piece: Piece) -> dict[int, Tensor]:
+        how, layer = self.settings, self.layers[piece.layer]
+        means = (how.widths, how.quantizer, how.moments)
+        return weight_errors(piece.layer, layer, *means, piece.channels)
+
+    def _means(self, layers: Layers) -> dict[str, Tensor]:
+        return mean_inputs(layers, self.settings.quantizer, self.settings.moments)
+
+    def _tell(self) -> None:
+        if self.on_progress is not None:
+            whole = len(self.observations) * len(self.groups)
+            done = self.sums.done(self.units) * self.settings.batch_size
+            self.on_progress(min(done, whole), whole)
+
+
+def _identity(
+    policy: Policy,
+    observations: int,
+    calibration_digest: str,
+    settings: FirstOrder,
+    groups: Sequence[Sequence[str]],
+    stream: Stream | None,
+) -> dict[str, Any]:
+    """What must be equal for saved sums to be of the same measurement."""
+    stated = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    stated["quantizer"] = settings.quantizer.to_json()
+    stated["moments"] = None if settings.moments is None else settings.moments.digest
+    # It shows in the groups, or changes nothing.
+    del stated["max_bytes"]
+    return {
+        "policy_digest": policy.digest,
+        "calibration_digest": calibration_digest,
+        "observations": observations,
+        "settings": stated,
+        "groups": [list(names) for names in groups],
+        "streamed": stream is not None,
+    }

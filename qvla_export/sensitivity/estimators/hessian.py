@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from qvla_export.measurement.sharded_sums import ShardedSums
 from qvla_export.policies.layers import error_rows, layer_shapes, traced_layers
-from qvla_export.sensitivity.estimators.base import QUIETLY, Question, Work, looked_up
-from qvla_export.sensitivity.exact import ChannelWidth
+from qvla_export.sensitivity.estimators.base import QUIETLY, ChannelWidth, Question, Work, looked_up
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
 

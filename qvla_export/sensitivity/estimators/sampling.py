@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qvla_export.sensitivity.exact import ChannelWidth
+from qvla_export.sensitivity.estimators.base import ChannelWidth
 from qvla_export.shared.errors import QvlaError
 
 

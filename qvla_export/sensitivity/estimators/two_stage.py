@@ -10,9 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.sensitivity.estimators.base import QUIETLY, Estimator, Question, Work, looked_up
+from qvla_export.sensitivity.estimators.base import (
+    QUIETLY,
+    ChannelWidth,
+    Estimator,
+    Question,
+    Work,
+    looked_up,
+)
 from qvla_export.sensitivity.estimators.exact import ExactEstimator
-from qvla_export.sensitivity.exact import ChannelWidth
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
 

@@ -22,7 +22,7 @@ from qvla_export.pipeline import plan as stages
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.quantize import QuantizerSpec, WidthRule
-from qvla_export.sensitivity.first_order import FirstOrder, measure_first_order
+from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation

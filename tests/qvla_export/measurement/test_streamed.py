@@ -20,7 +20,7 @@ from qvla_export.pipeline.resources import Demand, Resources, open_within
 from qvla_export.policies.layers import traced_layers
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.quantizer.quantize import QuantizerSpec, WidthRule
-from qvla_export.sensitivity.first_order import FirstOrder, measure_first_order
+from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation

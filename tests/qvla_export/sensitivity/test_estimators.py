@@ -12,7 +12,12 @@ from linear_policies import QUANTIZER, flat, interrupted_until_done, linear_ques
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.quantize import quantize_channels
-from qvla_export.sensitivity.estimators.base import Question, remove_progress
+from qvla_export.sensitivity.estimators.base import (
+    ChannelWidth,
+    Question,
+    all_pairs,
+    remove_progress,
+)
 from qvla_export.sensitivity.estimators.cumulative import Cumulative
 from qvla_export.sensitivity.estimators.exact import ExactEstimator
 from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
@@ -24,7 +29,6 @@ from qvla_export.sensitivity.estimators.hessian import (
 )
 from qvla_export.sensitivity.estimators.registry import Options, find_estimator
 from qvla_export.sensitivity.estimators.two_stage import TwoStage, most_important, scale_corrections
-from qvla_export.sensitivity.exact import ChannelWidth, all_pairs
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
 
 from qvla_export.allocation.allocate import Budget, allocate_bits
+from qvla_export.measurement.standard_error import StandardError
 from qvla_export.policies.base import PolicyBatch
 from qvla_export.policies.layers import (
     fake_quantized,
@@ -22,11 +23,10 @@ from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.quantizer.plan import uniform_plan
 from qvla_export.quantizer.quantize import QuantizerSpec, WidthRule, quantize_channels
 from qvla_export.sensitivity.agreement import Agreement, compare_with_exact
-from qvla_export.sensitivity.estimators.base import Question
+from qvla_export.sensitivity.estimators.base import QUIETLY, ChannelWidth, Question, Work, all_pairs
 from qvla_export.sensitivity.estimators.exact import ExactEstimator
-from qvla_export.sensitivity.exact import ChannelWidth, all_pairs, measure_exact
-from qvla_export.sensitivity.first_order import FirstOrder, measure_first_order
-from qvla_export.sensitivity.sensitivities import Sensitivities, StandardError
+from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
+from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import ArtifactError, PlanMismatch, QvlaError
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.target import Container, Target
@@ -64,6 +64,17 @@ def sampled(policy: OftPolicy, count: int, widths: tuple[int, ...]) -> list[Chan
     return [pairs[i] for i in chosen]
 
 
+def exact_of(
+    policy: OftPolicy,
+    observations: list[Observation],
+    pairs: list[ChannelWidth],
+    work: Work = QUIETLY,
+    batch_size: int = 8,
+) -> np.ndarray:
+    question = Question(policy, observations, "c", QUANTIZER, batch_size=batch_size)
+    return ExactEstimator().of_pairs(question, pairs, work)
+
+
 def estimated(table: Sensitivities, pairs: list[ChannelWidth]) -> np.ndarray:
     return np.array([table.at(p.layer, p.bits)[p.channel] for p in pairs], np.float64)
 
@@ -78,7 +89,7 @@ def test_first_order_equals_exact_for_small_changes(
     tiny_policy: OftPolicy, tiny_observations: Make, first_order: Sensitivities
 ) -> None:
     pairs = sampled(tiny_policy, 200, (8,))
-    exact = measure_exact(tiny_policy, tiny_observations(5), pairs, QUANTIZER)
+    exact = exact_of(tiny_policy, tiny_observations(5), pairs)
     assert_same_deviations(estimated(first_order, pairs), exact)
 
 
@@ -93,7 +104,7 @@ def test_images_of_one_sample_add_up_before_squaring(
     ]
     table = measure_first_order(policy, observations, "c", SETTINGS)
     pairs = [p for p in sampled(policy, 400, (8,)) if "featurizer" in p.layer]
-    exact = measure_exact(policy, observations, pairs, QUANTIZER)
+    exact = exact_of(policy, observations, pairs)
     assert_same_deviations(estimated(table, pairs), exact)
 
 
@@ -116,7 +127,7 @@ def test_exact_equals_replacing_the_row(tiny_policy: OftPolicy, tiny_observation
     observations = tiny_observations(3)
     pairs = sampled(tiny_policy, 24, (0, 2))
     pairs += [ChannelWidth(name, 1, 0) for name in tiny_policy.layers() if "patch" in name]
-    measured = measure_exact(tiny_policy, observations, pairs, QUANTIZER, batch_size=2)
+    measured = exact_of(tiny_policy, observations, pairs, batch_size=2)
     layers = tiny_policy.layers()
     batch = tiny_policy.batch(observations)
     with torch.no_grad():
@@ -159,9 +170,7 @@ def test_a_failing_pass_leaves_the_policy_as_it_was(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_exact(
-            tiny_policy, observations, sampled(tiny_policy, 3, (0,)), QUANTIZER, on_progress=stop
-        )
+        exact_of(tiny_policy, observations, sampled(tiny_policy, 3, (0,)), Work(on_progress=stop))
     with pytest.raises(KeyboardInterrupt):
         measure_first_order(tiny_policy, observations, "c", SETTINGS, on_progress=stop)
     layers = tiny_policy.layers()
@@ -285,8 +294,8 @@ def test_bad_arguments_are_refused(tiny_policy: OftPolicy, tiny_observations: Ma
     with pytest.raises(QvlaError, match="at least one observation"):
         measure_first_order(tiny_policy, [], "c", SETTINGS)
     with pytest.raises(QvlaError, match="at least one observation"):
-        measure_exact(tiny_policy, [], [], QUANTIZER)
+        exact_of(tiny_policy, [], [])
     with pytest.raises(QvlaError, match="no channel 5 of layer 'x'"):
-        measure_exact(tiny_policy, tiny_observations(1), [ChannelWidth("x", 5, 4)], QUANTIZER)
+        exact_of(tiny_policy, tiny_observations(1), [ChannelWidth("x", 5, 4)])
     with pytest.raises(QvlaError, match="at least 1"):
         FirstOrder(QUANTIZER, probes=0)

@@ -16,7 +16,7 @@ from tiny_policy import write_tiny_checkpoint
 
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.quantize import QuantizerSpec, WidthRule
-from qvla_export.sensitivity.first_order import FirstOrder, measure_first_order
+from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 from qvla_export.shared.observation import Observation
 
 QUANTIZER = QuantizerSpec({2: WidthRule(64, "mse"), 4: WidthRule(64, "mse"), 8: WidthRule()})
@@ -68,7 +68,7 @@ def test_progress_of_another_measurement_is_not_used(
 
 _KILLED = """
 import pathlib, pickle, sys, torch
-from qvla_export.sensitivity.first_order import measure_first_order
+from qvla_export.sensitivity.estimators.first_order import measure_first_order
 from qvla_export.shared.observation import Observation
 from qvla_export.policies.base import PolicyBatch
 from qvla_export.policies.oft.policy import load_oft_policy

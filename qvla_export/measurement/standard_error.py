@@ -1,21 +1,66 @@
-"""Standard errors of sensitivities, from sums of squares that are kept beside the sums.
+"""The noun `StandardError`: how well sensitivities are known, from squares summed beside them.
 
 An observation's value is its mean over probes; observations are independent draws, and so are the
-probes of each.
+probes of each. Whoever reads sensitivities reads this, so torch is not imported.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from qvla_export.sensitivity.sensitivities import Spread, StandardError
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Sums = Mapping[str, NDArray[np.float64]]
 # Among the sums, of all layers together; no layer has this name.  [probes, observations, widths]
 WHOLE = "#whole"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Relative standard errors of one quantity at every width."""
+
+    error: tuple[float, ...]
+    # Were only the probes drawn anew, on these very observations.
+    by_probes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class StandardError:
+    """How far sensitivities may be from those of all such observations and probes, relatively.
+
+    Of the mean over observations, each with probes of its own; 0.1 means 10 %. What is None or
+    empty is missing in files written before it was recorded.
+    """
+
+    # Of the sum over a layer's channels at one width: the largest of all layers and widths.
+    layers: float
+    # The same where only the probes were drawn anew, on these very observations.
+    layers_by_probes: float
+    # Of one channel at one width: the median of all.
+    channels: float
+    # Of the sum over a layer's channels at one width: the median of all layers and widths.
+    median: float | None = None
+    median_by_probes: float | None = None
+    # Of the same sum of the "median layer" and the "worst layer" of each width, and of the sum over
+    # "all layers".
+    by_width: Mapping[str, Spread] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a file holds: nothing of what is missing, so that its digest stays."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "StandardError":
+        """Read what `to_json` made."""
+        spreads = {
+            name: Spread(tuple(spread["error"]), tuple(spread["by_probes"]))
+            for name, spread in value.get("by_width", {}).items()
+        }
+        return StandardError(**{**value, "by_width": spreads})
 
 
 def empty_sums(channels: Mapping[str, int], widths: int) -> dict[str, NDArray[np.float64]]:
@@ -40,7 +85,9 @@ def empty_whole(probes: int | None, observations: int, widths: int) -> NDArray[n
     return np.zeros((probes or 1, observations, widths))
 
 
-def add_moments(sums: Sums, name: str, means: Tensor, layer_sums: Tensor, sampled: bool) -> None:
+def add_moments(
+    sums: Sums, name: str, means: "Tensor", layer_sums: "Tensor", sampled: bool
+) -> None:
     """Add what a batch says about a layer's spread.
 
     Args:
@@ -76,11 +123,11 @@ def standard_error(sums: Sums, names: Sequence[str]) -> StandardError | None:
     with np.errstate(divide="ignore", invalid="ignore"):
         by_probes = np.sqrt(moments[1]) / values
     return StandardError(
-        layers=_told(_finite(np.max, layers)),
-        layers_by_probes=_told(_finite(np.max, by_probes)),
-        channels=_told(_finite(np.median, np.concatenate(channels))),
-        median=_told(_finite(np.median, layers)),
-        median_by_probes=_told(_finite(np.median, by_probes)),
+        layers=_six_digits(_finite(np.max, layers)),
+        layers_by_probes=_six_digits(_finite(np.max, by_probes)),
+        channels=_six_digits(_finite(np.median, np.concatenate(channels))),
+        median=_six_digits(_finite(np.median, layers)),
+        median_by_probes=_six_digits(_finite(np.median, by_probes)),
         by_width={
             "median layer": _spread(np.median, layers, by_probes),
             "worst layer": _spread(np.max, layers, by_probes),
@@ -118,7 +165,7 @@ def _spread(
 ) -> Spread:
     """Bring [layers, widths] together by width."""
     errors, probes = (
-        tuple(_told(_finite(of_layers, column)) for column in found.T)
+        tuple(_six_digits(_finite(of_layers, column)) for column in found.T)
         for found in (error, by_probes)
     )
     return Spread(errors, probes)
@@ -130,8 +177,8 @@ def _finite(of_values: Callable[..., Any], values: NDArray[np.float64]) -> float
     return float(of_values(finite)) if len(finite) else 0.0
 
 
-def _told(value: float) -> float:
-    """Six digits: the last ones depend on the order in which processes' shares were added."""
+def _six_digits(value: float) -> float:
+    """Round: the last digits depend on the order in which processes' shares were added."""
     return float(f"{value:.6g}")
 
 
