@@ -51,12 +51,18 @@ def rooms() -> str:
     """Return the rooms from ground to roof, each with what the docstrings of its packages say."""
     packages = sorted(name for name in house.MODULES if house.MODULES[name].name == "__init__.py")
     rows = [
-        f"| {'&emsp;' * (package != room)}`{package}` | {_plain(docstring(package))} |"
+        f"| {_name(package, room)} | {_plain(docstring(package))} |"
         for room in house.FLOORS
         for package in packages
         if package == room or package.startswith(f"{room}.")
     ]
     return "\n".join(["| room | what lives there |", "| --- | --- |", *rows])
+
+
+def _name(package: str, room: str) -> str:
+    """Return a room's name, or that of a package within it, moved to the right."""
+    inner = package.removeprefix(f"{room}.")
+    return f"`{room}`" if package == room else f"&emsp;&emsp;`{inner}`"
 
 
 def docstring(package: str) -> str:
