@@ -192,7 +192,7 @@ def test_the_command_judges_a_baseline_that_is_there(
 ) -> None:
     """No library is needed for what is made already, and nothing is measured twice."""
     digest = CalibrationSet.load(run.calibration).digest
-    paths = baseline_paths(run, "w4-max")
+    paths = baseline_paths(run.root, "w4-max")
     rounded = baseline_of(tiny_policy, to_nearest)
     made = replace(rounded, calibration_digest=digest, libraries={"nvidia-modelopt": "0.47.0"})
     made.save(paths.baseline)
@@ -200,7 +200,7 @@ def test_the_command_judges_a_baseline_that_is_there(
     outcome = CliRunner().invoke(app, command)
     assert outcome.exit_code == 0, outcome.output
     assert "w4-max: held-out action error" in " ".join(outcome.output.split())
-    (result,) = baseline_results(run)
+    (result,) = baseline_results(run.root)
     assert result.action_error is not None and result.action_error["rms"] > 0
     assert result.action_error["held_out"] == 3
     assert (result.setting, result.library) == ("w4-max", "nvidia-modelopt 0.47.0")
@@ -210,7 +210,7 @@ def test_the_command_judges_a_baseline_that_is_there(
     assert paths.action_error.stat().st_mtime_ns == before
     replace(made, seconds=2.5).save(paths.baseline)
     with pytest.raises(ArtifactError, match="measured on baseline"):
-        baseline_results(run)
+        baseline_results(run.root)
 
 
 def test_a_missing_environment_names_the_remedy(
@@ -220,7 +220,7 @@ def test_a_missing_environment_names_the_remedy(
     outcome = CliRunner().invoke(app, [*command, "--environment", str(tmp_path / "none")])
     assert isinstance(outcome.exception, QvlaError)
     assert "make baselines-env" in str(outcome.exception)
-    assert not baseline_paths(run, "w4-gptq").baseline.exists()
+    assert not baseline_paths(run.root, "w4-gptq").baseline.exists()
 
 
 def test_an_environment_without_the_library_names_the_remedy(
