@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from qvla_export.graph.float_graph import export_stage
 from qvla_export.policies.base import Policy, PolicyStage
-from qvla_export.policies.oft.module import LanguageModel
+from qvla_export.policies.language_model import LanguageModel
 from qvla_export.quantizer.activations import ActivationRanges, storable_range
 from qvla_export.quantizer.plan import LayerShapes
 from qvla_export.shared.target import Target

@@ -7,10 +7,15 @@ from pathlib import Path
 
 from jetson.doctor.bundle_facts import BundleFacts
 from jetson.doctor.finding import Check, Finding
-from qvla_export.policies.oft.config import CONFIG_NAME, PRESETS, OftConfig, load_config
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.normalization import Statistics, load_statistics
+from qvla_export.shared.policy_interface import (
+    CONFIG_NAME,
+    INTERFACES,
+    PolicyInterface,
+    load_interface,
+)
 
 FILE_NAME = "dataset_statistics.json"
 NO_CHECKPOINT = "no checkpoint given"
@@ -34,7 +39,7 @@ class CheckpointFacts:
     path: Path
     # Data set that was asked for; None for the only one.
     key: str | None
-    config: OftConfig | None
+    config: PolicyInterface | None
     config_problem: str
     # Data sets in the statistics file.
     keys: tuple[str, ...]
@@ -54,9 +59,7 @@ def read_checkpoint(path: Path, key: str | None, preset: str | None = None) -> C
     """
     config, config_problem = None, ""
     try:
-        config = load_config(path) if preset is None else PRESETS[preset]
-    except KeyError:
-        config_problem = f"preset {preset!r} is none of {sorted(PRESETS)}"
+        config = load_interface(path, preset)
     except (QvlaError, OSError, ValueError, AttributeError) as error:
         config_problem = str(error)
     statistics, problem, keys = None, "", _keys(path / FILE_NAME)
@@ -122,7 +125,7 @@ def check_config(facts: CheckpointFacts | None) -> Finding:
     if facts.config is None:
         return _CONFIG.error(
             facts.config_problem,
-            f"name a preset: --preset {'|'.join(sorted(PRESETS))}; or write "
+            f"name a preset: --preset {'|'.join(sorted(INTERFACES))}; or write "
             f"{shlex.quote(str(facts.path))}/{CONFIG_NAME} as in checkpoints/reference",
         )
     config = facts.config

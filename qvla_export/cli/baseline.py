@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qvla_export.baselines.baseline import Baseline
     from qvla_export.baselines.environment import BaselineEnvironment
     from qvla_export.baselines.methods import BaselineRequest
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
 
 _METHOD = "max, smoothquant or awq (modelopt), gptq (llm-compressor), auto-round."
 _INPUTS = "Of layers' inputs: 8 or 4 for max, 8 for smoothquant; left out: float."
@@ -102,7 +102,7 @@ def request_for(
 def quantize(
     run: RunFolder,
     wanted: "BaselineRequest",
-    policy: "OftPolicy",
+    policy: "Policy",
     source: PolicySource,
     environment: "BaselineEnvironment",
 ) -> "Baseline":
@@ -148,7 +148,7 @@ def kept_baseline(run: RunFolder, setting: str) -> "Baseline":
     return Baseline.load(made(baseline_paths(run.root, setting).baseline, "baseline"))
 
 
-def action_error(run: RunFolder, quantized: "Baseline", policy: "OftPolicy") -> dict[str, Any]:
+def action_error(run: RunFolder, quantized: "Baseline", policy: "Policy") -> dict[str, Any]:
     """Compare a baseline with the float policy on the held-out observations, in torch."""
     from calibration.calibration_set import CalibrationSet
     from engines.drift import action_drift

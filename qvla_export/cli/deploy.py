@@ -33,7 +33,7 @@ from qvla_export.shared.errors import InvalidObservation
 
 if TYPE_CHECKING:
     from calibration.sources.lerobot import LeRobotDataset
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def deploy(
     run_all(wanted, open_checkpoint(policy, unnorm_key, preset))
 
 
-def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
+def run_all(wanted: Deployment, policy: "Policy") -> None:
     """Run every stage; what is up to date is kept."""
     from engines.check.bundle import check_bundle
     from engines.check.finding import require_no_errors
@@ -193,7 +193,7 @@ def run_all(wanted: Deployment, policy: "OftPolicy") -> None:
     _say(f"serve one: qvla serve {served}/<setting>/bundle")
 
 
-def _check_inputs(wanted: Deployment, policy: "OftPolicy") -> None:
+def _check_inputs(wanted: Deployment, policy: "Policy") -> None:
     """Refuse data and simulator that do not fit the policy, before the first stage."""
     from calibration.benchmarks.metaworld.simulator import Simulator
     from calibration.benchmarks.metaworld.tasks import find_task
@@ -231,7 +231,7 @@ def _run_episodes(wanted: Deployment) -> None:
         judging.rollouts(wanted.run, first, config, wanted.source, wanted.workers)
 
 
-def _describe(wanted: Deployment, policy: "OftPolicy") -> None:
+def _describe(wanted: Deployment, policy: "Policy") -> None:
     from jetson.board import read_board_state
 
     board = read_board_state()

@@ -25,7 +25,7 @@ from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Target
 
 if TYPE_CHECKING:
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
 
 # Timed beside the official structure.
 _OURS = "first-order"
@@ -39,7 +39,7 @@ class Asked:
     """What is compared on what."""
 
     run: RunFolder
-    policy: "OftPolicy"
+    policy: "Policy"
     target: Target
     options: Options
     pairs: int

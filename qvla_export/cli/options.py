@@ -10,7 +10,7 @@ from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
     from calibration.sources.lerobot import LeRobotDataset
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
 
 # Under torchrun only --run-folder can be written: it takes --run for one of its own.
 RunOption = Annotated[
@@ -113,17 +113,15 @@ def open_dataset(
 
 def open_checkpoint(
     place: Path, unnorm_key: str | None, preset: str | None, resident: bool = True
-) -> "OftPolicy":
+) -> "Policy":
     """Load a checkpoint folder on the host; `resident` False leaves its weights on disk.
 
     Raises:
         QvlaError: it is no checkpoint.
     """
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.families import open_policy
 
-    source = PolicySource(str(place), unnorm_key, preset, resident=resident)
-    if source.kind != "checkpoint":
-        raise QvlaError(f"{place} must be a checkpoint folder, it is a {source.kind}")
-    policy = source()
-    assert isinstance(policy, OftPolicy)
-    return policy
+    kind = PolicySource(str(place)).kind
+    if kind != "checkpoint":
+        raise QvlaError(f"{place} must be a checkpoint folder, it is a {kind}")
+    return open_policy(place, unnorm_key, preset, resident)

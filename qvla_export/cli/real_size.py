@@ -22,7 +22,7 @@ from qvla_export.shared.artifacts import versions, write_json
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
     from qvla_export.quantizer.plan import BitPlan
     from qvla_export.shared.observation import Observation
 
@@ -116,14 +116,13 @@ def _shares(text: str) -> dict[int, float] | None:
 
 
 def _checkpoint(wanted: RealSize) -> dict[str, Any]:
-    from qvla_export.latency_model.published_sizes import find_geometry
-    from qvla_export.policies.oft.random_checkpoint import write_random_checkpoint
+    from qvla_export.policies.families import family_with_size
 
     with Progress(transient=True) as progress:
         task = progress.add_task("checkpoint")
-        write_random_checkpoint(
+        family_with_size(wanted.geometry).write_random_checkpoint(
             wanted.checkpoint,
-            find_geometry(wanted.geometry),
+            wanted.geometry,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     files = [path.stat().st_size for path in wanted.checkpoint.iterdir()]
@@ -133,9 +132,9 @@ def _checkpoint(wanted: RealSize) -> dict[str, Any]:
 def _export(wanted: RealSize) -> dict[str, Any]:
     from engines.targets import find_target
     from qvla_export.graph.export import export_bundle
-    from qvla_export.policies.oft.policy import load_oft_policy
+    from qvla_export.policies.families import open_policy
 
-    policy = load_oft_policy(wanted.checkpoint, resident=False)
+    policy = open_policy(wanted.checkpoint, resident=False)
     plan = _plan(wanted, policy)
     observation = _observation(policy)
     with Progress(transient=True) as progress:
@@ -149,17 +148,16 @@ def _export(wanted: RealSize) -> dict[str, Any]:
             layers_per_stage=wanted.layers_per_stage,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    weights = (policy.stored.shapes if policy.stored else {}).values()
     return {
         "stages": len(bundle.stages),
         "bytes": bundle.nbytes,
-        "float16_bytes": 2 * sum(tensor.numel() for tensor in weights),
+        "float16_bytes": 2 * policy.stored_numbers(),
         "weight_bytes": dict(bundle.weight_bytes),
         "plan": bundle.plan,
     }
 
 
-def _observation(policy: "OftPolicy") -> "Observation":
+def _observation(policy: "Policy") -> "Observation":
     import numpy as np
 
     from qvla_export.shared.observation import Observation
@@ -172,7 +170,7 @@ def _observation(policy: "OftPolicy") -> "Observation":
     return Observation(images, "pick up the black bowl", state)
 
 
-def _plan(wanted: RealSize, policy: "OftPolicy") -> "BitPlan | None":
+def _plan(wanted: RealSize, policy: "Policy") -> "BitPlan | None":
     from engines.targets import find_target
     from qvla_export.allocation.random_plan import draw_plan
     from qvla_export.policies.layers import layer_shapes

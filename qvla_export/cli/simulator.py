@@ -60,8 +60,7 @@ def train(
     """Train a small OpenVLA-OFT policy from demonstrations by imitation."""
     import torch
 
-    from calibration.training.train import TrainingConfig, train_policy
-    from qvla_export.policies.oft.new_checkpoint import OftSize
+    from calibration.training.train import OftSize, TrainingConfig, train_policy
 
     torch.set_num_threads(threads)
     config = replace(

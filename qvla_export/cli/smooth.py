@@ -21,8 +21,8 @@ from qvla_export.pipeline.run_folder import RunFolder, made
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qvla_export.measurement.smoothing import Migration
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
+    from qvla_export.policies.smoothing import Migration
     from qvla_export.shared.target import Target
 
 # 0 would move everything to the inputs, 1 to the weights.
@@ -64,8 +64,8 @@ def smooth(
     rounded (a8): take it through `qvla deploy` instead of the other.
     """
     from engines.targets import find_target
-    from qvla_export.measurement.smoothing import smoothed_tensors
-    from qvla_export.policies.oft.smoothing import write_smoothed
+    from qvla_export.policies.families import recognize
+    from qvla_export.policies.smoothing import smoothed_tensors
 
     opened = open_checkpoint(policy, unnorm_key, preset)
     strengths = _STRENGTHS if strength is None else (strength,)
@@ -76,24 +76,24 @@ def smooth(
         say(f"{what}: action error {error:.5f} RMS at 8-bit weights and inputs")
     best = min(strengths, key=lambda value: tried[value][1])
     tensors = smoothed_tensors(opened.module, tried[best][0])
-    write_smoothed(policy, output, tensors, keep_types=powers_of_two)
+    recognize(policy).write_smoothed(policy, output, tensors, keep_types=powers_of_two)
     say(f"{output}: smoothed by {best}; next: qvla deploy --policy {output}")
 
 
 def _tried(
     run: RunFolder,
-    policy: "OftPolicy",
+    policy: "Policy",
     target: "Target",
     strengths: Sequence[float],
     powers_of_two: bool,
 ) -> "dict[float | None, tuple[dict[Migration, Tensor], float]]":
     """Factors and action error of every strength; None is the policy as it was."""
     from calibration.calibration_set import CalibrationSet
-    from qvla_export.measurement.smoothing import input_maxima, smoothing_error, smoothing_factors
-    from qvla_export.policies.oft.smoothing import find_migrations
+    from qvla_export.measurement.smoothing import input_maxima, smoothing_error
+    from qvla_export.policies.smoothing import smoothing_factors
 
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
-    observations, migrations = calibration.observations, find_migrations(policy.module)
+    observations, migrations = calibration.observations, policy.migrations()
     tried: dict[float | None, tuple[dict[Migration, Tensor], float]] = {}
     with Progress(transient=True) as progress:
         task = progress.add_task("smoothing", total=len(strengths) + 2)

@@ -8,7 +8,6 @@ from pathlib import Path
 from qvla_export.baselines.baseline import Baseline
 from qvla_export.baselines.environment import BaselineJob, require_library, run_library
 from qvla_export.baselines.quantized import Calibration
-from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.shared.errors import QvlaError
 
 
@@ -21,12 +20,11 @@ def work(job: BaselineJob) -> Baseline:
     import torch
 
     from calibration.calibration_set import CalibrationSet
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.families import open_policy
 
     libraries = require_library(job.request.method)
     observations = CalibrationSet.load(Path(job.calibration))
-    policy = PolicySource(job.checkpoint, job.unnorm_key, job.preset)()
-    assert isinstance(policy, OftPolicy)
+    policy = open_policy(Path(job.checkpoint), job.unnorm_key, job.preset)
     torch.manual_seed(job.request.seed)
     started = time.perf_counter()
     made = run_library(

@@ -19,11 +19,11 @@ Weights = Literal["packed", "unpacked"]
 if TYPE_CHECKING:
     from calibration.benchmarks.evaluation import Evaluation, RolloutConfig
     from jetson.latency.comparison import LatencyComparison
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
     from qvla_export.shared.bundle import Bundle
 
 
-def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[str, Any]:
+def action_error(run: RunFolder, setting: Setting, policy: "Policy") -> dict[str, Any]:
     """Compare a bundle's engine with the float policy on the held-out observations.
 
     Raises:

@@ -16,7 +16,7 @@ from qvla_export.shared.observation import Observation
 from qvla_export.shared.target import Target
 
 if TYPE_CHECKING:
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
     from qvla_export.shared.bundle import Bundle
 
 # Policy digest and target -> float graph.
@@ -26,7 +26,7 @@ _GRAPHS: dict[tuple[str, str], Any] = {}
 def export(
     run: RunFolder,
     setting: Setting,
-    policy: "OftPolicy",
+    policy: "Policy",
     target: Target,
     layers_per_stage: int | None = None,
     accuracy_level: int = 0,
@@ -91,7 +91,7 @@ def graph_figures(bundle: "Bundle") -> str:
     )
 
 
-def _float_graph(policy: "OftPolicy", target: Target) -> Any:
+def _float_graph(policy: "Policy", target: Target) -> Any:
     """Trace the policy once for all settings of a run."""
     from qvla_export.graph.float_graph import export_float
 
@@ -103,7 +103,7 @@ def _float_graph(policy: "OftPolicy", target: Target) -> Any:
 
 
 def _is_of(
-    bundle: "Bundle", policy: "OftPolicy", planned: BitPlan | None, run: RunFolder, setting: Setting
+    bundle: "Bundle", policy: "Policy", planned: BitPlan | None, run: RunFolder, setting: Setting
 ) -> bool:
     if bundle.policy_digest != policy.digest or (bundle.plan is None) != (planned is None):
         return False
@@ -115,7 +115,7 @@ def _is_of(
     return same and sha256_file(bundle.path / "plan.json") == sha256_file(run.plan(setting))
 
 
-def _has_golden(bundle: "Bundle", policy: "OftPolicy", golden: Sequence[Observation]) -> bool:
+def _has_golden(bundle: "Bundle", policy: "Policy", golden: Sequence[Observation]) -> bool:
     stored = bundle.golden().feeds
     wanted = [policy.processor.feeds(observation) for observation in golden]
     return len(stored) == len(wanted) and all(

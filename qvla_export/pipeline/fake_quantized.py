@@ -14,7 +14,7 @@ from qvla_export.shared.artifacts import read_json, write_json
 if TYPE_CHECKING:
     from calibration.benchmarks.evaluation import Evaluation, RolloutConfig
     from engines.drift import ActionDrift
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
     from qvla_export.quantizer.plan import BitPlan
     from qvla_export.shared.action import ActionChunk
     from qvla_export.shared.observation import Observation
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class SimulatedPolicy:
     """A float policy that acts as a plan has it until it is closed."""
 
-    def __init__(self, policy: "OftPolicy", plan: "BitPlan") -> None:
+    def __init__(self, policy: "Policy", plan: "BitPlan") -> None:
         from qvla_export.policies.layers import fake_quantized
 
         self._policy = policy
@@ -51,10 +51,10 @@ class SimulatedSource:
         """Load checkpoint and plan."""
         plan = load_plan(RunFolder(self.run), parse_setting(self.setting))
         assert plan is not None
-        return SimulatedPolicy(self.policy(), plan)  # type: ignore[arg-type]  # a checkpoint opens as an OftPolicy
+        return SimulatedPolicy(self.policy(), plan)  # type: ignore[arg-type]  # a checkpoint opens as a Policy
 
 
-def action_error(run: RunFolder, setting: Setting, policy: "OftPolicy") -> dict[str, Any]:
+def action_error(run: RunFolder, setting: Setting, policy: "Policy") -> dict[str, Any]:
     """Compare a planned setting in torch with the float policy on the held-out observations."""
     from calibration.calibration_set import CalibrationSet
     from engines.drift import action_drift

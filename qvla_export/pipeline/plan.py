@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from calibration.sources.lerobot import LeRobotDataset
     from qvla_export.measurement.distributed import World
     from qvla_export.pipeline.resources import Resources
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
     from qvla_export.sensitivity.agreement import Agreement
     from qvla_export.sensitivity.estimators.base import Estimator, Question
 
@@ -68,7 +68,7 @@ def calibrate(
 
 def sensitivities(
     run: RunFolder,
-    policy: "OftPolicy",
+    policy: "Policy",
     target: Target,
     estimator: "Estimator",
     seed: int,
@@ -106,7 +106,7 @@ def sensitivities(
 
 
 def question(
-    run: RunFolder, policy: "OftPolicy", target: Target, seed: int, batch_size: int = 8
+    run: RunFolder, policy: "Policy", target: Target, seed: int, batch_size: int = 8
 ) -> "Question":
     """Return what estimators are asked about a run: its calibration set, the target's quantizer."""
     from calibration.calibration_set import CalibrationSet
@@ -143,7 +143,7 @@ def _same(kept: Sensitivities, asked: "Question", estimator: "Estimator") -> boo
     )
 
 
-def agreement(run: RunFolder, policy: "OftPolicy", pairs: int, seed: int) -> "Agreement":
+def agreement(run: RunFolder, policy: "Policy", pairs: int, seed: int) -> "Agreement":
     """Compare the sensitivities with exact ones on sampled channels and widths."""
     from calibration.calibration_set import CalibrationSet
     from qvla_export.sensitivity.agreement import Agreement, compare_with_exact
@@ -175,7 +175,7 @@ def agreement(run: RunFolder, policy: "OftPolicy", pairs: int, seed: int) -> "Ag
 
 
 def activations(
-    run: RunFolder, policy: "OftPolicy", world: "World | None" = None
+    run: RunFolder, policy: "Policy", world: "World | None" = None
 ) -> "ActivationStatistics":
     """Record what the layers are fed, or keep what was recorded on the same.
 

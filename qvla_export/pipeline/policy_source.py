@@ -58,15 +58,11 @@ class PolicySource:
             )
         import torch
 
-        from qvla_export.policies.oft.config import PRESETS
-        from qvla_export.policies.oft.policy import load_oft_policy
+        from qvla_export.policies.families import open_policy
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        if self.preset is not None and self.preset not in PRESETS:
-            raise QvlaError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}")
-        config = None if self.preset is None else PRESETS[self.preset]
-        return load_oft_policy(Path(self.place), self.unnorm_key, config, self.resident)
+        return open_policy(Path(self.place), self.unnorm_key, self.preset, self.resident)
 
     def digest(self, policy: ActionPolicy) -> str:
         """Return the digest of the checkpoint or bundle behind an opened policy."""

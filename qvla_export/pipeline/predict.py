@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 
 from qvla_export.latency_model.kernel_rates import DeviceRates
 from qvla_export.latency_model.network_shape import NetworkShape, PolicyInputs, network_of
-from qvla_export.latency_model.published_sizes import PROMPT_TOKENS, find_geometry
+from qvla_export.latency_model.published_sizes import find_geometry
 from qvla_export.latency_model.roofline import LatencyModel
-from qvla_export.policies.oft.config import PRESETS, load_config
+from qvla_export.policies.families import recognize
 from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.images import load_image_spec
 from qvla_export.shared.target import WIDTHS, ActivationSupport, Target
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def latency_limit(
             "sees and how many actions it returns"
         )
     shapes = {n: (v.shape[1], measured.weights_per_channel[n]) for n, v in measured.values.items()}
-    model = device.models(network_of(shapes, _checkpoint_inputs(policy, preset)))[0]
+    model = device.models(network_of(shapes, recognize(policy).inputs(policy, preset)))[0]
     return LatencyLimit(max_ms, model, "int8" if setting.activation_bits else "none")
 
 
@@ -154,23 +153,6 @@ def plan_figures(
         return text
     predicted = limit.model.predict(planned.widths, limit.activations)
     return f"{text}; an action: predicted {predicted.total_ms:.2f} ms ({limit})"
-
-
-def _checkpoint_inputs(checkpoint: Path, preset: str | None) -> PolicyInputs:
-    """What decides the rows of a checkpoint's layers; reads no weights."""
-    if preset is not None and preset not in PRESETS:
-        raise QvlaError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
-    config = load_config(checkpoint) if preset is None else PRESETS[preset]
-    image = load_image_spec(checkpoint / "preprocessor_config.json")
-    return PolicyInputs(
-        images=len(config.cameras),
-        image_size=image.size,
-        prompt_tokens=PROMPT_TOKENS,
-        horizon=config.horizon,
-        action_dim=config.action_dim,
-        state_dim=config.state_dim,
-        head=config.head,
-    )
 
 
 def _shares(text: str) -> dict[int, float]:

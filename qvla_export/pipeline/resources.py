@@ -12,9 +12,9 @@ from qvla_export.measurement.distributed import Alone, DeviceChoice, World, join
 from qvla_export.measurement.layer_groups import Layers, NeedsOf
 from qvla_export.measurement.peak_memory import available_bytes
 from qvla_export.measurement.whole_policy import room_beside_whole
+from qvla_export.policies.base import Policy
+from qvla_export.policies.families import recognize
 from qvla_export.policies.layers import traced_layers
-from qvla_export.policies.oft.config import CONFIG_NAME, PRESETS, load_config
-from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.errors import QvlaError
 
 _LOG = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def joined_resources(
 class Opened:
     """A policy, and what is left of the bound beside it; None without a bound."""
 
-    policy: OftPolicy
+    policy: Policy
     max_bytes: int | None
 
 
@@ -102,7 +102,7 @@ def open_within(
         QvlaError: there is no bound, and this machine has less memory than that takes.
     """
     bound, device = resources.max_bytes, resources.world.device
-    if demand is None or _has_tokens(place, preset):
+    if demand is None or not _can_stay_on_disk(place, preset):
         loaded = open_checkpoint(place, unnorm_key, preset)
         loaded.module.to(device)
         return Opened(loaded, bound)
@@ -121,7 +121,7 @@ def open_within(
     return Opened(loaded, room)
 
 
-def _require_memory(policy: OftPolicy, held: int) -> None:
+def _require_memory(policy: Policy, held: int) -> None:
     weights = 4 * sum(tensor.numel() for tensor in policy.module.state_dict().values())
     free = available_bytes()
     if free is not None and weights + held > free:
@@ -133,8 +133,6 @@ def _require_memory(policy: OftPolicy, held: int) -> None:
         )
 
 
-def _has_tokens(place: Path, preset: str | None) -> bool:
-    """Whether the policy has a token head, whose table of bins is not left on disk."""
-    if preset in PRESETS:
-        return PRESETS[preset].head == "tokens"
-    return (place / CONFIG_NAME).is_file() and load_config(place).head == "tokens"
+def _can_stay_on_disk(place: Path, preset: str | None) -> bool:
+    # What is no checkpoint at all is refused when it is opened.
+    return (place / "config.json").is_file() and recognize(place).can_stay_on_disk(place, preset)

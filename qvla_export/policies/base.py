@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.processor import Processor
@@ -106,6 +107,18 @@ class Policy(Protocol):
 
     def read_weight(self, name: str) -> NDArray[np.float32]:
         """Return a parameter or buffer of `module` by name, as float32."""
+        ...
+
+    def stored_numbers(self) -> int:
+        """Return how many weights the checkpoint holds; `qvla real-size` states their bytes."""
+        ...
+
+    def in_memory(self) -> "Policy":
+        """Return the policy with its weights read, if they were left on disk."""
+        ...
+
+    def migrations(self) -> Sequence[Migration]:
+        """Return the inputs whose factors something linear before them can take over."""
         ...
 
     def infer(self, observation: Observation) -> ActionChunk:

@@ -30,7 +30,7 @@ from qvla_export.shared.target import Target
 if TYPE_CHECKING:
     from calibration.benchmarks.evaluation import Control, RolloutConfig
     from calibration.sources.lerobot import LeRobotDataset
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
 
 _LOG = logging.getLogger(__name__)
 _FIRST_EPISODE = 1_000_000
@@ -44,7 +44,7 @@ class Contest:
 
     root: Path
     source: PolicySource
-    policy: "OftPolicy"
+    policy: "Policy"
     target: Target
     contestants: tuple[Contestant, ...]
     # Names of those that run episodes, in this order; float first.

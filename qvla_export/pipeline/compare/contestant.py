@@ -17,7 +17,7 @@ from qvla_export.quantizer.plan import BitPlan
 
 if TYPE_CHECKING:
     from calibration.benchmarks.evaluation import Evaluation, RolloutConfig
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
 
 _FLOAT16 = 16.0
 
@@ -172,7 +172,7 @@ def _layer_bytes(stand: Stand, setting: Setting) -> int:
     return sum(nbytes for part, nbytes in sizes.items() if part != "rest")
 
 
-def _float16_bytes(policy: "OftPolicy") -> int:
+def _float16_bytes(policy: "Policy") -> int:
     from qvla_export.policies.layers import layer_shapes, traced_layers
 
     shapes = layer_shapes(traced_layers(policy))

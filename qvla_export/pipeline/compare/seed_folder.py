@@ -21,7 +21,7 @@ from qvla_export.shared.target import Target
 if TYPE_CHECKING:
     from calibration.calibration_set import CalibrationSet
     from calibration.sources.lerobot import LeRobotDataset
-    from qvla_export.policies.oft.policy import OftPolicy
+    from qvla_export.policies.base import Policy
 
 T = TypeVar("T")
 # Of smoothing.
@@ -39,7 +39,7 @@ class Stand:
     run: RunFolder
     seed: int
     source: PolicySource
-    policy: "OftPolicy"
+    policy: "Policy"
     target: Target
     # Environment of the libraries.
     environment: Path

@@ -20,7 +20,7 @@ from qvla_export.shared.errors import CheckpointError
 
 _VISION_EPS = 1e-6  # timm's LayerNorm default, of both towers
 # Present in transformers' modules, absent from timm checkpoints.
-_NOT_UPSTREAM = ("vision_backbone.featurizer.embeddings.mask_token",)
+NOT_UPSTREAM = ("vision_backbone.featurizer.embeddings.mask_token",)
 
 
 def load_module(checkpoint: Path, config: OftConfig, weights: CheckpointWeights) -> OftModule:
@@ -59,7 +59,7 @@ def _checked_architecture(
     arch = _architecture(checkpoint, config, weights.shapes)
     with torch.device("meta"):
         expected = OftModule(arch).state_dict()
-    check_keys(weights.shapes, expected, _NOT_UPSTREAM, str(checkpoint))
+    check_keys(weights.shapes, expected, NOT_UPSTREAM, str(checkpoint))
     return arch
 
 

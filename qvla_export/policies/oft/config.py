@@ -4,28 +4,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qvla_export.shared.artifacts import read_json, write_json
+from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.errors import CheckpointError
-from qvla_export.shared.normalization import Normalization
-
-CONFIG_NAME = "qvla_policy.json"
+from qvla_export.shared.policy_interface import (
+    CONFIG_NAME,
+    INTERFACES,
+    PolicyInterface,
+    read_policy_config,
+    require_preset,
+)
 
 
 @dataclass(frozen=True)
-class OftConfig:
+class OftConfig(PolicyInterface):
     """Inputs, outputs and vocabulary of one OpenVLA-OFT checkpoint.
 
     Upstream chooses these by looking for "libero", "aloha" or "bridge" in the command line
     (`prismatic/vla/constants.py`); here they are a file, or one of `PRESETS` by name.
     """
 
-    # Image names in training order, primary camera first.
-    cameras: tuple[str, ...]
-    # Actions in a chunk, dimensions of an action, length of the state (0: none).
-    horizon: int
-    action_dim: int
-    state_dim: int
-    normalization: Normalization
     head: Literal["l1", "tokens"] = "l1"
     # Attention heads of the DINOv2 and SigLIP towers: the one shape weights do not show.
     vision_heads: tuple[int, int] = (16, 16)
@@ -38,51 +35,29 @@ class OftConfig:
     center_crop: bool = False
 
     def __post_init__(self) -> None:
-        if not self.cameras or min(self.horizon, self.action_dim) < 1 or self.state_dim < 0:
-            raise CheckpointError(
-                "a policy needs at least one camera, horizon and action_dim >= 1 and "
-                f"state_dim >= 0, got {self}"
-            )
-        choices = (("head", ("l1", "tokens")), ("normalization", ("q99", "bounds")))
-        for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise CheckpointError(f"{name} must be one of {allowed}, got {self!r}")
+        super().__post_init__()
+        self._require_choice("head", ("l1", "tokens"))
 
 
 PRESETS: dict[str, OftConfig] = {
-    "libero": OftConfig(
-        ("full_image", "wrist_image"), 8, 7, 8, "q99", training_image_size=224, center_crop=True
-    ),
-    "aloha": OftConfig(
-        ("full_image", "left_wrist_image", "right_wrist_image"),
-        25,
-        14,
-        14,
-        "bounds",
-        training_image_size=224,
-        center_crop=True,
-    ),
-    "bridge": OftConfig(("full_image",), 5, 7, 7, "q99", training_image_size=224, center_crop=True),
+    name: OftConfig(**vars(interface), training_image_size=224, center_crop=True)
+    for name, interface in INTERFACES.items()
 }
 
 
-def load_config(checkpoint: Path) -> OftConfig:
-    """Read `qvla_policy.json` beside a checkpoint's weights.
+def load_config(checkpoint: Path, preset: str | None = None) -> OftConfig:
+    """Read `qvla_policy.json` beside a checkpoint's weights, or take a preset instead.
 
     Raises:
-        CheckpointError: the file is absent (the message names the presets) or malformed.
+        CheckpointError: the preset is unknown, or the file is absent (the message names the
+            presets) or malformed.
     """
-    path = checkpoint / CONFIG_NAME
-    if not path.is_file():
-        raise CheckpointError(
-            f"{checkpoint} has no {CONFIG_NAME}, and an OFT checkpoint does not say its chunk, "
-            f"dimensions or cameras. Write the file or choose a preset of {sorted(PRESETS)}."
-        )
-    raw = read_json(path, "policy configuration")
+    if preset is not None:
+        return PRESETS[require_preset(preset)]
     try:
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        return OftConfig(**fields)
+        return OftConfig(**read_policy_config(checkpoint))
     except TypeError as error:
+        path = checkpoint / CONFIG_NAME
         raise CheckpointError(f"{path} is not a policy configuration: {error}") from error
 
 

@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qvla_export.policies.base import PolicyBatch, PolicyStage
-from qvla_export.policies.oft.checkpoint import empty_module, filled_module, load_module
+from qvla_export.policies.oft.checkpoint import (
+    NOT_UPSTREAM,
+    empty_module,
+    filled_module,
+    load_module,
+)
 from qvla_export.policies.oft.config import OftConfig, load_config
 from qvla_export.policies.oft.module import IGNORED_TOKEN_ID, OftModule
+from qvla_export.policies.oft.smoothing import find_migrations
 from qvla_export.policies.oft.stages import cut_stages, whole_stage
 from qvla_export.policies.oft.weights import CheckpointWeights, open_weights, part_file
+from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.artifacts import read_json, sha256_tree
 from qvla_export.shared.clock import StageClock
@@ -136,6 +143,15 @@ class OftPolicy:
                 name
             ]
         return tensor.detach().numpy()
+
+    def stored_numbers(self) -> int:
+        """Return how many weights the checkpoint holds."""
+        tensors = self.module.state_dict() if self.stored is None else self.stored.shapes
+        return sum(t.numel() for name, t in tensors.items() if name not in NOT_UPSTREAM)
+
+    def migrations(self) -> tuple[Migration, ...]:
+        """Return where the network can be smoothed."""
+        return find_migrations(self.module)
 
     def in_memory(self) -> "OftPolicy":
         """Return the policy with its weights read, if they were left on disk."""

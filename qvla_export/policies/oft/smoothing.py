@@ -7,9 +7,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qvla_export.measurement.smoothing import Migration
 from qvla_export.policies.oft.keys import from_upstream, to_upstream
 from qvla_export.policies.oft.module import OftModule
+from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.artifacts import new_folder, read_json, write_json
 from qvla_export.shared.errors import CheckpointError
 

@@ -16,18 +16,12 @@ from torch import Tensor
 
 from calibration.calibration_set import CalibrationSet
 from engines.targets import find_target
-from qvla_export.measurement.smoothing import (
-    Migration,
-    input_maxima,
-    smoothed,
-    smoothed_tensors,
-    smoothing_error,
-    smoothing_factors,
-)
+from qvla_export.measurement.smoothing import input_maxima, smoothed, smoothing_error
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.layers import traced_layers
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.policies.oft.smoothing import find_migrations, write_smoothed
+from qvla_export.policies.smoothing import Migration, smoothed_tensors, smoothing_factors
 from qvla_export.shared.errors import CheckpointError, QvlaError
 from qvla_export.shared.observation import Observation
 

@@ -49,6 +49,7 @@ def run(tmp_path: Path) -> RunFolder:
         "means": [[0.5] * 3] * 2,
         "tvf_normalize_params": [{"mean": [0.5] * 3, "std": [0.5] * 3}] * 2,
     }
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "openvla"}))
     (checkpoint / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder
 

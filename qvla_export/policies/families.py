@@ -1,0 +1,134 @@
+"""Families of policies: recognize a checkpoint folder from its files and open it.
+
+The one place, besides training, that knows families by name; imports no torch until it opens one.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from qvla_export.latency_model.network_shape import PolicyInputs
+from qvla_export.latency_model.published_sizes import find_geometry
+from qvla_export.policies.oft.family import OftFamily
+from qvla_export.shared.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qvla_export.policies.base import Policy
+
+
+class Family(Protocol):
+    """What is particular to one kind of checkpoint, without a checkpoint at hand."""
+
+    # Its folder's name.
+    name: str
+    # What its config.json calls itself.
+    model_type: str
+    # Published sizes that it can write with random weights, see `latency_model.published_sizes`.
+    sizes: tuple[str, ...]
+
+    def recognizes(self, checkpoint: Path) -> bool:
+        """Whether a folder, which has a config.json, is a checkpoint of this family."""
+        ...
+
+    def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
+        """Return what decides the rows of a checkpoint's layers; reads no weights.
+
+        Raises:
+            CheckpointError: nothing says it, or the preset is unknown.
+        """
+        ...
+
+    def can_stay_on_disk(self, checkpoint: Path, preset: str | None) -> bool:
+        """Whether a policy can be opened with its weights left on disk."""
+        ...
+
+    def open(
+        self, checkpoint: Path, unnorm_key: str | None, preset: str | None, resident: bool
+    ) -> "Policy":
+        """Load a checkpoint folder; see `open_policy`."""
+        ...
+
+    def write_smoothed(
+        self, checkpoint: Path, output: Path, factors: "Mapping[str, Tensor]", keep_types: bool
+    ) -> None:
+        """Copy a checkpoint with some parameters multiplied, atomically.
+
+        Args:
+            checkpoint: the folder to copy.
+            output: the folder to write; an existing one is replaced.
+            factors: parameter name -> what it is multiplied by, see `smoothed_tensors`.
+            keep_types: store products in their tensors' own types, else in float32.
+
+        Raises:
+            CheckpointError: a parameter is not stored there, or the folders are the same.
+        """
+        ...
+
+    def write_random_checkpoint(
+        self,
+        output: Path,
+        size: str,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write a checkpoint of a published size with random weights.
+
+        Args:
+            output: the folder to create or replace.
+            size: one of `sizes`.
+            on_progress: called with (bytes written, bytes in all).
+        """
+        ...
+
+
+FAMILIES: tuple[Family, ...] = (OftFamily(),)
+
+
+def recognize(checkpoint: Path) -> Family:
+    """Return the family of a checkpoint folder.
+
+    Raises:
+        CheckpointError: there is no such folder, or it is of no family known here.
+        ArtifactError: its config.json is not JSON.
+    """
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"checkpoint folder not found: {checkpoint}")
+    if not (checkpoint / "config.json").is_file():
+        raise CheckpointError(f"{checkpoint} has no config.json; is it a whole checkpoint?")
+    for family in FAMILIES:
+        if family.recognizes(checkpoint):
+            return family
+    types = " or ".join(repr(family.model_type) for family in FAMILIES)
+    raise CheckpointError(f"{checkpoint}/config.json is of no known model_type; known: {types}")
+
+
+def open_policy(
+    checkpoint: Path,
+    unnorm_key: str | None = None,
+    preset: str | None = None,
+    resident: bool = True,
+) -> "Policy":
+    """Load a checkpoint folder of any family.
+
+    Args:
+        checkpoint: the folder in its published layout.
+        unnorm_key: data set whose statistics un-normalize actions; may be None if only one.
+        preset: "libero", "aloha" or "bridge"; None reads `qvla_policy.json` beside the weights.
+        resident: False leaves the weights on disk: the policy can be measured and exported part by
+            part, in the memory of one part, but not run by torch as a whole.
+
+    Raises:
+        CheckpointError, StatisticsError: what is wrong and what is available.
+    """
+    return recognize(checkpoint).open(checkpoint, unnorm_key, preset, resident)
+
+
+def family_with_size(size: str) -> Family:
+    """Return the family that a published size belongs to.
+
+    Raises:
+        QvlaError: the size is unknown; the message lists those there are and the nearest.
+    """
+    find_geometry(size)
+    return next(family for family in FAMILIES if size in family.sizes)

@@ -1,0 +1,75 @@
+"""OpenVLA-OFT as a `Family`: how its checkpoints are recognized, opened and written anew."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qvla_export.latency_model.network_shape import PolicyInputs
+from qvla_export.latency_model.published_sizes import GEOMETRIES, PROMPT_TOKENS, find_geometry
+from qvla_export.policies.oft.config import load_config
+from qvla_export.shared.artifacts import read_json
+from qvla_export.shared.images import load_image_spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qvla_export.policies.oft.policy import OftPolicy
+
+
+class OftFamily:
+    """See `Family` for the meaning of its members; torch is imported where a checkpoint is."""
+
+    name = "oft"
+    model_type = "openvla"
+    sizes = tuple(GEOMETRIES)
+
+    def recognizes(self, checkpoint: Path) -> bool:
+        """Whether config.json is an OpenVLA's."""
+        raw = read_json(checkpoint / "config.json", "model configuration")
+        return isinstance(raw, dict) and raw.get("model_type") == self.model_type
+
+    def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
+        """Return what decides the rows of the layers; reads no weights."""
+        config = load_config(checkpoint, preset)
+        image = load_image_spec(checkpoint / "preprocessor_config.json")
+        return PolicyInputs(
+            images=len(config.cameras),
+            image_size=image.size,
+            prompt_tokens=PROMPT_TOKENS,
+            horizon=config.horizon,
+            action_dim=config.action_dim,
+            state_dim=config.state_dim,
+            head=config.head,
+        )
+
+    def can_stay_on_disk(self, checkpoint: Path, preset: str | None) -> bool:
+        """Whether weights can be left on disk: not a token head's, whose bins are a table."""
+        return load_config(checkpoint, preset).head != "tokens"
+
+    def open(
+        self, checkpoint: Path, unnorm_key: str | None, preset: str | None, resident: bool
+    ) -> "OftPolicy":
+        """Load a checkpoint folder; see `load_oft_policy`."""
+        from qvla_export.policies.oft.policy import load_oft_policy
+
+        config = None if preset is None else load_config(checkpoint, preset)
+        return load_oft_policy(checkpoint, unnorm_key, config, resident)
+
+    def write_smoothed(
+        self, checkpoint: Path, output: Path, factors: "Mapping[str, Tensor]", keep_types: bool
+    ) -> None:
+        """Copy a checkpoint with some parameters multiplied; see `oft.smoothing`."""
+        from qvla_export.policies.oft.smoothing import write_smoothed
+
+        write_smoothed(checkpoint, output, factors, keep_types)
+
+    def write_random_checkpoint(
+        self,
+        output: Path,
+        size: str,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write a checkpoint of a published size with random weights and LIBERO's interface."""
+        from qvla_export.policies.oft.random_checkpoint import write_random_checkpoint
+
+        write_random_checkpoint(output, find_geometry(size), on_progress=on_progress)
