@@ -12,7 +12,7 @@ from engines.base import BundleEngine, EngineError, Feeds, check_feeds, rounds_a
 from engines.layer_times import LayerTime, LayerTimes
 from engines.ort_layers import profiling_options, read_profile
 from qvla_export.shared.bundle import Bundle, Stage
-from qvla_export.shared.clock import StageClock
+from qvla_export.shared.clock import SpanClock
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 _UNPACK = "session.disable_quant_qdq"
@@ -74,10 +74,10 @@ class OrtEngine(BundleEngine):
             raise EngineError("the engine is closed; load it again")
         check_feeds(self.inputs, feeds)
         values = dict(feeds)
-        clock = StageClock()
+        clock = SpanClock()
         for stage in self._bundle.stages:
             # Loading, where a stage is not kept, is part of what the stage takes.
-            with clock.stage(stage.name):
+            with clock.span(stage.name):
                 session = self._sessions[stage.name] if self._keep_loaded else self._load(stage)
                 _run(session, stage, values)
         self._stage_ms = clock.timing_ms

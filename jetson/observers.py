@@ -13,8 +13,8 @@ from jetson.live.routes import live_routes
 from jetson.recording.writer import McapRecorder
 from jetson.server_settings import ServerSettings
 from jetson.serving.metrics import Metrics
-from jetson.serving.observing import Observer, Observers, Served
 from jetson.serving.policy_contract import PolicyContract, processor_of
+from jetson.serving.request_observer import Observer, Observers, ServedRequest
 from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.errors import QvlaError
 
@@ -26,13 +26,13 @@ class Watch:
     observers: Observers
     routes: list[BaseRoute]
 
-    def refused(self, error: QvlaError) -> None:
+    def on_refusal(self, error: QvlaError) -> None:
         """Note a request that was turned away unread."""
-        self.observers.answered(Served(None, None, {}, error))
+        self.observers.on_request(ServedRequest(None, None, {}, error))
 
 
 @contextlib.contextmanager
-def watching(
+def open_watch(
     policy: ActionPolicy, contract: PolicyContract, settings: ServerSettings
 ) -> Iterator[Watch]:
     """Yield what watches a server; closes the recording, if there is one, at the end.

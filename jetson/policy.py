@@ -7,7 +7,7 @@ import numpy as np
 from engines.base import Engine, EngineError
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.bundle import Bundle
-from qvla_export.shared.clock import StageClock, part
+from qvla_export.shared.clock import SpanClock, inner_span
 from qvla_export.shared.observation import Observation
 
 
@@ -25,7 +25,7 @@ class EnginePolicy:
     def infer(self, observation: Observation) -> ActionChunk:
         """Act on one observation, with the milliseconds of preprocess, engine, postprocess.
 
-        "engine" is the whole call by the host's clock, after the device is done; its parts
+        "engine" is the whole call by the host's clock, after the device is done; its inner spans
         "engine.<name>" are the engine's own `stage_ms`. What is left between the two is checks,
         launches and copies within the host.
 
@@ -34,14 +34,14 @@ class EnginePolicy:
             UnsafeAction: the engine put out NaN or infinity; nothing is returned to act on.
         """
         processor = self.bundle.processor
-        clock = StageClock()
-        with clock.stage("preprocess"):
+        clock = SpanClock()
+        with clock.span("preprocess"):
             feeds = processor.feeds(observation)
-        with clock.stage("engine"):
+        with clock.span("engine"):
             normalized = self.engine.infer(feeds)["actions"][0]
         stage_ms = self.engine.stage_ms
-        clock.timing_ms |= {part("engine", name): ms for name, ms in stage_ms.items()}
-        with clock.stage("postprocess"):
+        clock.timing_ms |= {inner_span("engine", name): ms for name, ms in stage_ms.items()}
+        with clock.span("postprocess"):
             if not np.isfinite(normalized).all():
                 bad = np.argwhere(~np.isfinite(normalized)).tolist()
                 raise UnsafeAction(

@@ -31,7 +31,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from jetson.errors import RefusedSetting
-from jetson.observers import Watch, watching
+from jetson.observers import Watch, open_watch
 from jetson.server_settings import ServerSettings
 from jetson.serving.guard import Guard
 from jetson.serving.policy_contract import PolicyContract
@@ -97,7 +97,7 @@ def serve(
 
 
 @contextlib.contextmanager
-def running_server(
+def open_server(
     policy: ActionPolicy,
     settings: ServerSettings,
     contract: PolicyContract | None = None,
@@ -137,9 +137,9 @@ def _ready(
         line = stack.enter_context(ActionLine(service, settings.max_pending))
         first_ms = service.warm_up(settings.warmup, warmup)
         _LOG.info("warmed up, first action %.1f ms", first_ms)
-        watch = stack.enter_context(watching(policy, service.contract, settings))
+        watch = stack.enter_context(open_watch(policy, service.contract, settings))
         service.observers = watch.observers
-        gate.on_refusal = watch.refused
+        gate.on_refusal = watch.on_refusal
         if settings.token and settings.tls is None and not settings.on_loopback:
             _LOG.warning("the token travels readable; give --tls-cert and --tls-key to encrypt")
         threads = stack.enter_context(

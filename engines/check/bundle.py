@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engines.check.finding import Finding
+from engines.check.finding import GraphFinding
 from engines.check.model import CheckedGraph, open_graph, shape_of
 from engines.check.operator_rules import check_imports, check_operators, check_products, check_types
 from engines.check.ort_rules import check_ort
@@ -13,7 +13,7 @@ from qvla_export.shared.bundle import MANIFEST, Bundle, Stage, TensorSpec
 from qvla_export.shared.target import Target
 
 
-def check_graph(graph: CheckedGraph, target: Target) -> tuple[Finding, ...]:
+def check_graph(graph: CheckedGraph, target: Target) -> tuple[GraphFinding, ...]:
     """Return every place of a graph that breaks a rule of a target, in graph order by kind."""
     check_imports(graph, target)
     check_types(graph, target)
@@ -26,7 +26,7 @@ def check_graph(graph: CheckedGraph, target: Target) -> tuple[Finding, ...]:
     return tuple(graph.findings)
 
 
-def check_model(path: Path, target: Target) -> tuple[Finding, ...]:
+def check_model(path: Path, target: Target) -> tuple[GraphFinding, ...]:
     """Check one ONNX file, which is for no target in particular.
 
     Args:
@@ -39,7 +39,7 @@ def check_model(path: Path, target: Target) -> tuple[Finding, ...]:
     return check_graph(open_graph(path, path.stem), target)
 
 
-def check_bundle(bundle: Bundle, target: Target) -> tuple[Finding, ...]:
+def check_bundle(bundle: Bundle, target: Target) -> tuple[GraphFinding, ...]:
     """Check a bundle's manifest and each of its graphs.
 
     Args:
@@ -49,7 +49,7 @@ def check_bundle(bundle: Bundle, target: Target) -> tuple[Finding, ...]:
     Raises:
         ArtifactError: a stage is no ONNX graph.
     """
-    found: list[Finding] = []
+    found: list[GraphFinding] = []
     if bundle.target != target.name:
         rule = RULES["bundle.target"]
         message = (
@@ -57,7 +57,7 @@ def check_bundle(bundle: Bundle, target: Target) -> tuple[Finding, ...]:
             f"{target.name!r}, even where the graphs are alike: its plan was priced in other "
             f"bytes and milliseconds; qvla export --target {target.name} makes one"
         )
-        found.append(Finding(rule.name, rule.severity, "", MANIFEST, "", message, rule.source))
+        found.append(GraphFinding(rule.name, rule.severity, "", MANIFEST, "", message, rule.source))
     for stage in bundle.stages:
         graph = open_graph(bundle.model_path(stage), stage.name)
         _check_contract(graph, stage)
@@ -65,7 +65,7 @@ def check_bundle(bundle: Bundle, target: Target) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def check_path(path: Path, target: Target) -> tuple[Finding, ...]:
+def check_path(path: Path, target: Target) -> tuple[GraphFinding, ...]:
     """Check a bundle folder or a bare ONNX file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The noun `Finding`: one place of a graph that breaks one rule of a target."""
+"""The noun `GraphFinding`: one place of a graph that breaks one rule of a target."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Finding:
+class GraphFinding:
     """One place of a graph that breaks one rule."""
 
     rule: str
@@ -42,18 +42,18 @@ class CheckFailed(QvlaError):
     """A graph breaks a rule of its target."""
 
 
-def errors(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+def errors(findings: Iterable[GraphFinding]) -> tuple[GraphFinding, ...]:
     """Return the findings that are errors."""
     return tuple(finding for finding in findings if finding.severity == "error")
 
 
-def require_no_errors(findings: Iterable[Finding]) -> None:
+def require_no_errors(findings: Iterable[GraphFinding]) -> None:
     """Refuse findings of severity "error".
 
     Raises:
         CheckFailed: with the first three, one of each rule first.
     """
-    first: dict[str, Finding] = {}
+    first: dict[str, GraphFinding] = {}
     failed = errors(findings)
     for finding in failed:
         first.setdefault(finding.rule, finding)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.check.finding import Finding
+from engines.check.finding import GraphFinding
 from engines.check.rules import RULES
 from qvla_export.shared.errors import ArtifactError
 
@@ -29,7 +29,7 @@ class CheckedGraph:
     # Name of the stage, for findings.
     stage: str
     model: "ir.Model"
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[GraphFinding] = field(default_factory=list)
 
     @property
     def nodes(self) -> "Iterator[ir.Node]":
@@ -51,7 +51,7 @@ class CheckedGraph:
         severity, source = RULES[rule].severity, RULES[rule].source
         name = "" if node is None else str(node.name)
         op = str(getattr(node, "op_type", ""))
-        self.findings.append(Finding(rule, severity, self.stage, name, op, message, source))
+        self.findings.append(GraphFinding(rule, severity, self.stage, name, op, message, source))
 
 
 def open_graph(path: Path, stage: str) -> CheckedGraph:

@@ -14,7 +14,7 @@ from engines.check.model import (
     type_groups,
 )
 from engines.check.operators import OLDER, OPERATORS, UNSUPPORTED, Limit, Operator
-from engines.check.quantized import WEIGHT_INPUT
+from engines.check.quantization_node import WEIGHT_INPUT
 from engines.check.runtimes import (
     ONNX_COMPUTE,
     missing_type,

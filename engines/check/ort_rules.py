@@ -1,8 +1,8 @@
 """Rules of quantized weights on ONNX Runtime."""
 
 from engines.check.model import CheckedGraph, dtype_name
+from engines.check.quantization_node import read_quantized
 from engines.check.quantization_rules import check_scale
-from engines.check.quantized import read_quantized
 from qvla_export.shared.target import Target
 
 _INT2_COLUMNS = 4

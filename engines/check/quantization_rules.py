@@ -11,7 +11,7 @@ from engines.check.model import (
     dtype_name,
     numbers,
 )
-from engines.check.quantized import Quantized, read_quantized, weight_axes
+from engines.check.quantization_node import QuantizationNode, read_quantized, weight_axes
 from engines.check.runtimes import ONNX_COMPUTE
 from qvla_export.shared.target import Target
 
@@ -41,7 +41,7 @@ def check_quantization(graph: CheckedGraph, target: Target) -> None:
             _check_weight(graph, found, target)
 
 
-def check_scale(graph: CheckedGraph, found: Quantized, whole_blocks: bool) -> None:
+def check_scale(graph: CheckedGraph, found: QuantizationNode, whole_blocks: bool) -> None:
     """Scales are constants, positive and finite, as many as there are channels or blocks.
 
     Args:
@@ -82,14 +82,14 @@ def check_scale(graph: CheckedGraph, found: Quantized, whole_blocks: bool) -> No
         )
 
 
-def _scale_shape(found: Quantized, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _scale_shape(found: QuantizationNode, shape: tuple[int, ...]) -> tuple[int, ...]:
     if found.granularity == "channel":
         return (shape[found.axis],)
     blocks = -(-shape[found.axis] // max(found.block, 1))
     return (*shape[: found.axis], blocks, *shape[found.axis + 1 :])
 
 
-def _check_scale_type(graph: CheckedGraph, found: Quantized, target: Target) -> None:
+def _check_scale_type(graph: CheckedGraph, found: QuantizationNode, target: Target) -> None:
     node, scale = found.node, dtype_name(found.scale)
     wanted = ONNX_COMPUTE[target.compute]
     output = dtype_name(node.outputs[0])
@@ -110,7 +110,7 @@ def _check_scale_type(graph: CheckedGraph, found: Quantized, target: Target) -> 
         )
 
 
-def _check_symmetric(graph: CheckedGraph, found: Quantized) -> None:
+def _check_symmetric(graph: CheckedGraph, found: QuantizationNode) -> None:
     if found.zero_point is None:
         return
     root = constant_root(found.zero_point)
@@ -131,7 +131,7 @@ def _check_symmetric(graph: CheckedGraph, found: Quantized) -> None:
     )
 
 
-def _check_quantize(graph: CheckedGraph, found: Quantized) -> None:
+def _check_quantize(graph: CheckedGraph, found: QuantizationNode) -> None:
     node = found.node
     if found.bits == "UINT8":
         graph.add(
@@ -158,7 +158,7 @@ def _check_quantize(graph: CheckedGraph, found: Quantized) -> None:
         )
 
 
-def _check_activation(graph: CheckedGraph, found: Quantized) -> None:
+def _check_activation(graph: CheckedGraph, found: QuantizationNode) -> None:
     producer = found.data.producer()
     maker = None if producer is None else read_quantized(producer)
     if maker is not None and (maker.bits == "UINT8" or maker.granularity != "tensor"):
@@ -201,7 +201,7 @@ def _equal(first: "ir.Value | None", second: "ir.Value | None") -> bool:
     return first is second or bool(np.array_equal(numbers(first).ravel(), numbers(second).ravel()))
 
 
-def _check_weight(graph: CheckedGraph, found: Quantized, target: Target) -> None:
+def _check_weight(graph: CheckedGraph, found: QuantizationNode, target: Target) -> None:
     node, rank = found.node, len(found.shape or ())
     if found.granularity == "block" and found.bits == "INT8":
         graph.add(
@@ -238,14 +238,14 @@ def _check_weight(graph: CheckedGraph, found: Quantized, target: Target) -> None
     _warn_of_kernels(graph, found)
 
 
-def _odd(found: Quantized, target: Target) -> bool:
+def _odd(found: QuantizationNode, target: Target) -> bool:
     if not found.shape:
         return False
     even_rows = target.runtime == "tensorrt"
     return bool(found.shape[-1] % 2) and (even_rows or bool(np.prod(found.shape) % 2))
 
 
-def _check_axis(graph: CheckedGraph, found: Quantized, rank: int) -> None:
+def _check_axis(graph: CheckedGraph, found: QuantizationNode, rank: int) -> None:
     if found.granularity == "tensor":
         return
     for product in found.products:
@@ -261,7 +261,7 @@ def _check_axis(graph: CheckedGraph, found: Quantized, rank: int) -> None:
             return
 
 
-def _warn_of_kernels(graph: CheckedGraph, found: Quantized) -> None:
+def _warn_of_kernels(graph: CheckedGraph, found: QuantizationNode) -> None:
     node = found.node
     if found.bits == "INT4" and found.granularity != "block":
         graph.add(

@@ -9,18 +9,18 @@ import numpy as np
 from engines.base import EngineError
 from engines.trt.gpu import Gpu
 from engines.trt.modules import TrtModule
+from engines.trt.seal import UnsealedEngine
 from engines.trt.sidecar import REMEDY, Sidecar, engine_path, sidecar_path
-from engines.trt.vouching import NotVouchedFor
 from qvla_export.shared.artifacts import require_same
 from qvla_export.shared.bundle import Bundle, Stage
 
 
-def admitted_sidecar(bundle: Bundle, stage: Stage, folder: Path) -> Sidecar:
+def admit_sidecar(bundle: Bundle, stage: Stage, folder: Path) -> Sidecar:
     """Return what this machine stated about a stage's engine when it built it.
 
     Raises:
         EngineError: there is no engine.
-        NotVouchedFor: the statement was not made here.
+        UnsealedEngine: the statement was not made here.
         ArtifactMismatch: the engine is of another bundle.
     """
     path = sidecar_path(folder, stage.name)
@@ -36,16 +36,16 @@ def admitted_sidecar(bundle: Bundle, stage: Stage, folder: Path) -> Sidecar:
     return sidecar
 
 
-def admitted_engine(path: Path, sidecar: Sidecar) -> bytes:
+def admit_engine(path: Path, sidecar: Sidecar) -> bytes:
     """Return an engine's bytes, whose digest its sidecar states; these bytes are to be loaded.
 
     Raises:
-        NotVouchedFor: they are other bytes.
+        UnsealedEngine: they are other bytes.
     """
     data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if found != sidecar.engine_sha256:
-        raise NotVouchedFor(
+        raise UnsealedEngine(
             f"{path} is not the engine that was built here: expected SHA-256 "
             f"{sidecar.engine_sha256}, found {found}; {REMEDY}"
         )

@@ -16,10 +16,10 @@ from engines.trt.log import Log
 from engines.trt.modules import BuildError, TrtModule, load_module, require_device
 from engines.trt.network import Network, parse_stage, stage_inputs, stage_outputs
 from engines.trt.progress import Progress
+from engines.trt.seal import UnsealedEngine
 from engines.trt.shapes import PromptRange, ShapeRange, input_ranges
 from engines.trt.sidecar import Origin, Sidecar, engine_path, sidecar_path
 from engines.trt.timing_cache import TimingCache
-from engines.trt.vouching import NotVouchedFor
 from qvla_export.shared.artifacts import read_json, sha256_file, write_bytes, write_json
 from qvla_export.shared.bundle import Bundle, Stage
 from qvla_export.shared.errors import ArtifactError
@@ -128,7 +128,7 @@ def _kept(job: _Job, stage: Stage, known: Mapping[str, ShapeRange]) -> Sidecar |
     """Return what an earlier build of this very engine left behind; None if it must be built."""
     try:
         found = Sidecar.load(sidecar_path(job.folder, stage.name))
-    except (ArtifactError, NotVouchedFor):
+    except (ArtifactError, UnsealedEngine):
         return None
     inputs = {name: known[name] for name in found.origin.inputs if name in known}
     path = engine_path(job.folder, stage.name)

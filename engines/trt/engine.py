@@ -11,8 +11,8 @@ from engines.base import BundleEngine, EngineError, Feeds, InvalidFeeds, check_f
 from engines.layer_times import LayerTimes
 from engines.targets import find_target
 from engines.trt.admission import (
-    admitted_engine,
-    admitted_sidecar,
+    admit_engine,
+    admit_sidecar,
     require_gpu,
     require_tensors,
     require_version,
@@ -64,7 +64,7 @@ class TensorRtEngine(BundleEngine):
                 another version, or does not load.
         """
         folder = engine_folder(bundle) if folder is None else folder
-        sidecars = {stage.name: admitted_sidecar(bundle, stage, folder) for stage in bundle.stages}
+        sidecars = {stage.name: admit_sidecar(bundle, stage, folder) for stage in bundle.stages}
         self._module = module or load_module(find_target(bundle.target))
         for sidecar in sidecars.values():
             require_version(sidecar, self._module)
@@ -215,7 +215,7 @@ class TensorRtEngine(BundleEngine):
 
     def _load(self, runtime: Any, stage: Stage, folder: Path, sidecar: Sidecar) -> Any:
         path = engine_path(folder, stage.name)
-        data = admitted_engine(path, sidecar)
+        data = admit_engine(path, sidecar)
         with self._log.native_errors():
             engine = runtime.deserialize_cuda_engine(data)
         if engine is None:

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engines.trt.seal import UnsealedEngine, read_sealed, write_sealed
 from engines.trt.shapes import ShapeRange, ranges_from_json, ranges_to_json
-from engines.trt.vouching import NotVouchedFor, read_sealed, write_sealed
 from qvla_export.shared.artifacts import require_fields
 from qvla_export.shared.bundle import Bundle
 
@@ -73,11 +73,11 @@ class Sidecar:
 
         Raises:
             ArtifactError: it is missing, damaged or of another format.
-            NotVouchedFor: it comes from elsewhere.
+            UnsealedEngine: it comes from elsewhere.
         """
         value = read_sealed(path, "engine sidecar", REMEDY)
         if value.pop("format", None) != FORMAT:
-            raise NotVouchedFor(f"{path} must be of format {FORMAT!r}; {REMEDY}")
+            raise UnsealedEngine(f"{path} must be of format {FORMAT!r}; {REMEDY}")
         require_fields(value, Sidecar.__dataclass_fields__, f"engine sidecar {path}")
         origin = dict(value["origin"])
         require_fields(origin, Origin.__dataclass_fields__, f"engine sidecar {path}")

@@ -12,7 +12,7 @@ from typing import Any
 from engines.base import EngineError
 from engines.trt.gpu import Gpu
 from engines.trt.modules import BuildError, TrtModule
-from engines.trt.vouching import read_sealed, write_sealed
+from engines.trt.seal import read_sealed, write_sealed
 from qvla_export.shared.artifacts import write_bytes
 
 _FORMAT = "qvla-timing-cache-1"
@@ -55,7 +55,7 @@ class TimingCache:
 
         Raises:
             TimingCacheError: it was changed, or is for another module, version or device.
-            NotVouchedFor: another machine or user made it.
+            UnsealedEngine: another machine or user made it.
         """
         if not self.path.exists() and not self.pin.exists():
             return b""

@@ -7,8 +7,8 @@ it. Paths: jetson-stats' `gpu.py` and `memory.py`; Jetson Linux r35 to r39.
 
 from pathlib import Path
 
-from jetson.board.files import found, number_of, numbers_of, text_of
-from jetson.board.state import Clock
+from jetson.board.files import number_of, numbers_of, paths_in, text_of
+from jetson.board.state import ClockState
 
 # Names of the GPU in the device tree: Xavier, Orin, Thor.
 _GPU_NODES = ("gpu", "gv11b", "ga10b", "gb10b")
@@ -17,20 +17,20 @@ _MEMORY = "bwmgr"
 _LIMITS = ("cur_freq", "min_freq", "max_freq")
 
 
-def read_clocks(root: Path) -> tuple[Clock, ...]:
+def read_clocks(root: Path) -> tuple[ClockState, ...]:
     """Return the clocks that can be read, the CPU's cores first."""
     parts = (*_cpu_clocks(root), _gpu_clock(root), _memory_clock(root))
     return tuple(clock for clock in parts if clock is not None)
 
 
-def _cpu_clocks(root: Path) -> list[Clock | None]:
-    folders = found(root / "sys/devices/system/cpu", "cpu[0-9]*/cpufreq")
+def _cpu_clocks(root: Path) -> list[ClockState | None]:
+    folders = paths_in(root / "sys/devices/system/cpu", "cpu[0-9]*/cpufreq")
     names = ("scaling_cur_freq", "scaling_min_freq", "scaling_max_freq")
     return [_clock(folder.parent.name, folder, names, 1e3) for folder in folders]
 
 
-def _gpu_clock(root: Path) -> Clock | None:
-    for folder in found(root / "sys/class/devfreq", "*"):
+def _gpu_clock(root: Path) -> ClockState | None:
+    for folder in paths_in(root / "sys/class/devfreq", "*"):
         node = text_of(folder / "device/of_node/name").lower()
         if folder.name == _THOR_GPC or node in _GPU_NODES or _is_gpu(folder.name):
             return _clock("gpu", folder, _LIMITS, 1e6)
@@ -42,7 +42,7 @@ def _is_gpu(device: str) -> bool:
     return device.rpartition(".")[2] in _GPU_NODES
 
 
-def _memory_clock(root: Path) -> Clock | None:
+def _memory_clock(root: Path) -> ClockState | None:
     folder = root / "sys/kernel/debug/bpmp/debug/clk/emc"
     mhz = number_of(folder / "rate")
     if mhz is None:
@@ -52,15 +52,15 @@ def _memory_clock(root: Path) -> Clock | None:
     if cap and fastest:
         fastest = min(cap, fastest)
     locked = None if held is None else bool(held)
-    return Clock("emc", _mhz(mhz, 1e6), _mhz(slowest, 1e6), _mhz(fastest, 1e6), locked)
+    return ClockState("emc", _mhz(mhz, 1e6), _mhz(slowest, 1e6), _mhz(fastest, 1e6), locked)
 
 
-def _clock(name: str, folder: Path, names: tuple[str, str, str], unit: float) -> Clock | None:
+def _clock(name: str, folder: Path, names: tuple[str, str, str], unit: float) -> ClockState | None:
     mhz, slowest, fastest = (_mhz(value, unit) for value in numbers_of(folder, *names))
     if mhz is None and slowest is None and fastest is None:
         return None
     locked = None if slowest is None or fastest is None else slowest == fastest
-    return Clock(name, mhz, slowest, fastest, locked)
+    return ClockState(name, mhz, slowest, fastest, locked)
 
 
 def _mhz(value: float | None, unit: float) -> float | None:

@@ -31,7 +31,7 @@ def meminfo_bytes(text: str, name: str) -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-def found(folder: Path, pattern: str) -> list[Path]:
+def paths_in(folder: Path, pattern: str) -> list[Path]:
     """Return the paths below a folder that match, numbers in order; none if there is no folder."""
     try:
         return sorted(folder.glob(pattern), key=_natural)

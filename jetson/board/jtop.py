@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from jetson.board.sensors import zone_name
-from jetson.board.state import UNKNOWN, BoardState, Clock
+from jetson.board.state import UNKNOWN, BoardState, ClockState
 
 _KHZ = 1e3
 
@@ -69,11 +69,13 @@ def _part(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _clock(name: str, found: Mapping[str, Any]) -> Clock:
+def _clock(name: str, found: Mapping[str, Any]) -> ClockState:
     mhz, slowest, fastest = (
         None if found.get(key) is None else float(found[key]) / _KHZ
         for key in ("cur", "min", "max")
     )
     # As jetson-stats judges: the memory is locked where it runs as fast as it may.
     held = mhz if name == "emc" else slowest
-    return Clock(name, mhz, slowest, fastest, None if None in (held, fastest) else held == fastest)
+    return ClockState(
+        name, mhz, slowest, fastest, None if None in (held, fastest) else held == fastest
+    )

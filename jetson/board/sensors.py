@@ -9,7 +9,7 @@ thermal events of Intel's CPUs.
 import re
 from pathlib import Path
 
-from jetson.board.files import found, number_of, text_of
+from jetson.board.files import number_of, paths_in, text_of
 
 # Zones of a Jetson that are switched off say -256 degrees.
 OFF_C = -200.0
@@ -22,7 +22,7 @@ _PAGE_BYTES = 4096
 def read_temperatures_c(root: Path) -> dict[str, float]:
     """Return degrees Celsius by thermal zone, names in lower case: "cpu", "gpu", "tj"."""
     read: dict[str, float] = {}
-    for folder in found(root / "sys/class/thermal", "thermal_zone*"):
+    for folder in paths_in(root / "sys/class/thermal", "thermal_zone*"):
         value = number_of(folder / "temp")
         if value is not None and value / 1000 > OFF_C:
             name = zone_name(text_of(folder / "type")) or folder.name
@@ -38,14 +38,14 @@ def zone_name(text: str) -> str:
 def read_rails_mw(root: Path) -> dict[str, float]:
     """Return milliwatts by power rail."""
     read: dict[str, float] = {}
-    for folder in found(root / "sys/class/hwmon", "hwmon*"):
+    for folder in paths_in(root / "sys/class/hwmon", "hwmon*"):
         device = text_of(folder / "name")
         if device in _RAIL_MONITORS:
-            for label in found(folder, "in[0-9]*_label"):
+            for label in paths_in(folder, "in[0-9]*_label"):
                 mw = _rail_mw(folder, label.name.removeprefix("in").removesuffix("_label"))
                 if mw is not None and _is_rail(text_of(label)):
                     read[text_of(label)] = mw
-        for power in found(folder, "power[0-9]*_input"):
+        for power in paths_in(folder, "power[0-9]*_input"):
             microwatts = number_of(power)
             if microwatts is not None:
                 label_text = text_of(power.with_name(power.name.replace("_input", "_label")))
@@ -69,7 +69,7 @@ def _is_rail(label: str) -> bool:
 def read_throttling(root: Path) -> tuple[str, ...]:
     """Return what slows the machine down now."""
     active = set()
-    for folder in found(root / "sys/class/thermal", "cooling_device*"):
+    for folder in paths_in(root / "sys/class/thermal", "cooling_device*"):
         name = text_of(folder / "type")
         if (number_of(folder / "cur_state") or 0) > 0 and not any(fan in name for fan in _FANS):
             active.add(name)
@@ -78,11 +78,11 @@ def read_throttling(root: Path) -> tuple[str, ...]:
 
 def read_throttle_counts(root: Path) -> dict[str, int]:
     """Return how often the hardware slowed down since boot, by counter."""
-    counters = found(root / "sys/class/hwmon", "hwmon*/oc[0-9]*_event_cnt")
+    counters = paths_in(root / "sys/class/hwmon", "hwmon*/oc[0-9]*_event_cnt")
     read = {path.name.removesuffix("_event_cnt"): number_of(path) for path in counters}
     cpus = root / "sys/devices/system/cpu"
     for name in ("core_throttle_count", "package_throttle_count"):
-        counts = [number_of(path) for path in found(cpus, f"cpu[0-9]*/thermal_throttle/{name}")]
+        counts = [number_of(path) for path in paths_in(cpus, f"cpu[0-9]*/thermal_throttle/{name}")]
         if counts:
             read[name] = max(count or 0 for count in counts)
     return {name: int(count) for name, count in read.items() if count is not None}

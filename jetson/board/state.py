@@ -10,7 +10,7 @@ from qvla_export.shared.errors import ArtifactError
 
 
 @dataclass(frozen=True)
-class Clock:
+class ClockState:
     """One clock domain, frequencies in MHz; None where they cannot be read."""
 
     # "cpu0" and so on, "gpu", "emc" (the memory).
@@ -53,7 +53,7 @@ class BoardState:
     power_mode: str | None = None
     # Whether every clock that can be read is locked (`jetson_clocks`).
     clocks_locked: bool | None = None
-    clocks: tuple[Clock, ...] = ()
+    clocks: tuple[ClockState, ...] = ()
     # Thermal zone -> degrees Celsius; zones that are switched off are left out.
     temperatures_c: Mapping[str, float] = field(default_factory=dict)
     # Power rail -> milliwatts. Their sum is not the power the board takes in.
@@ -75,7 +75,7 @@ class BoardState:
         """Whether the machine is a Jetson."""
         return bool(self.l4t or self.module) or "jetson" in self.model.lower()
 
-    def clock(self, name: str) -> Clock | None:
+    def clock(self, name: str) -> ClockState | None:
         """Return a clock by name; None where it cannot be read."""
         return next((clock for clock in self.clocks if clock.name == name), None)
 
@@ -114,7 +114,7 @@ class BoardState:
         try:
             for name in {*_TUPLES} & set(known):
                 known[name] = tuple(known[name])
-            known["clocks"] = tuple(Clock(**clock) for clock in known.get("clocks", ()))
+            known["clocks"] = tuple(ClockState(**clock) for clock in known.get("clocks", ()))
             for name in {*_MAPPINGS} & set(known):
                 known[name] = dict(known[name])
                 if not all(math.isfinite(number) for number in known[name].values()):
@@ -131,13 +131,13 @@ _FIRST_FIELDS = 10
 UNKNOWN = BoardState("", "", "", "", 0, (), (), None, None, None)
 
 
-def all_locked(clocks: Iterable[Clock]) -> bool | None:
+def all_locked(clocks: Iterable[ClockState]) -> bool | None:
     """Say whether all clocks are locked of which that is known; None if it is of none."""
     known = [clock.locked for clock in clocks if clock.locked is not None]
     return all(known) if known else None
 
 
-def _merged(ours: tuple[Clock, ...], theirs: tuple[Clock, ...]) -> tuple[Clock, ...]:
+def _merged(ours: tuple[ClockState, ...], theirs: tuple[ClockState, ...]) -> tuple[ClockState, ...]:
     found = {clock.name: clock for clock in ours}
     for clock in theirs:
         known = {k: v for k, v in asdict(found.get(clock.name, clock)).items() if v is not None}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from jetson.board.files import number_of
 from jetson.board.sensors import OFF_C, zone_name
-from jetson.board.state import UNKNOWN, BoardState, Clock
+from jetson.board.state import UNKNOWN, BoardState, ClockState
 
 _UNITS = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 _NUMBER = r"\d+(?:\.\d+)?"
@@ -59,12 +59,12 @@ class TegraStats:
     def to_state(self) -> BoardState:
         """Return what the line says of a board."""
         clocks = [
-            Clock(f"cpu{index}", mhz=core.mhz)
+            ClockState(f"cpu{index}", mhz=core.mhz)
             for index, core in enumerate(self.cores)
             if core is not None and core.mhz is not None
         ]
-        clocks += [Clock("gpu", mhz=max(self.gpu_mhz))] if self.gpu_mhz else []
-        clocks += [Clock("emc", mhz=self.emc_mhz)] if self.emc_mhz is not None else []
+        clocks += [ClockState("gpu", mhz=max(self.gpu_mhz))] if self.gpu_mhz else []
+        clocks += [ClockState("emc", mhz=self.emc_mhz)] if self.emc_mhz is not None else []
         return replace(
             UNKNOWN,
             cores=sum(core is not None for core in self.cores),

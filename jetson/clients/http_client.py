@@ -11,11 +11,11 @@ from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.security import client_tls, read_token
 from jetson.serving.wire import decode_reply, encode_request
 from qvla_export.shared.action import ActionChunk
-from qvla_export.shared.clock import StageClock, whole_stages
+from qvla_export.shared.clock import SpanClock, whole_spans
 from qvla_export.shared.errors import InvalidObservation, QvlaError
 from qvla_export.shared.observation import Observation
 
-_STAGE = re.compile(r"([A-Za-z0-9_.-]+);dur=([0-9]+(?:\.[0-9]+)?)", re.ASCII)
+_SPAN = re.compile(r"([A-Za-z0-9_.-]+);dur=([0-9]+(?:\.[0-9]+)?)", re.ASCII)
 
 
 class RemotePolicy:
@@ -59,7 +59,7 @@ class RemotePolicy:
             raise
 
     def infer(self, observation: Observation) -> ActionChunk:
-        """Return the remote policy's next actions; stage "transport" is the way there and back.
+        """Return the remote policy's next actions; span "transport" is the way there and back.
 
         Raises:
             InvalidObservation: the observation does not fit the policy.
@@ -74,24 +74,24 @@ class RemotePolicy:
         shape = (self.contract.horizon, self.contract.action_dim)
         if not chunk.actions.shape == chunk.normalized.shape == shape:
             raise RemoteError(f"{self.url}/act must send {shape}, got {chunk.actions.shape}")
-        stages = {name: ms for name, ms in timing_ms.items() if name != "total"}
-        return ActionChunk(chunk.actions, chunk.normalized, stages)
+        spans = {name: ms for name, ms in timing_ms.items() if name != "total"}
+        return ActionChunk(chunk.actions, chunk.normalized, spans)
 
     def post(self, body: bytes, reply: str = "full") -> tuple[bytes, dict[str, float]]:
-        """Send one request body; return the reply's body and its stages in ms with "total".
+        """Send one request body; return the reply's body and its spans in ms with "total".
 
         Raises:
             InvalidObservation: the server refused the observation.
             RemoteError: the server failed or cannot be reached.
         """
-        clock = StageClock()
-        with clock.stage("total"):
+        clock = SpanClock()
+        with clock.span("total"):
             response = self._send("POST", "/act", body, reply)
-        found = _STAGE.findall(response.headers.get("server-timing", ""))
-        stages = {name: float(ms) for name, ms in found}
+        found = _SPAN.findall(response.headers.get("server-timing", ""))
+        spans = {name: float(ms) for name, ms in found}
         total_ms = clock.timing_ms["total"]
-        stages["transport"] = max(total_ms - stages.pop("total", _sum_ms(stages)), 0.0)
-        return response.content, {**stages, "total": total_ms}
+        spans["transport"] = max(total_ms - spans.pop("total", _sum_ms(spans)), 0.0)
+        return response.content, {**spans, "total": total_ms}
 
     def close(self) -> None:
         """Close the connection."""
@@ -133,8 +133,8 @@ class RemotePolicy:
         return response
 
 
-def _sum_ms(stages: Mapping[str, float]) -> float:
-    return sum(stages[name] for name in whole_stages(stages))
+def _sum_ms(spans: Mapping[str, float]) -> float:
+    return sum(spans[name] for name in whole_spans(spans))
 
 
 def _authorization(token: str | None) -> dict[str, str]:

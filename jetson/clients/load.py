@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from jetson.control.clock import Clock, MonotonicClock
+from jetson.control.loop_clock import LoopClock, MonotonicClock
 from jetson.errors import RefusedSetting
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.errors import QvlaError
@@ -105,7 +105,7 @@ class LoadTimes:
 def run_load(
     asks: Sequence[Ask],
     plan: LoadPlan,
-    clock: Clock | None = None,
+    clock: LoopClock | None = None,
     on_reply: Callable[[], None] = lambda: None,
     cpu_now_s: Callable[[], float] = time.process_time,
 ) -> LoadTimes:
@@ -141,7 +141,7 @@ class _Run:
         self,
         due_s: NDArray[np.float64],
         end_s: float,
-        clock: Clock,
+        clock: LoopClock,
         on_reply: Callable[[], None],
     ) -> None:
         self.stopping = threading.Event()

@@ -18,7 +18,7 @@ from websockets.sync.client import connect
 from jetson.clients.http_client import RemotePolicy
 from jetson.errors import RemoteError, WireError
 from jetson.serving.arrays import decode_npy, decode_packed, encode_npy, encode_packed
-from jetson.serving.packing import pack, unpack_map, unpack_message
+from jetson.serving.message_pack import pack, unpack_map, unpack_message
 from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.security import client_tls
 from qvla_export.shared.observation import Observation

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jetson.control.clock import Clock
+from jetson.control.loop_clock import LoopClock
 from jetson.control.sources import TimedObservation
 from jetson.errors import RefusedSetting
 from qvla_export.shared.observation import Observation
@@ -43,7 +43,7 @@ class CameraSource:
         self,
         cameras: Mapping[str, Callable[[], Capture]],
         instruction: str,
-        clock: Clock,
+        clock: LoopClock,
         state: Callable[[], NDArray[np.float32]] | None = None,
     ) -> None:
         """Open the cameras.
@@ -88,7 +88,7 @@ class CameraSource:
         return TimedObservation(Observation(images, self._instruction, self._state()), observed_s)
 
     @property
-    def ended(self) -> bool:
+    def is_over(self) -> bool:
         """A camera never ends."""
         return False
 

@@ -29,13 +29,13 @@ class TimedChunk:
     observed_s: float
     # Number of the policy command that its first action would be.
     first_command: int
-    # Stage -> milliseconds: "capture" is the observation's age when the policy was asked, "total"
+    # Span -> milliseconds: "capture" is the observation's age when the policy was asked, "total"
     # that and the whole inference.
     timing_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedAction:
     """What the policy wants to be done at one slot."""
 
     # float32 [dim]
@@ -73,7 +73,7 @@ class ChunkBuffer:
         young = (now_s - chunk.observed_s) * 1000.0 <= self._settings.max_action_age_ms
         return 0 <= step < len(chunk.actions) and young
 
-    def plan(self, command: int, now_s: float) -> Planned | None:
+    def plan(self, command: int, now_s: float) -> PlannedAction | None:
         """Return what to do as that command; None if no chunk says anything about it."""
         self._chunks = [c for c in self._chunks if self.usable(c, command, now_s)]
         if not self._chunks:
@@ -84,7 +84,7 @@ class ChunkBuffer:
         said = np.stack([c.actions[command - c.first_command] for c in self._chunks])
         action = said[0] if len(said) == 1 else self._ensemble(said)
         oldest_s = min(c.observed_s for c in self._chunks)
-        return Planned(action, oldest_s, newest.number, command - newest.first_command)
+        return PlannedAction(action, oldest_s, newest.number, command - newest.first_command)
 
     def next_due(self, command: int, now_s: float, lead: int) -> bool:
         """Whether the next chunk must be asked for now, `lead` commands before it is needed."""
@@ -111,11 +111,11 @@ class CommandTimes:
         self.count = 0
         self._times: deque[float] = deque(maxlen=keep)
 
-    def sent(self, now_s: float) -> None:
+    def add(self, now_s: float) -> None:
         """Note one command."""
         self.count += 1
         self._times.append(now_s)
 
-    def sent_before(self, moment_s: float) -> int:
+    def count_before(self, moment_s: float) -> int:
         """Return how many commands had been sent by that moment."""
         return self.count - sum(time_s > moment_s for time_s in self._times)

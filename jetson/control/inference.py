@@ -4,13 +4,13 @@ import threading
 from dataclasses import dataclass
 from typing import Protocol
 
-from jetson.control.clock import Clock
+from jetson.control.loop_clock import LoopClock
 from jetson.control.sources import TimedObservation
 from qvla_export.shared.action import ActionChunk, ActionPolicy
 
 
 @dataclass(frozen=True)
-class Inferred:
+class InferenceResult:
     """How one request ended: with a chunk or with an error."""
 
     observation: TimedObservation
@@ -32,7 +32,7 @@ class Inference(Protocol):
         """Start computing; only when not busy."""
         ...
 
-    def poll(self) -> Inferred | None:
+    def poll(self) -> InferenceResult | None:
         """Take a result that is ready; never waits."""
         ...
 
@@ -44,11 +44,11 @@ class Inference(Protocol):
 class ThreadedInference:
     """Runs a policy on a thread of its own, so that a slow engine never delays a command."""
 
-    def __init__(self, policy: ActionPolicy, clock: Clock) -> None:
+    def __init__(self, policy: ActionPolicy, clock: LoopClock) -> None:
         self._policy = policy
         self._clock = clock
         self._wanted: TimedObservation | None = None
-        self._result: Inferred | None = None
+        self._result: InferenceResult | None = None
         self._busy = False
         self._closed = False
         self._changed = threading.Condition()
@@ -68,7 +68,7 @@ class ThreadedInference:
             self._wanted = observation
             self._changed.notify()
 
-    def poll(self) -> Inferred | None:
+    def poll(self) -> InferenceResult | None:
         """Take a result that is ready."""
         with self._changed:
             result, self._result = self._result, None
@@ -98,10 +98,10 @@ class ThreadedInference:
 class InlineInference:
     """Runs a policy while the loop waits: for simulated time, where thinking takes none."""
 
-    def __init__(self, policy: ActionPolicy, clock: Clock) -> None:
+    def __init__(self, policy: ActionPolicy, clock: LoopClock) -> None:
         self._policy = policy
         self._clock = clock
-        self._result: Inferred | None = None
+        self._result: InferenceResult | None = None
 
     @property
     def busy(self) -> bool:
@@ -112,7 +112,7 @@ class InlineInference:
         """Compute at once."""
         self._result = infer(self._policy, observation, self._clock)
 
-    def poll(self) -> Inferred | None:
+    def poll(self) -> InferenceResult | None:
         """Take the last result."""
         result, self._result = self._result, None
         return result
@@ -121,7 +121,7 @@ class InlineInference:
         """Nothing to release."""
 
 
-def infer(policy: ActionPolicy, observation: TimedObservation, clock: Clock) -> Inferred:
+def infer(policy: ActionPolicy, observation: TimedObservation, clock: LoopClock) -> InferenceResult:
     """Ask a policy once; whatever it raises is the result."""
     start_s = clock.now_s()
     chunk: ActionChunk | None = None
@@ -130,4 +130,4 @@ def infer(policy: ActionPolicy, observation: TimedObservation, clock: Clock) -> 
         chunk = policy.infer(observation.observation)
     except Exception as failure:  # an engine may raise anything; the loop holds the robot for it
         error = failure
-    return Inferred(observation, chunk, error, (clock.now_s() - start_s) * 1000.0)
+    return InferenceResult(observation, chunk, error, (clock.now_s() - start_s) * 1000.0)

@@ -15,14 +15,14 @@ from dataclasses import asdict
 import numpy as np
 
 from jetson.control.chunks import ChunkBuffer, CommandTimes, TimedChunk
-from jetson.control.clock import Clock
-from jetson.control.inference import Inference, Inferred
+from jetson.control.inference import Inference, InferenceResult
+from jetson.control.loop_clock import LoopClock
+from jetson.control.loop_state import LoopState
 from jetson.control.records import Counters, Recorder, RunResult, StepRecord
 from jetson.control.safety import ActionSafety, Vector
 from jetson.control.settings import LoopSettings
 from jetson.control.sinks import Command, Sink
 from jetson.control.sources import Source
-from jetson.control.states import State
 from jetson.control.supervisor import Decision, Supervisor
 from jetson.policy import UnsafeAction
 
@@ -45,7 +45,7 @@ class ControlLoop:
         sink: Sink,
         safety: ActionSafety,
         settings: LoopSettings,
-        clock: Clock,
+        clock: LoopClock,
         recorder: Recorder | None = None,
     ) -> None:
         self.counters = Counters()
@@ -79,7 +79,7 @@ class ControlLoop:
         self._said = ""
 
     @property
-    def state(self) -> State:
+    def state(self) -> LoopState:
         """What the loop is doing."""
         return self._supervisor.state
 
@@ -95,7 +95,7 @@ class ControlLoop:
             self.stop("the loop itself failed", fault=True)
             while not self.state.terminal:
                 self._clock.sleep_until(self._due_s())
-                self._send(self._supervisor.finish(State.FAULT), self._clock.now_s())
+                self._send(self._supervisor.finish(LoopState.FAULT), self._clock.now_s())
                 self._slot += 1
             raise
         finally:
@@ -120,7 +120,7 @@ class ControlLoop:
         if not self.reason:
             self._look()
         record = self._record_of(decision, now_s if sent else None, arrived)
-        self._record(lambda recorder: recorder.stepped(record))
+        self._record(lambda recorder: recorder.on_step(record))
         self._slot += 1
         return record
 
@@ -134,7 +134,7 @@ class ControlLoop:
             self.counters.skipped_slots += reached - self._slot
             self._slot = reached
 
-    def _take_chunk(self) -> Inferred | None:
+    def _take_chunk(self) -> InferenceResult | None:
         """Take a finished inference into the buffer, if it is of any use."""
         arrived = self._inference.poll()
         if arrived is None:
@@ -148,13 +148,13 @@ class ControlLoop:
             self._fail("inference", error)
             return arrived
         observed_s = arrived.observation.observed_s
-        first = self._sent.sent_before(observed_s)
-        stages = arrived.chunk.timing_ms if arrived.chunk else {}
+        first = self._sent.count_before(observed_s)
+        spans = arrived.chunk.timing_ms if arrived.chunk else {}
         total_ms = self._capture_ms + arrived.infer_ms
-        timing_ms = {"capture": self._capture_ms, **stages, "total": total_ms}
+        timing_ms = {"capture": self._capture_ms, **spans, "total": total_ms}
         chunk = TimedChunk(self._chunk_count, actions, observed_s, first, timing_ms)
         self._chunk_count += 1
-        self._record(lambda recorder: recorder.planned(chunk))
+        self._record(lambda recorder: recorder.on_chunk(chunk))
         # A ramp has taken the robot away from where an older observation saw it.
         displaced = observed_s < self._supervisor.displaced_s
         usable = self._chunks.usable(chunk, self._sent.count, self._clock.now_s())
@@ -165,7 +165,7 @@ class ControlLoop:
             self._events.append(f"chunk {chunk.number} is stale")
         return arrived
 
-    def _checked_actions(self, arrived: Inferred) -> Vector:
+    def _checked_actions(self, arrived: InferenceResult) -> Vector:
         """Return the chunk's actions; raise what kept them from being usable."""
         if arrived.chunk is None:
             raise arrived.error or UnsafeAction("the inference returned nothing")
@@ -182,7 +182,7 @@ class ControlLoop:
     def _consider_ending(self, now_s: float) -> None:
         if self.reason:
             return
-        if self._source.ended:
+        if self._source.is_over:
             self.stop("the source has ended")
         elif now_s - self._moved_s >= self._settings.give_up_s:
             self.stop(f"no usable action for {self._settings.give_up_s:g} s", fault=True)
@@ -192,9 +192,9 @@ class ControlLoop:
 
     def _decide(self, now_s: float) -> Decision:
         if self.reason:
-            return self._supervisor.finish(State.FAULT if self._broken else State.STOPPED)
+            return self._supervisor.finish(LoopState.FAULT if self._broken else LoopState.STOPPED)
         planned = self._chunks.plan(self._sent.count, now_s)
-        if planned is None and self._supervisor.started:
+        if planned is None and self._supervisor.has_started:
             self.counters.missed_deadlines += 1
         return self._supervisor.proceed(planned, now_s)
 
@@ -220,7 +220,7 @@ class ControlLoop:
         else:
             self.counters.sent += 1
             self.counters.clamped_values += decision.clamped
-            self._sent.sent(now_s)
+            self._sent.add(now_s)
             self._moved_s = now_s
         return True
 
@@ -242,7 +242,7 @@ class ControlLoop:
             self.counters.dropped_observations += 1
             self._events.append(f"dropped an observation {age_ms:.0f} ms old")
             return
-        self._record(lambda recorder: recorder.observed(seen))
+        self._record(lambda recorder: recorder.on_observation(seen))
         self._capture_ms = max(0.0, age_ms)
         self._inference.request(seen)
 
@@ -262,7 +262,7 @@ class ControlLoop:
         self._said = said
 
     def _record_of(
-        self, decision: Decision, sent_s: float | None, arrived: Inferred | None
+        self, decision: Decision, sent_s: float | None, arrived: InferenceResult | None
     ) -> StepRecord:
         planned, action = decision.planned, decision.action
         events = tuple(self._events)

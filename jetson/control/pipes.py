@@ -8,7 +8,7 @@ With `StreamSink` on the other end the robot's computer runs the policy of anoth
 import threading
 from typing import BinaryIO
 
-from jetson.control.clock import Clock
+from jetson.control.loop_clock import LoopClock
 from jetson.control.sources import PushedSource, TimedObservation
 from jetson.errors import RequestTooLarge
 from jetson.serving.policy_contract import PolicyContract
@@ -28,7 +28,7 @@ class PipedSource:
         self,
         stream: BinaryIO,
         contract: PolicyContract,
-        clock: Clock,
+        clock: LoopClock,
         max_line_bytes: int = _MAX_LINE_BYTES,
     ) -> None:
         self._stream = stream
@@ -54,9 +54,9 @@ class PipedSource:
         return self._newest.read()
 
     @property
-    def ended(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the client has closed the pipe."""
-        return self._newest.ended
+        return self._newest.is_over
 
     def close(self) -> None:
         """The stream is the caller's."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol, TextIO
 
 from jetson.control.chunks import TimedChunk
+from jetson.control.loop_state import LoopState
 from jetson.control.sources import TimedObservation
-from jetson.control.states import State
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class StepRecord:
     # When the command was sent, monotonic seconds; None where none was.
     sent_s: float | None
     # After the slot.
-    state: State
+    state: LoopState
     # The command, in the robot's units; None where none was sent.
     action: tuple[float, ...] | None
     # When the observation behind the command was taken, monotonic seconds; None for a command
@@ -78,7 +78,7 @@ class RunResult:
     """How a run ended."""
 
     # STOPPED or FAULT.
-    state: State
+    state: LoopState
     # Why, in words.
     reason: str
     counters: Mapping[str, int]
@@ -87,21 +87,21 @@ class RunResult:
     @property
     def ok(self) -> bool:
         """Whether it was stopped as asked and nothing failed."""
-        return self.state is State.STOPPED and not self.counters["faults"]
+        return self.state is LoopState.STOPPED and not self.counters["faults"]
 
 
 class Recorder(Protocol):
     """Keeps a run. Called from the control thread: must not wait."""
 
-    def observed(self, observation: TimedObservation) -> None:
+    def on_observation(self, observation: TimedObservation) -> None:
         """Take an observation that the policy is asked about."""
         ...
 
-    def planned(self, chunk: TimedChunk) -> None:
+    def on_chunk(self, chunk: TimedChunk) -> None:
         """Take a chunk that came of one."""
         ...
 
-    def stepped(self, record: StepRecord) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Take the record of a slot."""
         ...
 
@@ -117,13 +117,13 @@ class JsonlRecorder:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = path.open("w", encoding="utf-8")
 
-    def observed(self, observation: TimedObservation) -> None:
+    def on_observation(self, observation: TimedObservation) -> None:
         """Pictures do not go into JSON."""
 
-    def planned(self, chunk: TimedChunk) -> None:
+    def on_chunk(self, chunk: TimedChunk) -> None:
         """The commands that came of it are enough here."""
 
-    def stepped(self, record: StepRecord) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Append one line."""
         value = {**asdict(record), "state": record.state.value}
         value["age_ms"], value["late_ms"] = record.age_ms, record.late_ms

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jetson.control.clock import Clock
+from jetson.control.loop_clock import LoopClock
 from jetson.control.ros2_messages import (
     ObservationParts,
     compressed_image_of,
@@ -69,7 +69,7 @@ class RosTopics:
 class RosRobot:
     """Source and sink of the control loop on the topics of one node."""
 
-    def __init__(self, node: Any, messages: Any, topics: RosTopics, clock: Clock) -> None:
+    def __init__(self, node: Any, messages: Any, topics: RosTopics, clock: LoopClock) -> None:
         """Subscribe and advertise.
 
         Args:
@@ -135,9 +135,9 @@ class RosRobot:
         self._states.publish(state)
 
     @property
-    def ended(self) -> bool:
+    def is_over(self) -> bool:
         """Whether `end` was called."""
-        return self._newest.ended
+        return self._newest.is_over
 
     def end(self) -> None:
         """Say that ROS is shutting down."""
@@ -210,7 +210,7 @@ class RosMessages:
         self.JointTrajectoryPoint = JointTrajectoryPoint
 
 
-def open_ros2(topics: RosTopics, clock: Clock, arguments: Sequence[str] = ()) -> RosRobot:
+def open_ros2(topics: RosTopics, clock: LoopClock, arguments: Sequence[str] = ()) -> RosRobot:
     """Start the node `qvla` and spin it on a thread of its own.
 
     Args:

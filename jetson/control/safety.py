@@ -14,7 +14,7 @@ Vector = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Admitted:
+class AdmittedAction:
     """A command that may be sent."""
 
     # float32 [dim]
@@ -71,7 +71,7 @@ class ActionSafety:
                 f"({smallest.tolist()}), got {self.max_step.tolist()}"
             )
 
-    def admit(self, action: NDArray[Any], last: Vector | None) -> Admitted:
+    def admit(self, action: NDArray[Any], last: Vector | None) -> AdmittedAction:
         """Return the nearest command that may be sent after `last`.
 
         Raises:
@@ -83,10 +83,10 @@ class ActionSafety:
             )
         with np.errstate(over="ignore"):  # what overflows float32 is cut like the rest
             wanted = action.astype(np.float32)
-        admitted = self.slowed(np.clip(wanted, self.low, self.high), last)
-        return Admitted(admitted, int((admitted != wanted).sum()))
+        admitted = self.limit_step(np.clip(wanted, self.low, self.high), last)
+        return AdmittedAction(admitted, int((admitted != wanted).sum()))
 
-    def slowed(self, target: Vector, last: Vector | None) -> Vector:
+    def limit_step(self, target: Vector, last: Vector | None) -> Vector:
         """Return the command nearest to the target within one largest step of the last one."""
         if last is None:
             return target

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jetson.control.clock import Clock
+from jetson.control.loop_clock import LoopClock
 from jetson.control.sinks import Command
 from jetson.errors import RefusedSetting
 from qvla_export.shared.observation import Observation
@@ -31,7 +31,7 @@ class Source(Protocol):
         ...
 
     @property
-    def ended(self) -> bool:
+    def is_over(self) -> bool:
         """Whether there is nothing more to do."""
         ...
 
@@ -43,7 +43,7 @@ class Source(Protocol):
 class PushedSource:
     """Observations that somebody else brings: a remote client, a ROS callback, a test."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: LoopClock) -> None:
         self._clock = clock
         self._newest: TimedObservation | None = None
         self._ended = False
@@ -73,7 +73,7 @@ class PushedSource:
             return self._newest
 
     @property
-    def ended(self) -> bool:
+    def is_over(self) -> bool:
         """Whether `end` was called."""
         return self._ended
 
@@ -88,7 +88,7 @@ class EpisodeSource:
         self,
         timestamps_s: Sequence[float],
         load: Callable[[int], Observation],
-        clock: Clock,
+        clock: LoopClock,
         instruction: str | None = None,
     ) -> None:
         """Start with the first `read`.
@@ -128,7 +128,7 @@ class EpisodeSource:
         return self._read[1]
 
     @property
-    def ended(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the last frame is past."""
         if self._start_s is None:
             return False
@@ -158,7 +158,7 @@ class Steppable(Protocol):
 class SimulatedRobot:
     """A simulator as source and robot in one: each command is one control step."""
 
-    def __init__(self, simulator: Steppable, clock: Clock) -> None:
+    def __init__(self, simulator: Steppable, clock: LoopClock) -> None:
         self._simulator = simulator
         self._clock = clock
 
@@ -171,7 +171,7 @@ class SimulatedRobot:
         self._simulator.step(command.action)
 
     @property
-    def ended(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the episode is solved or out of steps."""
         return self._simulator.done
 

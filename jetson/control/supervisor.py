@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jetson.control.chunks import Planned
-from jetson.control.safety import ActionSafety, Admitted, Vector
+from jetson.control.chunks import PlannedAction
+from jetson.control.loop_state import LoopState
+from jetson.control.safety import ActionSafety, AdmittedAction, Vector
 from jetson.control.settings import LoopSettings
-from jetson.control.states import State
 
 # By how much a moment may be reached early in floating point.
 _EARLY_MS = 1e-3
@@ -21,7 +21,7 @@ class Decision:
     # float32 [dim]; None for nothing.
     action: Vector | None
     # What the policy wanted, where the action comes from it.
-    planned: Planned | None = None
+    planned: PlannedAction | None = None
     # Values of that which were changed.
     clamped: int = 0
 
@@ -30,7 +30,7 @@ class Supervisor:
     """Knows the state and the last command; every command passes through it."""
 
     def __init__(self, safety: ActionSafety, settings: LoopSettings) -> None:
-        self.state = State.STARTING
+        self.state = LoopState.STARTING
         # When the robot was last moved otherwise than by the policy, monotonic seconds.
         self.displaced_s = -math.inf
         self._safety = safety
@@ -41,46 +41,46 @@ class Supervisor:
         self._ramp_left = settings.ramp_steps
 
     @property
-    def started(self) -> bool:
+    def has_started(self) -> bool:
         """Whether a command was ever decided on."""
         return self._last is not None
 
-    def proceed(self, planned: Planned | None, now_s: float) -> Decision:
+    def proceed(self, planned: PlannedAction | None, now_s: float) -> Decision:
         """Return what to send: the policy's action, or what holds or ramps without one."""
         if planned is not None:
             admitted = self._safety.admit(planned.action, self._last)
-            self.state = State.RUNNING
+            self.state = LoopState.RUNNING
             self._ramp_left = self._settings.ramp_steps
             return self._sent(admitted, planned)
         if self._last is None:
             return Decision(None)
-        if self.state is State.RUNNING:
+        if self.state is LoopState.RUNNING:
             self._missed_s = now_s
-            self.state = State.HOLDING
+            self.state = LoopState.HOLDING
         elif (now_s - self._missed_s) * 1000.0 >= self._settings.hold_ms - _EARLY_MS:
-            self.state = State.RAMPING
+            self.state = LoopState.RAMPING
         still = self._safety.hold_action(self._last)
-        if self.state is State.RAMPING:
+        if self.state is LoopState.RAMPING:
             action = self._ramp(self._last)
         else:
-            action = self._safety.slowed(still, self._last)
+            action = self._safety.limit_step(still, self._last)
         if not np.array_equal(action, still):
             self.displaced_s = now_s
-        return self._sent(Admitted(action, 0))
+        return self._sent(AdmittedAction(action, 0))
 
-    def finish(self, end: State) -> Decision:
+    def finish(self, end: LoopState) -> Decision:
         """Return the next command of the way to the safe action; the last one enters `end`."""
         if self._last is None:
             self.state = end
             return Decision(None)
         target = self._safety.safe_action(self._last)
         action = self._ramp(self._last)
-        self.state = end if np.array_equal(action, target) else State.STOPPING
-        return self._sent(Admitted(action, 0))
+        self.state = end if np.array_equal(action, target) else LoopState.STOPPING
+        return self._sent(AdmittedAction(action, 0))
 
     def abandon(self) -> None:
         """Enter FAULT at once: the robot cannot be reached any more."""
-        self.state = State.FAULT
+        self.state = LoopState.FAULT
 
     def _ramp(self, last: Vector) -> Vector:
         """One step of a straight line to the safe action.
@@ -90,8 +90,8 @@ class Supervisor:
         still, target = self._safety.hold_action(last), self._safety.safe_action(last)
         left, self._ramp_left = self._ramp_left, max(1, self._ramp_left - 1)
         wanted = target if left == 1 else still + (target - still) / np.float32(left)
-        return self._safety.slowed(wanted, last)
+        return self._safety.limit_step(wanted, last)
 
-    def _sent(self, admitted: Admitted, planned: Planned | None = None) -> Decision:
+    def _sent(self, admitted: AdmittedAction, planned: PlannedAction | None = None) -> Decision:
         self._last = admitted.action
         return Decision(admitted.action, planned, admitted.clamped)

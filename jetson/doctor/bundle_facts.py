@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.targets import find_target
-from engines.trt.admission import admitted_sidecar
+from engines.trt.admission import admit_sidecar
 from engines.trt.builder import BuildSettings
 from engines.trt.modules import BuildError, TrtModule, is_tensorrt, load_module
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
@@ -145,8 +145,8 @@ def _module(target: Target) -> tuple[TrtModule | None, str]:
 def _engine(bundle: Bundle, index: int, folder: Path) -> EngineFacts:
     stage = bundle.stages[index]
     try:
-        sidecar = admitted_sidecar(bundle, stage, folder)
-        # Not `admitted_engine`: it holds the whole engine in memory.
+        sidecar = admit_sidecar(bundle, stage, folder)
+        # Not `admit_engine`: it holds the whole engine in memory.
         found = sha256_file(engine_path(folder, stage.name))
     except (QvlaError, OSError, TypeError, KeyError) as error:
         return EngineFacts(stage.name, None, _one_line(error))

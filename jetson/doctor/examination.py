@@ -6,17 +6,17 @@ from pathlib import Path
 from engines.trt.gpu import read_power_modes
 from jetson.board.nvpmodel import fastest_mode
 from jetson.board.state import BoardState
-from jetson.doctor import clocks, libero, memory, observations, runtime, serving, statistics
+from jetson.doctor import libero, memory, observations, power, runtime, server_facts, statistics
 from jetson.doctor.bundle_facts import BundleFacts, read_bundle
-from jetson.doctor.finding import Finding, summary
+from jetson.doctor.finding import BoardFinding, summary
 from jetson.doctor.machine import Machine, read_machine
 from jetson.doctor.observations import DatasetFacts, needs_of
-from jetson.doctor.serving import ServingFacts, read_serving
+from jetson.doctor.server_facts import ServerFacts, read_serving
 from jetson.doctor.statistics import CheckpointFacts, read_checkpoint
 
 
 @dataclass(frozen=True)
-class Question:
+class DoctorRequest:
     """What the machine is to run; None for what is not asked about."""
 
     bundle: Path | None = None
@@ -41,11 +41,11 @@ class Subject:
     bundle: BundleFacts | None
     checkpoint: CheckpointFacts | None
     dataset: DatasetFacts | None
-    serving: ServingFacts
+    serving: ServerFacts
 
 
 def read_subject(
-    question: Question, machine: Machine | None = None, dataset: DatasetFacts | None = None
+    question: DoctorRequest, machine: Machine | None = None, dataset: DatasetFacts | None = None
 ) -> Subject:
     """Read what the checks look at; never an error.
 
@@ -66,7 +66,7 @@ def read_subject(
     )
 
 
-def examine(question: Question, subject: Subject) -> tuple[Finding, ...]:
+def examine(question: DoctorRequest, subject: Subject) -> tuple[BoardFinding, ...]:
     """Return one finding a check, in the order of the machine's parts."""
     machine, bundle, board = subject.machine, subject.bundle, subject.machine.board
     needs = needs_of(bundle, subject.checkpoint)
@@ -95,24 +95,24 @@ def examine(question: Question, subject: Subject) -> tuple[Finding, ...]:
         observations.check_columns(subject.dataset, needs),
         libero.check_libero(machine, "robosuite", question.libero),
         libero.check_libero(machine, "mujoco", question.libero),
-        serving.check_port(subject.serving),
-        serving.check_token(subject.serving),
-        serving.check_clock(machine),
+        server_facts.check_port(subject.serving),
+        server_facts.check_token(subject.serving),
+        server_facts.check_clock(machine),
     )
 
 
-def examine_speed(machine: Machine, bundle: BundleFacts | None = None) -> tuple[Finding, ...]:
+def examine_speed(machine: Machine, bundle: BundleFacts | None = None) -> tuple[BoardFinding, ...]:
     """Return what makes figures of this machine worse than they could be: clocks, power, heat."""
     built_in, rebuild = None, None
     if bundle is not None:
         built_in, rebuild = bundle.power_mode, bundle.rebuild_command
     return (
-        clocks.check_clocks_locked(machine.board),
-        clocks.check_governor(machine.board),
-        clocks.check_power_mode(machine, built_in, rebuild),
-        clocks.check_throttling(machine.board),
-        clocks.check_throttled(machine.board),
-        clocks.check_over_current(machine),
+        power.check_clocks_locked(machine.board),
+        power.check_governor(machine.board),
+        power.check_power_mode(machine, built_in, rebuild),
+        power.check_throttling(machine.board),
+        power.check_throttled(machine.board),
+        power.check_over_current(machine),
     )
 
 

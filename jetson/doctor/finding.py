@@ -1,4 +1,4 @@
-"""The nouns `Check` and `Finding`: a setting that was looked at, and what was found."""
+"""The nouns `Check` and `BoardFinding`: a setting that was looked at, and what was found."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ _TO_MEND: tuple[Severity, ...] = ("error", "warning", "unknown")
 
 
 @dataclass(frozen=True)
-class Finding:
+class BoardFinding:
     """What was found of one setting.
 
     Raises:
@@ -54,41 +54,41 @@ class Check:
     why: str
     wanted: str = ""
 
-    def ok(self, observed: str) -> Finding:
+    def ok(self, observed: str) -> BoardFinding:
         """Return that nothing is wrong."""
-        return Finding(self.what, "ok", observed, self.wanted, self.why, "")
+        return BoardFinding(self.what, "ok", observed, self.wanted, self.why, "")
 
-    def inapplicable(self, reason: str) -> Finding:
+    def inapplicable(self, reason: str) -> BoardFinding:
         """Return that there is nothing to look at, and why."""
-        return Finding(self.what, "not applicable", reason, self.wanted, self.why, "")
+        return BoardFinding(self.what, "not applicable", reason, self.wanted, self.why, "")
 
-    def unknown(self, observed: str, remedy: str) -> Finding:
+    def unknown(self, observed: str, remedy: str) -> BoardFinding:
         """Return that it cannot be told here, and what would tell."""
-        return Finding(self.what, "unknown", observed, self.wanted, self.why, remedy)
+        return BoardFinding(self.what, "unknown", observed, self.wanted, self.why, remedy)
 
-    def warning(self, observed: str, remedy: str, wanted: str = "") -> Finding:
+    def warning(self, observed: str, remedy: str, wanted: str = "") -> BoardFinding:
         """Return that the policy runs later than it could, or may fail."""
-        return Finding(self.what, "warning", observed, wanted or self.wanted, self.why, remedy)
+        return BoardFinding(self.what, "warning", observed, wanted or self.wanted, self.why, remedy)
 
-    def error(self, observed: str, remedy: str, wanted: str = "") -> Finding:
+    def error(self, observed: str, remedy: str, wanted: str = "") -> BoardFinding:
         """Return that the policy does not run or acts wrongly."""
-        return Finding(self.what, "error", observed, wanted or self.wanted, self.why, remedy)
+        return BoardFinding(self.what, "error", observed, wanted or self.wanted, self.why, remedy)
 
 
-def sorted_findings(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+def sort_findings(findings: Iterable[BoardFinding]) -> tuple[BoardFinding, ...]:
     """Return findings, the worst first, otherwise in their order."""
     return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
-def count(findings: Iterable[Finding], severity: Severity) -> int:
+def count(findings: Iterable[BoardFinding], severity: Severity) -> int:
     """Return how many findings are of a severity."""
     return sum(finding.severity == severity for finding in findings)
 
 
-def summary(findings: Iterable[Finding]) -> str:
+def summary(findings: Iterable[BoardFinding]) -> str:
     """Return one line that names what is wrong and mends it; empty if nothing is."""
     return "; ".join(
         f"{finding.what}: {finding.observed} ({finding.remedy})"
-        for finding in sorted_findings(findings)
+        for finding in sort_findings(findings)
         if finding.is_wrong
     )

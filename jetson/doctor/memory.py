@@ -7,9 +7,9 @@ as "Could not find any implementation for node"; Jetson Linux 36.4.7 is worst, 3
 
 from jetson.board.state import BoardState
 from jetson.doctor.bundle_facts import BundleFacts
-from jetson.doctor.clocks import NO_JETSON
-from jetson.doctor.finding import Check, Finding
+from jetson.doctor.finding import BoardFinding, Check
 from jetson.doctor.machine import Machine
+from jetson.doctor.power import NO_JETSON
 
 # The weights of a 7B policy in 16 bits.
 _LITTLE_BYTES = 16 << 30
@@ -46,7 +46,7 @@ _AVAILABLE = Check("available memory", "loading or building ends where it is use
 _DISK = Check("disk space", "engines are written whole beside the bundle")
 
 
-def check_swap(board: BoardState) -> Finding:
+def check_swap(board: BoardState) -> BoardFinding:
     """Look for swap on disk where there is little memory; compressed memory is none."""
     if board.memory_total_bytes is None or board.swap_total_bytes is None:
         return _SWAP.unknown("/proc/meminfo cannot be read", "free -h")
@@ -63,7 +63,7 @@ def check_swap(board: BoardState) -> Finding:
     return _SWAP.warning(shown, _MAKE_SWAP)
 
 
-def check_contiguous(machine: Machine) -> Finding:
+def check_contiguous(machine: Machine) -> BoardFinding:
     """Look whether a Jetson's free memory is in large pieces."""
     if not machine.board.is_jetson:
         return _CONTIGUOUS.inapplicable(NO_JETSON)
@@ -79,7 +79,7 @@ def check_contiguous(machine: Machine) -> Finding:
     return _CONTIGUOUS.warning(shown, f"{_COMPACT}; if that does not help: sudo reboot")
 
 
-def check_cma(machine: Machine) -> Finding:
+def check_cma(machine: Machine) -> BoardFinding:
     """Look what is left of the memory that a Jetson's kernel keeps for devices."""
     if not machine.board.is_jetson:
         return _CMA.inapplicable(NO_JETSON)
@@ -96,7 +96,7 @@ def check_cma(machine: Machine) -> Finding:
     )
 
 
-def check_release(board: BoardState) -> Finding:
+def check_release(board: BoardState) -> BoardFinding:
     """Look for the release of Jetson Linux that is known not to give memory."""
     if not board.is_jetson:
         return _RELEASE.inapplicable(NO_JETSON)
@@ -108,7 +108,7 @@ def check_release(board: BoardState) -> Finding:
     return _RELEASE.warning(shown, "sudo apt update && sudo apt dist-upgrade", wanted="36.5")
 
 
-def check_available(board: BoardState, facts: BundleFacts | None) -> Finding:
+def check_available(board: BoardState, facts: BundleFacts | None) -> BoardFinding:
     """Compare available memory with what loading takes, or building if that comes first."""
     if facts is None or facts.bundle is None:
         return _AVAILABLE.inapplicable("no bundle to load")
@@ -126,7 +126,7 @@ def check_available(board: BoardState, facts: BundleFacts | None) -> Finding:
     )
 
 
-def check_disk(facts: BundleFacts | None) -> Finding:
+def check_disk(facts: BundleFacts | None) -> BoardFinding:
     """Look for room for the engines of a bundle."""
     if facts is None or facts.bundle is None:
         return _DISK.inapplicable("no bundle to build engines of")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jetson.doctor.bundle_facts import BundleFacts
-from jetson.doctor.finding import Check, Finding
+from jetson.doctor.finding import BoardFinding, Check
 from jetson.doctor.machine import Machine
 from jetson.doctor.statistics import CheckpointFacts
 
@@ -52,7 +52,7 @@ def needs_of(bundle: BundleFacts | None, checkpoint: CheckpointFacts | None) -> 
     return None
 
 
-def check_cameras(machine: Machine, needs: Needs | None) -> Finding:
+def check_cameras(machine: Machine, needs: Needs | None) -> BoardFinding:
     """Say which cameras the policy has and which devices are here; a help, no fault."""
     found = ", ".join(machine.cameras) or "none at /dev/video*"
     if needs is None:
@@ -60,7 +60,7 @@ def check_cameras(machine: Machine, needs: Needs | None) -> Finding:
     return _CAMERAS.ok(f"the policy's: {', '.join(needs.cameras)}; found {found}")
 
 
-def check_dataset(facts: DatasetFacts | None) -> Finding:
+def check_dataset(facts: DatasetFacts | None) -> BoardFinding:
     """Look whether a data set can be read."""
     if facts is None:
         return _DATASET.inapplicable("no data set given")
@@ -75,7 +75,7 @@ def check_dataset(facts: DatasetFacts | None) -> Finding:
     return _DATASET.ok(f"{facts.frames} frames")
 
 
-def check_columns(facts: DatasetFacts | None, needs: Needs | None) -> Finding:
+def check_columns(facts: DatasetFacts | None, needs: Needs | None) -> BoardFinding:
     """Compare a data set's cameras and dimensions with the policy's."""
     if facts is None or facts.cameras is None:
         return _COLUMNS.inapplicable("no data set to look into")

@@ -6,7 +6,7 @@ from engines.trt.admission import require_gpu, require_version
 from engines.trt.gpu import DRIVER
 from engines.trt.modules import TRAITS, admits
 from jetson.doctor.bundle_facts import BundleFacts
-from jetson.doctor.finding import Check, Finding
+from jetson.doctor.finding import BoardFinding, Check
 from jetson.doctor.machine import Machine
 from qvla_export.shared.target import Target
 
@@ -24,7 +24,7 @@ _ENGINE_GPU = Check("engines' GPU", "an engine holds kernels for one GPU")
 _ORT_NAMES = ("onnxruntime", "onnxruntime-gpu")
 
 
-def check_python(machine: Machine, facts: BundleFacts | None) -> Finding:
+def check_python(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     """Look whether this Python is one that the bundle's runtime is published for."""
     found = _dotted(machine.python)
     target = None if facts is None else facts.target
@@ -50,7 +50,7 @@ def check_python(machine: Machine, facts: BundleFacts | None) -> Finding:
     return _PYTHON.ok(found)
 
 
-def check_onnx_runtime(machine: Machine, facts: BundleFacts | None) -> Finding:
+def check_onnx_runtime(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     """Look whether ONNX Runtime is here and reads the bundle's operator set."""
     found = {n: machine.packages[n] for n in _ORT_NAMES if n in machine.packages}
     shown = ", ".join(f"{name} {version}" for name, version in found.items()) or "not installed"
@@ -65,7 +65,7 @@ def check_onnx_runtime(machine: Machine, facts: BundleFacts | None) -> Finding:
     return _ORT.error(shown, f"pip install '{name}{target.runtime_versions}'", wanted)
 
 
-def check_tensorrt(machine: Machine, facts: BundleFacts | None) -> Finding:
+def check_tensorrt(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     """Look whether the target's TensorRT can be imported and is a version it admits."""
     target = None if facts is None else facts.target
     if facts is None or target is None or not facts.is_tensorrt:
@@ -104,7 +104,7 @@ def _tensorrt_remedy(machine: Machine, target: Target) -> str:
     return TRAITS[target.runtime].install
 
 
-def check_bindings(machine: Machine, facts: BundleFacts | None) -> Finding:
+def check_bindings(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     """Look for what copies tensors to the GPU."""
     if facts is None or not facts.is_tensorrt:
         return _BINDINGS.inapplicable(_no_engine(facts))
@@ -114,7 +114,7 @@ def check_bindings(machine: Machine, facts: BundleFacts | None) -> Finding:
     return _BINDINGS.ok(f"pycuda {version}")
 
 
-def check_gpu(machine: Machine, facts: BundleFacts | None) -> Finding:
+def check_gpu(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     """Look whether the driver offers the target's GPU."""
     gpu, target = machine.gpu, None if facts is None else facts.target
     shown = "no NVIDIA GPU" if gpu is None else f"{gpu.name}, {gpu.compute_capability}"
@@ -137,7 +137,7 @@ def check_gpu(machine: Machine, facts: BundleFacts | None) -> Finding:
     return _GPU.ok(shown)
 
 
-def check_engines(facts: BundleFacts | None) -> Finding:
+def check_engines(facts: BundleFacts | None) -> BoardFinding:
     """Look whether every stage's engine is there, whole, of this bundle and built here."""
     if facts is None or not facts.is_tensorrt:
         return _ENGINES.inapplicable(_no_engine(facts))
@@ -148,7 +148,7 @@ def check_engines(facts: BundleFacts | None) -> Finding:
     return _ENGINES.error(problems[0].problem + more, facts.build_command)
 
 
-def check_engine_version(facts: BundleFacts | None) -> Finding:
+def check_engine_version(facts: BundleFacts | None) -> BoardFinding:
     """Look whether the engines were built by the TensorRT that is installed."""
     if facts is None or not facts.is_tensorrt:
         return _ENGINE_VERSION.inapplicable(_no_engine(facts))
@@ -167,7 +167,7 @@ def check_engine_version(facts: BundleFacts | None) -> Finding:
     return _ENGINE_VERSION.ok(here)
 
 
-def check_engine_gpu(machine: Machine, facts: BundleFacts | None) -> Finding:
+def check_engine_gpu(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     """Look whether the engines were built for the GPU that is here."""
     if facts is None or not facts.is_tensorrt:
         return _ENGINE_GPU.inapplicable(_no_engine(facts))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jetson.doctor.bundle_facts import BundleFacts
-from jetson.doctor.finding import Check, Finding
+from jetson.doctor.finding import BoardFinding, Check
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.normalization import Statistics, load_statistics
@@ -90,7 +90,7 @@ def _has_statistics(path: Path) -> bool:
     return isinstance(config, dict) and isinstance(config.get("norm_stats"), dict)
 
 
-def check_bundle(facts: BundleFacts | None) -> Finding:
+def check_bundle(facts: BundleFacts | None) -> BoardFinding:
     """Look whether a bundle is whole and for a target of this version."""
     if facts is None:
         return _BUNDLE.inapplicable("no bundle given")
@@ -103,7 +103,7 @@ def check_bundle(facts: BundleFacts | None) -> Finding:
     return _BUNDLE.ok(f"{facts.bundle.digest[:16]}, target {facts.target.name}")
 
 
-def check_bundle_key(facts: BundleFacts | None, key: str | None) -> Finding:
+def check_bundle_key(facts: BundleFacts | None, key: str | None) -> BoardFinding:
     """Look whether a bundle un-normalizes as the data set that was asked for."""
     if facts is None or facts.bundle is None:
         return _BUNDLE_KEY.inapplicable("no bundle to look into")
@@ -118,7 +118,7 @@ def check_bundle_key(facts: BundleFacts | None, key: str | None) -> Finding:
     )
 
 
-def check_config(facts: CheckpointFacts | None) -> Finding:
+def check_config(facts: CheckpointFacts | None) -> BoardFinding:
     """Look whether a checkpoint's cameras, chunk and dimensions are known."""
     if facts is None:
         return _CONFIG.inapplicable(NO_CHECKPOINT)
@@ -135,7 +135,7 @@ def check_config(facts: CheckpointFacts | None) -> Finding:
     )
 
 
-def check_key(facts: CheckpointFacts | None) -> Finding:
+def check_key(facts: CheckpointFacts | None) -> BoardFinding:
     """Look whether a checkpoint's statistics hold the data set that un-normalizes actions."""
     if facts is None:
         return _KEY.inapplicable(NO_CHECKPOINT)

@@ -20,12 +20,17 @@ class LatencyRatio:
 
     name: str
     baseline: str
-    stage: str
+    span: str
     ratio: float
     # Bootstrap interval; see `qvla_export.shared.bootstrap`.
     low: float
     high: float
     confidence: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields; on disk the span is called a stage."""
+        fields = asdict(self)
+        return {"name": self.name, "baseline": self.baseline, "stage": fields.pop("span"), **fields}
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class LatencyComparison:
             {
                 "format": LATENCY_FORMAT,
                 "deadline": None if deadline is None else {**asdict(deadline), "ms": deadline.ms},
-                "ratios": [asdict(ratio) for ratio in self.ratios],
+                "ratios": [ratio.to_json() for ratio in self.ratios],
                 "profiles": profiles,
                 "layers": {name: times.to_json() for name, times in self.layers.items()},
                 "cold_starts": {
@@ -121,11 +126,11 @@ def compare_profiles(
             f"of {sorted(counts)}; {REMEDY}"
         )
     ratios = [
-        LatencyRatio(other.name, baseline.name, stage, found.value, *_ends(found))
+        LatencyRatio(other.name, baseline.name, span, found.value, *_ends(found))
         for other in others
-        for stage in ("total", "engine")
-        if _comparable(other, baseline, stage)
-        for found in [ratio_of_medians(other.samples_ms[stage], baseline.samples_ms[stage], True)]
+        for span in ("total", "engine")
+        if _comparable(other, baseline, span)
+        for found in [ratio_of_medians(other.samples_ms[span], baseline.samples_ms[span], True)]
     ]
     return LatencyComparison(tuple(profiles), tuple(ratios), deadline)
 
@@ -155,6 +160,6 @@ def _deadline(value: Any) -> Deadline | None:
     return Deadline(rate_hz, execute)
 
 
-def _comparable(profile: LatencyProfile, baseline: LatencyProfile, stage: str) -> bool:
-    # A ratio to a stage that took no measurable time says nothing.
-    return all(stage in p.samples_ms and p.samples_ms[stage].min() > 0 for p in (profile, baseline))
+def _comparable(profile: LatencyProfile, baseline: LatencyProfile, span: str) -> bool:
+    # A ratio to a span that took no measurable time says nothing.
+    return all(span in p.samples_ms and p.samples_ms[span].min() > 0 for p in (profile, baseline))

@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 class _Taken(NamedTuple):
     start_ns: int
-    # Stage -> milliseconds.
+    # Span -> milliseconds.
     timing_ms: Mapping[str, float]
 
 
@@ -37,7 +37,7 @@ class _Endpoint(Protocol):
     transport: str
 
     def request(self, body: bytes) -> Mapping[str, float]:
-        """Answer one body; return stage -> milliseconds with "total"."""
+        """Answer one body; return span -> milliseconds with "total"."""
         ...
 
 
@@ -167,12 +167,12 @@ def _profile(
     boards: tuple[BoardState, BoardState],
 ) -> LatencyProfile:
     kept = taken[warmup:]
-    stages = dict.fromkeys(stage for action in kept for stage in action.timing_ms)
+    spans = dict.fromkeys(span for action in kept for span in action.timing_ms)
     starts_ns = np.array([action.start_ns for action in kept])
     return LatencyProfile(
         name=name,
-        # A stage that did not run in some action took no time there.
-        samples_ms={s: np.array([a.timing_ms.get(s, 0.0) for a in kept]) for s in stages},
+        # A span that did not run in some action took no time there.
+        samples_ms={s: np.array([a.timing_ms.get(s, 0.0) for a in kept]) for s in spans},
         started_ms=(starts_ns - starts_ns[0]) / 1e6,
         warmup=warmup,
         first_action_ms=taken[0].timing_ms["total"],

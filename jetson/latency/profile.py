@@ -22,15 +22,15 @@ _LONGEST_MS = 1e9
 
 @dataclass(frozen=True)
 class LatencyProfile:
-    """Every measured action of one policy, by stage, and what it was measured on.
+    """Every measured action of one policy, by span, and what it was measured on.
 
     Raises:
-        ArtifactError: stages differ in length, or a sample is not a finite time.
+        ArtifactError: spans differ in length, or a sample is not a finite time.
     """
 
     name: str
-    # Stage (see `shared.clock`) -> milliseconds of each action in the order taken; "total"
-    # spans them all. float64 [n]
+    # Span (see `shared.clock`) -> milliseconds of each action in the order taken; "total"
+    # covers them all. float64 [n]
     samples_ms: Mapping[str, NDArray[np.float64]]
     # When each action began, after the first one of them did. float64 [n]
     started_ms: NDArray[np.float64]
@@ -54,14 +54,12 @@ class LatencyProfile:
     conditions: str = ""
 
     def __post_init__(self) -> None:
-        arrays = {
-            stage: np.asarray(values, np.float64) for stage, values in self.samples_ms.items()
-        }
+        arrays = {span: np.asarray(values, np.float64) for span, values in self.samples_ms.items()}
         started_ms = np.asarray(self.started_ms, np.float64)
         shapes = {values.shape for values in arrays.values()} | {started_ms.shape}
         if "total" not in arrays or len(shapes) != 1 or started_ms.ndim != 1 or not started_ms.size:
             raise ArtifactError(
-                f"a latency profile needs equally many samples of 'total' and every stage, and "
+                f"a latency profile needs equally many samples of 'total' and every span, and "
                 f"as many starts, got { ({s: v.shape for s, v in arrays.items()}) } and "
                 f"{started_ms.shape}"
             )
@@ -77,23 +75,21 @@ class LatencyProfile:
         """From starting to open the policy to its first action; None where that is not known."""
         return None if self.load_ms is None else self.load_ms + self.first_action_ms
 
-    def percentile_ms(self, percent: float, stage: str = "total") -> float:
-        """Return a percentile of a stage's samples, linearly interpolated.
+    def percentile_ms(self, percent: float, span: str = "total") -> float:
+        """Return a percentile of a span's samples, linearly interpolated.
 
         Also where the samples do not support it; `qvla_export.shared.latency_statistics` tells.
 
         Raises:
-            QvlaError: the profile has no such stage.
+            QvlaError: the profile has no such span.
         """
-        if stage not in self.samples_ms:
-            raise QvlaError(
-                f"profile {self.name!r} has no stage {stage!r}: {list(self.samples_ms)}"
-            )
-        return float(np.percentile(self.samples_ms[stage], percent))
+        if span not in self.samples_ms:
+            raise QvlaError(f"profile {self.name!r} has no span {span!r}: {list(self.samples_ms)}")
+        return float(np.percentile(self.samples_ms[span], percent))
 
     def summary_ms(self) -> dict[str, dict[str, float | None]]:
-        """Return percentiles, max and jitter of every stage; None is not supported by n."""
-        return {stage: summary(samples) for stage, samples in self.samples_ms.items()}
+        """Return percentiles, max and jitter of every span; None is not supported by n."""
+        return {span: summary(samples) for span, samples in self.samples_ms.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as JSON values; the summary is for readers, samples are the truth."""

@@ -31,7 +31,7 @@ class LatencyRegression(QvlaError):
 
 @dataclass(frozen=True)
 class LatencyChange:
-    """Two profiles against each other, quantile by quantile of every stage that both have."""
+    """Two profiles against each other, quantile by quantile of every span that both have."""
 
     base: str
     new: str
@@ -39,15 +39,15 @@ class LatencyChange:
     paired: bool
     # Slower by this share is tolerated: 0.05.
     tolerance: float
-    # Stage -> one change a percentile of `PERCENTS`.
-    stages: Mapping[str, tuple[QuantileChange, ...]]
+    # Span -> one change a percentile of `PERCENTS`.
+    spans: Mapping[str, tuple[QuantileChange, ...]]
     # What else differs, for a reader to judge.
     notes: tuple[str, ...]
 
     @property
     def slower(self) -> tuple[QuantileChange, ...]:
         """Quantiles of the total whose interval lies wholly beyond the tolerance."""
-        return tuple(c for c in self.stages["total"] if self.verdict(c) == "slower")
+        return tuple(c for c in self.spans["total"] if self.verdict(c) == "slower")
 
     def verdict(self, change: QuantileChange) -> str:
         """Return "slower", "faster", "same" or why it cannot be said.
@@ -86,9 +86,9 @@ class LatencyChange:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        stages = {
-            stage: [{**asdict(c), "verdict": self.verdict(c)} for c in changes]
-            for stage, changes in self.stages.items()
+        spans = {
+            span: [{**asdict(c), "verdict": self.verdict(c)} for c in changes]
+            for span, changes in self.spans.items()
         }
         return {
             "format": _FORMAT,
@@ -98,7 +98,7 @@ class LatencyChange:
             "tolerance": self.tolerance,
             "slower": bool(self.slower),
             "notes": list(self.notes),
-            "stages": stages,
+            "stages": spans,
         }
 
 
@@ -135,19 +135,17 @@ def compare_latency(
             f"{base.name!r} and {new.name!r} cannot be compared, they differ in "
             f"{'; '.join(different)}; measure both in the same place, or say --allow-different"
         )
-    shared = [stage for stage in base.samples_ms if stage in new.samples_ms]
-    stages = {
-        stage: compare_quantiles(
-            base.samples_ms[stage], new.samples_ms[stage], PERCENTS, paired, seed
-        )
-        for stage in shared
+    shared = [span for span in base.samples_ms if span in new.samples_ms]
+    spans = {
+        span: compare_quantiles(base.samples_ms[span], new.samples_ms[span], PERCENTS, paired, seed)
+        for span in shared
     }
     return LatencyChange(
-        base.name, new.name, paired, tolerance, stages, (*different, *_notes(base, new))
+        base.name, new.name, paired, tolerance, spans, (*different, *_notes(base, new))
     )
 
 
-def paired_profiles(
+def pair_profiles(
     run: LatencyComparison, base: str | None, new: str | None
 ) -> list[tuple[LatencyProfile, LatencyProfile]]:
     """Return pairs of one interleaved run: the named ones, or every other with the first.
@@ -165,7 +163,7 @@ def paired_profiles(
     return [(first, other) for other in others]
 
 
-def matched_profiles(
+def match_profiles(
     before: LatencyComparison, after: LatencyComparison, base: str | None, new: str | None
 ) -> list[tuple[LatencyProfile, LatencyProfile]]:
     """Return pairs of two runs: the named ones, those of equal names, or the only two.
@@ -209,13 +207,13 @@ def _notes(base: LatencyProfile, new: LatencyProfile) -> Iterable[str]:
         for slowed in _slowed(profile.board_before, profile.board_after):
             yield f"{profile.name}: the board was slowed down, {slowed}"
     alone = [
-        f"{stage} of {ours.name}"
+        f"{span} of {ours.name}"
         for ours, other in ((base, new), (new, base))
-        for stage in ours.samples_ms
-        if stage not in other.samples_ms
+        for span in ours.samples_ms
+        if span not in other.samples_ms
     ]
     if alone:
-        yield f"stages that only one has: {', '.join(alone)}"
+        yield f"spans that only one has: {', '.join(alone)}"
 
 
 def _conditions(profile: LatencyProfile) -> dict[str, Any]:

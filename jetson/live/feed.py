@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jetson.board import BoardState
-from jetson.serving.observing import Served
 from jetson.serving.policy_contract import PolicyContract
+from jetson.serving.request_observer import ServedRequest
 from qvla_export.shared.normalization import Bounds
 
 # Actions that the latency strip shows.
@@ -61,11 +61,11 @@ class LiveFeed:
         self._misses = 0
         self._errors: Counter[str] = Counter()
         # The newest request with an action, and when it was answered.
-        self._latest: tuple[int, float, Served] | None = None
+        self._latest: tuple[int, float, ServedRequest] | None = None
         self._failed: tuple[float, str, str] | None = None
         self._recent_ms: deque[float] = deque(maxlen=RECENT)
 
-    def answered(self, served: Served) -> None:
+    def on_request(self, served: ServedRequest) -> None:
         """Take note of one request."""
         now_s, error = time.monotonic(), served.error
         with self._lock:
@@ -126,7 +126,7 @@ def preview(image: NDArray[np.uint8]) -> bytes:
     return encoded
 
 
-def _shown(latest: tuple[int, float, Served], now_s: float) -> dict[str, Any]:
+def _shown(latest: tuple[int, float, ServedRequest], now_s: float) -> dict[str, Any]:
     number, answered_s, served = latest
     observation, chunk = served.observation, served.chunk
     assert observation is not None and chunk is not None

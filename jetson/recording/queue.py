@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Waiting:
+class QueuedWrite:
     """Something to write."""
 
     # Writes it, on the writer's thread.
@@ -24,11 +24,11 @@ class DropQueue:
         self.dropped = 0
         self._max_bytes = max_bytes
         self._nbytes = 0
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[QueuedWrite] = deque()
         self._closed = False
         self._changed = threading.Condition()
 
-    def put(self, event: Waiting) -> bool:
+    def put(self, event: QueuedWrite) -> bool:
         """Append an event, or count it as dropped; return which."""
         with self._changed:
             full = self._nbytes + event.nbytes > self._max_bytes
@@ -40,7 +40,7 @@ class DropQueue:
             self._changed.notify()
             return True
 
-    def take(self, timeout_s: float) -> Waiting | None:
+    def take(self, timeout_s: float) -> QueuedWrite | None:
         """Return the oldest event; None if there is none within that time, or none left."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed, timeout_s)
@@ -57,7 +57,7 @@ class DropQueue:
             self._changed.notify()
 
     @property
-    def finished(self) -> bool:
+    def is_done(self) -> bool:
         """Whether it is closed and everything was taken."""
         with self._changed:
             return self._closed and not self._waiting

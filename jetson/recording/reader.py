@@ -218,5 +218,5 @@ def _moment(data: bytes, time_ns: int, waiting: dict[int, Observation]) -> Momen
     normalized = np.asarray(message.get("normalized") or np.zeros((0, 0)), np.float32)
     if actions.ndim != 2 or not np.isfinite(actions).all() or not np.isfinite(normalized).all():
         raise QvlaError(f"actions must be finite [horizon, dim], got {list(actions.shape)}")
-    timing_ms = {str(stage): float(ms) for stage, ms in message["timing_ms"].items()}
+    timing_ms = {str(span): float(ms) for span, ms in message["timing_ms"].items()}
     return Moment(time_ns, seen, ActionChunk(actions, normalized, timing_ms), "")

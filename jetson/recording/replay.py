@@ -14,7 +14,7 @@ from jetson.serving.policy_contract import PolicyContract, processor_of
 from jetson.serving.service import ActionService
 from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.artifacts import write_json
-from qvla_export.shared.clock import whole_stages
+from qvla_export.shared.clock import whole_spans
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
 
 _FORMAT = "qvla.replay/1"
@@ -38,13 +38,13 @@ class Replay:
     drift: ActionDrift
     # Which of the compared observations differs most.
     worst: int
-    # Time of the policy's own stages then and now.  float64 [n]
+    # Time of the policy's own spans then and now.  float64 [n]
     recorded_ms: NDArray[np.float64]
     replayed_ms: NDArray[np.float64]
 
     @property
     def times_known(self) -> bool:
-        """Whether the recording and the policy name stages by the same names."""
+        """Whether the recording and the policy name spans by the same names."""
         return bool(self.recorded_ms.any() and self.replayed_ms.any())
 
     def percentile_ms(self, side: Literal["recorded", "replayed"], percent: float) -> float:
@@ -131,9 +131,9 @@ def _replay(
     if processor is not None:
         unit, bins = processor.statistics.action.scale(), processor.spec.action_bins
     # What both measured by the same name can be compared.
-    stages = {*timing_ms[0][0]} & {*whole_stages(timing_ms[1][0])} - {*_PROTOCOL}
+    spans = {*timing_ms[0][0]} & {*whole_spans(timing_ms[1][0])} - {*_PROTOCOL}
     recorded_ms, replayed_ms = (
-        np.array([sum(timing.get(stage, 0.0) for stage in stages) for timing in side])
+        np.array([sum(timing.get(span, 0.0) for span in spans) for timing in side])
         for side in timing_ms
     )
     then, now = ((side / unit).astype(np.float32) for side in actions)

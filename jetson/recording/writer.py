@@ -26,7 +26,7 @@ from PIL import Image
 
 from jetson.board import BoardState
 from jetson.errors import RefusedSetting
-from jetson.recording.queue import DropQueue, Waiting
+from jetson.recording.queue import DropQueue, QueuedWrite
 from jetson.recording.schemas import (
     ABOUT,
     ACTION,
@@ -40,8 +40,8 @@ from jetson.recording.schemas import (
     STEP,
     Images,
 )
-from jetson.serving.observing import Served
 from jetson.serving.policy_contract import PolicyContract
+from jetson.serving.request_observer import ServedRequest
 from qvla_export.shared.artifacts import versions
 from qvla_export.shared.observation import Observation
 
@@ -110,7 +110,7 @@ class McapRecorder:
         """Events that were not recorded because the disk could not follow."""
         return self._queue.dropped
 
-    def answered(self, served: Served) -> None:
+    def on_request(self, served: ServedRequest) -> None:
         """Keep one request of a server: what was seen and what came of it, both or neither."""
         if served.observation is None:
             return  # nothing to replay, and strangers could fill the disk
@@ -126,14 +126,14 @@ class McapRecorder:
 
         self._put(write, observation)
 
-    def observed(self, observation: "TimedObservation") -> None:
+    def on_observation(self, observation: "TimedObservation") -> None:
         """Keep an observation that the control loop asks about."""
         seen_ns = self._now_ns()
         self._observed = observation.observed_s, seen_ns
         seen = observation.observation
         self._put(lambda: self._write_observation(seen, seen_ns), seen)
 
-    def planned(self, chunk: "TimedChunk") -> None:
+    def on_chunk(self, chunk: "TimedChunk") -> None:
         """Keep the actions that came of one."""
         now_ns, (observed_s, seen_ns) = self._now_ns(), self._observed
         origin = seen_ns if observed_s == chunk.observed_s else None
@@ -141,7 +141,7 @@ class McapRecorder:
             lambda: self._write_action(now_ns, origin, chunk.actions, None, chunk.timing_ms, "")
         )
 
-    def stepped(self, record: "StepRecord") -> None:
+    def on_step(self, record: "StepRecord") -> None:
         """Keep the record of a slot."""
         now_ns = self._now_ns()
         value = {**asdict(record), "state": record.state.value}
@@ -195,7 +195,7 @@ class McapRecorder:
         if self._failure is not None:
             raise self._failure
         images = () if observation is None else observation.images.values()
-        self._queue.put(Waiting(write, _EVENT_BYTES + sum(image.nbytes for image in images)))
+        self._queue.put(QueuedWrite(write, _EVENT_BYTES + sum(image.nbytes for image in images)))
 
     def _work(self) -> None:
         flushed_s = time.monotonic()
@@ -210,7 +210,7 @@ class McapRecorder:
                 if event is not None:
                     event.write()
                     self.written += 1
-                elif self._queue.finished:
+                elif self._queue.is_done:
                     break
                 if now_s - flushed_s >= _FLUSH_S:
                     flushed_s = now_s

@@ -1,6 +1,6 @@
-"""What Prometheus reads at `/metrics`: latency by stage, errors, misses, drops, the board.
+"""What Prometheus reads at `/metrics`: latency by span, errors, misses, drops, the board.
 
-    qvla_stage_seconds{stage}    histogram; stage "total" spans the others
+    qvla_stage_seconds{stage}    histogram by span; "total" covers the others
     qvla_actions_total           requests answered with actions
     qvla_errors_total{kind}      requests answered with a reason instead
     qvla_deadline_misses_total   actions that took longer than the deadline, if there is one
@@ -23,17 +23,17 @@ from prometheus_client.exposition import choose_encoder
 
 from jetson.board import BoardState
 from jetson.errors import Forbidden, RateLimited, ServerBusy, Unauthorized
-from jetson.serving.observing import Served
 from jetson.serving.policy_contract import PolicyContract
+from jetson.serving.request_observer import ServedRequest
 
 # Seconds. Fine where robots live: control periods of 200 Hz to 5 Hz are among them.
-STAGE_BUCKETS_S = (
+SPAN_BUCKETS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.0333, 0.05, 0.1, 0.2, 0.5, 1, 2.5,
 )  # fmt: skip
 # Requests that nobody decoded: there was no room, or no right, for them.
 _TURNED_AWAY = (ServerBusy, RateLimited, Unauthorized, Forbidden)
-# Stages are named by policies; a policy that invents a name an action must not fill the memory.
-_MAX_STAGES = 64
+# Spans are named by policies; a policy that invents a name an action must not fill the memory.
+_MAX_SPANS = 64
 
 
 class Metrics:
@@ -58,15 +58,15 @@ class Metrics:
         """
         self._registry = CollectorRegistry()
         self._deadline_ms = deadline_ms
-        self._stage_s = Histogram(
+        self._span_s = Histogram(
             "qvla_stage_seconds",
-            "Time of one stage of one action",
+            "Time of one span of one action",
             ["stage"],
-            buckets=STAGE_BUCKETS_S,
+            buckets=SPAN_BUCKETS_S,
             registry=self._registry,
         )
-        self._stages: dict[str, Histogram] = {}
-        self._stages_lock = threading.Lock()
+        self._spans: dict[str, Histogram] = {}
+        self._spans_lock = threading.Lock()
         self._actions = self._counter("qvla_actions", "Requests answered with actions")
         self._errors = self._counter("qvla_errors", "Requests without an action", ["kind"])
         self._misses = self._counter("qvla_deadline_misses", "Actions later than the deadline")
@@ -87,7 +87,7 @@ class Metrics:
             self._registry.register(_LoopCollector(counters))
         ProcessCollector(registry=self._registry)
 
-    def answered(self, served: Served) -> None:
+    def on_request(self, served: ServedRequest) -> None:
         """Count one request."""
         if served.error is not None:
             self._errors.labels(type(served.error).__name__).inc()
@@ -95,8 +95,8 @@ class Metrics:
                 self._drops.labels("request").inc()
             return
         self._actions.inc()
-        for stage, ms in served.timing_ms.items():
-            histogram = self._stages.get(stage) or self._stage(stage)
+        for span, ms in served.timing_ms.items():
+            histogram = self._spans.get(span) or self._span(span)
             if histogram is not None:
                 histogram.observe(ms / 1000.0)
         if self._deadline_ms is not None and served.timing_ms["total"] > self._deadline_ms:
@@ -113,12 +113,12 @@ class Metrics:
     def _counter(self, name: str, said: str, labels: Iterable[str] = ()) -> Counter:
         return Counter(name, said, labels, registry=self._registry)
 
-    def _stage(self, name: str) -> Histogram | None:
-        with self._stages_lock:
-            if name not in self._stages and len(self._stages) >= _MAX_STAGES:
+    def _span(self, name: str) -> Histogram | None:
+        with self._spans_lock:
+            if name not in self._spans and len(self._spans) >= _MAX_SPANS:
                 return None
             # Looking a label up costs more than counting it.
-            return self._stages.setdefault(name, self._stage_s.labels(name))
+            return self._spans.setdefault(name, self._span_s.labels(name))
 
 
 def board_figures(state: BoardState) -> dict[str, dict[tuple[str, ...], float]]:

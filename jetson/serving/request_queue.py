@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from jetson.errors import ServerBusy
-from jetson.serving.observing import Served
+from jetson.serving.request_observer import ServedRequest
 from jetson.serving.service import ActionService, Answer, Decoder
 
 
@@ -51,7 +51,7 @@ class ActionLine:
 
     def _busy(self, reason: str) -> ServerBusy:
         error = ServerBusy(reason)
-        self.service.observers.answered(Served(None, None, {}, error))
+        self.service.observers.on_request(ServedRequest(None, None, {}, error))
         return error
 
     async def answer(self, body: bytes, decode: Decoder) -> Answer:

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from jetson.errors import PolicyFailure, http_status
-from jetson.serving.observing import Observers, Served
 from jetson.serving.policy_contract import PolicyContract, contract_of
+from jetson.serving.request_observer import Observers, ServedRequest
 from jetson.serving.wire import decode_request, encode_request
 from qvla_export.shared.action import ActionChunk, ActionPolicy
 from qvla_export.shared.errors import InvalidObservation, QvlaError
@@ -49,7 +49,7 @@ class Answer:
 
     # The protocol's reply with the actions, or the JSON reason why there are none.
     body: bytes
-    # Stage -> milliseconds; "total" spans them all.
+    # Span -> milliseconds; "total" covers them all.
     timing_ms: Mapping[str, float]
     # Why there is no action; None where there is one.
     error: QvlaError | None = None
@@ -104,9 +104,9 @@ class ActionService:
 
         What is the client's fault is for the protocol to log, which knows the client.
         """
-        # Not a StageClock: its context managers cost more here than decoding an observation.
+        # Not a SpanClock: its context managers cost more here than decoding an observation.
         marks_ns = [time.perf_counter_ns()]
-        stages_ms: Mapping[str, float] = {}
+        spans_ms: Mapping[str, float] = {}
         failure: QvlaError | None = None
         seen: Observation | None = None
         chunk: ActionChunk | None = None
@@ -116,7 +116,7 @@ class ActionService:
             seen = request.observation
             chunk = self.act(seen)
             marks_ns.append(time.perf_counter_ns())
-            stages_ms = chunk.timing_ms
+            spans_ms = chunk.timing_ms
             content = request.encode(chunk, (marks_ns[2] - marks_ns[1]) / 1e6)
         except QvlaError as error:
             failure = error
@@ -127,9 +127,9 @@ class ActionService:
             content, chunk = error_body(failure), None
             if http_status(failure) >= 500:
                 _LOG.error("no action: %s", failure, exc_info=failure)
-        answer = Answer(content, _stages_ms(marks_ns, stages_ms), failure)
+        answer = Answer(content, _spans_ms(marks_ns, spans_ms), failure)
         if self.observers:
-            self.observers.answered(Served(seen, chunk, answer.timing_ms, failure))
+            self.observers.on_request(ServedRequest(seen, chunk, answer.timing_ms, failure))
         return answer
 
     def warm_up(self, count: int, observation: Observation | None = None) -> float:
@@ -170,15 +170,15 @@ class ActionService:
             )
 
 
-def _stages_ms(marks_ns: list[int], acting_ms: Mapping[str, float]) -> dict[str, float]:
-    """Return stages in order from the instants between them, as far as the request came."""
+def _spans_ms(marks_ns: list[int], acting_ms: Mapping[str, float]) -> dict[str, float]:
+    """Return spans in order from the instants between them, as far as the request came."""
     now_ns = time.perf_counter_ns()
     start_ns, decoded_ns, acted_ns = (*marks_ns, now_ns, now_ns)[:3]
-    stages = {"decode": (decoded_ns - start_ns) / 1e6, **acting_ms}
-    stages.pop("total", None)
+    spans = {"decode": (decoded_ns - start_ns) / 1e6, **acting_ms}
+    spans.pop("total", None)
     if len(marks_ns) == 3:
-        stages["encode"] = (now_ns - acted_ns) / 1e6
-    return {**stages, "total": (now_ns - start_ns) / 1e6}
+        spans["encode"] = (now_ns - acted_ns) / 1e6
+    return {**spans, "total": (now_ns - start_ns) / 1e6}
 
 
 def error_body(error: Exception) -> bytes:

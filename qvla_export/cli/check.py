@@ -12,7 +12,7 @@ from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
-    from engines.check.finding import Finding
+    from engines.check.finding import GraphFinding
 
 _FAILED = 2
 
@@ -71,12 +71,12 @@ def _target_of(graph: Path) -> str:
     return Bundle.load(graph).target
 
 
-def _table(findings: "tuple[Finding, ...]") -> Table:
+def _table(findings: "tuple[GraphFinding, ...]") -> Table:
     """One row a rule and stage, errors first: how often, where first, and why."""
     table = Table("rule", show_lines=True)
     table.add_column("where", overflow="fold", max_width=26)
     table.add_column("what")
-    groups: dict[tuple[str, str], list[Finding]] = {}
+    groups: dict[tuple[str, str], list[GraphFinding]] = {}
     for finding in findings:
         groups.setdefault((finding.rule, finding.stage), []).append(finding)
     for group in sorted(groups.values(), key=lambda group: group[0].severity):

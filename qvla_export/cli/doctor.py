@@ -14,7 +14,7 @@ from qvla_export.cli.options import DatasetOption, PresetOption, UnnormKeyOption
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
-    from jetson.doctor.finding import Finding
+    from jetson.doctor.finding import BoardFinding
     from jetson.doctor.observations import DatasetFacts
 
 FORMAT = "qvla.doctor/1"
@@ -51,10 +51,10 @@ def doctor(
 
     Exits with 2 if there is an error (the policy does not run, or acts wrongly), with 0 otherwise.
     """
-    from jetson.doctor.examination import Question, examine, read_subject
+    from jetson.doctor.examination import DoctorRequest, examine, read_subject
     from jetson.doctor.finding import count
 
-    question = Question(
+    question = DoctorRequest(
         bundle, engines, checkpoint, unnorm_key, preset, libero, host, port, token_file
     )
     facts = None if dataset is None else _dataset_facts(dataset)
@@ -94,7 +94,7 @@ def _size(feature: object) -> int:
     return int(shape[0]) if shape else 0
 
 
-def _json(findings: "Sequence[Finding]") -> str:
+def _json(findings: "Sequence[BoardFinding]") -> str:
     from jetson.doctor.finding import SEVERITIES, count
 
     counts = {severity: count(findings, severity) for severity in SEVERITIES}
@@ -102,15 +102,15 @@ def _json(findings: "Sequence[Finding]") -> str:
     return json.dumps({"format": FORMAT, "counts": counts, "findings": shown}, indent=1)
 
 
-def _print(findings: "Sequence[Finding]") -> None:
+def _print(findings: "Sequence[BoardFinding]") -> None:
     """Print what is wrong with its remedies, then what is right, then what was not looked at."""
-    from jetson.doctor.finding import SEVERITIES, count, sorted_findings
+    from jetson.doctor.finding import SEVERITIES, count, sort_findings
 
     table = Table("", "setting")
     for column in ("here", "should be"):
         table.add_column(column, overflow="fold")
     left_out = []
-    for finding in sorted_findings(findings):
+    for finding in sort_findings(findings):
         if finding.severity == "not applicable":
             left_out.append(f"  {finding.what}: {finding.observed}")
             continue
@@ -122,7 +122,7 @@ def _print(findings: "Sequence[Finding]") -> None:
         table.add_row(f"[{style}]{finding.severity}[/]", finding.what, observed, wanted)
     Console().print(table)
     # Not in the table: a command is copied as one line.
-    for finding in sorted_findings(findings):
+    for finding in sort_findings(findings):
         if finding.remedy:
             typer.echo(f"{finding.severity}: {finding.what}\n    {finding.remedy}")
     typer.echo("not applicable here:\n" + "\n".join(left_out))

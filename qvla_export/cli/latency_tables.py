@@ -20,9 +20,9 @@ _NONE = "-"
 
 
 def profile_tables(compared: "LatencyComparison") -> Iterator[Table]:
-    """Return the stages of every profile, then starts and deadlines of all."""
+    """Return the spans of every profile, then starts and deadlines of all."""
     for profile in compared.profiles:
-        yield _stages(profile)
+        yield _spans(profile)
     yield _starts(compared)
 
 
@@ -46,16 +46,16 @@ def layer_heading(name: str, times: "LayerTimes") -> str:
 
 
 def change_table(change: "LatencyChange") -> Table:
-    """Return every quantile of every stage, before and after."""
+    """Return every quantile of every span, before and after."""
     how = "rounds of one run" if change.paired else "two runs"
     table = Table(title=f"{change.base} -> {change.new}, {how}, 95 % block bootstrap")
-    for column in ("stage", "", "before, ms", "after, ms", "difference, ms", "ratio", "verdict"):
-        table.add_column(column, justify="left" if column in ("stage", "verdict") else "right")
-    for stage, changes in change.stages.items():
+    for column in ("span", "", "before, ms", "after, ms", "difference, ms", "ratio", "verdict"):
+        table.add_column(column, justify="left" if column in ("span", "verdict") else "right")
+    for span, changes in change.spans.items():
         for index, found in enumerate(changes):
-            # Only the total is judged by the exit code; stages are there to find the cause.
+            # Only the total is judged by the exit code; spans are there to find the cause.
             table.add_row(
-                "" if index else stage,
+                "" if index else span,
                 f"p{found.percent:g}",
                 f"{found.base_ms:.3f}",
                 f"{found.new_ms:.3f}",
@@ -66,16 +66,16 @@ def change_table(change: "LatencyChange") -> Table:
     return table
 
 
-def _stages(profile: "LatencyProfile") -> Table:
+def _spans(profile: "LatencyProfile") -> Table:
     count = len(profile.started_ms)
     table = Table(title=f"{profile.name} ({profile.transport}), {count} actions, ms")
     columns = (*(f"p{percent:g}" for percent in PERCENTS), "max", "p99 - p50", "step")
-    for column in ("stage", *columns):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for stage, samples in profile.samples_ms.items():
+    for column in ("span", *columns):
+        table.add_column(column, justify="left" if column == "span" else "right")
+    for span, samples in profile.samples_ms.items():
         found = jitter(samples)
         table.add_row(
-            stage,
+            span,
             *(percentile_text(samples, percent) for percent in PERCENTS),
             f"{samples.max():.2f}",
             _number(found.spread_ms),

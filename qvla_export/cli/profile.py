@@ -1,4 +1,4 @@
-"""`qvla profile`: what an action takes, stage by stage; `qvla compare-latency`: what changed."""
+"""`qvla profile`: what an action takes, span by span; `qvla compare-latency`: what changed."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -109,14 +109,14 @@ def compare_latency(
     """Compare latencies with bootstrap intervals; exit 2 if the total is slower than tolerated."""
     from jetson.latency.comparison import LatencyComparison
     from jetson.latency.regression import compare_latency as compare
-    from jetson.latency.regression import matched_profiles, paired_profiles
+    from jetson.latency.regression import match_profiles, pair_profiles
 
     before = LatencyComparison.load(base)
     if changed is None:
-        pairs = paired_profiles(before, base_name, new_name)
+        pairs = pair_profiles(before, base_name, new_name)
     else:
         after = LatencyComparison.load(changed)
-        pairs = matched_profiles(before, after, base_name, new_name)
+        pairs = match_profiles(before, after, base_name, new_name)
     changes = [
         compare(old, new, changed is None, tolerance, seed, allow_different) for old, new in pairs
     ]

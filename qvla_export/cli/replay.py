@@ -76,7 +76,7 @@ def _said(done: "Replay") -> list[str]:
     if done.times_known:
         (slow, then_ms), (_, now_ms) = tail(done.recorded_ms), tail(done.replayed_ms)
         lines.append(
-            f"policy's stages: p50 {done.percentile_ms('recorded', 50):.2f} ms then, "
+            f"policy's spans: p50 {done.percentile_ms('recorded', 50):.2f} ms then, "
             f"{done.percentile_ms('replayed', 50):.2f} ms now; "
             f"{slow} {then_ms:.2f} ms then, {now_ms:.2f} ms now"
         )

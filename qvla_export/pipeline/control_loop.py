@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jetson.control.records import Recorder, RunResult
     from jetson.control.safety import ActionSafety
     from jetson.control.settings import LoopSettings
-    from jetson.live.running import LoopWatch
+    from jetson.live.loop_page import LoopWatch
     from jetson.serving.policy_contract import PolicyContract
 
 _LOG = logging.getLogger(__name__)
@@ -46,9 +46,9 @@ def run_policy(
     Raises:
         QvlaError: an option is wrong, or the policy, the source or the robot cannot be opened.
     """
-    from jetson.control.clock import MonotonicClock, SimulatedClock
     from jetson.control.inference import InlineInference, ThreadedInference
     from jetson.control.loop import ControlLoop
+    from jetson.control.loop_clock import MonotonicClock, SimulatedClock
     from jetson.serving.policy_contract import contract_of
 
     clock = SimulatedClock() if options.simulated_time else MonotonicClock()
@@ -86,7 +86,7 @@ def _live_page(
     stack: ExitStack,
 ) -> "LoopWatch":
     """Serve the page until the stack closes; return what the loop must tell."""
-    from jetson.live.running import LoopWatch, live_page
+    from jetson.live.loop_page import LoopWatch, live_page
     from jetson.serving.security import read_token
 
     watch = LoopWatch(recorder)

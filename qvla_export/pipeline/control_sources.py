@@ -10,14 +10,14 @@ from qvla_export.cli.run_options import RunOptions
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
-    from jetson.control.clock import Clock
+    from jetson.control.loop_clock import LoopClock
     from jetson.control.sinks import Sink
     from jetson.control.sources import Source
     from jetson.serving.policy_contract import PolicyContract
 
 
 def open_source(
-    options: RunOptions, contract: "PolicyContract", clock: "Clock", stack: ExitStack
+    options: RunOptions, contract: "PolicyContract", clock: "LoopClock", stack: ExitStack
 ) -> "tuple[Source, Sink]":
     """Return where observations come from and where commands go."""
     from jetson.control.sinks import NullSink, StreamSink
@@ -48,7 +48,7 @@ def open_source(
     return stack.enter_context(closing(opener(options, contract, clock))), sink
 
 
-def _episode(options: RunOptions, contract: "PolicyContract", clock: "Clock") -> "Source":
+def _episode(options: RunOptions, contract: "PolicyContract", clock: "LoopClock") -> "Source":
     from jetson.control.sources import EpisodeSource
     from qvla_export.cli.options import open_dataset
 
@@ -70,7 +70,7 @@ def _episode(options: RunOptions, contract: "PolicyContract", clock: "Clock") ->
     return EpisodeSource(timestamps, load, clock, options.instruction)
 
 
-def _camera(options: RunOptions, contract: "PolicyContract", clock: "Clock") -> "Source":
+def _camera(options: RunOptions, contract: "PolicyContract", clock: "LoopClock") -> "Source":
     from jetson.control.camera import CameraSource
 
     if options.instruction is None:
@@ -91,7 +91,7 @@ def _camera(options: RunOptions, contract: "PolicyContract", clock: "Clock") -> 
     return CameraSource(openers, options.instruction, clock)
 
 
-def _stdin(options: RunOptions, contract: "PolicyContract", clock: "Clock") -> "Source":
+def _stdin(options: RunOptions, contract: "PolicyContract", clock: "LoopClock") -> "Source":
     from jetson.control.pipes import PipedSource
 
     if options.instruction is not None:

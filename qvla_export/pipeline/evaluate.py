@@ -108,7 +108,7 @@ def latency(
     from jetson.latency.comparison import LatencyComparison
     from jetson.latency.measure import profile_latency
     from jetson.policy import EnginePolicy
-    from jetson.server import running_server
+    from jetson.server import open_server
     from jetson.server_settings import ServerSettings
 
     bundles = {setting.name: load_bundle(run, setting) for setting in settings}
@@ -134,7 +134,7 @@ def latency(
             policies[name] = EnginePolicy(bundle, engine)
         settings_ = ServerSettings(port=0)
         policies[f"{served} served"] = stack.enter_context(
-            running_server(policies[served], settings_, warmup=observations[0])
+            open_server(policies[served], settings_, warmup=observations[0])
         )
         compared = profile_latency(
             policies,

@@ -86,7 +86,7 @@ class Latency:
     """Milliseconds of every measured action of one setting."""
 
     bundle_digest: str
-    # Stage -> samples; "total" spans them all.  float64 [n]
+    # Span -> samples; "total" covers them all.  float64 [n]
     samples_ms: Mapping[str, NDArray[np.float64]]
     # To the first profile's total; None for that profile itself.
     ratio: Ratio | None
@@ -98,9 +98,9 @@ class Latency:
     # Until when actions were wanted; None where nobody said.
     deadline: Deadline | None
 
-    def percentile(self, percent: float, stage: str = "total") -> float:
-        """Return a percentile of a stage's samples, milliseconds."""
-        return float(np.percentile(self.samples_ms[stage], percent))
+    def percentile(self, percent: float, span: str = "total") -> float:
+        """Return a percentile of a span's samples, milliseconds."""
+        return float(np.percentile(self.samples_ms[span], percent))
 
 
 @dataclass(frozen=True)
@@ -250,9 +250,9 @@ def _deadline(value: Any) -> Deadline | None:
 
 
 def _latency(item: Mapping[str, Any], ratio: Ratio | None, deadline: Deadline | None) -> Latency:
-    samples = {str(stage): finite(values) for stage, values in item["samples_ms"].items()}
+    samples = {str(span): finite(values) for span, values in item["samples_ms"].items()}
     if "total" not in samples or any(v.ndim != 1 or not v.size for v in samples.values()):
-        raise ValueError("a profile needs samples of 'total' and of every stage")
+        raise ValueError("a profile needs samples of 'total' and of every span")
     board = item["board_before"]
     machine = str(board["model"] or board["cpu_model"] or "unnamed machine")
     load_ms = None if item["load_ms"] is None else float(finite(item["load_ms"]))

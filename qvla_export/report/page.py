@@ -146,8 +146,8 @@ def _result_drawings(data: RunData) -> Iterator[Drawing]:
             "latency",
             "Latency",
             f"Every measured action, settings taken in turn in one run, on {data.info.target}. "
-            "Above the cumulative distribution, below the stages' medians.",
-            "Step curves of the total latency and stacked bars of stage medians.",
+            "Above the cumulative distribution, below the spans' medians.",
+            "Step curves of the total latency and stacked bars of the spans' medians.",
             lambda: result_figures.draw_latency(data, timed),
         )
 

@@ -20,7 +20,7 @@ from qvla_export.report.svg import (
     short,
     to_svg,
 )
-from qvla_export.shared.clock import whole_stages
+from qvla_export.shared.clock import whole_spans
 
 _NORMAL_95 = 1.96
 _EXACT = 1e-8  # a sum below is rounding: the float engine beside the float policy
@@ -83,7 +83,7 @@ def draw_success(data: RunData, settings: Sequence[SettingResult]) -> str:
 
 
 def draw_latency(data: RunData, settings: Sequence[SettingResult]) -> str:
-    """Distribution of the total, and the median of each stage."""
+    """Distribution of the total, and the median of each span."""
     rows = {s.name: s.latency for s in settings if s.latency is not None}
     rows = {**rows, **data.other_latencies}
     figure = new_figure(3.4 + 0.5 + 0.3 * len(rows))
@@ -99,7 +99,7 @@ def draw_latency(data: RunData, settings: Sequence[SettingResult]) -> str:
     upper.set_ylabel("actions at most this slow, %")
     upper.set_xlabel("milliseconds from request to action")
     upper.legend(loc="lower right")
-    _stage_bars(lower, rows)
+    _span_bars(lower, rows)
     return to_svg(figure, "latency")
 
 
@@ -155,12 +155,12 @@ def _interval_dots(
     )
 
 
-def _stage_bars(axes: Axes, rows: dict[str, Latency]) -> None:
-    stages = list(dict.fromkeys(s for r in rows.values() for s in whole_stages(r.samples_ms)))
+def _span_bars(axes: Axes, rows: dict[str, Latency]) -> None:
+    spans = list(dict.fromkeys(s for r in rows.values() for s in whole_spans(r.samples_ms)))
     left = np.zeros(len(rows))
-    for i, stage in enumerate(stages):
+    for i, span in enumerate(spans):
         medians = np.array(
-            [r.percentile(50, stage) if stage in r.samples_ms else 0.0 for r in rows.values()]
+            [r.percentile(50, span) if span in r.samples_ms else 0.0 for r in rows.values()]
         )
         axes.barh(
             range(len(rows)),
@@ -168,14 +168,14 @@ def _stage_bars(axes: Axes, rows: dict[str, Latency]) -> None:
             0.62,
             left,
             color=STAGE_COLORS[i % len(STAGE_COLORS)],
-            label=stage,
+            label=span,
         )
         left += medians
     axes.set_yticks(range(len(rows)), [short(name) for name in rows])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("median milliseconds of each stage")
-    if stages:
+    axes.set_xlabel("median milliseconds of each span")
+    if spans:
         _legend_above(axes)
 
 

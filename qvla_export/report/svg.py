@@ -21,7 +21,7 @@ INK, MUTED, GRID, PAPER = "#0a0b0c", "#1a1b1c", "#2a2b2c", "#3a3b3c"
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--paper"}
 # Okabe and Ito's hues, where needed darkened, so that each shows on white and on black.
 _SERIES = ("#1f78b8", "#d55e00", "#0a9a73", "#c46a9c", "#b58900", "#6f6fd6", "#a0522d", "#4d9aa8")
-# Of the stages of an action; other hues than the first settings have.
+# The spans of an action; other hues than the first settings have.
 STAGE_COLORS = ("#c46a9c", "#b58900", "#8a97a3", "#6f6fd6", "#a0522d")
 FLOAT_COLOR = "#7d7d7d"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

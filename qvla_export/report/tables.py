@@ -119,19 +119,19 @@ def plans(data: RunData) -> Table:
 
 
 def latencies(data: RunData) -> Table:
-    """Return percentiles, jitter and, where a deadline was stated, misses of every stage."""
+    """Return percentiles, jitter and, where a deadline was stated, misses of every span."""
     profiles = {s.name: s.latency for s in data.settings if s.latency is not None}
     found = {**profiles, **data.other_latencies}
     deadline = next((latency.deadline for latency in found.values()), None)
     late = () if deadline is None else (f"Later than {deadline.ms:.1f} ms",)
     rows = tuple(
-        (Cell(name, _starts(latency)), *_stage_cells(latency, stage))
+        (Cell(name, _starts(latency)), *_span_cells(latency, span))
         for name, latency in found.items()
-        for stage in latency.samples_ms
+        for span in latency.samples_ms
     )
     percents = (f"p{percent:g}" for percent in PERCENTS)
     jitters = ("p99 − p50", "From one to the next")
-    columns = ("Profile", "Stage, ms", *percents, "Largest", *jitters, "Actions", *late)
+    columns = ("Profile", "Span, ms", *percents, "Largest", *jitters, "Actions", *late)
     return Table(columns, rows)
 
 
@@ -140,9 +140,9 @@ def _starts(latency: Latency) -> str:
     return f"{latency.transport}; {loaded}first action {latency.first_action_ms:.1f} ms"
 
 
-def _stage_cells(latency: Latency, stage: str) -> Iterator[Cell]:
-    samples, deadline = latency.samples_ms[stage], latency.deadline
-    yield Cell(stage)
+def _span_cells(latency: Latency, span: str) -> Iterator[Cell]:
+    samples, deadline = latency.samples_ms[span], latency.deadline
+    yield Cell(span)
     for percent in PERCENTS:
         yield Cell(percentile_text(samples, percent, 3))
     yield Cell(f"{samples.max():.3f}")
@@ -152,7 +152,7 @@ def _stage_cells(latency: Latency, stage: str) -> Iterator[Cell]:
     yield Cell(str(len(samples)))
     if deadline is not None:
         misses = deadline.misses(samples)
-        yield Cell(f"{misses.count} ({100 * misses.share:.1f} %)" if stage == "total" else "")
+        yield Cell(f"{misses.count} ({100 * misses.share:.1f} %)" if span == "total" else "")
 
 
 def _setting_row(setting: SettingResult, data: RunData) -> tuple[Cell, ...]:

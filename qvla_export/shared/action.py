@@ -12,7 +12,7 @@ from qvla_export.shared.observation import Observation
 
 @dataclass(frozen=True)
 class ActionChunk:
-    """The next actions of a policy and the time each stage of computing them took."""
+    """The next actions of a policy and the time each span of computing them took."""
 
     # Actions in the robot's units.  float32 [horizon, dim]
     actions: NDArray[np.float32]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qvla_export.shared.errors import QvlaError
 
-# Of latency files. 2: parts of stages, when each action started, load time, deadline.
+# Of latency files. 2: spans inside spans, when each action started, load time, deadline.
 LATENCY_FORMAT = "qvla.latency/2"
 PERCENTS = (50.0, 90.0, 99.0, 99.9)
 

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jetson.control.chunks import TimedChunk
-from jetson.control.clock import SimulatedClock
-from jetson.control.inference import Inferred
+from jetson.control.inference import InferenceResult
 from jetson.control.loop import ControlLoop
+from jetson.control.loop_clock import SimulatedClock
 from jetson.control.records import StepRecord
 from jetson.control.safety import ActionSafety
 from jetson.control.settings import LoopSettings
@@ -41,7 +41,7 @@ def settings(**changes: object) -> LoopSettings:
 
 
 @dataclass
-class Clock(SimulatedClock):
+class LoopClock(SimulatedClock):
     """Simulated time that can also be lost."""
 
     # Added to the next sleep: the machine was busy.
@@ -57,11 +57,11 @@ class Clock(SimulatedClock):
 class Camera:
     """Takes a frame every 20 ms."""
 
-    clock: Clock
+    clock: LoopClock
     stalled: bool = False
     lag_s: float = 0.0
     error: Exception | None = None
-    ended: bool = False
+    is_over: bool = False
     # How long a look takes.
     slow_s: float = 0.0
     last: TimedObservation | None = None
@@ -86,7 +86,7 @@ Behaviour = Callable[[int], NDArray[np.float32]]
 class Engine:
     """Answers after a delay, with what a behaviour says or raises for the n-th request."""
 
-    clock: Clock
+    clock: LoopClock
     behaviour: Behaviour
     delay_s: float = 0.03
     # None while nothing is under way.
@@ -103,7 +103,7 @@ class Engine:
         self.pending = observation
         self.ready_s = self.clock.time_s + self.delay_s
 
-    def poll(self) -> Inferred | None:
+    def poll(self) -> InferenceResult | None:
         if self.pending is None or self.ready_s is None or self.clock.time_s < self.ready_s:
             return None
         observation, self.pending = self.pending, None
@@ -111,10 +111,10 @@ class Engine:
         try:
             actions = self.behaviour(self.requests)
         except Exception as error:
-            return Inferred(observation, None, error, infer_ms)
+            return InferenceResult(observation, None, error, infer_ms)
         finally:
             self.requests += 1
-        return Inferred(observation, ActionChunk(actions, actions), None, infer_ms)
+        return InferenceResult(observation, ActionChunk(actions, actions), None, infer_ms)
 
     def close(self) -> None:
         pass
@@ -124,7 +124,7 @@ class Engine:
 class Robot:
     """Remembers what it was told."""
 
-    clock: Clock
+    clock: LoopClock
     commands: list[Command] = field(default_factory=list)
     # How many of the next commands fail, and how long each takes.
     failures: int = 0
@@ -149,13 +149,13 @@ class Notes:
     chunks: list[TimedChunk] = field(default_factory=list)
     records: list[StepRecord] = field(default_factory=list)
 
-    def observed(self, observation: TimedObservation) -> None:
+    def on_observation(self, observation: TimedObservation) -> None:
         self.observations.append(observation)
 
-    def planned(self, chunk: TimedChunk) -> None:
+    def on_chunk(self, chunk: TimedChunk) -> None:
         self.chunks.append(chunk)
 
-    def stepped(self, record: StepRecord) -> None:
+    def on_step(self, record: StepRecord) -> None:
         self.records.append(record)
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class Bench:
     ) -> None:
         self.settings = loop_settings or settings()
         self.safety = action_safety or safety()
-        self.clock = Clock(100.0)
+        self.clock = LoopClock(100.0)
         self.camera, self.robot = Camera(self.clock), Robot(self.clock)
         self.engine, self.notes = Engine(self.clock, behaviour, **engine), Notes()
         self.loop = ControlLoop(

@@ -7,7 +7,7 @@ from fake_board import orin_files, write
 
 from engines.trt.gpu import Gpu
 from jetson.board.state import UNKNOWN
-from jetson.doctor.finding import Finding
+from jetson.doctor.finding import BoardFinding
 from jetson.doctor.machine import Machine, read_machine
 
 ORIN_GPU = Gpu("Orin", "sm_87")
@@ -94,5 +94,5 @@ def board(root: Path, name: str, changes: Mapping[str, str] | None = None) -> Ma
     )
 
 
-def to_mend(findings: tuple[Finding, ...]) -> dict[str, Finding]:
+def to_mend(findings: tuple[BoardFinding, ...]) -> dict[str, BoardFinding]:
     return {finding.what: finding for finding in findings if finding.remedy}

@@ -1,13 +1,13 @@
 """`require_clean`: what every exported bundle must pass, called where tests export one."""
 
 from engines.check.bundle import check_bundle, check_model
-from engines.check.finding import Finding, require_no_errors
+from engines.check.finding import GraphFinding, require_no_errors
 from engines.targets import find_target
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.target import Target
 
 
-def require_clean(bundle: Bundle, target: Target | None = None) -> tuple[Finding, ...]:
+def require_clean(bundle: Bundle, target: Target | None = None) -> tuple[GraphFinding, ...]:
     """Check a bundle for its own target, or its graphs for another; return the warnings.
 
     Raises:

@@ -3,7 +3,7 @@
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from jetson.serving.observing import Served
+from jetson.serving.request_observer import ServedRequest
 from qvla_export.shared.action import ActionChunk
 
 CHUNK = ActionChunk(np.zeros((4, 7), np.float32), np.zeros((4, 7), np.float32))
@@ -19,5 +19,5 @@ def samples(page: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
-def acted(**timing_ms: float) -> Served:
-    return Served(None, CHUNK, timing_ms)
+def acted(**timing_ms: float) -> ServedRequest:
+    return ServedRequest(None, CHUNK, timing_ms)

@@ -8,12 +8,12 @@ from echo_policy import OFT
 
 from jetson.board import read_board_state
 from jetson.recording.writer import McapRecorder
-from jetson.serving.observing import Served
+from jetson.serving.request_observer import ServedRequest
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.observation import Observation
 
 
-def served(index: int, side: int = 24) -> Served:
+def served(index: int, side: int = 24) -> ServedRequest:
     generator = np.random.default_rng(index)
     images = {
         camera: generator.integers(0, 256, (side, side + 1, 3), np.uint8) for camera in OFT.cameras
@@ -21,7 +21,9 @@ def served(index: int, side: int = 24) -> Served:
     state = generator.normal(size=8).astype(np.float32)
     actions = generator.normal(size=(4, 7)).astype(np.float32)
     chunk = ActionChunk(actions, actions / 2, {"engine": 1.0 + index})
-    return Served(Observation(images, f"push {index} é", state), chunk, {"engine": 1.0, "total": 2})
+    return ServedRequest(
+        Observation(images, f"push {index} é", state), chunk, {"engine": 1.0, "total": 2}
+    )
 
 
 def recorder(path: Path, **options: Any) -> McapRecorder:

@@ -14,7 +14,7 @@ import pytest
 import requests
 from echo_policy import IMAGE, OFT, OPENVLA, EchoPolicy, oft_fields, post
 
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.action import ActionChunk
@@ -23,7 +23,7 @@ from qvla_export.shared.observation import Observation
 
 @pytest.fixture(scope="module")
 def openvla_url() -> Iterator[str]:
-    with running_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url:
+    with open_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url:
         yield url
 
 
@@ -34,7 +34,7 @@ def oft_policy() -> EchoPolicy:
 
 @pytest.fixture(scope="module")
 def oft_url(oft_policy: EchoPolicy) -> Iterator[str]:
-    with running_server(oft_policy, ServerSettings(port=0, max_body_bytes=1 << 20)) as url:
+    with open_server(oft_policy, ServerSettings(port=0, max_body_bytes=1 << 20)) as url:
         yield url
 
 
@@ -81,7 +81,7 @@ def test_the_query_and_the_setting_choose_the_reply(openvla_url: str) -> None:
     assert len(post(openvla_url, fields, params={"reply": "chunk"}).json()) == 4
     refused = post(openvla_url, fields, params={"reply": "all"})
     assert refused.status_code == 400 and "auto" in refused.json()["error"]
-    with running_server(EchoPolicy(OPENVLA), ServerSettings(port=0, reply="chunk")) as url:
+    with open_server(EchoPolicy(OPENVLA), ServerSettings(port=0, reply="chunk")) as url:
         assert len(post(url, fields).json()) == 4
 
 
@@ -165,7 +165,7 @@ def test_a_streamed_200_MB_body_is_cut_off(oft_url: str) -> None:
 
 def test_a_client_that_leaves_or_dawdles_harms_nobody() -> None:
     settings = ServerSettings(port=0, body_timeout_s=1.0)
-    with running_server(EchoPolicy(OFT), settings) as url:
+    with open_server(EchoPolicy(OFT), settings) as url:
         host, port = url.removeprefix("http://").split(":")
         head = b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
         for _ in range(5):
@@ -200,7 +200,7 @@ def test_too_many_waiting_requests_are_sent_away() -> None:
             return super().infer(observation)
 
     settings = ServerSettings(port=0, max_pending=2, warmup=0)
-    with running_server(Gated(OFT), settings) as url, ThreadPoolExecutor(5) as pool:
+    with open_server(Gated(OFT), settings) as url, ThreadPoolExecutor(5) as pool:
         replies = as_completed([pool.submit(post, url, oft_fields()) for _ in range(5)])
         refused = [next(replies).result().status_code for _ in range(3)]
         gate.set()
@@ -210,7 +210,7 @@ def test_too_many_waiting_requests_are_sent_away() -> None:
 
 @pytest.mark.parametrize("instruction", ["fail", "nan", ""])
 def test_strict_compat_hides_the_reason_as_upstream_does(instruction: str) -> None:
-    with running_server(EchoPolicy(OFT), ServerSettings(port=0, strict_compat=True)) as url:
+    with open_server(EchoPolicy(OFT), ServerSettings(port=0, strict_compat=True)) as url:
         reply = post(url, oft_fields(instruction=instruction))
         assert (reply.status_code, reply.json()) == (200, "error")
         big = requests.post(url + "/act", headers={"content-length": str(1 << 30)}, timeout=20)

@@ -13,7 +13,7 @@ from echo_policy import OFT, EchoPolicy, oft_fields, post
 from places import HELPERS, ROOT
 
 from jetson.errors import PolicyFailure, RefusedSetting
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.service import ActionService
 from qvla_export.shared.action import ActionChunk
@@ -31,7 +31,7 @@ def test_the_port_opens_only_after_warm_up() -> None:
                 refused.append(client.connect_ex(("127.0.0.1", port)))
             return super().infer(observation)
 
-    with running_server(Probing(OFT), ServerSettings(port=port, warmup=2)) as url:
+    with open_server(Probing(OFT), ServerSettings(port=port, warmup=2)) as url:
         assert len(refused) == 2 and 0 not in refused
         assert post(url, oft_fields()).status_code == 200
         assert refused[2:] == [0]
@@ -44,7 +44,7 @@ def test_a_policy_that_cannot_act_never_opens_the_port() -> None:
 
     with (
         pytest.raises(PolicyFailure, match="no kernel image"),
-        running_server(Broken(OFT), ServerSettings(port=0)),
+        open_server(Broken(OFT), ServerSettings(port=0)),
     ):
         pass
 
@@ -54,7 +54,7 @@ def test_a_taken_port_is_named() -> None:
         settings = ServerSettings(port=taken.getsockname()[1])
         with (
             pytest.raises(RefusedSetting, match=r"choose another --port"),
-            running_server(EchoPolicy(OFT), settings),
+            open_server(EchoPolicy(OFT), settings),
         ):
             pass
 

@@ -33,14 +33,14 @@ class Soak:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedRequest:
     port: int
     gr00t_port: int
     process: psutil.Process
 
 
 @pytest.fixture
-def served() -> Iterator[Served]:
+def served() -> Iterator[ServedRequest]:
     ports = free_port(), free_port()
     process = multiprocessing.get_context("spawn").Process(
         target=soak_server.run, args=ports, daemon=True
@@ -52,7 +52,7 @@ def served() -> Iterator[Served]:
             if probe.connect_ex(("127.0.0.1", ports[0])) == 0:
                 break
         time.sleep(0.05)
-    yield Served(*ports, psutil.Process(process.pid))
+    yield ServedRequest(*ports, psutil.Process(process.pid))
     process.terminate()
     process.join(20)
     assert process.exitcode == 0, "the server did not drain and end well"
@@ -64,7 +64,7 @@ def fields(client: int, number: int, instruction: str = "go") -> dict[str, Any]:
 
 
 class OpenpiSoak:
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: ServedRequest) -> None:
         self.address = f"ws://127.0.0.1:{served.port}"
         self.open()
 
@@ -87,7 +87,7 @@ class OpenpiSoak:
 
 
 class ActSoak:
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: ServedRequest) -> None:
         self.http = HTTPConnection("127.0.0.1", served.port, timeout=30)
 
     def ask(self, request: dict[str, Any]) -> Any:
@@ -115,7 +115,7 @@ def stream(client: Any, identity: int, soak: Soak, on_span: Callable[[], None]) 
     client.close()
 
 
-def disconnect(served: Served, index: int) -> None:
+def disconnect(served: ServedRequest, index: int) -> None:
     """Leave in the middle of a request, or right after it, in each protocol."""
     request = fields(9, index)
     if index % 3 == 0:
@@ -148,7 +148,7 @@ def disconnect(served: Served, index: int) -> None:
         ),
     ],
 )
-def test_soak(served: Served, soak: Soak) -> None:
+def test_soak(served: ServedRequest, soak: Soak) -> None:
     resident: list[int] = []
     with ThreadPoolExecutor(3) as pool:
         streams = [

@@ -93,7 +93,7 @@ async def _read_body(request: Request, settings: ServerSettings) -> bytes:
 
 
 def _server_timing(timing_ms: Mapping[str, float]) -> str:
-    """Return W3C `Server-Timing`: stages in order, durations in milliseconds."""
+    """Return W3C `Server-Timing`: spans in order, durations in milliseconds."""
     return ", ".join(
         f"{_NOT_A_TOKEN.sub('_', name)};dur={ms:.4f}" for name, ms in timing_ms.items()
     )

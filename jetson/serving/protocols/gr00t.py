@@ -27,7 +27,7 @@ from jetson.errors import Forbidden, RefusedSetting, RequestTooLarge, WireError
 from jetson.server_settings import ServerSettings
 from jetson.serving.arrays import decode_npy, encode_npy
 from jetson.serving.fields import observation_of
-from jetson.serving.packing import pack, unpack_map
+from jetson.serving.message_pack import pack, unpack_map
 from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.request_queue import ActionLine
 from jetson.serving.security import RateLimit, check_token

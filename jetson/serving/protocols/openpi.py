@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from jetson.errors import WireError
 from jetson.serving.arrays import decode_packed, encode_packed
 from jetson.serving.fields import observation_of
-from jetson.serving.packing import pack, unpack_map
+from jetson.serving.message_pack import pack, unpack_map
 from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.request_queue import ActionLine
 from jetson.serving.security import RateLimit
@@ -53,11 +53,11 @@ class OpenpiRequest:
         server_timing = {"infer_ms": infer_ms}
         if self.prev_total_ms is not None:
             server_timing["prev_total_ms"] = self.prev_total_ms
-        stages = {f"{name}_ms": ms for name, ms in chunk.timing_ms.items()}
+        spans = {f"{name}_ms": ms for name, ms in chunk.timing_ms.items()}
         return pack(
             {
                 "actions": encode_packed(chunk.actions),
-                "policy_timing": {**stages, "infer_ms": infer_ms},
+                "policy_timing": {**spans, "infer_ms": infer_ms},
                 "server_timing": server_timing,
             }
         )

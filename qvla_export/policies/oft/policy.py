@@ -27,7 +27,7 @@ from qvla_export.policies.oft.weights import CheckpointWeights, open_weights, pa
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.artifacts import read_json, sha256_tree
-from qvla_export.shared.clock import StageClock
+from qvla_export.shared.clock import SpanClock
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.images import ImageSpec, load_image_spec
 from qvla_export.shared.normalization import load_statistics
@@ -106,10 +106,10 @@ class OftPolicy:
     @torch.no_grad()
     def infer(self, observation: Observation) -> ActionChunk:
         """Act on one observation."""
-        clock = StageClock()
-        with clock.stage("preprocess"):
+        clock = SpanClock()
+        with clock.span("preprocess"):
             batch = self.batch([observation])
-        with clock.stage("engine"):
+        with clock.span("engine"):
             normalized = self.greedy_actions(batch)[0].numpy()
         return self.processor.chunk(normalized, clock.timing_ms)
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from wrong_graphs import BLOCK, CASES, Case, Graph, int4, model
 
 from engines.check.bundle import check_bundle, check_graph, check_model
-from engines.check.finding import CheckFailed, Finding, errors, require_no_errors
+from engines.check.finding import CheckFailed, GraphFinding, errors, require_no_errors
 from engines.check.model import of_model
 from engines.check.operators import OPERATORS, UNSUPPORTED
 from engines.check.rules import RULES
@@ -38,7 +38,7 @@ TENSORRT = ("rtx4070", "orin-jp7", "orin-jp6")
 OF_BUNDLES = {"bundle.target", "bundle.contract", "graph.constant-shape"}
 
 
-def check(graph: ir.Model, target: str) -> tuple[Finding, ...]:
+def check(graph: ir.Model, target: str) -> tuple[GraphFinding, ...]:
     return check_graph(of_model(graph, "case"), find_target(target))
 
 

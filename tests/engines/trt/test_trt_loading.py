@@ -16,13 +16,13 @@ from trt_bundles import staged_bundle
 
 from engines.base import EngineError
 from engines.load import load_engine
-from engines.trt import vouching
+from engines.trt import seal
 from engines.trt.builder import build_engines
 from engines.trt.engine import TensorRtEngine
 from engines.trt.gpu import Gpu
 from engines.trt.modules import TrtModule
+from engines.trt.seal import UnsealedEngine
 from engines.trt.sidecar import Sidecar, engine_path, sidecar_path
-from engines.trt.vouching import NotVouchedFor
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.bundle import Bundle
@@ -97,7 +97,7 @@ def test_a_changed_engine_is_never_deserialized(bundle: Bundle, folder: Path, wh
     data[where] ^= 1
     path.write_bytes(data)
     trt, load = open_engine(bundle, folder, known)
-    with pytest.raises(NotVouchedFor, match=r"not the engine that was built here.*qvla build"):
+    with pytest.raises(UnsealedEngine, match=r"not the engine that was built here.*qvla build"):
         load()
     assert not trt.deserialized
 
@@ -108,11 +108,11 @@ def test_an_engine_copied_in_with_its_sidecar_is_refused(
     known = sidecars_of(bundle, folder)
     trt, load = open_engine(bundle, folder, known)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "no builds here"))
-    with pytest.raises(NotVouchedFor, match=r"not made by this user on this machine.*qvla build"):
+    with pytest.raises(UnsealedEngine, match=r"not made by this user on this machine.*qvla build"):
         load()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other"))
-    vouching.write_sealed(tmp_path / "own.json", {"this machine": "builds too"})
-    with pytest.raises(NotVouchedFor, match=r"not made by this user on this machine.*qvla build"):
+    seal.write_sealed(tmp_path / "own.json", {"this machine": "builds too"})
+    with pytest.raises(UnsealedEngine, match=r"not made by this user on this machine.*qvla build"):
         load()
     assert not trt.deserialized
 
@@ -126,7 +126,7 @@ def test_a_forged_digest_is_refused(bundle: Bundle, folder: Path) -> None:
     value = json.loads(path.read_text())
     path.write_text(json.dumps({**value, "engine_sha256": hashlib.sha256(evil).hexdigest()}))
     trt, load = open_engine(bundle, folder, known)
-    with pytest.raises(NotVouchedFor, match="changed since"):
+    with pytest.raises(UnsealedEngine, match="changed since"):
         load()
     assert not trt.deserialized
 
@@ -135,18 +135,18 @@ def test_a_forged_digest_is_refused(bundle: Bundle, folder: Path) -> None:
 @given(data=st.data())
 def test_no_field_of_a_sidecar_can_be_changed(data: st.DataObject, engines: Path) -> None:
     value = json.loads(sidecar_path(engines, "decoder").read_text())
-    seal = value.pop(vouching.SEAL)
+    own = value.pop(seal.SEAL)
     field = data.draw(st.sampled_from(sorted(value)))
     other = data.draw(
         st.none() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=3)
     )
     changed = {**value, field: other}
     changed_path = engines.parent / "changed.json"
-    changed_path.write_text(json.dumps({**changed, vouching.SEAL: seal}))
+    changed_path.write_text(json.dumps({**changed, seal.SEAL: own}))
     if changed == value:
         Sidecar.load(changed_path)
         return
-    with pytest.raises(NotVouchedFor):
+    with pytest.raises(UnsealedEngine):
         Sidecar.load(changed_path)
 
 
@@ -167,13 +167,13 @@ def test_no_field_of_a_sidecar_can_be_changed(data: st.DataObject, engines: Path
 def test_hostile_sidecars(engines: Path, tmp_path: Path, text: str) -> None:
     path = tmp_path / "decoder.json"
     path.write_text(text)
-    with pytest.raises((ArtifactError, NotVouchedFor), match="sidecar"):
+    with pytest.raises((ArtifactError, UnsealedEngine), match="sidecar"):
         Sidecar.load(path)
 
 
 def test_a_sealed_statement_of_another_kind_is_no_sidecar(engines: Path, tmp_path: Path) -> None:
-    vouching.write_sealed(tmp_path / "decoder.json", {"format": "qvla-timing-cache-1"})
-    with pytest.raises(NotVouchedFor, match="must be of format"):
+    seal.write_sealed(tmp_path / "decoder.json", {"format": "qvla-timing-cache-1"})
+    with pytest.raises(UnsealedEngine, match="must be of format"):
         Sidecar.load(tmp_path / "decoder.json")
 
 
@@ -244,24 +244,24 @@ def test_a_key_that_others_can_read_or_choose_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    vouching.write_sealed(tmp_path / "a.json", {"a": 1})
-    key = vouching.key_path()
+    seal.write_sealed(tmp_path / "a.json", {"a": 1})
+    key = seal.key_path()
     assert key.stat().st_mode & 0o777 == 0o600
     spoil(key)
     with pytest.raises(QvlaError, match=f"only you can read.*{why}"):
-        vouching.read_sealed(tmp_path / "a.json", "statement", "make it again")
+        seal.read_sealed(tmp_path / "a.json", "statement", "make it again")
 
 
 @settings(max_examples=30)
 @given(
     value=st.dictionaries(
         st.text(), st.none() | st.booleans() | st.integers() | st.text() | st.floats(0, 1)
-    ).filter(lambda value: vouching.SEAL not in value)
+    ).filter(lambda value: seal.SEAL not in value)
 )
 def test_sealed_statements_round_trip(value: dict[str, Any], home: Path) -> None:
     path = home / "statement.json"
-    vouching.write_sealed(path, value)
-    assert vouching.read_sealed(path, "statement", "") == value
-    write_json(path, {**value, vouching.SEAL: "0" * 64})
-    with pytest.raises(NotVouchedFor):
-        vouching.read_sealed(path, "statement", "")
+    seal.write_sealed(path, value)
+    assert seal.read_sealed(path, "statement", "") == value
+    write_json(path, {**value, seal.SEAL: "0" * 64})
+    with pytest.raises(UnsealedEngine):
+        seal.read_sealed(path, "statement", "")

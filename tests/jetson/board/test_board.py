@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import DATA
 
-from jetson.board import BoardState, Clock, ask_board, read_board_state
-from jetson.board.asking import first_lines
+from jetson.board import BoardState, ClockState, ask_board, read_board_state
+from jetson.board.board_tools import first_lines
 from jetson.board.jtop import read_jtop
 from jetson.board.nvpmodel import fastest_mode, mode_of_answer
 from jetson.board.state import UNKNOWN
@@ -34,10 +34,10 @@ def test_a_jetson_is_recognized(tmp_path: Path) -> None:
     assert (state.cores, state.governors, state.load_1m) == (2, ("schedutil",), 0.52)
     assert (state.power_mode, state.clocks_locked) == ("MAXN", True)
     assert state.clocks == (
-        Clock("cpu0", 2201.6, 2201.6, 2201.6, True),
-        Clock("cpu1", 2201.6, 2201.6, 2201.6, True),
-        Clock("gpu", 1300.5, 1300.5, 1300.5, True),
-        Clock("emc", 3199.0, 204.0, 3199.0, True),
+        ClockState("cpu0", 2201.6, 2201.6, 2201.6, True),
+        ClockState("cpu1", 2201.6, 2201.6, 2201.6, True),
+        ClockState("gpu", 1300.5, 1300.5, 1300.5, True),
+        ClockState("emc", 3199.0, 204.0, 3199.0, True),
     )
     assert state.temperatures_c == {"cpu": 52.968, "gpu": 47.625}, "zones that are off are left out"
     assert state.rails_mw == {"VDD_GPU_SOC": 5130.0}, "19 V of 270 mA; no sum, no unused channel"
@@ -83,8 +83,8 @@ def test_thor_has_other_files(tmp_path: Path) -> None:
     )
     state = read_board_state(root)
     assert (state.l4t, state.jetpack, state.module) == ("38.2.2", "7.0", "p3834-0008")
-    assert state.clock("gpu") == Clock("gpu", 1574.0, 315.0, 1574.0, False)
-    assert state.clock("emc") == Clock("emc", 4266.0, 4266.0, 4266.0, True)
+    assert state.clock("gpu") == ClockState("gpu", 1574.0, 315.0, 1574.0, False)
+    assert state.clock("emc") == ClockState("emc", 4266.0, 4266.0, 4266.0, True)
     assert state.clocks_locked is False
 
 
@@ -175,8 +175,8 @@ def test_a_board_is_asked_for_what_its_files_do_not_say(tmp_path: Path) -> None:
     state = ask_board(root, ask, nothing)
     assert asked == ["nvpmodel", "tegrastats"]
     assert state.power_mode == "30W"
-    assert state.clock("emc") == Clock("emc", 3199.0)
-    assert state.clock("gpu") == Clock("gpu", 1300.5, 1300.5, 1300.5, True), "as the files say"
+    assert state.clock("emc") == ClockState("emc", 3199.0)
+    assert state.clock("gpu") == ClockState("gpu", 1300.5, 1300.5, 1300.5, True), "as the files say"
     assert state.rails_mw["VDD_GPU_SOC"] == 5139.0
     assert state.temperatures_c["cpu"] == 52.968 and state.temperatures_c["soc2"] == 48.406
 
@@ -220,8 +220,8 @@ def test_jetson_stats_is_asked_where_it_is_installed() -> None:
 
     state = read_jtop(connected)
     assert (state.power_mode, state.clocks_locked, state.tensorrt) == ("MAXN", False, "10.3.0.30")
-    assert state.clock("emc") == Clock("emc", 3199.0, 204.0, 3199.0, True)
-    assert state.clock("gpu") == Clock("gpu", 1300.5, 306.0, 1300.5, False)
+    assert state.clock("emc") == ClockState("emc", 3199.0, 204.0, 3199.0, True)
+    assert state.clock("gpu") == ClockState("gpu", 1300.5, 306.0, 1300.5, False)
     assert state.temperatures_c == {"cpu": 50.5} and state.rails_mw == {"VDD_GPU_SOC": 4000.0}
     assert "1" not in state.to_json().values(), "nothing identifies the machine"
 

@@ -12,7 +12,7 @@ import pytest
 
 from jetson.clients.http_client import RemotePolicy
 from jetson.errors import RemoteError
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.action import ActionChunk
@@ -38,7 +38,7 @@ class PixelPolicy:
 @pytest.fixture(scope="module")
 def remote() -> Iterator[RemotePolicy]:
     with (
-        running_server(PixelPolicy(), ServerSettings(port=0)) as url,
+        open_server(PixelPolicy(), ServerSettings(port=0)) as url,
         RemotePolicy(url + "/") as policy,
     ):
         yield policy
@@ -56,7 +56,7 @@ def test_remote_actions_equal_local_ones(remote: RemotePolicy) -> None:
 
 
 def test_a_remote_policy_can_itself_be_served(remote: RemotePolicy) -> None:
-    with running_server(remote, ServerSettings(port=0)) as url, RemotePolicy(url) as second:
+    with open_server(remote, ServerSettings(port=0)) as url, RemotePolicy(url) as second:
         np.testing.assert_array_equal(
             second.infer(OBSERVATION).actions, PixelPolicy().infer(OBSERVATION).actions
         )
@@ -76,7 +76,7 @@ def test_failures_keep_their_reason(remote: RemotePolicy) -> None:
 
 def test_strict_compat_is_recognized() -> None:
     settings = ServerSettings(port=0, strict_compat=True)
-    with running_server(PixelPolicy(), settings) as url, RemotePolicy(url) as policy:
+    with open_server(PixelPolicy(), settings) as url, RemotePolicy(url) as policy:
         with pytest.raises(RemoteError, match="strict compatibility"):
             policy.infer(Observation(OBSERVATION.images, "fail"))
         assert policy.infer(OBSERVATION).actions.shape == (3, 2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jetson.clients.load import LoadPlan, LoadTimes, run_load
 from jetson.clients.load_result import LoadResult
-from jetson.control.clock import SimulatedClock
+from jetson.control.loop_clock import SimulatedClock
 from jetson.errors import RefusedSetting, RemoteError
 
 

@@ -24,9 +24,9 @@ from jetson.clients.protocol_clients import (
     contract_of_client,
     open_client,
 )
-from jetson.control.clock import SimulatedClock
+from jetson.control.loop_clock import SimulatedClock
 from jetson.errors import RemoteError
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.cli.app import app
@@ -42,7 +42,7 @@ PATIENT_S = 60.0
 @contextmanager
 def served(policy: Any, **settings: Any) -> Iterator[dict[ProtocolName, Endpoint]]:
     gr00t_port = free_port()
-    with running_server(
+    with open_server(
         policy, ServerSettings(port=0, gr00t_port=gr00t_port, max_rate_hz=0, **settings)
     ) as url:
         http = Endpoint.parse(url)
@@ -109,12 +109,12 @@ def test_a_server_that_dies_midway(protocol: ProtocolName) -> None:
 def test_a_connection_comes_back_with_its_server() -> None:
     (seen,) = small_observations()
     port = free_port()
-    with running_server(EchoPolicy(OFT), ServerSettings(port=port)):
+    with open_server(EchoPolicy(OFT), ServerSettings(port=port)):
         client = OpenpiClient(Endpoint("127.0.0.1", port), None, PATIENT_S)
     with closing(client):
         with pytest.raises(RemoteError):
             client.ask(seen)
-        with running_server(EchoPolicy(OFT), ServerSettings(port=port)):
+        with open_server(EchoPolicy(OFT), ServerSettings(port=port)):
             assert client.ask(seen).shape == (4, 7)
 
 

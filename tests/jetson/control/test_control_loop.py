@@ -8,17 +8,17 @@ import pytest
 from control_doubles import FRAME_S, Bench, Camera, numbered, safety, settings
 from numpy.typing import NDArray
 
-from jetson.control.states import State
+from jetson.control.loop_state import LoopState
 
 
-def states(records: list) -> list[State]:
+def states(records: list) -> list[LoopState]:
     return [record.state for record in records]
 
 
 def test_nothing_is_sent_before_the_first_action() -> None:
     bench = Bench(delay_s=0.35)
     records = bench.ticks(6)
-    assert states(records) == [State.STARTING] * 4 + [State.RUNNING] * 2
+    assert states(records) == [LoopState.STARTING] * 4 + [LoopState.RUNNING] * 2
     assert [record.action is None for record in records] == [True] * 4 + [False] * 2
     # The robot stood still while the first chunk was computed: nothing of it is skipped.
     assert [record.step for record in records[4:]] == [0, 1]
@@ -45,7 +45,7 @@ def test_fast_inference_arrives_before_the_next_slot_and_nothing_is_skipped() ->
 def test_slow_inference_overlaps_and_steps_already_executed_are_skipped() -> None:
     bench = Bench(delay_s=0.25)
     records = bench.ticks(40)[10:]
-    assert set(states(records)) == {State.RUNNING}, "execution never waits for inference"
+    assert set(states(records)) == {LoopState.RUNNING}, "execution never waits for inference"
     for before, after in itertools.pairwise(records):
         if after.chunk != before.chunk:
             assert after.step == 2, "two commands were sent while it was computed"
@@ -59,7 +59,7 @@ def test_the_next_chunk_is_asked_for_in_time_though_inference_varies(execute: in
     for _ in range(100):
         bench.engine.delay_s = 0.25 if bench.engine.requests % 3 == 0 else 0.03
         bench.loop.tick()
-    assert set(states(bench.notes.records[5:])) == {State.RUNNING}
+    assert set(states(bench.notes.records[5:])) == {LoopState.RUNNING}
 
 
 @pytest.mark.parametrize("execute", [1, 3, 8, 20])
@@ -95,14 +95,14 @@ def test_a_stalled_engine_holds_within_one_period_then_ramps_then_recovers() -> 
     bench.engine.delay_s = 3.0
     records = bench.ticks(60)
     seen = states(records)
-    held, ramped = seen.index(State.HOLDING), seen.index(State.RAMPING)
+    held, ramped = seen.index(LoopState.HOLDING), seen.index(LoopState.RAMPING)
     last = records[held - 1]
-    assert seen[held - 1] is State.RUNNING and last.step == 7, "the chunk is used up first"
+    assert seen[held - 1] is LoopState.RUNNING and last.step == 7, "the chunk is used up first"
     assert ramped - held == 3
     positions = [record.action[1] for record in records[ramped : ramped + 5]]
     assert np.allclose(np.diff([last.action[1], *positions]), (0.25 - last.action[1]) / 5)
     bench.engine.delay_s = 0.03
-    assert states(bench.ticks(40))[-1] is State.RUNNING
+    assert states(bench.ticks(40))[-1] is LoopState.RUNNING
     assert bench.loop.counters.stale_chunks >= 1, "the answer that came after three seconds"
 
 
@@ -110,10 +110,10 @@ def test_every_ramp_takes_its_time() -> None:
     bench = Bench(settings(hold_ms=0, ramp_ms=500))
     for _ in range(2):
         bench.engine.delay_s, bench.engine.ready_s = 0.03, bench.clock.time_s
-        assert states(bench.ticks(15))[-1] is State.RUNNING
+        assert states(bench.ticks(15))[-1] is LoopState.RUNNING
         bench.engine.delay_s = 3.0
         records = bench.ticks(25)
-        ramp = [r.action[1] for r in records if r.state is State.RAMPING][:6]
+        ramp = [r.action[1] for r in records if r.state is LoopState.RAMPING][:6]
         steps = np.diff(ramp)
         assert np.allclose(steps[:4], steps[0]) and steps[0] > 0 and steps[4] == 0
 
@@ -123,10 +123,10 @@ def test_a_chunk_seen_before_the_ramp_moved_the_robot_is_not_executed() -> None:
     bench.ticks(3)
     bench.engine.delay_s = 1.1
     records = bench.ticks(30)
-    assert State.RAMPING in states(records)
+    assert LoopState.RAMPING in states(records)
     for record in bench.ticks(30):
         if record.observed_s is not None:
-            ramps = [r.sent_s for r in bench.notes.records if r.state is State.RAMPING]
+            ramps = [r.sent_s for r in bench.notes.records if r.state is LoopState.RAMPING]
             moving = ramps[:5]
             assert record.observed_s >= moving[-1] or record.sent_s < moving[0]
     assert bench.loop.counters.stale_chunks >= 1
@@ -136,17 +136,17 @@ def test_a_stalled_camera_holds_and_recovers() -> None:
     bench = Bench()
     bench.ticks(5)
     bench.camera.stalled = True
-    assert State.HOLDING in states(bench.ticks(10))
+    assert LoopState.HOLDING in states(bench.ticks(10))
     pictures = [seen.observed_s for seen in bench.notes.observations]
     assert len(pictures) == len(set(pictures)), "the same picture is not asked about twice"
     bench.camera.stalled = False
-    assert states(bench.ticks(20))[-1] is State.RUNNING
+    assert states(bench.ticks(20))[-1] is LoopState.RUNNING
 
 
 def test_old_observations_are_dropped() -> None:
     bench = Bench()
     bench.camera.lag_s = 0.6
-    assert set(states(bench.ticks(20))) == {State.STARTING}
+    assert set(states(bench.ticks(20))) == {LoopState.STARTING}
     assert bench.loop.counters.dropped_observations == 20
     assert not bench.notes.observations
 
@@ -158,7 +158,7 @@ def test_no_command_is_older_than_the_bound() -> None:
     bench.ticks(30)
     ages = [r.age_ms for r in bench.notes.records if r.age_ms is not None]
     assert max(ages) <= 350 and max(ages) > 250
-    assert State.HOLDING in states(bench.notes.records)
+    assert LoopState.HOLDING in states(bench.notes.records)
 
 
 def raising(request: int) -> NDArray[np.float32]:
@@ -188,20 +188,20 @@ def test_a_failing_engine_is_a_state_and_nothing_of_it_is_sent(behaviour) -> Non
     bench.ticks(4)
     bench.engine.behaviour = behaviour
     records = bench.ticks(8)
-    assert State.HOLDING in states(records)
-    first = states(records).index(State.HOLDING)
-    assert set(states(records[first:])) <= {State.HOLDING, State.RAMPING}
+    assert LoopState.HOLDING in states(records)
+    first = states(records).index(LoopState.HOLDING)
+    assert set(states(records[first:])) <= {LoopState.HOLDING, LoopState.RAMPING}
     assert bench.loop.counters.faults >= 1
     assert any("inference" in event for record in records for event in record.events)
     bench.engine.behaviour = numbered
-    assert states(bench.ticks(20))[-1] is State.RUNNING
+    assert states(bench.ticks(20))[-1] is LoopState.RUNNING
 
 
 def test_a_failing_engine_holds_at_once_though_its_last_chunk_has_actions_left() -> None:
     bench = Bench(settings(execute=1))
-    assert states(bench.ticks(4))[-1] is State.RUNNING
+    assert states(bench.ticks(4))[-1] is LoopState.RUNNING
     bench.engine.behaviour = raising
-    assert states(bench.ticks(1)) == [State.HOLDING]
+    assert states(bench.ticks(1)) == [LoopState.HOLDING]
 
 
 def test_values_are_cut_to_the_limits_and_counted() -> None:
@@ -255,9 +255,9 @@ def test_a_stop_ends_with_the_safe_action(after: int) -> None:
     records = bench.finish()
     if after <= 1:
         assert not bench.robot.commands, "a robot that was never moved is left alone"
-        assert states(records) == [State.STOPPED]
+        assert states(records) == [LoopState.STOPPED]
         return
-    assert states(records) == [State.STOPPING] * 3 + [State.STOPPED]
+    assert states(records) == [LoopState.STOPPING] * 3 + [LoopState.STOPPED]
     assert [r.action[0] for r in records] == [0.0] * 4, "a displacement ends at once"
     assert records[-1].action[1:] == (0.25, -1.0)
 
@@ -265,9 +265,9 @@ def test_a_stop_ends_with_the_safe_action(after: int) -> None:
 def test_the_end_of_the_source_ends_the_run() -> None:
     bench = Bench()
     bench.ticks(4)
-    bench.camera.ended = True
+    bench.camera.is_over = True
     result = bench.loop.run()
-    assert result.ok and result.state is State.STOPPED and "source" in result.reason
+    assert result.ok and result.state is LoopState.STOPPED and "source" in result.reason
     assert bench.robot.commands[-1].action[1] == np.float32(0.25)
 
 
@@ -280,13 +280,13 @@ def test_the_time_asked_for_is_kept() -> None:
 def test_it_gives_up_after_a_while_and_says_why() -> None:
     bench = Bench(settings(give_up_s=4), behaviour=raising)
     result = bench.loop.run()
-    assert result.state is State.FAULT and not result.ok and "4 s" in result.reason
+    assert result.state is LoopState.FAULT and not result.ok and "4 s" in result.reason
     assert not bench.robot.commands
     bench = Bench(settings(give_up_s=4))
     bench.ticks(10)
     bench.camera.error = OSError("unplugged")
     result = bench.loop.run()
-    assert result.state is State.FAULT
+    assert result.state is LoopState.FAULT
     assert bench.robot.commands[-1].action[1] == np.float32(0.25)
 
 
@@ -296,7 +296,7 @@ def test_a_robot_that_cannot_be_reached_ends_the_run(failures: int) -> None:
     bench.ticks(5)
     bench.robot.failures = failures
     result = bench.loop.run()
-    assert result.state is State.FAULT and "cable" in result.reason
+    assert result.state is LoopState.FAULT and "cable" in result.reason
     reached = bench.robot.commands[-1].action[1] == np.float32(0.25)
     assert reached == (failures == 1)
 
@@ -307,9 +307,9 @@ def test_a_full_disk_does_not_stop_the_robot() -> None:
     def full(record: object) -> None:
         raise OSError("no space left")
 
-    bench.notes.stepped = full  # type: ignore[method-assign]
+    bench.notes.on_step = full  # type: ignore[method-assign]
     bench.ticks(10)
-    assert bench.loop.state is State.RUNNING and bench.loop.counters.faults == 1
+    assert bench.loop.state is LoopState.RUNNING and bench.loop.counters.faults == 1
 
 
 def test_whatever_breaks_in_the_loop_the_robot_gets_the_safe_action() -> None:
@@ -323,7 +323,7 @@ def test_whatever_breaks_in_the_loop_the_robot_gets_the_safe_action() -> None:
     bench.loop._source = Interrupted(bench.clock)
     with pytest.raises(KeyboardInterrupt):
         bench.loop.run()
-    assert bench.loop.state is State.FAULT
+    assert bench.loop.state is LoopState.FAULT
     assert bench.robot.commands[-1].action[:2].tolist() == [0.0, 0.25]
 
 

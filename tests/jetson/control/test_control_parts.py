@@ -8,21 +8,21 @@ from pathlib import Path
 import json_numpy
 import numpy as np
 import pytest
-from control_doubles import HOLD, PICTURE, SAFE, Bench, Clock, safety, settings
+from control_doubles import HOLD, PICTURE, SAFE, Bench, LoopClock, safety, settings
 from echo_policy import IMAGE, OFT, oft_fields
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jetson.control import states
+from jetson.control import loop_state
 from jetson.control.camera import CameraSource, open_camera
-from jetson.control.clock import MonotonicClock, SimulatedClock
-from jetson.control.inference import Inferred, ThreadedInference
+from jetson.control.inference import InferenceResult, ThreadedInference
+from jetson.control.loop_clock import MonotonicClock, SimulatedClock
+from jetson.control.loop_state import TRANSITIONS, LoopState
 from jetson.control.pipes import PipedSource
 from jetson.control.records import JsonlRecorder
 from jetson.control.safety import ActionSafety, action_safety
 from jetson.control.sinks import Command, StreamSink
 from jetson.control.sources import EpisodeSource, PushedSource, TimedObservation
-from jetson.control.states import TRANSITIONS, State
 from jetson.errors import RefusedSetting, RequestTooLarge, WireError
 from jetson.policy import UnsafeAction
 from qvla_export.shared.action import ActionChunk
@@ -97,10 +97,10 @@ def test_impossible_settings_are_refused(changes) -> None:
 
 
 def test_the_picture_names_every_state_and_ends_are_ends() -> None:
-    assert all(state.name in str(states.__doc__) for state in State)
-    assert set(TRANSITIONS) == set(State)
-    assert all(bool(TRANSITIONS[state]) != state.terminal for state in State)
-    assert all(State.FAULT in TRANSITIONS[state] for state in State if not state.terminal)
+    assert all(state.name in str(loop_state.__doc__) for state in LoopState)
+    assert set(TRANSITIONS) == set(LoopState)
+    assert all(bool(TRANSITIONS[state]) != state.terminal for state in LoopState)
+    assert all(LoopState.FAULT in TRANSITIONS[state] for state in LoopState if not state.terminal)
 
 
 def test_the_clock_never_wakes_early() -> None:
@@ -112,7 +112,7 @@ def test_the_clock_never_wakes_early() -> None:
 
 
 def test_pushed_observations_are_never_older_or_from_the_future() -> None:
-    clock = Clock(10.0)
+    clock = LoopClock(10.0)
     source = PushedSource(clock)
     assert source.read() is None
     source.push(PICTURE, 9.0)
@@ -120,9 +120,9 @@ def test_pushed_observations_are_never_older_or_from_the_future() -> None:
     assert source.read() == TimedObservation(PICTURE, 9.0)
     source.push(PICTURE, 99.0)
     assert source.read().observed_s == 10.0
-    assert not source.ended
+    assert not source.is_over
     source.end()
-    assert source.ended
+    assert source.is_over
 
 
 def test_an_episode_is_played_at_its_own_speed() -> None:
@@ -136,9 +136,9 @@ def test_an_episode_is_played_at_its_own_speed() -> None:
     assert source.read().observed_s == 5.0 and source.read().observation.instruction == "say this"
     clock.time_s = 5.15
     assert source.read().observed_s == pytest.approx(5.1)
-    assert not source.ended
+    assert not source.is_over
     clock.time_s = 5.201
-    assert source.read().observed_s == pytest.approx(5.2) and source.ended
+    assert source.read().observed_s == pytest.approx(5.2) and source.is_over
     assert loaded == [0, 1, 2], "a frame is read once"
     with pytest.raises(RefusedSetting, match="ascending"):
         EpisodeSource([0.0, 0.0], load, clock)
@@ -154,8 +154,8 @@ def test_a_driver_behind_a_pipe_reads_lines() -> None:
 
 
 def piped(*bodies: bytes, limit: int = 1 << 20) -> PipedSource:
-    source = PipedSource(io.BytesIO(b"\n".join(bodies)), OFT, Clock(10.0), limit)
-    while not source.ended:
+    source = PipedSource(io.BytesIO(b"\n".join(bodies)), OFT, LoopClock(10.0), limit)
+    while not source.is_over:
         threading.Event().wait(0.001)
     return source
 
@@ -204,7 +204,7 @@ class Gate:
         return ActionChunk(np.ones((2, 3), np.float32), np.ones((2, 3), np.float32))
 
 
-def result_of(inference: ThreadedInference) -> Inferred:
+def result_of(inference: ThreadedInference) -> InferenceResult:
     while (result := inference.poll()) is None:
         assert inference.busy
     return result
@@ -271,7 +271,7 @@ def test_cameras_are_read_together_and_opened_again(monkeypatch: pytest.MonkeyPa
     assert list(seen.observation.images) == ["front", "hand"]
     assert seen.observation.images["front"][0, 0].tolist() == [100, 0, 7], "RGB, not BGR"
     assert seen.observation.state.tolist() == [1, 1] and seen.observed_s <= clock.now_s()
-    assert not source.ended
+    assert not source.is_over
 
 
 def test_opencv_reads_a_recorded_camera(tmp_path: Path) -> None:

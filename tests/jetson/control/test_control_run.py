@@ -18,8 +18,8 @@ from places import REFERENCE, ROOT
 from scripted_policies import ConstantPolicy
 from small_datasets import write_small_dataset
 
-from jetson.control.states import State
-from jetson.server import running_server
+from jetson.control.loop_state import LoopState
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.cli.run_options import RunOptions
@@ -85,7 +85,7 @@ def test_a_scripted_policy_in_the_simulator_is_clamped(mode: str) -> None:
         "scripted", DRAWER, 40, mode, execute=4, limits="-1:1", simulated_time=True, seconds=1.0
     )
     result = run_policy(options, policy)
-    assert result.ok and result.state is State.STOPPED
+    assert result.ok and result.state is LoopState.STOPPED
     # Slot 0 looks, the last is the safe action.
     assert (result.counters["sent"], result.counters["held"]) == (39, 1)
     assert result.counters["clamped_values"] == 39
@@ -102,7 +102,7 @@ def test_the_simulator_runs_in_real_time_with_inference_beside_it() -> None:
 
 def test_a_remote_policy_on_an_episode(episodes: Path, tmp_path: Path) -> None:
     record = tmp_path / "run.jsonl"
-    with running_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url:
+    with open_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url:
         run = qvla(
             "run", url, "--source", f"episode:{episodes}#1", "--rate-hz", 40, "--hold", "last",
             "--limits", "0:10,-1:2,-1:1,-1:1,-1:1,-1:1,-1:1", "--record", record, "--ramp-ms", 0,
@@ -124,7 +124,7 @@ def test_an_engine_that_fails_ends_in_a_fault_and_says_so(episodes: Path) -> Non
         give_up_s=0.5, simulated_time=True,
     )  # fmt: skip
     result = run_policy(options, EchoPolicy(OPENVLA))
-    assert result.state is State.FAULT and result.counters["faults"] > 1
+    assert result.state is LoopState.FAULT and result.counters["faults"] > 1
     assert result.counters["sent"] == 0
 
 
@@ -145,7 +145,7 @@ def test_a_signal_ends_with_the_safe_action(episodes: Path) -> None:
         "--ramp-ms", "600", "--commands", "stdout", "--max-action-age-ms", "60000",
     ]  # fmt: skip
     with (
-        running_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url,
+        open_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url,
         started(url, *options) as run,
     ):
         assert run.stdout is not None
@@ -167,7 +167,7 @@ def test_a_remote_client_behind_a_pipe() -> None:
         "--hold", "0", "--max-action-age-ms", "60000", "--give-up-s", "60",
     ]  # fmt: skip
     with (
-        running_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url,
+        open_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url,
         started(url, *options) as run,
     ):
         assert run.stdin is not None and run.stdout is not None

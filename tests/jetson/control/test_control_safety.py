@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from numpy.typing import NDArray
 
 from jetson.control.chunks import TimedChunk
+from jetson.control.loop_state import TRANSITIONS, LoopState
 from jetson.control.records import StepRecord
-from jetson.control.states import TRANSITIONS, State
 
 GIVE_UP_S = 6.0
 NEVER_S = 1e9
@@ -110,7 +110,7 @@ class ControlLoopMachine(RuleBasedStateMachine):
         self.bench = Bench(wanted, safety(max_step))
         self.model = Model(self.bench)
         self.asked_to_stop = False
-        self.state = State.STARTING
+        self.state = LoopState.STARTING
         self.slot = -1
         self.last: NDArray[np.float32] | None = None
         self.held_since_s = 0.0
@@ -164,10 +164,10 @@ class ControlLoopMachine(RuleBasedStateMachine):
     def it_recovers_when_all_is_well(self) -> None:
         self.heal()
         for _ in range(200):
-            if not self.running or self.state is State.RUNNING:
+            if not self.running or self.state is LoopState.RUNNING:
                 break
             self.tick()
-        assert self.state is State.RUNNING or self.state.terminal
+        assert self.state is LoopState.RUNNING or self.state.terminal
 
     def it_stops_when_asked(self) -> None:
         self.bench.loop.stop("asked")
@@ -216,9 +216,9 @@ class ControlLoopMachine(RuleBasedStateMachine):
         assert state is self.state or state in TRANSITIONS[self.state], (self.state, state)
         moved = self.last is not None or record.sent_s is not None
         assert (record.sent_s is not None) == (moved and not (state.terminal and not moved))
-        if state in (State.STOPPED, State.STOPPING):
-            assert self.asked_to_stop or state is State.STOPPING
-        if not self.asked_to_stop and state is State.FAULT:
+        if state in (LoopState.STOPPED, LoopState.STOPPING):
+            assert self.asked_to_stop or state is LoopState.STOPPING
+        if not self.asked_to_stop and state is LoopState.FAULT:
             assert record.due_s + 1 - self.moved_s >= GIVE_UP_S
 
     def check_command(self, record: StepRecord, action: NDArray[np.float32]) -> None:
@@ -226,7 +226,7 @@ class ControlLoopMachine(RuleBasedStateMachine):
         last, step = self.last, self.bench.safety.max_step
         if last is not None:
             assert (np.abs(action - last) <= step * 1.0001).all(), "no jump"
-        if record.state is State.RUNNING:
+        if record.state is LoopState.RUNNING:
             self.check_policy_action(record, action)
         else:
             assert record.observed_s is None and last is not None
@@ -254,18 +254,21 @@ class ControlLoopMachine(RuleBasedStateMachine):
         assert record.sent_s is not None
         assert action[2] == last[2], "the gripper is left as it is"
         assert abs(action[0]) <= max(0, abs(last[0]) - min(self.bench.safety.max_step[0], 1) + 1e-6)
-        if record.state in (State.HOLDING, State.RAMPING):
+        if record.state in (LoopState.HOLDING, LoopState.RAMPING):
             assert self.model.due(record.sent_s) is None, "there was something to do"
-            if self.state is State.RUNNING:
-                assert record.state is State.HOLDING
+            if self.state is LoopState.RUNNING:
+                assert record.state is LoopState.HOLDING
                 self.held_since_s = record.sent_s
             held_ms = (record.sent_s - self.held_since_s) * 1000
-            late = held_ms >= self.bench.settings.hold_ms - 1e-3 and self.state is not State.RUNNING
-            assert record.state is (State.RAMPING if late else State.HOLDING)
+            late = (
+                held_ms >= self.bench.settings.hold_ms - 1e-3
+                and self.state is not LoopState.RUNNING
+            )
+            assert record.state is (LoopState.RAMPING if late else LoopState.HOLDING)
             still = np.array([0, last[1], last[2]], np.float32)
             if not np.array_equal(action, still):
                 self.model.displaced_s = record.sent_s
-        if record.state is State.HOLDING:
+        if record.state is LoopState.HOLDING:
             assert action[1] == last[1]
         else:
             assert abs(action[1] - 0.25) <= abs(last[1] - 0.25), "towards the safe place"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from control_doubles import Clock
+from control_doubles import LoopClock
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -178,7 +178,7 @@ MESSAGES = SimpleNamespace(newest=1, **dict.fromkeys(KINDS, nested))
 def robot(**topics: object) -> tuple[RosRobot, Node]:
     node = Node()
     made = RosTopics(**{"contract": CONTRACT, "instruction": "go", "joints": JOINTS, **topics})
-    return RosRobot(node, MESSAGES, made, Clock(50.0)), node
+    return RosRobot(node, MESSAGES, made, LoopClock(50.0)), node
 
 
 def test_the_node_puts_observations_together() -> None:
@@ -199,7 +199,7 @@ def test_the_node_puts_observations_together() -> None:
     node.callbacks["~/front/image"](image_message(RED, "rgb8"))
     assert source.read().observation.instruction == "stop there"
     source.end()
-    assert source.ended
+    assert source.is_over
 
 
 def test_a_message_that_cannot_be_read_is_one_failure() -> None:
@@ -232,4 +232,4 @@ def test_joints_that_do_not_fit_are_refused() -> None:
 def test_without_ros_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rclpy", None)
     with pytest.raises(RefusedSetting, match="source"):
-        open_ros2(RosTopics(CONTRACT, "go", JOINTS), Clock())
+        open_ros2(RosTopics(CONTRACT, "go", JOINTS), LoopClock())

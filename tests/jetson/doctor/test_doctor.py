@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jetson.board.state import UNKNOWN, BoardState
-from jetson.doctor import clocks, memory
-from jetson.doctor.examination import Question, examine, read_subject, slow_settings
-from jetson.doctor.finding import Check, Finding, count, sorted_findings, summary
+from jetson.doctor import memory, power
+from jetson.doctor.examination import DoctorRequest, examine, read_subject, slow_settings
+from jetson.doctor.finding import BoardFinding, Check, count, sort_findings, summary
 from jetson.doctor.machine import Machine, read_machine
 
 _CPU = "sys/devices/system/cpu/cpu1/cpufreq"
@@ -63,9 +63,9 @@ GPU_UNLOCKED = {
 }
 
 
-def look(machine: Machine, port: int = 0) -> tuple[Finding, ...]:
+def look(machine: Machine, port: int = 0) -> tuple[BoardFinding, ...]:
     """Return the findings on a machine; port 0 is always free."""
-    question = Question(port=port)
+    question = DoctorRequest(port=port)
     clean = replace(machine, packages={"onnxruntime": "1.32.0"})
     return examine(question, read_subject(question, clean))
 
@@ -106,18 +106,18 @@ def test_a_gpu_that_clocks_down_is_named_with_its_range(tmp_path: Path, name: st
 def test_the_fastest_mode_is_the_board_s_own(tmp_path: Path) -> None:
     modes = "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n"
     machine = board(tmp_path, "jetpack6", {"etc/nvpmodel.conf": modes})
-    finding = clocks.check_power_mode(machine)
+    finding = power.check_power_mode(machine)
     assert (finding.observed, finding.wanted) == ("15W", "MAXN_SUPER")
     assert finding.remedy.startswith("sudo nvpmodel -m 2 ")
 
 
 def test_engines_belong_to_a_power_mode(tmp_path: Path) -> None:
     machine = board(tmp_path, "jetpack6")
-    assert clocks.check_power_mode(machine, "MAXN").severity == "ok"
-    finding = clocks.check_power_mode(machine, "MODE_30W", "qvla build BUNDLE")
+    assert power.check_power_mode(machine, "MAXN").severity == "ok"
+    finding = power.check_power_mode(machine, "MODE_30W", "qvla build BUNDLE")
     assert finding.observed == "MAXN, engines were built in MODE_30W"
     assert finding.remedy == "qvla build BUNDLE"
-    assert clocks.check_power_mode(machine, "30W").remedy == "sudo nvpmodel -m 2"
+    assert power.check_power_mode(machine, "30W").remedy == "sudo nvpmodel -m 2"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_heat_of_the_past_is_counted(tmp_path: Path) -> None:
     counter = "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"
     for number, severity in (("0", "ok"), ("12", "warning")):
         machine = read(write(tmp_path, {"proc/meminfo": MEMINFO, counter: number}))
-        assert clocks.check_throttled(machine.board).severity == severity
+        assert power.check_throttled(machine.board).severity == severity
 
 
 def test_swap_on_disk_is_enough_beside_compressed_memory() -> None:
@@ -243,7 +243,7 @@ def test_a_finding_without_a_remedy_is_refused() -> None:
         check.inapplicable("c"),
         check.error("d", "do"),
     )
-    assert [f.severity for f in sorted_findings(made)] == [
+    assert [f.severity for f in sort_findings(made)] == [
         "error",
         "warning",
         "ok",

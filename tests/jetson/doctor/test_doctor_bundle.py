@@ -18,8 +18,8 @@ from engines.trt.gpu import Gpu
 from engines.trt.modules import TRAITS, TrtModule
 from engines.trt.sidecar import Sidecar, engine_path, sidecar_path
 from jetson.doctor.bundle_facts import BundleFacts, EngineFacts, read_bundle
-from jetson.doctor.examination import Question, Subject, examine, read_subject
-from jetson.doctor.finding import Finding
+from jetson.doctor.examination import DoctorRequest, Subject, examine, read_subject
+from jetson.doctor.finding import BoardFinding
 from jetson.doctor.memory import check_available, check_disk
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.artifacts import read_json, write_json
@@ -51,14 +51,14 @@ def here(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sub
     """An AGX Orin with JetPack 7.2, and a bundle whose engines were built there."""
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt(VERSION))
     machine = replace(board(tmp_path, "jetpack7"), python=(3, 12), packages=PACKAGES)
-    return read_subject(Question(bundle.path, port=0), machine)
+    return read_subject(DoctorRequest(bundle.path, port=0), machine)
 
 
-def findings_of(subject: Subject, key: str | None = None) -> dict[str, Finding]:
-    return to_mend(examine(Question(unnorm_key=key, port=0), subject))
+def findings_of(subject: Subject, key: str | None = None) -> dict[str, BoardFinding]:
+    return to_mend(examine(DoctorRequest(unnorm_key=key, port=0), subject))
 
 
-def only(findings: dict[str, Finding], what: str, severity: str = "error") -> Finding:
+def only(findings: dict[str, BoardFinding], what: str, severity: str = "error") -> BoardFinding:
     assert list(findings) == [what]
     assert findings[what].severity == severity
     return findings[what]
@@ -75,7 +75,7 @@ def facts_of(subject: Subject) -> BundleFacts:
 
 def test_a_board_that_has_everything_has_nothing_to_mend(here: Subject) -> None:
     assert not findings_of(here)
-    findings = {f.what: f for f in examine(Question(port=0), here)}
+    findings = {f.what: f for f in examine(DoctorRequest(port=0), here)}
     right = ("TensorRT", "GPU", "engines", "engines' TensorRT", "engines' GPU", "bundle", "Python")
     assert {findings[what].severity for what in right} == {"ok"}
     assert findings["ONNX Runtime"].severity == findings["disk space"].severity == "not applicable"
@@ -165,7 +165,7 @@ def test_engines_that_are_missing_cut_or_of_others_are_named(here: Subject, tmp_
     folder = tmp_path / "engines"
     shutil.copytree(facts_of(here).engines, folder)
 
-    def finding() -> Finding:
+    def finding() -> BoardFinding:
         found = only(findings_of(replace(here, bundle=read_bundle(path, folder))), "engines")
         assert found.remedy == f"qvla build {path} --output {folder}"
         return found

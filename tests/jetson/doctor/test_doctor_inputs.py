@@ -12,8 +12,8 @@ from house import HOST_ONLY
 from robot_runs import run_on_robot
 from small_datasets import write_small_dataset
 
-from jetson.board.state import UNKNOWN, Clock
-from jetson.doctor.finding import Finding
+from jetson.board.state import UNKNOWN, ClockState
+from jetson.doctor.finding import BoardFinding
 from jetson.doctor.libero import check_libero
 from jetson.doctor.machine import Machine
 from jetson.doctor.observations import (
@@ -23,7 +23,7 @@ from jetson.doctor.observations import (
     check_columns,
     check_dataset,
 )
-from jetson.doctor.serving import check_port, check_token, read_serving
+from jetson.doctor.server_facts import check_port, check_token, read_serving
 from jetson.doctor.statistics import check_config, check_key, read_checkpoint
 from qvla_export.shared.artifacts import read_json, write_json
 
@@ -138,7 +138,7 @@ def test_a_token_must_be_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("QVLA_TOKEN", raising=False)
     path = tmp_path / "my token"
 
-    def finding(host: str = "127.0.0.1") -> Finding:
+    def finding(host: str = "127.0.0.1") -> BoardFinding:
         return check_token(read_serving(host, 0, path))
 
     assert finding().remedy == f"(umask 077; openssl rand -hex 32 > '{path}')"
@@ -204,7 +204,7 @@ def test_the_command_runs_where_only_the_robot_s_libraries_are(tiny_checkpoint: 
 def test_a_server_says_at_its_start_what_makes_it_slow(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    loose = Clock("gpu", 306.0, 306.0, 1300.0, locked=False)
+    loose = ClockState("gpu", 306.0, 306.0, 1300.0, locked=False)
     slow = replace(UNKNOWN, l4t="36.4.3", clocks=(loose,), clocks_locked=False)
     monkeypatch.setattr("jetson.board.read_board_state", lambda: slow)
     monkeypatch.setattr("jetson.server.serve", lambda policy, settings: None)

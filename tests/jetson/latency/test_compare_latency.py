@@ -80,14 +80,14 @@ def test_verdicts_and_what_too_few_samples_say() -> None:
     verdicts = {}
     for factor in (0.5, 1.0, 1.5):
         change = compare_latency(base, profile("b", factor * noise(1, 1000)), paired=True)
-        verdicts[factor] = [change.verdict(found) for found in change.stages["total"]]
+        verdicts[factor] = [change.verdict(found) for found in change.spans["total"]]
     assert verdicts == {0.5: ["faster"] * 3, 1.0: ["same"] * 3, 1.5: ["slower"] * 3}
     few = compare_latency(profile("a", noise(1, 50)), profile("b", noise(2, 50)))
-    assert [few.verdict(found) for found in few.stages["total"]][1:] == [
+    assert [few.verdict(found) for found in few.spans["total"]][1:] == [
         *("needs 100 samples", "needs 1000 samples")
     ]
     wild = compare_latency(profile("a", noise(1, 30, 1.0)), profile("b", noise(2, 30, 1.0)))
-    assert wild.verdict(wild.stages["engine"][0]) == "undecided"
+    assert wild.verdict(wild.spans["engine"][0]) == "undecided"
 
 
 def test_pairs_see_what_two_runs_cannot() -> None:

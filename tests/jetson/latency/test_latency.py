@@ -15,7 +15,7 @@ from jetson.latency.cold_start import ColdStart
 from jetson.latency.comparison import LatencyComparison, compare_profiles
 from jetson.latency.measure import profile_latency
 from jetson.latency.profile import LatencyProfile
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.action import ActionChunk
@@ -81,7 +81,7 @@ def test_policies_take_turns_round_by_round() -> None:
     assert done == [(i, 12) for i in range(1, 13)]
 
 
-def test_warm_up_is_dropped_and_stages_are_the_servers() -> None:
+def test_warm_up_is_dropped_and_spans_are_the_servers() -> None:
     policy = TimedPolicy("q", [100.0, 50.0, 1.0, 2.0, 3.0, 4.0], [])
     result = profile_latency({"q": policy}, [observation(1)], 2, 4, load_ms={"q": 750.0})
     (measured,) = result.profiles
@@ -98,14 +98,14 @@ def test_warm_up_is_dropped_and_stages_are_the_servers() -> None:
 
 
 def test_a_server_is_measured_over_its_own_socket() -> None:
-    with running_server(TimedPolicy("q", [2.0] * 99, []), ServerSettings(port=0)) as url:
+    with open_server(TimedPolicy("q", [2.0] * 99, []), ServerSettings(port=0)) as url:
         local = TimedPolicy("q", [2.0] * 99, [])
         result = profile_latency({"local": local, "remote": url}, [observation(1)], 1, 10)
     remote = result.profiles[1]
     assert remote.transport == "http" and remote.samples_ms["transport"].min() >= 0
     assert remote.samples_ms["engine"].tolist() == [2.0] * 10
     assert remote.bundle_digest == "d1gest"
-    assert [(r.name, r.baseline, r.stage) for r in result.ratios] == [
+    assert [(r.name, r.baseline, r.span) for r in result.ratios] == [
         ("remote", "local", "total"),
         ("remote", "local", "engine"),
     ]
@@ -124,7 +124,7 @@ def test_percentiles_come_from_the_raw_samples() -> None:
     }
     assert measured.percentile_ms(99.5, "engine") == pytest.approx(50.25)
     assert measured.cold_start_ms is None
-    with pytest.raises(QvlaError, match="no stage 'gpu'"):
+    with pytest.raises(QvlaError, match="no span 'gpu'"):
         measured.percentile_ms(50, "gpu")
 
 
@@ -136,7 +136,7 @@ def test_the_ratio_cancels_noise_that_both_saw() -> None:
     (total, engine) = compare_profiles([slow, fast]).ratios
     assert total.ratio == pytest.approx(0.4, rel=0.02)
     assert total.low <= total.ratio <= total.high and total.high - total.low < 0.02
-    assert (engine.stage, engine.baseline) == ("engine", "float")
+    assert (engine.span, engine.baseline) == ("engine", "float")
 
 
 def test_profiles_of_one_run_are_equally_long_and_told_apart() -> None:

@@ -95,7 +95,7 @@ def test_nvidias_tracer_reads_them() -> None:
 def test_a_server_has_no_engine_to_trace() -> None:
     with pytest.raises(QvlaError, match="in this process"):
         times_json(profile(ON_GPU, transport="http"))
-    with pytest.raises(QvlaError, match=r"stages \['total'\]"):
+    with pytest.raises(QvlaError, match=r"spans \['total'\]"):
         times_json(profile({"total": [1.0, 2.0]}))
 
 

@@ -20,9 +20,9 @@ from PIL import Image
 from jetson.board import read_board_state
 from jetson.errors import PolicyFailure, Unauthorized
 from jetson.live.feed import LiveFeed, preview
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
-from jetson.serving.observing import Served
+from jetson.serving.request_observer import ServedRequest
 from qvla_export.shared.normalization import Bounds
 from qvla_export.shared.observation import Observation
 
@@ -53,9 +53,9 @@ def test_the_feed_shows_the_newest_action_and_what_failed() -> None:
     found = feed(limits=LIMITS, deadline_ms=30.0)
     assert found.snapshot()["latest"] is None and found.picture(0) is None
     for total_ms in (10.0, 40.0, 20.0):
-        found.answered(replace(acted(engine=5.0, total=total_ms), observation=seen()))
-    found.answered(Served(seen(), None, {"total": 1.0}, PolicyFailure("on fire")))
-    found.answered(Served(None, None, {}, Unauthorized("a stranger")))
+        found.on_request(replace(acted(engine=5.0, total=total_ms), observation=seen()))
+    found.on_request(ServedRequest(seen(), None, {"total": 1.0}, PolicyFailure("on fire")))
+    found.on_request(ServedRequest(None, None, {}, Unauthorized("a stranger")))
     now = found.snapshot()
     assert now["recent_ms"] == [10.0, 40.0, 20.0]
     assert now["counts"] == {
@@ -72,7 +72,7 @@ def test_pictures_are_made_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("jetson.live.feed.preview", lambda image: made.append(image) or b"jpeg")
     found = feed()
     for _ in range(100):
-        found.answered(replace(acted(total=1.0), observation=seen()))
+        found.on_request(replace(acted(total=1.0), observation=seen()))
     found.snapshot()
     assert made == []
     assert found.picture(1) == b"jpeg" and len(made) == 1
@@ -91,7 +91,7 @@ def test_previews_are_small_jpegs(shape: tuple[int, int, int], tmp_path: Path) -
 def test_routes_are_strict_and_behind_the_token() -> None:
     settings = ServerSettings(port=0, token=TOKEN)
     paths = ("/", "/live/page.js", "/live/draw.js", "/live/page.css", "/live/state")
-    with running_server(EchoPolicy(OFT), settings) as url:
+    with open_server(EchoPolicy(OFT), settings) as url:
         bearer = {"authorization": f"Bearer {TOKEN}"}
         post(url, oft_fields(), headers=bearer)
         for path in (*paths, "/live/picture/0", "/live/icon.svg"):
@@ -157,7 +157,7 @@ def no_complaints(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_the_page_fits_every_screen(
     page: Page, tmp_path: Path, width: int, height: int, phone: bool
 ) -> None:
-    with running_server(LimitedPolicy(OFT), ServerSettings(port=0)) as url, acting(url):
+    with open_server(LimitedPolicy(OFT), ServerSettings(port=0)) as url, acting(url):
         page.open(url + "/", width, height, phone)
         page.wait_for(SHOWN)
         page.wait_for(LOADED)
@@ -181,7 +181,7 @@ def test_the_page_fits_every_screen(
 
 
 def test_what_clients_say_stays_text(page: Page) -> None:
-    with running_server(EchoPolicy(OFT), ServerSettings(port=0)) as url:
+    with open_server(EchoPolicy(OFT), ServerSettings(port=0)) as url:
         with acting(url, instruction=HOSTILE):
             page.open(url + "/")
             page.wait_for(SHOWN)
@@ -196,7 +196,7 @@ def test_what_clients_say_stays_text(page: Page) -> None:
 
 
 def test_pause_idle_and_a_lost_connection_are_said(page: Page) -> None:
-    with running_server(EchoPolicy(OFT), ServerSettings(port=0)) as url:
+    with open_server(EchoPolicy(OFT), ServerSettings(port=0)) as url:
         page.open(url + "/")
         page.wait_for("document.getElementById('status').textContent == 'No action yet'")
         post(url, oft_fields())
@@ -214,7 +214,7 @@ def test_pause_idle_and_a_lost_connection_are_said(page: Page) -> None:
 
 
 def test_a_browser_that_knows_the_token_sees_the_page(page: Page) -> None:
-    with running_server(EchoPolicy(OFT), ServerSettings(port=0, token=TOKEN)) as url:
+    with open_server(EchoPolicy(OFT), ServerSettings(port=0, token=TOKEN)) as url:
         post(url, oft_fields(), headers={"authorization": f"Bearer {TOKEN}"})
         page.open(url.replace("http://", f"http://phone:{TOKEN}@") + "/", 390, 844, True)
         page.wait_for(SHOWN)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from jetson.board import read_board_state
 from jetson.control.loop import ControlLoop
 from jetson.errors import RefusedSetting
-from jetson.live.running import LoopWatch, live_page
+from jetson.live.loop_page import LoopWatch, live_page
 from jetson.recording.reader import Recording
 from jetson.recording.writer import McapRecorder
 from jetson.serving.policy_contract import PolicyContract

@@ -24,26 +24,26 @@ from small_recordings import recorder, served
 
 from jetson.board import read_board_state
 from jetson.errors import PolicyFailure, RefusedSetting
-from jetson.recording.queue import DropQueue, Waiting
+from jetson.recording.queue import DropQueue, QueuedWrite
 from jetson.recording.reader import Moment, Recording
 from jetson.recording.replay import replay_recording
 from jetson.recording.writer import McapRecorder
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
-from jetson.serving.observing import Served
+from jetson.serving.request_observer import ServedRequest
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
 from qvla_export.shared.observation import Observation
 
 
-def recorded(path: Path, events: list[Served], **options: Any) -> Recording:
+def recorded(path: Path, events: list[ServedRequest], **options: Any) -> Recording:
     with recorder(path, **options) as writing:
         for event in events:
-            writing.answered(event)
+            writing.on_request(event)
     return Recording(path)
 
 
-def same(moment: Moment, event: Served) -> None:
+def same(moment: Moment, event: ServedRequest) -> None:
     assert event.observation is not None and event.chunk is not None and moment.chunk is not None
     assert moment.observation.instruction == event.observation.instruction
     np.testing.assert_array_equal(moment.observation.state, event.observation.state)
@@ -90,7 +90,7 @@ def test_jpeg_is_smaller_and_says_so(tmp_path: Path) -> None:
     smooth = np.add.outer(np.arange(96), np.arange(96))[..., None].repeat(3, 2).astype(np.uint8)
     noise = np.random.default_rng(0).integers(0, 9, smooth.shape, np.uint8)
     observation = Observation({"front": smooth + noise, "hand": smooth + noise[::-1]}, "push")
-    event = Served(observation, served(0).chunk, {"total": 1.0})
+    event = ServedRequest(observation, served(0).chunk, {"total": 1.0})
     exact = recorded(tmp_path / "png.mcap", [event] * 8)
     lossy = recorded(tmp_path / "jpeg.mcap", [event] * 8, images="jpeg")
     assert lossy.path.stat().st_size < exact.path.stat().st_size / 2
@@ -100,8 +100,8 @@ def test_jpeg_is_smaller_and_says_so(tmp_path: Path) -> None:
 
 
 def test_refusals_are_recorded_and_unreadable_requests_are_not(tmp_path: Path) -> None:
-    failed = Served(served(0).observation, None, {"total": 1.0}, PolicyFailure("on fire"))
-    unread = Served(None, None, {}, PolicyFailure("stranger"))
+    failed = ServedRequest(served(0).observation, None, {"total": 1.0}, PolicyFailure("on fire"))
+    unread = ServedRequest(None, None, {}, PolicyFailure("stranger"))
     recording = recorded(tmp_path / "run.mcap", [failed, unread, served(1)])
     first, second = recording.moments()
     assert (first.chunk, first.error) == (None, "on fire") and second.error == ""
@@ -130,7 +130,7 @@ def test_a_disk_that_does_not_follow_drops_and_never_blocks(tmp_path: Path) -> N
     writing = McapRecorder(tmp_path / "run.mcap", OFT, stuck, "serve", "png", 5 * size)
     assert asked.wait(20)  # the writer waits; what comes now waits for it
     for index in range(12):
-        writing.answered(served(index))
+        writing.on_request(served(index))
     assert writing.dropped == 7
     gate.set()
     writing.close()
@@ -149,17 +149,17 @@ def test_the_queue_keeps_order_and_its_bound(steps: list[int | None], most: int)
             taken = queue.take(0)
             assert taken is (model.pop(0) if model else None)
             continue
-        event = Waiting(lambda: None, step)
+        event = QueuedWrite(lambda: None, step)
         fits = sum(waiting.nbytes for waiting in model) + step <= most
         assert queue.put(event) is fits
         model += [event] * fits
         dropped += not fits
     assert queue.dropped == dropped
     queue.close()
-    assert not queue.put(Waiting(lambda: None, 0))
-    assert queue.finished is (not model)
+    assert not queue.put(QueuedWrite(lambda: None, 0))
+    assert queue.is_done is (not model)
     assert [queue.take(0) for _ in model] == model
-    assert queue.finished
+    assert queue.is_done
 
 
 _RECORD_UNTIL_KILLED = """
@@ -168,7 +168,7 @@ from pathlib import Path
 from small_recordings import recorder, served
 writing = recorder(Path(sys.argv[1]))
 for index in range(100000):
-    writing.answered(served(index))
+    writing.on_request(served(index))
     time.sleep(0.002)
     print(index, flush=True)
 """
@@ -235,7 +235,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_a_served_run_replays_without_drift(tmp_path: Path) -> None:
     path = tmp_path / "run.mcap"
-    with running_server(EchoPolicy(OFT), ServerSettings(port=0, record=path)) as url:
+    with open_server(EchoPolicy(OFT), ServerSettings(port=0, record=path)) as url:
         for index in range(6):
             image = np.full((12, 10, 3), 20 * index, np.uint8)
             assert post(url, oft_fields(full_image=image)).status_code == 200
@@ -270,7 +270,7 @@ def test_commands_record_profile_and_replay(
     from qvla_export.policies.oft.policy import load_oft_policy
 
     policy, path = load_oft_policy(tiny_checkpoint), tmp_path / "run.mcap"
-    with running_server(policy, ServerSettings(port=0, record=path)) as url:
+    with open_server(policy, ServerSettings(port=0, record=path)) as url:
         for seen in tiny_observations(3):
             fields = oft_fields(
                 full_image=seen.images["image"], wrist_image=None,

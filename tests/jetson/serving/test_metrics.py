@@ -11,10 +11,10 @@ from metrics_pages import TOKEN, acted, samples
 from jetson.board import BoardState, read_board_state
 from jetson.board.watch import BoardWatch
 from jetson.errors import PolicyFailure, ServerBusy
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
-from jetson.serving.metrics import STAGE_BUCKETS_S, Metrics, board_figures
-from jetson.serving.observing import Observers, Served
+from jetson.serving.metrics import SPAN_BUCKETS_S, Metrics, board_figures
+from jetson.serving.request_observer import Observers, ServedRequest
 
 
 def metrics(**options: Any) -> Metrics:
@@ -26,15 +26,15 @@ def read(found: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]
     return samples(found.render()[0].decode())
 
 
-def test_stages_are_counted_in_seconds_and_buckets() -> None:
+def test_spans_are_counted_in_seconds_and_buckets() -> None:
     counted = metrics()
     for engine_ms in (0.05, 3.0, 3.0, 9_000.0):
-        counted.answered(acted(engine=engine_ms, total=engine_ms + 1))
+        counted.on_request(acted(engine=engine_ms, total=engine_ms + 1))
     page = read(counted)
     assert page["qvla_actions_total", ()] == 4
     assert page["qvla_stage_seconds_count", (("stage", "engine"),)] == 4
     assert page["qvla_stage_seconds_sum", (("stage", "engine"),)] == pytest.approx(9.00605)
-    for bucket_s in STAGE_BUCKETS_S:
+    for bucket_s in SPAN_BUCKETS_S:
         below = sum(ms / 1000 <= bucket_s for ms in (0.05, 3.0, 3.0, 9_000.0))
         labels = (("le", str(float(bucket_s))), ("stage", "engine"))
         assert page["qvla_stage_seconds_bucket", labels] == below
@@ -44,10 +44,10 @@ def test_misses_errors_and_drops() -> None:
     dropped = 0
     counted = metrics(deadline_ms=20.0, recording_drops=lambda: dropped)
     for total_ms in (19.9, 20.0, 20.1, 500.0):
-        counted.answered(acted(total=total_ms))
-    counted.answered(Served(None, None, {"total": 900.0}, PolicyFailure("on fire")))
+        counted.on_request(acted(total=total_ms))
+    counted.on_request(ServedRequest(None, None, {"total": 900.0}, PolicyFailure("on fire")))
     for _ in range(3):
-        counted.answered(Served(None, None, {}, ServerBusy("full")))
+        counted.on_request(ServedRequest(None, None, {}, ServerBusy("full")))
     dropped = 5
     read(counted)
     dropped = 7
@@ -60,10 +60,10 @@ def test_misses_errors_and_drops() -> None:
     assert page["qvla_drops_total", (("what", "recording"),)] == 7
 
 
-def test_a_policy_that_invents_stages_does_not_fill_the_memory() -> None:
+def test_a_policy_that_invents_spans_does_not_fill_the_memory() -> None:
     counted = metrics()
     for index in range(500):
-        counted.answered(acted(**{f"stage{index}": 1.0}, total=1.0))
+        counted.on_request(acted(**{f"stage{index}": 1.0}, total=1.0))
     stages = {labels for name, labels in read(counted) if name == "qvla_stage_seconds_count"}
     assert len(stages) == 64
 
@@ -71,7 +71,7 @@ def test_a_policy_that_invents_stages_does_not_fill_the_memory() -> None:
 def test_threads_lose_no_count() -> None:
     counted = metrics()
     threads = [
-        threading.Thread(target=lambda: [counted.answered(acted(total=1)) for _ in range(500)])
+        threading.Thread(target=lambda: [counted.on_request(acted(total=1)) for _ in range(500)])
         for _ in range(4)
     ]
     for thread in threads:
@@ -130,19 +130,19 @@ def test_the_board_is_sampled_beside_the_requests() -> None:
 def test_an_observer_that_fails_is_dismissed_and_costs_no_action(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    told: list[Served] = []
+    told: list[ServedRequest] = []
 
     class Good:
-        def answered(self, served: Served) -> None:
+        def on_request(self, served: ServedRequest) -> None:
             told.append(served)
 
     class Bad:
-        def answered(self, served: Served) -> None:
+        def on_request(self, served: ServedRequest) -> None:
             raise OSError("the disk is full")
 
     observers = Observers((Bad(), Good()))
     for _ in range(3):
-        observers.answered(acted(total=1.0))
+        observers.on_request(acted(total=1.0))
     assert len(told) == 3
     assert [record.message for record in caplog.records] == [
         "Bad failed and is told no more: OSError: the disk is full"
@@ -152,7 +152,7 @@ def test_an_observer_that_fails_is_dismissed_and_costs_no_action(
 def test_a_server_counts_what_it_serves_and_not_its_warm_up() -> None:
     settings = ServerSettings(port=0, warmup=3, token=TOKEN)
     headers = {"authorization": f"Bearer {TOKEN}"}
-    with running_server(EchoPolicy(OFT), settings) as url:
+    with open_server(EchoPolicy(OFT), settings) as url:
         assert requests.get(url + "/metrics", timeout=20).status_code == 401
         for _ in range(5):
             post(url, oft_fields(), headers=headers)

@@ -26,7 +26,7 @@ from websockets.sync.client import connect
 from jetson.clients.http_client import RemotePolicy
 from jetson.clients.protocol_clients import Endpoint, open_client
 from jetson.errors import Forbidden, RateLimited, RefusedSetting, RemoteError, Unauthorized
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.security import (
     RateLimit,
@@ -47,13 +47,13 @@ OBSERVATION = Observation({"front": IMAGE, "hand": IMAGE}, "push", np.zeros(8, n
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     settings = ServerSettings(port=0, token=TOKEN, allowed_hosts=("robot.local",))
-    with running_server(EchoPolicy(OFT), settings) as url:
+    with open_server(EchoPolicy(OFT), settings) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def open_url() -> Iterator[str]:
-    with running_server(EchoPolicy(OFT), ServerSettings(port=0)) as url:
+    with open_server(EchoPolicy(OFT), ServerSettings(port=0)) as url:
         yield url
 
 
@@ -195,7 +195,7 @@ def test_many_peers_are_not_all_remembered() -> None:
 
 
 def test_too_many_requests_are_told_to_wait() -> None:
-    with running_server(EchoPolicy(OFT), ServerSettings(port=0, max_rate_hz=0.01)) as url:
+    with open_server(EchoPolicy(OFT), ServerSettings(port=0, max_rate_hz=0.01)) as url:
         assert post(url, oft_fields()).status_code == 200
         reply = post(url, oft_fields(), headers={"x-forwarded-for": "192.0.2.7"})
         assert reply.status_code == 429 and "--max-rate-hz" in reply.json()["error"]
@@ -282,7 +282,7 @@ def test_client_certificates_open_https_and_websockets(
 ) -> None:
     settings = ServerSettings(port=0, tls=tls_files(certificates))
     message = msgpack_numpy.packb(oft_fields())
-    with running_server(EchoPolicy(OFT), settings) as url:
+    with open_server(EchoPolicy(OFT), settings) as url:
         assert url.startswith("https://")
         monkeypatch.setenv("QVLA_TLS_CA", str(certificates / "ca.pem"))
         with pytest.raises(RemoteError):

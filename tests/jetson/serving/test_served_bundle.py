@@ -12,12 +12,12 @@ from engines.targets import find_target
 from jetson.clients.http_client import RemotePolicy
 from jetson.latency.measure import profile_latency
 from jetson.policy import EnginePolicy
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from qvla_export.graph.export import export_bundle
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.bundle import Bundle
-from qvla_export.shared.clock import whole_stages
+from qvla_export.shared.clock import whole_spans
 from qvla_export.shared.observation import Observation
 
 
@@ -36,7 +36,7 @@ def served(
 
 @pytest.fixture(scope="module")
 def url(served: EnginePolicy) -> Iterator[str]:
-    with running_server(served, ServerSettings(port=0)) as url:
+    with open_server(served, ServerSettings(port=0)) as url:
         yield url
 
 
@@ -78,7 +78,7 @@ def test_a_remote_policy_is_the_policy(
     ]
 
 
-def test_a_bundle_is_profiled_stage_by_stage(
+def test_a_bundle_is_profiled_span_by_span(
     served: EnginePolicy, tiny_observations: Callable[..., list[Observation]]
 ) -> None:
     result = profile_latency({"a": served, "b": served}, tiny_observations(3), 2, 12)
@@ -87,11 +87,11 @@ def test_a_bundle_is_profiled_stage_by_stage(
         *("decode", "preprocess", "engine", "engine.policy", "postprocess", "encode"),
         "total",
     ]
-    parts = sum(profile.samples_ms[stage] for stage in whole_stages(profile.samples_ms))
+    parts = sum(profile.samples_ms[stage] for stage in whole_spans(profile.samples_ms))
     assert (profile.samples_ms["engine.policy"] <= profile.samples_ms["engine"]).all()
     assert (parts <= profile.samples_ms["total"]).all()
     assert profile.bundle_digest == served.bundle.digest
-    assert [ratio.stage for ratio in result.ratios] == ["total", "engine"]
+    assert [ratio.span for ratio in result.ratios] == ["total", "engine"]
 
 
 def test_an_unusual_instruction_does_not_break_the_server(url: str) -> None:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from protocol_wires import IMAGE, WIRES, OpenpiWire, Wire
 
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.observation import Observation
@@ -67,7 +67,7 @@ class Recorder(EchoPolicy):
 def served() -> Iterator[tuple[Recorder, str, int]]:
     policy, port = Recorder(OFT), free_port()
     limits = {"max_body_bytes": MAX_BODY_BYTES, "max_rate_hz": 0.0}
-    with running_server(policy, ServerSettings(port=0, gr00t_port=port, **limits)) as url:
+    with open_server(policy, ServerSettings(port=0, gr00t_port=port, **limits)) as url:
         yield policy, url, port
 
 

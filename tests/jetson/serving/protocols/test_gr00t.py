@@ -16,7 +16,7 @@ from echo_policy import IMAGE, OFT, OPENVLA, EchoPolicy, oft_fields, post
 from gr00t_client import Gr00tClient, free_port, npy
 
 from jetson.errors import RefusedSetting
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.observation import Observation
@@ -25,7 +25,7 @@ from qvla_export.shared.observation import Observation
 @contextmanager
 def gr00t_server(policy: EchoPolicy, **settings: Any) -> Iterator[tuple[int, str]]:
     port = free_port()
-    with running_server(policy, ServerSettings(port=0, gr00t_port=port, **settings)) as url:
+    with open_server(policy, ServerSettings(port=0, gr00t_port=port, **settings)) as url:
         yield port, url
 
 
@@ -223,7 +223,7 @@ def test_a_taken_port_is_named() -> None:
         settings = ServerSettings(port=0, gr00t_port=taken.getsockname()[1])
         with (
             pytest.raises(RefusedSetting, match=r"another --gr00t-port"),
-            running_server(EchoPolicy(OFT), settings),
+            open_server(EchoPolicy(OFT), settings),
         ):
             pass
 

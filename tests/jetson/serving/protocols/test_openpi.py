@@ -14,7 +14,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from jetson.server import running_server
+from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.observation import Observation
@@ -35,7 +35,7 @@ def closed_clients() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with running_server(EchoPolicy(OFT), ServerSettings(port=0, max_body_bytes=1 << 20)) as url:
+    with open_server(EchoPolicy(OFT), ServerSettings(port=0, max_body_bytes=1 << 20)) as url:
         yield url
 
 
@@ -88,7 +88,7 @@ def test_an_aloha_client_sends_channels_first(url: str) -> None:
 
 
 def test_the_policy_s_own_names_and_a_policy_of_one_camera() -> None:
-    with running_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url:
+    with open_server(EchoPolicy(OPENVLA), ServerSettings(port=0)) as url:
         reply = client_of(url).infer({"image": IMAGE + 2, "prompt": "push"})
         assert reply["actions"].shape == (4, 7) and reply["actions"][0, 0] == 2
 
@@ -191,7 +191,7 @@ def test_health_is_openpi_s(url: str) -> None:
 
 def test_openpi_and_http_clients_share_one_engine() -> None:
     policy = EchoPolicy(OFT)
-    with running_server(policy, ServerSettings(port=0)) as url, ThreadPoolExecutor(6) as pool:
+    with open_server(policy, ServerSettings(port=0)) as url, ThreadPoolExecutor(6) as pool:
 
         def over_websocket(value: int) -> list[float]:
             client = client_of(url)
@@ -207,7 +207,7 @@ def test_openpi_and_http_clients_share_one_engine() -> None:
 
 
 def test_more_clients_than_allowed_are_told() -> None:
-    with running_server(EchoPolicy(OFT), ServerSettings(port=0, max_connections=1)) as url:
+    with open_server(EchoPolicy(OFT), ServerSettings(port=0, max_connections=1)) as url:
         first = client_of(url)
         with pytest.raises(InvalidStatus) as refused:
             client_of(url)
@@ -235,7 +235,7 @@ def test_draining_sends_the_reply_that_is_under_way() -> None:
             return super().infer(observation)
 
     with ThreadPoolExecutor(2) as pool:
-        with running_server(Gated(OFT), ServerSettings(port=0, warmup=0)) as url:
+        with open_server(Gated(OFT), ServerSettings(port=0, warmup=0)) as url:
             client, idle = client_of(url), raw_client(url)
             reply = pool.submit(client.infer, libero())
             assert acting.wait(20)
@@ -248,7 +248,7 @@ def test_draining_sends_the_reply_that_is_under_way() -> None:
 
 def test_the_api_key_of_openpi_client_is_the_token() -> None:
     token = "a token that is not guessed".replace(" ", "-")
-    with running_server(EchoPolicy(OFT), ServerSettings(port=0, token=token)) as url:
+    with open_server(EchoPolicy(OFT), ServerSettings(port=0, token=token)) as url:
         assert client_of(url, api_key=token).infer(libero())["actions"].shape == (4, 7)
         for wrong in (None, token[:-1], "x" * 40):
             with pytest.raises(InvalidStatus) as refused:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-class Clock(Protocol):
+class LoopClock(Protocol):
     """Monotonic seconds, and waiting for a moment of them."""
 
     def now_s(self) -> float:

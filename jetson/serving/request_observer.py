@@ -1,4 +1,4 @@
-"""The noun `Served`: one request and how it was answered, for whoever watches the server.
+"""The noun `ServedRequest`: one request and how it was answered, for whoever watches the server.
 
 Watching costs the robot next to nothing and can never cost it its action: an observer is told
 after the action is decided, must not wait, and is dismissed when it fails.
@@ -17,14 +17,14 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedRequest:
     """What one request held and what came of it."""
 
     # None where the request could not be read.
     observation: Observation | None
     # None where there is no action.
     chunk: ActionChunk | None
-    # Stage -> milliseconds; "total" spans them all. Empty where the request was turned away.
+    # Span -> milliseconds; "total" covers them all. Empty where the request was turned away.
     timing_ms: Mapping[str, float]
     # Why there is no action; None where there is one.
     error: QvlaError | None = None
@@ -33,7 +33,7 @@ class Served:
 class Observer(Protocol):
     """Whoever watches. Called from the threads that answer, several at once: must not wait."""
 
-    def answered(self, served: Served) -> None:
+    def on_request(self, served: ServedRequest) -> None:
         """Take note of one request."""
         ...
 
@@ -47,11 +47,11 @@ class Observers:
     def __bool__(self) -> bool:
         return bool(self._observers)
 
-    def answered(self, served: Served) -> None:
+    def on_request(self, served: ServedRequest) -> None:
         """Tell all of them; raises nothing."""
         for observer in self._observers:
             try:
-                observer.answered(served)
+                observer.on_request(served)
             except Exception as error:  # a full disk must not cost the robot its action
                 self._observers = tuple(o for o in self._observers if o is not observer)
                 _LOG.error(

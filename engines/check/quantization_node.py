@@ -13,7 +13,7 @@ WEIGHT_INPUT = {"MatMul": 1, "Gemm": 1, "Conv": 1, "ConvTranspose": 1}
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizationNode:
     """Inputs, granularity and axis of a QuantizeLinear or DequantizeLinear."""
 
     node: "ir.Node"
@@ -48,7 +48,7 @@ class Quantized:
         ]
 
 
-def read_quantized(node: "ir.Node") -> Quantized | None:
+def read_quantized(node: "ir.Node") -> QuantizationNode | None:
     """Return what the rules ask of a node; None if it quantizes nothing or lacks an input."""
     if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.inputs) < 2:
         return None
@@ -65,7 +65,7 @@ def read_quantized(node: "ir.Node") -> Quantized | None:
         granularity = "channel"
     axis = node.attributes.get_int("axis", 1)
     rank = None if data.shape is None else len(data.shape)
-    return Quantized(
+    return QuantizationNode(
         node=node,
         data=data,
         scale=scale,

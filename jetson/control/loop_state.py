@@ -34,7 +34,7 @@ from enum import Enum
 from types import MappingProxyType
 
 
-class State(Enum):
+class LoopState(Enum):
     """What the loop is doing."""
 
     STARTING = "starting"
@@ -48,20 +48,22 @@ class State(Enum):
     @property
     def terminal(self) -> bool:
         """Whether nothing will be sent any more."""
-        return self in (State.STOPPED, State.FAULT)
+        return self in (LoopState.STOPPED, LoopState.FAULT)
 
 
-_ENDS = frozenset({State.STOPPED, State.FAULT})
-# State -> the states that may follow it at the next slot, itself aside. A ramp of one step ends
+_ENDS = frozenset({LoopState.STOPPED, LoopState.FAULT})
+# LoopState -> the states that may follow it at the next slot, itself aside. A ramp of one step ends
 # at the slot that starts it, so STOPPING may be too short to be seen.
-TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
+TRANSITIONS: Mapping[LoopState, frozenset[LoopState]] = MappingProxyType(
     {
-        State.STARTING: frozenset({State.RUNNING, *_ENDS}),
-        State.RUNNING: frozenset({State.HOLDING, State.STOPPING, *_ENDS}),
-        State.HOLDING: frozenset({State.RUNNING, State.RAMPING, State.STOPPING, *_ENDS}),
-        State.RAMPING: frozenset({State.RUNNING, State.STOPPING, *_ENDS}),
-        State.STOPPING: _ENDS,
-        State.STOPPED: frozenset(),
-        State.FAULT: frozenset(),
+        LoopState.STARTING: frozenset({LoopState.RUNNING, *_ENDS}),
+        LoopState.RUNNING: frozenset({LoopState.HOLDING, LoopState.STOPPING, *_ENDS}),
+        LoopState.HOLDING: frozenset(
+            {LoopState.RUNNING, LoopState.RAMPING, LoopState.STOPPING, *_ENDS}
+        ),
+        LoopState.RAMPING: frozenset({LoopState.RUNNING, LoopState.STOPPING, *_ENDS}),
+        LoopState.STOPPING: _ENDS,
+        LoopState.STOPPED: frozenset(),
+        LoopState.FAULT: frozenset(),
     }
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engines.trt.gpu import read_power_mode
 from jetson.board.clocks import read_clocks
-from jetson.board.files import found, meminfo_bytes, number_of, text_of
+from jetson.board.files import meminfo_bytes, number_of, paths_in, text_of
 from jetson.board.sensors import (
     read_largest_free_block,
     read_rails_mw,
@@ -27,7 +27,7 @@ def read_board_state(root: Path = Path("/")) -> BoardState:
     cpuinfo = text_of(root / "proc/cpuinfo")
     meminfo = text_of(root / "proc/meminfo")
     cpus = root / "sys/devices/system/cpu"
-    governors = [text_of(path) for path in found(cpus, "cpu[0-9]*/cpufreq/scaling_governor")]
+    governors = [text_of(path) for path in paths_in(cpus, "cpu[0-9]*/cpufreq/scaling_governor")]
     clocks, l4t = read_clocks(root), read_l4t(root)
     load = text_of(root / "proc/loadavg").split()
     swap_total, swap_free = meminfo_bytes(meminfo, "SwapTotal"), meminfo_bytes(meminfo, "SwapFree")

@@ -29,8 +29,8 @@ from jetson.live.routes import live_routes
 from jetson.server_settings import ServerSettings
 from jetson.serving.guard import Guard
 from jetson.serving.metrics import Metrics
-from jetson.serving.observing import Observers, Served
 from jetson.serving.policy_contract import PolicyContract
+from jetson.serving.request_observer import Observers, ServedRequest
 from jetson.serving.security import Gate, RateLimit
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.normalization import Bounds
@@ -47,26 +47,26 @@ class LoopWatch:
         self._seen: TimedObservation | None = None
         self._step: StepRecord | None = None
 
-    def observed(self, observation: TimedObservation) -> None:
+    def on_observation(self, observation: TimedObservation) -> None:
         """Keep it until its chunk comes."""
         self._seen = observation
         if self._recorder is not None:
-            self._recorder.observed(observation)
+            self._recorder.on_observation(observation)
 
-    def planned(self, chunk: TimedChunk) -> None:
+    def on_chunk(self, chunk: TimedChunk) -> None:
         """Tell what came of the newest observation."""
         seen = self._seen
         if seen is not None and seen.observed_s == chunk.observed_s:
             made = ActionChunk(chunk.actions, chunk.actions, chunk.timing_ms)
-            self.observers.answered(Served(seen.observation, made, chunk.timing_ms))
+            self.observers.on_request(ServedRequest(seen.observation, made, chunk.timing_ms))
         if self._recorder is not None:
-            self._recorder.planned(chunk)
+            self._recorder.on_chunk(chunk)
 
-    def stepped(self, record: StepRecord) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Keep the newest slot."""
         self._step = record
         if self._recorder is not None:
-            self._recorder.stepped(record)
+            self._recorder.on_step(record)
 
     def close(self) -> None:
         """Close the recorder behind it."""

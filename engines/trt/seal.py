@@ -26,7 +26,7 @@ _KEY_BYTES = 32
 SEAL = "seal"
 
 
-class NotVouchedFor(EngineError):
+class UnsealedEngine(EngineError):
     """A file was not made by this user on this machine, or was changed since."""
 
 
@@ -54,15 +54,15 @@ def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
 
     Raises:
         ArtifactError: it is missing or is not JSON.
-        NotVouchedFor: it has no seal, or not that of this user and machine.
+        UnsealedEngine: it has no seal, or not that of this user and machine.
     """
     value = read_json(path, what)
     if not isinstance(value, dict):
-        raise NotVouchedFor(f"{what} {path} must be an object with a seal; {remedy}")
+        raise UnsealedEngine(f"{what} {path} must be an object with a seal; {remedy}")
     stated = value.pop(SEAL, None)
     key = _key(make=False)
     if key is None or not isinstance(stated, str) or not _agrees(stated, value, key):
-        raise NotVouchedFor(
+        raise UnsealedEngine(
             f"{what} {path} was not made by this user on this machine, or was changed since; "
             f"{remedy}"
         )

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from jetson.board.state import BoardState, Clock
-from jetson.doctor.finding import Check, Finding
+from jetson.board.state import BoardState, ClockState
+from jetson.doctor.finding import BoardFinding, Check
 from jetson.doctor.machine import Machine
 
 NO_JETSON = "this is no Jetson"
@@ -28,7 +28,7 @@ _SET_GOVERNOR = "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufre
 _SHOW_COOLING = "watch -n 2 grep -H . /sys/class/thermal/cooling_device*/cur_state"
 
 
-def check_clocks_locked(board: BoardState) -> Finding:
+def check_clocks_locked(board: BoardState) -> BoardFinding:
     """Look whether `jetson_clocks` holds the clocks of a Jetson."""
     if not board.is_jetson:
         return _LOCKED.inapplicable(NO_JETSON)
@@ -41,7 +41,7 @@ def check_clocks_locked(board: BoardState) -> Finding:
     return _LOCKED.ok(f"{held} held")
 
 
-def check_governor(board: BoardState) -> Finding:
+def check_governor(board: BoardState) -> BoardFinding:
     """Look at the frequency governors of a machine that has no jetson_clocks."""
     if board.is_jetson:
         return _GOVERNOR.inapplicable("jetson_clocks holds a Jetson's clocks")
@@ -55,7 +55,7 @@ def check_governor(board: BoardState) -> Finding:
 
 def check_power_mode(
     machine: Machine, built_in: str | None = None, rebuild: str | None = None
-) -> Finding:
+) -> BoardFinding:
     """Look whether a Jetson is in its fastest mode, in which its engines were timed.
 
     Args:
@@ -86,7 +86,7 @@ def check_power_mode(
     return _POWER.ok(mode)
 
 
-def check_throttling(board: BoardState) -> Finding:
+def check_throttling(board: BoardState) -> BoardFinding:
     """Look at what the kernel slows down at this moment."""
     if not board.throttling and not board.temperatures_c:
         return _THROTTLING.inapplicable("no temperatures can be read here")
@@ -100,7 +100,7 @@ def check_throttling(board: BoardState) -> Finding:
     )
 
 
-def check_throttled(board: BoardState) -> Finding:
+def check_throttled(board: BoardState) -> BoardFinding:
     """Look at the hardware's counters of thermal events."""
     counts = {name: n for name, n in board.throttle_counts.items() if not _is_over_current(name)}
     if not counts:
@@ -113,7 +113,7 @@ def check_throttled(board: BoardState) -> Finding:
     )
 
 
-def check_over_current(machine: Machine) -> Finding:
+def check_over_current(machine: Machine) -> BoardFinding:
     """Look at a Jetson's counters of over-current events."""
     counts = {n: c for n, c in machine.board.throttle_counts.items() if _is_over_current(n)}
     if not counts:
@@ -127,13 +127,13 @@ def check_over_current(machine: Machine) -> Finding:
     )
 
 
-def _one_a_kind(clocks: "tuple[Clock, ...] | list[Clock]") -> list[Clock]:
+def _one_a_kind(clocks: "tuple[ClockState, ...] | list[ClockState]") -> list[ClockState]:
     """Return the clocks with one core for all."""
     cores = [clock for clock in clocks if clock.name.startswith("cpu")]
     return [*cores[:1], *(clock for clock in clocks if clock not in cores)]
 
 
-def _range(clock: Clock) -> str:
+def _range(clock: ClockState) -> str:
     if clock.min_mhz is None or clock.max_mhz is None or clock.min_mhz == clock.max_mhz:
         return f"{clock.name} not held"
     return f"{clock.name} {clock.min_mhz:.0f} to {clock.max_mhz:.0f} MHz"

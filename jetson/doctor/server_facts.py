@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from jetson.doctor.finding import Check, Finding
+from jetson.doctor.finding import BoardFinding, Check
 from jetson.doctor.machine import Machine
 from jetson.errors import RefusedSetting
 from jetson.server_settings import is_loopback
@@ -25,7 +25,7 @@ _CLOCK = Check(
 
 
 @dataclass(frozen=True)
-class ServingFacts:
+class ServerFacts:
     """Where the server is to listen, and what is in the way."""
 
     host: str
@@ -39,7 +39,7 @@ class ServingFacts:
     has_token: bool
 
 
-def read_serving(host: str, port: int, token_file: Path | None) -> ServingFacts:
+def read_serving(host: str, port: int, token_file: Path | None) -> ServerFacts:
     """Return what stands in the server's way; the port is free again afterwards."""
     problem, taken = "", False
     try:
@@ -56,12 +56,12 @@ def read_serving(host: str, port: int, token_file: Path | None) -> ServingFacts:
     except RefusedSetting as error:
         token_problem = str(error)
     named = token_file is not None or TOKEN_VARIABLE in os.environ
-    return ServingFacts(
+    return ServerFacts(
         host, port, problem, taken, token_problem, token_file, named or token is not None
     )
 
 
-def check_port(facts: ServingFacts) -> Finding:
+def check_port(facts: ServerFacts) -> BoardFinding:
     """Look whether the server's port is free."""
     where = f"{facts.host}:{facts.port}"
     if not facts.port_problem:
@@ -78,7 +78,7 @@ def check_port(facts: ServingFacts) -> Finding:
     )
 
 
-def check_token(facts: ServingFacts) -> Finding:
+def check_token(facts: ServerFacts) -> BoardFinding:
     """Look whether the server's token is a secret."""
     quoted = shlex.quote(str(facts.token_file or "token"))
     make = f"(umask 077; openssl rand -hex 32 > {quoted})"
@@ -92,7 +92,7 @@ def check_token(facts: ServingFacts) -> Finding:
     return _TOKEN.error("none", f"{make}; qvla serve BUNDLE --host {facts.host} --token-file token")
 
 
-def check_clock(machine: Machine) -> Finding:
+def check_clock(machine: Machine) -> BoardFinding:
     """Look whether the system clock follows a time server."""
     if machine.clock_synchronized is None:
         return _CLOCK.unknown("timedatectl does not answer", "timedatectl status")

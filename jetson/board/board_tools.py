@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from jetson.board.board_files import read_board_state
 from jetson.board.jtop import read_jtop
 from jetson.board.nvpmodel import mode_of_answer
-from jetson.board.reading import read_board_state
 from jetson.board.state import BoardState
 from jetson.board.tegrastats import parse_tegrastats
 
