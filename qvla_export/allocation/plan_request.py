@@ -1,9 +1,10 @@
-"""What a plan is allocated by: method, widths, pruning rule and budget, chosen by a setting's name
-or one by one. numpy only.
+"""The noun `PlanRequest`: method, widths, pruning rule and budget that a plan is allocated by.
+
+A setting's name says them, or they are chosen one by one. numpy only.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from qvla_export.allocation.alignment import align_within
@@ -17,7 +18,7 @@ from qvla_export.allocation.allocate import (
     find_allocator,
 )
 from qvla_export.allocation.gates import GATES
-from qvla_export.pipeline.run_folder import Setting
+from qvla_export.allocation.setting import Setting
 from qvla_export.quantizer.plan import BitPlan, uniform_plan
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
@@ -36,7 +37,25 @@ _KINDS: Mapping[BudgetBy, BudgetKind] = {
 
 
 @dataclass(frozen=True)
-class Choices:
+class PlanOverrides:
+    """What is chosen beside a setting's name; None leaves a choice to the setting."""
+
+    # What the budget limits.
+    budget_by: BudgetBy = "setting"
+    # Mean bits, or bytes; None for the setting's bits, or the uniform width's bytes.
+    budget: float | None = None
+    # Name of an allocator.
+    method: str | None = None
+    # Width -> share, for the method "gates".
+    gates: Mapping[int, float] | None = None
+    # Allowed widths.
+    widths: tuple[int, ...] | None = None
+    # Limits on 0 bits.
+    pruning: PruningRule = field(default_factory=PruningRule)
+
+
+@dataclass(frozen=True)
+class PlanRequest:
     """How a plan is allocated."""
 
     budget: Budget
@@ -44,6 +63,38 @@ class Choices:
     # Allowed widths.
     widths: tuple[int, ...] = WIDTHS
     pruning: PruningRule = field(default_factory=PruningRule)
+
+    @classmethod
+    def for_setting(
+        cls,
+        setting: Setting,
+        measured: Sensitivities,
+        target: Target,
+        overrides: PlanOverrides = PlanOverrides(),
+    ) -> "PlanRequest":
+        """Return what a planned setting's name says, with what is chosen beside it.
+
+        Args:
+            setting: of kind "planned".
+            measured: sensitivities of the policy.
+            target: what bytes are counted on.
+            overrides: chosen beside the name.
+
+        Raises:
+            QvlaError: no such method, or a method, gates or widths beside a setting that names
+                others.
+        """
+        _require_one_choice(setting, overrides)
+        gates = overrides.gates
+        if gates is None and setting.gates_row is not None:
+            gates = GATES[setting.gates_row - 1]
+        widths = overrides.widths
+        return cls(
+            _budget(setting, measured, target, overrides),
+            find_allocator(overrides.method or setting.method, gates),
+            setting.widths if widths is None else tuple(sorted(set(widths))),
+            overrides.pruning,
+        )
 
     def allocate(
         self, measured: Sensitivities, target: Target, latency: LatencyLimit | None = None
@@ -68,68 +119,38 @@ class Choices:
         return align_within(allocated, measured, target, latency)
 
 
-def choices_of(
-    setting: Setting,
-    measured: Sensitivities,
-    target: Target,
-    budget_by: BudgetBy = "setting",
-    budget: float | None = None,
-    method: str | None = None,
-    gates: Mapping[int, float] | None = None,
-    widths: Sequence[int] | None = None,
-    pruning: PruningRule | None = None,
-) -> Choices:
-    """Return what a planned setting's name says, with what is given beside it.
-
-    Args:
-        setting: of kind "planned".
-        measured: sensitivities of the policy.
-        target: what bytes are counted on.
-        budget_by: what the budget limits.
-        budget: mean bits, or bytes; None for the setting's bits, or the uniform width's bytes.
-        method: name of an allocator; None for the setting's.
-        gates: width -> share, for the method "gates"; None for the setting's.
-        widths: allowed ones; None for the setting's.
-        pruning: limits on 0 bits; None for none.
-
-    Raises:
-        QvlaError: no such method, or a method, gates or widths beside a setting that names others.
-    """
-    chosen = method or setting.method
-    if setting.method not in ("hull", chosen):
-        raise QvlaError(
-            f"setting {setting.name} is allocated by {setting.method}, --method says {chosen}; "
-            "name one of them"
-        )
-    if widths is not None and setting.widths not in (WIDTHS, tuple(sorted(set(widths)))):
-        raise QvlaError(
-            f"setting {setting.name} allows {setting.widths} bits, --widths says {sorted(widths)}; "
-            "name one of them"
-        )
-    if gates is None and setting.gates_row is not None:
-        gates = GATES[setting.gates_row - 1]
-    cap = _uniform_ratio(setting.bits, measured, target)
-    if budget is None:
-        budget = setting.bits if budget_by != "bytes" else cap * _float16_bytes(measured)
-    elif budget_by == "setting":
-        raise QvlaError(f"--budget {budget:g} needs --budget-by channel, weight or bytes")
-    limit = Budget(_KINDS[budget_by], budget)
-    if budget_by == "setting":
-        limit = replace(limit, max_stored_ratio=cap)
-    return Choices(
-        limit,
-        find_allocator(chosen, gates),
-        setting.widths if widths is None else tuple(sorted(set(widths))),
-        pruning or PruningRule(),
-    )
-
-
 def shapes_of(measured: Sensitivities) -> dict[str, tuple[int, int]]:
     """Return (channels, weights of one channel) of each layer."""
     return {
         name: (values.shape[1], measured.weights_per_channel[name])
         for name, values in measured.values.items()
     }
+
+
+def _require_one_choice(setting: Setting, overrides: PlanOverrides) -> None:
+    if overrides.method is not None and setting.method not in ("hull", overrides.method):
+        raise QvlaError(
+            f"setting {setting.name} is allocated by {setting.method}, --method says "
+            f"{overrides.method}; name one of them"
+        )
+    widths = overrides.widths
+    if widths is not None and setting.widths not in (WIDTHS, tuple(sorted(set(widths)))):
+        raise QvlaError(
+            f"setting {setting.name} allows {setting.widths} bits, --widths says {sorted(widths)}; "
+            "name one of them"
+        )
+
+
+def _budget(
+    setting: Setting, measured: Sensitivities, target: Target, overrides: PlanOverrides
+) -> Budget:
+    budget_by, amount = overrides.budget_by, overrides.budget
+    cap = _uniform_ratio(setting.bits, measured, target)
+    if amount is None:
+        amount = setting.bits if budget_by != "bytes" else cap * _float16_bytes(measured)
+    elif budget_by == "setting":
+        raise QvlaError(f"--budget {amount:g} needs --budget-by channel, weight or bytes")
+    return Budget(_KINDS[budget_by], amount, cap if budget_by == "setting" else None)
 
 
 def _float16_bytes(measured: Sensitivities) -> int:

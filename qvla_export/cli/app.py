@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.cli import baseline as baselining
 from qvla_export.cli import bench as benching
 from qvla_export.cli import bench_allocation as benching_allocation
@@ -43,7 +44,7 @@ from qvla_export.cli.options import (
     open_checkpoint,
     open_dataset,
 )
-from qvla_export.pipeline.run_folder import RunFolder, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from qvla_export.allocation.setting import Setting, parse_setting
 from qvla_export.cli.options import (
     CamerasOption,
     DatasetOption,
@@ -27,7 +28,7 @@ from qvla_export.cli.options import (
 from qvla_export.cli.sensitivities import QuantizerOption
 from qvla_export.cli.simulator import TasksOption, chosen_tasks
 from qvla_export.pipeline.policy_source import PolicySource
-from qvla_export.pipeline.run_folder import RunFolder, Setting, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.shared.artifacts import read_json, versions, write_json
 from qvla_export.shared.errors import InvalidObservation
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from qvla_export.allocation.setting import Setting, parse_setting
 from qvla_export.cli.options import (
     PresetOption,
     RunOption,
@@ -18,13 +19,13 @@ from qvla_export.cli.predict import (
     PowerModeOption,
     RatesOption,
 )
-from qvla_export.pipeline.run_folder import RunFolder, Setting, made, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder, made
 from qvla_export.quantizer.activations import DEFAULT_METHOD
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
     from qvla_export.allocation.allocate import PruningRule
-    from qvla_export.allocation.plan_request import BudgetBy, Choices
+    from qvla_export.allocation.plan_request import BudgetBy, PlanRequest
     from qvla_export.quantizer.plan import BitPlan
     from qvla_export.sensitivity.sensitivities import Sensitivities
     from qvla_export.shared.target import Target
@@ -113,19 +114,19 @@ def plan(
     wanted = parse_setting(setting, device)
     measured = Sensitivities.load(made(folder.sensitivities, "sensitivities"))
     given = _Given(method, gates, widths, budget_by, budget, tuple(regularizers or ()))
-    choices = given.choices(wanted, measured, device)
+    request = given.request(wanted, measured, device)
     limit = None
     if max_predicted_ms is not None:
         stores = stored_on(device, measured.quantizer)
         where = prediction.Device(stores, power_mode, rates)
         limit = prediction.latency_limit(max_predicted_ms, where, measured, wanted, policy, preset)
     planned = stages.plan(
-        folder, wanted, device, measured.policy_digest, activations_method, limit, choices
+        folder, wanted, device, measured.policy_digest, activations_method, limit, request
     )
     if planned is None:
         raise QvlaError("the float setting has no plan; choose w4, w8a8, w4-rtn, ...")
     typer.echo(_summary(planned, folder.plan(wanted)))
-    typer.echo(prediction.plan_figures(planned, measured, choices, device, limit))
+    typer.echo(prediction.plan_figures(planned, measured, request, device, limit))
 
 
 @dataclass(frozen=True)
@@ -139,15 +140,15 @@ class _Given:
     budget: float | None
     regularizers: tuple[str, ...]
 
-    def choices(
+    def request(
         self, setting: Setting, measured: "Sensitivities", target: "Target"
-    ) -> "Choices | None":
-        """Return the choices for a planned setting; None for another.
+    ) -> "PlanRequest | None":
+        """Return the request for a planned setting; None for another.
 
         Raises:
             QvlaError: something is no number, no name, or given beside fixed widths.
         """
-        from qvla_export.allocation.plan_request import choices_of
+        from qvla_export.allocation.plan_request import PlanOverrides, PlanRequest
 
         if setting.kind != "planned":
             named = [name for name, value in asdict(self).items() if value]
@@ -157,10 +158,7 @@ class _Given:
                     f"{', '.join(named)}"
                 )
             return None
-        return choices_of(
-            setting,
-            measured,
-            target,
+        overrides = PlanOverrides(
             self.budget_by,
             self.budget,
             self.method,
@@ -168,6 +166,7 @@ class _Given:
             _widths(self.widths),
             _pruning_rule(self.regularizers),
         )
+        return PlanRequest.for_setting(setting, measured, target, overrides)
 
 
 def _summary(planned: "BitPlan", path: Path) -> str:
@@ -201,7 +200,7 @@ def _gates(text: str | None) -> dict[int, float] | None:
         ) from error
 
 
-def _pruning_rule(texts: tuple[str, ...]) -> "PruningRule | None":
+def _pruning_rule(texts: tuple[str, ...]) -> "PruningRule":
     from qvla_export.allocation.allocate import PruningRule
 
     limits = {}
@@ -214,4 +213,4 @@ def _pruning_rule(texts: tuple[str, ...]) -> "PruningRule | None":
                 f"--regularizer takes NAME=NUMBER with a name of {sorted(_REGULARIZERS)}, "
                 f"got {text!r}"
             ) from error
-    return PruningRule(**limits) if limits else None
+    return PruningRule(**limits)

@@ -10,6 +10,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.cli.options import (
     BatchSizeOption,
     DeviceOption,
@@ -23,13 +24,13 @@ from qvla_export.cli.options import (
     WaitOption,
     open_checkpoint,
 )
-from qvla_export.pipeline.run_folder import RunFolder, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.quantizer.quantize import QuantizerSpec, compensated_spec, spec_for
 from qvla_export.shared.artifacts import versions, write_json
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
-    from qvla_export.allocation.plan_request import Choices
+    from qvla_export.allocation.plan_request import PlanRequest
     from qvla_export.policies.base import Policy
     from qvla_export.quantizer.moments import Moments
     from qvla_export.quantizer.plan import BitPlan
@@ -117,7 +118,7 @@ def quantizers(
     """
     from calibration.calibration_set import CalibrationSet
     from engines.targets import find_target
-    from qvla_export.allocation.plan_request import choices_of
+    from qvla_export.allocation.plan_request import PlanRequest
     from qvla_export.pipeline import moments as compensating
     from qvla_export.sensitivity.sensitivities import Sensitivities
 
@@ -128,8 +129,8 @@ def quantizers(
     held_out = CalibrationSet.load(folder.calibration).held_out
     rows: list[dict[str, Any]] = []
     for text in bits.split(","):
-        choices = choices_of(parse_setting(f"w{text}", device), measured, device)
-        plans = _equal_plans(choices, measured, device)
+        request = PlanRequest.for_setting(parse_setting(f"w{text}", device), measured, device)
+        plans = _equal_plans(request, measured, device)
         for row in _compared(loaded, plans, found, held_out):
             rows.append({"mean_bits": text, **row})
             typer.echo(
@@ -164,15 +165,15 @@ def variants(target: "Target") -> dict[str, QuantizerSpec]:
 
 
 def _equal_plans(
-    choices: "Choices", measured: "Sensitivities", target: "Target"
+    request: "PlanRequest", measured: "Sensitivities", target: "Target"
 ) -> "dict[str, BitPlan]":
     """Return a plan for each quantizer, none of more bytes than that of the first."""
     plans: dict[str, BitPlan] = {}
     for name, spec in variants(target).items():
-        plans[name] = choices.allocate(replace(measured, quantizer=spec), target, None)
+        plans[name] = request.allocate(replace(measured, quantizer=spec), target, None)
         if len(plans) == 1:
-            capped = replace(choices.budget, max_stored_ratio=plans[name].ratio)
-            choices = replace(choices, budget=capped)
+            capped = replace(request.budget, max_stored_ratio=plans[name].ratio)
+            request = replace(request, budget=capped)
     return plans
 
 

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from qvla_export.allocation.setting import Setting, parse_setting
 from qvla_export.baselines.methods import METHODS
-from qvla_export.pipeline.run_folder import Setting, parse_setting
 from qvla_export.shared.errors import QvlaError
 
 Kind = Literal["setting", "library"]

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.progress import Progress
 
+from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline.moments import attached
 from qvla_export.pipeline.plan import bar, kept_artifact, load_plan, require_calibration
-from qvla_export.pipeline.run_folder import RunFolder, Setting, made
+from qvla_export.pipeline.run_folder import RunFolder, made
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.observation import Observation

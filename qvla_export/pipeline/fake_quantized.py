@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvla_export.allocation.setting import Setting, parse_setting
 from qvla_export.pipeline.plan import load_plan, require_calibration
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.reuse import kept_artifact
-from qvla_export.pipeline.run_folder import RunFolder, Setting, made, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder, made
 from qvla_export.shared.artifacts import read_json, write_json
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
+from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline import plan as stages
 from qvla_export.pipeline.reuse import bar, kept_artifact
-from qvla_export.pipeline.run_folder import RunFolder, Setting, made
+from qvla_export.pipeline.run_folder import RunFolder, made
 from qvla_export.quantizer.moments import Moments
 from qvla_export.quantizer.quantize import compensated_spec
 from qvla_export.quantizer.round_plan import round_plan, with_rounding

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress
 
 from qvla_export.allocation.budget import LatencyLimit
-from qvla_export.allocation.plan_request import Choices, choices_of, shapes_of
+from qvla_export.allocation.plan_request import PlanRequest, shapes_of
+from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline.reuse import bar as bar
 from qvla_export.pipeline.reuse import kept_artifact as kept_artifact
-from qvla_export.pipeline.run_folder import RunFolder, Setting, made
+from qvla_export.pipeline.run_folder import RunFolder, made
 from qvla_export.quantizer.activation_statistics import ActivationStatistics
 from qvla_export.quantizer.activations import DEFAULT_METHOD, RangeMethod
 from qvla_export.quantizer.plan import BitPlan, uniform_plan
@@ -211,7 +212,7 @@ def plan(
     policy_digest: str,
     method: RangeMethod = DEFAULT_METHOD,
     latency: LatencyLimit | None = None,
-    choices: Choices | None = None,
+    request: PlanRequest | None = None,
 ) -> BitPlan | None:
     """Allocate bits for a setting, leaving a file of the same plan alone; None for float."""
     if setting.kind == "float":
@@ -224,7 +225,7 @@ def plan(
         )
     else:
         _require_groups_of(target, measured)
-        chosen = choices or choices_of(setting, measured, target)
+        chosen = request or PlanRequest.for_setting(setting, measured, target)
         planned = chosen.allocate(measured, target, latency)
     if setting.activation_bits is not None:
         planned = _with_activations(run, planned, setting.activation_bits, method)

@@ -17,8 +17,8 @@ from qvla_export.shared.target import WIDTHS, ActivationSupport, Target
 
 if TYPE_CHECKING:
     from qvla_export.allocation.allocate import LatencyLimit
-    from qvla_export.allocation.plan_request import Choices
-    from qvla_export.pipeline.run_folder import Setting
+    from qvla_export.allocation.plan_request import PlanRequest
+    from qvla_export.allocation.setting import Setting
     from qvla_export.quantizer.plan import BitPlan
     from qvla_export.sensitivity.sensitivities import Sensitivities
 
@@ -136,18 +136,18 @@ def latency_limit(
 def plan_figures(
     planned: "BitPlan",
     measured: "Sensitivities",
-    choices: "Choices | None",
+    request: "PlanRequest | None",
     target: Target,
     limit: "LatencyLimit | None",
 ) -> str:
     """Say how far an allocated plan is from the bound, and how long an action is predicted."""
     from qvla_export.allocation.allocate import least_error
 
-    if planned.expected_error is None or choices is None:
+    if planned.expected_error is None or request is None:
         return "additive error: unknown, the plan is uniform"
-    text = f"{choices.allocator.name}: additive error {planned.expected_error:.4g}"
-    if choices.budget.kind != "bytes":
-        least = least_error(measured, choices.budget, target, choices.widths, choices.pruning)
+    text = f"{request.allocator.name}: additive error {planned.expected_error:.4g}"
+    if request.budget.kind != "bytes":
+        least = least_error(measured, request.budget, target, request.widths, request.pruning)
         text += f", at least {least:.4g} under this budget"
     if limit is None:
         return text

@@ -3,7 +3,7 @@
 import pytest
 
 from engines.targets import TARGETS, UnknownTarget, find_target
-from qvla_export.pipeline.run_folder import parse_setting
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import UnsupportedOnTarget
 

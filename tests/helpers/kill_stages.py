@@ -23,12 +23,13 @@ import torch
 from calibration.benchmarks.evaluation import RolloutConfig
 from calibration.sources.lerobot import LeRobotDataset
 from engines.targets import CPU
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.graph.float_graph import export_float
 from qvla_export.pipeline import evaluate as judging
 from qvla_export.pipeline import export as exporting
 from qvla_export.pipeline import plan as stages
 from qvla_export.pipeline.policy_source import PolicySource
-from qvla_export.pipeline.run_folder import RunFolder, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.report.page import write_report
 from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator

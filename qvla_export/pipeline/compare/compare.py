@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.comparison.comparison import FLOAT, Comparison
 from qvla_export.comparison.contestants import Contestant, parse_contestant
 from qvla_export.comparison.rows import Outcome, Row, SeedRow
@@ -21,7 +22,7 @@ from qvla_export.pipeline.compare.seed_folder import (
     stand_of,
 )
 from qvla_export.pipeline.policy_source import PolicySource
-from qvla_export.pipeline.run_folder import RunFolder, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.quantizer.layer_names import module_of
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from qvla_export.allocation.setting import Setting
 from qvla_export.comparison.contestants import Contestant
 from qvla_export.comparison.rows import Cost, EngineName, Outcome, SeedRow
 from qvla_export.pipeline import evaluate as judging
@@ -12,7 +13,6 @@ from qvla_export.pipeline import fake_quantized as simulated
 from qvla_export.pipeline import moments as compensating
 from qvla_export.pipeline import plan as stages
 from qvla_export.pipeline.compare.seed_folder import Stand, sensitivities
-from qvla_export.pipeline.run_folder import Setting
 from qvla_export.quantizer.plan import BitPlan
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from places import ROOT
 from small_datasets import write_small_dataset
 
 from jetson.latency.comparison import LatencyComparison
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.cli.app import app
-from qvla_export.pipeline.run_folder import RunFolder, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.shared.bundle import Bundle
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]

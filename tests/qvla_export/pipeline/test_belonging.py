@@ -8,10 +8,11 @@ import pytest
 
 from calibration.calibration_set import CalibrationSet
 from engines.targets import CPU
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.pipeline import evaluate as judging
 from qvla_export.pipeline import export as exporting
 from qvla_export.pipeline import plan as stages
-from qvla_export.pipeline.run_folder import RunFolder, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.oft.config import load_config
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator

@@ -11,6 +11,7 @@ from small_datasets import write_small_dataset
 from typer.testing import CliRunner, Result
 
 from calibration.benchmarks.evaluation import CONTROLS, EpisodeResult, Evaluation, RolloutConfig
+from qvla_export.allocation.setting import Setting
 from qvla_export.cli.app import app
 from qvla_export.comparison.bars import bars
 from qvla_export.comparison.comparison import Comparison
@@ -18,7 +19,7 @@ from qvla_export.comparison.contestants import TABLES
 from qvla_export.pipeline import evaluate as judging
 from qvla_export.pipeline import fake_quantized as simulated
 from qvla_export.pipeline.compare import seed_folder as stands
-from qvla_export.pipeline.run_folder import RunFolder, Setting
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.errors import QvlaError
 

@@ -15,9 +15,10 @@ from calibration.benchmarks.evaluation import load_evaluation
 from calibration.sources.lerobot import LeRobotDataset
 from engines.targets import CPU
 from jetson.latency.comparison import LatencyComparison
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.pipeline import export as exporting
 from qvla_export.pipeline import plan as stages
-from qvla_export.pipeline.run_folder import RunFolder, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
 from qvla_export.shared.artifacts import new_folder, sha256_tree, write_bytes

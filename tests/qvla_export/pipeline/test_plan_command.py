@@ -12,8 +12,9 @@ from small_plans import modules_table
 from typer.testing import CliRunner
 
 from engines.targets import CPU
+from qvla_export.allocation.setting import Setting, parse_setting
 from qvla_export.cli.app import app
-from qvla_export.pipeline.run_folder import RunFolder, Setting, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import spec_for
 from qvla_export.shared.errors import QvlaError

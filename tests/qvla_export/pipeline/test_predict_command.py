@@ -9,9 +9,10 @@ from command_runs import qvla
 from small_latency_models import SMALL, model_of, small_sensitivities
 
 from engines.targets import ORIN_JP7
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.cli.predict import _line
 from qvla_export.latency_model.network_shape import network_of
-from qvla_export.pipeline.run_folder import RunFolder, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.oft.config import OftConfig, save_config
 from qvla_export.quantizer.plan import BitPlan
 

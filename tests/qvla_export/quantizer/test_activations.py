@@ -20,10 +20,11 @@ from calibration.calibration_set import CalibrationSet
 from engines.load import load_engine
 from engines.targets import CPU
 from engines.verify import action_drift
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.measurement.measure_activations import add_numbers, measure_activations
 from qvla_export.pipeline import export as exporting
 from qvla_export.pipeline import plan as stages
-from qvla_export.pipeline.run_folder import RunFolder, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.layers import fake_quantized, rounded_inputs, traced_layers
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.activation_statistics import ActivationStatistics, Histogram

@@ -15,6 +15,7 @@ from calibration.calibration_set import CalibrationSet
 from engines.load import load_engine
 from engines.targets import CPU
 from engines.verify import judge
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.graph.export import export_bundle
 from qvla_export.graph.golden import golden_actions, staged_golden_actions
 from qvla_export.measurement.measure_moments import layer_tokens, measure_moments
@@ -23,7 +24,7 @@ from qvla_export.pipeline import evaluate as judging
 from qvla_export.pipeline import export as exporting
 from qvla_export.pipeline import moments as compensating
 from qvla_export.pipeline import plan as stages
-from qvla_export.pipeline.run_folder import RunFolder, parse_setting
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.layers import fake_quantized, traced_layers
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.compensation import round_layer
