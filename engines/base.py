@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.layer_times import LayerTimes
-from qvla_export.quantizer.plan import BitPlan
+from qvla_export.shared.artifacts import read_json, require_fields
 from qvla_export.shared.bundle import PLAN, Bundle, TensorSpec
 from qvla_export.shared.errors import QvlaError
 
@@ -118,8 +118,17 @@ class BundleEngine(abc.ABC):
 
 
 def rounds_activations(bundle: Bundle) -> bool:
-    """Say whether a bundle's plan rounds activations to integers."""
-    return bundle.plan is not None and BitPlan.load(bundle.path / PLAN).activations is not None
+    """Say whether a bundle's plan rounds activations to integers.
+
+    Raises:
+        ArtifactError: the bundle's plan is damaged.
+    """
+    if bundle.plan is None:
+        return False
+    # One field of it; the robot has no use for the whole plan.
+    plan = read_json(bundle.path / PLAN, "bit plan")
+    require_fields(plan, ("activations",), f"bit plan of {bundle.path}")
+    return plan["activations"] is not None
 
 
 def rounds_in_kernels(bundle: Bundle) -> bool:

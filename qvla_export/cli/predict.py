@@ -95,7 +95,7 @@ def rates(
     threads: ThreadsOption = None,
 ) -> None:
     """Measure this CPU's bandwidth, products and launches under ONNX Runtime; half a minute."""
-    from engines.cpu_rates import measure_cpu_rates
+    from engines.bench.cpu_rates import measure_cpu_rates
     from engines.targets import find_target
     from qvla_export.graph.probe_graphs import probe_graphs
 

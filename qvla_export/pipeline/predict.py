@@ -35,7 +35,7 @@ class Device:
 
     def models(self, network: NetworkShape) -> tuple[LatencyModel, ...]:
         """Return a model for each power mode asked for, the fastest first."""
-        from engines.kernel_rates import kernel_rates
+        from engines.bench.kernel_rates import kernel_rates
 
         if self.rates is not None:
             measured = DeviceRates.load(self.rates)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from small_plans import random_sensitivities
 
-from engines.kernel_rates import ORIN_RATES
+from engines.bench.kernel_rates import ORIN_RATES
 from engines.targets import ORIN_JP7
 from qvla_export.latency_model.kernel_rates import KernelRates
 from qvla_export.latency_model.network_shape import NetworkShape, PolicyInputs

@@ -10,7 +10,7 @@ import pytest
 from ort_graphs import packed_matmuls
 from small_latency_models import SMALL
 
-from engines.cpu_rates import measure_cpu_rates
+from engines.bench.cpu_rates import measure_cpu_rates
 from engines.ort import ort_options
 from engines.targets import CPU
 from qvla_export.graph.probe_graphs import probe_graphs

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from small_latency_models import SMALL, model_of, small_sensitivities
 
-from engines.kernel_rates import ORIN_RATES
+from engines.bench.kernel_rates import ORIN_RATES
 from engines.targets import CPU, ORIN_JP7, RTX4070
 from qvla_export.allocation.alignment import align_plan, align_within
 from qvla_export.allocation.allocate import Budget, LatencyLimit, allocate_bits

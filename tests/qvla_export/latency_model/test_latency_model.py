@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from small_latency_models import MODE, SMALL, model_of, small_sensitivities
 
-from engines.kernel_rates import ORIN_RATES, PublishedFigure, kernel_rates, published_figures
+from engines.bench.kernel_rates import ORIN_RATES, PublishedFigure, kernel_rates, published_figures
 from engines.targets import CPU, ORIN_JP6, ORIN_JP7, RTX4070
 from qvla_export.allocation.allocate import Budget, LatencyLimit, PruningRule, allocate_bits
 from qvla_export.latency_model.kernel_rates import DeviceRates
