@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from engines.base import BundleEngine, EngineError, Feeds, check_feeds, rounds_activations
 from engines.layer_times import LayerTime, LayerTimes
 from engines.ort_layers import profiling_options, read_profile
-from qvla_export.shared.bundle import Bundle, Stage
+from qvla_export.shared.bundle import Bundle, Part
 from qvla_export.shared.clock import SpanClock
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -61,7 +61,7 @@ class OrtEngine(BundleEngine):
         # Stage name -> session.
         self._sessions: dict[str, Any] = {}
         if keep_loaded:
-            self._sessions = {stage.name: self._load(stage) for stage in bundle.stages}
+            self._sessions = {stage.name: self._load(stage) for stage in bundle.parts}
 
     @property
     def runtime(self) -> str:
@@ -75,7 +75,7 @@ class OrtEngine(BundleEngine):
         check_feeds(self.inputs, feeds)
         values = dict(feeds)
         clock = SpanClock()
-        for stage in self._bundle.stages:
+        for stage in self._bundle.parts:
             # Loading, where a stage is not kept, is part of what the stage takes.
             with clock.span(stage.name):
                 session = self._sessions[stage.name] if self._keep_loaded else self._load(stage)
@@ -104,11 +104,11 @@ class OrtEngine(BundleEngine):
                 stage.name: self._load(
                     stage, profiling_options(self._new_options(), Path(folder), stage.name)
                 )
-                for stage in self._bundle.stages
+                for stage in self._bundle.parts
             }
             for _ in range(runs):
                 values = dict(feeds)
-                for stage in self._bundle.stages:
+                for stage in self._bundle.parts:
                     _run(sessions[stage.name], stage, values)
             for name, session in sessions.items():
                 rows += read_profile(Path(session.end_profiling()), name, runs, _UNTIMED_PASSES)
@@ -119,7 +119,7 @@ class OrtEngine(BundleEngine):
         self._open = False
         self._sessions = {}
 
-    def _load(self, stage: Stage, options: Any = None) -> Any:
+    def _load(self, stage: Part, options: Any = None) -> Any:
         path = self._bundle.model_path(stage)
         providers = list(dict.fromkeys((self._provider, "CPUExecutionProvider")))
         try:
@@ -140,7 +140,7 @@ class OrtEngine(BundleEngine):
         return session
 
 
-def _run(session: Any, stage: Stage, values: dict[str, NDArray[Any]]) -> None:
+def _run(session: Any, stage: Part, values: dict[str, NDArray[Any]]) -> None:
     """Add a stage's outputs to the values its inputs are among."""
     names = [spec.name for spec in stage.outputs]
     inputs = {spec.name: values[spec.name] for spec in stage.inputs}

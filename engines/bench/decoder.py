@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from qvla_export.graph.float_graph import export_stage
-from qvla_export.policies.base import Policy, PolicyStage
+from qvla_export.policies.base import Policy, PolicyPart
 from qvla_export.policies.language_model import LanguageModel
 from qvla_export.quantizer.activations import ActivationRanges, storable_range
 from qvla_export.quantizer.plan import LayerShapes
@@ -84,7 +84,7 @@ class DecoderStack(nn.Module):
         return values.astype(np.float32)
 
 
-class _Stage(nn.Module):
+class _PartModule(nn.Module):
     """Parameters behind "module.", as `export_stage` expects them."""
 
     def __init__(self, module: DecoderStack) -> None:
@@ -111,8 +111,8 @@ def trace_decoder(stack: DecoderStack, target: Target) -> ir.Model:
     )
     example = torch.zeros(1, _EXAMPLE_TOKENS, stack.geometry.width)
     tokens = {1: "prompt"}
-    stage = PolicyStage(
-        "decoder", _Stage(stack).eval(), {INPUT: example}, "output", {INPUT: tokens}, tokens
+    stage = PolicyPart(
+        "decoder", _PartModule(stack).eval(), {INPUT: example}, "output", {INPUT: tokens}, tokens
     )
     return export_stage(cast(Policy, policy), stage, stack.layers, target)
 

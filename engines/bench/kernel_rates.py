@@ -10,8 +10,8 @@ from qvla_export.latency_model.kernel_rates import KernelRates
 from qvla_export.latency_model.network_shape import (
     LayerShape,
     NetworkShape,
-    StageShape,
-    decoder_stage,
+    PartShape,
+    decoder_part,
 )
 from qvla_export.latency_model.published_sizes import (
     GEOMETRIES,
@@ -125,7 +125,7 @@ def _llama_8b() -> NetworkShape:
     """One token of Llama-3.1-8B after a prompt of usual length."""
     layers = llama_layers(TransformerSize(4096, 14336, 32, kv_width=1024))
     lm_head = LayerShape("language_model.lm_head", 128256, 4096, 1)
-    return NetworkShape((decoder_stage(layers, "decode", 1, 1024), StageShape("head", (lm_head,))))
+    return NetworkShape((decoder_part(layers, "decode", 1, 1024), PartShape("head", (lm_head,))))
 
 
 def _uniform(network: NetworkShape, prefix: str, bits: int) -> dict[str, NDArray[np.int8]]:

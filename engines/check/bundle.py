@@ -9,7 +9,7 @@ from engines.check.ort_rules import check_ort
 from engines.check.quantization_rules import check_quantization
 from engines.check.rules import RULES
 from engines.trt.modules import is_tensorrt
-from qvla_export.shared.bundle import MANIFEST, Bundle, Stage, TensorSpec
+from qvla_export.shared.bundle import MANIFEST, Bundle, Part, TensorSpec
 from qvla_export.shared.target import Target
 
 
@@ -58,7 +58,7 @@ def check_bundle(bundle: Bundle, target: Target) -> tuple[GraphFinding, ...]:
             f"bytes and milliseconds; qvla export --target {target.name} makes one"
         )
         found.append(GraphFinding(rule.name, rule.severity, "", MANIFEST, "", message, rule.source))
-    for stage in bundle.stages:
+    for stage in bundle.parts:
         graph = open_graph(bundle.model_path(stage), stage.name)
         _check_contract(graph, stage)
         found.extend(check_graph(graph, target))
@@ -74,7 +74,7 @@ def check_path(path: Path, target: Target) -> tuple[GraphFinding, ...]:
     return check_bundle(Bundle.load(path), target) if path.is_dir() else check_model(path, target)
 
 
-def _check_contract(graph: CheckedGraph, stage: Stage) -> None:
+def _check_contract(graph: CheckedGraph, stage: Part) -> None:
     sides = (
         ("inputs", stage.inputs, graph.model.graph.inputs),
         ("outputs", stage.outputs, graph.model.graph.outputs),

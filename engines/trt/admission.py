@@ -12,10 +12,10 @@ from engines.trt.modules import TrtModule
 from engines.trt.seal import UnsealedEngine
 from engines.trt.sidecar import REMEDY, Sidecar, engine_path, sidecar_path
 from qvla_export.shared.artifacts import require_same
-from qvla_export.shared.bundle import Bundle, Stage
+from qvla_export.shared.bundle import Bundle, Part
 
 
-def admit_sidecar(bundle: Bundle, stage: Stage, folder: Path) -> Sidecar:
+def admit_sidecar(bundle: Bundle, stage: Part, folder: Path) -> Sidecar:
     """Return what this machine stated about a stage's engine when it built it.
 
     Raises:
@@ -74,7 +74,7 @@ def require_gpu(sidecar: Sidecar, gpu: Gpu) -> None:
         )
 
 
-def require_tensors(stage: Stage, engine: Any, api: Any, path: Path) -> None:
+def require_tensors(stage: Part, engine: Any, api: Any, path: Path) -> None:
     """Refuse a loaded engine whose inputs and outputs are not the stage's."""
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     found = {name: np.dtype(api.nptype(engine.get_tensor_dtype(name))).name for name in names}

@@ -21,7 +21,7 @@ from engines.trt.shapes import PromptRange, ShapeRange, input_ranges
 from engines.trt.sidecar import Origin, Sidecar, engine_path, sidecar_path
 from engines.trt.timing_cache import TimingCache
 from qvla_export.shared.artifacts import read_json, sha256_file, write_bytes, write_json
-from qvla_export.shared.bundle import Bundle, Stage
+from qvla_export.shared.bundle import Bundle, Part
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.target import Target
 
@@ -97,14 +97,14 @@ def build_engines(
     job = _Job(bundle, target, module, gpu, folder, settings, on_progress)
     known = input_ranges(bundle.inputs, settings.prompt)
     built = []
-    for stage in bundle.stages:
+    for stage in bundle.parts:
         sidecar = _kept(job, stage, known) or _build_stage(job, stage, known)
         known |= sidecar.outputs
         built.append(sidecar)
     return tuple(built)
 
 
-def _origin(job: _Job, stage: Stage, inputs: Mapping[str, ShapeRange]) -> Origin:
+def _origin(job: _Job, stage: Part, inputs: Mapping[str, ShapeRange]) -> Origin:
     files = job.bundle.manifest["files"]
     weights = files.get(f"{stage.model}.data", {"sha256": ""})
     timed = not job.module.traits.ahead_of_time and job.gpu is not None
@@ -124,7 +124,7 @@ def _origin(job: _Job, stage: Stage, inputs: Mapping[str, ShapeRange]) -> Origin
     )
 
 
-def _kept(job: _Job, stage: Stage, known: Mapping[str, ShapeRange]) -> Sidecar | None:
+def _kept(job: _Job, stage: Part, known: Mapping[str, ShapeRange]) -> Sidecar | None:
     """Return what an earlier build of this very engine left behind; None if it must be built."""
     try:
         found = Sidecar.load(sidecar_path(job.folder, stage.name))
@@ -140,7 +140,7 @@ def _kept(job: _Job, stage: Stage, known: Mapping[str, ShapeRange]) -> Sidecar |
     return found if current else None
 
 
-def _build_stage(job: _Job, stage: Stage, known: Mapping[str, ShapeRange]) -> Sidecar:
+def _build_stage(job: _Job, stage: Part, known: Mapping[str, ShapeRange]) -> Sidecar:
     log, model = Log(job.module), job.bundle.model_path(stage)
     with _Marker(job.folder, stage.name):
         network = parse_stage(job.module, model, job.target, log)
@@ -194,7 +194,7 @@ def _configure(
     return config, cache
 
 
-def _serialize(job: _Job, stage: Stage, network: Network, config: Any, log: Log) -> memoryview:
+def _serialize(job: _Job, stage: Part, network: Network, config: Any, log: Log) -> memoryview:
     def on_phase(phase: str, done: int, steps: int) -> None:
         if job.on_progress is not None:
             job.on_progress(stage.name, phase, done, steps)

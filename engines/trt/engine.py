@@ -26,7 +26,7 @@ from engines.trt.modules import TrtModule, load_module
 from engines.trt.runner import Scratch, StageRunner
 from engines.trt.shapes import Shape, ShapeRange
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
-from qvla_export.shared.bundle import Bundle, Stage
+from qvla_export.shared.bundle import Bundle, Part
 
 # First passes of a profile: what TensorRT puts off until a context runs.
 _UNTIMED_PASSES = 5
@@ -64,7 +64,7 @@ class TensorRtEngine(BundleEngine):
                 another version, or does not load.
         """
         folder = engine_folder(bundle) if folder is None else folder
-        sidecars = {stage.name: admit_sidecar(bundle, stage, folder) for stage in bundle.stages}
+        sidecars = {stage.name: admit_sidecar(bundle, stage, folder) for stage in bundle.parts}
         self._module = module or load_module(find_target(bundle.target))
         for sidecar in sidecars.values():
             require_version(sidecar, self._module)
@@ -128,7 +128,7 @@ class TensorRtEngine(BundleEngine):
             self._buffers.upload(name, value)
         self._device.synchronize()
         logs, timed = [], []
-        for stage in self._bundle.stages:
+        for stage in self._bundle.parts:
             logs.append(LayerLog(self._module, stage.name, self._layers[stage.name]))
             runner = self._runners[stage.name]
             timed.append(runner.timed(_of(stage, shapes), logs[-1].profiler))
@@ -147,7 +147,7 @@ class TensorRtEngine(BundleEngine):
             stack.close()
 
     def _run(self, feeds: Feeds, shapes: dict[str, Shape]) -> dict[str, NDArray[Any]]:
-        device, stages = self._device, self._bundle.stages
+        device, stages = self._device, self._bundle.parts
         device.record(self._events[0])
         for name, value in feeds.items():
             self._buffers.upload(name, value)
@@ -186,7 +186,7 @@ class TensorRtEngine(BundleEngine):
         stack.callback(self._runners.clear)
         stack.callback(engines.clear)
         runtime = self._module.api.Runtime(self._log.logger)
-        stages = self._bundle.stages
+        stages = self._bundle.parts
         for stage in stages:
             engines[stage.name] = self._load(runtime, stage, folder, sidecars[stage.name])
         tensors = [spec for stage in stages for spec in (*stage.inputs, *stage.outputs)]
@@ -213,7 +213,7 @@ class TensorRtEngine(BundleEngine):
             stack.callback(runner.close)
             self._runners[stage.name] = runner
 
-    def _load(self, runtime: Any, stage: Stage, folder: Path, sidecar: Sidecar) -> Any:
+    def _load(self, runtime: Any, stage: Part, folder: Path, sidecar: Sidecar) -> Any:
         path = engine_path(folder, stage.name)
         data = admit_engine(path, sidecar)
         with self._log.native_errors():
@@ -234,6 +234,6 @@ class TensorRtEngine(BundleEngine):
                 )
 
 
-def _of(stage: Stage, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+def _of(stage: Part, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     """Shapes of a stage's inputs."""
     return {spec.name: shapes[spec.name] for spec in stage.inputs}

@@ -27,7 +27,7 @@ _FREE_MEMORY = (
     "echo 1 > /proc/sys/vm/compact_memory",
     "close the desktop and other processes; stop a server that holds another engine",
     "build with less scratch memory: --workspace-mb 2048",
-    "export in more, smaller stages: qvla export --layers-per-stage",
+    "export in more, smaller stages: qvla export --layers-per-part",
 )
 
 # The first that matches any message explains it: reasons before their consequences.

@@ -102,7 +102,7 @@ class BundleFacts:
     def disk_needed_bytes(self) -> int:
         """Bytes that new engines take: the weights and each stage's code."""
         assert self.bundle is not None
-        return self.bundle.nbytes + _CODE_BYTES * len(self.bundle.stages)
+        return self.bundle.nbytes + _CODE_BYTES * len(self.bundle.parts)
 
 
 def read_bundle(path: Path, engines: Path | None = None) -> BundleFacts:
@@ -127,7 +127,7 @@ def read_bundle(path: Path, engines: Path | None = None) -> BundleFacts:
         bundle,
         target,
         engines=folder,
-        stages=tuple(_engine(bundle, index, folder) for index in range(len(bundle.stages))),
+        stages=tuple(_engine(bundle, index, folder) for index in range(len(bundle.parts))),
         module=module,
         module_problem=problem,
         free_disk_bytes=_free_bytes(folder),
@@ -143,7 +143,7 @@ def _module(target: Target) -> tuple[TrtModule | None, str]:
 
 
 def _engine(bundle: Bundle, index: int, folder: Path) -> EngineFacts:
-    stage = bundle.stages[index]
+    stage = bundle.parts[index]
     try:
         sidecar = admit_sidecar(bundle, stage, folder)
         # Not `admit_engine`: it holds the whole engine in memory.

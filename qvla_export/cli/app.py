@@ -114,7 +114,7 @@ def export(
     policy: PolicyOption,
     setting: SettingOption,
     target: TargetOption = "cpu",
-    layers_per_stage: Annotated[
+    layers_per_part: Annotated[
         int | None,
         typer.Option(
             min=1,
@@ -140,8 +140,8 @@ def export(
 
     folder, device = RunFolder(run), find_target(target)
     wanted = parse_setting(setting, device)
-    loaded = open_checkpoint(policy, unnorm_key, preset, resident=layers_per_stage is None)
-    bundle = exporting.export(folder, wanted, loaded, device, layers_per_stage, accuracy_level)
+    loaded = open_checkpoint(policy, unnorm_key, preset, resident=layers_per_part is None)
+    bundle = exporting.export(folder, wanted, loaded, device, layers_per_part, accuracy_level)
     typer.echo(f"bundle: {bundle.nbytes / 1e6:.2f} MB -> {bundle.path}")
     typer.echo(exporting.graph_figures(bundle))
 

@@ -117,7 +117,7 @@ def build_with_progress(
         TimeElapsedColumn(),
     )
     with Progress(*columns, transient=True) as progress:
-        task = progress.add_task(f"{len(bundle.stages)} stages", total=None)
+        task = progress.add_task(f"{len(bundle.parts)} stages", total=None)
 
         def on_progress(stage: str, phase: str, done: int, steps: int) -> None:
             progress.update(task, description=f"{stage}: {phase}", completed=done, total=steps)

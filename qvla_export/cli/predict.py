@@ -115,7 +115,7 @@ def _row(model: "LatencyModel", what: str, predicted: "LatencyPrediction") -> di
         "predicted_ms": predicted.total_ms,
         "low_ms": predicted.total_ms / predicted.uncertainty,
         "high_ms": predicted.total_ms * predicted.uncertainty,
-        "stages_ms": {stage.name: stage.total_ms for stage in predicted.stages},
+        "stages_ms": {stage.name: stage.total_ms for stage in predicted.parts},
     }
 
 

@@ -39,7 +39,7 @@ class RealSize:
     target: str
     # Width -> share of the channels; None for float.
     mix: Mapping[int, float] | None
-    layers_per_stage: int
+    layers_per_part: int
 
     @property
     def checkpoint(self) -> Path:
@@ -75,7 +75,7 @@ def real_size(
     mix: Annotated[
         str, typer.Option(help="Shares of the channels at each width, or float.")
     ] = _MIX,
-    layers_per_stage: Annotated[int, typer.Option(min=1, help="Decoder blocks a stage.")] = 1,
+    layers_per_part: Annotated[int, typer.Option(min=1, help="Decoder blocks a stage.")] = 1,
     skip_engines: Annotated[
         bool, typer.Option("--skip-engines", help="Build no TensorRT engines.")
     ] = False,
@@ -85,7 +85,7 @@ def real_size(
     output: Annotated[Path | None, typer.Option(help="Figures as JSON.")] = None,
 ) -> None:
     """Take a random policy of a published size through every stage; needs tens of GB of disk."""
-    wanted = RealSize(work, geometry, target, _shares(mix), layers_per_stage)
+    wanted = RealSize(work, geometry, target, _shares(mix), layers_per_part)
     steps = [] if wanted.checkpoint.is_dir() else [_measured("checkpoint", _checkpoint, wanted)]
     steps.append(_measured("export", _export, wanted))
     if not skip_engines and target == "rtx4070":
@@ -97,7 +97,7 @@ def real_size(
             "geometry": geometry,
             "target": target,
             "mix": mix,
-            "layers_per_stage": layers_per_stage,
+            "layers_per_stage": layers_per_part,
             "command": " ".join(["qvla", *sys.argv[1:]]),
             "versions": versions(),
             "steps": [asdict(step) for step in steps],
@@ -145,11 +145,11 @@ def _export(wanted: RealSize) -> dict[str, Any]:
             find_target(wanted.target),
             [observation],
             wanted.bundle,
-            layers_per_stage=wanted.layers_per_stage,
+            layers_per_part=wanted.layers_per_part,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     return {
-        "stages": len(bundle.stages),
+        "stages": len(bundle.parts),
         "bytes": bundle.nbytes,
         "float16_bytes": 2 * policy.stored_numbers(),
         "weight_bytes": dict(bundle.weight_bytes),

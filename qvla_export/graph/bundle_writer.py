@@ -18,7 +18,7 @@ from qvla_export.shared.bundle import (
     TOKENIZER,
     Bundle,
     Golden,
-    Stage,
+    Part,
     TensorSpec,
     manifest_digest,
 )
@@ -27,14 +27,14 @@ from qvla_export.shared.processor import Processor, processor_to_json
 
 
 @dataclass(frozen=True)
-class BundleParts:
+class BundleContents:
     """What `write_bundle` puts into a bundle beside the graphs."""
 
     target: str
     processor: Processor
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    stages: tuple[Stage, ...]
+    parts: tuple[Part, ...]
     golden: Golden
     # SHA-256 of the policy's checkpoint.
     policy_digest: str
@@ -46,19 +46,21 @@ class BundleParts:
     engine_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_bundle(path: Path, parts: BundleParts, save_files: Callable[[Path], None]) -> Bundle:
+def write_bundle(
+    path: Path, contents: BundleContents, save_files: Callable[[Path], None]
+) -> Bundle:
     """Write a bundle whole or not at all, replacing one at `path`.
 
     Args:
         path: the folder.
-        parts: what the manifest says.
-        save_files: writes each stage's graph and weights and, of a quantized policy, `PLAN` into a
+        contents: what the manifest says.
+        save_files: writes each part's graph and weights and, of a quantized policy, `PLAN` into a
             folder.
 
     Raises:
         CheckpointError: the policy has no tokenizer, without which a robot cannot read prompts.
     """
-    tokenizer = parts.processor.tokenizer
+    tokenizer = contents.processor.tokenizer
     if tokenizer is None:
         raise CheckpointError(
             "a bundle needs the policy's tokenizer; add tokenizer.json to the checkpoint"
@@ -66,28 +68,28 @@ def write_bundle(path: Path, parts: BundleParts, save_files: Callable[[Path], No
     with new_folder(path) as folder:
         save_files(folder)
         tokenizer.save(str(folder / TOKENIZER))
-        save_file(_golden_tensors(parts.golden), folder / GOLDEN)
-        write_json(folder / MANIFEST, _manifest(folder, parts))
+        save_file(_golden_tensors(contents.golden), folder / GOLDEN)
+        write_json(folder / MANIFEST, _manifest(folder, contents))
     return Bundle.load(path)
 
 
-def _manifest(folder: Path, parts: BundleParts) -> dict[str, Any]:
+def _manifest(folder: Path, contents: BundleContents) -> dict[str, Any]:
     files = {
         file.name: {"sha256": sha256_file(file), "bytes": file.stat().st_size}
         for file in sorted(folder.iterdir())
     }
-    plan = None if parts.plan is None else {**parts.plan, "digest": files[PLAN]["sha256"]}
+    plan = None if contents.plan is None else {**contents.plan, "digest": files[PLAN]["sha256"]}
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "target": parts.target,
-        "policy_digest": parts.policy_digest,
+        "target": contents.target,
+        "policy_digest": contents.policy_digest,
         "plan": plan,
-        "inputs": [asdict(spec) for spec in parts.inputs],
-        "outputs": [asdict(spec) for spec in parts.outputs],
-        "stages": [asdict(stage) for stage in parts.stages],
-        "processor": processor_to_json(parts.processor),
-        "engine_options": dict(parts.engine_options),
-        "weight_bytes": dict(parts.weight_bytes),
+        "inputs": [asdict(spec) for spec in contents.inputs],
+        "outputs": [asdict(spec) for spec in contents.outputs],
+        "stages": [asdict(part) for part in contents.parts],
+        "processor": processor_to_json(contents.processor),
+        "engine_options": dict(contents.engine_options),
+        "weight_bytes": dict(contents.weight_bytes),
         "versions": versions(),
         "files": files,
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qvla_export.graph.bundle_writer import BundleParts, write_bundle
+from qvla_export.graph.bundle_writer import BundleContents, write_bundle
 from qvla_export.graph.float_graph import POLICY_KEY, TARGET_KEY, ExportError
 from qvla_export.graph.golden import golden_actions, staged_golden_actions
 from qvla_export.graph.graph_figures import GraphFigures
@@ -43,7 +43,7 @@ def export_bundle(
     path: Path,
     float_graph: ir.Model | None = None,
     engine_options: Mapping[str, Any] = FLOAT_ACTIVATIONS,
-    layers_per_stage: int | None = None,
+    layers_per_part: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Bundle:
     """Write the bundle of a policy under a plan.
@@ -58,7 +58,7 @@ def export_bundle(
         path: folder to create or replace.
         float_graph: result of `export_float(policy, target)`, to share it between plans.
         engine_options: stored in the manifest and obeyed by the engine.
-        layers_per_stage: decoder blocks a stage; None makes one graph of the whole policy.
+        layers_per_part: decoder blocks a stage; None makes one graph of the whole policy.
         on_progress: called with (stages done, stages in all).
 
     Raises:
@@ -73,8 +73,8 @@ def export_bundle(
         plan.require_fits(layer_shapes(layers), policy.digest)
     if float_graph is not None:
         _require_traced_from(float_graph, policy, target)
-    stages = policy.stages(layers_per_stage)
-    with _unfinished(path, _identity(policy, plan, target, layers_per_stage)) as folder:
+    stages = policy.parts(layers_per_part)
+    with _unfinished(path, _identity(policy, plan, target, layers_per_part)) as folder:
         exported = []
         for number, stage in enumerate(stages):
             kept = kept_stage(folder, stage.name)
@@ -84,7 +84,7 @@ def export_bundle(
             if on_progress is not None:
                 on_progress(number + 1, len(stages))
         _require_all_planned(exported, layers)
-        if layers_per_stage is None:
+        if layers_per_part is None:
             golden = golden_actions(policy, plan, observations)
         else:
             reads = {item.stage.name: item.weights for item in exported}
@@ -102,16 +102,16 @@ def _parts(
     exported: Sequence[ExportedStage],
     golden: Golden,
     engine_options: Mapping[str, Any],
-) -> BundleParts:
+) -> BundleContents:
     stages = tuple(item.stage for item in exported)
     made = {spec.name for stage in stages for spec in stage.outputs}
     read = {spec.name: spec for stage in stages for spec in stage.inputs}
-    return BundleParts(
+    return BundleContents(
         target=target.name,
         processor=policy.processor,
         inputs=tuple(spec for name, spec in read.items() if name not in made),
         outputs=stages[-1].outputs,
-        stages=stages,
+        parts=stages,
         golden=golden,
         policy_digest=policy.digest,
         weight_bytes=total_bytes(exported),
@@ -121,7 +121,7 @@ def _parts(
 
 
 def _identity(
-    policy: Policy, plan: BitPlan | None, target: Target, layers_per_stage: int | None
+    policy: Policy, plan: BitPlan | None, target: Target, layers_per_part: int | None
 ) -> dict[str, Any]:
     """What must be equal for the stages of an interrupted export to be used."""
     return {
@@ -129,7 +129,7 @@ def _identity(
         "plan_digest": None if plan is None else plan.digest,
         "rounding_digest": _rounding_digest(plan),
         "target": target.name,
-        "layers_per_stage": layers_per_stage,
+        "layers_per_stage": layers_per_part,
         "versions": versions(),
     }
 

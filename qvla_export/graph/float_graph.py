@@ -21,7 +21,7 @@ from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from qvla_export.graph.lazy_tensors import mapped
-from qvla_export.policies.base import Policy, PolicyStage
+from qvla_export.policies.base import Policy, PolicyPart
 from qvla_export.quantizer.quantize import as_rows
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Target
@@ -53,7 +53,7 @@ def export_float(policy: Policy, target: Target) -> ir.Model:
     Raises:
         ExportError: a layer of the policy is not in the graph exactly once.
     """
-    (stage,) = policy.stages()
+    (stage,) = policy.parts()
     model = export_stage(policy, stage, policy.layers(), target)
     if missing := sorted(set(policy.layers()) - set(layer_nodes(model))):
         raise ExportError(f"layers not found in the exported graph: {missing}")
@@ -62,7 +62,7 @@ def export_float(policy: Policy, target: Target) -> ir.Model:
 
 def export_stage(
     policy: Policy,
-    stage: PolicyStage,
+    stage: PolicyPart,
     layers: Mapping[str, nn.Module],
     target: Target,
 ) -> ir.Model:
@@ -225,7 +225,7 @@ def _dimensions(sizes: Mapping[int, str]) -> dict[int, Any]:
     return {axis: torch.export.Dim(f"size_{axis}", min=2) for axis in sizes}
 
 
-def _fix_signature(model: ir.Model, policy: Policy, stage: PolicyStage) -> None:
+def _fix_signature(model: ir.Model, policy: Policy, stage: PolicyPart) -> None:
     """State the sizes that the exporter leaves symbolic, under their own names."""
     (output,) = model.graph.outputs
     output.dtype = ir.DataType.FLOAT

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qvla_export.policies.base import Policy, PolicyStage
+from qvla_export.policies.base import Policy, PolicyPart
 from qvla_export.policies.layers import (
     fake_quantized,
     planned_rows,
@@ -41,7 +41,7 @@ def staged_golden_actions(
     policy: Policy,
     plan: BitPlan | None,
     observations: Sequence[Observation],
-    stages: Sequence[PolicyStage],
+    stages: Sequence[PolicyPart],
     weights: Mapping[str, Sequence[str]],
 ) -> Golden:
     """Return the same as `golden_actions`, holding one stage's weights at a time.
@@ -65,7 +65,7 @@ def _staged_actions(
     policy: Policy,
     plan: BitPlan | None,
     feeds: Sequence[_Feeds],
-    stages: Sequence[PolicyStage],
+    stages: Sequence[PolicyPart],
     weights: Mapping[str, Sequence[str]],
 ) -> NDArray[np.float32]:
     runs = [{name: torch.from_numpy(value) for name, value in item.items()} for item in feeds]
@@ -77,7 +77,7 @@ def _staged_actions(
 @torch.no_grad()
 def _run_stage(
     policy: Policy,
-    stage: PolicyStage,
+    stage: PolicyPart,
     weights: Sequence[str],
     plan: BitPlan | None,
     runs: Sequence[dict[str, Tensor]],

@@ -13,10 +13,10 @@ from qvla_export.graph.float_graph import WEIGHTS_KEY, export_stage, layer_nodes
 from qvla_export.graph.graph_figures import GraphFigures, measure_graph
 from qvla_export.graph.lowering import lower
 from qvla_export.graph.passes.name_nodes import name_nodes
-from qvla_export.policies.base import Policy, PolicyStage
+from qvla_export.policies.base import Policy, PolicyPart
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.shared.artifacts import read_json, write_json
-from qvla_export.shared.bundle import Stage, TensorSpec, stage_from_json
+from qvla_export.shared.bundle import Part, TensorSpec, part_from_json
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.target import Target
 
@@ -25,7 +25,7 @@ from qvla_export.shared.target import Target
 class ExportedStage:
     """A stage on disk."""
 
-    stage: Stage
+    stage: Part
     # Bytes of the graph's constants by part; see `qvla_export.graph.lowering.lower`.
     weight_bytes: Mapping[str, int]
     figures: GraphFigures
@@ -35,7 +35,7 @@ class ExportedStage:
 
 def write_stage(
     policy: Policy,
-    stage: PolicyStage,
+    stage: PolicyPart,
     layers: Mapping[str, nn.Module],
     plan: BitPlan | None,
     target: Target,
@@ -64,7 +64,7 @@ def write_stage(
         model.metadata_props.pop(WEIGHTS_KEY, None)
         data.save(model)
     exported = ExportedStage(
-        Stage(stage.name, _specs(graph.graph.inputs), _specs(graph.graph.outputs)),
+        Part(stage.name, _specs(graph.graph.inputs), _specs(graph.graph.outputs)),
         weight_bytes,
         figures,
         policy_weights(graph),
@@ -105,7 +105,7 @@ def _record(folder: Path, name: str) -> Path:
 
 def _from_json(value: Mapping[str, Any]) -> ExportedStage:
     return ExportedStage(
-        stage_from_json(value["stage"]),
+        part_from_json(value["stage"]),
         value["weight_bytes"],
         GraphFigures(**value["figures"]),
         tuple(value["weights"]),

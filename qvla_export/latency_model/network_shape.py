@@ -54,8 +54,8 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
-class StageShape:
-    """A part of the network that runs `runs` times an action."""
+class PartShape:
+    """What of the network runs `runs` times an action."""
 
     # "vision", "decoder", "head"; an autoregressive policy has "prefill" and "decode".
     name: str
@@ -66,14 +66,14 @@ class StageShape:
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """All stages, in the order they run."""
+    """All parts, in the order they run."""
 
-    stages: tuple[StageShape, ...]
+    parts: tuple[PartShape, ...]
 
     @property
     def layers(self) -> dict[str, tuple[int, int]]:
         """Layer name -> (channels, weights of one channel), each layer once."""
-        every = (layer for stage in self.stages for layer in stage.layers)
+        every = (layer for part in self.parts for layer in part.layers)
         return {layer.name: (layer.channels, layer.inputs) for layer in every}
 
 
@@ -127,20 +127,18 @@ def network_of(shapes: LayerShapes, inputs: PolicyInputs) -> NetworkShape:
         LayerShape("projector.fc2", hidden, 4 * features, count),
         LayerShape("projector.fc3", hidden, hidden, count),
     )
-    first = StageShape("vision", vision.layers + projector, vision.attentions)
+    first = PartShape("vision", vision.layers + projector, vision.attentions)
     prompt = count + inputs.prompt_tokens + (1 if inputs.state_dim else 0)
     return NetworkShape((first, *_decoder(shapes, prompt, hidden, inputs)))
 
 
-def decoder_stage(
-    shapes: LayerShapes, name: str, rows: int, keys: int, runs: int = 1
-) -> StageShape:
+def decoder_part(shapes: LayerShapes, name: str, rows: int, keys: int, runs: int = 1) -> PartShape:
     """Return a pass of `rows` positions through a decoder's layers, each attending to `keys`."""
     layers = _layers_at(shapes, _DECODER, rows)
-    return StageShape(name, layers, _attentions(layers, keys, keys), runs)
+    return PartShape(name, layers, _attentions(layers, keys, keys), runs)
 
 
-def _vision(shapes: LayerShapes, embeddings: list[str], images: int, patches: int) -> StageShape:
+def _vision(shapes: LayerShapes, embeddings: list[str], images: int, patches: int) -> PartShape:
     """Both towers on all images; attention stays within an image."""
     layers: tuple[LayerShape, ...] = ()
     attentions: tuple[AttentionShape, ...] = ()
@@ -149,40 +147,40 @@ def _vision(shapes: LayerShapes, embeddings: list[str], images: int, patches: in
         blocks = tuple(e for e in _layers_at(shapes, tower, rows) if e.name != embedding)
         layers += (LayerShape(embedding, *shapes[embedding], patches), *blocks)
         attentions += _attentions(blocks, rows // images, rows)
-    return StageShape("vision", layers, attentions)
+    return PartShape("vision", layers, attentions)
 
 
 def _decoder(
     shapes: LayerShapes, prompt: int, hidden: int, inputs: PolicyInputs
-) -> tuple[StageShape, ...]:
+) -> tuple[PartShape, ...]:
     """Everything from the first decoder block on; `prompt` positions come before the action."""
     if inputs.autoregressive:
         # The pass over the prompt yields the first token.
         steps = inputs.slots - 1
         lm_head = LayerShape("language_model.lm_head", inputs.vocab_size, hidden, 1)
         return (
-            decoder_stage(shapes, "prefill", prompt, prompt),
-            decoder_stage(shapes, "decode", 1, prompt + inputs.slots // 2, steps),
-            StageShape("head", (lm_head,), runs=inputs.slots),
+            decoder_part(shapes, "prefill", prompt, prompt),
+            decoder_part(shapes, "decode", 1, prompt + inputs.slots // 2, steps),
+            PartShape("head", (lm_head,), runs=inputs.slots),
         )
     rows = prompt + inputs.slots + 1
-    decoder = decoder_stage(shapes, "decoder", rows, rows)
+    decoder = decoder_part(shapes, "decoder", rows, rows)
     if inputs.state_dim:
         state = (
             LayerShape("proprio_projector.fc1", hidden, inputs.state_dim, 1),
             LayerShape("proprio_projector.fc2", hidden, hidden, 1),
         )
-        decoder = StageShape("decoder", state + decoder.layers, decoder.attentions)
+        decoder = PartShape("decoder", state + decoder.layers, decoder.attentions)
     if inputs.head == "tokens":
         lm_head = LayerShape("language_model.lm_head", inputs.vocab_size, hidden, inputs.slots)
-        return decoder, StageShape("head", (lm_head,))
+        return decoder, PartShape("head", (lm_head,))
     sizes = [(hidden, hidden * inputs.action_dim), *[(hidden, hidden)] * 2]
     sizes.append((inputs.action_dim, hidden))
     head = tuple(
         LayerShape(f"action_head.model.{i}", channels, width, inputs.horizon)
         for i, (channels, width) in enumerate(sizes)
     )
-    return decoder, StageShape("head", head)
+    return decoder, PartShape("head", head)
 
 
 def _layers_at(shapes: LayerShapes, prefix: str, rows: int) -> tuple[LayerShape, ...]:

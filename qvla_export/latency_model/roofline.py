@@ -18,7 +18,7 @@ from qvla_export.latency_model.network_shape import (
     AttentionShape,
     LayerShape,
     NetworkShape,
-    StageShape,
+    PartShape,
 )
 from qvla_export.quantizer.coupling import find_couplings
 from qvla_export.shared.errors import QvlaError
@@ -31,8 +31,8 @@ _INT8_BYTES = 1
 
 
 @dataclass(frozen=True)
-class StagePrediction:
-    """Predicted milliseconds of a stage, all its runs together."""
+class PartPrediction:
+    """Predicted milliseconds of a part, all its runs together."""
 
     name: str
     runs: int
@@ -47,14 +47,14 @@ class StagePrediction:
 class LatencyPrediction:
     """Predicted milliseconds of one action."""
 
-    stages: tuple[StagePrediction, ...]
+    parts: tuple[PartPrediction, ...]
     # The truth is expected between total_ms / uncertainty and total_ms * uncertainty.
     uncertainty: float
 
     @property
     def total_ms(self) -> float:
-        """Of all stages."""
-        return sum(stage.total_ms for stage in self.stages)
+        """Of all parts."""
+        return sum(part.total_ms for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,8 @@ class LatencyModel:
                     f"{shapes.get(name, 'no such layer')}. Predict the policy the plan is for."
                 )
         units = _units(widths, {name: shapes[name][1] for name in widths})
-        stages = tuple(
-            self._stage(stage, widths, units, activations) for stage in self.network.stages
-        )
-        return LatencyPrediction(stages, self.rates.uncertainty_of(self.mode, activations))
+        parts = tuple(self._part(part, widths, units, activations) for part in self.network.parts)
+        return LatencyPrediction(parts, self.rates.uncertainty_of(self.mode, activations))
 
     def channel_ms(
         self, layer: str, widths: tuple[int, ...], activations: ActivationSupport = "none"
@@ -131,11 +129,11 @@ class LatencyModel:
             Milliseconds of one action.  float64 [len(widths)]
         """
         total = np.zeros(len(widths))
-        for stage in self.network.stages:
-            for shape in stage.layers:
+        for part in self.network.parts:
+            for shape in part.layers:
                 if shape.name == layer:
                     costs = [self._channel_ms(shape, bits, activations) for bits in widths]
-                    total += stage.runs * np.array(costs)
+                    total += part.runs * np.array(costs)
         return total
 
     def _channel_ms(self, shape: LayerShape, bits: int, activations: ActivationSupport) -> float:
@@ -143,20 +141,20 @@ class LatencyModel:
             return 0.0
         return self._matmul_ms(shape.rows, shape.inputs, 1.0, bits, activations)
 
-    def _stage(
-        self, stage: StageShape, widths: Widths, units: _Units, activations: ActivationSupport
-    ) -> StagePrediction:
-        products = _products(stage, widths, units)
+    def _part(
+        self, part: PartShape, widths: Widths, units: _Units, activations: ActivationSupport
+    ) -> PartPrediction:
+        products = _products(part, widths, units)
         weights = sum(self._product_ms(product, activations) for product in products)
         between = sum(self._between_ms(product, activations) for product in products)
-        attention = sum(self._attention_ms(shape) for shape in stage.attentions)
-        return StagePrediction(
-            name=stage.name,
-            runs=stage.runs,
-            total_ms=stage.runs * (weights + between + attention),
-            weights_ms=stage.runs * weights,
-            attention_ms=stage.runs * attention,
-            between_ms=stage.runs * between,
+        attention = sum(self._attention_ms(shape) for shape in part.attentions)
+        return PartPrediction(
+            name=part.name,
+            runs=part.runs,
+            total_ms=part.runs * (weights + between + attention),
+            weights_ms=part.runs * weights,
+            attention_ms=part.runs * attention,
+            between_ms=part.runs * between,
         )
 
     def _product_ms(self, product: _Product, activations: ActivationSupport) -> float:
@@ -268,10 +266,10 @@ def _units(widths: Widths, inputs: Mapping[str, int]) -> _Units:
     return _Units(produced, read)
 
 
-def _products(stage: StageShape, widths: Widths, units: _Units) -> list[_Product]:
-    """Group a stage's layers by shared input."""
+def _products(part: PartShape, widths: Widths, units: _Units) -> list[_Product]:
+    """Group a part's layers by shared input."""
     groups: dict[str, list[LayerShape]] = {}
-    for layer in stage.layers:
+    for layer in part.layers:
         groups.setdefault(layer.group, []).append(layer)
     return [_product(members, widths, units) for members in groups.values()]
 

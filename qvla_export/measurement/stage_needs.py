@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qvla_export.policies.base import Policy, PolicyStage
+from qvla_export.policies.base import Policy, PolicyPart
 
 Layers = Mapping[str, nn.Linear | nn.Conv2d]
 # Gradients that autograd holds at once, besides those that are asked for.
@@ -20,7 +20,7 @@ _ON_THE_WAY = 4
 class StageNeeds:
     """One stage and what it takes to run it on one observation."""
 
-    stage: PolicyStage
+    stage: PolicyPart
     # Names of the parameters and buffers of the policy that it reads, and their float32 bytes.
     reads: tuple[str, ...]
     weight_bytes: int
@@ -51,7 +51,7 @@ def stage_needs(policy: Policy, layers: Layers, feeds: Mapping[str, Tensor]) -> 
     named = dict(itertools.chain(policy.module.named_parameters(), policy.module.named_buffers()))
     values = {name: value.to("meta") for name, value in feeds.items()}
     found: list[StageNeeds] = []
-    for stage in policy.stages(1):
+    for stage in policy.parts(1):
         watch = _Watch(named, layers)
         handles = [
             layer.register_forward_hook(watch.layer_hook(name)) for name, layer in layers.items()
@@ -105,7 +105,7 @@ class _Watch(TorchFunctionMode):
 
         return note
 
-    def needs(self, stage: PolicyStage, output: Tensor, earlier: Set[str]) -> StageNeeds:
+    def needs(self, stage: PolicyPart, output: Tensor, earlier: Set[str]) -> StageNeeds:
         """Return what was noted."""
         own = {id(tensor) for tensor in self._named.values()}
         made = [tensor.nbytes for key, tensor in self._made.items() if key not in own]

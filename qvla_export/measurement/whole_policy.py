@@ -38,7 +38,7 @@ def room_beside_whole(
 
 def _weights_and_pass(policy: Policy, batch_size: int) -> tuple[int, dict[str, tuple[int, int]]]:
     """Return the bytes, and how many numbers a batch moves through each layer."""
-    stages = policy.stages(1)
+    stages = policy.parts(1)
     made = {stage.output for stage in stages}
     feeds = {n: t for stage in stages for n, t in stage.inputs.items() if n not in made}
     needs = stage_needs(policy, traced_layers(policy), feeds)

@@ -29,7 +29,7 @@ def export(
     setting: Setting,
     policy: "Policy",
     target: Target,
-    layers_per_stage: int | None = None,
+    layers_per_part: int | None = None,
     accuracy_level: int = 0,
 ) -> "Bundle":
     """Export a setting's bundle, or keep the one of the same policy, plan, target and stages."""
@@ -49,10 +49,10 @@ def export(
     golden = calibration.held_out[:8]
     kept = kept_artifact(path, Bundle.load)
     options = {"accuracy_level": accuracy_level}
-    stages = [stage.name for stage in policy.stages(layers_per_stage)]
+    stages = [stage.name for stage in policy.parts(layers_per_part)]
     if (
         kept is not None
-        and (kept.target, [stage.name for stage in kept.stages]) == (target.name, stages)
+        and (kept.target, [stage.name for stage in kept.parts]) == (target.name, stages)
         and dict(kept.engine_options) == options
         and _is_of(kept, policy, planned, run, setting)
         and _has_golden(kept, policy, golden)
@@ -60,7 +60,7 @@ def export(
         # Of a kill after the bundle was in place.
         shutil.rmtree(unfinished_folder(path), ignore_errors=True)
         return kept
-    graph = _float_graph(policy, target) if layers_per_stage is None else None
+    graph = _float_graph(policy, target) if layers_per_part is None else None
     with Progress(transient=True) as progress:
         return export_bundle(
             policy,
@@ -70,7 +70,7 @@ def export(
             path,
             graph,
             options,
-            layers_per_stage=layers_per_stage,
+            layers_per_part=layers_per_part,
             on_progress=bar(progress, "stages"),
         )
 

@@ -42,8 +42,8 @@ class PolicyBatch:
 
 
 @dataclass(frozen=True)
-class PolicyStage:
-    """A part of a policy that is traced by itself; its inputs may be earlier stages' outputs."""
+class PolicyPart:
+    """A piece of a policy that is traced by itself; its inputs may be earlier parts' outputs."""
 
     name: str
     # Takes the inputs in their order and returns one tensor. Parameters are named as the policy's,
@@ -98,10 +98,10 @@ class Policy(Protocol):
         """Return the quantizable layers that reach the action, by module name, in forward order."""
         ...
 
-    def stages(self, layers_per_stage: int | None = None) -> Sequence[PolicyStage]:
+    def parts(self, layers_per_part: int | None = None) -> Sequence[PolicyPart]:
         """Return the parts of the executed policy, from model inputs to "actions".
 
-        None gives one stage; a number cuts the decoder into runs of that many blocks.
+        None gives one part; a number cuts the decoder into runs of that many blocks.
         """
         ...
 
@@ -122,5 +122,5 @@ class Policy(Protocol):
         ...
 
     def infer(self, observation: Observation) -> ActionChunk:
-        """Act on one observation, with the milliseconds of each stage."""
+        """Act on one observation, with the milliseconds of each span."""
         ...

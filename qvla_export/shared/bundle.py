@@ -1,6 +1,6 @@
 """The noun `Bundle`: a folder with everything a robot needs to act, each file vouched for.
 
-manifest.json, one graph `<stage>.onnx` a stage with its weights `<stage>.onnx.data`,
+manifest.json, one graph `<part>.onnx` a part with its weights `<part>.onnx.data`,
 tokenizer.json, golden.safetensors and, for a quantized policy, plan.json. The robot imports this
 module: no torch, no onnx. `qvla_export.graph.bundle_writer` writes it.
 """
@@ -54,7 +54,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Part:
     """One graph of a bundle, run in order; it reads the bundle's inputs and earlier outputs."""
 
     # "vision", "decoder", "head".
@@ -86,11 +86,11 @@ class Bundle:
 
     path: Path
     processor: Processor = field(repr=False)
-    # What an observation becomes, and what the last stage makes of it.
+    # What an observation becomes, and what the last part makes of it.
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     # In the order they run.
-    stages: tuple[Stage, ...]
+    parts: tuple[Part, ...]
     # The whole manifest, as read.
     manifest: Mapping[str, Any] = field(repr=False)
 
@@ -117,9 +117,9 @@ class Bundle:
 
     @property
     def weight_bytes(self) -> Mapping[str, int]:
-        """Bytes of the graph's constants by part; see `BundleParts`."""
-        parts: Mapping[str, int] = self.manifest["weight_bytes"]
-        return parts
+        """Bytes of the graph's constants by kind; see `BundleContents`."""
+        nbytes: Mapping[str, int] = self.manifest["weight_bytes"]
+        return nbytes
 
     @property
     def nbytes(self) -> int:
@@ -136,9 +136,9 @@ class Bundle:
         options: Mapping[str, Any] = self.manifest["engine_options"]
         return options
 
-    def model_path(self, stage: Stage) -> Path:
-        """Return the path of a stage's graph; its weights lie beside it."""
-        return self.path / stage.model
+    def model_path(self, part: Part) -> Path:
+        """Return the path of a part's graph; its weights lie beside it."""
+        return self.path / part.model
 
     def golden(self) -> Golden:
         """Read the golden observations and reference actions."""
@@ -166,15 +166,15 @@ class Bundle:
             raise ArtifactError(f"bundle folder not found: {path}; qvla export makes one")
         manifest = _read_manifest(path / MANIFEST)
         try:
-            stages = tuple(stage_from_json(value) for value in manifest["stages"])
-            _verify_files(path, manifest["files"], {stage.model for stage in stages})
+            parts = tuple(part_from_json(value) for value in manifest["stages"])
+            _verify_files(path, manifest["files"], {part.model for part in parts})
             tokenizer = load_tokenizer(path / TOKENIZER)
             return Bundle(
                 path=path,
                 processor=processor_from_json(manifest["processor"], tokenizer),
                 inputs=_specs_from_json(manifest["inputs"]),
                 outputs=_specs_from_json(manifest["outputs"]),
-                stages=stages,
+                parts=parts,
                 manifest=manifest,
             )
         except (AttributeError, KeyError, TypeError) as error:
@@ -232,8 +232,8 @@ def _specs_from_json(values: Any) -> tuple[TensorSpec, ...]:
     )
 
 
-def stage_from_json(value: Any) -> Stage:
-    """Rebuild a stage from what `dataclasses.asdict` made of it."""
-    return Stage(
+def part_from_json(value: Any) -> Part:
+    """Rebuild a part from what `dataclasses.asdict` made of it."""
+    return Part(
         value["name"], _specs_from_json(value["inputs"]), _specs_from_json(value["outputs"])
     )

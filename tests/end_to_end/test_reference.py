@@ -91,7 +91,7 @@ def test_engine_equals_torch_on_32_held_out_observations(
 
 
 def test_the_optimized_graph_computes_with_packed_weights(bundle: Bundle, tmp_path: Path) -> None:
-    packed = packed_matmuls(bundle.model_path(bundle.stages[0]), tmp_path / "optimized.onnx")
+    packed = packed_matmuls(bundle.model_path(bundle.parts[0]), tmp_path / "optimized.onnx")
     assert set(packed) == {2, 4, 8}
 
 

@@ -72,7 +72,7 @@ def test_constants_tell_whose_they_are() -> None:
 
 def test_a_graph_names_its_nodes_after_the_planned_layers(bundle: Bundle) -> None:
     planned = set(BitPlan.load(bundle.path / "plan.json").widths)
-    graph = ir.load(bundle.model_path(bundle.stages[0])).graph
+    graph = ir.load(bundle.model_path(bundle.parts[0])).graph
     names = [node.name for node in graph]
     assert len({*names}) == len(names)
     products = [parse_node_name(str(n.name)) for n in graph if n.op_type in ("MatMul", "Gemm")]

@@ -16,7 +16,7 @@ def require_clean(bundle: Bundle, target: Target | None = None) -> tuple[GraphFi
     if target is None or target.name == bundle.target:
         found = check_bundle(bundle, find_target(bundle.target))
     else:
-        graphs = [bundle.model_path(stage) for stage in bundle.stages]
+        graphs = [bundle.model_path(stage) for stage in bundle.parts]
         found = tuple(f for graph in graphs for f in check_model(graph, target))
     require_no_errors(found)
     return found

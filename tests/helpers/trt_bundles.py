@@ -9,10 +9,10 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from qvla_export.graph.bundle_writer import BundleParts, write_bundle
+from qvla_export.graph.bundle_writer import BundleContents, write_bundle
 from qvla_export.graph.external_data import ExternalData
 from qvla_export.policies.base import Policy
-from qvla_export.shared.bundle import Bundle, Golden, Stage, TensorSpec
+from qvla_export.shared.bundle import Bundle, Golden, Part, TensorSpec
 from qvla_export.shared.observation import Observation
 
 WIDTH = 32
@@ -112,7 +112,7 @@ def staged_bundle(
     """
     models = {name: make(seed) for name, make in (stages or STAGES).items()}
     specs = tuple(
-        Stage(name, _specs(model.graph.inputs), _specs(model.graph.outputs))
+        Part(name, _specs(model.graph.inputs), _specs(model.graph.outputs))
         for name, model in models.items()
     )
     made = {spec.name for stage in specs for spec in stage.outputs}
@@ -126,12 +126,12 @@ def staged_bundle(
     save(scratch)
     feeds = tuple(policy.processor.feeds(observation) for observation in observations)
     actions = np.concatenate([run_stages(specs, scratch, feed) for feed in feeds])
-    parts = BundleParts(
+    parts = BundleContents(
         target=target,
         processor=policy.processor,
         inputs=tuple(inputs.values()),
         outputs=specs[-1].outputs,
-        stages=specs,
+        parts=specs,
         golden=Golden(feeds, actions, actions),
         policy_digest="0" * 64,
         weight_bytes={"rest": sum((scratch / f"{n}.onnx.data").stat().st_size for n in models)},
@@ -145,7 +145,7 @@ def save_stages(models: dict[str, ir.Model], folder: Path) -> None:
             data.save(model.clone())
 
 
-def run_stages(stages: Sequence[Stage], folder: Path, feeds: Any) -> NDArray[np.float32]:
+def run_stages(stages: Sequence[Part], folder: Path, feeds: Any) -> NDArray[np.float32]:
     """Return the last stage's output by ONNX Runtime."""
     values = dict(feeds)
     for stage in stages:

@@ -36,9 +36,9 @@ def test_a_staged_policy_acts_as_torch(
         quantizer=spec_for(RTX4070),
     )
     bundle = export_bundle(
-        tiny_policy, plan, RTX4070, tiny_observations(4), tmp_path / "bundle", layers_per_stage=1
+        tiny_policy, plan, RTX4070, tiny_observations(4), tmp_path / "bundle", layers_per_part=1
     )
-    assert len(bundle.stages) >= 5
+    assert len(bundle.parts) >= 5
     sidecars = build_engines(bundle, tmp_path / "engines", find=lambda: None)
     device = FakeDevice()
     trt = FakeTensorRt(bundle, sidecars, device, "tensorrt_rtx")
@@ -54,7 +54,7 @@ def test_a_staged_policy_acts_as_torch(
             np.testing.assert_allclose(got.actions, expected.actions, atol=1e-6)
         assert set(engine.stage_ms) == {
             "host_to_device",
-            *(s.name for s in bundle.stages),
+            *(s.name for s in bundle.parts),
             "device_to_host",
         }
         assert device.launched > 0

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qvla_export.policies.base import PolicyBatch, PolicyStage
+from qvla_export.policies.base import PolicyBatch, PolicyPart
 from qvla_export.policies.oft.checkpoint import (
     NOT_UPSTREAM,
     empty_module,
@@ -21,8 +21,8 @@ from qvla_export.policies.oft.checkpoint import (
 )
 from qvla_export.policies.oft.config import OftConfig, load_config
 from qvla_export.policies.oft.module import IGNORED_TOKEN_ID, OftModule
+from qvla_export.policies.oft.parts import cut_parts, whole_part
 from qvla_export.policies.oft.smoothing import find_migrations
-from qvla_export.policies.oft.stages import cut_stages, whole_stage
 from qvla_export.policies.oft.weights import CheckpointWeights, open_weights, part_file
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
@@ -66,7 +66,7 @@ class OftPolicy:
         ragged = torch.tensor(lengths) if len(set(lengths)) > 1 else None
         batch = PolicyBatch(torch.from_numpy(pixels), torch.from_numpy(ids), ragged, state)
         device = self.module.projector.fc1.weight.device
-        # Where no weights are in memory, stages run on the CPU.
+        # Where no weights are in memory, parts run on the CPU.
         return batch if device.type == "meta" else batch.to(device)
 
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
@@ -119,14 +119,14 @@ class OftPolicy:
         output = self.module(batch.pixel_values, batch.input_ids, batch.state, batch.prompt_lengths)
         return self._executed(output)
 
-    def stages(self, layers_per_stage: int | None = None) -> tuple[PolicyStage, ...]:
-        """Return one stage, or vision, runs of decoder blocks, head."""
+    def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
+        """Return one part, or vision, runs of decoder blocks, head."""
         spec = self.processor.spec
-        if layers_per_stage is None:
-            return (whole_stage(self.module, spec, self._executed),)
-        if layers_per_stage < 1:
-            raise CheckpointError(f"layers_per_stage must be at least 1, got {layers_per_stage}")
-        return cut_stages(self.module, spec, self._executed, layers_per_stage)
+        if layers_per_part is None:
+            return (whole_part(self.module, spec, self._executed),)
+        if layers_per_part < 1:
+            raise CheckpointError(f"layers_per_part must be at least 1, got {layers_per_part}")
+        return cut_parts(self.module, spec, self._executed, layers_per_part)
 
     def read_weight(self, name: str) -> NDArray[np.float32]:
         """Return a parameter or buffer by name, as float32, from memory or the checkpoint."""
@@ -194,8 +194,8 @@ def load_oft_policy(
         checkpoint: folder with config.json, weights, head files, statistics, tokenizer.
         unnorm_key: data set whose statistics un-normalize actions; may be None if only one.
         config: explicit inputs and dimensions; None reads `qvla_policy.json`.
-        resident: False leaves the weights on disk: the policy can be exported stage by stage, in
-            the memory of one stage, but not run by torch as a whole.
+        resident: False leaves the weights on disk: the policy can be exported part by part, in
+            the memory of one part, but not run by torch as a whole.
 
     Raises:
         CheckpointError, StatisticsError: what is wrong and what is available.

@@ -260,8 +260,8 @@ def test_a_bundle_for_one_target_is_refused_for_another(mixed_bundle: Bundle) ->
 
 
 def test_a_graph_that_the_manifest_misstates(mixed_bundle: Bundle) -> None:
-    stages = (replace(mixed_bundle.stages[0], inputs=()), *mixed_bundle.stages[1:])
-    found = check_bundle(replace(mixed_bundle, stages=stages), CPU)
+    stages = (replace(mixed_bundle.parts[0], inputs=()), *mixed_bundle.parts[1:])
+    found = check_bundle(replace(mixed_bundle, parts=stages), CPU)
     assert [finding.rule for finding in found] == ["bundle.contract"]
 
 

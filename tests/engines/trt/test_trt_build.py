@@ -62,7 +62,7 @@ def test_every_stage_has_an_engine_and_a_sidecar(bundle: Bundle, tmp_path: Path)
     assert {p.name for p in (tmp_path / "e").iterdir()} == {
         f"{name}.{suffix}" for name in NAMES for suffix in ("engine", "json")
     }
-    for sidecar, stage in zip(sidecars, bundle.stages, strict=True):
+    for sidecar, stage in zip(sidecars, bundle.parts, strict=True):
         data = engine_path(tmp_path / "e", stage.name).read_bytes()
         assert sidecar.engine_sha256 == hashlib.sha256(data).hexdigest()
         assert sidecar.engine_bytes == len(data)

@@ -31,7 +31,7 @@ SCRATCH = "[autotuner] Requested amount of GPU memory (1073741824 bytes) could n
         ([FOREIGN, NVMAP], "no contiguous memory", "compact_memory"),
         ([NVMAP, SCRATCH, FOREIGN], "no contiguous memory", "--workspace-mb"),
         ([SCRATCH, FOREIGN], "memory of the device or the machine ran out", "smaller stages"),
-        (["Error Code 1: Cuda Runtime (out of memory)"], "ran out", "--layers-per-stage"),
+        (["Error Code 1: Cuda Runtime (out of memory)"], "ran out", "--layers-per-part"),
         ([FOREIGN], "no kernel for a fused part", "drop_caches"),
         (["Could not find any implementation for node conv1."], "no kernel", "--level"),
         (

@@ -55,7 +55,7 @@ def folder(engines: Path, tmp_path: Path) -> Path:
 
 
 def sidecars_of(bundle: Bundle, folder: Path) -> list[Sidecar]:
-    return [Sidecar.load(sidecar_path(folder, stage.name)) for stage in bundle.stages]
+    return [Sidecar.load(sidecar_path(folder, stage.name)) for stage in bundle.parts]
 
 
 def open_engine(
@@ -74,7 +74,7 @@ def open_engine(
 def test_a_local_build_is_loaded(bundle: Bundle, folder: Path) -> None:
     trt, load = open_engine(bundle, folder, sidecars_of(bundle, folder))
     with load():
-        assert len(trt.deserialized) == len(bundle.stages)
+        assert len(trt.deserialized) == len(bundle.parts)
 
 
 @pytest.mark.parametrize("suffix", [".engine", ".json"])

@@ -96,7 +96,7 @@ def test_is_verified_like_any_engine(rig: Rig) -> None:
 
 
 def test_a_length_seen_before_is_launched_as_graphs(rig: Rig) -> None:
-    stages = len(rig.bundle.stages)
+    stages = len(rig.bundle.parts)
     with rig.open() as engine:
         engine.infer(feeds_of(5))
         assert (rig.device.launched, rig.device.living_graphs) == (0, stages)

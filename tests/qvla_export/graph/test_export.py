@@ -76,7 +76,7 @@ def test_unpacked_weights_compute_the_same(mixed_bundle: Bundle) -> None:
 
 def test_no_gather_between_the_layers_of_an_mlp(mixed_bundle: Bundle) -> None:
     """Walk from each activation both ways until the weights' MatMuls."""
-    graph = ir.load(mixed_bundle.model_path(mixed_bundle.stages[0])).graph
+    graph = ir.load(mixed_bundle.model_path(mixed_bundle.parts[0])).graph
     seen: set[ir.Node] = set()
     todo = [node for node in graph if node.op_type in ("Gelu", "Sigmoid")]
     assert len(todo) >= 2 * (TINY_SIZE.vision_depth - 1) + TINY_SIZE.depth
@@ -96,7 +96,7 @@ def test_manifest_states_the_figures_of_the_graph(
 ) -> None:
     assert mixed_bundle.plan is not None
     figures = mixed_bundle.plan["graph"]
-    graph = ir.load(mixed_bundle.model_path(mixed_bundle.stages[0])).graph
+    graph = ir.load(mixed_bundle.model_path(mixed_bundle.parts[0])).graph
     assert figures["matmuls"] == [node.op_type for node in graph].count("MatMul")
     gathers = [node for node in graph if node.op_type == "Gather"]
     assert figures["order_gathers"] == len(gathers) - len(float_gathers(tiny_policy)) > 0
@@ -122,7 +122,7 @@ def test_every_packed_bucket_becomes_matmulnbits(
     mixed_bundle: Bundle, tiny_policy: OftPolicy, tmp_path: Path
 ) -> None:
     packed = packed_matmuls(
-        mixed_bundle.model_path(mixed_bundle.stages[0]), tmp_path / "optimized.onnx"
+        mixed_bundle.model_path(mixed_bundle.parts[0]), tmp_path / "optimized.onnx"
     )
     plan = mixed_plan(tiny_policy)
     couplings = find_couplings(plan.widths, plan.weights_per_channel)
@@ -152,7 +152,7 @@ def test_uniform_bytes_are_exactly_the_plans(
 
 
 def test_checkpoint_weights_are_stored_in_16_bits(float_bundle: Bundle) -> None:
-    graph = ir.load(float_bundle.model_path(float_bundle.stages[0])).graph
+    graph = ir.load(float_bundle.model_path(float_bundle.parts[0])).graph
     wide = [
         value.name
         for value in graph.initializers.values()
@@ -176,10 +176,9 @@ def test_dead_layers_are_absent(tiny_policy: OftPolicy) -> None:
 
 def test_graph_does_not_name_the_exporting_machine(mixed_bundle: Bundle) -> None:
     assert (
-        b"/" + ROOT.name.encode()
-        not in mixed_bundle.model_path(mixed_bundle.stages[0]).read_bytes()
+        b"/" + ROOT.name.encode() not in mixed_bundle.model_path(mixed_bundle.parts[0]).read_bytes()
     )
-    assert b".py" not in mixed_bundle.model_path(mixed_bundle.stages[0]).read_bytes()
+    assert b".py" not in mixed_bundle.model_path(mixed_bundle.parts[0]).read_bytes()
 
 
 def test_token_policy_with_two_cameras_puts_out_the_greedy_action(

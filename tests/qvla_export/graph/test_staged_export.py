@@ -42,7 +42,7 @@ def staged_bundle(
     path = tmp_path_factory.mktemp("staged") / "bundle"
     plan = mixed_plan(stored_policy)
     return export_bundle(
-        stored_policy, plan, CPU, tiny_observations(3, seed=4), path, layers_per_stage=1
+        stored_policy, plan, CPU, tiny_observations(3, seed=4), path, layers_per_part=1
     )
 
 
@@ -68,8 +68,8 @@ def test_stages_are_those_of_the_whole(
 ) -> None:
     observations = tiny_observations(3, seed=4)
     whole = make_bundle(tiny_policy, mixed_plan(tiny_policy), observations, tmp_path / "whole")
-    assert [stage.name for stage in staged_bundle.stages] == STAGES
-    assert [stage.name for stage in whole.stages] == ["policy"]
+    assert [stage.name for stage in staged_bundle.parts] == STAGES
+    assert [stage.name for stage in whole.parts] == ["policy"]
     assert set(staged_bundle.inputs) == set(whole.inputs)
     assert staged_bundle.outputs == whole.outputs
     parts = ("2", "4", "8", "16", "scales")
@@ -94,7 +94,7 @@ def test_staged_torch_rounds_activations_as_the_whole_does(
     plan = dataclasses.replace(plain, activations=fed.ranges(8, "max"))
     whole, unrounded = (golden_actions(tiny_policy, p, observations) for p in (plan, plain))
     staged = export_bundle(
-        stored_policy, plan, CPU, observations, tmp_path / "staged", layers_per_stage=1
+        stored_policy, plan, CPU, observations, tmp_path / "staged", layers_per_part=1
     ).golden()
     difference = np.abs(staged.reference - whole.reference).max()
     assert difference < 1e-5 < 1e-3 < np.abs(whole.reference - unrounded.reference).max()
@@ -143,7 +143,7 @@ def test_interrupted_export_goes_on(
 
     def export(plan: Any = plan, **named: Any) -> Bundle:
         return export_bundle(
-            stored_policy, plan, CPU, observations, tmp_path / "b", layers_per_stage=1, **named
+            stored_policy, plan, CPU, observations, tmp_path / "b", layers_per_part=1, **named
         )
 
     with pytest.raises(KeyboardInterrupt):
@@ -156,7 +156,7 @@ def test_interrupted_export_goes_on(
     bundle = export()
     assert traced == STAGES[1:]
     assert [entry.name for entry in tmp_path.iterdir()] == ["b"]
-    for stage in bundle.stages:
+    for stage in bundle.parts:
         assert sha256_file(bundle.model_path(stage)) == sha256_file(staged_bundle.model_path(stage))
     # What was begun for another plan is not used.
     with pytest.raises(KeyboardInterrupt):
@@ -168,10 +168,10 @@ def test_interrupted_export_goes_on(
 
 
 def test_blocks_of_a_stage_may_be_any_number(tiny_policy: OftPolicy) -> None:
-    names = [stage.name for stage in tiny_policy.stages(layers_per_stage=TINY_SIZE.depth)]
+    names = [stage.name for stage in tiny_policy.parts(layers_per_part=TINY_SIZE.depth)]
     assert names == ["dino", "siglip", "projector", "decoder", "head"]
     with pytest.raises(CheckpointError, match="at least 1"):
-        tiny_policy.stages(layers_per_stage=0)
+        tiny_policy.parts(layers_per_part=0)
 
 
 def test_token_head_must_be_loaded_whole(tiny_checkpoint: Path, tiny_policy: OftPolicy) -> None:

@@ -18,7 +18,7 @@ from qvla_export.latency_model.kernel_rates import DeviceRates
 from qvla_export.latency_model.network_shape import (
     LayerShape,
     NetworkShape,
-    StageShape,
+    PartShape,
     network_of,
 )
 from qvla_export.latency_model.published_sizes import (
@@ -65,7 +65,7 @@ def test_openvla_has_its_published_sizes() -> None:
     network = GEOMETRIES["openvla-7b"].network
     weights = {
         stage.name: sum(layer.channels * layer.inputs for layer in stage.layers)
-        for stage in network.stages
+        for stage in network.parts
     }
     assert weights["prefill"] == weights["decode"] == 6_476_005_376  # Llama-2-7B's linear layers
     assert weights["head"] == 32064 * 4096
@@ -74,8 +74,8 @@ def test_openvla_has_its_published_sizes() -> None:
     last_blocks = 12 * 1024**2 + 4 * 1152**2 + 2 * 1152 * 4304
     every = weights["vision"] + weights["prefill"] + 2 * weights["head"] + last_blocks
     assert every == pytest.approx(7.54e9, rel=0.005)
-    assert [stage.runs for stage in network.stages] == [1, 1, 6, 7]
-    decoder = GEOMETRIES["openvla-oft-7b"].network.stages[1]
+    assert [stage.runs for stage in network.parts] == [1, 1, 6, 7]
+    decoder = GEOMETRIES["openvla-oft-7b"].network.parts[1]
     assert max(layer.rows for layer in decoder.layers) == 2 * 256 + 30 + 1 + 56 + 1
 
 
@@ -86,16 +86,16 @@ def test_decode_is_bound_by_bytes_and_one_pass_by_multiplications() -> None:
     assert 3.2 < decode[16] / decode[4] < 4
     once = GEOMETRIES["openvla-oft-7b"].network
     assert stage_ms(once, "decoder", 16) == pytest.approx(stage_ms(once, "decoder", 4), rel=0.01)
-    integer = model_of(once).predict(uniform(once, 8), "int8").stages[1].total_ms
+    integer = model_of(once).predict(uniform(once, 8), "int8").parts[1].total_ms
     assert 0.5 < integer / stage_ms(once, "decoder", 8) < 0.75
     # 4-bit codes have no integer products; rounding activations only costs.
-    narrow = model_of(once).predict(uniform(once, 4), "int8").stages[1].total_ms
+    narrow = model_of(once).predict(uniform(once, 4), "int8").parts[1].total_ms
     assert narrow > stage_ms(once, "decoder", 4)
 
 
 def stage_ms(network: NetworkShape, name: str, bits: int) -> float:
     found = model_of(network).predict(uniform(network, bits))
-    return next(stage.total_ms for stage in found.stages if stage.name == name)
+    return next(stage.total_ms for stage in found.parts if stage.name == name)
 
 
 @given(any_widths(), st.sampled_from(["none", "int8"]))
@@ -122,7 +122,7 @@ def test_pruning_whole_layers_of_channels_never_slows(widths: Widths, data: st.D
     layer = data.draw(st.sampled_from(sorted(widths)))
     pruned = {**widths, layer: np.where(widths[layer] == 4, 0, widths[layer]).astype(np.int8)}
     model = model_of(SMALL.network, replace(ORIN_RATES, channel_tile=1, launch_us=0.0))
-    before, after = (sum(s.weights_ms for s in model.predict(w).stages) for w in (widths, pruned))
+    before, after = (sum(s.weights_ms for s in model.predict(w).parts) for w in (widths, pruned))
     assert after <= before * (1 + 1e-12)
 
 
@@ -134,22 +134,22 @@ def test_pruned_units_leave_their_consumer_too() -> None:
     rates = replace(ORIN_RATES, launch_us=0.0, channel_tile=1)
     single = NetworkShape(
         tuple(
-            StageShape(s.name, tuple(x for x in s.layers if x.name == f"{block}down_proj"))
-            for s in SMALL.network.stages
+            PartShape(s.name, tuple(x for x in s.layers if x.name == f"{block}down_proj"))
+            for s in SMALL.network.parts
         )
     )
     model = model_of(SMALL.network, rates)
-    saved = model.predict(widths).stages[1].weights_ms - model.predict(both).stages[1].weights_ms
+    saved = model.predict(widths).parts[1].weights_ms - model.predict(both).parts[1].weights_ms
     down = model_of(single, rates).predict({f"{block}down_proj": widths[f"{block}down_proj"]})
     gate = model.channel_ms(f"{block}gate_proj", (8,))[0]
     # 128 channels of two producers and half of the consumer's columns; outputs stay.
-    assert saved > 2 * 128 * gate + 0.2 * down.stages[1].weights_ms
+    assert saved > 2 * 128 * gate + 0.2 * down.parts[1].weights_ms
 
 
 def test_launches_and_tiles_are_counted() -> None:
     layer = LayerShape("a.q_proj", 100, 64, 10)
     siblings = (layer, replace(layer, name="a.k_proj"), replace(layer, name="a.v_proj"))
-    network = NetworkShape((StageShape("one", siblings),))
+    network = NetworkShape((PartShape("one", siblings),))
     launches = replace(ORIN_RATES, launch_us=1e6)
     mixed = np.repeat(np.array([4, 8, 16, 0], np.int8), 25)
     widths = {x.name: mixed for x in siblings}
@@ -159,9 +159,9 @@ def test_launches_and_tiles_are_counted() -> None:
     assert model_of(network, launches).predict(widths, "int8").total_ms > 5900
     compute = replace(ORIN_RATES, launch_us=0.0, bandwidth_share=1e9)
     one = {x.name: np.repeat(np.array([4, 0], np.int8), [1, 99]) for x in siblings[:1]}
-    single = NetworkShape((StageShape("one", siblings[:1]),))
+    single = NetworkShape((PartShape("one", siblings[:1]),))
     full = {"a.q_proj": np.repeat(np.array([4, 0], np.int8), [64, 36])}
-    tiled = [model_of(single, compute).predict(w).stages[0].weights_ms for w in (one, full)]
+    tiled = [model_of(single, compute).predict(w).parts[0].weights_ms for w in (one, full)]
     assert tiled[0] == pytest.approx(tiled[1])
 
 
@@ -241,7 +241,7 @@ def test_an_unreachable_latency_is_refused_with_the_least() -> None:
     with pytest.raises(QvlaError, match="above 0 ms"):
         LatencyLimit(0.0, model)
     with pytest.raises(QvlaError, match="no such layer"):
-        other = model_of(NetworkShape(SMALL.network.stages[:1]))
+        other = model_of(NetworkShape(SMALL.network.parts[:1]))
         allocate_bits(table, budget, ORIN_JP7, latency=LatencyLimit(1.0, other))
 
 

@@ -64,7 +64,7 @@ def test_real_size_takes_a_small_policy_through_every_step(
 ) -> None:
     (tmp_path / "checkpoint").symlink_to(checkpoint)
     output = tmp_path / "figures.json"
-    arguments = ["real-size", str(tmp_path), "--target", "cpu", "--layers-per-stage", "2"]
+    arguments = ["real-size", str(tmp_path), "--target", "cpu", "--layers-per-part", "2"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(output)])
     assert result.exit_code == 0, result.output
     steps = {step["name"]: step for step in json.loads(output.read_text())["steps"]}

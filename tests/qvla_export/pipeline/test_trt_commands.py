@@ -43,7 +43,7 @@ def test_build_puts_engines_beside_the_bundle(make: Make, tmp_path: Path) -> Non
     assert outcome.code == 0, outcome.err
     folder = tmp_path / "settings" / "float" / "engines" / "rtx4070"
     assert str(folder) in outcome.out.replace("\n", "")
-    for stage in bundle.stages:
+    for stage in bundle.parts:
         assert stage.name in outcome.out
         assert (folder / f"{stage.name}.engine").is_file()
     assert "not verified: this machine has no NVIDIA GPU" in outcome.out
@@ -68,7 +68,7 @@ def test_where_the_gpu_is_a_build_is_verified(
     device = FakeDevice()
 
     def open_engine(given: Bundle, folder: Path) -> TensorRtEngine:
-        sidecars = [Sidecar.load(folder / f"{stage.name}.json") for stage in given.stages]
+        sidecars = [Sidecar.load(folder / f"{stage.name}.json") for stage in given.parts]
         trt = FakeTensorRt(other, sidecars, device, "tensorrt_rtx")
         return TensorRtEngine(given, folder, lambda: device, trt.module())
 

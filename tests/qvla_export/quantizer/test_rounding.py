@@ -233,7 +233,7 @@ def test_stages_compute_the_same(
     tiny_policy: OftPolicy, tiny_observations: Observations, plan: BitPlan
 ) -> None:
     observations = tiny_observations(3, seed=9)
-    stages = tiny_policy.stages(1)
+    stages = tiny_policy.parts(1)
     names = {name for name, _ in tiny_policy.module.named_parameters()}
     reads = {
         stage.name: [n for n, _ in stage.module.named_parameters(prefix="module")]
@@ -280,7 +280,7 @@ def test_staged_bundles_pack_the_codes_too(
     tiny_policy: OftPolicy, tiny_observations: Observations, plan: BitPlan, tmp_path: Path
 ) -> None:
     golden = tiny_observations(2, seed=8)
-    bundle = export_bundle(tiny_policy, plan, CPU, golden, tmp_path / "b", layers_per_stage=1)
+    bundle = export_bundle(tiny_policy, plan, CPU, golden, tmp_path / "b", layers_per_part=1)
     assert sum(n for part, n in bundle.weight_bytes.items() if part != "rest") == plan.weight_bytes
     with load_engine(bundle, threads=1) as engine:
         assert judge(bundle, engine).drift.worst <= 1e-3

@@ -1,7 +1,7 @@
-"""An OpenVLA-OFT policy cut into stages: both towers, projector, runs of decoder blocks, head.
+"""An OpenVLA-OFT policy cut into parts: both towers, projector, runs of decoder blocks, head.
 
-A stage is traced, quantized, built and run by itself, so that a policy that does not fit into
-memory passes through it stage by stage.
+A part is traced, quantized, built and run by itself, so that a policy that does not fit into
+memory passes through it part by part.
 """
 
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qvla_export.policies.base import PolicyStage
+from qvla_export.policies.base import PolicyPart
 from qvla_export.policies.oft.module import OftModule
 from qvla_export.shared.processor import ProcessorSpec
 
 _PROMPT = {"input_ids": {1: "prompt"}}
 
 
-class _Part(nn.Module):
+class _PartModule(nn.Module):
     """A function of the network's modules; parameters keep their names behind "module."."""
 
     def __init__(self, module: OftModule, function: Callable[..., Tensor]) -> None:
@@ -30,10 +30,10 @@ class _Part(nn.Module):
         return self._function(*inputs)
 
 
-def whole_stage(
+def whole_part(
     module: OftModule, spec: ProcessorSpec, act: Callable[[Tensor], Tensor]
-) -> PolicyStage:
-    """Return the policy as one stage: pixels, prompt and state to actions.
+) -> PolicyPart:
+    """Return the policy as one part: pixels, prompt and state to actions.
 
     Args:
         module: the network.
@@ -45,35 +45,35 @@ def whole_stage(
         return act(module(pixel_values, input_ids, state))
 
     inputs = {**_pixels(module, spec), **_text(module, spec)}
-    return PolicyStage("policy", _Part(module, run).eval(), inputs, "actions", _PROMPT)
+    return PolicyPart("policy", _PartModule(module, run).eval(), inputs, "actions", _PROMPT)
 
 
-def cut_stages(
+def cut_parts(
     module: OftModule,
     spec: ProcessorSpec,
     act: Callable[[Tensor], Tensor],
-    layers_per_stage: int,
-) -> tuple[PolicyStage, ...]:
-    """Return towers, projector, decoder stages of at most `layers_per_stage` blocks, head."""
+    layers_per_part: int,
+) -> tuple[PolicyPart, ...]:
+    """Return towers, projector, decoder parts of at most `layers_per_part` blocks, head."""
     blocks = len(module.language_model.model.layers)
-    starts = range(0, blocks, layers_per_stage)
-    runs = [(first, min(first + layers_per_stage, blocks)) for first in starts]
+    starts = range(0, blocks, layers_per_part)
+    runs = [(first, min(first + layers_per_part, blocks)) for first in starts]
     names = [f"decoder_{i:02d}" for i in range(len(runs))] if len(runs) > 1 else ["decoder"]
-    stages = [_tower(module, spec, "dino"), _tower(module, spec, "siglip")]
-    stages += [_projector(module, spec)]
-    stages += [_decoder(module, spec, name, *run) for name, run in zip(names, runs, strict=True)]
-    return (*stages, _head(module, spec, act))
+    parts = [_tower(module, spec, "dino"), _tower(module, spec, "siglip")]
+    parts += [_projector(module, spec)]
+    parts += [_decoder(module, spec, name, *run) for name, run in zip(names, runs, strict=True)]
+    return (*parts, _head(module, spec, act))
 
 
-def _tower(module: OftModule, spec: ProcessorSpec, name: Literal["dino", "siglip"]) -> PolicyStage:
+def _tower(module: OftModule, spec: ProcessorSpec, name: Literal["dino", "siglip"]) -> PolicyPart:
     def run(pixel_values: Tensor) -> Tensor:
         return module.vision_backbone.features(pixel_values, name)
 
-    part = _Part(module, run).eval()
-    return PolicyStage(name, part, _pixels(module, spec), f"{name}_features", {})
+    part = _PartModule(module, run).eval()
+    return PolicyPart(name, part, _pixels(module, spec), f"{name}_features", {})
 
 
-def _projector(module: OftModule, spec: ProcessorSpec) -> PolicyStage:
+def _projector(module: OftModule, spec: ProcessorSpec) -> PolicyPart:
     def run(dino_features: Tensor, siglip_features: Tensor) -> Tensor:
         patches: Tensor = module.projector(torch.cat([dino_features, siglip_features], dim=-1))
         return patches
@@ -84,13 +84,13 @@ def _projector(module: OftModule, spec: ProcessorSpec) -> PolicyStage:
         f"{name}_features": torch.zeros(1, tokens, tower.hidden_size, device=_device(module))
         for name, tower in towers
     }
-    return PolicyStage("projector", _Part(module, run).eval(), inputs, "patches", {})
+    return PolicyPart("projector", _PartModule(module, run).eval(), inputs, "patches", {})
 
 
 def _decoder(
     module: OftModule, spec: ProcessorSpec, name: str, first: int, last: int
-) -> PolicyStage:
-    """Decoder blocks [first, last); the first stage embeds, the last one has the final norm."""
+) -> PolicyPart:
+    """Decoder blocks [first, last); the first part embeds, the last one has the final norm."""
     decoder = module.language_model
     name_out, sequence = f"hidden_{last:02d}", {1: _sequence(module, spec)}
 
@@ -103,15 +103,15 @@ def _decoder(
 
     if first == 0:
         inputs = {"patches": _patches(module, spec), **_text(module, spec)}
-        return PolicyStage(
-            name, _Part(module, run_first).eval(), inputs, name_out, _PROMPT, sequence
+        return PolicyPart(
+            name, _PartModule(module, run_first).eval(), inputs, name_out, _PROMPT, sequence
         )
     tokens = {f"hidden_{first:02d}": sequence}
     inputs = {f"hidden_{first:02d}": _hidden(module, spec)}
-    return PolicyStage(name, _Part(module, run).eval(), inputs, name_out, tokens, sequence)
+    return PolicyPart(name, _PartModule(module, run).eval(), inputs, name_out, tokens, sequence)
 
 
-def _head(module: OftModule, spec: ProcessorSpec, act: Callable[[Tensor], Tensor]) -> PolicyStage:
+def _head(module: OftModule, spec: ProcessorSpec, act: Callable[[Tensor], Tensor]) -> PolicyPart:
     source = f"hidden_{len(module.language_model.model.layers):02d}"
 
     def run(hidden: Tensor) -> Tensor:
@@ -119,9 +119,9 @@ def _head(module: OftModule, spec: ProcessorSpec, act: Callable[[Tensor], Tensor
         return act(module.act(module.action_hidden(hidden, hidden[..., 0])))
 
     inputs = {source: _hidden(module, spec)}
-    part = _Part(module, run).eval()
+    part = _PartModule(module, run).eval()
     sizes = {source: {1: _sequence(module, spec)}}
-    return PolicyStage("head", part, inputs, "actions", sizes)
+    return PolicyPart("head", part, inputs, "actions", sizes)
 
 
 def _device(module: OftModule) -> torch.device:
