@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from calibration.benchmarks.metaworld.demonstrations import Recording, record_episode
 from calibration.benchmarks.metaworld.simulator import Simulator
-from calibration.benchmarks.metaworld.tasks import find_task
+from calibration.benchmarks.metaworld.tasks import TASKS, find_task
+from calibration.packed_observations import pack, unpack
 from calibration.sources.image_codec import decode_png
-from calibration.sources.lerobot import LeRobotDataset
+from calibration.sources.lerobot import KeyMap, LeRobotDataset
 from calibration.sources.lerobot_writer import Episode
 from qvla_export.shared.artifacts import (
     new_folder,
@@ -33,7 +31,6 @@ from qvla_export.shared.observation import Observation
 _FORMAT = "qvla-calibration-1"
 _DESCRIPTION = "calibration.json"
 _TENSORS = "observations.safetensors"
-_IMAGES = "images/"
 FRAMES_PER_EPISODE = 2
 _REMEDY = "make it anew with qvla calibrate"
 
@@ -49,6 +46,52 @@ class CalibrationSet:
     # How many of `observations` come from each episode, one after the other and in its order;
     # empty where not known.
     episode_lengths: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<CalibrationSet: {describe(self)}>"
+
+    @staticmethod
+    def from_dataset(
+        root: Path | str,
+        cameras: Mapping[str, str],
+        count: int = 64,
+        held_out: int = 64,
+        seed: int = 0,
+        state_column: str | None = "observation.state",
+        frames_per_episode: int = FRAMES_PER_EPISODE,
+    ) -> "CalibrationSet":
+        """Draw observations from a LeRobotDataset; held-out ones come from other episodes.
+
+        Args:
+            root: folder of the data set.
+            cameras: the policy's name of a camera -> the data set's column,
+                {"full_image": "observation.images.front"}.
+            count: observations to measure on.
+            held_out: observations to judge by.
+            seed: of the drawing.
+            state_column: of the proprioceptive state; None for a policy without one.
+            frames_per_episode: observations drawn from one episode.
+
+        Raises:
+            QvlaError: the data set lacks a column or has too few episodes.
+        """
+        dataset = LeRobotDataset(Path(root), KeyMap(dict(cameras), state_column))
+        return sample_dataset(dataset, count, held_out, seed, frames_per_episode)
+
+    @staticmethod
+    def from_simulator(
+        tasks: Sequence[str] = tuple(TASKS),
+        count: int = 64,
+        held_out: int = 64,
+        seed: int = 0,
+        frames_per_episode: int = FRAMES_PER_EPISODE,
+    ) -> "CalibrationSet":
+        """Draw observations from freshly simulated expert episodes of Meta-World tasks, in turn.
+
+        Raises:
+            QvlaError: a task is unknown, or nothing is asked for.
+        """
+        return sample_simulator(tasks, count, held_out, seed, frames_per_episode)
 
     @property
     def digest(self) -> str:
@@ -70,7 +113,7 @@ class CalibrationSet:
         everything = [*self.observations, *self.held_out]
         if not everything:
             raise QvlaError("a calibration set needs at least one observation, got none")
-        tensors = _stacked(everything)
+        packed = pack(everything)
         description = {
             "format": _FORMAT,
             "digest": self.digest,
@@ -82,7 +125,7 @@ class CalibrationSet:
             "instructions": [o.instruction for o in everything],
         }
         with new_folder(path) as folder:
-            write_bytes(folder / _TENSORS, save_tensors(tensors))
+            write_bytes(folder / _TENSORS, packed)
             write_json(folder / _DESCRIPTION, description)
 
     @staticmethod
@@ -98,12 +141,9 @@ class CalibrationSet:
         fields = ("digest", "calibration", "held_out", "cameras", "instructions", "source")
         require_fields(description, fields, f"calibration set {path}")
         try:
-            tensors = load_tensors((path / _TENSORS).read_bytes())
-            cameras = {name: tensors[_IMAGES + name] for name in description["cameras"]}
-            everything = [
-                Observation({n: c[i] for n, c in cameras.items()}, text, tensors["state"][i])
-                for i, text in enumerate(description["instructions"])
-            ]
+            everything = unpack(
+                (path / _TENSORS).read_bytes(), description["cameras"], description["instructions"]
+            )
             count = int(description["calibration"])
             source = dict(description["source"])
             # Sets of before episodes were told apart do not have it.
@@ -238,23 +278,6 @@ def _frames(episode: Episode, random: np.random.Generator, most: int) -> list[Ob
         )
         for row in rows
     ]
-
-
-def _stacked(observations: Sequence[Observation]) -> dict[str, NDArray[Any]]:
-    first = observations[0]
-    if any(list(o.images) != list(first.images) for o in observations):
-        raise QvlaError(f"all observations must have the cameras {list(first.images)}")
-    columns: dict[str, list[NDArray[Any]]] = {"state": [o.state for o in observations]}
-    for name in first.images:
-        columns[_IMAGES + name] = [o.images[name] for o in observations]
-    tensors: dict[str, NDArray[Any]] = {}
-    for name, arrays in columns.items():
-        shapes = {array.shape for array in arrays}
-        if len(shapes) != 1:
-            what = f"images of camera {name.removeprefix(_IMAGES)!r}" if "/" in name else "states"
-            raise QvlaError(f"{what} must have one size, got {sorted(shapes)}")
-        tensors[name] = np.stack(arrays)
-    return tensors
 
 
 def describe(calibration: CalibrationSet) -> str:

@@ -1,14 +1,19 @@
 """The policy object on the robot: a bundle's processor around an engine."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
 
 import numpy as np
 
 from engines.base import Engine, EngineError
+from engines.load import load_engine
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.clock import SpanClock, inner_span
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.target import Runtime
 
 
 class UnsafeAction(EngineError):
@@ -17,7 +22,7 @@ class UnsafeAction(EngineError):
 
 @dataclass(frozen=True)
 class EnginePolicy:
-    """Acts with an engine; an `ActionPolicy`."""
+    """Acts with an engine; an `ActionPolicy`. As a context manager it closes the engine."""
 
     bundle: Bundle
     engine: Engine
@@ -49,3 +54,40 @@ class EnginePolicy:
                     "no action was taken. Run qvla verify on this bundle."
                 )
             return processor.chunk(normalized, clock.timing_ms)
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        self.engine.close()
+
+    def __enter__(self) -> "EnginePolicy":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_bundle(
+    bundle: Bundle | Path | str,
+    threads: int | None = None,
+    weights: Literal["packed", "unpacked"] = "packed",
+    runtime: Runtime | None = None,
+) -> EnginePolicy:
+    """Open a bundle as a policy that acts: `with open_bundle(path) as robot: robot.infer(seen)`.
+
+    Args:
+        bundle: its folder, or what `Bundle.load` returned.
+        threads: CPU threads of one operator; None for one a physical core.
+        weights: "packed" computes with the stored codes; "unpacked" makes them float32 at load.
+        runtime: None for the target's own; "ort" executes the graphs of any target on a CPU.
+
+    Raises:
+        ArtifactError: the folder is no bundle, or a file of it was changed.
+        EngineError: the runtime is not installed, refuses the graph, or has no engine yet.
+    """
+    loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(Path(bundle))
+    return EnginePolicy(loaded, load_engine(loaded, threads, weights, runtime))

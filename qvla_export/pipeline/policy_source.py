@@ -48,14 +48,9 @@ class PolicySource:
 
             return RemotePolicy(self.place)
         if kind == "bundle":
-            from engines.load import load_engine
-            from jetson.policy import EnginePolicy
-            from qvla_export.shared.bundle import Bundle
+            from jetson.policy import open_bundle
 
-            bundle = Bundle.load(Path(self.place))
-            return EnginePolicy(
-                bundle, load_engine(bundle, self.threads, self.weights, self.runtime)
-            )
+            return open_bundle(self.place, self.threads, self.weights, self.runtime)
         import torch
 
         from qvla_export.policies.families import open_policy

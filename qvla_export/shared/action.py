@@ -21,6 +21,12 @@ class ActionChunk:
     # Stage name -> milliseconds.
     timing_ms: Mapping[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        horizon, dim = self.actions.shape
+        whole = {name: ms for name, ms in self.timing_ms.items() if "." not in name}
+        total_ms = whole.pop("total", sum(whole.values()))
+        return f"<ActionChunk: {horizon} actions of {dim} dimensions, {total_ms:.1f} ms>"
+
 
 class ActionPolicy(Protocol):
     """Anything that acts: a torch policy, an engine, a remote server."""

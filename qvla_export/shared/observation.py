@@ -60,3 +60,9 @@ class Observation:
             raise InvalidObservation(f"state must be finite, got NaN or infinity at {bad}")
         object.__setattr__(self, "images", MappingProxyType(dict(self.images)))
         object.__setattr__(self, "state", state)
+
+    def __repr__(self) -> str:
+        images = ", ".join(
+            f"{name} {'x'.join(map(str, image.shape[:2]))}" for name, image in self.images.items()
+        )
+        return f"<Observation: {self.instruction!r}, {images}, state of {len(self.state)} numbers>"
