@@ -1,1 +1,1 @@
-"""Latency of a decoder stack under every engine that runs on this machine's CPU; `qvla bench`."""
+"""`qvla bench engines`: a decoder stack under every engine that runs on this machine's CPU."""

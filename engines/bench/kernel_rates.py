@@ -84,7 +84,8 @@ def kernel_rates(target: Target) -> KernelRates:
     if target.name not in _RATES:
         raise QvlaError(
             f"no kernel rates are known for target {target.name!r}, only for {sorted(_RATES)}. "
-            "Measure a CPU where it is with: qvla rates rates.json; then give --rates rates.json"
+            "Measure a CPU where it is with: qvla bench rates rates.json; then give --rates "
+            "rates.json"
         )
     return _RATES[target.name]
 

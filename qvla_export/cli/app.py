@@ -1,178 +1,99 @@
-"""Commands of the host side: from data to bundles."""
+"""The command's tree: which commands there are, in which panel of the help, most used first."""
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
-from qvla_export.allocation.setting import parse_setting
-from qvla_export.cli import baseline as baselining
-from qvla_export.cli import bench as benching
-from qvla_export.cli import bench_allocation as benching_allocation
-from qvla_export.cli import bench_server as benching_server
-from qvla_export.cli import build as building
-from qvla_export.cli import check as checking
-from qvla_export.cli import compare as compare_command
-from qvla_export.cli import deploy as deploying
-from qvla_export.cli import doctor as examining
-from qvla_export.cli import evaluate as judging_commands
-from qvla_export.cli import load as loading
-from qvla_export.cli import plan as planning
-from qvla_export.cli import predict as predicting
-from qvla_export.cli import quantize as quantizing
-from qvla_export.cli import real_size
-from qvla_export.cli import replay as replaying
-from qvla_export.cli import run as running
-from qvla_export.cli import sensitivities as measuring
-from qvla_export.cli import serve as robot
-from qvla_export.cli import simulator as simulation
-from qvla_export.cli import smooth as smoothing
-from qvla_export.cli import verify as verifying
-from qvla_export.cli.options import (
-    CamerasOption,
-    DatasetOption,
-    DeviceOption,
-    PolicyOption,
-    PresetOption,
-    RunOption,
-    SeedOption,
-    SettingOption,
-    StateColumnOption,
-    TargetOption,
-    UnnormKeyOption,
-    WaitOption,
-    open_checkpoint,
-    open_dataset,
-)
-from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.cli.bench.allocation import allocation
+from qvla_export.cli.bench.engines import engines
+from qvla_export.cli.bench.rates import rates
+from qvla_export.cli.bench.server import server
+from qvla_export.cli.bench.size import size
+from qvla_export.cli.deploy.build import build
+from qvla_export.cli.deploy.calibrate import calibrate
+from qvla_export.cli.deploy.deploy import deploy
+from qvla_export.cli.deploy.export import export
+from qvla_export.cli.deploy.plan import plan
+from qvla_export.cli.deploy.report import report
+from qvla_export.cli.deploy.sensitivities import sensitivities
+from qvla_export.cli.deploy.verify import verify
+from qvla_export.cli.judge.check import check
+from qvla_export.cli.judge.compare_latency import compare_latency
+from qvla_export.cli.judge.evaluate import evaluate
+from qvla_export.cli.judge.predict import predict
+from qvla_export.cli.judge.profile import profile
+from qvla_export.cli.judge.sizes import sizes
+from qvla_export.cli.research.activations import activations
+from qvla_export.cli.research.baseline import baseline
+from qvla_export.cli.research.compare import compare
+from qvla_export.cli.research.demonstrations import demonstrations
+from qvla_export.cli.research.estimators import estimators
+from qvla_export.cli.research.moments import moments
+from qvla_export.cli.research.quantizers import quantizers
+from qvla_export.cli.research.round import round_command
+from qvla_export.cli.research.smooth import smooth
+from qvla_export.cli.research.train import train
+from qvla_export.cli.robot.doctor import doctor
+from qvla_export.cli.robot.load import load
+from qvla_export.cli.robot.replay import replay
+from qvla_export.cli.robot.run import run
+from qvla_export.cli.robot.serve import serve
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Quantize a robot policy by what each weight channel does to the action, and serve it.",
-)
+Command = Callable[..., Any]
+
+# Title of a panel -> its commands, most used first.
+PANELS: dict[str, tuple[Command, ...]] = {
+    "Deploy": (deploy, calibrate, sensitivities, plan, export, build, verify, report),
+    "Judge": (evaluate, profile, compare_latency, sizes, check, predict),
+    "Robot": (serve, run, replay, load, doctor),
+    "Research": (
+        *(compare, estimators, quantizers, baseline, smooth, moments),
+        *(round_command, activations, train, demonstrations),
+    ),
+}
+BENCH: tuple[Command, ...] = (engines, allocation, server, size, rates)
 
 
-@app.command()
-def calibrate(
-    run: RunOption,
-    dataset: DatasetOption = None,
-    cameras: CamerasOption = None,
-    state_column: StateColumnOption = "observation.state",
-    count: Annotated[int, typer.Option(help="Observations to measure on.")] = 64,
-    held_out: Annotated[int, typer.Option(help="Observations to judge by.")] = 64,
-    frames_per_episode: Annotated[
-        int, typer.Option(min=1, help="Observations of one episode; cumulative sums want many.")
-    ] = 2,
-    seed: SeedOption = 0,
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"qvla {version('qvla')}")
+        raise typer.Exit
+
+
+def qvla(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
 ) -> None:
-    """Draw observations from a LeRobot data set, or from simulated expert episodes."""
-    from calibration.benchmarks.metaworld.tasks import TASKS
-    from calibration.calibration_set import describe
-    from qvla_export.pipeline import plan as stages
-
-    folder = RunFolder(run)
-    opened = open_dataset(dataset, cameras, state_column)
-    drawn = stages.calibrate(folder, opened, list(TASKS), count, held_out, seed, frames_per_episode)
-    typer.echo(f"calibration: {describe(drawn)} -> {folder.calibration}")
+    """Quantize a robot policy by what each weight channel does to the action, and serve it."""
 
 
-@app.command()
-def activations(
-    run: RunOption,
-    policy: PolicyOption,
-    unnorm_key: UnnormKeyOption = None,
-    preset: PresetOption = None,
-    device: DeviceOption = "auto",
-    wait_minutes: WaitOption = 60.0,
-) -> None:
-    """Record what the layers are fed; settings such as w8a8 take their ranges from it.
+def name_of(command: Command) -> str:
+    """Return a command's name: that of its module."""
+    return command.__module__.rpartition(".")[2].replace("_", "-")
 
-    Under torchrun, processes share the observations.
-    """
-    from qvla_export.pipeline import plan as stages
-    from qvla_export.pipeline.resources import joined_resources
 
-    folder = RunFolder(run)
-    with joined_resources(device, wait_minutes) as resources:
-        loaded = open_checkpoint(policy, unnorm_key, preset)
-        loaded.module.to(resources.world.device)
-        fed = stages.activations(folder, loaded, resources.world)
-    if resources.world.rank:
-        return  # process 0 speaks for all
-    layers = sum(len(names) for names in fed.histograms)
-    typer.echo(
-        f"activations: {len(fed.histograms)} inputs of {layers} layers on {fed.samples} "
-        f"observations -> {folder.activations}"
+def _new_app() -> typer.Typer:
+    return typer.Typer(
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
 
 
-@app.command()
-def export(
-    run: RunOption,
-    policy: PolicyOption,
-    setting: SettingOption,
-    target: TargetOption = "cpu",
-    layers_per_part: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Decoder blocks a stage: for a policy that does not fit into memory. Default: "
-            "one graph of the whole policy.",
-        ),
-    ] = None,
-    accuracy_level: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=4,
-            help="Of the cpu target's packed products: 0 keeps float activations; 4 rounds them "
-            "to 8 bits a block, much faster where a layer sees few rows.",
-        ),
-    ] = 0,
-    unnorm_key: UnnormKeyOption = None,
-    preset: PresetOption = None,
-) -> None:
-    """Write the bundle a robot receives: bucketed ONNX, packed weights, golden observations."""
-    from engines.targets import find_target
-    from qvla_export.pipeline import export as exporting
+app = _new_app()
+app.callback()(qvla)
+for _panel, _commands in PANELS.items():
+    for _command in _commands:
+        app.command(name_of(_command), rich_help_panel=_panel)(_command)
 
-    folder, device = RunFolder(run), find_target(target)
-    wanted = parse_setting(setting, device)
-    loaded = open_checkpoint(policy, unnorm_key, preset, resident=layers_per_part is None)
-    bundle = exporting.export(folder, wanted, loaded, device, layers_per_part, accuracy_level)
-    typer.echo(f"bundle: {bundle.nbytes / 1e6:.2f} MB -> {bundle.path}")
-    typer.echo(exporting.graph_figures(bundle))
-
-
-@app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
-    """Write one self-contained HTML page about a run."""
-    from qvla_export.report.page import write_report
-
-    typer.echo(f"report: {write_report(run)}")
-
-
-simulation.register(app)
-measuring.register(app)
-planning.register(app)
-judging_commands.register(app)
-checking.register(app)
-compare_command.register(app)
-building.register(app)
-smoothing.register(app)
-baselining.register(app)
-benching.register(app)
-benching_allocation.register(app)
-benching_server.register(app)
-loading.register(app)
-verifying.register(app)
-examining.register(app)
-robot.register(app)
-replaying.register(app)
-running.register(app)
-predicting.register(app)
-quantizing.register(app)
-real_size.register(app)
-deploying.register(app)
+bench = _new_app()
+for _command in BENCH:
+    bench.command(name_of(_command))(_command)
+app.add_typer(bench, name="bench", rich_help_panel="Research", help="Time what is only timed.")

@@ -1,24 +1,81 @@
-"""Options that several commands share, with their units and defaults."""
+"""Options that several commands share, with their units and defaults; paths that must exist.
 
+Only light modules are imported here: what is missing is refused before torch, onnx or numpy load.
+"""
+
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.shared.errors import QvlaError
 
-if TYPE_CHECKING:
-    from calibration.sources.lerobot import LeRobotDataset
-    from qvla_export.policies.base import Policy
+
+@dataclass(frozen=True)
+class Existing:
+    """What a path must be the place of; its `require` is a `callback` of typer's."""
+
+    # "checkpoint folder", and what to do where there is none.
+    what: str
+    remedy: str
+    # What may stand there instead of a path.
+    words: tuple[str, ...] = ()
+    urls: bool = False
+
+    def require(self, value: Any) -> Any:
+        """Return an option's path or paths as they are, while options are read.
+
+        Raises:
+            QvlaError: one of them is not there.
+        """
+        for place in value if isinstance(value, list | tuple) else [value]:
+            if place is None or place in self.words or self._is_url(place):
+                continue
+            if not Path(place).exists():
+                raise QvlaError(f"{self.what} not found: {place}; {self.remedy}")
+        return value
+
+    def _is_url(self, place: object) -> bool:
+        return self.urls and str(place).startswith(("http://", "https://"))
+
+
+_CHECK = "check the path"
+A_RUN = Existing("run folder", "make it first with: qvla calibrate")
+A_CHECKPOINT = Existing("checkpoint folder", "check --policy")
+A_BUNDLE = Existing("bundle folder", "make it first with: qvla export, or qvla deploy")
+A_DATASET = Existing("LeRobotDataset v3.0 folder", "check --dataset")
+A_RECORDING = Existing(
+    "MCAP file", "record it first with: qvla serve --record, or qvla run --record"
+)
+SOME_RATES = Existing("file of rates", "measure them first with: qvla bench rates")
+A_LATENCY = Existing("file of latencies", "measure them first with: qvla profile")
+A_FILE = Existing("file", _CHECK)
+A_CALIBRATION = Existing("calibration set", "make it first with: qvla calibrate")
+A_POLICY = Existing("checkpoint folder, bundle folder or URL of a server", _CHECK, urls=True)
+A_GRAPH = Existing("bundle folder or .onnx file", "make a bundle first with: qvla export")
+A_BUNDLE_OR_SERVER = replace(A_BUNDLE, urls=True)
 
 # Under torchrun only --run-folder can be written: it takes --run for one of its own.
 RunOption = Annotated[
-    Path, typer.Option("--run", "--run-folder", help="Run folder, one artifact a stage.")
+    Path,
+    typer.Option(
+        "--run", "--run-folder", help="Run folder, one artifact a stage.", callback=A_RUN.require
+    ),
+]
+NewRunOption = Annotated[
+    Path,
+    typer.Option("--run", "--run-folder", help="Run folder; an existing one continues."),
 ]
 PolicyOption = Annotated[
-    Path, typer.Option("--policy", help="Checkpoint folder in the OpenVLA-OFT layout.")
+    Path,
+    typer.Option(
+        "--policy",
+        help="Checkpoint folder in the OpenVLA-OFT layout.",
+        callback=A_CHECKPOINT.require,
+    ),
 ]
+BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder.", callback=A_BUNDLE.require)]
 TargetOption = Annotated[
     str,
     typer.Option("--target", help="Device and runtime: cpu, cuda, rtx4070, orin-jp7 or orin-jp6."),
@@ -41,7 +98,11 @@ PresetOption = Annotated[
 ]
 DatasetOption = Annotated[
     Path | None,
-    typer.Option("--dataset", help="LeRobotDataset v3.0 folder; without it, the simulator."),
+    typer.Option(
+        "--dataset",
+        help="LeRobotDataset v3.0 folder; without it, the simulator.",
+        callback=A_DATASET.require,
+    ),
 ]
 CamerasOption = Annotated[
     list[str] | None,
@@ -52,6 +113,11 @@ CamerasOption = Annotated[
 StateColumnOption = Annotated[
     str, typer.Option(help="Data set column of the state; empty for a policy without one.")
 ]
+TasksOption = Annotated[
+    str | None, typer.Option("--tasks", help="Comma-separated task names; all by default.")
+]
+CountOption = Annotated[int, typer.Option(help="Observations to measure on.")]
+HeldOutOption = Annotated[int, typer.Option(help="Observations to judge by.")]
 SettingOption = Annotated[
     str,
     typer.Option(
@@ -88,40 +154,57 @@ WaitOption = Annotated[
     typer.Option("--wait-minutes", help="Under torchrun: how long to wait for other processes."),
 ]
 WorkersOption = Annotated[int, typer.Option("--workers", help="Processes, one a core.")]
-
-
-def open_dataset(
-    root: Path | None, cameras: list[str] | None, state_column: str
-) -> "LeRobotDataset | None":
-    """Open a LeRobot data set under the policy's own camera names; None for the simulator.
-
-    Raises:
-        QvlaError: a camera is not of the form NAME=COLUMN, or the data set lacks a column.
-    """
-    if root is None:
-        return None
-    from calibration.sources.lerobot import KeyMap, LeRobotDataset
-
-    pairs = [text.partition("=") for text in cameras or ()]
-    if bad := [name for name, _, column in pairs if not name or not column]:
-        raise QvlaError(
-            f"--camera takes NAME=COLUMN, such as full_image=observation.images.front, got {bad}"
-        )
-    columns = {name: column for name, _, column in pairs}
-    return LeRobotDataset(root, KeyMap(columns, state_column or None))
-
-
-def open_checkpoint(
-    place: Path, unnorm_key: str | None, preset: str | None, resident: bool = True
-) -> "Policy":
-    """Load a checkpoint folder on the host; `resident` False leaves its weights on disk.
-
-    Raises:
-        QvlaError: it is no checkpoint.
-    """
-    from qvla_export.policies.families import open_policy
-
-    kind = PolicySource(str(place)).kind
-    if kind != "checkpoint":
-        raise QvlaError(f"{place} must be a checkpoint folder, it is a {kind}")
-    return open_policy(place, unnorm_key, preset, resident)
+QuantizerOption = Annotated[
+    Literal["nearest", "compensated"],
+    typer.Option(
+        "--quantizer",
+        help="Of plans: nearest codes, or codes that make up for each other (qvla round).",
+    ),
+]
+ProbesOption = Annotated[
+    int,
+    typer.Option(
+        "--probes",
+        min=0,
+        help="Random probes an observation; 0 takes the whole Jacobian. At 4 they made 10 to 25 % "
+        "of the variance on the reference policy, which observations were drawn the rest; the "
+        "command states both.",
+    ),
+]
+ShareOption = Annotated[
+    float,
+    typer.Option("--exact-share", help="Of all channels: measured exactly by two-stage."),
+]
+RatesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--rates",
+        help="Device rates that `qvla bench rates` measured, for cpu.",
+        callback=SOME_RATES.require,
+    ),
+]
+PowerModeOption = Annotated[
+    str | None,
+    typer.Option("--power-mode", help="Power mode the prediction is for; the target's fastest."),
+]
+MaxPredictedOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-latency-ms",
+        "--max-predicted-ms",
+        help="Longest predicted action, ms; needs --policy.",
+    ),
+]
+LimitedPolicyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--policy", help="Checkpoint, for a limit on the latency.", callback=A_CHECKPOINT.require
+    ),
+]
+EnvironmentOption = Annotated[
+    Path, typer.Option(help="Environment of the libraries: make baselines-env.")
+]
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr."),
+]

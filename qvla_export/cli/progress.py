@@ -3,11 +3,15 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import rich.progress as bars
 from rich.console import Console
 
 from qvla_export.pipeline.progress import OnProgress, Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
 # A log hears of the same work again after so many seconds.
 _REPEAT_S = 30.0
@@ -16,12 +20,14 @@ _REPEAT_S = 30.0
 @contextmanager
 def progress_shown(console: Console | None = None) -> Iterator[OnProgress]:
     """Yield a listener that draws on stderr until the block ends."""
-    where = console or Console(stderr=True, highlight=False)
+    where = console or Console(stderr=True, highlight=False, soft_wrap=True)
     if not where.is_terminal:
         yield _Lines(where.print).hear
         return
+    import rich.progress as bars
+
     columns = (
-        bars.TextColumn("{task.description}"),
+        bars.TextColumn("{task.description}", markup=False),
         bars.BarColumn(),
         bars.TaskProgressColumn(),
         bars.TimeRemainingColumn(elapsed_when_finished=True),
@@ -31,11 +37,11 @@ def progress_shown(console: Console | None = None) -> Iterator[OnProgress]:
 
 
 class _Bars:
-    """One bar for each piece of work."""
+    """One bar for each step, or piece of work in a call without steps."""
 
-    def __init__(self, drawn: bars.Progress) -> None:
+    def __init__(self, drawn: "Bars") -> None:
         self._drawn = drawn
-        self._tasks: dict[str, bars.TaskID] = {}
+        self._tasks: dict[str, TaskID] = {}
 
     def hear(self, progress: Progress) -> None:
         text = _text(progress)
@@ -48,7 +54,10 @@ class _Bars:
             kept = " (kept)" if progress.state == "kept" else ""
             self._drawn.update(task, description=text + kept, completed=done, total=done)
         elif progress.total:
-            self._drawn.update(task, completed=progress.done, total=progress.total)
+            said = f"{text}: {progress.detail}" if progress.detail else text
+            self._drawn.update(
+                task, description=said, completed=progress.done, total=progress.total
+            )
 
 
 class _Lines:
@@ -58,29 +67,36 @@ class _Lines:
         self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._say, self._clock = say, clock
-        # Of the work that runs: its text, when it began and at how many units, the last line.
+        # Of the work that runs: its text, when it began, when a line was last said.
         self._text = ""
         self._began = self._last = 0.0
-        self._first = 0
+        # Of the units that are counted: what they are, when and at how many they began.
+        self._detail = ""
+        self._counting, self._first = 0.0, 0
 
     def hear(self, progress: Progress) -> None:
         now, text = self._clock(), _text(progress)
         if text != self._text:
-            self._text, self._began, self._last, self._first = text, now, now, progress.done
+            self._text, self._began, self._last = text, now, now
+            self._detail, self._counting, self._first = progress.detail, now, progress.done
             if progress.state == "running":
                 self._say(text)
+        if progress.detail != self._detail:
+            self._detail, self._counting, self._first = progress.detail, now, progress.done
         if progress.state != "running":
             self._say(f"{text}: {progress.state}, {now - self._began:.0f} s")
             self._text = ""
         elif now - self._last >= _REPEAT_S and progress.total:
             self._last = now
-            self._say(f"{text}: {progress.done} of {progress.total}{self._left(progress, now)}")
+            part = f": {progress.detail}" if progress.detail else ""
+            count = f"{progress.done} of {progress.total}"
+            self._say(f"{text}{part}: {count}{self._left(progress, now)}")
 
     def _left(self, progress: Progress, now: float) -> str:
         units = progress.done - self._first
         if units <= 0:
             return ""
-        left_s = (now - self._began) / units * (progress.total - progress.done)
+        left_s = (now - self._counting) / units * (progress.total - progress.done)
         return (
             f", about {left_s:.0f} s left"
             if left_s < 120

@@ -81,7 +81,8 @@ class DeviceRates:
         value = read_json(path, "device rates")
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise ArtifactError(
-                f"{path} holds no device rates of format {_FORMAT}; measure them with: qvla rates"
+                f"{path} holds no device rates of format {_FORMAT}; measure them with: qvla bench "
+                "rates"
             )
         require_fields(value, ("mode", "rates"), f"device rates {path}")
         try:

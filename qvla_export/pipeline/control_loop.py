@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.cli.run_options import RunOptions
+from qvla_export.pipeline.control_options import RunOptions
 from qvla_export.pipeline.control_sources import open_source
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.shared.action import ActionPolicy

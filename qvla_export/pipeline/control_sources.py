@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvla_export.cli.run_options import RunOptions
+from qvla_export.pipeline.control_options import RunOptions
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def open_source(
 
 def _episode(options: RunOptions, contract: "PolicyContract", clock: "LoopClock") -> "Source":
     from jetson.control.sources import EpisodeSource
-    from qvla_export.cli.options import open_dataset
+    from qvla_export.pipeline.calibrate import open_dataset
 
     root, _, number = options.place.partition("#")
     if not number.isdecimal():

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.progress import Progress
 
 from qvla_export.allocation.setting import Setting
-from qvla_export.cli.verify import held_out_reference
 from qvla_export.pipeline.fake_quantized import error_figures
 from qvla_export.pipeline.plan import bar, kept_artifact, load_plan, require_calibration
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.run_folder import RunFolder, made
+from qvla_export.pipeline.verify import held_out_reference
 from qvla_export.shared.artifacts import read_json, require_same, write_json
 
 Weights = Literal["packed", "unpacked"]

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Runtime
+
+if TYPE_CHECKING:
+    from qvla_export.policies.base import Policy
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,19 @@ class PolicySource:
 
             return Bundle.load(Path(self.place)).digest
         return str(getattr(policy, "digest"))  # noqa: B009  # not part of the ActionPolicy protocol
+
+
+def open_checkpoint(
+    place: Path, unnorm_key: str | None = None, preset: str | None = None, resident: bool = True
+) -> "Policy":
+    """Load a checkpoint folder on the host; `resident` False leaves its weights on disk.
+
+    Raises:
+        QvlaError: it is no checkpoint.
+    """
+    from qvla_export.policies.families import open_policy
+
+    kind = PolicySource(str(place)).kind
+    if kind != "checkpoint":
+        raise QvlaError(f"{place} must be a checkpoint folder, it is a {kind}")
+    return open_policy(place, unnorm_key, preset, resident)

@@ -30,7 +30,7 @@ class Device:
     target: Target
     # None for the target's modes, the fastest first.
     power_mode: str | None
-    # File of `qvla rates`; takes the place of the target's own modes.
+    # File of `qvla bench rates`; takes the place of the target's own modes.
     rates: Path | None
 
     def models(self, network: NetworkShape) -> tuple[LatencyModel, ...]:

@@ -3,9 +3,12 @@
 Pipeline calls take an `OnProgress` and print nothing; `qvla_export.cli.progress` draws it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
+
+State = Literal["running", "made", "kept"]
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,13 @@ class Progress:
     # Units of the work that are done, and all; 0 of 0 where it has none.
     done: int = 0
     total: int = 0
-    # Which step of how many this belongs to; 0 of 0 in a call that is one step.
+    # Which step of how many this is or belongs to; 0 of 0 in a call that is one step.
     step: int = 0
     steps: int = 0
     # "kept": an artifact of an earlier call is up to date and nothing was to be done.
-    state: Literal["running", "made", "kept"] = "running"
+    state: State = "running"
+    # Inside a numbered step: which part of its work `done` and `total` count.
+    detail: str = ""
 
 
 OnProgress = Callable[[Progress], None]
@@ -36,21 +41,33 @@ def bar(on_progress: OnProgress, work: str) -> Callable[[int, int], None]:
     return lambda done, total: on_progress(Progress(work, done, total))
 
 
-@dataclass(frozen=True)
-class Steps:
-    """The steps of a call, numbered for whoever listens."""
+class NumberedSteps:
+    """The steps of a long call, numbered for whoever listens."""
 
-    on_progress: OnProgress
-    steps: int
-    # Of the step that runs; 0 before the first.
-    step: int = 0
+    def __init__(self, on_progress: OnProgress, steps: int) -> None:
+        self._on_progress = on_progress
+        self._steps = steps
+        # Of the step that runs; 0 before the first.
+        self._step = 0
 
-    def next(self, work: str) -> "Steps":
-        """Begin the next step; its `on_progress` numbers what the step reports."""
-        begun = replace(self, step=self.step + 1)
-        begun.tell(Progress(work))
-        return begun
+    @contextmanager
+    def next(self, work: str) -> Iterator[OnProgress]:
+        """Yield the listener of the next step; say when it begins and ends.
 
-    def tell(self, progress: Progress) -> None:
-        """Report on the step that runs."""
-        self.on_progress(replace(progress, step=self.step, steps=self.steps))
+        A step was "kept" if all that it called was.
+        """
+        self._step += 1
+        whole = Progress(work, step=self._step, steps=self._steps)
+        ends: list[State] = []
+
+        def hear(part: Progress) -> None:
+            if part.state != "running":
+                ends.append(part.state)
+            else:
+                counted = replace(whole, done=part.done, total=part.total, detail=part.work)
+                self._on_progress(counted)
+
+        self._on_progress(whole)
+        yield hear
+        kept = bool(ends) and set(ends) == {"kept"}
+        self._on_progress(replace(whole, state="kept" if kept else "made"))

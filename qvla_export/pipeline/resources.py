@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from qvla_export.cli.options import open_checkpoint
 from qvla_export.measurement.distributed import Alone, DeviceChoice, World, joined_world
 from qvla_export.measurement.layer_groups import Layers, NeedsOf
 from qvla_export.measurement.peak_memory import available_bytes
 from qvla_export.measurement.whole_policy import room_beside_whole
+from qvla_export.pipeline.policy_source import open_checkpoint
 from qvla_export.policies.base import Policy
 from qvla_export.policies.families import recognize
 from qvla_export.policies.layers import traced_layers
@@ -95,7 +95,7 @@ def open_within(
 
     Args:
         resources: with the bound.
-        place, unnorm_key, preset: as `options.open_checkpoint`.
+        place, unnorm_key, preset: see `open_checkpoint`.
         demand: what is to be done, if it can be done stage by stage.
 
     Raises:

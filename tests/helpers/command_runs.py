@@ -22,13 +22,16 @@ class Outcome:
 
     @property
     def error(self) -> str:
-        """The one line that an error is."""
+        """The one line that an error is, after those of steps that were done."""
         assert self.code != 0, self.out
         assert "Traceback" not in self.err
-        lines = [line for line in self.err.splitlines() if not line.startswith(("INFO", "WARNING"))]
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("error: ")
-        return lines[0]
+        *before, last = self.err.splitlines()
+        assert not [line for line in before if line.startswith("error: ")], self.err
+        # Nothing but the log and the steps' lines goes before.
+        other = [line for line in before if not line.startswith(("INFO", "WARNING", "step "))]
+        assert not other, self.err
+        assert last.startswith("error: ")
+        return last
 
 
 def qvla(*arguments: object) -> Outcome:

@@ -61,7 +61,7 @@ def with_episodes(
     workers: int,
 ) -> SeedRow:
     """Run a contestant closed loop, or keep what was run, and add it to its row."""
-    from qvla_export.cli import baseline as baselining
+    from qvla_export.pipeline import baseline as baselining
 
     if contestant.kind == "library":
         quantized = baselining.kept_baseline(stand.run, contestant.setting)
@@ -181,7 +181,7 @@ def _float16_bytes(policy: "Policy") -> int:
 
 def _measure_library(stand: Stand, contestant: Contestant) -> SeedRow:
     from qvla_export.baselines.environment import BaselineEnvironment
-    from qvla_export.cli import baseline as baselining
+    from qvla_export.pipeline import baseline as baselining
 
     method, bits, inputs = contestant.request
     wanted = baselining.request_for(stand.target, method, bits, inputs, stand.seed, 200)

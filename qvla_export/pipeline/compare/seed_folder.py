@@ -113,8 +113,8 @@ def sensitivities(stand: Stand) -> None:
 
 def _smoothed(base: Stand) -> Stand:
     """The same calibration set with an equal policy whose layers are fed no outliers."""
-    from qvla_export.cli.options import open_checkpoint
-    from qvla_export.cli.smooth import smooth
+    from qvla_export.cli.research.smooth import smooth
+    from qvla_export.pipeline.policy_source import open_checkpoint
 
     inside = RunFolder(base.run.root / "smoothed")
     _same_observations(base.run, inside, None)

@@ -1,4 +1,4 @@
-"""`qvla bench`: every engine computes the stack, bytes and products are right, JSON holds."""
+"""`qvla bench engines`: every engine computes the stack; bytes and products are right."""
 
 import json
 from pathlib import Path
@@ -109,7 +109,9 @@ def test_a_speedup_lies_in_its_interval_and_scales(times: list[float], factor: f
 
 def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    done = CliRunner().invoke(app, ["bench", "--quick", "--rounds", "2", "--output", str(path)])
+    done = CliRunner().invoke(
+        app, ["bench", "engines", "--quick", "--rounds", "2", "--output", str(path)]
+    )
     assert done.exit_code == 0, done.output
     value = json.loads(path.read_text())
     assert value["threads"] == 1 and value["cpu"] and value["versions"]["onnxruntime"]

@@ -16,7 +16,7 @@ from qvla_export.shared.images import pixel_values
 def test_every_server_answers_and_every_sample_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
     options = ["--count", "3", "--side", "16", "--frames", "2", "--output", str(output)]
-    done = CliRunner().invoke(app, ["bench-server", *options], catch_exceptions=False)
+    done = CliRunner().invoke(app, ["bench", "server", *options], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     bench = json.loads(output.read_text())
     assert set(bench["servers"]) == {

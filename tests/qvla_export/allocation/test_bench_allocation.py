@@ -1,4 +1,4 @@
-"""`qvla bench-allocation`: a table of a published size, each method in a process of its own."""
+"""`qvla bench allocation`: a table of a published size, each method in a process of its own."""
 
 import subprocess
 import sys

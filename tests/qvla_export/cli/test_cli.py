@@ -173,7 +173,7 @@ def test_an_interrupt_says_that_the_command_continues(monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Bundle, "load", interrupt)
-    outcome = qvla("verify", "x")
+    outcome = qvla("verify", ROOT)
     assert outcome.code == 130
     assert "the same command continues" in outcome.err
 

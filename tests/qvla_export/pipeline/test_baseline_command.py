@@ -29,9 +29,9 @@ from qvla_export.baselines.layer_adapter import (
 )
 from qvla_export.baselines.methods import METHODS, BaselineRequest
 from qvla_export.baselines.results import baseline_paths, baseline_results
-from qvla_export.cli import baseline as baselining
 from qvla_export.cli.app import app
 from qvla_export.graph.golden import golden_actions
+from qvla_export.pipeline import baseline as baselining
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.layers import (
     layer_shapes,

@@ -10,7 +10,7 @@ from small_latency_models import SMALL, model_of, small_sensitivities
 
 from engines.targets import ORIN_JP7
 from qvla_export.allocation.setting import parse_setting
-from qvla_export.cli.predict import _line
+from qvla_export.cli.judge.predict import _line
 from qvla_export.latency_model.network_shape import network_of
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.oft.config import OftConfig, save_config
@@ -80,7 +80,7 @@ def test_a_planned_setting_keeps_the_limit_of_the_command(run: RunFolder) -> Non
     assert "needs --policy" in qvla(*arguments, *limit).error
     fixed = [*arguments[:4], "w8-rtn", *arguments[5:]]
     assert "fixed widths" in qvla(*fixed, *limit, *checkpoint).error
-    assert "qvla rates" in qvla(*arguments[:5], *limit, *checkpoint).error
+    assert "qvla bench rates" in qvla(*arguments[:5], *limit, *checkpoint).error
 
 
 def test_sensitivities_of_other_scales_are_refused(run: RunFolder) -> None:
@@ -115,7 +115,7 @@ def test_small_predictions_keep_their_digits(ms: float, shown: str) -> None:
         ((), "one of the two"),
         (("--geometry", "openvla-7b", "--bits", "3"), "add up to 1"),
         (("--geometry", "openvla-7b", "--bits", "8:0.5,4:0.4"), "add up to 1"),
-        (("--geometry", "openvla-7b", "--target", "cpu"), "qvla rates"),
+        (("--geometry", "openvla-7b", "--target", "cpu"), "qvla bench rates"),
         (("--geometry", "openvla-7b", "--power-mode", "60W"), "no power mode '60W'"),
         (("--geometry", "openvla-7b", "--rates", "nowhere.json"), "not found"),
     ],

@@ -1,4 +1,4 @@
-"""A random checkpoint of a given geometry, and `qvla real-size` on a small one."""
+"""A random checkpoint of a given geometry, and `qvla bench size` on a small one."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_real_size_takes_a_small_policy_through_every_step(
 ) -> None:
     (tmp_path / "checkpoint").symlink_to(checkpoint)
     output = tmp_path / "figures.json"
-    arguments = ["real-size", str(tmp_path), "--target", "cpu", "--layers-per-part", "2"]
+    arguments = ["bench", "size", str(tmp_path), "--target", "cpu", "--layers-per-part", "2"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(output)])
     assert result.exit_code == 0, result.output
     steps = {step["name"]: step for step in json.loads(output.read_text())["steps"]}
@@ -79,7 +79,7 @@ def test_real_size_takes_a_small_policy_through_every_step(
 
 
 def test_bad_mix_is_refused(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["real-size", str(tmp_path), "--mix", "8:x"])
+    result = CliRunner().invoke(app, ["bench", "size", str(tmp_path), "--mix", "8:x"])
     assert result.exit_code != 0 and "WIDTH:SHARE" in str(result.exception)
 
 

@@ -162,7 +162,7 @@ def test_with_the_gpu_one_command_builds_verifies_and_profiles(
 ) -> None:
     built: list[Path] = []
 
-    def build(bundle: Bundle, place: Path) -> None:
+    def build(bundle: Bundle, place: Path, *settings: object) -> None:
         built.append(place)
 
     def load(bundle: Bundle, *settings: object, runtime: object) -> OrtEngine:
@@ -170,7 +170,7 @@ def test_with_the_gpu_one_command_builds_verifies_and_profiles(
         return OrtEngine(bundle, 1)
 
     monkeypatch.setattr("engines.trt.gpu.find_gpu", lambda: Gpu("RTX", "sm_89"))
-    monkeypatch.setattr("qvla_export.cli.build.build_with_progress", build)
+    monkeypatch.setattr("engines.trt.builder.build_engines", build)
     monkeypatch.setattr("engines.load.load_engine", load)
     output = tmp_path / "report.json"
     outcome = qvla(

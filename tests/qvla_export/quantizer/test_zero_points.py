@@ -20,10 +20,10 @@ from engines.load import load_engine
 from engines.targets import CPU, find_target
 from engines.verify import judge
 from qvla_export.allocation.setting import parse_setting
-from qvla_export.cli.quantize import variants
 from qvla_export.graph.passes.bucketize import bucketize
 from qvla_export.measurement.measure_moments import measure_moments
 from qvla_export.pipeline import plan as stages
+from qvla_export.pipeline.quantizers import variants
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.packed_storage import bucket_bytes

@@ -1,0 +1,1 @@
+"""`qvla bench`: what only times."""

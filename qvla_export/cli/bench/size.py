@@ -1,0 +1,68 @@
+"""`qvla bench size`: a policy of a published size through export, engines and one action."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qvla_export.shared.artifacts import versions, write_json
+
+if TYPE_CHECKING:
+    from qvla_export.pipeline.real_size import Step
+
+
+def size(
+    work: Annotated[Path, typer.Argument(help="Folder for checkpoint, bundle and engines.")],
+    geometry: Annotated[str, typer.Option(help="Published size.")] = "openvla-oft-7b",
+    target: Annotated[str, typer.Option(help="Target of bundle and engines.")] = "rtx4070",
+    mix: Annotated[
+        str, typer.Option(help="Shares of the channels at each width, or float.")
+    ] = "8:0.15,4:0.7,0:0.15",
+    layers_per_part: Annotated[int, typer.Option(min=1, help="Decoder blocks a part.")] = 1,
+    skip_engines: Annotated[
+        bool, typer.Option("--skip-engines", help="Build no TensorRT engines.")
+    ] = False,
+    skip_action: Annotated[
+        bool, typer.Option("--skip-action", help="Run no action through ONNX Runtime.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Figures as JSON.")] = None,
+) -> None:
+    """Take a random policy of a published size through every stage; needs tens of GB of disk."""
+    from qvla_export.pipeline import real_size as step
+    from qvla_export.pipeline.real_size import RealSize, measured, shares
+
+    wanted = RealSize(work, geometry, target, shares(mix), layers_per_part)
+    steps = [] if wanted.checkpoint.is_dir() else [measured("checkpoint", step.checkpoint, wanted)]
+    steps.append(measured("export", step.export, wanted))
+    if not skip_engines and target == "rtx4070":
+        steps.append(measured("engines", step.engines, wanted))
+    if not skip_action:
+        steps.append(measured("one action", step.act, wanted))
+    if output is not None:
+        figures = {
+            "geometry": geometry,
+            "target": target,
+            "mix": mix,
+            "layers_per_stage": layers_per_part,
+            "command": " ".join(["qvla", *sys.argv[1:]]),
+            "versions": versions(),
+            "steps": [asdict(step) for step in steps],
+        }
+        write_json(output, figures)
+    Console().print(_table(steps))
+
+
+def _table(steps: "list[Step]") -> Table:
+    table = Table(title="real size")
+    for column in ("step", "minutes", "peak above the interpreter", "result"):
+        table.add_column(column)
+    for step in steps:
+        shown = {k: v for k, v in step.result.items() if isinstance(v, int | float)}
+        texts = [f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in shown.items()]
+        peak = f"{step.peak_bytes / 1e9:.2f} GB"
+        table.add_row(step.name, f"{step.seconds / 60:.1f}", peak, ", ".join(texts))
+    return table

@@ -1,0 +1,155 @@
+"""`qvla deploy`: every stage in order, from a checkpoint to a report."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qvla_export.cli.options import (
+    CamerasOption,
+    CountOption,
+    DatasetOption,
+    HeldOutOption,
+    JsonOption,
+    NewRunOption,
+    PolicyOption,
+    PresetOption,
+    QuantizerOption,
+    SeedOption,
+    StateColumnOption,
+    TargetOption,
+    TasksOption,
+    UnnormKeyOption,
+    WorkersOption,
+    ZeroPointsOption,
+)
+from qvla_export.cli.progress import progress_shown
+
+if TYPE_CHECKING:
+    from qvla_export.pipeline.deploy import DeployedSetting, DeploymentResult
+
+
+def deploy(
+    policy: PolicyOption = Path("checkpoints/reference"),
+    run: NewRunOption = Path("runs/demo"),
+    target: TargetOption = "cpu",
+    settings: Annotated[
+        str, typer.Option(help="Comma-separated: float, w<mean bits>, w<bits>-rtn.")
+    ] = "float,w8,w8a8,w4,w4-rtn,w2,w2-rtn",
+    dataset: DatasetOption = None,
+    cameras: CamerasOption = None,
+    state_column: StateColumnOption = "observation.state",
+    tasks: TasksOption = None,
+    count: CountOption = 64,
+    held_out: HeldOutOption = 64,
+    episodes: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Simulated episodes of each task and setting; default 20, with --dataset 0.",
+        ),
+    ] = None,
+    check_pairs: Annotated[
+        int,
+        typer.Option(min=0, help="(channel, width) pairs compared with exact measurement."),
+    ] = 500,
+    samples: Annotated[int, typer.Option(min=1, help="Actions of each latency profile.")] = 200,
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads of each engine in the latency profile.")
+    ] = 1,
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+    seed: SeedOption = 0,
+    workers: WorkersOption = 2,
+    quantizer: QuantizerOption = "compensated",
+    zero_points: ZeroPointsOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every stage: calibration, sensitivities, plans, bundles, judgement, latency, report."""
+    from engines.targets import find_target
+    from qvla_export.allocation.setting import parse_setting
+    from qvla_export.pipeline.calibrate import chosen_tasks, open_dataset
+    from qvla_export.pipeline.deploy import Deployment
+    from qvla_export.pipeline.deploy import deploy as run_steps
+    from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
+    from qvla_export.pipeline.run_folder import RunFolder
+
+    device = find_target(target, zero_points)
+    request = Deployment(
+        run=RunFolder(run),
+        source=PolicySource(str(policy), unnorm_key, preset, threads=1),
+        settings=tuple(parse_setting(name.strip(), device) for name in settings.split(",")),
+        target=target,
+        dataset=open_dataset(dataset, cameras, state_column),
+        tasks=chosen_tasks(tasks) if dataset is None or episodes else (),
+        count=count,
+        held_out=held_out,
+        episodes=(20 if dataset is None else 0) if episodes is None else episodes,
+        check_pairs=check_pairs,
+        samples=samples,
+        threads=threads,
+        seed=seed,
+        workers=workers,
+        quantizer=quantizer,
+        zero_points=zero_points,
+        command=" ".join(["qvla", *sys.argv[1:]]),
+    )
+    opened = open_checkpoint(policy, unnorm_key, preset)
+    with progress_shown() as on_progress:
+        result = run_steps(request, opened, on_progress)
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), indent=1))
+    else:
+        _print(result, device.name)
+
+
+def _print(result: "DeploymentResult", target: str) -> None:
+    compared = result.agreement
+    if compared is not None:
+        typer.echo(
+            f"sensitivities: Spearman {compared.spearman:.4f} with exact, at "
+            f"{compared.time_ratio:.4f} of its time"
+        )
+    if not result.native:
+        typer.echo(
+            f"this machine cannot run engines for {target}: its graphs are judged on ONNX "
+            "Runtime, latency is not measured; on the device: qvla verify BUNDLE --latency"
+        )
+    Console().print(_table(result))
+    typer.echo(f"report: {result.report}")
+    served = result.rows[-1].bundle.parent.parent
+    typer.echo(f"serve one: qvla serve {served}/<setting>/bundle")
+
+
+def _table(result: "DeploymentResult") -> Table:
+    table = Table(title="float against quantized")
+    for column in ("setting", "layers / FP16", "bundle", "action RMS", "success", "p50", "p99"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    for row in result.rows:
+        table.add_row(
+            row.setting,
+            f"{row.layer_ratio:.3f}",
+            f"{row.bundle_bytes / 1e6:.2f} MB",
+            f"{row.action_rms:.5f}",
+            _success(row),
+            "not run" if row.p50_ms is None else f"{row.p50_ms:.2f} ms",
+            _tail(row),
+        )
+    return table
+
+
+def _success(row: "DeployedSetting") -> str:
+    if row.success is None or row.success_interval is None:
+        return "not run"
+    low, high = row.success_interval
+    return f"{row.success:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _tail(row: "DeployedSetting") -> str:
+    if row.tail_ms is None:
+        return ""
+    return f"{row.tail_ms:.2f} ms" if row.tail == "p99" else f"{row.tail} {row.tail_ms:.2f} ms"

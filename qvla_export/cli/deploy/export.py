@@ -1,0 +1,57 @@
+"""`qvla export`: the bundle a robot receives."""
+
+from typing import Annotated
+
+import typer
+
+from qvla_export.cli.options import (
+    PolicyOption,
+    PresetOption,
+    RunOption,
+    SettingOption,
+    TargetOption,
+    UnnormKeyOption,
+)
+
+LayersPerPartOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Decoder blocks a part: for a policy that does not fit into memory. Default: "
+        "one graph of the whole policy.",
+    ),
+]
+AccuracyOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=4,
+        help="Of the cpu target's packed products: 0 keeps float activations; 4 rounds them "
+        "to 8 bits a block, much faster where a layer sees few rows.",
+    ),
+]
+
+
+def export(
+    run: RunOption,
+    policy: PolicyOption,
+    setting: SettingOption,
+    target: TargetOption = "cpu",
+    layers_per_part: LayersPerPartOption = None,
+    accuracy_level: AccuracyOption = 0,
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+) -> None:
+    """Write the bundle a robot receives: bucketed ONNX, packed weights, golden observations."""
+    from engines.targets import find_target
+    from qvla_export.allocation.setting import parse_setting
+    from qvla_export.pipeline import export as exporting
+    from qvla_export.pipeline.policy_source import open_checkpoint
+    from qvla_export.pipeline.run_folder import RunFolder
+
+    folder, device = RunFolder(run), find_target(target)
+    wanted = parse_setting(setting, device)
+    loaded = open_checkpoint(policy, unnorm_key, preset, resident=layers_per_part is None)
+    bundle = exporting.export(folder, wanted, loaded, device, layers_per_part, accuracy_level)
+    typer.echo(f"bundle: {bundle.nbytes / 1e6:.2f} MB -> {bundle.path}")
+    typer.echo(exporting.graph_figures(bundle))

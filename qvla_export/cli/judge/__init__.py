@@ -1,0 +1,1 @@
+"""Help panel *Judge*: success, latency, sizes and rules of what was deployed."""

@@ -1,0 +1,1 @@
+"""Help panel *Research*: the paper's comparisons and the stages that a deployment may leave out."""

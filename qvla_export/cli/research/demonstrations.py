@@ -1,0 +1,25 @@
+"""`qvla demonstrations`: scripted experts, recorded as a data set."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvla_export.cli.options import SeedOption, TasksOption, WorkersOption
+
+
+def demonstrations(
+    output: Annotated[Path, typer.Argument(help="LeRobotDataset folder to create.")],
+    tasks: TasksOption = None,
+    episodes: Annotated[int, typer.Option(help="Successful episodes of each task.")] = 250,
+    seed: SeedOption = 20261,
+    workers: WorkersOption = 2,
+) -> None:
+    """Record scripted experts in the simulator as a LeRobotDataset v3.0."""
+    from calibration.benchmarks.metaworld.demonstrations import Recording, record_demonstrations
+    from calibration.benchmarks.metaworld.tasks import find_task
+    from qvla_export.pipeline.calibrate import chosen_tasks
+
+    chosen = [find_task(name) for name in chosen_tasks(tasks)]
+    record_demonstrations(output, chosen, episodes, Recording(seed=seed), workers)
+    typer.echo(f"demonstrations: {episodes} episodes of {len(chosen)} tasks -> {output}")

@@ -1,0 +1,36 @@
+"""`qvla round`: codes of a plan that make up for each other's errors."""
+
+import typer
+
+from qvla_export.cli.options import (
+    PolicyOption,
+    PresetOption,
+    RunOption,
+    SettingOption,
+    UnnormKeyOption,
+)
+from qvla_export.shared.errors import QvlaError
+
+
+def round_command(
+    run: RunOption,
+    policy: PolicyOption,
+    setting: SettingOption,
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+) -> None:
+    """Make the codes of a plan whose quantizer compensates errors; qvla export packs them."""
+    from qvla_export.allocation.setting import parse_setting
+    from qvla_export.pipeline import moments as compensating
+    from qvla_export.pipeline.policy_source import open_checkpoint
+    from qvla_export.pipeline.run_folder import RunFolder
+
+    folder, wanted = RunFolder(run), parse_setting(setting)
+    loaded = open_checkpoint(policy, unnorm_key, preset, resident=False)
+    planned = compensating.rounded(folder, wanted, loaded)
+    if planned is None or planned.rounding is None:
+        raise QvlaError(
+            f"the plan of {setting} takes the nearest codes, nothing is to be made; for others: "
+            "qvla sensitivities --quantizer compensated, then qvla plan"
+        )
+    typer.echo(f"rounding: {len(planned.rounding.layers)} layers -> {folder.rounding(wanted)}")

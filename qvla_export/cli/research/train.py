@@ -1,0 +1,33 @@
+"""`qvla train`: a small policy from demonstrations, by imitation."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvla_export.cli.options import A_DATASET, SeedOption
+
+
+def train(
+    dataset: Annotated[
+        Path, typer.Argument(help="LeRobotDataset v3.0 folder.", callback=A_DATASET.require)
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder of the training; continued if it exists.")],
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 6000,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 64,
+    precision: Annotated[str, typer.Option(help="bf16 (AVX512-BF16 CPUs) or fp32.")] = "bf16",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    seed: SeedOption = 0,
+) -> None:
+    """Train a small OpenVLA-OFT policy from demonstrations by imitation."""
+    import torch
+
+    from calibration.training.train import OftSize, TrainingConfig, train_policy
+
+    torch.set_num_threads(threads)
+    config = replace(
+        TrainingConfig(), steps=steps, batch_size=batch_size, precision=precision, seed=seed
+    )
+    checkpoint = train_policy(dataset, output, OftSize(), config, "metaworld_scripted")
+    typer.echo(f"trained: {checkpoint}")

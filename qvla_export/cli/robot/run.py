@@ -1,0 +1,92 @@
+"""`qvla run`: a policy on a robot."""
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from qvla_export.cli.options import (
+    CamerasOption,
+    SeedOption,
+    StateColumnOption,
+    ThreadsOption,
+    WeightsOption,
+)
+from qvla_export.cli.robot.run_options import (
+    CommandJointsOption,
+    CommandsOption,
+    EnsembleDecayOption,
+    ExecuteOption,
+    GiveUpOption,
+    HoldMsOption,
+    HoldOption,
+    InstructionOption,
+    JointsOption,
+    LimitsOption,
+    LiveOption,
+    MaxActionAgeOption,
+    MaxObservationAgeOption,
+    MaxStepOption,
+    ModeOption,
+    RampMsOption,
+    RateOption,
+    RecordOption,
+    RunPolicyArgument,
+    SafeOption,
+    SecondsOption,
+    SimulatedTimeOption,
+    SourceOption,
+)
+
+if TYPE_CHECKING:
+    from jetson.control.records import RunResult
+
+
+def run(
+    policy: RunPolicyArgument,
+    source: SourceOption,
+    rate_hz: RateOption,
+    mode: ModeOption = "receding",
+    execute: ExecuteOption = None,
+    ensemble_decay: EnsembleDecayOption = 0.01,
+    instruction: InstructionOption = None,
+    hold: HoldOption = None,
+    safe: SafeOption = None,
+    limits: LimitsOption = None,
+    max_step: MaxStepOption = None,
+    max_action_age_ms: MaxActionAgeOption = None,
+    max_observation_age_ms: MaxObservationAgeOption = None,
+    hold_ms: HoldMsOption = 500.0,
+    ramp_ms: RampMsOption = 1000.0,
+    give_up_s: GiveUpOption = 10.0,
+    commands: CommandsOption = "none",
+    record: RecordOption = None,
+    live: LiveOption = None,
+    seconds: SecondsOption = None,
+    simulated_time: SimulatedTimeOption = False,
+    seed: SeedOption = 1_000_000,
+    cameras: CamerasOption = None,
+    state_column: StateColumnOption = "observation.state",
+    joints: JointsOption = "",
+    command_joints: CommandJointsOption = "",
+    threads: ThreadsOption = None,
+    weights: WeightsOption = "packed",
+) -> None:
+    """Run a policy closed loop, on time: safe commands out, whatever is late or broken.
+
+    Exits with 0 after a clean stop (end of the source, --seconds, SIGINT, SIGTERM) and with 2
+    after faults. The last command is always the safe action.
+    """
+    given = dict(locals())  # one option a field
+    from qvla_export.pipeline.control_loop import run_policy
+    from qvla_export.pipeline.control_options import RunOptions
+
+    result = run_policy(RunOptions(**given | {"cameras": tuple(cameras or ())}))
+    # Not on stdout where the commands are.
+    typer.echo(_summary(result), err=commands == "stdout")
+    if not result.ok:
+        raise typer.Exit(2)
+
+
+def _summary(result: "RunResult") -> str:
+    counted = ", ".join(f"{name} {count}" for name, count in result.counters.items())
+    return f"run: {result.state.value} after {result.seconds:.1f} s, {result.reason}; {counted}"

@@ -1,0 +1,104 @@
+"""`qvla serve`: actions over HTTP, websocket and ZMQ."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qvla_export.cli.options import PresetOption, ThreadsOption, UnnormKeyOption, WeightsOption
+from qvla_export.cli.robot.serve_options import (
+    AllowHostOption,
+    DeadlineOption,
+    Gr00tPortOption,
+    HostOption,
+    MaxBodyOption,
+    MaxRateOption,
+    McapOption,
+    PortOption,
+    RecordImagesOption,
+    ReplyOption,
+    ServedPolicyArgument,
+    StrictCompatOption,
+    TlsCertOption,
+    TlsClientCaOption,
+    TlsKeyOption,
+    TokenFileOption,
+    WarmupOption,
+)
+from qvla_export.shared.errors import QvlaError
+
+if TYPE_CHECKING:
+    from jetson.serving.security import TlsFiles
+
+_LOG = logging.getLogger(__name__)
+
+
+def serve(
+    policy: ServedPolicyArgument,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    reply: ReplyOption = "auto",
+    strict_compat: StrictCompatOption = False,
+    gr00t_port: Gr00tPortOption = None,
+    token_file: TokenFileOption = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_client_ca: TlsClientCaOption = None,
+    allow_host: AllowHostOption = None,
+    max_rate_hz: MaxRateOption = 1000.0,
+    max_body_mb: MaxBodyOption = 32,
+    warmup: WarmupOption = 3,
+    deadline_ms: DeadlineOption = None,
+    record: McapOption = None,
+    record_images: RecordImagesOption = "png",
+    threads: ThreadsOption = None,
+    weights: WeightsOption = "packed",
+    unnorm_key: UnnormKeyOption = None,
+    preset: PresetOption = None,
+) -> None:
+    """Serve actions as OpenVLA and OpenVLA-OFT (POST /act), openpi (websocket), GR00T (ZMQ) do.
+
+    Only this machine can connect unless a token or client certificates keep others out. At / a
+    browser shows what the robot sees and does (password: the token); Prometheus reads /metrics.
+    """
+    from jetson.server import serve as run_server
+    from jetson.server_settings import ServerSettings
+    from jetson.serving.security import read_token
+    from qvla_export.pipeline.policy_source import PolicySource
+
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        reply=reply,  # type: ignore[arg-type]  # checked there
+        strict_compat=strict_compat,
+        gr00t_port=gr00t_port,
+        token=read_token(token_file),
+        tls=_tls(tls_cert, tls_key, tls_client_ca),
+        allowed_hosts=tuple(name.lower() for name in allow_host or ()),
+        max_rate_hz=max_rate_hz,
+        max_body_bytes=max_body_mb << 20,
+        warmup=warmup,
+        deadline_ms=deadline_ms,
+        record=record,
+        record_images=record_images,
+    )
+    _warn_of_slow_settings()
+    run_server(PolicySource(policy, unnorm_key, preset, threads, weights)(), settings)
+
+
+def _warn_of_slow_settings() -> None:
+    """Say what makes this machine's figures worse than they could be, as `qvla doctor` does."""
+    from jetson.board import read_board_state
+    from jetson.doctor.examination import slow_settings
+
+    if slow := slow_settings(read_board_state()):
+        _LOG.warning("slower than it could be, see qvla doctor: %s", slow)
+
+
+def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> "TlsFiles | None":
+    from jetson.serving.security import TlsFiles
+
+    if certificate is None and key is None and client_ca is None:
+        return None
+    if certificate is None or key is None:
+        raise QvlaError("TLS needs both --tls-cert and --tls-key")
+    return TlsFiles(certificate, key, client_ca)

@@ -1,0 +1,292 @@
+"""Every step in order, from a checkpoint to a report."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qvla_export.allocation.setting import Setting
+from qvla_export.pipeline import evaluate as judging
+from qvla_export.pipeline import moments as compensating
+from qvla_export.pipeline import plan as stages
+from qvla_export.pipeline.build import build_bundle
+from qvla_export.pipeline.export import export
+from qvla_export.pipeline.policy_source import PolicySource
+from qvla_export.pipeline.progress import NumberedSteps, OnProgress, ignore
+from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.shared.artifacts import read_json, versions, write_json
+from qvla_export.shared.errors import InvalidObservation
+
+if TYPE_CHECKING:
+    from calibration.sources.lerobot import LeRobotDataset
+    from qvla_export.policies.base import Policy
+    from qvla_export.sensitivity.agreement import Agreement
+
+_FORMAT = "qvla.deployment/1"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What to deploy, for what, and how it is judged."""
+
+    run: RunFolder
+    source: PolicySource
+    settings: tuple[Setting, ...]
+    target: str = "cpu"
+    # None for the simulator, whose tasks follow.
+    dataset: "LeRobotDataset | None" = None
+    tasks: tuple[str, ...] = ()
+    # Observations to measure on and to judge by.
+    count: int = 64
+    held_out: int = 64
+    # Simulated episodes of each task and setting; 0 for none.
+    episodes: int = 0
+    # (channel, width) pairs compared with exact measurement; 0 for none.
+    check_pairs: int = 500
+    # Actions of each latency profile, and CPU threads of its engine.
+    samples: int = 200
+    threads: int | None = 1
+    seed: int = 0
+    # Processes of episodes.
+    workers: int = 2
+    # Codes of planned settings.
+    quantizer: Literal["nearest", "compensated"] = "compensated"
+    # Whether they have zero points.
+    zero_points: bool = False
+    # What asked for it, for the record.
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class DeployedSetting:
+    """One row of the table of float against quantized."""
+
+    setting: str
+    bundle: Path
+    bundle_bytes: int
+    # Bytes of the planned layers, of those in float16.
+    layer_ratio: float
+    # Held-out RMS of normalized actions against the float policy's.
+    action_rms: float
+    # Of simulated episodes, with its Wilson 95 % interval; None where none were run.
+    success: float | None
+    success_interval: tuple[float, float] | None
+    # Latency: the median, and the p99 or, of few samples, the max; None where it was not measured.
+    p50_ms: float | None
+    tail: Literal["p99", "max"] | None
+    tail_ms: float | None
+
+
+@dataclass(frozen=True)
+class DeploymentResult:
+    """What came of a deployment."""
+
+    run: RunFolder
+    rows: tuple[DeployedSetting, ...]
+    # The sensitivities beside exact ones; None where none were compared.
+    agreement: "Agreement | None"
+    # Whether this machine runs the target's engines.
+    native: bool
+    report: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `qvla deploy --json` prints."""
+        compared = self.agreement
+        return {
+            "format": _FORMAT,
+            "run": str(self.run.root),
+            "report": str(self.report),
+            "native": self.native,
+            "spearman": None if compared is None else compared.spearman,
+            "settings": [{**asdict(row), "bundle": str(row.bundle)} for row in self.rows],
+        }
+
+
+def deploy(
+    request: Deployment, policy: "Policy", on_progress: OnProgress = ignore
+) -> DeploymentResult:
+    """Run every step; what is up to date is kept.
+
+    Raises:
+        QvlaError: data and policy do not fit, an engine drifts from torch, or see the steps.
+    """
+    from engines.load import runtime_here
+    from engines.targets import find_target
+
+    run, target = request.run, find_target(request.target)
+    native = runtime_here(target) == target.runtime
+    _check_inputs(request, policy)
+    steps = NumberedSteps(on_progress, _count_steps(request, native))
+    compared = _measure(request, policy, steps)
+    for setting in request.settings:
+        with steps.next(f"{setting.name}: plan, bundle, engine, action error"):
+            _deploy_setting(request, setting, policy)
+    if native:
+        with steps.next("latency, in process and served over HTTP"):
+            judging.latency(run, request.settings, request.samples, request.threads)
+    if request.episodes:
+        with steps.next("episodes in the simulator"):
+            _run_episodes(request)
+    with steps.next("report"):
+        from qvla_export.report.page import write_report
+
+        page = write_report(run.root)
+    return DeploymentResult(run, _rows(run, request.settings), compared, native, page)
+
+
+def _count_steps(request: Deployment, native: bool) -> int:
+    rounded = any(setting.activation_bits for setting in request.settings)
+    parts = (request.check_pairs, rounded, native, request.episodes)
+    return 3 + len(request.settings) + sum(map(bool, parts))
+
+
+def _measure(request: Deployment, policy: "Policy", steps: NumberedSteps) -> "Agreement | None":
+    """Draw the calibration set and measure on it all that plans need."""
+    from engines.targets import find_target
+    from qvla_export.report.run_data import estimators_of
+    from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
+
+    run, compared = request.run, None
+    with steps.next("calibration"):
+        stages.calibrate(
+            run, request.dataset, request.tasks, request.count, request.held_out, request.seed
+        )
+        _describe(request, policy)
+    with steps.next("sensitivities of every channel and width"):
+        target = find_target(request.target, request.zero_points)
+        compensated = request.quantizer == "compensated"
+        how = (target, FirstOrderEstimator(), request.seed)
+        measured = stages.sensitivities(run, policy, *how, compensated=compensated)
+        estimators_of(run.root, measured)  # what the report would refuse at the end
+    if request.check_pairs:
+        with steps.next("agreement with exact measurement"):
+            compared = stages.agreement(run, policy, request.check_pairs, request.seed)
+    if any(setting.activation_bits for setting in request.settings):
+        with steps.next("activations of every layer"):
+            stages.activations(run, policy)
+    return compared
+
+
+def _deploy_setting(request: Deployment, setting: Setting, policy: "Policy") -> None:
+    from engines.check.bundle import check_bundle
+    from engines.check.finding import require_no_errors
+    from engines.load import runtime_here
+    from engines.targets import find_target
+
+    run, target = request.run, find_target(request.target)
+    stages.plan(run, setting, target, policy.digest)
+    compensating.rounded(run, setting, policy)
+    bundle = export(run, setting, policy, target)
+    require_no_errors(check_bundle(bundle, target))
+    native = runtime_here(target) == target.runtime
+    if target.runtime == "tensorrt_rtx" or (native and target.runtime == "tensorrt"):
+        build_bundle(bundle)
+    judging.action_error(run, setting, policy)
+
+
+def _check_inputs(request: Deployment, policy: "Policy") -> None:
+    """Refuse data and simulator that do not fit the policy, before the first step."""
+    from calibration.benchmarks.metaworld.simulator import Simulator
+    from calibration.benchmarks.metaworld.tasks import find_task
+
+    if request.dataset is not None:
+        try:
+            policy.processor.feeds(request.dataset[0].observation)
+        except InvalidObservation as error:
+            raise InvalidObservation(
+                f"{request.dataset.root}: {error}; name the data set's columns with "
+                "--camera NAME=COLUMN and --state-column"
+            ) from error
+    if request.dataset is None or request.episodes:
+        with Simulator(find_task(request.tasks[0])) as simulator:
+            observation = simulator.reset(0)
+        try:
+            policy.processor.feeds(observation)
+        except InvalidObservation as error:
+            raise InvalidObservation(
+                f"the simulator does not fit this policy: {error}; use --dataset and --episodes 0"
+            ) from error
+
+
+def _run_episodes(request: Deployment) -> None:
+    from calibration.benchmarks.evaluation import CONTROLS, RolloutConfig
+
+    base = RolloutConfig(request.tasks, request.episodes)
+    for setting in request.settings:
+        judging.rollouts(request.run, setting, base, request.source, request.workers)
+    floats = [setting for setting in request.settings if setting.kind == "float"]
+    first = [*floats, *request.settings][0]
+    for control in CONTROLS[1:]:
+        config = RolloutConfig(request.tasks, request.episodes, control=control)
+        judging.rollouts(request.run, first, config, request.source, request.workers)
+
+
+def _describe(request: Deployment, policy: "Policy") -> None:
+    from jetson.board import read_board_state
+
+    board = read_board_state()
+    write_json(
+        request.run.description,
+        {
+            "policy": Path(request.source.place).name,
+            "policy_digest": policy.digest,
+            "target": request.target,
+            "settings": [setting.name for setting in request.settings],
+            "command": request.command,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "machine": {"cpu_model": board.cpu_model, "cores": board.cores},
+        },
+    )
+
+
+def _rows(run: RunFolder, settings: Sequence[Setting]) -> tuple[DeployedSetting, ...]:
+    from qvla_export.shared.bundle import Bundle
+
+    latency = _latencies(run)
+    rows = []
+    for setting in settings:
+        bundle = Bundle.load(run.bundle(setting))
+        layers = sum(n for part, n in bundle.weight_bytes.items() if part != "rest")
+        error = read_json(run.action_error(setting), "action error")
+        success, interval = _success(run, setting)
+        p50, tail, tail_ms = latency.get(setting.name, (None, None, None))
+        row = DeployedSetting(
+            setting.name,
+            bundle.path,
+            bundle.nbytes,
+            1.0 if bundle.plan is None else layers / bundle.plan["float16_bytes"],
+            error["rms"],
+            success,
+            interval,
+            p50,
+            tail,
+            tail_ms,
+        )
+        rows.append(row)
+    return tuple(rows)
+
+
+def _success(
+    run: RunFolder, setting: Setting
+) -> tuple[float, tuple[float, float]] | tuple[None, None]:
+    path = run.evaluation(setting)
+    if not path.is_file():
+        return None, None
+    summary = read_json(path, "evaluation")["summary"]
+    low, high = summary["wilson_95"]
+    return summary["success"], (low, high)
+
+
+def _latencies(run: RunFolder) -> dict[str, tuple[float, Any, float]]:
+    """Setting -> p50, and the name and value of its tail; empty where no latency was measured."""
+    from jetson.latency.comparison import LatencyComparison
+    from qvla_export.shared.latency_statistics import tail
+
+    if not run.latency.is_file():
+        return {}
+    return {
+        profile.name: (profile.percentile_ms(50), *tail(profile.samples_ms["total"]))
+        for profile in LatencyComparison.load(run.latency).profiles
+    }
