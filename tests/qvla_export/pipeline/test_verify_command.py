@@ -114,7 +114,8 @@ def test_against_another_bundle_and_a_checkpoint(folder: Path, tiny_checkpoint: 
     [
         ("--observations {0}/calibration", "name a checkpoint or another bundle with --against"),
         ("--observations {0}/nowhere --against {0}/float", "calibration set not found"),
-        ("--against {0}/nowhere", "is neither a checkpoint folder"),
+        ("--against {0}/nowhere", "URL of a server not found"),
+        ("--against {0}/calibration", "is neither a checkpoint folder"),
         ("--against http://localhost:1", "got a server"),
         ("--target rtx4070", "made for cpu, given rtx4070. Plan and export for it"),
         ("--target rtx4071", "Did you mean 'rtx4070'"),
