@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,13 @@ from calibration.benchmarks.metaworld.demonstrations import Recording, record_ep
 from calibration.benchmarks.metaworld.simulator import Simulator
 from calibration.benchmarks.metaworld.tasks import TASKS, find_task
 from calibration.packed_observations import pack, unpack
-from calibration.sources.image_codec import decode_png
+from calibration.sources.base import DataSource
 from calibration.sources.lerobot import KeyMap, LeRobotDataset
 from calibration.sources.lerobot_writer import Episode
 from qvla_export.shared.artifacts import (
     new_folder,
     read_json,
     require_fields,
-    sha256_tree,
     write_bytes,
     write_json,
 )
@@ -33,6 +33,8 @@ _DESCRIPTION = "calibration.json"
 _TENSORS = "observations.safetensors"
 FRAMES_PER_EPISODE = 2
 _REMEDY = "make it anew with qvla calibrate"
+# An episode to draw from: its number of frames, and what reads one of them.
+_Drawable = tuple[int, Callable[[int], Observation]]
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class CalibrationSet:
             )
             count = int(description["calibration"])
             source = dict(description["source"])
-            # Sets of before episodes were told apart do not have it.
+            # Sets written before episodes were told apart lack it.
             lengths = tuple(int(n) for n in description.get("episode_lengths", ()))
         except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is incomplete or damaged ({error}); {_REMEDY}") from error
@@ -162,27 +164,39 @@ class CalibrationSet:
 
 
 def sample_dataset(
-    dataset: LeRobotDataset,
+    dataset: DataSource,
     count: int,
     held_out: int,
     seed: int,
     frames_per_episode: int = FRAMES_PER_EPISODE,
 ) -> CalibrationSet:
-    """Draw observations from a LeRobot data set; held-out ones come from other episodes.
+    """Draw observations from recorded episodes; held-out ones come from other episodes.
+
+    Args:
+        dataset: the recording.
+        count: observations to measure on.
+        held_out: observations to judge by.
+        seed: decides episodes and frames.
+        frames_per_episode: frames taken from one episode.
 
     Raises:
         QvlaError: the data set has too few episodes, or nothing is asked for.
     """
     _require_counts(count, held_out, frames_per_episode)
-    order = np.random.default_rng(seed).permutation(len(dataset.episodes))
+    sizes = dataset.episode_lengths
+    order = np.random.default_rng(seed).permutation(len(sizes))
     needed = -(-count // frames_per_episode) - (-held_out // frames_per_episode)
     if needed > len(order):
         raise QvlaError(
             f"{count} + {held_out} observations need {needed} episodes, {dataset.root} has "
             f"{len(order)}; ask for fewer or record more"
         )
-    episodes = (dataset.episode(int(number)) for number in order)
-    source = {**dataset_source(dataset), "seed": seed}
+
+    def observation(episode: int, frame: int) -> Observation:
+        return dataset.frame(episode, frame).observation
+
+    episodes = ((sizes[int(n)], partial(observation, int(n))) for n in order)
+    source = {**dataset.identity(), "seed": seed}
     return _draw(episodes, count, held_out, seed, source, frames_per_episode)
 
 
@@ -203,28 +217,18 @@ def sample_simulator(
         raise QvlaError("drawing from the simulator needs at least one task, got none")
     recording = Recording(seed=seed)
 
-    def episodes() -> Iterable[Episode]:
+    def episodes() -> Iterable[_Drawable]:
         needed = -(-count // frames_per_episode) - (-held_out // frames_per_episode)
         rounds = -(-needed // len(tasks))
         recorded: dict[str, list[Episode]] = {}
         for name in tasks:
             with Simulator(find_task(name)) as simulator:
                 recorded[name] = [record_episode(simulator, recording, i) for i in range(rounds)]
-        return (recorded[name][i] for i in range(rounds) for name in tasks)
+        ordered = (recorded[name][i] for i in range(rounds) for name in tasks)
+        return ((len(episode), episode.observation) for episode in ordered)
 
     source = {"simulator": list(tasks), "seed": seed}
     return _draw(episodes(), count, held_out, seed, source, frames_per_episode)
-
-
-def dataset_source(dataset: LeRobotDataset) -> dict[str, Any]:
-    """Return what tells one drawing's data from another's: name, metadata digest, columns used."""
-    root = dataset.root
-    files = (p.relative_to(root).as_posix() for p in (root / "meta").rglob("*") if p.is_file())
-    return {
-        "dataset": root.resolve().name,
-        "dataset_digest": sha256_tree(root, files),
-        "columns": {**dataset.keys.images, "state": dataset.keys.state},
-    }
 
 
 def _require_counts(count: int, held_out: int, frames_per_episode: int) -> None:
@@ -236,7 +240,7 @@ def _require_counts(count: int, held_out: int, frames_per_episode: int) -> None:
 
 
 def _draw(
-    episodes: Iterable[Episode],
+    episodes: Iterable[_Drawable],
     count: int,
     held_out: int,
     seed: int,
@@ -267,17 +271,10 @@ def _draw(
     return CalibrationSet(parts[0], parts[1], source, tuple(lengths[0]))
 
 
-def _frames(episode: Episode, random: np.random.Generator, most: int) -> list[Observation]:
-    size = min(most, len(episode))
-    rows = np.sort(random.choice(len(episode), size=size, replace=False))
-    return [
-        Observation(
-            {name: decode_png(pngs[row]) for name, pngs in episode.images.items()},
-            episode.instruction,
-            episode.state[row],
-        )
-        for row in rows
-    ]
+def _frames(episode: _Drawable, random: np.random.Generator, most: int) -> list[Observation]:
+    length, observation = episode
+    rows = np.sort(random.choice(length, size=min(most, length), replace=False))
+    return [observation(int(row)) for row in rows]
 
 
 def describe(calibration: CalibrationSet) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.sources.base import Frame
 from calibration.sources.image_codec import decode_png
 from calibration.sources.lerobot_writer import (
     ACTION_KEY,
@@ -18,7 +19,7 @@ from calibration.sources.lerobot_writer import (
     Episode,
 )
 from calibration.sources.parquet_rows import ParquetRows, read_parquet
-from qvla_export.shared.artifacts import read_json, require_fields
+from qvla_export.shared.artifacts import read_json, require_fields, sha256_tree
 from qvla_export.shared.errors import ArtifactError, QvlaError
 from qvla_export.shared.observation import Observation
 
@@ -57,22 +58,8 @@ class EpisodeSpan:
     file_start: int
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One moment of a recorded episode."""
-
-    observation: Observation
-    # float32 [action dim]
-    action: NDArray[np.float32]
-    # Episode number, and frame number within it.
-    episode: int
-    frame: int
-    # Seconds since the episode's start.
-    timestamp: float
-
-
 class LeRobotDataset:
-    """A dataset on disk, indexed by global frame number.
+    """A dataset on disk, also indexed by global frame number; a `DataSource`.
 
     Raises:
         ArtifactError: a file is missing, damaged or of another version.
@@ -103,11 +90,43 @@ class LeRobotDataset:
         span = self.episodes[int(np.searchsorted(self._starts, index, side="right")) - 1]
         return self._frame(self._read(span, index, index + 1))
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the images in every frame."""
+        return tuple(self.keys.images)
+
+    @property
+    def episode_lengths(self) -> tuple[int, ...]:
+        """Number of frames in each episode."""
+        return tuple(span.stop - span.start for span in self.episodes)
+
+    def frame(self, episode: int, frame: int) -> Frame:
+        """Read one frame of an episode.
+
+        Raises:
+            IndexError: there is no such episode or frame.
+            ArtifactError: the dataset is damaged.
+        """
+        span = self._span(episode)
+        if not 0 <= frame < span.stop - span.start:
+            raise IndexError(f"frame {frame} of {span.stop - span.start}")
+        return self[span.start + frame]
+
     def frames(self, episode: int) -> Iterator[Frame]:
         """Yield the frames of one episode in order."""
         span = self._span(episode)
         for index in range(span.start, span.stop):
             yield self[index]
+
+    def identity(self) -> dict[str, Any]:
+        """Return name, digest of the metadata and the columns used."""
+        files = (p for p in (self.root / "meta").rglob("*") if p.is_file())
+        names = (path.relative_to(self.root).as_posix() for path in files)
+        return {
+            "dataset": self.root.resolve().name,
+            "dataset_digest": sha256_tree(self.root, names),
+            "columns": {**self.keys.images, "state": self.keys.state},
+        }
 
     def episode(self, episode: int) -> Episode:
         """Return one episode whole, its images still compressed."""

@@ -16,6 +16,7 @@ from calibration.sources.image_codec import decode_png
 from calibration.sources.lerobot_stats import Stats, image_stats, merge_stats, vector_stats
 from qvla_export.shared.artifacts import new_folder, write_json
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.observation import Observation
 
 CODEBASE_VERSION = "v3.0"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -48,6 +49,11 @@ class Episode:
 
     def __len__(self) -> int:
         return len(self.action)
+
+    def observation(self, frame: int) -> Observation:
+        """Return what the policy would see at a frame."""
+        images = {name: decode_png(pngs[frame]) for name, pngs in self.images.items()}
+        return Observation(images, self.instruction, self.state[frame])
 
 
 @contextlib.contextmanager

@@ -46,13 +46,12 @@ def calibrate(
     from calibration.calibration_set import (
         FRAMES_PER_EPISODE,
         CalibrationSet,
-        dataset_source,
         sample_dataset,
         sample_simulator,
     )
 
     wanted: dict[str, Any] = {"count": count, "held_out": held_out, "seed": seed}
-    wanted |= {"simulator": list(tasks)} if dataset is None else dataset_source(dataset)
+    wanted |= {"simulator": list(tasks)} if dataset is None else dataset.identity()
     frames = frames_per_episode or FRAMES_PER_EPISODE
     if frames != FRAMES_PER_EPISODE:
         wanted["frames_per_episode"] = frames

@@ -11,7 +11,6 @@ from small_datasets import INSTRUCTIONS, write_small_dataset
 from calibration.benchmarks.metaworld.tasks import find_task
 from calibration.calibration_set import (
     CalibrationSet,
-    dataset_source,
     describe,
     sample_dataset,
     sample_simulator,
@@ -207,9 +206,9 @@ def test_observations_that_differ_in_kind_are_not_written(
 def test_another_data_set_of_the_same_name_is_another_source(tmp_path: Path) -> None:
     first = LeRobotDataset(write_small_dataset(tmp_path / "a" / "demos", [3, 3]))
     second = LeRobotDataset(write_small_dataset(tmp_path / "b" / "demos", [3, 4]))
-    assert dataset_source(first) == dataset_source(first)
-    assert dataset_source(first)["dataset"] == dataset_source(second)["dataset"] == "demos"
-    assert dataset_source(first) != dataset_source(second)
+    assert first.identity() == first.identity()
+    assert first.identity()["dataset"] == second.identity()["dataset"] == "demos"
+    assert first.identity() != second.identity()
 
 
 def test_the_simulator_gives_every_task_and_the_same_again() -> None:

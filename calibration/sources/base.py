@@ -1,0 +1,67 @@
+"""The `DataSource` protocol: recorded episodes of any format, read a frame at a time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvla_export.shared.observation import Observation
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One moment of a recorded episode."""
+
+    # Cameras, state and the instruction that holds at this moment.
+    observation: Observation
+    # float32 [action dim]
+    action: NDArray[np.float32]
+    # Episode number, and frame number within it.
+    episode: int
+    frame: int
+    # Seconds since the episode's start.
+    timestamp: float
+
+
+class DataSource(Protocol):
+    """Recorded episodes, numbered from 0; nothing is read before a frame is asked for."""
+
+    @property
+    def root(self) -> Path:
+        """Folder or file that holds the recording."""
+        ...
+
+    @property
+    def fps(self) -> float:
+        """Frames a second."""
+        ...
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the images in every frame, in order."""
+        ...
+
+    @property
+    def episode_lengths(self) -> Sequence[int]:
+        """Number of frames in each episode."""
+        ...
+
+    def frame(self, episode: int, frame: int) -> Frame:
+        """Read one frame of an episode.
+
+        Raises:
+            IndexError: there is no such episode or frame.
+            ArtifactError: the recording is damaged.
+        """
+        ...
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return what tells this recording from others, as JSON values: a digest, columns used."""
+        ...
+
+    def close(self) -> None:
+        """Close open files; reading again reopens them."""
+        ...
