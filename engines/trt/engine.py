@@ -23,7 +23,7 @@ from engines.trt.failures import explain
 from engines.trt.layer_log import LayerLog
 from engines.trt.log import Log
 from engines.trt.modules import TrtModule, load_module
-from engines.trt.runner import Scratch, StageRunner
+from engines.trt.runner import RunnerSetup, Scratch, StageRunner
 from engines.trt.shapes import Shape, ShapeRange
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
 from qvla_export.shared.bundle import Bundle, Part
@@ -48,7 +48,7 @@ class TensorRtEngine(BundleEngine):
         folder: Path | None = None,
         open_device: Callable[[], Device] = PycudaDevice,
         module: TrtModule | None = None,
-        kept_shapes: int = 8,
+        max_shapes: int = 8,
     ) -> None:
         """Check and load a bundle's engines.
 
@@ -57,7 +57,7 @@ class TensorRtEngine(BundleEngine):
             folder: of the engines; None for the one beside the bundle.
             open_device: opens the GPU, once every check that needs none has passed.
             module: TensorRT; None imports the target's.
-            kept_shapes: prompt lengths whose contexts and graphs are kept.
+            max_shapes: prompt lengths whose contexts and graphs are kept.
 
         Raises:
             EngineError: an engine is missing, was built elsewhere, for something else or by
@@ -76,7 +76,7 @@ class TensorRtEngine(BundleEngine):
         self._log = Log(self._module)
         self._stack: ExitStack | None = ExitStack()
         try:
-            self._open(self._stack, open_device(), folder, sidecars, kept_shapes)
+            self._open(self._stack, open_device(), folder, sidecars, max_shapes)
         except BaseException:
             self.close()
             raise
@@ -173,7 +173,7 @@ class TensorRtEngine(BundleEngine):
         device: Device,
         folder: Path,
         sidecars: Mapping[str, Sidecar],
-        kept_shapes: int,
+        max_shapes: int,
     ) -> None:
         """Load the engines and allocate; what `stack` holds is freed in reverse order."""
         stack.callback(device.close)
@@ -196,20 +196,13 @@ class TensorRtEngine(BundleEngine):
         nbytes = max(int(engine.device_memory_size_v2) for engine in engines.values())
         scratch = Scratch(device.allocate(nbytes), nbytes)
         stack.callback(device.free, scratch.address)
+        setup = RunnerSetup(self._module, self._log, device, scratch, max_shapes)
         # Before the first stage, between any two, and around the copies.
         self._events = [device.event() for _ in range(len(stages) + 3)]
         for stage in stages:
             names = [spec.name for spec in (*stage.inputs, *stage.outputs)]
-            runner = StageRunner(
-                stage.name,
-                engines[stage.name],
-                self._module,
-                self._log,
-                device,
-                {name: self._buffers.addresses[name] for name in names},
-                scratch,
-                kept_shapes,
-            )
+            addresses = {name: self._buffers.addresses[name] for name in names}
+            runner = StageRunner(stage.name, engines[stage.name], addresses, setup)
             stack.callback(runner.close)
             self._runners[stage.name] = runner
 

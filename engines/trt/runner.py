@@ -25,6 +25,20 @@ class Scratch:
 
 
 @dataclass(frozen=True)
+class RunnerSetup:
+    """What the runners of all parts of one bundle share."""
+
+    # Module that made the engines, and what its messages go to.
+    module: TrtModule
+    log: Log
+    device: Device
+    # At least `engine.device_memory_size_v2` bytes of the most demanding engine.
+    scratch: Scratch
+    # Input shapes whose contexts are kept.
+    max_shapes: int
+
+
+@dataclass(frozen=True)
 class TimedStage:
     """A stage that runs alone and reports its layers."""
 
@@ -49,35 +63,22 @@ class StageRunner:
 
     Every input shape has a context of its own: a captured graph holds the context's state, and
     TensorRT forbids changing that state afterwards. Contexts are small, since the memory for
-    activations is shared; the least recently used beyond `kept_shapes` is dropped.
+    activations is shared; the least recently used beyond `max_shapes` is dropped.
     """
 
     def __init__(
-        self,
-        name: str,
-        engine: Any,
-        module: TrtModule,
-        log: Log,
-        device: Device,
-        addresses: Mapping[str, Address],
-        scratch: Scratch,
-        kept_shapes: int,
+        self, name: str, engine: Any, addresses: Mapping[str, Address], setup: RunnerSetup
     ) -> None:
         """Prepare nothing yet; contexts are made for the shapes that come.
 
         Args:
             name: the stage's.
             engine: deserialized, an `ICudaEngine`.
-            module: that made it.
-            log: what its messages go to.
-            device: where it runs.
             addresses: device memory of every input and output, of the largest shape.
-            scratch: at least `engine.device_memory_size_v2` bytes.
-            kept_shapes: input shapes whose contexts are kept.
+            setup: where and how it runs.
         """
-        self._name, self._engine, self._module, self._log = name, engine, module, log
-        self._device, self._addresses, self._scratch = device, dict(addresses), scratch
-        self._kept_shapes = kept_shapes
+        self._name, self._engine, self._addresses = name, engine, dict(addresses)
+        self._setup, self._device = setup, setup.device
         self._prepared: OrderedDict[tuple[tuple[str, Shape], ...], _Prepared] = OrderedDict()
         # Why the stage runs without a graph; None while it does not.
         self.uncaptured: str | None = None
@@ -140,16 +141,16 @@ class StageRunner:
         if key not in self._prepared:
             self._prepared[key] = self._prepare(inputs)
         self._prepared.move_to_end(key)
-        while len(self._prepared) > self._kept_shapes:
+        while len(self._prepared) > self._setup.max_shapes:
             # A launched graph may still be running.
             self._device.synchronize()
             self._drop(self._prepared.popitem(last=False)[1])
         return self._prepared[key]
 
     def _prepare(self, inputs: Mapping[str, Shape]) -> _Prepared:
-        context = _new_context(self._engine, self._module.api)
+        context = _new_context(self._engine, self._setup.module.api)
         self._require(context is not None, "has no execution context")
-        context.set_device_memory(self._scratch.address, self._scratch.nbytes)
+        context.set_device_memory(self._setup.scratch.address, self._setup.scratch.nbytes)
         stream = self._device.stream
         self._require(context.set_optimization_profile_async(0, stream), "has no profile")
         for name, shape in inputs.items():
@@ -169,7 +170,7 @@ class StageRunner:
 
     def _require(self, ok: bool, what: str) -> None:
         if not ok:
-            raise EngineError(explain(f"stage {self._name!r} {what}", self._log.messages))
+            raise EngineError(explain(f"stage {self._name!r} {what}", self._setup.log.messages))
 
 
 def _new_context(engine: Any, api: Any) -> Any:

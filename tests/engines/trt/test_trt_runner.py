@@ -76,7 +76,7 @@ def feeds_of(length: int, seed: int = 0) -> dict[str, NDArray[Any]]:
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
 def test_acts_as_onnx_runtime_at_every_prompt_length(rig: Rig, name: str) -> None:
     rig.reset(name=name)
-    with rig.open(kept_shapes=3) as engine, load_engine(rig.bundle, 1, runtime="ort") as cpu:
+    with rig.open(max_shapes=3) as engine, load_engine(rig.bundle, 1, runtime="ort") as cpu:
         # Twice each, in an order that drops contexts and makes them anew.
         for length in (*LENGTHS, *reversed(LENGTHS)):
             for seed in (0, 1):
@@ -110,7 +110,7 @@ def test_a_length_seen_before_is_launched_as_graphs(rig: Rig) -> None:
 
 
 def test_graphs_are_bounded(rig: Rig) -> None:
-    with rig.open(kept_shapes=2) as engine:
+    with rig.open(max_shapes=2) as engine:
         for length in LENGTHS:
             engine.infer(feeds_of(length))
             assert rig.device.living_graphs <= 1 + 2 * 2
