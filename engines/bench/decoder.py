@@ -15,7 +15,7 @@ from qvla_export.graph.float_graph import export_stage
 from qvla_export.policies.base import Policy, PolicyPart
 from qvla_export.policies.language_model import LanguageModel
 from qvla_export.quantizer.activations import ActivationRanges, storable_range
-from qvla_export.quantizer.plan import LayerShapes
+from qvla_export.quantizer.layer_shapes import LayerShapes
 from qvla_export.shared.target import Target
 
 INPUT = "hidden"

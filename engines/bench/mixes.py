@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from engines.bench.decoder import DIGEST
 from qvla_export.allocation.random_plan import draw_plan
 from qvla_export.quantizer.activations import ActivationRanges
-from qvla_export.quantizer.plan import BitPlan, LayerShapes
+from qvla_export.quantizer.layer_shapes import LayerShapes
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.shared.target import Target
 
 

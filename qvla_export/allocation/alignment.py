@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.allocation.allocate import LatencyLimit
-from qvla_export.quantizer.coupling import find_couplings
 from qvla_export.quantizer.packed_storage import parallel_layers
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.sensitivity.sensitivities import Sensitivities
@@ -129,7 +128,7 @@ def _error(plan: BitPlan, widths: dict[str, NDArray[np.int8]], table: Sensitivit
 def _pruned_together(plan: BitPlan) -> dict[str, NDArray[np.int8]]:
     """Prune a hidden unit in all producers of an MLP where one prunes it."""
     widths = {name: layer.copy() for name, layer in plan.widths.items()}
-    for coupling in find_couplings(plan.widths, plan.weights_per_channel):
+    for coupling in plan.couplings.values():
         producers = [widths[name] for name in coupling.producers]
         pruned = np.min(producers, axis=0) == 0
         for layer in producers:
@@ -141,9 +140,7 @@ def _groups(
     plan: BitPlan, widths: dict[str, NDArray[np.int8]], sensitivities: Sensitivities
 ) -> Iterator[tuple[tuple[str, ...], _Group]]:
     kept = sorted({0, *plan.containers})
-    coupled = {
-        coupling.producers for coupling in find_couplings(plan.widths, plan.weights_per_channel)
-    }
+    coupled = {coupling.producers for coupling in plan.couplings.values()}
     for names in parallel_layers(widths, plan.weights_per_channel):
         joined = np.concatenate([widths[name] for name in names])
         present = [bits for bits in kept if bits in (*sensitivities.widths, 16)]

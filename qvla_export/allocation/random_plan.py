@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.quantizer.coupling import find_couplings
-from qvla_export.quantizer.plan import BitPlan, LayerShapes
+from qvla_export.quantizer.layer_shapes import LayerShapes
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import spec_for
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import WIDTHS, Target

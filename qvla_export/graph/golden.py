@@ -16,7 +16,6 @@ from qvla_export.policies.layers import (
     shifted_outputs,
     traced_layers,
 )
-from qvla_export.quantizer.coupling import find_couplings
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import as_rows
 from qvla_export.shared.bundle import Golden
@@ -83,18 +82,16 @@ def _run_stage(
     runs: Sequence[dict[str, Tensor]],
 ) -> None:
     """Add a stage's output to the values of every observation."""
-    couplings = {}
-    if plan is not None:
-        couplings = {c.consumer: c for c in find_couplings(plan.widths, plan.weights_per_channel)}
     parameters = {}
     for name in weights:
         values = policy.read_weight(name)
         layer = name.removesuffix(".weight")
         if plan is not None and layer in plan.widths:
-            rows = planned_rows(layer, as_rows(values), plan, couplings)
+            rows = planned_rows(layer, as_rows(values), plan)
             values = rows.reshape(values.shape)
         parameters[f"module.{name}"] = torch.from_numpy(np.ascontiguousarray(values))
     activations = None if plan is None else plan.activations
+    couplings = {} if plan is None else plan.couplings
     removed = {name: coupling.removed for name, coupling in couplings.items()}
     layers = traced_layers(policy)
     shifts = shifted_outputs(layers, None if plan is None else plan.rounding)

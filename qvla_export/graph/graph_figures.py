@@ -7,7 +7,6 @@ import numpy as np
 import onnx_ir as ir
 
 from qvla_export.graph.buckets_to_onnx import ORDER_SUFFIX
-from qvla_export.quantizer.coupling import find_couplings
 from qvla_export.quantizer.packed_storage import stored_columns, stored_layers
 from qvla_export.quantizer.plan import BitPlan
 
@@ -69,8 +68,7 @@ def _unpacks(node: ir.Node) -> bool:
 
 
 def _of_producers(orders: Iterable[ir.Node], plan: BitPlan) -> int:
-    couplings = find_couplings(plan.widths, plan.weights_per_channel)
-    producers = {name for coupling in couplings for name in coupling.producers}
+    producers = {name for coupling in plan.couplings.values() for name in coupling.producers}
     layers = {
         str(node.inputs[1] and node.inputs[1].name).removesuffix(ORDER_SUFFIX) for node in orders
     }

@@ -23,7 +23,7 @@ from qvla_export.graph.passes.quantize_activations import quantize_activations
 from qvla_export.graph.passes.rounding import merged_steps, round_weights, stored_steps
 from qvla_export.quantizer.packed_storage import stored_on
 from qvla_export.quantizer.plan import BitPlan
-from qvla_export.quantizer.round_plan import couplings_of, require_rounded
+from qvla_export.quantizer.round_plan import require_rounded
 from qvla_export.shared.target import Target, UnsupportedOnTarget
 
 
@@ -50,16 +50,15 @@ def lower(
     target = stored_on(target, plan.quantizer)
     _require_plan_for(plan, target)
     require_rounded(plan)
-    couplings = couplings_of(plan)
     if plan.rounding is not None:
-        graph = round_weights(graph, plan, couplings)
-    model, widths = couple_mlps(graph, plan.widths, couplings.values(), plan.containers)
+        graph = round_weights(graph, plan)
+    model, widths = couple_mlps(graph, plan.widths, plan.couplings.values(), plan.containers)
     if plan.activations is not None:
         model = quantize_activations(model, plan.activations, target)
     model, widths = merge_parallel(model, widths, one_width_apart=target.runtime == "ort")
     steps = None
     if plan.rounding is not None:
-        steps = merged_steps(stored_steps(plan, couplings), widths)
+        steps = merged_steps(stored_steps(plan), widths)
     model = bucketize(model, widths, plan.quantizer, target, store, steps)
     if plan.activations is not None:
         model = keep_integer_products(model)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Literal
 
-from qvla_export.quantizer.packed_storage import PARALLEL
-from qvla_export.quantizer.plan import LayerShapes
+from qvla_export.quantizer.layer_names import parallel_group
+from qvla_export.quantizer.layer_shapes import LayerShapes
 from qvla_export.shared.errors import QvlaError
 
 _TOWERS = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
@@ -33,11 +33,7 @@ class LayerShape:
     @property
     def group(self) -> str:
         """Equal for layers that run as one product; see `qvla_export.graph.passes.merge`."""
-        parent, _, last = self.name.rpartition(".")
-        for members in PARALLEL:
-            if last in members:
-                return f"{parent}.{'+'.join(members)}"
-        return self.name
+        return parallel_group(self.name)
 
 
 @dataclass(frozen=True)

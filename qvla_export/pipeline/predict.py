@@ -76,7 +76,6 @@ def subject_of_bundle(path: Path) -> Subject:
             "of the same policy: its prediction shows float beside it"
         )
     plan, spec = BitPlan.load(path / PLAN), bundle.processor.spec
-    shapes = {name: (len(w), plan.weights_per_channel[name]) for name, w in plan.widths.items()}
     inputs = PolicyInputs(
         images=len(spec.cameras),
         image_size=spec.image.size,
@@ -87,7 +86,7 @@ def subject_of_bundle(path: Path) -> Subject:
     )
     return Subject(
         str(path),
-        network_of(shapes, inputs),
+        network_of(plan.shapes, inputs),
         dict(plan.widths),
         "none" if plan.activations is None else "int8",
         plan.target,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qvla_export.policies.base import Policy
 from qvla_export.quantizer.activations import ActivationRanges
-from qvla_export.quantizer.coupling import Coupling, fake_quantize_coupled, find_couplings
+from qvla_export.quantizer.coupling import fake_quantize_coupled
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import QuantizerSpec, as_rows, fake_quantize, quantize_channels
 from qvla_export.quantizer.round_plan import require_rounded
@@ -130,7 +130,6 @@ def planned_rows(
     name: str,
     rows: NDArray[np.float32],
     plan: BitPlan,
-    couplings: Mapping[str, Coupling],
 ) -> NDArray[np.float32]:
     """Return a layer's weights as a plan's engine computes with them, [channels, inputs].
 
@@ -138,13 +137,12 @@ def planned_rows(
         name: of the layer.
         rows: its float weights.
         plan: gives its widths.
-        couplings: of the plan, by their consumer.
     """
     if plan.rounding is not None:
-        order = couplings[name].order if name in couplings else np.arange(rows.shape[1])
+        order = plan.stored_order(name)
         return plan.rounding.layers[name].rows(plan.widths[name], plan.quantizer, order)
-    if name in couplings:
-        return fake_quantize_coupled(rows, plan.widths[name], plan.quantizer, couplings[name])
+    if name in plan.couplings:
+        return fake_quantize_coupled(rows, plan.widths[name], plan.quantizer, plan.couplings[name])
     return fake_quantize(rows, plan.widths[name], plan.quantizer)
 
 
@@ -163,11 +161,8 @@ def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
     layers = traced_layers(policy)
     plan.require_fits(layer_shapes(layers), policy.digest)
     require_rounded(plan)
-    couplings = {c.consumer: c for c in find_couplings(plan.widths, plan.weights_per_channel)}
-    rows = {
-        name: planned_rows(name, weight_rows(layers[name]), plan, couplings) for name in plan.widths
-    }
-    removed = {name: coupling.removed for name, coupling in couplings.items()}
+    rows = {name: planned_rows(name, weight_rows(layers[name]), plan) for name in plan.widths}
+    removed = {name: coupling.removed for name, coupling in plan.couplings.items()}
     with (
         replaced_weights(layers, rows),
         rounded_inputs(layers, plan.activations, removed),

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.quantizer.layer_names import mlp_producers
 from qvla_export.quantizer.quantize import QuantizerSpec, fake_quantize
-
-# Last parts of the names: producers, consumer.
-_MLPS = ((("fc1",), "fc2"), (("gate_proj", "up_proj"), "down_proj"))
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,10 @@ def find_couplings(
     """
     found = []
     for consumer in widths:
-        parent, _, last = consumer.rpartition(".")
-        for first, second in _MLPS:
-            producers = tuple(f"{parent}.{name}" for name in first)
-            units = weights_per_channel[consumer]
-            if last == second and all(len(widths.get(name, ())) == units for name in producers):
-                order = _order(np.stack([widths[name] for name in producers]))
-                found.append(Coupling(producers, consumer, order, units))
+        producers, units = mlp_producers(consumer), weights_per_channel[consumer]
+        if producers and all(len(widths.get(name, ())) == units for name in producers):
+            order = _order(np.stack([widths[name] for name in producers]))
+            found.append(Coupling(producers, consumer, order, units))
     return tuple(found)
 
 

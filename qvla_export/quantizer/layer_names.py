@@ -1,4 +1,7 @@
-"""Names of layers for readers: which module a layer is part of, and a label that fits an axis."""
+"""All that a layer's name says: its module, a label for readers, and which layers belong together.
+
+The one place that reads names; a family with other names adds its own here.
+"""
 
 import re
 
@@ -16,6 +19,10 @@ _PARTS = (
     (re.compile(r"patch_embed"), "patches"),
 )
 _BLOCK = re.compile(r"\.(\d+)\.")
+# Last names of an MLP's producers and its consumer.
+_MLPS = ((("fc1",), "fc2"), (("gate_proj", "up_proj"), "down_proj"))
+# Last names of layers that share an input and become one.
+_PARALLEL = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def module_of(layer: str) -> str:
@@ -40,3 +47,24 @@ def label_of(layer: str) -> str:
     block = _BLOCK.search(layer)
     words = [tower, block[1] if block else "", layer.rsplit(".", 1)[-1].removesuffix("_proj")]
     return " ".join(word for word in words if word)
+
+
+def mlp_producers(layer: str) -> tuple[str, ...] | None:
+    """Return the layers that make an MLP's hidden units where a layer consumes them, else None."""
+    parent, _, last = layer.rpartition(".")
+    for producers, consumer in _MLPS:
+        if last == consumer:
+            return tuple(f"{parent}.{name}" for name in producers)
+    return None
+
+
+def parallel_group(layer: str) -> str:
+    """Return a name that layers of one parent share which run as one product; else its own.
+
+    See `qvla_export.graph.passes.merge`.
+    """
+    parent, _, last = layer.rpartition(".")
+    for members in _PARALLEL:
+        if last in members:
+            return f"{parent}.{'+'.join(members)}"
+    return layer

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.quantizer.coupling import Coupling, find_couplings
+from qvla_export.quantizer.layer_names import parallel_group
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Container, Target
@@ -22,8 +23,6 @@ Widths = Mapping[str, NDArray[np.int8]]
 _INT2_COLUMNS = 4
 # TensorRT packs two int4 a byte and documents no row that ends within one.
 _INT4_COLUMNS = 2
-# Last parts of the names of layers that share an input and become one.
-PARALLEL = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -153,11 +152,7 @@ def parallel_layers(
     names: Iterable[str], weights_per_channel: Mapping[str, int]
 ) -> tuple[tuple[str, ...], ...]:
     """Group layers by name as their graph merges them; most are alone."""
-    groups: dict[tuple[str, int, int], list[str]] = {}
-    alone = len(PARALLEL)
-    for number, name in enumerate(names):
-        parent, _, last = name.rpartition(".")
-        kind = next((i for i, group in enumerate(PARALLEL) if last in group), alone)
-        key = (parent, kind, weights_per_channel[name])
-        groups.setdefault(key if kind < alone else (name, alone, number), []).append(name)
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        groups.setdefault((parallel_group(name), weights_per_channel[name]), []).append(name)
     return tuple(tuple(group) for group in groups.values())

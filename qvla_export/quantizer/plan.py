@@ -1,10 +1,10 @@
 """The bit plan: the width of every channel, its origin and its cost. numpy only."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.quantizer.activations import ActivationRanges
+from qvla_export.quantizer.coupling import Coupling, find_couplings
+from qvla_export.quantizer.layer_shapes import LayerShapes, shape_problem
 from qvla_export.quantizer.packed_storage import require_zero_points_of, stored_bytes
 from qvla_export.quantizer.quantize import QuantizerSpec, spec_for
 from qvla_export.quantizer.rounding import Rounding
 from qvla_export.shared.artifacts import read_json, require_fields, stated, versions, write_json
 from qvla_export.shared.errors import ArtifactError, PlanMismatch, QvlaError
 from qvla_export.shared.target import WIDTHS, Container, Target
-
-# Layer name -> (channels, weights of one channel).
-LayerShapes = Mapping[str, tuple[int, int]]
 
 _FORMAT = "qvla-plan-1"
 # A layer's widths are a string with one character a channel; "f" is 16 bits.
@@ -57,7 +56,7 @@ class BitPlan:
     activations: ActivationRanges | None = None
     # Sum of the assigned sensitivities: the additive model's E||dA||^2; None where unknown.
     expected_error: float | None = None
-    # Method and parameters that chose the widths, JSON; None in plans of before they were recorded.
+    # Method and parameters that chose the widths, JSON; None in plans written before it was.
     allocation: Mapping[str, Any] | None = None
     rounding: Rounding | None = None  # a file of its own; see `qvla_export.quantizer.round_plan`
     made_with: Mapping[str, str] = field(default_factory=versions)
@@ -121,6 +120,23 @@ class BitPlan:
         """`weight_bytes` / `float16_bytes`."""
         return self.weight_bytes / self.float16_bytes
 
+    @property
+    def shapes(self) -> LayerShapes:
+        """Layer name -> (channels, weights of one channel)."""
+        return {name: (len(w), self.weights_per_channel[name]) for name, w in self.widths.items()}
+
+    @cached_property
+    def couplings(self) -> Mapping[str, Coupling]:
+        """Consumer -> the MLP it closes, with the hidden units that stay."""
+        found = find_couplings(self.widths, self.weights_per_channel)
+        return {coupling.consumer: coupling for coupling in found}
+
+    def stored_order(self, layer: str) -> NDArray[np.int64]:
+        """Return the inputs of a layer that the graph keeps, as it stores them.  int64 [kept]"""
+        if layer in self.couplings:
+            return self.couplings[layer].order
+        return np.arange(self.weights_per_channel[layer])
+
     def histogram(self) -> dict[int, int]:
         """Return the number of channels at each width."""
         return {bits: sum(int((w == bits).sum()) for w in self.widths.values()) for bits in WIDTHS}
@@ -145,7 +161,7 @@ class BitPlan:
         Raises:
             PlanMismatch: naming the layers and the closest names, or both digests.
         """
-        problem = self._shape_problem(shapes)
+        problem = shape_problem(self.shapes, shapes)
         if problem is not None or policy_digest != self.policy_digest:
             raise PlanMismatch(
                 f"the plan was made for policy {self.policy_digest[:16]}, given policy "
@@ -215,28 +231,6 @@ class BitPlan:
                 f"its widths make {plan.weight_bytes}; make it anew"
             )
         return plan
-
-    def _shape_problem(self, shapes: LayerShapes) -> str | None:
-        """Say how the policy's layers differ from the plan's; None where they do not."""
-        for owner, other, names, known in (
-            ("plan", "policy", self.widths, shapes),
-            ("policy", "plan", shapes, self.widths),
-        ):
-            missing = [name for name in names if name not in known]
-            if missing:
-                nearest = difflib.get_close_matches(missing[0], known, n=1, cutoff=0.0)
-                return (
-                    f"{len(missing)} layers of the {owner} are not in the {other}, first "
-                    f"{missing[0]!r}; the {other}'s nearest is {nearest}"
-                )
-        for name, (channels, inputs) in shapes.items():
-            planned = (len(self.widths[name]), self.weights_per_channel[name])
-            if planned != (channels, inputs):
-                return (
-                    f"layer {name!r} has {channels} channels of {inputs} weights in the policy, "
-                    f"{planned[0]} of {planned[1]} in the plan"
-                )
-        return None
 
     @property
     def _weights(self) -> int:

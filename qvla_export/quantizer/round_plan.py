@@ -1,14 +1,13 @@
 """Plans whose codes are made from what the layers are fed: making them, attaching them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.quantizer.compensation import round_layer
-from qvla_export.quantizer.coupling import Coupling, find_couplings
 from qvla_export.quantizer.moments import Moments
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import as_rows
@@ -16,16 +15,26 @@ from qvla_export.quantizer.rounding import RoundedLayer, Rounding
 from qvla_export.shared.artifacts import require_same
 from qvla_export.shared.errors import PlanMismatch
 
-if TYPE_CHECKING:
-    from qvla_export.policies.base import Policy
-
 # Last parts of the names of layers that get no bias: behind gate_proj and up_proj of a pruned unit
 # the unit has to be zero, and what its mean would add is in down_proj's bias.
 _WITHOUT_BIAS = ("gate_proj", "up_proj")
 
 
+class WeightSource(Protocol):
+    """What weights are read from: a policy, as far as rounding needs it."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the checkpoint."""
+        ...
+
+    def read_weight(self, name: str) -> NDArray[np.float32]:
+        """Return a parameter by name."""
+        ...
+
+
 def round_plan(
-    policy: "Policy",
+    policy: WeightSource,
     plan: BitPlan,
     moments: Moments,
     on_progress: Callable[[int, int], None] | None = None,
@@ -46,8 +55,7 @@ def round_plan(
         "policy and plan", plan.policy_digest, policy.digest, "Make the plan of this policy."
     )
     moments.require_of(policy.digest, plan.calibration_digest)
-    couplings = couplings_of(plan)
-    gone = {name: c.removed for c in couplings.values() for name in c.producers}
+    gone = {name: c.removed for c in plan.couplings.values() for name in c.producers}
     layers: dict[str, RoundedLayer] = {}
     for name, widths in plan.widths.items():
         rows = as_rows(policy.read_weight(f"{name}.weight"))
@@ -56,7 +64,7 @@ def round_plan(
             widths,
             plan.quantizer,
             moments.of(name, *rows.shape),
-            stored_order(name, plan, couplings),
+            plan.stored_order(name),
             takes_bias(name),
             gone.get(name, np.zeros(0, np.int64)),
         )
@@ -88,18 +96,6 @@ def require_rounded(plan: BitPlan) -> None:
             f"the plan's quantizer makes codes from what the layers are fed; of "
             f"{len(plan.widths)} layers {len(found)} have them: make them with qvla round"
         )
-
-
-def couplings_of(plan: BitPlan) -> dict[str, Coupling]:
-    """Return the plan's couplings by their consumer."""
-    return {c.consumer: c for c in find_couplings(plan.widths, plan.weights_per_channel)}
-
-
-def stored_order(name: str, plan: BitPlan, couplings: Mapping[str, Coupling]) -> NDArray[np.int64]:
-    """Return the inputs of a layer that the graph keeps, as it stores them.  int64 [kept]"""
-    if name in couplings:
-        return couplings[name].order
-    return np.arange(plan.weights_per_channel[name])
 
 
 def takes_bias(name: str) -> bool:

@@ -14,22 +14,19 @@ from qvla_export.graph.float_graph import ExportError, layer_nodes
 from qvla_export.graph.lazy_tensors import mapped
 from qvla_export.graph.passes.merge import members_of
 from qvla_export.graph.passes.weights import add_to_output, register
-from qvla_export.quantizer.coupling import Coupling
 from qvla_export.quantizer.packed_storage import stored_inputs
 from qvla_export.quantizer.plan import BitPlan
-from qvla_export.quantizer.round_plan import stored_order
 from qvla_export.quantizer.scale_search import Steps
 
 LayerSteps = dict[str, Steps]
 
 
-def round_weights(model: ir.Model, plan: BitPlan, couplings: Mapping[str, Coupling]) -> ir.Model:
+def round_weights(model: ir.Model, plan: BitPlan) -> ir.Model:
     """Return a copy of a float graph with the weights that engines compute with.
 
     Args:
         model: from `export_float`; left as it is.
         plan: with a rounding of all its layers.
-        couplings: of the plan, by their consumer.
 
     Raises:
         ExportError: a planned layer is not in the graph.
@@ -40,7 +37,7 @@ def round_weights(model: ir.Model, plan: BitPlan, couplings: Mapping[str, Coupli
     for name, rounded in plan.rounding.layers.items():
         if name not in nodes:
             raise ExportError(f"the plan names layer {name!r}, which the graph does not have")
-        order = stored_order(name, plan, couplings)
+        order = plan.stored_order(name)
         rows = partial(rounded.rows, plan.widths[name], plan.quantizer, order)
         _replace_weight(model.graph, nodes[name], f"{name}.rounded", rows)
         if rounded.shift.any():
@@ -48,7 +45,7 @@ def round_weights(model: ir.Model, plan: BitPlan, couplings: Mapping[str, Coupli
     return model
 
 
-def stored_steps(plan: BitPlan, couplings: Mapping[str, Coupling]) -> LayerSteps:
+def stored_steps(plan: BitPlan) -> LayerSteps:
     """Return the scales and zero points of every layer's channels as a coupled graph stores them.
 
     Returns:
@@ -56,7 +53,7 @@ def stored_steps(plan: BitPlan, couplings: Mapping[str, Coupling]) -> LayerSteps
     """
     assert plan.rounding is not None
     found = {name: layer.steps for name, layer in plan.rounding.layers.items()}
-    for consumer, coupling in couplings.items():
+    for consumer, coupling in plan.couplings.items():
         order = coupling.order
         units = stored_inputs(len(order), plan.widths[consumer], plan.containers)
         for name in coupling.producers:

@@ -14,7 +14,6 @@ from engines.bench.kernel_rates import ORIN_RATES
 from engines.targets import CPU, ORIN_JP7, RTX4070
 from qvla_export.allocation.alignment import align_plan, align_within
 from qvla_export.allocation.allocate import Budget, LatencyLimit, allocate_bits
-from qvla_export.quantizer.coupling import find_couplings
 from qvla_export.quantizer.packed_storage import stored_layers
 from qvla_export.quantizer.plan import BitPlan, uniform_plan
 from qvla_export.quantizer.quantize import spec_for
@@ -76,7 +75,7 @@ def kept_units(plan: BitPlan) -> dict[str, NDArray[np.bool_]]:
     """Hidden units that no producer prunes."""
     return {
         name: np.min([plan.widths[n] for n in coupling.producers], axis=0) > 0
-        for coupling in find_couplings(plan.widths, plan.weights_per_channel)
+        for coupling in plan.couplings.values()
         for name in coupling.producers
     }
 

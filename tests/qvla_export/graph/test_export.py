@@ -23,7 +23,6 @@ from qvla_export.graph.passes.merge import merge_parallel
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.new_checkpoint import new_module, save_checkpoint, train_tokenizer
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
-from qvla_export.quantizer.coupling import find_couplings
 from qvla_export.quantizer.plan import uniform_plan
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import ArtifactMismatch, PlanMismatch
@@ -125,7 +124,7 @@ def test_every_packed_bucket_becomes_matmulnbits(
         mixed_bundle.model_path(mixed_bundle.parts[0]), tmp_path / "optimized.onnx"
     )
     plan = mixed_plan(tiny_policy)
-    couplings = find_couplings(plan.widths, plan.weights_per_channel)
+    couplings = plan.couplings.values()
     coupled = couple_mlps(float_graph(tiny_policy), plan.widths, couplings, plan.containers)
     _, widths = merge_parallel(*coupled)
     for bits in (2, 4, 8):
