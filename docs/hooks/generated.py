@@ -4,6 +4,7 @@ A page asks for a part with a line such as `<!-- generated: commands -->`.
 """
 
 import ast
+import html
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -21,8 +22,6 @@ import house  # noqa: E402  # found through the line above
 import qvla_export  # noqa: E402
 from qvla_export.cli.app import app  # noqa: E402
 
-# How a cell of a table spells it.
-PIPE = "\\|"
 _MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 
 
@@ -95,10 +94,8 @@ def _section(command: Any, context: Any) -> str:
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     help_text = "\n\n".join(map(_plain, (command.help or "").split("\n\n")))
     section = [f"### `{context.command_path}`", help_text, f"```text\n{usage}\n```"]
-    rows = []
-    for parameter in command.params:
-        names, meaning = parameter.get_help_record(context)
-        rows.append(f"| `{names.replace('|', PIPE)}` | {_plain(meaning)} |")
+    records = [parameter.get_help_record(context) for parameter in command.params]
+    rows = [f"| `{names}` | {_plain(meaning)} |" for names, meaning in records]
     if rows:
         section.append("\n".join(["| argument or option | meaning |", "| --- | --- |", *rows]))
     return "\n\n".join(section)
@@ -107,7 +104,9 @@ def _section(command: Any, context: Any) -> str:
 def _plain(text: str) -> str:
     """Return a text on one line with nothing in it taken for markup, but for `code`."""
     pieces = " ".join(text.split()).split("`")
-    pieces[::2] = [re.sub(r"([|*_\[\]<>])", r"\\\1", piece) for piece in pieces[::2]]
+    pieces[::2] = [
+        re.sub(r"([|*_\[\]])", r"\\\1", html.escape(piece, quote=False)) for piece in pieces[::2]
+    ]
     return "`".join(pieces)
 
 
