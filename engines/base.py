@@ -52,12 +52,12 @@ class Engine(Protocol):
         ...
 
     @property
-    def stage_ms(self) -> Mapping[str, float]:
+    def part_ms(self) -> Mapping[str, float]:
         """Milliseconds of the last `infer` by part, in order; empty before the first.
 
-        Each stage graph by its name. Where the runtime lets copies be told apart (TensorRT, by
+        Each graph by its name. Where the runtime lets copies be told apart (TensorRT, by
         events in the GPU's stream) also "host_to_device" and "device_to_host"; where there are
-        none, or they are hidden in a stage (ONNX Runtime), neither.
+        none, or they are hidden in a part (ONNX Runtime), neither.
         """
         ...
 
@@ -80,12 +80,12 @@ class BundleEngine(abc.ABC):
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._stage_ms: Mapping[str, float] = {}
+        self._part_ms: Mapping[str, float] = {}
 
     @property
-    def stage_ms(self) -> Mapping[str, float]:
+    def part_ms(self) -> Mapping[str, float]:
         """Milliseconds of the last `infer` by part, in order; see `Engine`."""
-        return self._stage_ms
+        return self._part_ms
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from qvla_export.shared.artifacts import require_fields
 from qvla_export.shared.errors import ArtifactError
 
-_TEXTS = ("stage", "name", "op_type", "layer")
+# Field -> key on disk.
+_TEXTS = {"part": "stage", "name": "name", "op_type": "op_type", "layer": "layer"}
 _LONGEST_MS = 1e9
 
 
@@ -23,8 +24,8 @@ _LONGEST_MS = 1e9
 class LayerTime:
     """One node as the runtime runs it; it may be several of the graph's, fused."""
 
-    # Of the bundle.
-    stage: str
+    # Of the bundle, by its name.
+    part: str
     # The runtime's name and kind of the node.
     name: str
     op_type: str
@@ -101,7 +102,7 @@ class LayerTimes:
         """Return all samples as JSON values."""
         rows = [
             {
-                **{name: getattr(row, name) for name in _TEXTS},
+                **{key: getattr(row, name) for name, key in _TEXTS.items()},
                 "bits": row.bits,
                 "samples_ms": np.round(row.samples_ms, 6).tolist(),
             }
@@ -142,7 +143,7 @@ def _width(row: LayerTime) -> str:
 def _row(value: Any) -> LayerTime:
     if not isinstance(value, Mapping):
         raise ArtifactError(f"a row of layer times must be an object, got {value!r:.100}")
-    require_fields(value, [*_TEXTS, "bits", "samples_ms"], "row of layer times")
+    require_fields(value, [*_TEXTS.values(), "bits", "samples_ms"], "row of layer times")
     bits = value["bits"]
     if bits is not None and type(bits) is not int:
         raise ArtifactError(f"bits of a layer must be an integer or null, got {bits!r:.60}")
@@ -150,5 +151,5 @@ def _row(value: Any) -> LayerTime:
         samples_ms = np.asarray(value["samples_ms"], np.float64)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"times of a layer must be a list of numbers: {error}") from None
-    stage, name, op_type, layer = (str(value[text]) for text in _TEXTS)
-    return LayerTime(stage, name, op_type, layer, bits, samples_ms)
+    part, name, op_type, layer = (str(value[key]) for key in _TEXTS.values())
+    return LayerTime(part, name, op_type, layer, bits, samples_ms)

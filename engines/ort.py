@@ -44,8 +44,8 @@ class OrtEngine(BundleEngine):
             bundle: verified by `Bundle.load`.
             threads: threads of one operator; None for one a physical core.
             weights: how quantized weights are held in memory.
-            keep_loaded: False loads each stage when its turn comes and frees it afterwards: one
-                stage's memory instead of the policy's, at the cost of loading for every action.
+            keep_loaded: False loads each part when its turn comes and frees it afterwards: one
+                part's memory instead of the policy's, at the cost of loading for every action.
             provider: what computes. Operators that CUDA lacks run on the CPU.
 
         Raises:
@@ -58,10 +58,10 @@ class OrtEngine(BundleEngine):
         self._options = self._new_options()
         self._keep_loaded = keep_loaded
         self._open = True
-        # Stage name -> session.
+        # Part name -> session.
         self._sessions: dict[str, Any] = {}
         if keep_loaded:
-            self._sessions = {stage.name: self._load(stage) for stage in bundle.parts}
+            self._sessions = {part.name: self._load(part) for part in bundle.parts}
 
     @property
     def runtime(self) -> str:
@@ -75,12 +75,12 @@ class OrtEngine(BundleEngine):
         check_feeds(self.inputs, feeds)
         values = dict(feeds)
         clock = SpanClock()
-        for stage in self._bundle.parts:
-            # Loading, where a stage is not kept, is part of what the stage takes.
-            with clock.span(stage.name):
-                session = self._sessions[stage.name] if self._keep_loaded else self._load(stage)
-                _run(session, stage, values)
-        self._stage_ms = clock.timing_ms
+        for part in self._bundle.parts:
+            # Loading, where a part is not kept, is part of what the part takes.
+            with clock.span(part.name):
+                session = self._sessions[part.name] if self._keep_loaded else self._load(part)
+                _run(session, part, values)
+        self._part_ms = clock.timing_ms
         return {spec.name: values[spec.name] for spec in self.outputs}
 
     def layer_times(self, feeds: Feeds, passes: int = 50) -> LayerTimes:
@@ -101,15 +101,15 @@ class OrtEngine(BundleEngine):
         rows: list[LayerTime] = []
         with tempfile.TemporaryDirectory(prefix="qvla-layers-") as folder:
             sessions = {
-                stage.name: self._load(
-                    stage, profiling_options(self._new_options(), Path(folder), stage.name)
+                part.name: self._load(
+                    part, profiling_options(self._new_options(), Path(folder), part.name)
                 )
-                for stage in self._bundle.parts
+                for part in self._bundle.parts
             }
             for _ in range(runs):
                 values = dict(feeds)
-                for stage in self._bundle.parts:
-                    _run(sessions[stage.name], stage, values)
+                for part in self._bundle.parts:
+                    _run(sessions[part.name], part, values)
             for name, session in sessions.items():
                 rows += read_profile(Path(session.end_profiling()), name, runs, _UNTIMED_PASSES)
         return LayerTimes(self.runtime, tuple(rows))
@@ -119,8 +119,8 @@ class OrtEngine(BundleEngine):
         self._open = False
         self._sessions = {}
 
-    def _load(self, stage: Part, options: Any = None) -> Any:
-        path = self._bundle.model_path(stage)
+    def _load(self, part: Part, options: Any = None) -> Any:
+        path = self._bundle.model_path(part)
         providers = list(dict.fromkeys((self._provider, "CPUExecutionProvider")))
         try:
             session = onnxruntime.InferenceSession(
@@ -140,10 +140,10 @@ class OrtEngine(BundleEngine):
         return session
 
 
-def _run(session: Any, stage: Part, values: dict[str, NDArray[Any]]) -> None:
-    """Add a stage's outputs to the values its inputs are among."""
-    names = [spec.name for spec in stage.outputs]
-    inputs = {spec.name: values[spec.name] for spec in stage.inputs}
+def _run(session: Any, part: Part, values: dict[str, NDArray[Any]]) -> None:
+    """Add a part's outputs to the values its inputs are among."""
+    names = [spec.name for spec in part.outputs]
+    inputs = {spec.name: values[spec.name] for spec in part.inputs}
     values.update(zip(names, session.run(names, inputs), strict=True))
 
 

@@ -13,14 +13,14 @@ from qvla_export.shared.node_names import parse_node_name
 _KERNEL = "_kernel_time"
 
 
-def read_profile(path: Path, stage: str, runs: int, dropped: int) -> tuple[LayerTime, ...]:
+def read_profile(path: Path, part: str, runs: int, dropped: int) -> tuple[LayerTime, ...]:
     """Read a profile that ONNX Runtime wrote of one session.
 
     Its clock counts whole microseconds: small nodes are 0, 1 or 2 of them.
 
     Args:
         path: JSON, a list of trace events.
-        stage: whose session it was.
+        part: whose session it was.
         runs: how often the session ran.
         dropped: first runs to leave out.
 
@@ -41,32 +41,32 @@ def read_profile(path: Path, stage: str, runs: int, dropped: int) -> tuple[Layer
             taken.setdefault(key, []).append(float(event["dur"]) / 1e3)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise EngineError(
-            f"ONNX Runtime's profile of stage {stage!r} cannot be read "
+            f"ONNX Runtime's profile of part {part!r} cannot be read "
             f"({type(error).__name__}: {error}); is it another version's?"
         ) from error
     odd = {name: len(times) for (_, name), times in taken.items() if len(times) != runs}
     if odd or not taken:
         raise EngineError(
-            f"ONNX Runtime's profile of stage {stage!r} holds {len(taken)} nodes, of which "
+            f"ONNX Runtime's profile of part {part!r} holds {len(taken)} nodes, of which "
             f"{len(odd)} ran not {runs} times: {dict(list(odd.items())[:3])}; it keeps a million "
             "events, so ask for fewer passes"
         )
     return tuple(
-        _row(stage, name, kinds[index, name], times[dropped:])
+        _row(part, name, kinds[index, name], times[dropped:])
         for (index, name), times in taken.items()
     )
 
 
-def _row(stage: str, name: str, op_type: str, times_ms: list[float]) -> LayerTime:
+def _row(part: str, name: str, op_type: str, times_ms: list[float]) -> LayerTime:
     found = parse_node_name(name)
     samples_ms = np.array(times_ms)
     if found is None:
-        return LayerTime(stage, name, op_type, "", None, samples_ms)
-    return LayerTime(stage, name, op_type, found.layer, found.bits, samples_ms)
+        return LayerTime(part, name, op_type, "", None, samples_ms)
+    return LayerTime(part, name, op_type, found.layer, found.bits, samples_ms)
 
 
-def profiling_options(options: Any, folder: Path, stage: str) -> Any:
+def profiling_options(options: Any, folder: Path, part: str) -> Any:
     """Turn a session's profiler on, which writes into a folder."""
     options.enable_profiling = True
-    options.profile_file_prefix = str(folder / stage)
+    options.profile_file_prefix = str(folder / part)
     return options

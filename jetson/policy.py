@@ -31,7 +31,7 @@ class EnginePolicy:
         """Act on one observation, with the milliseconds of preprocess, engine, postprocess.
 
         "engine" is the whole call by the host's clock, after the device is done; its inner spans
-        "engine.<name>" are the engine's own `stage_ms`. What is left between the two is checks,
+        "engine.<name>" are the engine's own `part_ms`. What is left between the two is checks,
         launches and copies within the host.
 
         Raises:
@@ -44,8 +44,8 @@ class EnginePolicy:
             feeds = processor.feeds(observation)
         with clock.span("engine"):
             normalized = self.engine.infer(feeds)["actions"][0]
-        stage_ms = self.engine.stage_ms
-        clock.timing_ms |= {inner_span("engine", name): ms for name, ms in stage_ms.items()}
+        part_ms = self.engine.part_ms
+        clock.timing_ms |= {inner_span("engine", name): ms for name, ms in part_ms.items()}
         with clock.span("postprocess"):
             if not np.isfinite(normalized).all():
                 bad = np.argwhere(~np.isfinite(normalized)).tolist()

@@ -15,24 +15,24 @@ from qvla_export.shared.artifacts import require_same
 from qvla_export.shared.bundle import Bundle, Part
 
 
-def admit_sidecar(bundle: Bundle, stage: Part, folder: Path) -> Sidecar:
-    """Return what this machine stated about a stage's engine when it built it.
+def admit_sidecar(bundle: Bundle, part: Part, folder: Path) -> Sidecar:
+    """Return what this machine stated about a part's engine when it built it.
 
     Raises:
         EngineError: there is no engine.
         UnsealedEngine: the statement was not made here.
         ArtifactMismatch: the engine is of another bundle.
     """
-    path = sidecar_path(folder, stage.name)
-    if not (path.is_file() and engine_path(folder, stage.name).is_file()):
+    path = sidecar_path(folder, part.name)
+    if not (path.is_file() and engine_path(folder, part.name).is_file()):
         raise EngineError(
-            f"there is no engine of stage {stage.name!r} in {folder}; build it on this machine: "
+            f"there is no engine of part {part.name!r} in {folder}; build it on this machine: "
             f"qvla build {bundle.path}"
         )
     sidecar = Sidecar.load(path)
     remedy = f"Build it again: qvla build {bundle.path}."
     require_same("bundle and engine", bundle.digest, sidecar.origin.bundle_digest, remedy)
-    require_same("stage and engine", stage.name, sidecar.origin.stage, remedy)
+    require_same("part and engine", part.name, sidecar.origin.part, remedy)
     return sidecar
 
 
@@ -57,7 +57,7 @@ def require_version(sidecar: Sidecar, module: TrtModule) -> None:
     made_by = f"{sidecar.origin.module} {sidecar.origin.module_version}"
     if made_by != f"{module.name} {module.version}":
         raise EngineError(
-            f"the engine of stage {sidecar.origin.stage!r} was built by {made_by}, this is "
+            f"the engine of part {sidecar.origin.part!r} was built by {made_by}, this is "
             f"{module.name} {module.version}; {REMEDY}"
         )
 
@@ -68,16 +68,16 @@ def require_gpu(sidecar: Sidecar, gpu: Gpu) -> None:
     wanted = (origin.compute_capability, origin.gpu or gpu.name)
     if wanted != (gpu.compute_capability, gpu.name):
         raise EngineError(
-            f"the engine of stage {origin.stage!r} is for {wanted[0]} ({origin.gpu or 'any'}), the "
+            f"the engine of part {origin.part!r} is for {wanted[0]} ({origin.gpu or 'any'}), the "
             f"GPU here is {gpu.name} ({gpu.compute_capability}); {REMEDY}, from a bundle whose "
             "target has this GPU"
         )
 
 
-def require_tensors(stage: Part, engine: Any, api: Any, path: Path) -> None:
-    """Refuse a loaded engine whose inputs and outputs are not the stage's."""
+def require_tensors(part: Part, engine: Any, api: Any, path: Path) -> None:
+    """Refuse a loaded engine whose inputs and outputs are not the part's."""
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     found = {name: np.dtype(api.nptype(engine.get_tensor_dtype(name))).name for name in names}
-    wanted = {spec.name: spec.dtype for spec in (*stage.inputs, *stage.outputs)}
+    wanted = {spec.name: spec.dtype for spec in (*part.inputs, *part.outputs)}
     if found != wanted:
-        raise EngineError(f"{path} has tensors {found}, the bundle's stage has {wanted}; {REMEDY}")
+        raise EngineError(f"{path} has tensors {found}, the bundle's part has {wanted}; {REMEDY}")

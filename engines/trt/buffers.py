@@ -12,7 +12,7 @@ from qvla_export.shared.bundle import TensorSpec
 
 
 class Buffers:
-    """Allocated once, each for its largest shape. Stages hand tensors on by sharing memory."""
+    """Allocated once, each for its largest shape. Parts hand tensors on by sharing memory."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class Buffers:
 
         Args:
             device: whose memory.
-            tensors: inputs and outputs of all stages; equal names are one tensor.
+            tensors: inputs and outputs of all parts; equal names are one tensor.
             at_host: those that are copied in or out.
             ranges: name -> shapes.
 

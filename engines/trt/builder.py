@@ -1,4 +1,4 @@
-"""Build a bundle's engines stage by stage; what is up to date is kept."""
+"""Build a bundle's engines part by part; what is up to date is kept."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from engines.trt.failures import explain, explain_killed
 from engines.trt.gpu import Gpu, find_gpu, read_power_mode
 from engines.trt.log import Log
 from engines.trt.modules import BuildError, TrtModule, load_module, require_device
-from engines.trt.network import Network, parse_stage, stage_inputs, stage_outputs
+from engines.trt.network import Network, parse_part, part_inputs, part_outputs
 from engines.trt.progress import Progress
 from engines.trt.seal import UnsealedEngine
 from engines.trt.shapes import PromptRange, ShapeRange, input_ranges
@@ -26,7 +26,7 @@ from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.target import Target
 
 _LOGGER = logging.getLogger(__name__)
-# Called with (stage, phase, steps done, steps in all).
+# Called with (part, phase, steps done, steps in all).
 OnProgress = Callable[[str, str, int, int], None]
 
 
@@ -52,7 +52,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class _Job:
-    """What all stages of one build share."""
+    """What all parts of one build share."""
 
     bundle: Bundle
     target: Target
@@ -70,20 +70,20 @@ def build_engines(
     on_progress: OnProgress | None = None,
     find: Callable[[], Gpu | None] = find_gpu,
 ) -> tuple[Sidecar, ...]:
-    """Build the engine of every stage; stages whose engine is up to date are kept.
+    """Build the engine of every part; parts whose engine is up to date are kept.
 
-    One stage's weights and engine are in memory at a time. Each stage is `<stage>.engine` and
-    `<stage>.json`, written whole; after an interruption the next call goes on.
+    One part's weights and engine are in memory at a time. Each part is `<part>.engine` and
+    `<part>.json`, written whole; after an interruption the next call goes on.
 
     Args:
         bundle: verified by `Bundle.load`, for a target of TensorRT or TensorRT for RTX.
         folder: where engines go.
         settings: shapes and effort.
-        on_progress: hears of every phase of every stage.
+        on_progress: hears of every phase of every part.
         find: returns the GPU of this machine.
 
     Raises:
-        BuildError: module or device are missing, or a stage cannot be parsed or built.
+        BuildError: module or device are missing, or a part cannot be parsed or built.
         TimingCacheError: the timing cache is not for this build.
     """
     settings = settings or BuildSettings()
@@ -97,22 +97,22 @@ def build_engines(
     job = _Job(bundle, target, module, gpu, folder, settings, on_progress)
     known = input_ranges(bundle.inputs, settings.prompt)
     built = []
-    for stage in bundle.parts:
-        sidecar = _kept(job, stage, known) or _build_stage(job, stage, known)
+    for part in bundle.parts:
+        sidecar = _load_current(job, part, known) or _build_part(job, part, known)
         known |= sidecar.outputs
         built.append(sidecar)
     return tuple(built)
 
 
-def _origin(job: _Job, stage: Part, inputs: Mapping[str, ShapeRange]) -> Origin:
+def _origin(job: _Job, part: Part, inputs: Mapping[str, ShapeRange]) -> Origin:
     files = job.bundle.manifest["files"]
-    weights = files.get(f"{stage.model}.data", {"sha256": ""})
+    weights = files.get(f"{part.model}.data", {"sha256": ""})
     timed = not job.module.traits.ahead_of_time and job.gpu is not None
     return Origin(
         target=job.target.name,
-        stage=stage.name,
+        part=part.name,
         bundle_digest=job.bundle.digest,
-        model_sha256=files[stage.model]["sha256"],
+        model_sha256=files[part.model]["sha256"],
         weights_sha256=weights["sha256"],
         module=job.module.name,
         module_version=job.module.version,
@@ -124,34 +124,34 @@ def _origin(job: _Job, stage: Part, inputs: Mapping[str, ShapeRange]) -> Origin:
     )
 
 
-def _kept(job: _Job, stage: Part, known: Mapping[str, ShapeRange]) -> Sidecar | None:
+def _load_current(job: _Job, part: Part, known: Mapping[str, ShapeRange]) -> Sidecar | None:
     """Return what an earlier build of this very engine left behind; None if it must be built."""
     try:
-        found = Sidecar.load(sidecar_path(job.folder, stage.name))
+        found = Sidecar.load(sidecar_path(job.folder, part.name))
     except (ArtifactError, UnsealedEngine):
         return None
     inputs = {name: known[name] for name in found.origin.inputs if name in known}
-    path = engine_path(job.folder, stage.name)
+    path = engine_path(job.folder, part.name)
     current = (
-        found.origin == _origin(job, stage, inputs)
+        found.origin == _origin(job, part, inputs)
         and path.is_file()
         and sha256_file(path) == found.engine_sha256
     )
     return found if current else None
 
 
-def _build_stage(job: _Job, stage: Part, known: Mapping[str, ShapeRange]) -> Sidecar:
-    log, model = Log(job.module), job.bundle.model_path(stage)
-    with _Marker(job.folder, stage.name):
-        network = parse_stage(job.module, model, job.target, log)
-        inputs = stage_inputs(network, known, model)
-        outputs = stage_outputs(network, inputs)
+def _build_part(job: _Job, part: Part, known: Mapping[str, ShapeRange]) -> Sidecar:
+    log, model = Log(job.module), job.bundle.model_path(part)
+    with _Marker(job.folder, part.name):
+        network = parse_part(job.module, model, job.target, log)
+        inputs = part_inputs(network, known, model)
+        outputs = part_outputs(network, inputs)
         config, cache = _configure(job, network, inputs)
-        engine = _serialize(job, stage, network, config, log)
+        engine = _serialize(job, part, network, config, log)
     digest = hashlib.sha256(engine).hexdigest()
     layers, missing = _layers(job, engine)
     sidecar = Sidecar(
-        origin=_origin(job, stage, inputs),
+        origin=_origin(job, part, inputs),
         outputs=outputs,
         engine_sha256=digest,
         engine_bytes=engine.nbytes,
@@ -162,9 +162,9 @@ def _build_stage(job: _Job, stage: Part, known: Mapping[str, ShapeRange]) -> Sid
         layers_missing=missing,
     )
     # The sidecar comes last: it vouches for an engine that is wholly there.
-    write_bytes(engine_path(job.folder, stage.name), engine)
-    sidecar.save(sidecar_path(job.folder, stage.name))
-    _LOGGER.debug("engine of %s: %d bytes, %s", stage.name, engine.nbytes, log.weights_bytes)
+    write_bytes(engine_path(job.folder, part.name), engine)
+    sidecar.save(sidecar_path(job.folder, part.name))
+    _LOGGER.debug("engine of %s: %d bytes, %s", part.name, engine.nbytes, log.weights_bytes)
     return sidecar
 
 
@@ -194,10 +194,10 @@ def _configure(
     return config, cache
 
 
-def _serialize(job: _Job, stage: Part, network: Network, config: Any, log: Log) -> memoryview:
+def _serialize(job: _Job, part: Part, network: Network, config: Any, log: Log) -> memoryview:
     def on_phase(phase: str, done: int, steps: int) -> None:
         if job.on_progress is not None:
-            job.on_progress(stage.name, phase, done, steps)
+            job.on_progress(part.name, phase, done, steps)
 
     progress = Progress(job.module.api, on_phase)
     progress.attach(config)
@@ -205,7 +205,7 @@ def _serialize(job: _Job, stage: Part, network: Network, config: Any, log: Log) 
         engine = network.builder.build_serialized_network(network.definition, config)
     progress.require_uninterrupted()
     if engine is None:
-        what = f"building stage {stage.name!r} for target {job.target.name!r} failed"
+        what = f"building part {part.name!r} for target {job.target.name!r} failed"
         raise BuildError(explain(what, log.messages))
     return memoryview(engine)
 
@@ -225,14 +225,14 @@ def _layers(job: _Job, engine: memoryview) -> tuple[list[Any] | None, str | None
 
 
 class _Marker:
-    """A file that is there while a stage is built, and after a build that was killed."""
+    """A file that is there while a part is built, and after a build that was killed."""
 
-    def __init__(self, folder: Path, stage: str) -> None:
-        self._path, self._stage = folder / f".{stage}.building", stage
+    def __init__(self, folder: Path, part: str) -> None:
+        self._path, self._part = folder / f".{part}.building", part
 
     def __enter__(self) -> None:
         if self._path.is_file() and not _is_alive(self._path):
-            _LOGGER.warning("%s", explain_killed(self._stage))
+            _LOGGER.warning("%s", explain_killed(self._part))
         write_json(self._path, {"pid": os.getpid()})
 
     def __exit__(self, *_: object) -> None:

@@ -23,7 +23,7 @@ from engines.trt.failures import explain
 from engines.trt.layer_log import LayerLog
 from engines.trt.log import Log
 from engines.trt.modules import TrtModule, load_module
-from engines.trt.runner import RunnerSetup, Scratch, StageRunner
+from engines.trt.runner import PartRunner, RunnerSetup, Scratch
 from engines.trt.shapes import Shape, ShapeRange
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
 from qvla_export.shared.bundle import Bundle, Part
@@ -36,9 +36,9 @@ _TO_DEVICE, _TO_HOST = "host_to_device", "device_to_host"
 class TensorRtEngine(BundleEngine):
     """A bundle's engines on one GPU and stream; see `Engine`.
 
-    Inputs are copied once, outputs of a stage stay on the device for the next. All buffers have
+    Inputs are copied once, outputs of a part stay on the device for the next. All buffers have
     the size of the longest prompt and are allocated at load. The first action of a prompt length
-    runs the stages one by one, later ones launch what was captured of it: a graph per stage, so
+    runs the parts one by one, later ones launch what was captured of it: a graph per part, so
     that events between them tell where the time goes. One action at a time; any thread may act.
     """
 
@@ -64,7 +64,7 @@ class TensorRtEngine(BundleEngine):
                 another version, or does not load.
         """
         folder = engine_folder(bundle) if folder is None else folder
-        sidecars = {stage.name: admit_sidecar(bundle, stage, folder) for stage in bundle.parts}
+        sidecars = {part.name: admit_sidecar(bundle, part, folder) for part in bundle.parts}
         self._module = module or load_module(find_target(bundle.target))
         for sidecar in sidecars.values():
             require_version(sidecar, self._module)
@@ -87,9 +87,9 @@ class TensorRtEngine(BundleEngine):
         return f"{self._module.name} {self._module.version} {self._gpu.name}"
 
     @property
-    def uncaptured(self) -> Mapping[str, str]:
-        """Stages that run without a CUDA graph, and why."""
-        found = {name: runner.uncaptured for name, runner in self._runners.items()}
+    def graph_failures(self) -> Mapping[str, str]:
+        """Parts that run without a CUDA graph, and why."""
+        found = {name: runner.graph_failure for name, runner in self._runners.items()}
         return {name: why for name, why in found.items() if why is not None}
 
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
@@ -113,7 +113,7 @@ class TensorRtEngine(BundleEngine):
             raise
 
     def layer_times(self, feeds: Feeds, passes: int = 50) -> LayerTimes:
-        """Run the stages some times under TensorRT's profiler, without graphs.
+        """Run the parts some times under TensorRT's profiler, without graphs.
 
         Raises:
             InvalidFeeds: see `infer`.
@@ -128,15 +128,15 @@ class TensorRtEngine(BundleEngine):
             self._buffers.upload(name, value)
         self._device.synchronize()
         logs, timed = [], []
-        for stage in self._bundle.parts:
-            logs.append(LayerLog(self._module, stage.name, self._layers[stage.name]))
-            runner = self._runners[stage.name]
-            timed.append(runner.timed(_of(stage, shapes), logs[-1].profiler))
+        for part in self._bundle.parts:
+            logs.append(LayerLog(self._module, part.name, self._layers[part.name]))
+            runner = self._runners[part.name]
+            timed.append(runner.open_timer(_of(part, shapes), logs[-1].profiler))
             shapes |= timed[-1].outputs
         for _ in range(passes + _UNTIMED_PASSES):
-            for log, stage_ in zip(logs, timed, strict=True):
+            for log, part_ in zip(logs, timed, strict=True):
                 log.begin_pass()
-                stage_.run()
+                part_.run()
         rows = tuple(row for log in logs for row in log.rows(_UNTIMED_PASSES))
         return LayerTimes(self.runtime, rows)
 
@@ -147,24 +147,24 @@ class TensorRtEngine(BundleEngine):
             stack.close()
 
     def _run(self, feeds: Feeds, shapes: dict[str, Shape]) -> dict[str, NDArray[Any]]:
-        device, stages = self._device, self._bundle.parts
+        device, parts = self._device, self._bundle.parts
         device.record(self._events[0])
         for name, value in feeds.items():
             self._buffers.upload(name, value)
         device.record(self._events[1])
-        for stage, event in zip(stages, self._events[2:], strict=False):
-            shapes |= self._runners[stage.name].enqueue(_of(stage, shapes))
+        for part, event in zip(parts, self._events[2:], strict=False):
+            shapes |= self._runners[part.name].enqueue(_of(part, shapes))
             device.record(event)
         views = {s.name: self._buffers.download(s.name, shapes[s.name]) for s in self.outputs}
         device.record(self._events[-1])
         device.synchronize()
-        names = (_TO_DEVICE, *(stage.name for stage in stages), _TO_HOST)
+        names = (_TO_DEVICE, *(part.name for part in parts), _TO_HOST)
         pairs = zip(names, self._events[:-1], self._events[1:], strict=True)
-        self._stage_ms = {name: device.elapsed_ms(start, end) for name, start, end in pairs}
+        self._part_ms = {name: device.elapsed_ms(start, end) for name, start, end in pairs}
         # Copies, since the next action overwrites the pinned memory.
         results = {name: view.copy() for name, view in views.items()}
-        for stage in stages:
-            self._runners[stage.name].capture(_of(stage, shapes))
+        for part in parts:
+            self._runners[part.name].capture(_of(part, shapes))
         return results
 
     def _open(
@@ -180,16 +180,16 @@ class TensorRtEngine(BundleEngine):
         self._device, self._gpu = device, device.gpu
         for sidecar in sidecars.values():
             require_gpu(sidecar, device.gpu)
-        self._runners: dict[str, StageRunner] = {}
+        self._runners: dict[str, PartRunner] = {}
         engines: dict[str, Any] = {}
         # Their memory must go before the GPU is left.
         stack.callback(self._runners.clear)
         stack.callback(engines.clear)
         runtime = self._module.api.Runtime(self._log.logger)
-        stages = self._bundle.parts
-        for stage in stages:
-            engines[stage.name] = self._load(runtime, stage, folder, sidecars[stage.name])
-        tensors = [spec for stage in stages for spec in (*stage.inputs, *stage.outputs)]
+        parts = self._bundle.parts
+        for part in parts:
+            engines[part.name] = self._load(runtime, part, folder, sidecars[part.name])
+        tensors = [spec for part in parts for spec in (*part.inputs, *part.outputs)]
         at_host = (*self.inputs, *self.outputs)
         self._buffers = Buffers(device, tensors, at_host, self._ranges)
         stack.callback(self._buffers.free)
@@ -197,23 +197,23 @@ class TensorRtEngine(BundleEngine):
         scratch = Scratch(device.allocate(nbytes), nbytes)
         stack.callback(device.free, scratch.address)
         setup = RunnerSetup(self._module, self._log, device, scratch, max_shapes)
-        # Before the first stage, between any two, and around the copies.
-        self._events = [device.event() for _ in range(len(stages) + 3)]
-        for stage in stages:
-            names = [spec.name for spec in (*stage.inputs, *stage.outputs)]
+        # Before the first part, between any two, and around the copies.
+        self._events = [device.event() for _ in range(len(parts) + 3)]
+        for part in parts:
+            names = [spec.name for spec in (*part.inputs, *part.outputs)]
             addresses = {name: self._buffers.addresses[name] for name in names}
-            runner = StageRunner(stage.name, engines[stage.name], addresses, setup)
+            runner = PartRunner(part.name, engines[part.name], addresses, setup)
             stack.callback(runner.close)
-            self._runners[stage.name] = runner
+            self._runners[part.name] = runner
 
-    def _load(self, runtime: Any, stage: Part, folder: Path, sidecar: Sidecar) -> Any:
-        path = engine_path(folder, stage.name)
+    def _load(self, runtime: Any, part: Part, folder: Path, sidecar: Sidecar) -> Any:
+        path = engine_path(folder, part.name)
         data = admit_engine(path, sidecar)
         with self._log.native_errors():
             engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise EngineError(explain(f"{path} does not load", self._log.messages))
-        require_tensors(stage, engine, self._module.api, path)
+        require_tensors(part, engine, self._module.api, path)
         return engine
 
     def _require_in_range(self, shapes: Mapping[str, Shape]) -> None:
@@ -227,6 +227,6 @@ class TensorRtEngine(BundleEngine):
                 )
 
 
-def _of(stage: Part, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Shapes of a stage's inputs."""
-    return {spec.name: shapes[spec.name] for spec in stage.inputs}
+def _of(part: Part, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Shapes of a part's inputs."""
+    return {spec.name: shapes[spec.name] for spec in part.inputs}

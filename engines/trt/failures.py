@@ -27,7 +27,7 @@ _FREE_MEMORY = (
     "echo 1 > /proc/sys/vm/compact_memory",
     "close the desktop and other processes; stop a server that holds another engine",
     "build with less scratch memory: --workspace-mb 2048",
-    "export in more, smaller stages: qvla export --layers-per-part",
+    "export in more, smaller parts: qvla export --layers-per-part",
 )
 
 # The first that matches any message explains it: reasons before their consequences.
@@ -100,7 +100,7 @@ def explain(what: str, messages: Sequence[str]) -> str:
     """Return an error message: what failed, why if it is known, cures, and the runtime's words.
 
     Args:
-        what: "building stage 'decoder' for target 'rtx4070' failed".
+        what: "building part 'decoder' for target 'rtx4070' failed".
         messages: warnings and errors of the runtime, oldest first.
     """
     failure = find_failure(messages)
@@ -112,10 +112,10 @@ def explain(what: str, messages: Sequence[str]) -> str:
     return f"{what}: {failure.cause}. What helps:{cures}{said}"
 
 
-def explain_killed(stage: str) -> str:
+def explain_killed(part: str) -> str:
     """Return what to say when an earlier build ended without a word: the kernel killed it."""
     cures = "".join(f"\n- {cure}" for cure in _FREE_MEMORY)
     return (
-        f"the previous build of stage {stage!r} was killed while TensorRT was at work, most likely "
+        f"the previous build of part {part!r} was killed while TensorRT was at work, most likely "
         f"for lack of memory (dmesg shows 'Out of memory'). If it happens again:{cures}"
     )

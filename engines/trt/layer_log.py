@@ -1,4 +1,4 @@
-"""What TensorRT's profiler says of every layer of one stage."""
+"""What TensorRT's profiler says of every layer of one part."""
 
 import re
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 class LayerLog:
     """Collects an `IProfiler`'s reports, pass by pass."""
 
-    def __init__(self, module: TrtModule, stage: str, layers: Sequence[Any] | None) -> None:
+    def __init__(self, module: TrtModule, part: str, layers: Sequence[Any] | None) -> None:
         """Make the `profiler` that a context takes.
 
         Args:
             module: of the context.
-            stage: whose layers are reported.
+            part: whose layers are reported.
             layers: what the engine inspector listed at the build (`Sidecar.layers`); tells the
                 nodes of the graph, which Myelin's own names do not.
         """
-        self._stage = stage
+        self._part = part
         self._known = {str(v.get("Name")): v for v in layers or () if isinstance(v, dict)}
         self._passes: list[list[tuple[str, float]]] = []
         self.profiler: Any = _profiler_class(module.api)(self)
@@ -50,8 +50,8 @@ class LayerLog:
         orders = {tuple(name for name, _ in reports) for reports in kept}
         if len(orders) != 1 or not kept[0]:
             raise EngineError(
-                f"TensorRT's profiler reports {sorted(map(len, orders))} layers of stage "
-                f"{self._stage!r} in {len(kept)} passes; they must be the same in each"
+                f"TensorRT's profiler reports {sorted(map(len, orders))} layers of part "
+                f"{self._part!r} in {len(kept)} passes; they must be the same in each"
             )
         return tuple(
             self._row(name, np.array([reports[index][1] for reports in kept]))
@@ -64,7 +64,7 @@ class LayerLog:
         found = {node for node in (*nodes, parse_node_name(name)) if node is not None}
         layer, bits = _one_layer(found)
         op_type = str(known.get("LayerType") or next(iter(sorted(n.op_type for n in found)), ""))
-        return LayerTime(self._stage, name, op_type or "unknown", layer, bits, samples_ms)
+        return LayerTime(self._part, name, op_type or "unknown", layer, bits, samples_ms)
 
 
 def _one_layer(nodes: set[LayerNode]) -> tuple[str, int | None]:

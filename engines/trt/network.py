@@ -1,4 +1,4 @@
-"""A stage's graph -> TensorRT's network, and the shapes of everything that goes in and out."""
+"""A part's graph -> TensorRT's network, and the shapes of everything that goes in and out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _MAX_SHOWN = 3
 
 @dataclass(frozen=True)
 class Network:
-    """A parsed stage; the builder and the parser own the memory of its weights."""
+    """A parsed part; the builder and the parser own the memory of its weights."""
 
     builder: Any
     parser: Any
@@ -27,7 +27,7 @@ class Network:
         return any(size < 0 for tensor in _inputs(self) for size in tensor.shape)
 
 
-def parse_stage(module: TrtModule, model: Path, target: Target, log: Log) -> Network:
+def parse_part(module: TrtModule, model: Path, target: Target, log: Log) -> Network:
     """Parse a graph and the weights beside it.
 
     Raises:
@@ -47,15 +47,15 @@ def parse_stage(module: TrtModule, model: Path, target: Target, log: Log) -> Net
     return Network(builder, parser, definition)
 
 
-def stage_inputs(
+def part_inputs(
     network: Network, known: Mapping[str, ShapeRange], model: Path
 ) -> dict[str, ShapeRange]:
     """Return the shape ranges of a network's inputs.
 
     Args:
-        network: a parsed stage.
-        known: ranges of the bundle's inputs and of what earlier stages put out.
-        model: names the stage in errors.
+        network: a parsed part.
+        known: ranges of the bundle's inputs and of what earlier parts put out.
+        model: names the part in errors.
 
     Raises:
         BuildError: nothing provides an input, or its shape contradicts the graph.
@@ -66,7 +66,7 @@ def stage_inputs(
         if given is None:
             raise BuildError(
                 f"{model} reads {tensor.name!r}, which is no input of the bundle and no output of "
-                f"an earlier stage ({sorted(known)}); export the bundle anew"
+                f"an earlier part ({sorted(known)}); export the bundle anew"
             )
         shape = tuple(tensor.shape)
         fixed = [size if size >= 0 else low for size, low in zip(shape, given.min, strict=False)]
@@ -83,11 +83,11 @@ def stage_inputs(
     return found
 
 
-def stage_outputs(network: Network, inputs: Mapping[str, ShapeRange]) -> dict[str, ShapeRange]:
+def part_outputs(network: Network, inputs: Mapping[str, ShapeRange]) -> dict[str, ShapeRange]:
     """Return the shapes of a network's outputs where its inputs are smallest, best, largest.
 
     The network infers them itself when its inputs are fixed for a moment; dynamic sizes of later
-    stages (tokens = prompt + patches + actions) are known only this way.
+    parts (tokens = prompt + patches + actions) are known only this way.
     """
     tensors = _inputs(network)
     original = [tuple(tensor.shape) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""One stage on the GPU: an execution context and a captured graph for every shape it meets."""
+"""One part on the GPU: an execution context and a captured graph for every shape it meets."""
 
 import logging
 from collections import OrderedDict
@@ -18,7 +18,7 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scratch:
-    """Device memory for activations; stages run one after the other, so they share it."""
+    """Device memory for activations; parts run one after the other, so they share it."""
 
     address: Address
     nbytes: int
@@ -39,8 +39,8 @@ class RunnerSetup:
 
 
 @dataclass(frozen=True)
-class TimedStage:
-    """A stage that runs alone and reports its layers."""
+class PartTimer:
+    """A part that runs alone and reports its layers."""
 
     # Runs it once and waits until it is done.
     run: Callable[[], None]
@@ -48,18 +48,18 @@ class TimedStage:
 
 
 @dataclass
-class _Prepared:
+class _ShapeContext:
     """A context whose shapes and addresses are set once, and what was captured of it."""
 
-    context: Any
+    # An `IExecutionContext`.
+    native: Any
     outputs: Mapping[str, Shape]
     graph: Graph | None = None
-    # Whether capturing was tried.
-    tried: bool = False
+    capture_attempted: bool = False
 
 
-class StageRunner:
-    """Puts one stage's work into the device's stream.
+class PartRunner:
+    """Puts one part's work into the device's stream.
 
     Every input shape has a context of its own: a captured graph holds the context's state, and
     TensorRT forbids changing that state afterwards. Contexts are small, since the memory for
@@ -72,82 +72,82 @@ class StageRunner:
         """Prepare nothing yet; contexts are made for the shapes that come.
 
         Args:
-            name: the stage's.
+            name: the part's.
             engine: deserialized, an `ICudaEngine`.
             addresses: device memory of every input and output, of the largest shape.
             setup: where and how it runs.
         """
         self._name, self._engine, self._addresses = name, engine, dict(addresses)
         self._setup, self._device = setup, setup.device
-        self._prepared: OrderedDict[tuple[tuple[str, Shape], ...], _Prepared] = OrderedDict()
-        # Why the stage runs without a graph; None while it does not.
-        self.uncaptured: str | None = None
+        self._contexts: OrderedDict[tuple[tuple[str, Shape], ...], _ShapeContext] = OrderedDict()
+        # Why the part runs without a graph; None while it does not.
+        self.graph_failure: str | None = None
 
     def enqueue(self, inputs: Mapping[str, Shape]) -> Mapping[str, Shape]:
-        """Put the stage into the stream; return the shapes of its outputs.
+        """Put the part into the stream; return the shapes of its outputs.
 
         Raises:
             EngineError: TensorRT refuses a shape, or the work.
         """
-        prepared = self._for(inputs)
-        if prepared.graph is not None:
-            self._device.launch(prepared.graph)
+        context = self._for(inputs)
+        if context.graph is not None:
+            self._device.launch(context.graph)
         else:
-            self._execute(prepared)
-        return prepared.outputs
+            self._execute(context)
+        return context.outputs
 
     def capture(self, inputs: Mapping[str, Shape]) -> None:
-        """Capture the stage for shapes that `enqueue` has run, if that was not tried before.
+        """Capture the part for shapes that `enqueue` has run, if that was not tried before.
 
         The first run does what TensorRT puts off until then, which a graph must not hold.
         """
-        prepared = self._for(inputs)
-        if prepared.tried:
+        context = self._for(inputs)
+        if context.capture_attempted:
             return
-        prepared.tried = True
+        context.capture_attempted = True
         try:
-            prepared.graph = self._device.capture(lambda: self._execute(prepared))
+            context.graph = self._device.capture(lambda: self._execute(context))
         except (CaptureError, EngineError) as error:
-            self.uncaptured = str(error)
-            _LOGGER.warning("stage %s runs without a CUDA graph: %s", self._name, str(error))
+            self.graph_failure = str(error)
+            _LOGGER.warning("part %s runs without a CUDA graph: %s", self._name, str(error))
 
-    def timed(self, inputs: Mapping[str, Shape], profiler: Any) -> TimedStage:
-        """Return the stage in a context of its own that tells an `IProfiler` of its layers.
+    def open_timer(self, inputs: Mapping[str, Shape], profiler: Any) -> PartTimer:
+        """Return the part in a context of its own that tells an `IProfiler` of its layers.
 
         Without a graph: TensorRT reports nothing of a captured one, and reporting slows it down.
 
         Raises:
             EngineError: TensorRT refuses a shape.
         """
-        prepared = self._prepare(inputs)
-        prepared.context.profiler = profiler
+        context = self._new_shape_context(inputs)
+        context.native.profiler = profiler
         # Reported when asked for, once the device is done.
-        prepared.context.enqueue_emits_profile = False
+        context.native.enqueue_emits_profile = False
 
         def run() -> None:
-            self._execute(prepared)
+            self._execute(context)
             self._device.synchronize()
-            self._require(prepared.context.report_to_profiler(), "reports no layer times")
+            self._require(context.native.report_to_profiler(), "reports no layer times")
 
-        return TimedStage(run, prepared.outputs)
+        return PartTimer(run, context.outputs)
 
     def close(self) -> None:
         """Free graphs and contexts."""
-        while self._prepared:
-            self._drop(self._prepared.popitem()[1])
+        while self._contexts:
+            self._drop(self._contexts.popitem()[1])
 
-    def _for(self, inputs: Mapping[str, Shape]) -> _Prepared:
+    def _for(self, inputs: Mapping[str, Shape]) -> _ShapeContext:
         key = tuple(sorted(inputs.items()))
-        if key not in self._prepared:
-            self._prepared[key] = self._prepare(inputs)
-        self._prepared.move_to_end(key)
-        while len(self._prepared) > self._setup.max_shapes:
+        if key not in self._contexts:
+            self._contexts[key] = self._new_shape_context(inputs)
+        self._contexts.move_to_end(key)
+        while len(self._contexts) > self._setup.max_shapes:
             # A launched graph may still be running.
             self._device.synchronize()
-            self._drop(self._prepared.popitem(last=False)[1])
-        return self._prepared[key]
+            self._drop(self._contexts.popitem(last=False)[1])
+        return self._contexts[key]
 
-    def _prepare(self, inputs: Mapping[str, Shape]) -> _Prepared:
+    def _new_shape_context(self, inputs: Mapping[str, Shape]) -> _ShapeContext:
         context = _new_context(self._engine, self._setup.module.api)
         self._require(context is not None, "has no execution context")
         context.set_device_memory(self._setup.scratch.address, self._setup.scratch.nbytes)
@@ -159,18 +159,18 @@ class StageRunner:
             self._require(context.set_tensor_address(name, address), f"refuses {name!r}")
         names = self._addresses.keys() - inputs.keys()
         outputs = {name: tuple(context.get_tensor_shape(name)) for name in sorted(names)}
-        return _Prepared(context, outputs)
+        return _ShapeContext(context, outputs)
 
-    def _execute(self, prepared: _Prepared) -> None:
-        self._require(prepared.context.execute_async_v3(self._device.stream), "cannot be executed")
+    def _execute(self, context: _ShapeContext) -> None:
+        self._require(context.native.execute_async_v3(self._device.stream), "cannot be executed")
 
-    def _drop(self, prepared: _Prepared) -> None:
-        if prepared.graph is not None:
-            self._device.free_graph(prepared.graph)
+    def _drop(self, context: _ShapeContext) -> None:
+        if context.graph is not None:
+            self._device.free_graph(context.graph)
 
     def _require(self, ok: bool, what: str) -> None:
         if not ok:
-            raise EngineError(explain(f"stage {self._name!r} {what}", self._setup.log.messages))
+            raise EngineError(explain(f"part {self._name!r} {what}", self._setup.log.messages))
 
 
 def _new_context(engine: Any, api: Any) -> Any:

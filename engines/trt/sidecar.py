@@ -18,9 +18,9 @@ class Origin:
     """What an engine was made from and how; equal origins need no second build."""
 
     target: str
-    stage: str
+    part: str
     bundle_digest: str
-    # SHA-256 of the stage's graph and of its weights file.
+    # SHA-256 of the part's graph and of its weights file.
     model_sha256: str
     weights_sha256: str
     # "tensorrt_rtx", "1.7.1.116".
@@ -34,6 +34,10 @@ class Origin:
     workspace_bytes: int
     # Input name -> shapes.
     inputs: dict[str, ShapeRange]
+
+
+# Field of `Origin` -> its key on disk, where a part is called a stage.
+_ORIGIN_KEYS = {name: "stage" if name == "part" else name for name in Origin.__dataclass_fields__}
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Sidecar:
 
     def save(self, path: Path) -> None:
         """Write the sidecar with this machine's seal."""
-        origin = {**asdict(self.origin), "inputs": ranges_to_json(self.origin.inputs)}
+        fields = {**asdict(self.origin), "inputs": ranges_to_json(self.origin.inputs)}
+        origin = {_ORIGIN_KEYS[name]: value for name, value in fields.items()}
         write_sealed(
             path,
             {
@@ -79,21 +84,21 @@ class Sidecar:
         if value.pop("format", None) != FORMAT:
             raise UnsealedEngine(f"{path} must be of format {FORMAT!r}; {REMEDY}")
         require_fields(value, Sidecar.__dataclass_fields__, f"engine sidecar {path}")
-        origin = dict(value["origin"])
-        require_fields(origin, Origin.__dataclass_fields__, f"engine sidecar {path}")
+        require_fields(value["origin"], _ORIGIN_KEYS.values(), f"engine sidecar {path}")
+        origin = {name: value["origin"][key] for name, key in _ORIGIN_KEYS.items()}
         origin["inputs"] = ranges_from_json(origin["inputs"])
         value |= {"origin": Origin(**origin), "outputs": ranges_from_json(value["outputs"])}
         return Sidecar(**value)
 
 
-def engine_path(folder: Path, stage: str) -> Path:
-    """Return where a stage's engine lies."""
-    return folder / f"{stage}.engine"
+def engine_path(folder: Path, part: str) -> Path:
+    """Return where a part's engine lies."""
+    return folder / f"{part}.engine"
 
 
-def sidecar_path(folder: Path, stage: str) -> Path:
+def sidecar_path(folder: Path, part: str) -> Path:
     """Return where what is known about it lies."""
-    return folder / f"{stage}.json"
+    return folder / f"{part}.json"
 
 
 def engine_folder(bundle: Bundle) -> Path:

@@ -15,15 +15,15 @@ from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Target
 
-# Code of kernels in a stage's engine, whatever its weights: 5 to 23 MB (TensorRT for RTX 1.7.1).
+# Code of kernels in a part's engine, whatever its weights: 5 to 23 MB (TensorRT for RTX 1.7.1).
 _CODE_BYTES = 32_000_000
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """One stage's engine."""
+    """One part's engine."""
 
-    stage: str
+    part: str
     # What its builder stated; None with a problem.
     sidecar: Sidecar | None
     # Why it would be refused whatever the machine; empty if it would not.
@@ -39,9 +39,9 @@ class BundleFacts:
     target: Target | None
     # Why there is no bundle or target; empty if there is.
     problem: str = ""
-    # Folder of the engines; and of each stage, empty where the runtime runs the bundle itself.
+    # Folder of the engines; and of each part, empty where the runtime runs the bundle itself.
     engines: Path = Path()
-    stages: tuple[EngineFacts, ...] = ()
+    parts: tuple[EngineFacts, ...] = ()
     # Module of a TensorRT target; or why it cannot be used.
     module: TrtModule | None = None
     module_problem: str = ""
@@ -55,12 +55,12 @@ class BundleFacts:
     @property
     def must_build(self) -> bool:
         """Whether engines are to be built before the bundle runs."""
-        return self.is_tensorrt and any(stage.sidecar is None for stage in self.stages)
+        return self.is_tensorrt and any(part.sidecar is None for part in self.parts)
 
     @property
     def power_mode(self) -> str | None:
         """Power mode in which the engines' kernels were timed; None if not known."""
-        known = [stage.sidecar.power_mode for stage in self.stages if stage.sidecar is not None]
+        known = [part.sidecar.power_mode for part in self.parts if part.sidecar is not None]
         return next((mode for mode in known if mode), None)
 
     @property
@@ -86,7 +86,7 @@ class BundleFacts:
         assert self.bundle is not None
         if self.must_build:
             return 2 * self.bundle.nbytes + BuildSettings().workspace_bytes
-        sizes = [stage.sidecar.engine_bytes for stage in self.stages if stage.sidecar is not None]
+        sizes = [part.sidecar.engine_bytes for part in self.parts if part.sidecar is not None]
         return sum(sizes) + max(sizes) if sizes else 2 * self.bundle.nbytes
 
     @property
@@ -94,13 +94,13 @@ class BundleFacts:
         """Return what the estimate counts."""
         if self.must_build:
             return "graph and engine, and the builder's workspace"
-        if self.stages:
+        if self.parts:
             return "engines, and one's file while it loads"
         return "weights as read and as packed"
 
     @property
     def disk_needed_bytes(self) -> int:
-        """Bytes that new engines take: the weights and each stage's code."""
+        """Bytes that new engines take: the weights and each part's code."""
         assert self.bundle is not None
         return self.bundle.nbytes + _CODE_BYTES * len(self.bundle.parts)
 
@@ -127,7 +127,7 @@ def read_bundle(path: Path, engines: Path | None = None) -> BundleFacts:
         bundle,
         target,
         engines=folder,
-        stages=tuple(_engine(bundle, index, folder) for index in range(len(bundle.parts))),
+        parts=tuple(_engine(bundle, index, folder) for index in range(len(bundle.parts))),
         module=module,
         module_problem=problem,
         free_disk_bytes=_free_bytes(folder),
@@ -143,16 +143,16 @@ def _module(target: Target) -> tuple[TrtModule | None, str]:
 
 
 def _engine(bundle: Bundle, index: int, folder: Path) -> EngineFacts:
-    stage = bundle.parts[index]
+    part = bundle.parts[index]
     try:
-        sidecar = admit_sidecar(bundle, stage, folder)
+        sidecar = admit_sidecar(bundle, part, folder)
         # Not `admit_engine`: it holds the whole engine in memory.
-        found = sha256_file(engine_path(folder, stage.name))
+        found = sha256_file(engine_path(folder, part.name))
     except (QvlaError, OSError, TypeError, KeyError) as error:
-        return EngineFacts(stage.name, None, _one_line(error))
+        return EngineFacts(part.name, None, _one_line(error))
     if found != sidecar.engine_sha256:
-        return EngineFacts(stage.name, None, f"{stage.name}.engine is not what was built here")
-    return EngineFacts(stage.name, sidecar)
+        return EngineFacts(part.name, None, f"{part.name}.engine is not what was built here")
+    return EngineFacts(part.name, sidecar)
 
 
 def _free_bytes(folder: Path) -> int | None:

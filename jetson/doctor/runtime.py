@@ -138,13 +138,13 @@ def check_gpu(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
 
 
 def check_engines(facts: BundleFacts | None) -> BoardFinding:
-    """Look whether every stage's engine is there, whole, of this bundle and built here."""
+    """Look whether every part's engine is there, whole, of this bundle and built here."""
     if facts is None or not facts.is_tensorrt:
         return _ENGINES.inapplicable(_no_engine(facts))
-    problems = [stage for stage in facts.stages if stage.sidecar is None]
+    problems = [part for part in facts.parts if part.sidecar is None]
     if not problems:
-        return _ENGINES.ok(f"{len(facts.stages)} built here, in {facts.engines}")
-    more = f" (and {len(problems) - 1} more stages)" if len(problems) > 1 else ""
+        return _ENGINES.ok(f"{len(facts.parts)} built here, in {facts.engines}")
+    more = f" (and {len(problems) - 1} more parts)" if len(problems) > 1 else ""
     return _ENGINES.error(problems[0].problem + more, facts.build_command)
 
 
@@ -152,7 +152,7 @@ def check_engine_version(facts: BundleFacts | None) -> BoardFinding:
     """Look whether the engines were built by the TensorRT that is installed."""
     if facts is None or not facts.is_tensorrt:
         return _ENGINE_VERSION.inapplicable(_no_engine(facts))
-    sidecars = [stage.sidecar for stage in facts.stages if stage.sidecar is not None]
+    sidecars = [part.sidecar for part in facts.parts if part.sidecar is not None]
     if not sidecars or facts.module is None:
         return _ENGINE_VERSION.inapplicable("no engines, or no TensorRT, to compare")
     here = f"{facts.module.name} {facts.module.version}"
@@ -171,7 +171,7 @@ def check_engine_gpu(machine: Machine, facts: BundleFacts | None) -> BoardFindin
     """Look whether the engines were built for the GPU that is here."""
     if facts is None or not facts.is_tensorrt:
         return _ENGINE_GPU.inapplicable(_no_engine(facts))
-    sidecars = [stage.sidecar for stage in facts.stages if stage.sidecar is not None]
+    sidecars = [part.sidecar for part in facts.parts if part.sidecar is not None]
     if not sidecars or machine.gpu is None:
         return _ENGINE_GPU.inapplicable("no engines, or no GPU, to compare")
     here = f"{machine.gpu.name} ({machine.gpu.compute_capability})"

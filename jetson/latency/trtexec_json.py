@@ -64,12 +64,12 @@ def profile_json(times: LayerTimes) -> list[dict[str, Any]]:
     Readers find a layer by its name, so where there are several parts their names lead, and a name
     that comes again is numbered.
     """
-    several = len({row.stage for row in times.rows}) > 1
+    several = len({row.part for row in times.rows}) > 1
     total = sum(float(row.samples_ms.sum()) for row in times.rows)
     taken: Counter[str] = Counter()
     layers: list[dict[str, Any]] = [{"count": times.passes}]
     for row in times.rows:
-        name = f"{row.stage}: {row.name}" if several else row.name
+        name = f"{row.part}: {row.name}" if several else row.name
         taken[name] += 1
         ms = float(row.samples_ms.sum())
         layers.append(

@@ -32,7 +32,7 @@ class BuiltEngines:
     def to_json(self) -> dict[str, Any]:
         """Return what `qvla build --json` prints."""
         parts = {
-            sidecar.origin.stage: {
+            sidecar.origin.part: {
                 "engine_bytes": sidecar.engine_bytes,
                 "weights_bytes": sidecar.weights_bytes,
             }

@@ -46,7 +46,7 @@ class ConstantEngine:
 
     def __init__(self, bundle: Bundle, value: float) -> None:
         self.inputs, self.outputs, self.runtime = bundle.inputs, bundle.outputs, "constant 1"
-        self.stage_ms: dict[str, float] = {}
+        self.part_ms: dict[str, float] = {}
         self._value = value
 
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
@@ -119,7 +119,7 @@ def test_engine_policy_acts_as_torch(
         np.testing.assert_allclose(got.actions, expected.actions, atol=1e-4)
         assert set(got.timing_ms) == {*("preprocess", "engine", "engine.policy", "postprocess")}
         # ONNX Runtime on a CPU copies to no device, so none is claimed.
-        assert list(engine.stage_ms) == ["policy"]
+        assert list(engine.part_ms) == ["policy"]
         assert 0 < got.timing_ms["engine.policy"] <= got.timing_ms["engine"]
 
 

@@ -89,7 +89,7 @@ def test_a_graph_names_its_nodes_after_the_planned_layers(bundle: Bundle) -> Non
 
 def test_onnx_runtime_reports_every_width(times: LayerTimes) -> None:
     assert times.passes == 4 and times.runtime.startswith("onnxruntime ")
-    assert {row.stage for row in times.rows} == {"policy"}
+    assert {row.part for row in times.rows} == {"policy"}
     widths = {share.name: share for share in times.by_width()}
     assert {"2 bits", "4 bits", "8 bits", "16 bits", "no layer"} <= set(widths)
     packed = [row for row in times.rows if row.op_type == "MatMulNBits"]
@@ -162,5 +162,5 @@ def test_nodes_of_one_name_are_told_apart_and_the_first_runs_dropped(tmp_path: P
 def test_a_profile_of_another_kind_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "profile.json"
     path.write_text(text)
-    with pytest.raises(EngineError, match=r"stage 'policy'.*(fewer passes|cannot be read)"):
+    with pytest.raises(EngineError, match=r"part 'policy'.*(fewer passes|cannot be read)"):
         read_profile(path, "policy", 2, 1)

@@ -45,7 +45,7 @@ class ReplayEngine:
 
     def __init__(self, bundle: Bundle, chunks: Actions) -> None:
         self.inputs, self.outputs, self.runtime = bundle.inputs, bundle.outputs, "replay 1"
-        self.stage_ms: dict[str, float] = {}
+        self.part_ms: dict[str, float] = {}
         self._chunks = iter(chunks)
 
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:

@@ -263,7 +263,7 @@ class Engine:
     def __init__(self, runtime: "FakeTensorRt", sidecar: Sidecar, logger: Any) -> None:
         bundle = runtime.bundle
         self.sidecar, self.logger, self.runtime = sidecar, logger, runtime
-        self.stage = next(s for s in bundle.parts if s.name == sidecar.origin.stage)
+        self.stage = next(s for s in bundle.parts if s.name == sidecar.origin.part)
         self.broken = self.stage.name in runtime.broken
         self.layer_ms = runtime.layer_ms.get(self.stage.name, {})
         self._session = onnxruntime.InferenceSession(

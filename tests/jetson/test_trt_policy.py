@@ -1,4 +1,4 @@
-"""A policy exported in stages for TensorRT: built by the real builder, run by the runner."""
+"""A policy exported in parts for TensorRT: built by the real builder, run by the runner."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +52,7 @@ def test_a_staged_policy_acts_as_torch(
         for observation in observations:
             got, expected = on_gpu.infer(observation), on_cpu.infer(observation)
             np.testing.assert_allclose(got.actions, expected.actions, atol=1e-6)
-        assert set(engine.stage_ms) == {
+        assert set(engine.part_ms) == {
             "host_to_device",
             *(s.name for s in bundle.parts),
             "device_to_host",
@@ -60,5 +60,5 @@ def test_a_staged_policy_acts_as_torch(
         assert device.launched > 0
     size = measure_sizes(bundle, sidecars)
     assert size.engine_weight_bytes is not None
-    # Stages of a few kilobytes each: what the builder adds to a stage counts here.
+    # Parts of a few kilobytes each: what the builder adds to a part counts here.
     assert abs(size.engine_weight_bytes / size.onnx_bytes - 1) < 0.1

@@ -95,5 +95,5 @@ def _table(sidecars: "Sequence[Sidecar]") -> Table:
         table.add_column(column, justify="left" if column == "part" else "right")
     for sidecar in sidecars:
         weights = "" if sidecar.weights_bytes is None else f"{sidecar.weights_bytes / 1e6:.3f}"
-        table.add_row(sidecar.origin.stage, f"{sidecar.engine_bytes / 1e6:.3f}", weights)
+        table.add_row(sidecar.origin.part, f"{sidecar.engine_bytes / 1e6:.3f}", weights)
     return table

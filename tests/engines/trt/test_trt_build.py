@@ -135,7 +135,7 @@ def test_a_killed_build_is_reported(
     with caplog.at_level(logging.WARNING):
         build(bundle, tmp_path)
     (message,) = [r.message for r in caplog.records]
-    assert "previous build of stage 'decoder' was killed" in message
+    assert "previous build of part 'decoder' was killed" in message
     assert "--workspace-mb" in message
     assert not list(tmp_path.glob(".*"))
 

@@ -30,7 +30,7 @@ SCRATCH = "[autotuner] Requested amount of GPU memory (1073741824 bytes) could n
     [
         ([FOREIGN, NVMAP], "no contiguous memory", "compact_memory"),
         ([NVMAP, SCRATCH, FOREIGN], "no contiguous memory", "--workspace-mb"),
-        ([SCRATCH, FOREIGN], "memory of the device or the machine ran out", "smaller stages"),
+        ([SCRATCH, FOREIGN], "memory of the device or the machine ran out", "smaller parts"),
         (["Error Code 1: Cuda Runtime (out of memory)"], "ran out", "--layers-per-part"),
         ([FOREIGN], "no kernel for a fused part", "drop_caches"),
         (["Could not find any implementation for node conv1."], "no kernel", "--level"),
@@ -62,8 +62,8 @@ SCRATCH = "[autotuner] Requested amount of GPU memory (1073741824 bytes) could n
     ],
 )
 def test_known_failures(said: list[str], cause: str, cure: str) -> None:
-    message = explain("building stage 'decoder' failed", said)
-    assert message.startswith("building stage 'decoder' failed: ")
+    message = explain("building part 'decoder' failed", said)
+    assert message.startswith("building part 'decoder' failed: ")
     assert cause in message
     assert cure in message
     assert said[-1] in message

@@ -55,7 +55,7 @@ def folder(engines: Path, tmp_path: Path) -> Path:
 
 
 def sidecars_of(bundle: Bundle, folder: Path) -> list[Sidecar]:
-    return [Sidecar.load(sidecar_path(folder, stage.name)) for stage in bundle.parts]
+    return [Sidecar.load(sidecar_path(folder, part.name)) for part in bundle.parts]
 
 
 def open_engine(
@@ -80,7 +80,7 @@ def test_a_local_build_is_loaded(bundle: Bundle, folder: Path) -> None:
 @pytest.mark.parametrize("suffix", [".engine", ".json"])
 def test_a_missing_engine_names_the_command(bundle: Bundle, folder: Path, suffix: str) -> None:
     (folder / f"decoder{suffix}").unlink()
-    with pytest.raises(EngineError, match=r"no engine of stage 'decoder'.*qvla build"):
+    with pytest.raises(EngineError, match=r"no engine of part 'decoder'.*qvla build"):
         load_engine(bundle, engines=folder)
 
 
@@ -196,7 +196,7 @@ def test_stages_cannot_be_exchanged(bundle: Bundle, folder: Path) -> None:
     for suffix in (".engine", ".json"):
         shutil.copy(folder / f"vision{suffix}", folder / f"head{suffix}")
     trt, load = open_engine(bundle, folder, known)
-    with pytest.raises(ArtifactMismatch, match="stage and engine"):
+    with pytest.raises(ArtifactMismatch, match="part and engine"):
         load()
     assert not trt.deserialized
 

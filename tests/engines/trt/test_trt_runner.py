@@ -96,17 +96,17 @@ def test_is_verified_like_any_engine(rig: Rig) -> None:
 
 
 def test_a_length_seen_before_is_launched_as_graphs(rig: Rig) -> None:
-    stages = len(rig.bundle.parts)
+    parts = len(rig.bundle.parts)
     with rig.open() as engine:
         engine.infer(feeds_of(5))
-        assert (rig.device.launched, rig.device.living_graphs) == (0, stages)
+        assert (rig.device.launched, rig.device.living_graphs) == (0, parts)
         engine.infer(feeds_of(5, seed=1))
-        assert rig.device.launched == stages
-        # The first stage does not depend on the prompt: its graph serves another length too.
+        assert rig.device.launched == parts
+        # The first part does not depend on the prompt: its graph serves another length too.
         engine.infer(feeds_of(6))
-        assert rig.device.launched == stages + 1
-        assert rig.device.living_graphs == 2 * stages - 1
-        assert not engine.uncaptured
+        assert rig.device.launched == parts + 1
+        assert rig.device.living_graphs == 2 * parts - 1
+        assert not engine.graph_failures
 
 
 def test_graphs_are_bounded(rig: Rig) -> None:
@@ -128,11 +128,11 @@ def test_results_outlive_the_next_action(rig: Rig) -> None:
 def test_stage_times_come_from_events(rig: Rig) -> None:
     with rig.open() as engine:
         engine.infer(feeds_of(5))
-        assert list(engine.stage_ms) == [
+        assert list(engine.part_ms) == [
             *("host_to_device", "vision", "decoder", "head", "device_to_host")
         ]
         # The fake clock counts works and events: three copies in, one work a stage, one copy out.
-        assert list(engine.stage_ms.values()) == [4, 2, 2, 2, 2]
+        assert list(engine.part_ms.values()) == [4, 2, 2, 2, 2]
 
 
 def test_layers_report_to_the_profiler_and_graphs_stay(rig: Rig) -> None:
@@ -154,7 +154,7 @@ def test_layers_report_to_the_profiler_and_graphs_stay(rig: Rig) -> None:
         times = engine.layer_times(feeds_of(5), passes=3)
         assert rig.device.living_graphs == graphs
         np.testing.assert_array_equal(engine.infer(feeds_of(5))["actions"], first)
-    assert [(row.stage, row.layer, row.bits, row.op_type) for row in times.rows] == [
+    assert [(row.part, row.layer, row.bits, row.op_type) for row in times.rows] == [
         ("vision", "blocks.0.fc1", 4, "MatMul"),
         ("vision", "blocks.0.fc1", 8, "MatMul"),
         ("decoder", "text.q", 2, "kgen"),
@@ -224,7 +224,7 @@ def test_runs_without_graphs_where_capture_fails(
     rig.device.captures = False
     with rig.open() as engine, caplog.at_level(logging.WARNING):
         first, second = engine.infer(feeds_of(5)), engine.infer(feeds_of(5))
-        assert set(engine.uncaptured) == {"vision", "decoder", "head"}
+        assert set(engine.graph_failures) == {"vision", "decoder", "head"}
     np.testing.assert_array_equal(first["actions"], second["actions"])
     assert rig.device.launched == 0
     # Said once a stage, not once an action.
@@ -235,6 +235,6 @@ def test_refused_work_is_explained(rig: Rig) -> None:
     rig.trt.broken = ("decoder",)
     with (
         rig.open() as engine,
-        pytest.raises(EngineError, match=r"stage 'decoder' cannot be executed[\s\S]*cudaError"),
+        pytest.raises(EngineError, match=r"part 'decoder' cannot be executed[\s\S]*cudaError"),
     ):
         engine.infer(feeds_of(5))

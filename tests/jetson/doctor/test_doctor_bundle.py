@@ -145,11 +145,11 @@ def test_the_python_of_jetpack_is_asked_for_where_tensorrt_is_not_found(here: Su
 
 def with_power_mode(subject: Subject, mode: str) -> Subject:
     facts = facts_of(subject)
-    stages = []
-    for stage in facts.stages:
-        assert stage.sidecar is not None
-        stages.append(replace(stage, sidecar=replace(stage.sidecar, power_mode=mode)))
-    return replace(subject, bundle=replace(facts, stages=tuple(stages)))
+    parts = []
+    for part in facts.parts:
+        assert part.sidecar is not None
+        parts.append(replace(part, sidecar=replace(part.sidecar, power_mode=mode)))
+    return replace(subject, bundle=replace(facts, parts=tuple(parts)))
 
 
 def test_engines_timed_in_another_power_mode_are_named(here: Subject) -> None:
@@ -175,18 +175,18 @@ def test_engines_that_are_missing_cut_or_of_others_are_named(here: Subject, tmp_
     engine.write_bytes(data[:-1])
     assert finding().observed == "decoder.engine is not what was built here"
     engine.unlink()
-    assert "no engine of stage 'decoder'" in finding().observed
+    assert "no engine of part 'decoder'" in finding().observed
     engine.write_bytes(data)
     sidecar = sidecar_path(folder, "decoder")
     write_json(sidecar, {**read_json(sidecar, "sidecar"), "engine_bytes": 1})
     assert "not made by this user on this machine" in finding().observed
     shutil.rmtree(folder)
-    assert "(and 2 more stages)" in finding().observed
+    assert "(and 2 more parts)" in finding().observed
 
 
 def test_memory_and_disk_are_compared_with_the_bundle_s_needs(here: Subject) -> None:
     facts, state = facts_of(here), here.machine.board
-    building = replace(facts, stages=(EngineFacts("vision", None, "missing"),))
+    building = replace(facts, parts=(EngineFacts("vision", None, "missing"),))
     assert building.must_build and building.memory_needed_bytes > 4 << 30
     for free, severity in ((4 << 30, "error"), (8 << 30, "ok")):
         there = replace(state, memory_available_bytes=free)
@@ -215,7 +215,7 @@ def test_a_damaged_bundle_is_named(here: Subject, tmp_path: Path) -> None:
 
 
 def test_a_bundle_for_the_cpu_asks_for_onnx_runtime(here: Subject) -> None:
-    cpu = replace(here, bundle=replace(facts_of(here), target=CPU, stages=(), module=None))
+    cpu = replace(here, bundle=replace(facts_of(here), target=CPU, parts=(), module=None))
     assert not findings_of(cpu)
     for packages in ({"onnxruntime": "1.23.2"}, {}):
         finding = only(findings_of(changed(cpu, packages=packages)), "ONNX Runtime")
@@ -241,4 +241,4 @@ def test_a_sidecar_of_another_bundle_is_no_engine(
     sidecar = Sidecar.load(path)
     replace(sidecar, origin=replace(sidecar.origin, bundle_digest="1" * 64)).save(path)
     facts = read_bundle(bundle.path, folder)
-    assert "do not belong together" in facts.stages[0].problem
+    assert "do not belong together" in facts.parts[0].problem
