@@ -6,11 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rich.progress import Progress
 
 from calibration.benchmarks.evaluation import (
     CONTROLS,
@@ -36,6 +35,7 @@ __all__ = [
     "Evaluation",
     "PolicyFactory",
     "RolloutConfig",
+    "RolloutJob",
     "evaluate",
     "load_evaluation",
     "run_episode",
@@ -46,52 +46,65 @@ PolicyFactory = Callable[[], ActionPolicy]
 _BLANK = 127
 
 
+@dataclass(frozen=True)
+class RolloutJob:
+    """Which policy runs which episodes, and beside which other one."""
+
+    # What is evaluated, in words, and the digest of its checkpoint or bundle.
+    policy: str
+    digest: str
+    # Makes it in each worker.
+    factory: PolicyFactory
+    config: RolloutConfig
+    # Makes the policy that every decision is compared with; its digest keeps episodes beside two
+    # references apart.
+    reference: PolicyFactory | None = None
+    reference_digest: str = ""
+
+
 def evaluate(
-    policy: str,
-    digest: str,
-    factory: PolicyFactory,
-    config: RolloutConfig,
+    job: RolloutJob,
     output: Path,
-    reference: PolicyFactory | None = None,
     workers: int = 2,
-    reference_digest: str = "",
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Run all episodes, sharded over processes, and write the evaluation to `output`.
 
-    Finished episodes are kept in `<output>.partial`, so that an interrupted evaluation goes on
-    where it stopped.
+    Finished episodes wait in `<output>.partial`, so that an interrupted evaluation goes on where
+    it stopped.
 
     Args:
-        policy: what is evaluated, in words.
-        digest: of its checkpoint or bundle.
-        factory: makes it in each worker.
-        config: the episodes.
+        job: what runs, and which episodes.
         output: the JSON file to write.
-        reference: makes the policy that every decision is compared with.
         workers: processes; 1 runs in this one.
-        reference_digest: of the reference, so that episodes of two of them are not mixed.
+        on_progress: called with (episodes done, episodes in all).
 
     Raises:
         ArtifactMismatch: the partial file belongs to another policy or other settings.
         QvlaError: a policy's action cannot be executed, or a worker died.
     """
-    config = config.runnable()
+    config = job.config.runnable()
     wanted = [(t, config.seed + i) for i in range(config.episodes) for t in config.tasks]
     partial = output.with_name(output.name + ".partial")
-    compared = None if reference is None else reference_digest
-    identity = {"policy": policy, "digest": digest, "reference": compared, "config": asdict(config)}
+    identity = {
+        "policy": job.policy,
+        "digest": job.digest,
+        "reference": None if job.reference is None else job.reference_digest,
+        "config": asdict(config),
+    }
     done = _read_partial(partial, json.dumps(identity))
     missing = [pair for pair in wanted if pair not in done]
-    with Progress() as progress, partial.open("a") as journal:
-        bar = progress.add_task(f"rollouts {policy}", total=len(wanted), completed=len(done))
-        for result in _run_all(missing, factory, reference, config, workers):
+    tell = on_progress or _ignore
+    tell(len(done), len(wanted))
+    with partial.open("a") as journal:
+        for result in _run_all(missing, job.factory, job.reference, config, workers):
             journal.write(json.dumps(asdict(result)) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
             done[result.task, result.seed] = result
-            progress.advance(bar)
+            tell(len(done), len(wanted))
     ordered = tuple(done[pair] for pair in wanted)
-    evaluation = Evaluation(policy, digest, config, ordered, versions())
+    evaluation = Evaluation(job.policy, job.digest, config, ordered, versions())
     evaluation.save(output)
     partial.unlink()
     return evaluation
@@ -124,6 +137,10 @@ def run_episode(
             observation = simulator.observe()
     task = simulator.task.name
     return EpisodeResult(task, seed, simulator.success, simulator.steps, tuple(deviations))
+
+
+def _ignore(done: int, total: int) -> None:
+    """Where nobody wants to know how far the episodes are."""
 
 
 def _blanked(observation: Observation) -> Observation:

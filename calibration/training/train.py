@@ -4,12 +4,12 @@ import io
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from calibration.sources.lerobot import LeRobotDataset
 from calibration.training.trainer import REFERENCE_CONFIG, Trainer, TrainingConfig
@@ -24,17 +24,31 @@ _LOG = logging.getLogger(__name__)
 
 
 def train_policy(
-    root: Path, output: Path, size: OftSize, config: TrainingConfig, data_name: str
+    root: Path,
+    output: Path,
+    size: OftSize,
+    config: TrainingConfig,
+    data_name: str,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Train on a LeRobot data set; returns the checkpoint folder `output/checkpoint`.
 
     Killed and started again with the same arguments it continues from the last saved state;
     `steps` and the decay may change between runs.
 
+    Args:
+        root: LeRobotDataset v3.0 folder.
+        output: folder of the training.
+        size: of the network.
+        config: how it is trained.
+        data_name: key of the data's statistics in the checkpoint.
+        on_progress: called with (steps done, steps in all).
+
     Raises:
         QvlaError: the data do not fit the network or the batch.
         ArtifactMismatch: `output` holds a training with other settings, network or data.
     """
+    _LOG.info("reading the demonstrations in %s", root)
     frames = load_frames(LeRobotDataset(root), REFERENCE_CONFIG, data_name, size.vocab_size)
     trainer = Trainer(frames, size, config)
     state_path, log_path = output / "training_state.pt", output / "training_log.jsonl"
@@ -43,16 +57,15 @@ def train_policy(
         _LOG.info("continuing at step %d", trainer.step)
     log = _read_log(log_path, trainer.step)
     started, first = time.monotonic(), trainer.step
-    with Progress() as progress:
-        bar = progress.add_task("training", total=config.steps, completed=trainer.step)
-        while trainer.step < config.steps:
-            losses = trainer.train_step()
-            progress.update(bar, completed=trainer.step)
-            if trainer.step % 50 == 0 or trainer.step == config.steps:
-                rate = (trainer.step - first) * config.batch_size / (time.monotonic() - started)
-                log.append({"step": trainer.step, **losses, "samples_per_s": round(rate, 1)})
-            if trainer.step % config.save_every_steps == 0 or trainer.step == config.steps:
-                _save(trainer, output, state_path, log_path, log)
+    while trainer.step < config.steps:
+        losses = trainer.train_step()
+        if on_progress is not None:
+            on_progress(trainer.step, config.steps)
+        if trainer.step % 50 == 0 or trainer.step == config.steps:
+            rate = (trainer.step - first) * config.batch_size / (time.monotonic() - started)
+            log.append({"step": trainer.step, **losses, "samples_per_s": round(rate, 1)})
+        if trainer.step % config.save_every_steps == 0 or trainer.step == config.steps:
+            _save(trainer, output, state_path, log_path, log)
     write_json(
         output / "training.json",
         {

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -68,8 +67,7 @@ def load_frames(
         QvlaError: the data set's camera, image size, state or action do not fit the policy's.
     """
     _require_features(dataset, config)
-    numbers = track(range(len(dataset.episodes)), description="reading demonstrations")
-    episodes = [dataset.episode(number) for number in numbers]
+    episodes = [dataset.episode(number) for number in range(len(dataset.episodes))]
     statistics = _statistics(episodes)
     action, state = _bounds(statistics["action"]), _bounds(statistics["proprio"])
     tokenizer, prompts, lengths, index = _prompts(episodes, config, vocab_size)

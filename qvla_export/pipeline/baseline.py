@@ -1,10 +1,19 @@
-"""The steps of another library's quantization, judged like our own."""
+"""The step that has another library quantize the policy, and judges it like our own settings."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvla_export.pipeline.policy_source import PolicySource
+from qvla_export.pipeline.action_error import (
+    ErrorSubject,
+    HeldOutError,
+    held_out_error,
+    load_error_if_current,
+)
+from qvla_export.pipeline.plan import require_calibration
+from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
+from qvla_export.pipeline.progress import OnProgress, Progress, bar, ignore
+from qvla_export.pipeline.reuse import kept_artifact
 from qvla_export.pipeline.run_folder import RunFolder, made
 from qvla_export.shared.target import Target
 
@@ -16,10 +25,84 @@ if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
 
 
+@dataclass(frozen=True)
+class BaselineVerdict:
+    """A library's quantization of a policy, and what became of its actions."""
+
+    baseline: "Baseline"
+    error: HeldOutError
+    # None where no episodes were run.
+    evaluation: "Evaluation | None"
+    # Where all of it is, inside the run folder.
+    folder: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures, as JSON values."""
+        baseline, evaluation = self.baseline, self.evaluation
+        success = None
+        if evaluation is not None:
+            low, high = evaluation.interval()
+            success = {
+                "episodes": len(evaluation.results),
+                "success": evaluation.success(),
+                "wilson_95": [low, high],
+            }
+        return {
+            "setting": baseline.request.setting,
+            "libraries": dict(baseline.libraries),
+            "seconds": baseline.seconds,
+            "weight_bytes": baseline.weight_bytes,
+            "mean_bits_per_channel": baseline.mean_bits_per_channel,
+            "stored_bits_per_weight": baseline.stored_bits_per_weight,
+            "action_error": self.error.to_json(),
+            "episodes": success,
+            "folder": str(self.folder),
+        }
+
+
+def judge_baseline(
+    run: RunFolder,
+    request: "BaselineRequest",
+    source: PolicySource,
+    environment: "BaselineEnvironment",
+    config: "RolloutConfig | None" = None,
+    workers: int = 2,
+    on_progress: OnProgress = ignore,
+) -> BaselineVerdict:
+    """Quantize with a library, or keep what it made, and measure what that does to the actions.
+
+    Args:
+        run: has a calibration set.
+        request: the library's method and widths.
+        source: the checkpoint.
+        environment: where the libraries are.
+        config: closed-loop episodes to run; None for none.
+        workers: processes that run them.
+        on_progress: hears of the library's work and of the episodes.
+
+    Raises:
+        QvlaError: the environment or its library is missing, or the library failed.
+    """
+    from qvla_export.baselines.results import baseline_paths
+
+    policy = open_checkpoint(Path(source.place), source.unnorm_key, source.preset)
+    baseline = quantize(run, request, policy, source, environment, on_progress)
+    error = action_error(run, baseline, policy)
+    evaluation = None
+    if config is not None:
+        evaluation = rollouts(run, baseline, source, config, workers, on_progress)
+    folder = baseline_paths(run.root, request.setting).folder
+    return BaselineVerdict(baseline, error, evaluation, folder)
+
+
 def request_for(
     target: Target, method: str, bits: int, activation_bits: int | None, seed: int, iterations: int
 ) -> "BaselineRequest":
-    """Return a request whose scales are stored as the target stores those of its own weights."""
+    """Return a request whose scales are stored as the target stores those of its own weights.
+
+    Raises:
+        QvlaError: no such method, or it is not run at these widths.
+    """
     from qvla_export.baselines.methods import BaselineRequest
 
     container = target.containers[4 if bits == 3 or bits not in target.containers else bits]
@@ -36,10 +119,11 @@ def request_for(
 
 def quantize(
     run: RunFolder,
-    wanted: "BaselineRequest",
+    request: "BaselineRequest",
     policy: "Policy",
     source: PolicySource,
     environment: "BaselineEnvironment",
+    on_progress: OnProgress = ignore,
 ) -> "Baseline":
     """Return the run's baseline of this request, made now if it is not there.
 
@@ -50,28 +134,30 @@ def quantize(
     from qvla_export.baselines.baseline import Baseline
     from qvla_export.baselines.environment import BaselineJob
     from qvla_export.baselines.results import baseline_paths
-    from qvla_export.pipeline.plan import kept_artifact
 
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
-    path = baseline_paths(run.root, wanted.setting).baseline
+    path = baseline_paths(run.root, request.setting).baseline
     kept = kept_artifact(path, Baseline.load)
     if kept is not None and (
         (kept.request, kept.policy_digest, kept.calibration_digest)
-        == (wanted, policy.digest, calibration.digest)
+        == (request, policy.digest, calibration.digest)
     ):
+        on_progress(Progress(request.setting, state="kept"))
         return kept
     job = BaselineJob(
-        wanted,
+        request,
         str(Path(source.place).absolute()),
         str(run.calibration.absolute()),
         str(path.absolute()),
         source.unnorm_key,
         source.preset,
     )
-    return environment.run(job)
+    baseline = environment.run(job)
+    on_progress(Progress(request.setting, state="made"))
+    return baseline
 
 
-def kept_baseline(run: RunFolder, setting: str) -> "Baseline":
+def load_baseline(run: RunFolder, setting: str) -> "Baseline":
     """Read a setting's baseline that was made before.
 
     Raises:
@@ -83,68 +169,65 @@ def kept_baseline(run: RunFolder, setting: str) -> "Baseline":
     return Baseline.load(made(baseline_paths(run.root, setting).baseline, "baseline"))
 
 
-def action_error(run: RunFolder, quantized: "Baseline", policy: "Policy") -> dict[str, Any]:
-    """Compare a baseline with the float policy on the held-out observations, in torch."""
+def action_error(run: RunFolder, baseline: "Baseline", policy: "Policy") -> HeldOutError:
+    """Compare a baseline with the float policy on the held-out observations, in torch.
+
+    Raises:
+        ArtifactMismatch: the baseline was made from another calibration set.
+    """
     from calibration.calibration_set import CalibrationSet
     from engines.drift import action_drift
     from qvla_export.baselines.applied import baseline_applied
     from qvla_export.baselines.results import baseline_paths
     from qvla_export.graph.golden import golden_actions
-    from qvla_export.pipeline.fake_quantized import error_figures
-    from qvla_export.pipeline.plan import kept_artifact, require_calibration
-    from qvla_export.shared.artifacts import read_json, write_json
 
-    path = baseline_paths(run.root, quantized.request.setting).action_error
+    setting = baseline.request.setting
+    path = baseline_paths(run.root, setting).action_error
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
-    require_calibration(calibration, quantized.calibration_digest, "baseline")
-    identity = {
-        "setting": quantized.request.setting,
-        "baseline_digest": quantized.digest,
-        "calibration_digest": calibration.digest,
-        "runtime": "torch",
-    }
-    kept = kept_artifact(path, lambda p: read_json(p, "action error"))
-    if kept is not None and all(kept.get(name) == value for name, value in identity.items()):
-        return dict(kept)
+    require_calibration(calibration, baseline.calibration_digest, "baseline")
+    subject = ErrorSubject(setting, "baseline", baseline.digest, calibration.digest, "torch")
+    kept = load_error_if_current(path, subject)
+    if kept is not None:
+        return kept
     reference = golden_actions(policy, None, calibration.held_out).full_precision
-    with baseline_applied(policy, quantized):
+    with baseline_applied(policy, baseline):
         actions = golden_actions(policy, None, calibration.held_out).full_precision
     unit = policy.processor.statistics.action.scale()
-    error = action_drift(reference, actions, unit, policy.processor.spec.action_bins)
-    value = {
-        **identity,
-        **error_figures(error, reference[0].size),
-    }
-    write_json(path, value)
-    return value
+    drift = action_drift(reference, actions, unit, policy.processor.spec.action_bins)
+    error = held_out_error(subject, drift, reference[0].size)
+    error.save(path)
+    return error
 
 
 def rollouts(
     run: RunFolder,
-    quantized: "Baseline",
+    baseline: "Baseline",
     source: PolicySource,
     config: "RolloutConfig",
     workers: int,
+    on_progress: OnProgress = ignore,
 ) -> "Evaluation":
-    """Run a baseline closed loop beside the float policy, on the episodes of our own settings."""
+    """Run a baseline closed loop beside the float policy, on the episodes of our own settings.
+
+    Raises:
+        QvlaError: a policy does not open or act, or a worker died.
+    """
     from calibration.benchmarks.evaluation import load_evaluation
-    from calibration.benchmarks.rollouts import evaluate
+    from calibration.benchmarks.rollouts import RolloutJob, evaluate
     from qvla_export.baselines.applied import BaselineSource
     from qvla_export.baselines.results import baseline_paths
-    from qvla_export.pipeline.plan import kept_artifact
 
-    paths = baseline_paths(run.root, quantized.request.setting)
+    paths = baseline_paths(run.root, baseline.request.setting)
     kept = kept_artifact(paths.evaluation, load_evaluation)
-    if kept is not None and (kept.digest, kept.config) == (quantized.digest, config):
+    if kept is not None and (kept.digest, kept.config) == (baseline.digest, config):
         return kept
     single = replace(source, threads=1)
-    return evaluate(
-        quantized.request.setting,
-        quantized.digest,
+    job = RolloutJob(
+        baseline.request.setting,
+        baseline.digest,
         BaselineSource(single, paths.baseline),
         config,
-        paths.evaluation,
         reference=single,
-        workers=workers,
-        reference_digest=quantized.policy_digest,
+        reference_digest=baseline.policy_digest,
     )
+    return evaluate(job, paths.evaluation, workers, bar(on_progress, f"rollouts, {job.policy}"))

@@ -1,14 +1,12 @@
-"""The comparison of all estimators on one sample of channels."""
+"""The step that compares all estimators of sensitivities on one sample of channels."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import Progress
-
-from qvla_export.pipeline import plan as stages
+from qvla_export.pipeline.plan import question
+from qvla_export.pipeline.progress import OnProgress, bar, ignore
+from qvla_export.pipeline.reuse import kept_artifact
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.sensitivity.estimator_comparison import (
     EXACT,
@@ -32,30 +30,45 @@ _CUMULATIVE = ("cumulative", "cumulative-first-order")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is compared on what."""
+class EstimatorRequest:
+    """Which estimators are compared, on what."""
 
     run: RunFolder
     policy: "Policy"
     target: Target
     options: Options
-    pairs: int
+    # Names, beside the exact one; None for all.
+    methods: tuple[str, ...] | None = None
+    # (channel, width) pairs, at least so many of every layer at every width.
+    pairs: int = 2000
     # First ones of the calibration set; None for all.
-    observations: int | None
+    observations: int | None = None
     # Run folder of the episodes of cumulative estimators.
-    episodes: Path | None
-    seed: int
+    episodes: Path | None = None
+    # Whether the official procedure's structure is timed as well.
+    official: bool = True
+    seed: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the estimators, the exact one first."""
+        cumulative = _CUMULATIVE if self.episodes else ()
+        return (EXACT, *(self.methods or (*_TABLES, *cumulative)))
 
     def question(self) -> Question:
-        """Return what all estimators but the cumulative ones are asked."""
-        asked = stages.question(self.run, self.policy, self.target, self.seed)
-        first = asked.observations[: self.observations]
-        # Whole episodes may not be left.
-        lengths = asked.episode_lengths if len(first) == len(asked.observations) else ()
-        return replace(asked, observations=first, episode_lengths=lengths)
+        """Return what is put to all estimators but the cumulative ones.
 
-    def along_episodes(self) -> Question:
-        """Return what cumulative estimators are asked.
+        Raises:
+            ArtifactError: the run has no calibration set.
+        """
+        whole = question(self.run, self.policy, self.target, self.seed)
+        first = whole.observations[: self.observations]
+        # Whole episodes may not be left.
+        lengths = whole.episode_lengths if len(first) == len(whole.observations) else ()
+        return replace(whole, observations=first, episode_lengths=lengths)
+
+    def question_along_episodes(self) -> Question:
+        """Return what is put to cumulative estimators.
 
         Raises:
             QvlaError: no run folder of episodes was given.
@@ -65,46 +78,44 @@ class Asked:
                 "cumulative estimators need --episodes, a run folder made with: "
                 "qvla calibrate --frames-per-episode 16"
             )
-        return stages.question(RunFolder(self.episodes), self.policy, self.target, self.seed)
+        return question(RunFolder(self.episodes), self.policy, self.target, self.seed)
 
 
-def compare(
-    asked: Asked, methods: Sequence[str] | None, official: bool, output: Path
+def compare_estimators(
+    request: EstimatorRequest, output: Path, on_progress: OnProgress = ignore
 ) -> EstimatorComparison:
-    """Compare the estimators named (None for all), writing after each; go on where a run stopped.
+    """Compare estimators, writing after each; an interrupted comparison goes on.
 
     Raises:
         QvlaError: a method is unknown or lacks what it needs.
     """
-    names = list(methods or (*_TABLES, *(_CUMULATIVE if asked.episodes else ())))
-    estimators = {name: find_estimator(name, asked.options) for name in [EXACT, *names]}
-    question = asked.question()
-    along = asked.along_episodes() if set(names) & set(_CUMULATIVE) else None
-    told: dict[str, Any] = {
-        "options": asdict(asked.options),
+    estimators = {name: find_estimator(name, request.options) for name in request.names}
+    single = request.question()
+    along = request.question_along_episodes() if {*request.names} & {*_CUMULATIVE} else None
+    identity: dict[str, Any] = {
+        "options": asdict(request.options),
         "episodes": None if along is None else along.calibration_digest,
     }
-    compared = _kept(new_comparison(question, asked.pairs, asked.seed, told), output)
-    with Progress(console=Console(stderr=True)) as progress:
-        for name, estimator in estimators.items():
-            if compared.of(name) is None:
-                fitting = along if name in _CUMULATIVE and along is not None else question
-                shown = stages.bar(progress, name)
-                compared = add_estimator(compared, name, estimator, fitting, shown)
-                compared.save(output)
-        if official and compared.official is None:
-            ours = find_estimator(_OURS, asked.options)
-            shown = stages.bar(progress, "official structure")
-            timed = time_official(question, _OURS, ours, shown)
-            compared = replace(compared, official=timed)
-            compared.save(output)
-    return compared
+    empty = new_comparison(single, request.pairs, request.seed, identity)
+    comparison = _load_same(empty, output)
+    for name, estimator in estimators.items():
+        if comparison.of(name) is None:
+            fitting = along if name in _CUMULATIVE and along is not None else single
+            tell = bar(on_progress, name)
+            comparison = add_estimator(comparison, name, estimator, fitting, tell)
+            comparison.save(output)
+    if request.official and comparison.official is None:
+        ours = find_estimator(_OURS, request.options)
+        official = time_official(single, _OURS, ours, bar(on_progress, "official structure"))
+        comparison = replace(comparison, official=official)
+        comparison.save(output)
+    return comparison
 
 
-def _kept(wanted: EstimatorComparison, output: Path) -> EstimatorComparison:
-    """What a run before this one has done of the same comparison, or the one without figures."""
-    kept = stages.kept_artifact(output, EstimatorComparison.load)
-    # Files of before name a bound that is gone; null bounded nothing.
-    options = {**wanted.asked["options"], "max_standard_error": None}
-    same = (wanted.asked, {**wanted.asked, "options": options})
-    return kept if kept is not None and kept.asked in same else wanted
+def _load_same(empty: EstimatorComparison, output: Path) -> EstimatorComparison:
+    """Return what an earlier run did of the same comparison, or the one without figures."""
+    kept = kept_artifact(output, EstimatorComparison.load)
+    # Files written before a bound was removed name it; null bounded nothing.
+    options = {**empty.asked["options"], "max_standard_error": None}
+    same = (empty.asked, {**empty.asked, "options": options})
+    return kept if kept is not None and kept.asked in same else empty

@@ -1,21 +1,26 @@
-"""The stages that judge a run's bundles: action error, closed-loop success, latency."""
+"""The steps that judge a run's bundles: action error, closed-loop success, latency."""
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.progress import Progress
-
 from qvla_export.allocation.setting import Setting
-from qvla_export.pipeline.fake_quantized import error_figures
-from qvla_export.pipeline.plan import bar, kept_artifact, load_plan, require_calibration
+from qvla_export.pipeline.action_error import (
+    ErrorSubject,
+    HeldOutError,
+    held_out_error,
+    load_error_if_current,
+)
+from qvla_export.pipeline.plan import load_plan, require_calibration
 from qvla_export.pipeline.policy_source import PolicySource
+from qvla_export.pipeline.progress import OnProgress, bar, ignore
+from qvla_export.pipeline.reuse import kept_artifact
 from qvla_export.pipeline.run_folder import RunFolder, made
 from qvla_export.pipeline.verify import held_out_reference
-from qvla_export.shared.artifacts import read_json, require_same, write_json
-
-Weights = Literal["packed", "unpacked"]
+from qvla_export.shared.artifacts import require_same
 
 if TYPE_CHECKING:
     from calibration.benchmarks.evaluation import Evaluation, RolloutConfig
@@ -23,11 +28,46 @@ if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
     from qvla_export.shared.bundle import Bundle
 
+Weights = Literal["packed", "unpacked"]
 
-def action_error(run: RunFolder, setting: Setting, policy: "Policy") -> dict[str, Any]:
+
+def evaluate_policy(
+    source: PolicySource,
+    config: "RolloutConfig",
+    output: Path,
+    reference: PolicySource | None = None,
+    workers: int = 2,
+    on_progress: OnProgress = ignore,
+) -> "Evaluation":
+    """Run any policy closed loop and write the evaluation; an interrupted one goes on.
+
+    Args:
+        source: a checkpoint, a bundle or a server.
+        config: the episodes.
+        output: JSON file to write.
+        reference: a policy to compare every decision with, for the cumulative deviation.
+        workers: processes that run episodes.
+        on_progress: hears of every episode.
+
+    Raises:
+        QvlaError: a policy does not open or act, the episodes are none, or a worker died.
+    """
+    from calibration.benchmarks.rollouts import RolloutJob, evaluate
+
+    digest = source.digest(source())
+    # Opened here as well, so that a bad reference is refused before any episode.
+    reference_digest = "" if reference is None else reference.digest(reference())
+    name = Path(source.place).name
+    job = RolloutJob(name, digest, source, config, reference, reference_digest)
+    return evaluate(job, output, workers, bar(on_progress, f"rollouts, {name}"))
+
+
+def action_error(run: RunFolder, setting: Setting, policy: "Policy") -> HeldOutError:
     """Compare a bundle's engine with the float policy on the held-out observations.
 
     Raises:
+        ArtifactError, ArtifactMismatch: bundle, plan and calibration set are not all there, or do
+            not belong together.
         VerificationError: the engine's drift from torch with the same fake-quantized weights
             exceeds a threshold, see `engines.thresholds`.
     """
@@ -38,41 +78,43 @@ def action_error(run: RunFolder, setting: Setting, policy: "Policy") -> dict[str
 
     bundle, path = load_bundle(run, setting), run.action_error(setting)
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
-    planned = load_plan(run, setting)
+    plan = load_plan(run, setting)
     require_same("bundle and policy", bundle.policy_digest, policy.digest, "Export it again.")
-    if planned is not None and planned.calibration_digest is not None:
-        require_calibration(calibration, planned.calibration_digest, "plan")
+    if plan is not None and plan.calibration_digest is not None:
+        require_calibration(calibration, plan.calibration_digest, "plan")
     runtime = runtime_here(find_target(bundle.target))
-    identity = {
-        "setting": setting.name,
-        "bundle_digest": bundle.digest,
-        "calibration_digest": calibration.digest,
-        "runtime": runtime,
-    }
-    kept = kept_artifact(path, lambda p: read_json(p, "action error"))
-    if kept is not None and all(kept.get(name) == value for name, value in identity.items()):
-        return dict(kept)
-    reference = held_out_reference(bundle, policy, planned, calibration.held_out)
+    subject = ErrorSubject(setting.name, "bundle", bundle.digest, calibration.digest, runtime)
+    kept = load_error_if_current(path, subject)
+    if kept is not None:
+        return kept
+    reference = held_out_reference(bundle, policy, plan, calibration.held_out)
     with load_engine(bundle, runtime=runtime) as engine:
         verdict = verify(bundle, engine, reference)
-    error = verdict.action_error
-    assert error is not None
+    drift = verdict.action_error
+    assert drift is not None
     _, horizon, dimensions = reference.actions.shape
-    value = {
-        **identity,
-        **error_figures(error, horizon * dimensions),
-        "engine_drift_max": verdict.drift.worst,
-    }
-    write_json(path, value)
-    return value
+    error = held_out_error(subject, drift, horizon * dimensions, verdict.drift.worst)
+    error.save(path)
+    return error
 
 
 def rollouts(
-    run: RunFolder, setting: Setting, config: "RolloutConfig", source: PolicySource, workers: int
+    run: RunFolder,
+    setting: Setting,
+    config: "RolloutConfig",
+    source: PolicySource,
+    workers: int,
+    on_progress: OnProgress = ignore,
 ) -> "Evaluation":
-    """Run a bundle closed loop beside the float policy of `source`; or its float control."""
+    """Run a bundle closed loop beside the float policy of `source`, or keep what was run.
+
+    Under a control, the bundle runs alone, and its evaluation is the run's for that control.
+
+    Raises:
+        QvlaError: the bundle is missing, a policy does not act, or a worker died.
+    """
     from calibration.benchmarks.evaluation import load_evaluation
-    from calibration.benchmarks.rollouts import evaluate
+    from calibration.benchmarks.rollouts import RolloutJob, evaluate
     from engines.load import runtime_here
     from engines.targets import find_target
 
@@ -84,69 +126,64 @@ def rollouts(
         path.with_name(path.name + ".partial").unlink(missing_ok=True)
         return kept
     name = setting.name if config.control == "none" else f"{setting.name}, {config.control}"
-    return evaluate(
+    runtime = runtime_here(find_target(bundle.target))
+    job = RolloutJob(
         name,
         bundle.digest,
-        PolicySource(str(bundle.path), threads=1, runtime=runtime_here(find_target(bundle.target))),
+        PolicySource(str(bundle.path), threads=1, runtime=runtime),
         config,
-        path,
         reference=None if config.control != "none" else source,
-        workers=workers,
         reference_digest=bundle.policy_digest,
     )
+    return evaluate(job, path, workers, bar(on_progress, f"rollouts, {name}"))
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """One engine of a latency profile."""
+
+    name: str
+    bundle: "Bundle"
+    weights: Weights
+    conditions: str
 
 
 def latency(
-    run: RunFolder, settings: Sequence[Setting], samples: int, threads: int | None
+    run: RunFolder,
+    settings: Sequence[Setting],
+    samples: int,
+    threads: int | None,
+    on_progress: OnProgress = ignore,
 ) -> "LatencyComparison":
     """Profile all bundles interleaved; the first is the baseline.
 
     Planned ones are measured with packed weights and with weights unpacked at load, the last of
     them also over real HTTP.
+
+    Args:
+        run: has the bundles and a calibration set.
+        settings: whose bundles, in this order.
+        samples: actions of each.
+        threads: CPU threads of each engine; None for one a core.
+        on_progress: hears of every action.
+
+    Raises:
+        ArtifactError: a bundle or the calibration set is missing or damaged.
     """
     from calibration.calibration_set import CalibrationSet
-    from engines.load import load_engine
     from jetson.latency.comparison import LatencyComparison
-    from jetson.latency.measure import profile_latency
-    from jetson.policy import EnginePolicy
-    from jetson.server import open_server
-    from jetson.server_settings import ServerSettings
 
-    bundles = {setting.name: load_bundle(run, setting) for setting in settings}
-    threads_ = "all cores" if threads is None else f"{threads} threads"
+    contenders = _contenders(run, settings, threads)
     # Baselines are not what one would serve, unless there is nothing else.
-    served = [*bundles, *(s.name for s in settings if s.kind != "uniform")][-1]
-    planned = [setting.name for setting in settings if setting.kind == "planned"]
-    engines: list[tuple[str, Bundle, Weights]] = [(n, b, "packed") for n, b in bundles.items()]
-    engines += [(f"{n} unpacked", bundles[n], "unpacked") for n in planned]
-    names = {**{name: bundle.digest for name, bundle, _ in engines}, f"{served} served": ""}
-    conditions = {name: f"{threads_}, {weights}" for name, _, weights in engines}
+    names = [setting.name for setting in settings]
+    served = [*names, *(s.name for s in settings if s.kind != "uniform")][-1]
     kept = kept_artifact(run.latency, LatencyComparison.load)
-    if kept is not None and _same_profiles(kept, names, samples, conditions):
+    if kept is not None and _same_profiles(kept, contenders, served, samples):
         return kept
-    observations = CalibrationSet.load(made(run.calibration, "calibrate")).held_out
-    policies: dict[str, Any] = {}
-    load_ms: dict[str, float] = {}
-    with ExitStack() as stack, Progress() as progress:
-        for name, bundle, weights in engines:
-            start = time.perf_counter()
-            engine = stack.enter_context(load_engine(bundle, threads, weights))
-            load_ms[name] = (time.perf_counter() - start) * 1e3
-            policies[name] = EnginePolicy(bundle, engine)
-        settings_ = ServerSettings(port=0)
-        policies[f"{served} served"] = stack.enter_context(
-            open_server(policies[served], settings_, warmup=observations[0])
-        )
-        compared = profile_latency(
-            policies,
-            observations,
-            samples=samples,
-            progress=bar(progress, "latency"),
-            load_ms=load_ms,
-            conditions=conditions,
-        )
-    compared.save(run.latency)
-    return compared
+    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    comparison = _profile(contenders, served, calibration.held_out, samples, threads, on_progress)
+    comparison.save(run.latency)
+    return comparison
 
 
 def load_bundle(run: RunFolder, setting: Setting) -> "Bundle":
@@ -160,18 +197,64 @@ def load_bundle(run: RunFolder, setting: Setting) -> "Bundle":
     return Bundle.load(made(run.bundle(setting), f"export --setting {setting.name}"))
 
 
-def _same_profiles(
-    kept: "LatencyComparison",
-    digests: Mapping[str, str],
+def _contenders(
+    run: RunFolder, settings: Sequence[Setting], threads: int | None
+) -> list[_Contender]:
+    where = "all cores" if threads is None else f"{threads} threads"
+    bundles = {setting.name: load_bundle(run, setting) for setting in settings}
+    planned = [setting.name for setting in settings if setting.kind == "planned"]
+    return [
+        *(_Contender(n, b, "packed", f"{where}, packed") for n, b in bundles.items()),
+        *(
+            _Contender(f"{n} unpacked", bundles[n], "unpacked", f"{where}, unpacked")
+            for n in planned
+        ),
+    ]
+
+
+def _profile(
+    contenders: Sequence[_Contender],
+    served: str,
+    observations: Sequence[Any],
     samples: int,
-    conditions: Mapping[str, str],
+    threads: int | None,
+    on_progress: OnProgress,
+) -> "LatencyComparison":
+    from engines.load import load_engine
+    from jetson.latency.measure import profile_latency
+    from jetson.policy import EnginePolicy
+    from jetson.server import open_server
+    from jetson.server_settings import ServerSettings
+
+    policies: dict[str, Any] = {}
+    load_ms: dict[str, float] = {}
+    with ExitStack() as stack:
+        for contender in contenders:
+            start = time.perf_counter()
+            engine = stack.enter_context(load_engine(contender.bundle, threads, contender.weights))
+            load_ms[contender.name] = (time.perf_counter() - start) * 1e3
+            policies[contender.name] = EnginePolicy(contender.bundle, engine)
+        server = open_server(policies[served], ServerSettings(port=0), warmup=observations[0])
+        policies[f"{served} served"] = stack.enter_context(server)
+        return profile_latency(
+            policies,
+            observations,
+            samples=samples,
+            progress=bar(on_progress, "latency"),
+            load_ms=load_ms,
+            conditions={contender.name: contender.conditions for contender in contenders},
+        )
+
+
+def _same_profiles(
+    kept: "LatencyComparison", contenders: Sequence[_Contender], served: str, samples: int
 ) -> bool:
-    found = {profile.name: profile for profile in kept.profiles}
-    if set(found) != set(digests):
+    """Whether a comparison is what these would give, but for the time that they take."""
+    profiles: Mapping[str, Any] = {profile.name: profile for profile in kept.profiles}
+    if set(profiles) != {*(contender.name for contender in contenders), f"{served} served"}:
         return False
-    counts = {len(profile.samples_ms["total"]) for profile in kept.profiles}
-    if any(found[name].conditions != condition for name, condition in conditions.items()):
-        return False
-    return counts == {samples} and all(
-        not digest or found[name].bundle_digest == digest for name, digest in digests.items()
+    return {len(profile.samples_ms["total"]) for profile in kept.profiles} == {samples} and all(
+        (profiles[c.name].conditions, profiles[c.name].bundle_digest)
+        == (c.conditions, c.bundle.digest)
+        for c in contenders
     )

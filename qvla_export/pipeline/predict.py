@@ -1,8 +1,9 @@
 """What a latency is predicted for: a bundle, a published geometry, a checkpoint's inputs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +11,9 @@ from numpy.typing import NDArray
 from qvla_export.latency_model.kernel_rates import DeviceRates
 from qvla_export.latency_model.network_shape import NetworkShape, PolicyInputs, network_of
 from qvla_export.latency_model.published_sizes import find_geometry
-from qvla_export.latency_model.roofline import LatencyModel
+from qvla_export.latency_model.roofline import LatencyModel, LatencyPrediction
 from qvla_export.policies.families import recognize
+from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import WIDTHS, ActivationSupport, Target
 
@@ -103,6 +105,79 @@ def subject_of_geometry(name: str, bits: str, activations: ActivationSupport) ->
         stops = np.rint(np.cumsum(list(shares.values())) * channels).astype(int)
         widths[layer] = np.repeat(np.array(list(shares), np.int8), np.diff(stops, prepend=0))
     return Subject(f"{name}, {bits} bits", geometry.network, widths, activations, None)
+
+
+@dataclass(frozen=True)
+class PredictedAction:
+    """An action's milliseconds in one power mode, in float or under the plan."""
+
+    power_mode: str
+    weights: Literal["float", "plan"]
+    ms: float
+    # Between which it is expected, see `LatencyPrediction.uncertainty`.
+    low_ms: float
+    high_ms: float
+    # Part of the network -> its milliseconds.
+    parts_ms: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "power_mode": self.power_mode,
+            "weights": self.weights,
+            "predicted_ms": self.ms,
+            "low_ms": self.low_ms,
+            "high_ms": self.high_ms,
+            "stages_ms": dict(self.parts_ms),
+        }
+
+
+@dataclass(frozen=True)
+class PredictionReport:
+    """What an action is predicted to take; nothing of it is measured."""
+
+    # Network, target and activations, in words.
+    subject: str
+    # Where the device's rates come from.
+    rates: str
+    rows: tuple[PredictedAction, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {"predicted": self.subject, "rows": [row.to_json() for row in self.rows]}
+
+    def save(self, path: Path) -> None:
+        """Write JSON, atomically."""
+        write_json(path, self.to_json())
+
+
+def predict_action(subject: Subject, device: Device) -> PredictionReport:
+    """Predict an action's milliseconds from a roofline of the device, in float and planned.
+
+    Raises:
+        QvlaError: the target has no power mode of that name, or its rates are not known.
+    """
+    models = device.models(subject.network)
+    rows = []
+    for model in models:
+        rows.append(_predicted_action(model, "float", model.predict()))
+        planned = model.predict(subject.widths, subject.activations)
+        rows.append(_predicted_action(model, "plan", planned))
+    where = f"{subject.name} on {device.target.name}, activations {subject.activations}"
+    return PredictionReport(where, models[0].rates.source, tuple(rows))
+
+
+def _predicted_action(
+    model: LatencyModel, weights: Literal["float", "plan"], predicted: LatencyPrediction
+) -> PredictedAction:
+    return PredictedAction(
+        model.mode.name,
+        weights,
+        predicted.total_ms,
+        predicted.total_ms / predicted.uncertainty,
+        predicted.total_ms * predicted.uncertainty,
+        {part.name: part.total_ms for part in predicted.parts},
+    )
 
 
 def latency_limit(

@@ -1,14 +1,20 @@
-"""The comparison of what each part of the quantizer does to held-out actions."""
+"""The step that compares what each part of the quantizer does to held-out actions."""
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.allocation.setting import parse_setting
+from qvla_export.pipeline.moments import moments
+from qvla_export.pipeline.progress import OnProgress, bar, ignore
+from qvla_export.pipeline.run_folder import RunFolder, made
 from qvla_export.quantizer.quantize import QuantizerSpec, compensated_spec, spec_for
+from qvla_export.shared.artifacts import versions, write_json
 
 if TYPE_CHECKING:
     from qvla_export.allocation.plan_request import PlanRequest
@@ -18,6 +24,86 @@ if TYPE_CHECKING:
     from qvla_export.sensitivity.sensitivities import Sensitivities
     from qvla_export.shared.observation import Observation
     from qvla_export.shared.target import Target
+
+# Observations that run together.
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class QuantizerScore:
+    """What one quantizer does to the actions at one size."""
+
+    # Of the plan, as the setting's name has them: "2.5".
+    mean_bits: str
+    quantizer: str
+    # Bytes of the plan over those of float16.
+    share_of_float16: float
+    # Root mean square difference from the float policy's actions, normalized (the range is 2).
+    rms: float
+    # To make the codes; wall-clock.
+    seconds: float
+
+
+@dataclass(frozen=True)
+class QuantizerComparison:
+    """Quantizers side by side, at several sizes."""
+
+    sensitivities_digest: str
+    moments_digest: str
+    rows: tuple[QuantizerScore, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values, with the versions that made it."""
+        return {**asdict(self), "versions": versions()}
+
+    def save(self, path: Path) -> None:
+        """Write JSON, atomically."""
+        write_json(path, self.to_json())
+
+
+def compare_quantizers(
+    run: RunFolder,
+    policy: "Policy",
+    target: "Target",
+    mean_bits: Sequence[str],
+    on_progress: OnProgress = ignore,
+) -> QuantizerComparison:
+    """Measure what each part of the quantizer does to held-out actions, at several sizes.
+
+    Plans are those of the sensitivities; with zero points they are made anew for the same bytes.
+
+    Args:
+        run: has a calibration set and sensitivities.
+        policy: the float policy they were measured on.
+        target: whose containers store the codes.
+        mean_bits: of the plans, such as "4" and "2.5".
+        on_progress: hears of every quantizer.
+
+    Raises:
+        QvlaError: the run lacks what is needed, or no plan has such mean bits.
+    """
+    from calibration.calibration_set import CalibrationSet
+    from qvla_export.allocation.plan_request import PlanRequest
+    from qvla_export.sensitivity.sensitivities import Sensitivities
+
+    measured = Sensitivities.load(made(run.sensitivities, "sensitivities"))
+    fed = moments(run, policy)
+    held_out = CalibrationSet.load(made(run.calibration, "calibrate")).held_out
+    plans = {
+        text: equal_plans(
+            PlanRequest.for_setting(parse_setting(f"w{text}", target), measured, target),
+            measured,
+            target,
+        )
+        for text in mean_bits
+    }
+    tell, total = bar(on_progress, "quantizers"), sum(map(len, plans.values()))
+    rows: list[QuantizerScore] = []
+    for text, of_size in plans.items():
+        for row in _scores(policy, of_size, fed, held_out):
+            rows.append(replace(row, mean_bits=text))
+            tell(len(rows), total)
+    return QuantizerComparison(measured.digest, fed.digest, tuple(rows))
 
 
 def variants(target: "Target") -> dict[str, QuantizerSpec]:
@@ -56,29 +142,27 @@ def equal_plans(
     return plans
 
 
-def compared(
+def _scores(
     policy: "Policy",
     plans: "Mapping[str, BitPlan]",
-    found: "Moments",
-    observations: "tuple[Observation, ...]",
-) -> Iterator[dict[str, Any]]:
-    """Yield what each quantizer does to the actions: RMS, normalized, and the time it takes."""
+    fed: "Moments",
+    observations: "Sequence[Observation]",
+) -> Iterator[QuantizerScore]:
     from qvla_export.policies.layers import fake_quantized
     from qvla_export.quantizer.round_plan import round_plan
 
     exact = _actions(policy, observations)
     for name, plan in plans.items():
         started = time.perf_counter()
-        tried = round_plan(policy, plan, found) if plan.quantizer.needs_moments else plan
+        coded = round_plan(policy, plan, fed) if plan.quantizer.needs_moments else plan
         seconds = time.perf_counter() - started
-        with fake_quantized(policy, tried):
-            moved = _actions(policy, observations) - exact
-        rms = float(np.sqrt(np.square(moved).mean()))
-        share = plan.ratio
-        yield {"quantizer": name, "share_of_float16": share, "rms": rms, "seconds": seconds}
+        with fake_quantized(policy, coded):
+            difference = _actions(policy, observations) - exact
+        rms = float(np.sqrt(np.square(difference).mean()))
+        yield QuantizerScore("", name, plan.ratio, rms, seconds)
 
 
-def _actions(policy: "Policy", observations: "tuple[Observation, ...]") -> NDArray[np.float32]:
-    size = 16
-    chunks = [observations[i : i + size] for i in range(0, len(observations), size)]
+def _actions(policy: "Policy", observations: "Sequence[Observation]") -> NDArray[np.float32]:
+    """Return normalized actions.  float32 [observations, horizon, dim]"""
+    chunks = [observations[i : i + _BATCH] for i in range(0, len(observations), _BATCH)]
     return np.concatenate([policy.greedy_actions(policy.batch(c)).numpy() for c in chunks])

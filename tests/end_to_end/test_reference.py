@@ -10,7 +10,7 @@ from ort_graphs import packed_matmuls
 from places import REFERENCE
 
 from calibration.benchmarks.metaworld.tasks import TASKS
-from calibration.benchmarks.rollouts import RolloutConfig, evaluate
+from calibration.benchmarks.rollouts import RolloutConfig, RolloutJob, evaluate
 from calibration.calibration_set import CalibrationSet, sample_simulator
 from engines.load import load_engine
 from engines.targets import CPU
@@ -101,8 +101,9 @@ def _open(path: Path) -> OftPolicy:
 
 def test_the_policy_solves_its_tasks(tmp_path: Path) -> None:
     config = RolloutConfig(tuple(TASKS), episodes=3)
-    result = evaluate("float", "x", partial(_open, REFERENCE), config, tmp_path / "e.json")
+    factory = partial(_open, REFERENCE)
+    result = evaluate(RolloutJob("float", "x", factory, config), tmp_path / "e.json")
     assert result.success() >= 0.6
     blind = RolloutConfig(tuple(TASKS), episodes=3, control="blank-image")
-    unseeing = evaluate("float", "x", partial(_open, REFERENCE), blind, tmp_path / "b.json")
+    unseeing = evaluate(RolloutJob("float", "x", factory, blind), tmp_path / "b.json")
     assert unseeing.success() <= 0.6 * result.success()

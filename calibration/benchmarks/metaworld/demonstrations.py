@@ -7,7 +7,7 @@ import multiprocessing
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import Progress
 
 from calibration.benchmarks.metaworld.experts import Disturbance, Expert
 from calibration.benchmarks.metaworld.simulator import CAMERA, CONTROL_HZ, IMAGE_SIZE, Simulator
@@ -53,11 +52,20 @@ def record_demonstrations(
     episodes_per_task: int,
     recording: Recording | None = None,
     workers: int = 2,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Record successful episodes of every task as a LeRobotDataset at `root`.
 
     Finished episodes wait in `<root>.staging`, so that an interrupted recording goes on where it
     stopped and gives the same dataset.  A dataset already recorded with these settings is kept.
+
+    Args:
+        root: folder to create.
+        tasks: in the order their episodes alternate in.
+        episodes_per_task: successful episodes of each.
+        recording: what else decides an episode; None for the defaults.
+        workers: processes; 1 records in this one.
+        on_progress: called with (episodes done, episodes in all).
 
     Raises:
         QvlaError: there is nothing to record, or an expert keeps failing.
@@ -80,7 +88,11 @@ def record_demonstrations(
     write_json(staging / _SETTINGS, settings)
     wanted = [(task, number) for number in range(episodes_per_task) for task in tasks]
     missing = [pair for pair in wanted if not _staged(staging, *pair).exists()]
-    _record_all(staging, missing, recording, workers, len(wanted))
+    done = len(wanted) - len(missing)
+    for count in _record_all(staging, missing, recording, workers):
+        done += count
+        if on_progress is not None:
+            on_progress(done, len(wanted))
     with write_dataset(root, CONTROL_HZ, ROBOT) as writer:
         for task, number in wanted:
             writer.add(_load(_staged(staging, task, number)))
@@ -137,25 +149,23 @@ def _record_all(
     missing: Sequence[tuple[Task, int]],
     recording: Recording,
     workers: int,
-    total: int,
-) -> None:
+) -> Iterator[int]:
+    """Record the missing episodes; yields how many were added, again and again."""
     shards = list(_shards(missing))
     # A forked child would inherit the parent's OpenGL and thread state.
     spawn = multiprocessing.get_context("spawn")
-    with Progress() as progress:
-        bar = progress.add_task("demonstrations", total=total, completed=total - len(missing))
-        if workers <= 1:
-            for task, numbers in shards:
-                progress.advance(bar, _record_shard(staging, task, numbers, recording))
-            return
-        with ProcessPoolExecutor(workers, spawn, leave_with_parent) as pool:
-            jobs = [pool.submit(_record_shard, staging, *shard, recording) for shard in shards]
-            try:
-                for job in as_completed(jobs):
-                    progress.advance(bar, job.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    if workers <= 1:
+        for task, numbers in shards:
+            yield _record_shard(staging, task, numbers, recording)
+        return
+    with ProcessPoolExecutor(workers, spawn, leave_with_parent) as pool:
+        jobs = [pool.submit(_record_shard, staging, *shard, recording) for shard in shards]
+        try:
+            for job in as_completed(jobs):
+                yield job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _shards(missing: Sequence[tuple[Task, int]]) -> Iterator[tuple[Task, list[int]]]:

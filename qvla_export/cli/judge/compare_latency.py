@@ -1,13 +1,18 @@
 """`qvla compare-latency`: what changed between two latencies, and whether that is noise."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from qvla_export.cli.options import A_LATENCY
-from qvla_export.shared.artifacts import write_json
+from qvla_export.cli.options import A_LATENCY, JsonOption
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from jetson.latency.regression import LatencyChange
 
 _TWO_RUNS = (
     "note: the intervals know what varies within a run, not from run to run; to be sure, profile "
@@ -36,29 +41,32 @@ def compare_latency(
         bool, typer.Option(help="Compare other machines, targets and transports all the same.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="JSON of the comparison to write.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare latencies with bootstrap intervals; exit 2 if the total is slower than tolerated."""
-    from jetson.latency.comparison import LatencyComparison
-    from jetson.latency.regression import compare_latency as compare
-    from jetson.latency.regression import match_profiles, pair_profiles
+    from qvla_export.pipeline.compare_latency import compare_latency_files
+    from qvla_export.shared.artifacts import write_json
+
+    changes = compare_latency_files(
+        base, changed, base_name, new_name, tolerance, seed, allow_different
+    )
+    content = {"changes": [change.to_json() for change in changes]}
+    if output is not None:
+        write_json(output, content)
+    if as_json:
+        typer.echo(json.dumps(content, indent=1))
+    else:
+        _print(changes, two_runs=changed is not None)
+    for change in changes:
+        change.require_not_slower()
+
+
+def _print(changes: "Iterable[LatencyChange]", two_runs: bool) -> None:
     from qvla_export.cli.judge.latency_tables import change_table
 
-    before = LatencyComparison.load(base)
-    if changed is None:
-        pairs = pair_profiles(before, base_name, new_name)
-    else:
-        after = LatencyComparison.load(changed)
-        pairs = match_profiles(before, after, base_name, new_name)
-    changes = [
-        compare(old, new, changed is None, tolerance, seed, allow_different) for old, new in pairs
-    ]
-    if output is not None:
-        write_json(output, {"changes": [change.to_json() for change in changes]})
     for change in changes:
         Console(width=_TABLE_WIDTH).print(change_table(change))
         for note in change.notes:
             typer.echo(f"note: {note}")
-    if changed is not None:
+    if two_runs:
         typer.echo(_TWO_RUNS)
-    for change in changes:
-        change.require_not_slower()

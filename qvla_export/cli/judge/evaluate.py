@@ -7,11 +7,13 @@ import typer
 
 from qvla_export.cli.options import (
     A_POLICY,
+    JsonOption,
     PresetOption,
     TasksOption,
     UnnormKeyOption,
     WorkersOption,
 )
+from qvla_export.cli.progress import progress_shown
 
 
 def evaluate(
@@ -37,26 +39,26 @@ def evaluate(
     workers: WorkersOption = 2,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Run closed-loop episodes in the simulator; success with its Wilson 95 % interval."""
     from calibration.benchmarks.evaluation import RolloutConfig
-    from calibration.benchmarks.rollouts import evaluate as run_episodes
     from qvla_export.pipeline.calibrate import chosen_tasks
+    from qvla_export.pipeline.evaluate import evaluate_policy
     from qvla_export.pipeline.policy_source import PolicySource
 
     config = RolloutConfig(chosen_tasks(tasks), episodes, seed, execute, control)  # type: ignore[arg-type]  # checked there
     source = PolicySource(policy, unnorm_key, preset, threads=1)
     other = None if reference is None else PolicySource(reference, unnorm_key, preset, threads=1)
-    digest = source.digest(source())
-    # Opened here as well, so that a bad reference is refused before any episode.
-    other_digest = "" if other is None else other.digest(other())
-    result = run_episodes(
-        Path(policy).name, digest, source, config, output, other, workers, other_digest
-    )
-    low, high = result.interval()
-    for task in result.config.tasks:
-        typer.echo(f"  {task}: {result.success(task):.0%}")
+    with progress_shown() as on_progress:
+        evaluation = evaluate_policy(source, config, output, other, workers, on_progress)
+    if as_json:
+        typer.echo(output.read_text())
+        return
+    for task in evaluation.config.tasks:
+        typer.echo(f"  {task}: {evaluation.success(task):.0%}")
+    low, high = evaluation.interval()
     typer.echo(
-        f"success {result.success():.1%} [{low:.1%}, {high:.1%}] of {len(result.results)} "
-        f"episodes -> {output}"
+        f"success {evaluation.success():.1%} [{low:.1%}, {high:.1%}] of "
+        f"{len(evaluation.results)} episodes -> {output}"
     )

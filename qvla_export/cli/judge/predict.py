@@ -1,16 +1,16 @@
 """`qvla predict`: an action's milliseconds from a roofline of the target."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qvla_export.cli.options import A_BUNDLE, RatesOption
-from qvla_export.shared.artifacts import write_json
+from qvla_export.cli.options import A_BUNDLE, JsonOption, RatesOption
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
-    from qvla_export.latency_model.roofline import LatencyModel, LatencyPrediction
+    from qvla_export.pipeline.predict import PredictedAction
 
 
 def predict(
@@ -39,12 +39,18 @@ def predict(
     ] = None,
     rates: RatesOption = None,
     output: Annotated[
-        Path | None, typer.Option("--json", help="Write the predictions to this JSON file.")
+        Path | None, typer.Option("--output", help="Write the predictions to this JSON file.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Predict an action's milliseconds from a roofline of the target; nothing is measured."""
     from engines.targets import find_target
-    from qvla_export.pipeline.predict import Device, subject_of_bundle, subject_of_geometry
+    from qvla_export.pipeline.predict import (
+        Device,
+        predict_action,
+        subject_of_bundle,
+        subject_of_geometry,
+    )
 
     if geometry is not None and bundle is None:
         subject = subject_of_geometry(geometry, bits, activations)
@@ -53,39 +59,26 @@ def predict(
     else:
         raise QvlaError("predict a bundle or a --geometry, one of the two")
     device = Device(find_target(target or subject.target or "orin-jp7"), power_mode, rates)
-    models = device.models(subject.network)
-    found = []
-    for model in models:
-        found.append(_row(model, "float", model.predict()))
-        found.append(_row(model, "plan", model.predict(subject.widths, subject.activations)))
-    where = f"{subject.name} on {device.target.name}, activations {subject.activations}"
-    typer.echo(f"predicted, not measured: {where}")
-    for row in found:
-        typer.echo(_line(row))
-    typer.echo(f"rates: {models[0].rates.source}")
+    report = predict_action(subject, device)
     if output is not None:
-        write_json(output, {"predicted": where, "rows": found})
+        report.save(output)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=1))
+        return
+    typer.echo(f"predicted, not measured: {report.subject}")
+    for row in report.rows:
+        typer.echo(_line(row))
+    typer.echo(f"rates: {report.rates}")
 
 
-def _row(model: "LatencyModel", what: str, predicted: "LatencyPrediction") -> dict[str, Any]:
-    return {
-        "power_mode": model.mode.name,
-        "weights": what,
-        "predicted_ms": predicted.total_ms,
-        "low_ms": predicted.total_ms / predicted.uncertainty,
-        "high_ms": predicted.total_ms * predicted.uncertainty,
-        "stages_ms": {stage.name: stage.total_ms for stage in predicted.parts},
-    }
-
-
-def _line(row: dict[str, Any]) -> str:
-    stages = ", ".join(f"{name} {_digits(ms)}" for name, ms in row["stages_ms"].items())
+def _line(row: "PredictedAction") -> str:
+    parts = ", ".join(f"{name} {_digits(ms)}" for name, ms in row.parts_ms.items())
     return (
-        f"{row['power_mode']:>6} {row['weights']:>5}: predicted {_digits(row['predicted_ms'])} ms "
-        f"[{_digits(row['low_ms'])}, {_digits(row['high_ms'])}] = {stages}"
+        f"{row.power_mode:>6} {row.weights:>5}: predicted {_digits(row.ms)} ms "
+        f"[{_digits(row.low_ms)}, {_digits(row.high_ms)}] = {parts}"
     )
 
 
 def _digits(ms: float) -> str:
-    """Three digits of small numbers: a small policy takes less than a millisecond."""
+    """Return three digits of small numbers: a small policy takes less than a millisecond."""
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"

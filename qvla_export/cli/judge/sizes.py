@@ -1,5 +1,6 @@
 """`qvla sizes`: the bytes a plan promises beside those of the graph and of the engine."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,15 +8,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qvla_export.cli.options import A_BUNDLE
-from qvla_export.shared.artifacts import versions, write_json
+from qvla_export.cli.options import A_BUNDLE, JsonOption
+from qvla_export.cli.progress import progress_shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from engines.trt.sizes import BundleSizes
-
-_SIZES_FORMAT = "qvla.sizes/1"
 
 
 def sizes(
@@ -23,43 +22,42 @@ def sizes(
         list[Path], typer.Argument(help="Bundle folders.", callback=A_BUNDLE.require)
     ],
     output: Annotated[Path | None, typer.Option("--output", help="The same as JSON.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare the bytes a plan promises with those of the graph and of the TensorRT engine.
 
     Engines are built if they are not there and can be built on this machine.
     """
-    from engines.trt.sizes import measure_sizes
-    from qvla_export.pipeline.build import engines_or_why_not
-    from qvla_export.shared.bundle import Bundle
+    from qvla_export.pipeline.sizes import compare_sizes
 
-    measured = []
-    for path in bundles:
-        loaded = Bundle.load(path)
-        measured.append(measure_sizes(loaded, *engines_or_why_not(loaded)))
-    Console().print(_sizes_table(measured))
-    for found in measured:
-        if found.engine_missing:
-            typer.echo(f"{found.name}: no engine: {found.engine_missing}")
+    with progress_shown() as on_progress:
+        report = compare_sizes(bundles, on_progress)
     if output is not None:
-        report = {"format": _SIZES_FORMAT, "bundles": [found.to_json() for found in measured]}
-        write_json(output, {**report, "versions": versions()})
+        report.save(output)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=1))
+        return
+    Console().print(_table(report.bundles))
+    for bundle in report.bundles:
+        if bundle.engine_missing:
+            typer.echo(f"{bundle.name}: no engine: {bundle.engine_missing}")
 
 
-def _sizes_table(measured: "Sequence[BundleSizes]") -> Table:
+def _table(bundles: "Iterable[BundleSizes]") -> Table:
     table = Table(title="weights, MB (1e6 bytes)")
     for column in ("bundle", "target", "plan", "graph", "engine", "off", "engine file", "/ FP16"):
         table.add_column(column, justify="left" if column in ("bundle", "target") else "right")
-    for found in measured:
-        error = found.engine_error
+    for bundle in bundles:
+        error = bundle.engine_error
         table.add_row(
-            found.name,
-            found.target,
-            _megabytes(found.planned_bytes),
-            _megabytes(found.onnx_bytes),
-            _megabytes(found.engine_weight_bytes),
+            bundle.name,
+            bundle.target,
+            _megabytes(bundle.planned_bytes),
+            _megabytes(bundle.onnx_bytes),
+            _megabytes(bundle.engine_weight_bytes),
             "" if error is None else f"{error:+.1%}",
-            _megabytes(found.engine_bytes),
-            f"{found.ratio:.3f}",
+            _megabytes(bundle.engine_bytes),
+            f"{bundle.ratio:.3f}",
         )
     return table
 

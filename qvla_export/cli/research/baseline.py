@@ -1,12 +1,14 @@
 """`qvla baseline`: another library's quantization of the same policy, judged like our own."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qvla_export.cli.options import (
     EnvironmentOption,
+    JsonOption,
     PolicyOption,
     PresetOption,
     RunOption,
@@ -15,9 +17,10 @@ from qvla_export.cli.options import (
     UnnormKeyOption,
     WorkersOption,
 )
+from qvla_export.cli.progress import progress_shown
 
 if TYPE_CHECKING:
-    from qvla_export.baselines.baseline import Baseline
+    from qvla_export.pipeline.baseline import BaselineVerdict
 
 _METHOD = "max, smoothquant or awq (modelopt), gptq (llm-compressor), auto-round."
 _INPUTS = "Of layers' inputs: 8 or 4 for max, 8 for smoothquant; left out: float."
@@ -37,43 +40,49 @@ def baseline(
     workers: WorkersOption = 2,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Quantize with a kept library; action error, bytes and success by our own code.
 
     Groups and bits of scales are the target's: those of its 4-bit weights for 3 bits.
     """
+    from calibration.benchmarks.evaluation import RolloutConfig
     from engines.targets import find_target
     from qvla_export.baselines.environment import BaselineEnvironment
-    from qvla_export.baselines.results import baseline_paths
-    from qvla_export.pipeline.baseline import action_error, quantize, request_for, rollouts
-    from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
+    from qvla_export.pipeline.baseline import judge_baseline, request_for
+    from qvla_export.pipeline.calibrate import chosen_tasks
+    from qvla_export.pipeline.policy_source import PolicySource
     from qvla_export.pipeline.run_folder import RunFolder
 
-    folder, source = RunFolder(run), PolicySource(str(policy), unnorm_key, preset)
-    wanted = request_for(find_target(target), method, bits, activation_bits, seed, iterations)
-    opened = open_checkpoint(policy, unnorm_key, preset)
-    quantized = quantize(folder, wanted, opened, source, BaselineEnvironment(environment))
-    error = action_error(folder, quantized, opened)
-    typer.echo(_figures(quantized, error))
-    if episodes:
-        from calibration.benchmarks.evaluation import RolloutConfig
-        from calibration.benchmarks.metaworld.tasks import TASKS
-
-        config = RolloutConfig(tuple(TASKS), episodes)
-        result = rollouts(folder, quantized, source, config, workers)
-        low, high = result.interval()
-        typer.echo(
-            f"success {result.success():.1%} [{low:.1%}, {high:.1%}] of {len(result.results)} "
-            "episodes"
+    request = request_for(find_target(target), method, bits, activation_bits, seed, iterations)
+    source = PolicySource(str(policy), unnorm_key, preset)
+    config = RolloutConfig(chosen_tasks(None), episodes) if episodes else None
+    with progress_shown() as on_progress:
+        verdict = judge_baseline(
+            RunFolder(run),
+            request,
+            source,
+            BaselineEnvironment(environment),
+            config,
+            workers,
+            on_progress,
         )
-    typer.echo(f"baseline: {baseline_paths(folder.root, wanted.setting).folder}")
+    typer.echo(json.dumps(verdict.to_json(), indent=1) if as_json else _lines(verdict))
 
 
-def _figures(quantized: "Baseline", error: dict[str, Any]) -> str:
-    libraries = ", ".join(f"{name} {version}" for name, version in quantized.libraries.items())
-    return (
-        f"{quantized.request.setting}: held-out action error {error['rms']:.4f} RMS on "
-        f"{error['held_out']} observations; {quantized.mean_bits_per_channel:.2f} mean bits per "
-        f"channel, {quantized.stored_bits_per_weight:.2f} stored, {quantized.weight_bytes} bytes; "
-        f"{quantized.seconds:.1f} s of {libraries}"
-    )
+def _lines(verdict: "BaselineVerdict") -> str:
+    baseline, error, evaluation = verdict.baseline, verdict.error, verdict.evaluation
+    libraries = ", ".join(f"{name} {version}" for name, version in baseline.libraries.items())
+    lines = [
+        f"{baseline.request.setting}: held-out action error {error.rms:.4f} RMS on "
+        f"{error.held_out} observations; {baseline.mean_bits_per_channel:.2f} mean bits per "
+        f"channel, {baseline.stored_bits_per_weight:.2f} stored, {baseline.weight_bytes} bytes; "
+        f"{baseline.seconds:.1f} s of {libraries}"
+    ]
+    if evaluation is not None:
+        low, high = evaluation.interval()
+        lines.append(
+            f"success {evaluation.success():.1%} [{low:.1%}, {high:.1%}] of "
+            f"{len(evaluation.results)} episodes"
+        )
+    return "\n".join([*lines, f"baseline: {verdict.folder}"])

@@ -1,12 +1,10 @@
 """`qvla compare`: our version of the paper's tables and figures, over seeds."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from qvla_export.cli.options import (
     CamerasOption,
@@ -14,6 +12,7 @@ from qvla_export.cli.options import (
     DatasetOption,
     EnvironmentOption,
     HeldOutOption,
+    JsonOption,
     PolicyOption,
     PresetOption,
     StateColumnOption,
@@ -22,14 +21,8 @@ from qvla_export.cli.options import (
     UnnormKeyOption,
     WorkersOption,
 )
+from qvla_export.cli.progress import progress_shown
 from qvla_export.shared.errors import QvlaError
-
-if TYPE_CHECKING:
-    from qvla_export.comparison.comparison import Comparison
-    from qvla_export.pipeline.compare.compare import Contest
-
-# Of `Contest.told`: another value of one of these makes other rows.
-_SAME = ("target", "seeds", "count", "held_out", "tasks", "episodes_of_a_task_and_seed")
 
 
 def compare(
@@ -77,6 +70,7 @@ def compare(
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
     workers: WorkersOption = 2,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare settings and baselines: error, success, bytes, bits, time; over seeds.
 
@@ -87,20 +81,24 @@ def compare(
     from qvla_export.comparison.comparison import FLOAT
     from qvla_export.comparison.contestants import WITH_EPISODES, table_contestants
     from qvla_export.pipeline.calibrate import chosen_tasks, open_dataset
-    from qvla_export.pipeline.compare.compare import Contest, compare_all, contestants_named
+    from qvla_export.pipeline.compare.compare import (
+        compare_contestants,
+        contestants_named,
+        write_pages,
+    )
+    from qvla_export.pipeline.compare.job import ComparisonJob
     from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
 
     opened = open_checkpoint(policy, unnorm_key, preset)
     named = None if contestants is None else contestants_named(_listed(contestants))
-    chosen = named or table_contestants(None if tables is None else tuple(_listed(tables)))
-    played = WITH_EPISODES if episodes_for is None else _listed(episodes_for)
-    wanted = Contest(
+    first = WITH_EPISODES if episodes_for is None else _listed(episodes_for)
+    job = ComparisonJob(
         root=run,
         source=PolicySource(str(policy), unnorm_key, preset, threads=1),
         policy=opened,
         target=find_target(target),
-        contestants=chosen,
-        with_episodes=tuple(dict.fromkeys([FLOAT, *played])),
+        contestants=named or table_contestants(None if tables is None else tuple(_listed(tables))),
+        with_episodes=tuple(dict.fromkeys([FLOAT, *first])),
         seeds=_seeds(seeds),
         dataset=open_dataset(dataset, cameras, state_column),
         tasks=chosen_tasks(tasks),
@@ -110,50 +108,12 @@ def compare(
         environment=environment,
         workers=workers,
         along_episodes=along_episodes,
+        command=" ".join(["qvla", *sys.argv[1:]]),
     )
-    compared, new = _begun(wanted)
-    if not page_only:
-        compared = replace(
-            compared, command=new.command, settings=new.settings, made_with=new.made_with
-        )
-        compared = compare_all(wanted, compared, _say)
-    _write_pages(wanted, compared)
-
-
-def _begun(wanted: "Contest") -> "tuple[Comparison, Comparison]":
-    """What an earlier run has measured of the same, if any; and a comparison without rows."""
-    from jetson.board import read_board_state
-    from qvla_export.comparison.comparison import Comparison
-    from qvla_export.pipeline.reuse import kept_artifact
-
-    board = read_board_state()
-    told = wanted.told()
-    new = Comparison(
-        wanted.policy.digest,
-        " ".join(["qvla", *sys.argv[1:]]),
-        {"cpu_model": str(board.cpu_model), "cores": str(board.cores)},
-        told,
-    )
-    kept = kept_artifact(wanted.output, Comparison.load)
-    if kept is None or kept.policy_digest != new.policy_digest:
-        return new, new
-    same = all(kept.settings.get(name) == told[name] for name in _SAME)
-    return (kept if same else new), new
-
-
-def _write_pages(wanted: "Contest", compared: "Comparison") -> None:
-    from qvla_export.comparison.markdown import to_markdown
-    from qvla_export.comparison.page import render
-    from qvla_export.pipeline.run_folder import RunFolder, made
-    from qvla_export.sensitivity.sensitivities import Sensitivities
-    from qvla_export.shared.artifacts import write_bytes
-
-    first = RunFolder(wanted.root / f"seed-{wanted.seeds[0]}")
-    measured = Sensitivities.load(made(first.sensitivities, "compare"))
-    page, text = wanted.output.with_suffix(".html"), wanted.output.with_suffix(".md")
-    write_bytes(page, render(compared, measured).encode("utf-8", "replace"))
-    write_bytes(text, to_markdown(compared).encode("utf-8", "replace"))
-    _say(f"{wanted.output}, {page}, {text}")
+    with progress_shown() as on_progress:
+        pages = write_pages(job) if page_only else compare_contestants(job, on_progress)
+    shown = f"comparison: {pages.json}, {pages.html}, {pages.markdown}"
+    typer.echo(pages.json.read_text() if as_json else shown)
 
 
 def _listed(text: str) -> list[str]:
@@ -168,7 +128,3 @@ def _seeds(text: str) -> tuple[int, ...]:
     if not seeds or min(seeds) < 0:
         raise QvlaError(f"--seeds takes numbers from 0 on, such as 0,1,2, got {text!r}")
     return seeds
-
-
-def _say(text: str) -> None:
-    Console().print(f"[bold]qvla[/bold] {text}", highlight=False)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from qvla_export.cli.options import SeedOption, TasksOption, WorkersOption
+from qvla_export.cli.progress import progress_shown
 
 
 def demonstrations(
@@ -19,7 +20,10 @@ def demonstrations(
     from calibration.benchmarks.metaworld.demonstrations import Recording, record_demonstrations
     from calibration.benchmarks.metaworld.tasks import find_task
     from qvla_export.pipeline.calibrate import chosen_tasks
+    from qvla_export.pipeline.progress import bar
 
     chosen = [find_task(name) for name in chosen_tasks(tasks)]
-    record_demonstrations(output, chosen, episodes, Recording(seed=seed), workers)
+    with progress_shown() as on_progress:
+        tell = bar(on_progress, "demonstrations")
+        record_demonstrations(output, chosen, episodes, Recording(seed=seed), workers, tell)
     typer.echo(f"demonstrations: {episodes} episodes of {len(chosen)} tasks -> {output}")

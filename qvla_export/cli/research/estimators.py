@@ -1,6 +1,5 @@
 """`qvla estimators`: ranks of all estimators against exact measurement, time, memory."""
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from qvla_export.cli.options import (
     A_RUN,
+    JsonOption,
     PolicyOption,
     PresetOption,
     ProbesOption,
@@ -19,10 +19,12 @@ from qvla_export.cli.options import (
     TargetOption,
     UnnormKeyOption,
 )
+from qvla_export.cli.progress import progress_shown
 
 if TYPE_CHECKING:
-    from qvla_export.sensitivity.estimator_comparison import EstimatorComparison
+    from qvla_export.sensitivity.estimator_comparison import EstimatorComparison, OfficialTime
 
+# Wide enough wherever nobody looks at a terminal.
 _TABLE_WIDTH = 132
 
 
@@ -63,52 +65,64 @@ def estimators(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads, of all alike.")] = 1,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare all estimators on one sample of channels: ranks against exact, time, memory."""
     import torch
 
     from engines.targets import find_target
-    from qvla_export.pipeline.estimators import Asked, compare
+    from qvla_export.pipeline.estimators import EstimatorRequest, compare_estimators
     from qvla_export.pipeline.policy_source import open_checkpoint
     from qvla_export.pipeline.run_folder import RunFolder
     from qvla_export.sensitivity.estimators.registry import Options
 
     torch.set_num_threads(threads)
-    told = Options(probes or None, exact_share)
-    loaded = open_checkpoint(policy, unnorm_key, preset)
-    asked = Asked(
-        RunFolder(run), loaded, find_target(target), told, pairs, observations, episodes, seed
+    request = EstimatorRequest(
+        run=RunFolder(run),
+        policy=open_checkpoint(policy, unnorm_key, preset),
+        target=find_target(target),
+        options=Options(probes or None, exact_share),
+        methods=tuple(methods) if methods else None,
+        pairs=pairs,
+        observations=observations,
+        episodes=episodes,
+        official=official,
+        seed=seed,
     )
-    output = output or asked.run.estimators
-    compared = compare(asked, methods, official, output)
-    typer.echo(table(compared))
-    typer.echo(f"{len(compared.pairs)} pairs of {compared.pairs_in_all} -> {output}")
+    output = output or request.run.estimators
+    with progress_shown() as on_progress:
+        comparison = compare_estimators(request, output, on_progress)
+    if as_json:
+        typer.echo(output.read_text())
+        return
+    Console(width=_TABLE_WIDTH).print(_table(comparison))
+    if comparison.official is not None:
+        typer.echo(_official_line(comparison.official))
+    typer.echo(f"{len(comparison.pairs)} pairs of {comparison.pairs_in_all} -> {output}")
 
 
-def table(compared: "EstimatorComparison") -> str:
-    """Return the figures for a terminal."""
-    widths = [str(bits) for bits in compared.asked["widths"]]
-    shown = Table()
+def _table(comparison: "EstimatorComparison") -> Table:
+    widths = [str(bits) for bits in comparison.asked["widths"]]
+    table = Table()
     names = ["estimator", "Spearman", *(f"{b} bits" for b in widths), "all pairs, s", "peak, MB"]
     for name in names:
-        shown.add_column(name, justify="left" if name == "estimator" else "right")
-    for row in compared.figures:
+        table.add_column(name, justify="left" if name == "estimator" else "right")
+    for row in comparison.figures:
         by_width = [row.spearman_by_width.get(bits) for bits in widths]
-        shown.add_row(
+        table.add_row(
             row.name,
             f"{row.spearman:.4f}",
-            *("" if found is None else f"{found:.4f}" for found in by_width),
+            *("" if spearman is None else f"{spearman:.4f}" for spearman in by_width),
             f"{row.whole_seconds:.1f}{' (scaled)' if row.scaled else ''}",
             "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
         )
-    text = io.StringIO()
-    Console(file=text, width=_TABLE_WIDTH).print(shown)
-    timed = compared.official
-    if timed is not None:
-        ours = ", ".join(f"{seconds:.1f}" for seconds in timed.estimator_seconds)
-        text.write(
-            f"official structure {timed.official_seconds:.1f} s; {timed.estimator} before, amid "
-            f"and after it {ours} s: {timed.ratio:.1f} times less "
-            f"({timed.cpu_ratio:.1f} in CPU time)"
-        )
-    return text.getvalue().rstrip()
+    return table
+
+
+def _official_line(official: "OfficialTime") -> str:
+    ours = ", ".join(f"{seconds:.1f}" for seconds in official.estimator_seconds)
+    return (
+        f"official structure {official.official_seconds:.1f} s; {official.estimator} before, amid "
+        f"and after it {ours} s: {official.ratio:.1f} times less "
+        f"({official.cpu_ratio:.1f} in CPU time)"
+    )

@@ -1,18 +1,20 @@
 """`qvla quantizers`: what each part of the quantizer does to held-out actions."""
 
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qvla_export.cli.options import (
+    JsonOption,
     PolicyOption,
     PresetOption,
     RunOption,
     TargetOption,
     UnnormKeyOption,
 )
-from qvla_export.shared.artifacts import versions, write_json
+from qvla_export.cli.progress import progress_shown
 
 
 def quantizers(
@@ -25,35 +27,28 @@ def quantizers(
     output: Annotated[Path, typer.Option(help="JSON file.")] = Path("quantizers.json"),
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare what each part of the quantizer does to held-out actions.
 
     Plans are those of the sensitivities; with zero points they are made anew for the same bytes.
     """
-    from calibration.calibration_set import CalibrationSet
     from engines.targets import find_target
-    from qvla_export.allocation.plan_request import PlanRequest
-    from qvla_export.allocation.setting import parse_setting
-    from qvla_export.pipeline import moments as compensating
     from qvla_export.pipeline.policy_source import open_checkpoint
-    from qvla_export.pipeline.quantizers import compared, equal_plans
+    from qvla_export.pipeline.quantizers import compare_quantizers
     from qvla_export.pipeline.run_folder import RunFolder
-    from qvla_export.sensitivity.sensitivities import Sensitivities
 
-    folder, device = RunFolder(run), find_target(target)
-    loaded = open_checkpoint(policy, unnorm_key, preset)
-    measured = Sensitivities.load(folder.sensitivities)
-    found = compensating.moments(folder, loaded)
-    held_out = CalibrationSet.load(folder.calibration).held_out
-    rows: list[dict[str, Any]] = []
-    for text in bits.split(","):
-        request = PlanRequest.for_setting(parse_setting(f"w{text}", device), measured, device)
-        plans = equal_plans(request, measured, device)
-        for row in compared(loaded, plans, found, held_out):
-            rows.append({"mean_bits": text, **row})
-            typer.echo(
-                f"w{text} {row['share_of_float16']:.4f}  {row['quantizer']:<40} "
-                f"{row['rms']:.5f}  {row['seconds']:.1f} s"
-            )
-    about = {"sensitivities_digest": measured.digest, "moments_digest": found.digest}
-    write_json(output, {**about, "versions": versions(), "rows": rows})
+    loaded, device = open_checkpoint(policy, unnorm_key, preset), find_target(target)
+    with progress_shown() as on_progress:
+        comparison = compare_quantizers(
+            RunFolder(run), loaded, device, bits.split(","), on_progress
+        )
+    comparison.save(output)
+    if as_json:
+        typer.echo(json.dumps(comparison.to_json(), indent=1))
+        return
+    for row in comparison.rows:
+        typer.echo(
+            f"w{row.mean_bits} {row.share_of_float16:.4f}  {row.quantizer:<40} {row.rms:.5f}  "
+            f"{row.seconds:.1f} s"
+        )

@@ -1,21 +1,20 @@
 """`qvla smooth`: an equal checkpoint whose layers are fed no outliers."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from qvla_export.cli.options import (
+    JsonOption,
     PolicyOption,
     PresetOption,
     RunOption,
     TargetOption,
     UnnormKeyOption,
 )
-
-# 0 would move everything to the inputs, 1 to the weights.
-_STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8)
+from qvla_export.cli.progress import progress_shown
 
 
 def smooth(
@@ -41,6 +40,7 @@ def smooth(
     target: TargetOption = "cpu",
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Move outliers of the layers' inputs into norms and weights before them (SmoothQuant).
 
@@ -48,20 +48,26 @@ def smooth(
     rounded (a8): take it through `qvla deploy` instead of the other.
     """
     from engines.targets import find_target
-    from qvla_export.pipeline.policy_source import open_checkpoint
+    from qvla_export.pipeline.policy_source import PolicySource
     from qvla_export.pipeline.run_folder import RunFolder
-    from qvla_export.pipeline.smooth import smoothing_trials
-    from qvla_export.policies.families import recognize
-    from qvla_export.policies.smoothing import smoothed_tensors
+    from qvla_export.pipeline.smooth import STRENGTHS, smooth_checkpoint
 
-    opened = open_checkpoint(policy, unnorm_key, preset)
-    strengths = _STRENGTHS if strength is None else (strength,)
-    tried = smoothing_trials(RunFolder(run), opened, find_target(target), strengths, powers_of_two)
-    say = Console(soft_wrap=True).print
-    for name, (_, error) in tried.items():
-        what = "not smoothed" if name is None else f"strength {name}"
-        say(f"{what}: action error {error:.5f} RMS at 8-bit weights and inputs")
-    best = min(strengths, key=lambda value: tried[value][1])
-    tensors = smoothed_tensors(opened.module, tried[best][0])
-    recognize(policy).write_smoothed(policy, output, tensors, keep_types=powers_of_two)
-    say(f"{output}: smoothed by {best}; next: qvla deploy --policy {output}")
+    source = PolicySource(str(policy), unnorm_key, preset)
+    strengths = STRENGTHS if strength is None else (strength,)
+    with progress_shown() as on_progress:
+        checkpoint = smooth_checkpoint(
+            RunFolder(run),
+            source,
+            output,
+            find_target(target),
+            strengths,
+            powers_of_two,
+            on_progress,
+        )
+    if as_json:
+        typer.echo(json.dumps(checkpoint.to_json(), indent=1))
+        return
+    for trial in checkpoint.trials:
+        what = "not smoothed" if trial.strength is None else f"strength {trial.strength}"
+        typer.echo(f"{what}: action error {trial.action_error:.5f} RMS at 8-bit weights and inputs")
+    typer.echo(f"{output}: smoothed by {checkpoint.strength}; next: qvla deploy --policy {output}")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qvla_export.cli.options import A_DATASET, SeedOption
+from qvla_export.cli.progress import progress_shown
 
 
 def train(
@@ -24,10 +25,13 @@ def train(
     import torch
 
     from calibration.training.train import OftSize, TrainingConfig, train_policy
+    from qvla_export.pipeline.progress import bar
 
     torch.set_num_threads(threads)
     config = replace(
         TrainingConfig(), steps=steps, batch_size=batch_size, precision=precision, seed=seed
     )
-    checkpoint = train_policy(dataset, output, OftSize(), config, "metaworld_scripted")
+    with progress_shown() as on_progress:
+        tell = bar(on_progress, "training")
+        checkpoint = train_policy(dataset, output, OftSize(), config, "metaworld_scripted", tell)
     typer.echo(f"trained: {checkpoint}")

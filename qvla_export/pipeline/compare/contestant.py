@@ -1,18 +1,19 @@
 """One contestant in one seed's run folder: made, judged, and what it took."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qvla_export.allocation.setting import Setting
 from qvla_export.comparison.contestants import Contestant
 from qvla_export.comparison.rows import Cost, EngineName, Outcome, SeedRow
-from qvla_export.pipeline import evaluate as judging
-from qvla_export.pipeline import export as exporting
-from qvla_export.pipeline import fake_quantized as simulated
-from qvla_export.pipeline import moments as compensating
-from qvla_export.pipeline import plan as stages
-from qvla_export.pipeline.compare.seed_folder import Stand, sensitivities
+from qvla_export.pipeline import baseline as libraries
+from qvla_export.pipeline import evaluate, fake_quantized
+from qvla_export.pipeline.action_error import HeldOutError
+from qvla_export.pipeline.compare.seed_folder import SeedFolder, measure_sensitivities
+from qvla_export.pipeline.export import export
+from qvla_export.pipeline.moments import rounded
+from qvla_export.pipeline.plan import activations, load_plan, plan
+from qvla_export.pipeline.progress import OnProgress, ignore
 from qvla_export.quantizer.plan import BitPlan
 
 if TYPE_CHECKING:
@@ -20,155 +21,155 @@ if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
 
 _FLOAT16 = 16.0
+# Steps of a library's learned method, each block.
+_ITERATIONS = 200
 
 
-def measure(stand: Stand, contestant: Contestant, exported: bool) -> SeedRow:
+def measure_contestant(
+    folder: SeedFolder,
+    contestant: Contestant,
+    exported: bool,
+    on_progress: OnProgress = ignore,
+) -> SeedRow:
     """Make a contestant, or keep it, and measure its held-out action error.
 
     Args:
-        stand: see `qvla_export.pipeline.compare.seed_folder.stand_of`.
+        folder: see `qvla_export.pipeline.compare.seed_folder.folder_for`.
         contestant: what to make.
         exported: judge its bundle on an engine; else its plan in torch.
+        on_progress: hears of every stage.
 
     Raises:
         QvlaError: a stage fails, or a library is missing.
     """
     if contestant.kind == "library":
-        return _measure_library(stand, contestant)
+        return _measure_library(folder, contestant, on_progress)
     setting, engine = contestant.of_run, _engine(contestant, exported)
-    names = _plan(stand, setting)
+    names = _plan_setting(folder, setting, on_progress)
     if engine == "torch":
-        error = simulated.action_error(stand.run, setting, stand.policy)
-        digest = str(error["plan_digest"])
+        error = fake_quantized.action_error(folder.run, setting, folder.policy)
     else:
-        export = f"{setting.name}: export"
-        stand.timed(
-            export,
-            stand.run.bundle(setting),
-            lambda: exporting.export(stand.run, setting, stand.policy, stand.target),
+        name = f"{setting.name}: export"
+        folder.time_stage(
+            name,
+            folder.run.bundle(setting),
+            lambda: export(folder.run, setting, folder.policy, folder.target),
         )
-        names.append(export)
-        error = judging.action_error(stand.run, setting, stand.policy)
-        digest = str(error["bundle_digest"])
-    return _row(stand, digest, engine, _cost(stand, setting, engine), error, names)
+        names.append(name)
+        error = evaluate.action_error(folder.run, setting, folder.policy)
+    return _row(folder, engine, _cost(folder, setting, engine), error, names)
 
 
 def with_episodes(
-    stand: Stand,
+    folder: SeedFolder,
     contestant: Contestant,
     row: SeedRow,
     config: "RolloutConfig",
     workers: int,
+    on_progress: OnProgress = ignore,
 ) -> SeedRow:
-    """Run a contestant closed loop, or keep what was run, and add it to its row."""
-    from qvla_export.pipeline import baseline as baselining
+    """Run a contestant closed loop, or keep what was run, and add it to its row.
 
+    Raises:
+        QvlaError: a policy does not open or act, or a worker died.
+    """
+    run, source = folder.run, folder.source
     if contestant.kind == "library":
-        quantized = baselining.kept_baseline(stand.run, contestant.setting)
-        done = baselining.rollouts(stand.run, quantized, stand.source, config, workers)
-    elif row.engine == "torch":
-        setting = contestant.of_run
-        done = simulated.rollouts(stand.run, setting, config, stand.source, workers)
+        baseline = libraries.load_baseline(run, contestant.setting)
+        evaluation = libraries.rollouts(run, baseline, source, config, workers, on_progress)
     else:
-        done = judging.rollouts(stand.run, contestant.of_run, config, stand.source, workers)
-    cumulative = tuple(done.cumulative_deviation())
-    return replace(row, episodes=outcomes(done), cumulative=cumulative)
+        judge = fake_quantized.rollouts if row.engine == "torch" else evaluate.rollouts
+        evaluation = judge(run, contestant.of_run, config, source, workers, on_progress)
+    cumulative = tuple(evaluation.cumulative_deviation())
+    return replace(row, episodes=outcomes(evaluation), cumulative=cumulative)
 
 
-def outcomes(done: "Evaluation") -> tuple[Outcome, ...]:
+def outcomes(evaluation: "Evaluation") -> tuple[Outcome, ...]:
     """Return an evaluation's episodes as a comparison has them."""
     return tuple(
         Outcome(r.task, r.seed, r.success, sum(r.deviations) if r.deviations else None)
-        for r in done.results
+        for r in evaluation.results
     )
 
 
 def _engine(contestant: Contestant, exported: bool) -> EngineName:
-    simulated_ = contestant.simulated or not exported
-    return "torch" if simulated_ and contestant.of_run.kind != "float" else "onnxruntime"
+    simulated = contestant.simulated or not exported
+    return "torch" if simulated and contestant.of_run.kind != "float" else "onnxruntime"
 
 
-def _plan(stand: Stand, setting: Setting) -> list[str]:
+def _plan_setting(folder: SeedFolder, setting: Setting, on_progress: OnProgress) -> list[str]:
     """Make a setting's plan and what it needs; return the names of the stages it took."""
     if setting.kind == "float":
         return []
-    sensitivities(stand)
-    names = [*stand.earlier, *(["moments"] if stand.compensated else [])]
+    run, policy = folder.run, folder.policy
+    measure_sensitivities(folder, on_progress)
+    names = [*folder.seconds_before, *(["moments"] if folder.compensated else [])]
     names += ["sensitivities"] if setting.kind == "planned" else []
     if setting.activation_bits is not None:
-        stand.timed(
+        folder.time_stage(
             "activations",
-            stand.run.activations,
-            lambda: stages.activations(stand.run, stand.policy),
+            run.activations,
+            lambda: activations(run, policy),
         )
         names.append("activations")
-    plan = f"{setting.name}: plan"
-    stand.timed(
-        plan,
-        stand.run.plan(setting),
-        lambda: stages.plan(stand.run, setting, stand.target, stand.policy.digest),
+    name = f"{setting.name}: plan"
+    folder.time_stage(
+        name,
+        run.plan(setting),
+        lambda: plan(run, setting, folder.target, policy.digest),
         always=True,
     )
-    names.append(plan)
-    if stand.compensated:
-        rounding = f"{setting.name}: rounding"
-        stand.timed(
-            rounding,
-            stand.run.rounding(setting),
-            lambda: compensating.rounded(stand.run, setting, stand.policy),
-        )
-        names.append(rounding)
+    names.append(name)
+    if folder.compensated:
+        name = f"{setting.name}: rounding"
+        folder.time_stage(name, run.rounding(setting), lambda: rounded(run, setting, policy))
+        names.append(name)
     return names
 
 
 def _row(
-    stand: Stand,
-    digest: str,
-    engine: EngineName,
-    cost: Cost,
-    error: Mapping[str, Any],
-    names: list[str],
+    folder: SeedFolder, engine: EngineName, cost: Cost, error: HeldOutError, names: list[str]
 ) -> SeedRow:
-    told = {**stand.earlier, **stand.seconds()}
-    known = {name.partition(": ")[2] or name: told[name] for name in names if name in told}
+    recorded = {**folder.seconds_before, **folder.seconds()}
+    known = {name.partition(": ")[2] or name: recorded[name] for name in names if name in recorded}
     complete = len(known) == len(names)
     return SeedRow(
-        stand.seed,
-        digest,
+        folder.seed,
+        error.subject.digest,
         engine,
         cost,
-        int(error["held_out"]),
-        float(error["rms"]),
-        tuple(error["mean_abs_normalized"]),
-        tuple(error["mean_abs_physical"]),
+        error.held_out,
+        error.rms,
+        error.mean_abs_normalized,
+        error.mean_abs_physical,
         # A sum without one of its parts would mislead.
         seconds={name: wall for name, (wall, _) in known.items()} if complete else {},
         cpu_seconds={name: cpu for name, (_, cpu) in known.items()} if complete else {},
     )
 
 
-def _cost(stand: Stand, setting: Setting, engine: EngineName) -> Cost:
-    plan = stages.load_plan(stand.run, setting)
-    if plan is None:
-        float16_bytes = _float16_bytes(stand.policy)
+def _cost(folder: SeedFolder, setting: Setting, engine: EngineName) -> Cost:
+    planned = load_plan(folder.run, setting)
+    if planned is None:
+        float16_bytes = _float16_bytes(folder.policy)
         return Cost(float16_bytes, float16_bytes, _FLOAT16, _FLOAT16, _FLOAT16)
-    return _plan_cost(plan, None if engine == "torch" else _layer_bytes(stand, setting))
+    return _plan_cost(planned, None if engine == "torch" else _layer_bytes(folder, setting))
 
 
-def _plan_cost(plan: BitPlan, exported_bytes: int | None) -> Cost:
-    """What a plan takes; of an exported one, what its bundle really stores."""
-    nbytes = plan.weight_bytes if exported_bytes is None else exported_bytes
+def _plan_cost(planned: BitPlan, exported_bytes: int | None) -> Cost:
+    """Return what a plan takes; of an exported one, what its bundle really stores."""
+    nbytes = planned.weight_bytes if exported_bytes is None else exported_bytes
     return Cost(
         nbytes,
-        plan.float16_bytes,
-        plan.mean_bits_per_channel,
-        plan.mean_bits_per_weight,
-        16 * nbytes / plan.float16_bytes,
+        planned.float16_bytes,
+        planned.mean_bits_per_channel,
+        planned.mean_bits_per_weight,
+        16 * nbytes / planned.float16_bytes,
     )
 
 
-def _layer_bytes(stand: Stand, setting: Setting) -> int:
-    sizes = judging.load_bundle(stand.run, setting).weight_bytes
+def _layer_bytes(folder: SeedFolder, setting: Setting) -> int:
+    sizes = evaluate.load_bundle(folder.run, setting).weight_bytes
     return sum(nbytes for part, nbytes in sizes.items() if part != "rest")
 
 
@@ -179,25 +180,28 @@ def _float16_bytes(policy: "Policy") -> int:
     return 2 * sum(channels * inputs for channels, inputs in shapes.values())
 
 
-def _measure_library(stand: Stand, contestant: Contestant) -> SeedRow:
+def _measure_library(
+    folder: SeedFolder, contestant: Contestant, on_progress: OnProgress
+) -> SeedRow:
     from qvla_export.baselines.environment import BaselineEnvironment
-    from qvla_export.pipeline import baseline as baselining
 
     method, bits, inputs = contestant.request
-    wanted = baselining.request_for(stand.target, method, bits, inputs, stand.seed, 200)
-    environment = BaselineEnvironment(stand.environment)
-    quantized = baselining.quantize(stand.run, wanted, stand.policy, stand.source, environment)
-    error = baselining.action_error(stand.run, quantized, stand.policy)
-    layers = quantized.layers.values()
+    request = libraries.request_for(folder.target, method, bits, inputs, folder.seed, _ITERATIONS)
+    environment = BaselineEnvironment(folder.environment)
+    baseline = libraries.quantize(
+        folder.run, request, folder.policy, folder.source, environment, on_progress
+    )
+    error = libraries.action_error(folder.run, baseline, folder.policy)
+    layers = baseline.layers.values()
     sizes = [layer.weight.codes.size for layer in layers]
     widths = [layer.weight.bits for layer in layers]
     cost = Cost(
-        quantized.weight_bytes,
-        quantized.float16_bytes,
-        quantized.mean_bits_per_channel,
+        baseline.weight_bytes,
+        baseline.float16_bytes,
+        baseline.mean_bits_per_channel,
         sum(size * bits for size, bits in zip(sizes, widths, strict=True)) / sum(sizes),
-        quantized.stored_bits_per_weight,
+        baseline.stored_bits_per_weight,
     )
-    row = _row(stand, quantized.digest, "torch", cost, error, [])
-    library = ", ".join(f"{name} {version}" for name, version in quantized.libraries.items())
-    return replace(row, seconds={"library": quantized.seconds}, library=library)
+    row = _row(folder, "torch", cost, error, [])
+    library = ", ".join(f"{name} {version}" for name, version in baseline.libraries.items())
+    return replace(row, seconds={"library": baseline.seconds}, library=library)

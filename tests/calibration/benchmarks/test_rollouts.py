@@ -34,7 +34,7 @@ from calibration.benchmarks.evaluation import (
 )
 from calibration.benchmarks.metaworld.simulator import CAMERA, Simulator
 from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
-from calibration.benchmarks.rollouts import evaluate, run_episode
+from calibration.benchmarks.rollouts import RolloutJob, evaluate, run_episode
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch, QvlaError
 
 CONFIG = RolloutConfig(("handle-press", "drawer-open"), episodes=2, execute=8)
@@ -43,12 +43,13 @@ import sys
 from functools import partial
 from pathlib import Path
 from calibration.benchmarks.evaluation import RolloutConfig
-from calibration.benchmarks.rollouts import evaluate
+from calibration.benchmarks.rollouts import RolloutJob, evaluate
 from scripted_policies import HashPolicy
 if __name__ == "__main__":
     config = RolloutConfig(("handle-press", "drawer-open"), episodes=2, execute=8)
     shifted = partial(HashPolicy, offset=0.5)
-    evaluate("hash", "d", HashPolicy, config, Path(sys.argv[1]), shifted, 2, "shifted")
+    job = RolloutJob("hash", "d", HashPolicy, config, shifted, "shifted")
+    evaluate(job, Path(sys.argv[1]), 2)
 """
 
 
@@ -75,16 +76,8 @@ def run(
     workers: int = 1,
 ) -> Evaluation:
     shifted = partial(HashPolicy, offset=0.5)
-    return evaluate(
-        "hash",
-        digest,
-        factory,
-        config,
-        path,
-        shifted,
-        workers,
-        reference_digest,  # type: ignore[arg-type]
-    )
+    job = RolloutJob("hash", digest, factory, config, shifted, reference_digest)  # type: ignore[arg-type]
+    return evaluate(job, path, workers)
 
 
 def test_a_seed_is_one_scene_to_all_policies(drawer: Simulator) -> None:
@@ -182,11 +175,11 @@ def test_the_wrong_instruction_is_a_siblings(drawer: Simulator) -> None:
 def test_only_tasks_with_siblings_can_be_told_something_wrong(tmp_path: Path) -> None:
     config = RolloutConfig(("handle-press", "drawer-close"), 1, control="wrong-instruction")
     assert config.runnable().tasks == ("drawer-close",)
-    done = evaluate("p", "d", ConstantPolicy, config, tmp_path / "e.json", workers=1)
+    done = evaluate(RolloutJob("p", "d", ConstantPolicy, config), tmp_path / "e.json", workers=1)
     assert {r.task for r in done.results} == {"drawer-close"}
     alone = replace(config, tasks=("handle-press",))
     with pytest.raises(QvlaError, match=r"tasks that share a scene with another, got handle-press"):
-        evaluate("p", "d", ConstantPolicy, alone, tmp_path / "f.json", workers=1)
+        evaluate(RolloutJob("p", "d", ConstantPolicy, alone), tmp_path / "f.json", workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
 
 
@@ -343,7 +336,7 @@ def test_what_fails_in_a_worker_is_told(tmp_path: Path) -> None:
     config = RolloutConfig(("handle-press",), 2)
     path = tmp_path / "evaluation.json"
     with pytest.raises(QvlaError, match="this policy cannot be opened"):
-        evaluate("p", "d", HashPolicy, config, path, refuse_to_open, workers=2)
+        evaluate(RolloutJob("p", "d", HashPolicy, config, refuse_to_open), path, workers=2)
     with pytest.raises(QvlaError, match="worker process died"):
-        evaluate("p", "d", HashPolicy, config, path, die, workers=2)
+        evaluate(RolloutJob("p", "d", HashPolicy, config, die), path, workers=2)
     assert not path.exists()

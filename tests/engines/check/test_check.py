@@ -275,7 +275,7 @@ def test_the_command(mixed_bundle: Bundle, tmp_path: Path) -> None:
     bare = CliRunner().invoke(app, ["check", str(tmp_path / "case.onnx")])
     assert "name one: --target" in str(bare.exception)
     arguments = ["check", str(tmp_path / "case.onnx"), "--target", CASES[0].target]
-    run = CliRunner().invoke(app, [*arguments, "--json", str(tmp_path / "found.json")])
+    run = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "found.json")])
     assert run.exit_code == 2, run.output
     written = json.loads((tmp_path / "found.json").read_text())
     assert [finding["rule"] for finding in written["findings"]] == [CASES[0].rule]

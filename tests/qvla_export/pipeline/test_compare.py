@@ -16,9 +16,8 @@ from qvla_export.cli.app import app
 from qvla_export.comparison.bars import bars
 from qvla_export.comparison.comparison import Comparison
 from qvla_export.comparison.contestants import TABLES
-from qvla_export.pipeline import evaluate as judging
-from qvla_export.pipeline import fake_quantized as simulated
-from qvla_export.pipeline.compare import seed_folder as stands
+from qvla_export.pipeline import evaluate, fake_quantized
+from qvla_export.pipeline.compare import seed_folder
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.errors import QvlaError
@@ -124,7 +123,7 @@ def test_a_kill_between_stages_loses_one_stage(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stands, "_fewer", die)
+        patch.setattr(seed_folder, "_folder_of_first", die)
         assert compare(folder).exit_code != 0
     kept = Comparison.load(folder / "comparison.json")
     assert kept.row("w4@nearest") is not None
@@ -144,7 +143,7 @@ def test_all_play_the_same_episodes(
     played: list[tuple[str, str, int]] = []
 
     def play(
-        run: RunFolder, setting: Setting, config: RolloutConfig, source: Any, workers: int
+        run: RunFolder, setting: Setting, config: RolloutConfig, source: Any, workers: int, _: Any
     ) -> Evaluation:
         played.append((setting.name, config.control, config.seed))
         tasks = config.runnable().tasks
@@ -155,8 +154,8 @@ def test_all_play_the_same_episodes(
         )
         return Evaluation(setting.name, "digest", config, results, {})
 
-    monkeypatch.setattr(judging, "rollouts", play)
-    monkeypatch.setattr(simulated, "rollouts", play)
+    monkeypatch.setattr(evaluate, "rollouts", play)
+    monkeypatch.setattr(fake_quantized, "rollouts", play)
     told = ("--episodes", 2, "--tasks", "drawer-open,handle-press", "--along-episodes", 0)
     done = compare(folder, *told, "--episodes-for", "w4,w4a4@nearest")
     assert done.exit_code == 0, (done.output, done.exception)

@@ -12,6 +12,7 @@ from engines.targets import ORIN_JP7
 from qvla_export.allocation.setting import parse_setting
 from qvla_export.cli.judge.predict import _line
 from qvla_export.latency_model.network_shape import network_of
+from qvla_export.pipeline.predict import PredictedAction
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.oft.config import OftConfig, save_config
 from qvla_export.quantizer.plan import BitPlan
@@ -20,7 +21,7 @@ from qvla_export.quantizer.plan import BitPlan
 def test_the_command_labels_everything_as_predicted(tmp_path: Path) -> None:
     output = tmp_path / "predicted.json"
     shown = qvla(
-        "predict", "--geometry", "openvla-oft-7b", "--bits", "8:0.5,4:0.4,0:0.1", "--json", output
+        "predict", "--geometry", "openvla-oft-7b", "--bits", "8:0.5,4:0.4,0:0.1", "--output", output
     )
     assert shown.code == 0, shown.err
     lines = shown.out.splitlines()
@@ -28,7 +29,8 @@ def test_the_command_labels_everything_as_predicted(tmp_path: Path) -> None:
     rows = [line for line in lines if " ms " in line]
     assert len(rows) == 2 * len(ORIN_JP7.power_modes)
     assert all("predicted" in row for row in rows)
-    stored = json.loads(output.read_text())["rows"]
+    content = json.loads(output.read_text())
+    stored = content["rows"]
     assert all(row["low_ms"] < row["predicted_ms"] < row["high_ms"] for row in stored)
     one = qvla("predict", "--geometry", "openvla-7b", "--target", "rtx4070", "--power-mode", "200W")
     assert one.code == 0 and one.out.count("predicted ") == 2
@@ -97,15 +99,7 @@ def test_sensitivities_of_other_scales_are_refused(run: RunFolder) -> None:
 
 @pytest.mark.parametrize(("ms", "shown"), [(0.0042, "0.0042"), (0.437, "0.437"), (839.41, "839")])
 def test_small_predictions_keep_their_digits(ms: float, shown: str) -> None:
-    row = {
-        "power_mode": "MAXN",
-        "weights": "plan",
-        "predicted_ms": ms,
-        "low_ms": ms / 2,
-        "high_ms": ms * 2,
-        "stages_ms": {"decoder": ms},
-    }
-    line = _line(row)
+    line = _line(PredictedAction("MAXN", "plan", ms, ms / 2, ms * 2, {"decoder": ms}))
     assert f"predicted {shown} ms [" in line and line.endswith(f"decoder {shown}")
 
 

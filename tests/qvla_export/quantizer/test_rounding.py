@@ -273,7 +273,7 @@ def test_a_run_rounds_its_plan_and_packs_the_codes(
     assert bundle.plan is not None
     assert bundle.plan["rounding_digest"] == rounded.rounding.digest
     assert exporting.export(run, w4, tiny_policy, CPU).digest == bundle.digest
-    assert judging.action_error(run, w4, tiny_policy)["rms"] > 0
+    assert judging.action_error(run, w4, tiny_policy).rms > 0
 
 
 def test_staged_bundles_pack_the_codes_too(

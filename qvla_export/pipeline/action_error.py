@@ -1,0 +1,156 @@
+"""The noun `HeldOutError`: how far actions are from the float policy's, and the file of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qvla_export.pipeline.reuse import kept_artifact
+from qvla_export.shared.artifacts import read_json, require_fields, write_json
+from qvla_export.shared.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from engines.drift import ActionDrift
+
+# What an error is measured on; its digest's key in the file begins with it.
+Kind = Literal["bundle", "plan", "baseline"]
+_KINDS: tuple[Kind, ...] = ("bundle", "plan", "baseline")
+_FIGURES = (
+    "held_out",
+    "mse",
+    "rms",
+    "mean_abs_normalized",
+    "max_abs_normalized",
+    "mean_abs_physical",
+    "cosine",
+)
+
+
+@dataclass(frozen=True)
+class ErrorSubject:
+    """What an action error is measured on; another value of any field is another measurement."""
+
+    # Name of the setting, and digest of its bundle, plan or baseline.
+    setting: str
+    kind: Kind
+    digest: str
+    calibration_digest: str
+    # "torch" or an engine's.
+    runtime: str
+
+    def to_json(self) -> dict[str, str]:
+        """Return what the file states of it."""
+        return {
+            "setting": self.setting,
+            f"{self.kind}_digest": self.digest,
+            "calibration_digest": self.calibration_digest,
+            "runtime": self.runtime,
+        }
+
+
+@dataclass(frozen=True)
+class HeldOutError:
+    """How far a setting's actions are from the float policy's, on held-out observations."""
+
+    subject: ErrorSubject
+    # Observations.
+    held_out: int
+    # Squared error of a whole chunk, averaged over observations; normalized (the range is 2).
+    mse: float
+    # Root mean square difference over all actions and dimensions, normalized.
+    rms: float
+    # Of each dimension of the action: |difference|, normalized and in the robot's units.
+    mean_abs_normalized: tuple[float, ...]
+    max_abs_normalized: tuple[float, ...]
+    mean_abs_physical: tuple[float, ...]
+    # Between all actions as one vector; 1 is equal.
+    cosine: float
+    # Largest normalized difference of the engine from torch with the same weights; None where no
+    # engine ran.
+    engine_drift_max: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the file holds."""
+        figures: dict[str, Any] = {name: getattr(self, name) for name in _FIGURES}
+        if self.engine_drift_max is not None:
+            figures["engine_drift_max"] = self.engine_drift_max
+        return {**self.subject.to_json(), **figures}
+
+    def save(self, path: Path) -> None:
+        """Write JSON, atomically."""
+        write_json(path, self.to_json())
+
+    @staticmethod
+    def load(path: Path) -> "HeldOutError":
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: the file is missing or damaged.
+        """
+        value = read_json(path, "action error")
+        found = isinstance(value, dict) and [k for k in _KINDS if f"{k}_digest" in value]
+        if not found:
+            raise ArtifactError(f"{path} is no action error; remove it to measure anew")
+        require_fields(value, ("setting", "calibration_digest", "runtime", *_FIGURES), str(path))
+        try:
+            return _from_json(found[0], value)
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}; remove it to measure anew") from error
+
+
+def held_out_error(
+    subject: ErrorSubject,
+    drift: "ActionDrift",
+    chunk_numbers: int,
+    engine_drift_max: float | None = None,
+) -> HeldOutError:
+    """Return the error that a difference of actions comes to.
+
+    Args:
+        subject: what acted.
+        drift: its difference from the float policy.
+        chunk_numbers: numbers in one chunk, horizon times dimensions.
+        engine_drift_max: see `HeldOutError`.
+    """
+    return HeldOutError(
+        subject,
+        held_out=drift.observations,
+        mse=drift.rms**2 * chunk_numbers,
+        rms=drift.rms,
+        mean_abs_normalized=tuple(drift.mean_normalized.tolist()),
+        max_abs_normalized=tuple(drift.max_normalized.tolist()),
+        mean_abs_physical=tuple(drift.mean_physical.tolist()),
+        cosine=drift.cosine,
+        engine_drift_max=engine_drift_max,
+    )
+
+
+def load_error_if_current(path: Path, subject: ErrorSubject) -> HeldOutError | None:
+    """Load the error measured on this very subject, if the file holds it."""
+    kept = kept_artifact(path, HeldOutError.load)
+    return kept if kept is not None and kept.subject == subject else None
+
+
+def _from_json(kind: Kind, value: dict[str, Any]) -> HeldOutError:
+    subject = ErrorSubject(
+        str(value["setting"]),
+        kind,
+        str(value[f"{kind}_digest"]),
+        str(value["calibration_digest"]),
+        str(value["runtime"]),
+    )
+    normalized, largest, physical = (
+        tuple(map(float, value[name]))
+        for name in ("mean_abs_normalized", "max_abs_normalized", "mean_abs_physical")
+    )
+    drift = value.get("engine_drift_max")
+    return HeldOutError(
+        subject,
+        held_out=int(value["held_out"]),
+        mse=float(value["mse"]),
+        rms=float(value["rms"]),
+        mean_abs_normalized=normalized,
+        max_abs_normalized=largest,
+        mean_abs_physical=physical,
+        cosine=float(value["cosine"]),
+        engine_drift_max=None if drift is None else float(drift),
+    )

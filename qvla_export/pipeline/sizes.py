@@ -1,0 +1,49 @@
+"""The step that compares the bytes a plan promises with those of graph and engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvla_export.pipeline.build import engines_or_why_not
+from qvla_export.pipeline.progress import OnProgress, ignore
+from qvla_export.shared.artifacts import versions, write_json
+
+if TYPE_CHECKING:
+    from engines.trt.sizes import BundleSizes
+
+_FORMAT = "qvla.sizes/1"
+
+
+@dataclass(frozen=True)
+class SizesReport:
+    """Bytes of several bundles."""
+
+    bundles: "tuple[BundleSizes, ...]"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values, with the versions that made it."""
+        bundles = [sizes.to_json() for sizes in self.bundles]
+        return {"format": _FORMAT, "bundles": bundles, "versions": versions()}
+
+    def save(self, path: Path) -> None:
+        """Write JSON, atomically."""
+        write_json(path, self.to_json())
+
+
+def compare_sizes(bundles: Sequence[Path], on_progress: OnProgress = ignore) -> SizesReport:
+    """Measure the bytes of bundles: what their plans promise, their graphs and their engines.
+
+    Engines are built if they are not there and can be built on this machine.
+
+    Raises:
+        ArtifactError: a bundle is missing or damaged.
+    """
+    from engines.trt.sizes import measure_sizes
+    from qvla_export.shared.bundle import Bundle
+
+    found = []
+    for path in bundles:
+        bundle = Bundle.load(path)
+        found.append(measure_sizes(bundle, *engines_or_why_not(bundle, on_progress)))
+    return SizesReport(tuple(found))
