@@ -4,7 +4,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,28 @@ FLOAT_ACTIVATIONS = {"accuracy_level": 0}
 _LOGGER = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a policy becomes a bundle, beside its plan and its target."""
+
+    # Result of `export_float(policy, target)`, to share it between plans; None traces anew.
+    float_graph: ir.Model | None = None
+    # Stored in the manifest and obeyed by the engine.
+    engine_options: Mapping[str, Any] = field(default_factory=lambda: FLOAT_ACTIVATIONS)
+    # Decoder blocks a part; None makes one graph of the whole policy.
+    layers_per_part: int | None = None
+
+
+DEFAULT_OPTIONS = ExportOptions()
+
+
 def export_bundle(
     policy: Policy,
     plan: BitPlan | None,
     target: Target,
     observations: Sequence[Observation],
     path: Path,
-    float_graph: ir.Model | None = None,
-    engine_options: Mapping[str, Any] = FLOAT_ACTIVATIONS,
-    layers_per_part: int | None = None,
+    options: ExportOptions = DEFAULT_OPTIONS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Bundle:
     """Write the bundle of a policy under a plan.
@@ -56,9 +69,7 @@ def export_bundle(
         target: what the bundle is made for; must be the plan's.
         observations: held-out; become the golden observations.
         path: folder to create or replace.
-        float_graph: result of `export_float(policy, target)`, to share it between plans.
-        engine_options: stored in the manifest and obeyed by the engine.
-        layers_per_part: decoder blocks a stage; None makes one graph of the whole policy.
+        options: a float graph that was traced before, the engine's options, how to cut the policy.
         on_progress: called with (stages done, stages in all).
 
     Raises:
@@ -71,16 +82,15 @@ def export_bundle(
     if plan is not None:
         require_same("plan and target", plan.target, target.name, "Make the plan for this target.")
         plan.require_fits(layer_shapes(layers), policy.digest)
-    if float_graph is not None:
-        _require_traced_from(float_graph, policy, target)
+    graph, layers_per_part = options.float_graph, options.layers_per_part
+    if graph is not None:
+        _require_traced_from(graph, policy, target)
     stages = policy.parts(layers_per_part)
     with _unfinished(path, _identity(policy, plan, target, layers_per_part)) as folder:
         exported = []
         for number, stage in enumerate(stages):
             kept = kept_stage(folder, stage.name)
-            exported.append(
-                kept or write_stage(policy, stage, layers, plan, target, folder, float_graph)
-            )
+            exported.append(kept or write_stage(policy, stage, layers, plan, target, folder, graph))
             if on_progress is not None:
                 on_progress(number + 1, len(stages))
         _require_all_planned(exported, layers)
@@ -89,7 +99,7 @@ def export_bundle(
         else:
             reads = {item.stage.name: item.weights for item in exported}
             golden = staged_golden_actions(policy, plan, observations, stages, reads)
-        parts = _parts(policy, plan, target, exported, golden, engine_options)
+        parts = _parts(policy, plan, target, exported, golden, options.engine_options)
         bundle = write_bundle(path, parts, lambda new: _take_over(folder, new, exported, plan))
     _LOGGER.info("bundle %s: %d bytes, %s", path, bundle.nbytes, dict(parts.weight_bytes))
     return bundle

@@ -1,13 +1,12 @@
 """One recorded pass of the policy and the gradients of its action at every layer's output.
 
-What the estimators of first order share: they differ in how they bring a layer's gradient g and
-its output error E of every width together.
+Estimators of first order share it: they differ in how they bring a layer's gradient g and its
+output error E of every width together.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +16,9 @@ from torch import Tensor, nn
 
 from qvla_export.measurement.standard_error import add_moments
 from qvla_export.policies.base import Policy
-from qvla_export.policies.layers import apply_rows, as_tokens
+from qvla_export.policies.layers import Layers, apply_rows, as_tokens
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
-
-Layers = Mapping[str, nn.Linear | nn.Conv2d]
 
 # "full": (sum_t g E)^2. "norms": sum_t g^2 times sum_t E^2, eq. 6. "isotropic": sum_t g^2 times
 # mean_t E^2, appendix G.
@@ -50,58 +47,71 @@ class Probes:
         return list(torch.from_numpy(signs).to(flat)), 1.0 / self.count
 
 
+@dataclass(frozen=True)
+class ProbedBatch:
+    """Observations that go through a policy together, and the probes of their actions."""
+
+    observations: Sequence[Observation]
+    probes: Probes
+    # Of all batches, from 0; seeds the probes.
+    number: int
+
+    def draw(self, actions: Tensor) -> tuple[list[Tensor], float]:
+        """Return the probes of the batch's actions [B, outputs] and the weight of each."""
+        return self.probes.draw(actions, self.number)
+
+
+@dataclass(frozen=True)
+class WeightChanges:
+    """What quantizing adds to the weights of some layers, and how it meets the gradients."""
+
+    # Layer name -> width -> weight errors of the channels in question; at 0 bits they are the
+    # negative weights and not looked at.  float32 [channels, inputs]
+    errors: Mapping[str, Mapping[int, Tensor]]
+    # Layer name -> mean input, where a bias makes up for the mean error.  float32 [inputs]
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    contraction: Contraction = "full"
+
+
 def add_batch(
     policy: Policy,
     layers: Layers,
-    errors: Mapping[str, Mapping[int, Tensor]],
-    observations: Sequence[Observation],
-    probes: Probes,
-    batch: int,
+    batch: ProbedBatch,
+    changes: WeightChanges,
     sums: Mapping[str, NDArray[np.float64]],
-    contraction: Contraction = "full",
-    means: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Add the squared deviations of all channels and widths of some layers on a batch to sums.
 
     Args:
         policy: its weights stay as they are.
         layers: to be estimated; the graph begins at the first of them.
-        errors: layer name -> width -> weight errors of all channels; at 0 bits they are the
-            negative weights and not looked at.  float32 [channels, inputs]
-        observations: of the batch.
-        probes: how the action's Jacobian is probed.
-        batch: number of the batch, seeds its probes.
-        sums: as `standard_error.empty_sums` makes them, `WHOLE` of this batch; added to in place.
-        contraction: how gradients and errors come together.
-        means: layer name -> mean input float32 [inputs], where a bias makes up for the mean error.
+        batch: observations and probes.
+        changes: what each width adds to the weights of all channels of these layers.
+        sums: see `standard_error.empty_sums`; `WHOLE` is of this batch. Added to in place.
 
     Raises:
         QvlaError: a layer is called more than once in a pass.
     """
-    made = probed_pass(policy, layers, observations, probes, batch)
-    recorded = replace(made.recorded, means=means)
-    moved = deviations(recorded, errors, made.gradients, made.weights, contraction)
-    for name, found in moved.items():
-        found.add_to(sums, name, probes.count is not None)
+    moved = deviations(probed_pass(policy, layers, batch), changes)
+    for name, layer_deviations in moved.items():
+        layer_deviations.add_to(sums, name, batch.probes.count is not None)
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What some layers took and gave in a pass with a graph."""
+    """What some layers take and return in a pass with a graph."""
 
     layers: Layers
-    # Layer name -> detached inputs; each is let go once it was used.
+    # Layer name -> detached inputs; each is let go once it has been used.
     inputs: dict[str, Tensor]
     outputs: Mapping[str, Tensor]
     # Observations of the pass.
     count: int
-    # Layer name -> mean input, where a bias makes up for the mean error.  float32 [inputs]
-    means: Mapping[str, Tensor] = field(default_factory=dict)
-    # Layer name -> the channels that are asked for; all of a layer that is not named.
+    # Layer name -> the channels in question; all of a layer that is not named.
     channels: Mapping[str, slice] = field(default_factory=dict)
 
-    def of(self, name: str) -> slice:
-        """Return the channels of a layer that are asked for."""
+    def channels_of(self, name: str) -> slice:
+        """Return the channels of a layer that are in question."""
         return self.channels.get(name, slice(None))
 
 
@@ -144,55 +154,47 @@ class Deviations:
         add_moments(sums, name, self.means, self.layer_sums, sampled)
 
 
-def deviations(
-    recorded: Recorded,
-    errors: Mapping[str, Mapping[int, Tensor]],
-    gradients: Callable[[int], Sequence[Tensor]],
-    weights: Sequence[float],
-    contraction: Contraction = "full",
-) -> dict[str, Deviations]:
-    """Return the squared deviations of recorded layers, by name.
+def deviations(probed: Pass, changes: WeightChanges) -> dict[str, Deviations]:
+    """Return the squared deviations of the layers of a pass, by name.
 
     Args:
-        recorded: the pass.
-        errors, contraction: as in `add_batch`; errors are of the channels that are asked for.
-        gradients: number of a probe -> gradients of probe . action at each layer's output; asked
-            once for each, in order.
-        weights: of the probes.
+        probed: the pass; each probe's gradients are taken once, in order.
+        changes: of the channels in question of each recorded layer.
     """
+    recorded, contraction = probed.recorded, changes.contraction
     layers, count = recorded.layers, recorded.count
     noises = {}
     with torch.no_grad():
         for name in layers:
-            noises[name] = _noise(_output_errors(recorded, name, errors[name]), count, contraction)
+            noises[name] = _noise(_output_errors(recorded, name, changes), count, contraction)
     means: dict[str, Tensor] = {}
     layer_sums: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for number, weight in enumerate(weights):
-        for (name, layer), gradient in zip(layers.items(), gradients(number), strict=True):
-            tokens = as_tokens(layer, gradient)[..., recorded.of(name)]
+    for number, weight in enumerate(probed.weights):
+        for (name, layer), gradient in zip(layers.items(), probed.gradients(number), strict=True):
+            tokens = as_tokens(layer, gradient)[..., recorded.channels_of(name)]
             squared = _contracted(tokens, noises[name], count, contraction)
             layer_sums[name].append(squared.sum(dim=-1))
             means[name] = means[name].add_(squared, alpha=weight) if number else weight * squared
     return {name: Deviations(means[name], torch.stack(layer_sums[name])) for name in layers}
 
 
-def _output_errors(recorded: Recorded, name: str, rows: Mapping[int, Tensor]) -> list[Tensor]:
+def _output_errors(recorded: Recorded, name: str, changes: WeightChanges) -> list[Tensor]:
     """Return what each width's weight errors do to a layer's outputs.  [N, tokens, channels]"""
-    layer, channels = recorded.layers[name], recorded.of(name)
-    inputs, mean = recorded.inputs.pop(name), recorded.means.get(name)
-    made = []
-    for bits, errors in rows.items():
+    layer, channels = recorded.layers[name], recorded.channels_of(name)
+    inputs, mean = recorded.inputs.pop(name), changes.means.get(name)
+    moved = []
+    for bits, errors in changes.errors[name].items():
         if bits:
-            made.append(apply_rows(layer, inputs, errors))
+            moved.append(apply_rows(layer, inputs, errors))
         else:
             # All that the weights contribute is lost: known without another product.
             lost = as_tokens(layer, recorded.outputs[name].detach())[..., channels].neg()
-            made.append(lost if layer.bias is None else lost.add_(layer.bias.detach()[channels]))
+            moved.append(lost if layer.bias is None else lost.add_(layer.bias.detach()[channels]))
         if mean is not None:
             # What the mean input has in it goes into the bias.
-            taken = errors if bits else -layer.weight.detach().flatten(1)[channels]
-            made[-1] -= taken @ mean.to(taken.device)
-    return made
+            gain = errors if bits else -layer.weight.detach().flatten(1)[channels]
+            moved[-1] -= gain @ mean.to(gain.device)
+    return moved
 
 
 def _noise(errors: list[Tensor], count: int, contraction: Contraction) -> list[Tensor]:
@@ -202,9 +204,9 @@ def _noise(errors: list[Tensor], count: int, contraction: Contraction) -> list[T
     """
     if contraction == "full":
         return errors
-    squares = [made.reshape(count, -1, made.shape[-1]).square() for made in errors]
-    kept = [s.sum(dim=1) if contraction == "norms" else s.mean(dim=1) for s in squares]
-    return [values.double() for values in kept]
+    squares = [error.reshape(count, -1, error.shape[-1]).square() for error in errors]
+    powers = [s.sum(dim=1) if contraction == "norms" else s.mean(dim=1) for s in squares]
+    return [values.double() for values in powers]
 
 
 def _contracted(
@@ -222,29 +224,23 @@ def _contracted(
     return gains.double()[:, None] * torch.stack(noises, dim=1)
 
 
-def probed_pass(
-    policy: Policy,
-    layers: Layers,
-    observations: Sequence[Observation],
-    probes: Probes,
-    batch: int,
-) -> Pass:
+def probed_pass(policy: Policy, layers: Layers, batch: ProbedBatch) -> Pass:
     """Run a batch forward with a graph and draw its probes.
 
     Raises:
         QvlaError: a layer is called more than once.
     """
-    actions, inputs, outputs = recorded_pass(policy, layers, observations)
-    flat = actions.reshape(len(observations), -1)
-    drawn, weight = probes.draw(flat, batch)
+    actions, inputs, outputs = recorded_pass(policy, layers, batch.observations)
+    flat = actions.reshape(len(batch.observations), -1)
+    probes, weight = batch.draw(flat)
     targets = [outputs[name] for name in layers]
 
     def gradients(number: int) -> Sequence[Tensor]:
-        more = number + 1 < len(drawn)
-        return torch.autograd.grad(flat, targets, grad_outputs=drawn[number], retain_graph=more)
+        more = number + 1 < len(probes)
+        return torch.autograd.grad(flat, targets, grad_outputs=probes[number], retain_graph=more)
 
-    recorded = Recorded(layers, inputs, outputs, len(observations))
-    return Pass(recorded, gradients, [weight] * len(drawn))
+    recorded = Recorded(layers, inputs, outputs, len(batch.observations))
+    return Pass(recorded, gradients, [weight] * len(probes))
 
 
 def recorded_pass(
@@ -262,7 +258,7 @@ def recorded_pass(
 
 @contextlib.contextmanager
 def recording(layers: Layers) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Yield what the layers are given and give while the block runs: detached inputs, outputs.
+    """Yield what the layers take and return while the block runs: detached inputs, outputs.
 
     Raises:
         QvlaError: a layer is called more than once.

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qvla_export.policies.base import Policy
-from qvla_export.policies.layers import layer_shapes, rounding_bytes
+from qvla_export.policies.layers import Layers, layer_shapes, rounding_bytes
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
-Layers = Mapping[str, nn.Linear | nn.Conv2d]
 _FLOAT_BYTES = 4
 # A layer is cut into no more: each takes passes of its own.
 _MOST_PIECES = 64
@@ -33,7 +32,7 @@ class Piece:
 
     @property
     def channels(self) -> slice:
-        """As an index."""
+        """Return them as an index."""
         return slice(self.start, self.stop)
 
 
@@ -45,8 +44,8 @@ class LayerNeeds:
     # Weights of one channel.
     inputs: int
     # Numbers that a pass puts in and out.
-    fed: int
-    made: int
+    numbers_in: int
+    numbers_out: int
     # Widths that are measured.
     widths: tuple[int, ...]
     # What else comes and goes: whatever the number of channels, and for each.
@@ -60,7 +59,7 @@ class LayerNeeds:
         the layer, and of these channels the output errors of every width.
         """
         errors = sum(bits != 0 for bits in self.widths) * channels * self.inputs
-        passed = self.fed + 2 * self.made + len(self.widths) * self._share(channels)
+        passed = self.numbers_in + 2 * self.numbers_out + len(self.widths) * self._share(channels)
         return _FLOAT_BYTES * (errors + passed)
 
     def passing_bytes(self, channels: int) -> int:
@@ -82,7 +81,7 @@ class LayerNeeds:
         return counts[fitting - 1] if fitting else 0
 
     def _share(self, channels: int) -> int:
-        return -(-self.made * channels // self.channels)
+        return -(-self.numbers_out * channels // self.channels)
 
 
 # Layers, and how many numbers a pass puts into and out of each -> what each needs.
@@ -130,7 +129,8 @@ def layer_needs(
     """
     shapes = layer_shapes({name: layers[name] for name in moved})
     return {
-        name: LayerNeeds(*shapes[name], fed, made, widths) for name, (fed, made) in moved.items()
+        name: LayerNeeds(channels, inputs, moved[name][0], moved[name][1], widths)
+        for name, (channels, inputs) in shapes.items()
     }
 
 
@@ -172,8 +172,8 @@ def fitting_groups(
 
 
 def _too_small(name: str, need: int, max_bytes: int, beside: int) -> QvlaError:
-    told = f", {beside / 1e9:.3g} GB of them weights, activations and sums" if beside else ""
-    return QvlaError(f"layer {name} needs {need / 1e9:.4g} GB{told}; {too_small(need, max_bytes)}")
+    rest = f", {beside / 1e9:.3g} GB of them weights, activations and sums" if beside else ""
+    return QvlaError(f"layer {name} needs {need / 1e9:.4g} GB{rest}; {too_small(need, max_bytes)}")
 
 
 def too_small(need: int, max_bytes: int) -> str:
@@ -191,13 +191,13 @@ def _moved_numbers(
     """Return how many numbers a batch puts into and out of each layer."""
     moved: dict[str, tuple[int, int]] = {}
 
-    def counted(name: str) -> RemovableHandle:
+    def counter(name: str) -> RemovableHandle:
         def count(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             moved[name] = (arguments[0].numel(), output.numel())
 
         return layers[name].register_forward_hook(count)
 
-    handles = [counted(name) for name in layers]
+    handles = [counter(name) for name in layers]
     try:
         with torch.no_grad():
             policy.normalized_actions(policy.batch(observations))

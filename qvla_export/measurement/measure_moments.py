@@ -7,13 +7,14 @@ in memory throughout: 8 bytes for each number of the blocks.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.measurement.backward import Pass, Probes, probed_pass
+from qvla_export.measurement.backward import Pass, ProbedBatch, Probes, probed_pass
 from qvla_export.measurement.distributed import Alone, World
 from qvla_export.measurement.moment_bounds import (
     DEFAULT_MOMENTS,
@@ -40,7 +41,6 @@ def measure_moments(
     progress_file: Path | None = None,
     on_progress: OnProgress | None = None,
     world: World | None = None,
-    max_bytes: int | None = None,
 ) -> Moments:
     """Measure the moments of every quantizable layer.
 
@@ -51,11 +51,10 @@ def measure_moments(
         policy: the full-precision policy; stays as it is.
         observations: at least one.
         calibration_digest: digest of the set they came from.
-        settings: probes, seed, batch size, blocks.
+        settings: probes, seed, batch size, blocks, bound of memory.
         progress_file: sums are saved here after each batch; a killed run goes on from it.
         on_progress: called with (observations done, observations in all).
         world: the processes that share the observations; all get the result.
-        max_bytes: for a policy whose weights were left on disk: bound of all that is in memory.
 
     Raises:
         QvlaError: no observations, a layer that is called more than once in a pass, or one that
@@ -66,24 +65,24 @@ def measure_moments(
     layers, world = traced_layers(policy), world or Alone()
     stream = None
     if weights_on_disk(policy):
-        stream = open_moment_stream(policy, layers, observations, settings, world, max_bytes)
+        stream = open_moment_stream(policy, layers, observations, settings, world)
     identity = {
         "what": "moments",
         "policy_digest": policy.digest,
         "calibration_digest": calibration_digest,
         "observations": len(observations),
-        "settings": asdict(settings),
+        "settings": _stated(settings),
     }
     sums = ShardedSums(moment_sums(layers, settings), identity, progress_file, world)
     size = settings.batch_size
     batches = list(range(-(-len(observations) // size)))
     for batch in sums.share(batches):
         chosen = observations[batch * size : (batch + 1) * size]
-        probes = Probes(settings.probes, settings.seed)
+        probed = ProbedBatch(chosen, Probes(settings.probes, settings.seed), batch)
         if stream is None:
-            _add_pass(probed_pass(policy, layers, chosen, probes, batch), sums.values)
+            _add_pass(probed_pass(policy, layers, probed), sums.values)
         else:
-            for _, passes in stream.passes(chosen, probes, batch):
+            for _, passes in stream.passes(probed):
                 for item in passes:
                     _add_pass(item, sums.values)
                     del item  # the next pass is made before the name is bound anew
@@ -101,6 +100,13 @@ def measure_moments(
         policy_digest=policy.digest,
         calibration_digest=calibration_digest,
     )
+
+
+def _stated(settings: MomentSettings) -> dict[str, Any]:
+    """Return the settings that tell sums apart; the bound of memory shows in the blocks."""
+    stated = asdict(settings)
+    del stated["max_bytes"]
+    return stated
 
 
 def layer_tokens(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> Tensor:
@@ -121,13 +127,13 @@ def layer_tokens(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> Tensor:
     return patches.transpose(1, 2)
 
 
-def _add_pass(made: Pass, sums: _Sums) -> None:
+def _add_pass(probed: Pass, sums: _Sums) -> None:
     """Add the moments of recorded layers to the sums."""
-    layers, inputs = made.recorded.layers, made.recorded.inputs
+    layers, inputs = probed.recorded.layers, probed.recorded.inputs
     # Layer name -> |g|^2 of each token, mean over probes.  [N * tokens]
     worths: dict[str, Tensor] = {}
-    for number, weight in enumerate(made.weights):
-        for (name, layer), gradient in zip(layers.items(), made.gradients(number), strict=True):
+    for number, weight in enumerate(probed.weights):
+        for (name, layer), gradient in zip(layers.items(), probed.gradients(number), strict=True):
             tokens = as_tokens(layer, gradient).flatten(0, 1)
             _add_products(sums[f"{name}/channels"], tokens, tokens * weight)
             worth = weight * tokens.square().sum(dim=1)

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.measurement.backward import Layers
 from qvla_export.measurement.distributed import Alone, World
 from qvla_export.measurement.layer_groups import LayerNeeds
-from qvla_export.measurement.streamed import Stream, open_stream
+from qvla_export.measurement.streamed import Stream, StreamLimits, open_stream
 from qvla_export.policies.base import Policy
-from qvla_export.policies.layers import layer_shapes, traced_layers
+from qvla_export.policies.layers import Layers, layer_shapes, traced_layers
 from qvla_export.quantizer.moments import block_size
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
@@ -32,6 +31,8 @@ class MomentSettings:
     # Inputs or channels whose moments are kept together; of more, blocks along the diagonal. A
     # layer takes 8 * (inputs * block + channels * block) bytes while it is measured.
     largest_block: int = LARGEST_BLOCK
+    # Of all that is in memory, for a policy whose weights were left on disk; None for no bound.
+    max_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.probes, self.batch_size, self.largest_block) < 1:
@@ -43,9 +44,9 @@ DEFAULT_MOMENTS = MomentSettings()
 
 def moment_sums(layers: Layers, settings: MomentSettings) -> dict[str, NDArray[np.float64]]:
     """Return zeros for all that is summed."""
-    found: dict[str, NDArray[np.float64]] = {}
+    empty: dict[str, NDArray[np.float64]] = {}
     for name, (channels, inputs) in layer_shapes(layers).items():
-        found |= {
+        empty |= {
             f"{name}/tokens": np.zeros(1),
             f"{name}/weight": np.zeros(1),
             f"{name}/sum": np.zeros(inputs),
@@ -53,7 +54,7 @@ def moment_sums(layers: Layers, settings: MomentSettings) -> dict[str, NDArray[n
             f"{name}/inputs": _blocks(inputs, settings),
             f"{name}/channels": _blocks(channels, settings),
         }
-    return found
+    return empty
 
 
 def _blocks(width: int, settings: MomentSettings) -> NDArray[np.float64]:
@@ -67,7 +68,6 @@ def open_moment_stream(
     observations: Sequence[Observation],
     settings: MomentSettings,
     world: World,
-    max_bytes: int | None,
 ) -> Stream:
     """Return how batches go through a policy whose weights lie on disk.
 
@@ -77,36 +77,31 @@ def open_moment_stream(
     sums = sum(array.nbytes for array in moment_sums(layers, settings).values())
     # Partners' sums lie beside this process's own when they are added up.
     held = sums * (2 if world.size > 1 else 1)
-    return open_stream(
-        policy,
-        layers,
-        observations,
+    limits = StreamLimits(
         settings.batch_size,
         settings.probes,
         lambda some, moved: moment_needs(some, moved, settings),
         held,
-        max_bytes,
-        world.device,
+        settings.max_bytes,
         cut=False,
     )
+    return open_stream(policy, layers, observations, limits, world.device)
 
 
 def fitting_block(
     policy: Policy,
     observations: Sequence[Observation],
     settings: MomentSettings,
-    max_bytes: int,
     world: World | None = None,
 ) -> int:
-    """Return the largest block whose sums fit into a bound beside a stage of the policy.
+    """Return the largest block whose sums fit into the bound beside a stage of the policy.
 
     4096, or the half of it again and again, down to 64.
 
     Args:
         policy: its weights were left on disk.
         observations: all.
-        settings: the block is not looked at.
-        max_bytes: bound of all that is in memory.
+        settings: with the bound of memory; the block is not looked at.
         world: the processes that share the observations.
 
     Raises:
@@ -116,7 +111,7 @@ def fitting_block(
     while True:
         tried = replace(settings, largest_block=size)
         try:
-            open_moment_stream(policy, layers, observations, tried, world or Alone(), max_bytes)
+            open_moment_stream(policy, layers, observations, tried, world or Alone())
         except QvlaError:
             if size <= SMALLEST_BLOCK:
                 raise
@@ -129,11 +124,11 @@ def moment_needs(
     layers: Layers, moved: Mapping[str, tuple[int, int]], settings: MomentSettings
 ) -> dict[str, LayerNeeds]:
     """Return what each layer takes in a pass: products, weighted tokens, patches."""
-    found = {}
-    for name, (fed, made) in moved.items():
+    needs = {}
+    for name, (numbers_in, numbers_out) in moved.items():
         channels, inputs = layer_shapes({name: layers[name]})[name]
-        patches = made // channels * inputs
+        patches = numbers_out // channels * inputs
         block = max(block_size(width, settings.largest_block) for width in (channels, inputs))
-        passing = 4 * max(made, 3 * patches) + 12 * block**2
-        found[name] = LayerNeeds(channels, inputs, fed, made, (), passing)
-    return found
+        passing = 4 * max(numbers_out, 3 * patches) + 12 * block**2
+        needs[name] = LayerNeeds(channels, inputs, numbers_in, numbers_out, (), passing)
+    return needs

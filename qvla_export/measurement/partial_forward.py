@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qvla_export.policies.base import Policy, PolicyBatch
-from qvla_export.policies.layers import apply_rows, as_tokens
+from qvla_export.policies.layers import Layers, apply_rows, as_tokens
 from qvla_export.shared.errors import QvlaError
-
-Layers = Mapping[str, nn.Linear | nn.Conv2d]
 
 
 @dataclass(frozen=True)

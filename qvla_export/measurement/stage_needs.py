@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qvla_export.policies.base import Policy, PolicyPart
+from qvla_export.policies.layers import Layers
 
-Layers = Mapping[str, nn.Linear | nn.Conv2d]
 # Gradients that autograd holds at once, besides those that are asked for.
 _ON_THE_WAY = 4
 

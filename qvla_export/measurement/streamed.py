@@ -7,7 +7,7 @@ one for each probe, the same that a pass over the whole policy would bring there
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvla_export.measurement.backward import (
-    Contraction,
     Deviations,
-    Layers,
     Pass,
-    Probes,
+    ProbedBatch,
     Recorded,
+    WeightChanges,
     deviations,
     recording,
 )
@@ -28,13 +27,30 @@ from qvla_export.measurement.layer_groups import NeedsOf, Piece, fitting_groups,
 from qvla_export.measurement.peak_memory import give_back
 from qvla_export.measurement.stage_needs import StageNeeds, stage_needs
 from qvla_export.policies.base import Policy
+from qvla_export.policies.layers import Layers
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
-# Channels of a layer -> width -> their weight errors, as `backward.add_batch` takes them.
-ErrorsOf = Callable[[Piece], Mapping[int, Tensor]]
-# Layers -> mean inputs of those whose bias makes up for the mean error.
-MeansOf = Callable[[Layers], Mapping[str, Tensor]]
+# Layers, or channels of them, that are measured together -> what each width adds to their weights.
+ChangesOf = Callable[[Sequence[Piece]], WeightChanges]
+
+
+@dataclass(frozen=True)
+class StreamLimits:
+    """What goes through a policy at once, and the memory that it may take."""
+
+    # Observations that go through together.
+    batch_size: int
+    # Of an observation; None for one of each number of the action chunk.
+    probes: int | None
+    # Layers and how many numbers a pass moves -> what each layer needs.
+    needs_of: NeedsOf
+    # Sums and whatever else stays in memory.
+    held_bytes: int
+    # Bound of all that is in memory; None for one group a stage.
+    max_bytes: int | None
+    # Whether a layer may be cut into its channels.
+    cut: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,28 +64,23 @@ class Stream:
     # Layers of each stage, in groups that are measured together.
     groups: Sequence[Sequence[Sequence[Piece]]]
 
-    def passes(
-        self, observations: Sequence[Observation], probes: Probes, batch: int
-    ) -> Iterator[tuple[Sequence[Piece], Iterator[Pass]]]:
+    def passes(self, batch: ProbedBatch) -> Iterator[tuple[Sequence[Piece], Iterator[Pass]]]:
         """Run a batch forward, then back; yield each group with a pass of every observation.
 
-        Args:
-            observations: of the batch; the passes are in their order.
-            probes: how the action's Jacobian is probed.
-            batch: number of the batch, seeds its probes.
+        The passes are in the order of the observations.
         """
-        runs = [_Run(_feeds(self.policy, item, self.device)) for item in observations]
+        runs = [_Run(_feeds(self.policy, item, self.device)) for item in batch.observations]
         for needs in self.needs:
             with weights_in_memory(self.policy, needs.reads, self.device), torch.no_grad():
                 for run in runs:
                     run.values[needs.stage.output] = run.through(needs)
         last = self.needs[-1].stage.output
         flat = torch.cat([run.values[last].reshape(1, -1) for run in runs])
-        drawn, weight = probes.draw(flat, batch)
+        probes, weight = batch.draw(flat)
         for number, run in enumerate(runs):
             shape = run.values[last].shape
-            run.gradients[last] = [probe[number].reshape(shape) for probe in drawn]
-        weights = [weight] * len(drawn)
+            run.gradients[last] = [probe[number].reshape(shape) for probe in probes]
+        weights = [weight] * len(probes)
         for needs, groups in zip(reversed(self.needs), reversed(self.groups), strict=True):
             with weights_in_memory(self.policy, needs.reads, self.device):
                 for number, group in enumerate(groups):
@@ -86,46 +97,33 @@ class Stream:
                 del run.values[needs.stage.output], run.gradients[needs.stage.output]
 
     def add_batch(
-        self,
-        errors_of: ErrorsOf,
-        means_of: MeansOf,
-        observations: Sequence[Observation],
-        probes: Probes,
-        batch: int,
-        sums: Mapping[str, NDArray[np.float64]],
-        contraction: Contraction = "full",
+        self, batch: ProbedBatch, changes_of: ChangesOf, sums: Mapping[str, NDArray[np.float64]]
     ) -> None:
-        """Add the squared deviations of all layers on a batch to sums; as `backward.add_batch`."""
-        # Layer name -> observation -> what was found of its channels so far.
-        found: dict[str, list[list[Deviations]]] = {}
-        for group, passes in self.passes(observations, probes, batch):
-            means = means_of({piece.layer: self.layers[piece.layer] for piece in group})
-            moved = _measured(group, passes, errors_of, contraction, means)
+        """Add the squared deviations of all layers on a batch to sums; see `backward.add_batch`."""
+        # Layer name -> observation -> the deviations of its channels so far.
+        open_layers: dict[str, list[list[Deviations]]] = {}
+        for group, passes in self.passes(batch):
+            moved = _measured(group, passes, changes_of)
             for piece in group:
                 name, count = piece.layer, len(self.layers[piece.layer].weight)
-                parts = found.setdefault(name, [[] for _ in observations])
-                for part, each in zip(parts, moved, strict=True):
-                    part.append(each[name])
+                pieces = open_layers.setdefault(name, [[] for _ in batch.observations])
+                for of_observation, each in zip(pieces, moved, strict=True):
+                    of_observation.append(each[name])
                 if piece.stop == count:
-                    whole = [Deviations.joined(part) for part in found.pop(name)]
-                    Deviations.of_batch(whole).add_to(sums, name, probes.count is not None)
+                    whole = [Deviations.joined(one) for one in open_layers.pop(name)]
+                    sampled = batch.probes.count is not None
+                    Deviations.of_batch(whole).add_to(sums, name, sampled)
 
 
 def _measured(
-    group: Sequence[Piece],
-    passes: Iterator[Pass],
-    errors_of: ErrorsOf,
-    contraction: Contraction,
-    means: Mapping[str, Tensor],
+    group: Sequence[Piece], passes: Iterator[Pass], changes_of: ChangesOf
 ) -> list[dict[str, Deviations]]:
     """Return what each observation's pass says about the layers of a group."""
-    errors = {piece.layer: errors_of(piece) for piece in group}
+    changes = changes_of(group)
     moved = []
     for item in passes:
-        recorded = replace(item.recorded, means=means)
-        moved.append(deviations(recorded, errors, item.gradients, item.weights, contraction))
-        # The next pass is made before the name is bound anew.
-        del item, recorded
+        moved.append(deviations(item, changes))
+        del item  # the next pass is made before the name is bound anew
     return moved
 
 
@@ -181,7 +179,7 @@ class _Run:
                 self.gradients.setdefault(name, []).append(gradient)
             return found[: len(group)]
 
-        return Pass(Recorded(group, inputs, outputs, 1, {}, channels), gradients, weights)
+        return Pass(Recorded(group, inputs, outputs, 1, channels), gradients, weights)
 
 
 def weights_on_disk(policy: Policy) -> bool:
@@ -193,13 +191,8 @@ def open_stream(
     policy: Policy,
     layers: Layers,
     observations: Sequence[Observation],
-    batch_size: int,
-    probes: int | None,
-    needs_of: NeedsOf,
-    held_bytes: int,
-    max_bytes: int | None,
+    limits: StreamLimits,
     device: torch.device,
-    cut: bool = True,
 ) -> Stream:
     """Find what every stage needs and cut its layers into groups that fit.
 
@@ -211,13 +204,8 @@ def open_stream(
         policy: its weights were left on disk.
         layers: of the policy.
         observations: all; the longest prompt counts.
-        batch_size: observations that go through together.
-        probes: of an observation; None for one of each number of the action chunk.
-        needs_of: layers and how many numbers a pass moves -> what each layer needs.
-        held_bytes: sums and whatever else stays in memory.
-        max_bytes: bound; None for one group a stage.
+        limits: what goes through at once, and the bound of memory.
         device: where to compute.
-        cut: whether a layer may be cut into its channels.
 
     Raises:
         QvlaError: a stage, or a small part of one of its layers, needs more than the bound.
@@ -225,22 +213,23 @@ def open_stream(
     longest = max(observations, key=lambda o: len(policy.processor.input_ids(o.instruction)))
     feeds = _feeds(policy, longest, torch.device("cpu"))
     needs = stage_needs(policy, layers, feeds)
+    probes = limits.probes
     if probes is None:
         probes = policy.processor.spec.horizon * policy.processor.spec.action_dim
     largest = max(n.output_bytes for n in needs)
-    kept = sum(n.output_bytes for n in needs) + 2 * probes * largest
-    kept += sum(tensor.nbytes for tensor in feeds.values())
-    held = held_bytes + batch_size * kept
+    between = sum(n.output_bytes for n in needs) + 2 * probes * largest
+    between += sum(tensor.nbytes for tensor in feeds.values())
+    held, bound = limits.held_bytes + limits.batch_size * between, limits.max_bytes
     groups = []
     for n in needs:
         beside = held + n.weight_bytes + n.pass_bytes
-        if max_bytes is not None and beside > max_bytes:
+        if bound is not None and beside > bound:
             raise QvlaError(
                 f"stage {n.stage.name} needs {beside / 1e9:.4g} GB: weights "
                 f"{n.weight_bytes / 1e9:.3g}, activations {n.pass_bytes / 1e9:.3g}, sums and what "
-                f"goes between stages {held / 1e9:.3g}; {too_small(beside, max_bytes)}"
+                f"goes between stages {held / 1e9:.3g}; {too_small(beside, bound)}"
             )
-        groups.append(fitting_groups(needs_of(layers, n.moved), max_bytes, beside, cut))
+        groups.append(fitting_groups(limits.needs_of(layers, n.moved), bound, beside, limits.cut))
     return Stream(policy, layers, device, needs, groups)
 
 

@@ -6,16 +6,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from qvla_export.measurement.layer_groups import LayerNeeds, NeedsOf, layer_needs
-from qvla_export.policies.layers import error_rows, weight_rows
+from qvla_export.policies.layers import Layer, error_rows, weight_rows
 from qvla_export.quantizer.compensation import round_layer
 from qvla_export.quantizer.moments import LayerMoments, Moments
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.quantizer.round_plan import takes_bias
 
-Layer = nn.Linear | nn.Conv2d
 # What compensation takes for each pair of inputs, and for each weight, as float64 for the most
 # part.
 _BYTES_PER_PAIR, _BYTES_PER_ANSWER = 56, 80

@@ -34,7 +34,7 @@ def export(
 ) -> "Bundle":
     """Export a setting's bundle, or keep the one of the same policy, plan, target and stages."""
     from calibration.calibration_set import CalibrationSet
-    from qvla_export.graph.export import export_bundle, unfinished_folder
+    from qvla_export.graph.export import ExportOptions, export_bundle, unfinished_folder
     from qvla_export.policies.layers import layer_shapes
     from qvla_export.shared.bundle import Bundle
 
@@ -68,9 +68,7 @@ def export(
             target,
             golden,
             path,
-            graph,
-            options,
-            layers_per_part=layers_per_part,
+            ExportOptions(graph, options, layers_per_part),
             on_progress=bar(progress, "stages"),
         )
 

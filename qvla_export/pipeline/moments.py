@@ -16,9 +16,9 @@ from qvla_export.quantizer.round_plan import round_plan, with_rounding
 from qvla_export.quantizer.rounding import Rounding
 
 if TYPE_CHECKING:
-    from qvla_export.measurement.layer_groups import Layers
     from qvla_export.pipeline.resources import Demand, Resources
     from qvla_export.policies.base import Policy
+    from qvla_export.policies.layers import Layers
     from qvla_export.quantizer.plan import BitPlan
     from qvla_export.sensitivity.estimators.base import Question
     from qvla_export.shared.target import Target
@@ -46,7 +46,8 @@ def moments(
     world, first = means.world, means.world.rank == 0
     calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
     observations, digest = calibration.observations, calibration.digest
-    settings, journal = MomentSettings(batch_size=means.batch_size), _journal(run)
+    bound = means.max_bytes
+    settings, journal = MomentSettings(batch_size=means.batch_size, max_bytes=bound), _journal(run)
     kept = kept_artifact(run.moments, Moments.load)
     same = kept is not None and (
         (kept.policy_digest, kept.calibration_digest, kept.probes, kept.seed)
@@ -54,16 +55,13 @@ def moments(
         and (largest_block is None or kept.has_blocks(largest_block))
     )
     if not world.broadcast(same):
-        bound = means.max_bytes
         if largest_block is None and bound is not None and weights_on_disk(policy):
-            largest_block = fitting_block(policy, observations, settings, bound, world)
+            largest_block = fitting_block(policy, observations, settings, world)
         if largest_block is not None:
             settings = replace(settings, largest_block=largest_block)
         with Progress(disable=not first) as progress:
             told = bar(progress, f"moments, blocks of {settings.largest_block}")
-            kept = measure_moments(
-                policy, observations, digest, settings, journal, told, world, bound
-            )
+            kept = measure_moments(policy, observations, digest, settings, journal, told, world)
         if first:
             kept.save(run.moments)
     if first:

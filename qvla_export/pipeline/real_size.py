@@ -83,7 +83,7 @@ def checkpoint(wanted: RealSize) -> dict[str, Any]:
 
 def export(wanted: RealSize) -> dict[str, Any]:
     from engines.targets import find_target
-    from qvla_export.graph.export import export_bundle
+    from qvla_export.graph.export import ExportOptions, export_bundle
     from qvla_export.policies.families import open_policy
 
     policy = open_policy(wanted.checkpoint, resident=False)
@@ -97,7 +97,7 @@ def export(wanted: RealSize) -> dict[str, Any]:
             find_target(wanted.target),
             [observation],
             wanted.bundle,
-            layers_per_part=wanted.layers_per_part,
+            ExportOptions(layers_per_part=wanted.layers_per_part),
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     return {

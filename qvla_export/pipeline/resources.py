@@ -8,13 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 
 from qvla_export.measurement.distributed import Alone, DeviceChoice, World, joined_world
-from qvla_export.measurement.layer_groups import Layers, NeedsOf
+from qvla_export.measurement.layer_groups import NeedsOf
 from qvla_export.measurement.peak_memory import available_bytes
 from qvla_export.measurement.whole_policy import room_beside_whole
 from qvla_export.pipeline.policy_source import open_checkpoint
 from qvla_export.policies.base import Policy
 from qvla_export.policies.families import recognize
-from qvla_export.policies.layers import traced_layers
+from qvla_export.policies.layers import Layers, traced_layers
 from qvla_export.shared.errors import QvlaError
 
 _LOG = logging.getLogger(__name__)

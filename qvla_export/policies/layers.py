@@ -16,31 +16,34 @@ from qvla_export.quantizer.quantize import QuantizerSpec, as_rows, fake_quantize
 from qvla_export.quantizer.round_plan import require_rounded
 from qvla_export.quantizer.rounding import Rounding
 
+# A layer that can be quantized; layers by name, in forward order.
+Layer = nn.Linear | nn.Conv2d
+Layers = Mapping[str, Layer]
 # Weights that are rounded at once, and what each takes on its way: codes, scales, products.
 _ROUNDED_WEIGHTS = 1 << 19
 _BYTES_PER_ROUNDED = 32
 
 
-def traced_layers(policy: Policy) -> dict[str, nn.Linear | nn.Conv2d]:
+def traced_layers(policy: Policy) -> dict[str, Layer]:
     """Return the policy's quantizable layers, in forward order; also where gradients are off."""
     with torch.enable_grad():
         return dict(policy.layers())
 
 
-def layer_shapes(layers: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, tuple[int, int]]:
+def layer_shapes(layers: Layers) -> dict[str, tuple[int, int]]:
     """Return (channels, weights of one channel) of each layer."""
     return {
         name: (layer.weight.shape[0], layer.weight[0].numel()) for name, layer in layers.items()
     }
 
 
-def weight_rows(layer: nn.Linear | nn.Conv2d, channels: slice = slice(None)) -> NDArray[np.float32]:
+def weight_rows(layer: Layer, channels: slice = slice(None)) -> NDArray[np.float32]:
     """Return a copy of a layer's weight, or of some channels'.  float32 [channels, inputs]"""
     weight: NDArray[np.float32] = layer.weight.detach()[channels].float().cpu().numpy().copy()
     return as_rows(weight)
 
 
-def apply_rows(layer: nn.Linear | nn.Conv2d, inputs: Tensor, rows: Tensor) -> Tensor:
+def apply_rows(layer: Layer, inputs: Tensor, rows: Tensor) -> Tensor:
     """Return the layer's linear map of its inputs with other rows and without bias.
 
     Args:
@@ -61,7 +64,7 @@ def apply_rows(layer: nn.Linear | nn.Conv2d, inputs: Tensor, rows: Tensor) -> Te
     return mapped.flatten(2).transpose(1, 2)
 
 
-def as_tokens(layer: nn.Linear | nn.Conv2d, outputs: Tensor) -> Tensor:
+def as_tokens(layer: Layer, outputs: Tensor) -> Tensor:
     """View a layer's outputs, or gradients of them, as [N, tokens, channels]."""
     if isinstance(layer, nn.Linear):
         return outputs.reshape(outputs.shape[0], -1, outputs.shape[-1])
@@ -69,7 +72,7 @@ def as_tokens(layer: nn.Linear | nn.Conv2d, outputs: Tensor) -> Tensor:
 
 
 def error_rows(
-    layer: nn.Linear | nn.Conv2d,
+    layer: Layer,
     bits: int,
     quantizer: QuantizerSpec,
     channels: slice = slice(None),
@@ -104,9 +107,7 @@ def rounding_bytes(channels: int, inputs: int) -> int:
 
 
 @contextlib.contextmanager
-def replaced_weights(
-    layers: Mapping[str, nn.Linear | nn.Conv2d], rows: Mapping[str, NDArray[np.float32]]
-) -> Iterator[None]:
+def replaced_weights(layers: Layers, rows: Mapping[str, NDArray[np.float32]]) -> Iterator[None]:
     """Run the block with other weights; the old ones return bit for bit, even on an error.
 
     Args:
@@ -172,9 +173,7 @@ def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shifted_outputs(
-    layers: Mapping[str, nn.Linear | nn.Conv2d], rounding: Rounding | None
-) -> Iterator[None]:
+def shifted_outputs(layers: Layers, rounding: Rounding | None) -> Iterator[None]:
     """Run the block with the layers' outputs shifted as a rounding says; None for not at all."""
     handles = []
     try:
@@ -199,7 +198,7 @@ def _shifting_hook(shift: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Te
 
 @contextlib.contextmanager
 def rounded_inputs(
-    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    layers: Layers,
     activations: ActivationRanges | None,
     untouched: Mapping[str, NDArray[np.int64]] | None = None,
 ) -> Iterator[None]:

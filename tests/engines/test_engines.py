@@ -16,7 +16,7 @@ from engines.ort import OrtEngine
 from engines.targets import CPU, UnknownTarget, find_target
 from engines.verify import VerificationError, action_drift, judge, verify
 from jetson.policy import EnginePolicy, UnsafeAction
-from qvla_export.graph.export import export_bundle
+from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.plan import uniform_plan
@@ -171,8 +171,7 @@ def test_kernels_that_round_activations_are_judged_as_such(
             CPU,
             tiny_observations(4),
             tmp_path / str(level),
-            float_graph(tiny_policy),
-            {"accuracy_level": level},
+            ExportOptions(float_graph(tiny_policy), {"accuracy_level": level}),
         )
         with OrtEngine(bundle, threads=1) as engine:
             verdicts[level] = judge(bundle, engine)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from graph_checks import require_clean
 
 from engines.targets import CPU
-from qvla_export.graph.export import export_bundle
+from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.graph.float_graph import export_float
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import layer_shapes
@@ -54,6 +54,8 @@ def make_bundle(
     observations: Sequence[Observation],
     path: Path,
 ) -> Bundle:
-    bundle = export_bundle(policy, plan, CPU, observations, path, float_graph(policy))
+    bundle = export_bundle(
+        policy, plan, CPU, observations, path, ExportOptions(float_graph(policy))
+    )
     require_clean(bundle)
     return bundle

@@ -17,7 +17,7 @@ from engines.trt.engine import TensorRtEngine
 from engines.trt.sizes import measure_sizes
 from engines.verify import judge
 from jetson.policy import EnginePolicy
-from qvla_export.graph.export import export_bundle
+from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.quantize import spec_for
 
@@ -36,7 +36,12 @@ def test_a_staged_policy_acts_as_torch(
         quantizer=spec_for(RTX4070),
     )
     bundle = export_bundle(
-        tiny_policy, plan, RTX4070, tiny_observations(4), tmp_path / "bundle", layers_per_part=1
+        tiny_policy,
+        plan,
+        RTX4070,
+        tiny_observations(4),
+        tmp_path / "bundle",
+        ExportOptions(layers_per_part=1),
     )
     assert len(bundle.parts) >= 5
     sidecars = build_engines(bundle, tmp_path / "engines", find=lambda: None)

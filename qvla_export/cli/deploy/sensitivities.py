@@ -24,8 +24,8 @@ from qvla_export.cli.options import (
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
-    from qvla_export.measurement.layer_groups import Layers
     from qvla_export.pipeline.resources import Demand
+    from qvla_export.policies.layers import Layers
     from qvla_export.sensitivity.sensitivities import Sensitivities
     from qvla_export.shared.target import Target
 

@@ -23,7 +23,7 @@ def name_nodes(model: ir.Model) -> None:
         if found is None:
             continue
         named[node] = found
-        name = node_name(*found)
+        name = node_name(found.layer, found.bits, found.op_type)
         taken[name] += 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
 
@@ -38,7 +38,8 @@ def _layer_of(node: ir.Node, named: dict[ir.Node, LayerNode]) -> LayerNode | Non
         found = None if constant is None else parse_constant_name(constant)
         if found is not None:
             # Only a product reads a bucket's codes; an Add behind it serves the layer.
-            return LayerNode(*found, node.op_type)
+            layer, bits = found
+            return LayerNode(layer, bits, node.op_type)
     if node.op_type != "Concat":
         return None
     sources = {named.get(producer) for producer in _producers(node)}

@@ -16,7 +16,7 @@ from torch import nn
 
 from qvla_export.measurement.partial_forward import PartialForward, recorded
 from qvla_export.measurement.sharded_sums import ShardedSums
-from qvla_export.policies.layers import layer_shapes, traced_layers, weight_rows
+from qvla_export.policies.layers import Layers, layer_shapes, traced_layers, weight_rows
 from qvla_export.quantizer.quantize import QuantizerSpec, quantize_channels
 from qvla_export.sensitivity.estimators.base import (
     QUIETLY,
@@ -30,8 +30,6 @@ from qvla_export.shared.errors import QvlaError
 
 # Pairs between two writes of the progress.
 _UNIT_PAIRS = 256
-
-Layers = Mapping[str, nn.Linear | nn.Conv2d]
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,22 @@ from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from qvla_export.measurement.backward import Contraction, Layers, Probes, add_batch
+from qvla_export.measurement.backward import (
+    Contraction,
+    ProbedBatch,
+    Probes,
+    WeightChanges,
+    add_batch,
+)
 from qvla_export.measurement.distributed import Alone, World
 from qvla_export.measurement.layer_groups import Piece, layer_groups
 from qvla_export.measurement.sharded_sums import OnProgress, ShardedSums
 from qvla_export.measurement.standard_error import WHOLE, empty_sums, empty_whole, standard_error
-from qvla_export.measurement.streamed import Stream, open_stream, weights_on_disk
+from qvla_export.measurement.streamed import Stream, StreamLimits, open_stream, weights_on_disk
 from qvla_export.measurement.weight_errors import error_needs, mean_inputs, weight_errors
 from qvla_export.policies.base import Policy
-from qvla_export.policies.layers import layer_shapes, traced_layers
+from qvla_export.policies.layers import Layers, layer_shapes, traced_layers
 from qvla_export.quantizer.moments import Moments
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.sensitivity.estimators.base import (
@@ -177,8 +182,8 @@ def measure_first_order(
     stream = None
     if weights_on_disk(policy):
         held = sum(array.nbytes for array in empty.values())
-        how = (size, settings.probes, needs_of, held, settings.max_bytes)
-        stream = open_stream(policy, layers, observations, *how, (world or Alone()).device)
+        limits = StreamLimits(size, settings.probes, needs_of, held, settings.max_bytes)
+        stream = open_stream(policy, layers, observations, limits, (world or Alone()).device)
         groups = [list(layers)]
     else:
         first = observations[:size]
@@ -228,34 +233,42 @@ class _Work:
         for g, names in enumerate(self.groups):
             mine = self.sums.share(self.units[g::count])
             group = {name: self.layers[name] for name in names}
-            wanted = group if mine and self.stream is None else {}
-            errors = {n: self._errors(Piece(n, 0, len(x.weight))) for n, x in wanted.items()}
+            held = group if mine and self.stream is None else {}
+            changes = self._changes([Piece(n, 0, len(x.weight)) for n, x in held.items()])
             for unit in mine:
-                self._add(unit // count, group, errors)
+                self._add(unit // count, group, changes)
                 self.sums.mark(unit)
                 self._tell()
 
-    def _add(self, batch: int, group: Layers, errors: Mapping[str, dict[int, Tensor]]) -> None:
+    def _add(self, number: int, group: Layers, changes: WeightChanges) -> None:
         size = self.settings.batch_size
-        observations = self.observations[batch * size : (batch + 1) * size]
-        drawn, values = Probes(self.settings.probes, self.settings.seed), self.sums.values
-        whole = values[WHOLE][:, batch * size : batch * size + len(observations)]
+        observations = self.observations[number * size : (number + 1) * size]
+        batch = ProbedBatch(observations, Probes(self.settings.probes, self.settings.seed), number)
+        values = self.sums.values
+        whole = values[WHOLE][:, number * size : number * size + len(observations)]
         sums = {**values, WHOLE: whole}
-        kind = self.settings.contraction
         if self.stream is None:
-            means = self._means(group)
-            add_batch(self.policy, group, errors, observations, drawn, batch, sums, kind, means)
-            return
-        how = (self._errors, self._means)
-        self.stream.add_batch(*how, observations, drawn, batch, sums, kind)
+            add_batch(self.policy, group, batch, changes, sums)
+        else:
+            self.stream.add_batch(batch, self._changes, sums)
 
-    def _errors(self, piece: Piece) -> dict[int, Tensor]:
-        how, layer = self.settings, self.layers[piece.layer]
-        means = (how.widths, how.quantizer, how.moments)
-        return weight_errors(piece.layer, layer, *means, piece.channels)
-
-    def _means(self, layers: Layers) -> dict[str, Tensor]:
-        return mean_inputs(layers, self.settings.quantizer, self.settings.moments)
+    def _changes(self, pieces: Sequence[Piece]) -> WeightChanges:
+        """Return what each width adds to the weights of layers, or of channels of them."""
+        settings = self.settings
+        layers = {piece.layer: self.layers[piece.layer] for piece in pieces}
+        errors = {
+            piece.layer: weight_errors(
+                piece.layer,
+                self.layers[piece.layer],
+                settings.widths,
+                settings.quantizer,
+                settings.moments,
+                piece.channels,
+            )
+            for piece in pieces
+        }
+        means = mean_inputs(layers, settings.quantizer, settings.moments)
+        return WeightChanges(errors, means, settings.contraction)
 
     def _tell(self) -> None:
         if self.on_progress is not None:

@@ -12,7 +12,7 @@ from calibration.calibration_set import CalibrationSet, sample_simulator
 from engines.targets import RTX4070
 from engines.trt.builder import build_engines
 from engines.trt.sizes import BundleSizes, measure_sizes
-from qvla_export.graph.export import export_bundle
+from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.graph.float_graph import export_float
 from qvla_export.measurement.measure_activations import measure_activations
 from qvla_export.policies.layers import layer_shapes
@@ -56,7 +56,9 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BundleSizes]:
         for setting in SETTINGS:
             plan = plan_of(policy, setting, calibration)
             path = root / setting / "bundle"
-            bundle = export_bundle(policy, plan, RTX4070, calibration.held_out, path, graph)
+            bundle = export_bundle(
+                policy, plan, RTX4070, calibration.held_out, path, ExportOptions(graph)
+            )
             sidecars = build_engines(bundle, root / setting / "engines", find=lambda: None)
             found[setting] = measure_sizes(bundle, sidecars)
     return found

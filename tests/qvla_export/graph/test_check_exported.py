@@ -8,7 +8,7 @@ import pytest
 from graph_checks import require_clean
 
 from engines.targets import find_target
-from qvla_export.graph.export import export_bundle
+from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.graph.float_graph import export_float
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy
@@ -53,7 +53,9 @@ def test_exported_bundles_are_clean(
     plan = plans(tiny_policy)[setting]
     path = tmp_path_factory.mktemp("exported") / setting
     graph = export_float(tiny_policy, TARGET)
-    bundle = export_bundle(tiny_policy, plan, TARGET, tiny_observations(1), path, graph)
+    bundle = export_bundle(
+        tiny_policy, plan, TARGET, tiny_observations(1), path, ExportOptions(graph)
+    )
     for name in ("rtx4070", "orin-jp7", "orin-jp6"):
         warnings = require_clean(bundle, find_target(name))
         assert {finding.rule for finding in warnings} <= set(EXPECTED)

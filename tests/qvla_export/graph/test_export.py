@@ -16,7 +16,7 @@ from tiny_policy import TINY_CONFIG, TINY_INSTRUCTIONS, TINY_SIZE
 from engines.load import load_engine
 from engines.targets import CPU
 from engines.verify import judge, verify
-from qvla_export.graph.export import export_bundle
+from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.graph.float_graph import ExportError, layer_nodes
 from qvla_export.graph.passes.couple import couple_mlps
 from qvla_export.graph.passes.merge import merge_parallel
@@ -228,9 +228,9 @@ def test_float_graph_of_another_policy_is_refused(
     other = dataclasses.replace(tiny_policy, digest="1" * 64)
     graph = float_graph(tiny_policy)
     with pytest.raises(ArtifactMismatch, match="1111"):
-        export_bundle(other, None, CPU, tiny_observations(1), tmp_path / "b", graph)
+        export_bundle(other, None, CPU, tiny_observations(1), tmp_path / "b", ExportOptions(graph))
     with pytest.raises(ExportError, match="at least one golden observation"):
-        export_bundle(tiny_policy, None, CPU, [], tmp_path / "b", graph)
+        export_bundle(tiny_policy, None, CPU, [], tmp_path / "b", ExportOptions(graph))
 
 
 def test_layer_missing_from_the_graph_is_refused(
@@ -246,5 +246,10 @@ def test_layer_missing_from_the_graph_is_refused(
     monkeypatch.setattr(OftPolicy, "layers", lambda self: layers)
     with pytest.raises(ExportError, match=r"not found in the exported graph.*tower\.dead"):
         export_bundle(
-            tiny_policy, None, CPU, tiny_observations(1), tmp_path / "b", float_graph(tiny_policy)
+            tiny_policy,
+            None,
+            CPU,
+            tiny_observations(1),
+            tmp_path / "b",
+            ExportOptions(float_graph(tiny_policy)),
         )

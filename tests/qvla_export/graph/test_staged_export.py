@@ -14,7 +14,7 @@ import qvla_export.graph.export
 from engines.base import EngineError
 from engines.ort import OrtEngine
 from engines.targets import CPU
-from qvla_export.graph.export import export_bundle
+from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.graph.golden import golden_actions
 from qvla_export.measurement.measure_activations import measure_activations
 from qvla_export.policies.oft.config import OftConfig
@@ -42,7 +42,12 @@ def staged_bundle(
     path = tmp_path_factory.mktemp("staged") / "bundle"
     plan = mixed_plan(stored_policy)
     return export_bundle(
-        stored_policy, plan, CPU, tiny_observations(3, seed=4), path, layers_per_part=1
+        stored_policy,
+        plan,
+        CPU,
+        tiny_observations(3, seed=4),
+        path,
+        ExportOptions(layers_per_part=1),
     )
 
 
@@ -94,7 +99,12 @@ def test_staged_torch_rounds_activations_as_the_whole_does(
     plan = dataclasses.replace(plain, activations=fed.ranges(8, "max"))
     whole, unrounded = (golden_actions(tiny_policy, p, observations) for p in (plan, plain))
     staged = export_bundle(
-        stored_policy, plan, CPU, observations, tmp_path / "staged", layers_per_part=1
+        stored_policy,
+        plan,
+        CPU,
+        observations,
+        tmp_path / "staged",
+        ExportOptions(layers_per_part=1),
     ).golden()
     difference = np.abs(staged.reference - whole.reference).max()
     assert difference < 1e-5 < 1e-3 < np.abs(whole.reference - unrounded.reference).max()
@@ -143,7 +153,13 @@ def test_interrupted_export_goes_on(
 
     def export(plan: Any = plan, **named: Any) -> Bundle:
         return export_bundle(
-            stored_policy, plan, CPU, observations, tmp_path / "b", layers_per_part=1, **named
+            stored_policy,
+            plan,
+            CPU,
+            observations,
+            tmp_path / "b",
+            ExportOptions(layers_per_part=1),
+            **named,
         )
 
     with pytest.raises(KeyboardInterrupt):

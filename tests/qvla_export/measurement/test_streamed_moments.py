@@ -84,15 +84,15 @@ def test_blocks_shrink_until_the_sums_fit_and_no_further_than_64(
         found = moment_sums(traced_layers(stored), wanted)
         return sum(array.nbytes for array in found.values())
 
-    assert fitting_block(stored, observations, HOW, 100_000_000) == 4096
+    assert fitting_block(stored, observations, replace(HOW, max_bytes=100_000_000)) == 4096
     # The widest layer has 588 inputs: blocks of 1024 and more are all the same.
     beside = 3_000_000
-    small = fitting_block(stored, observations, HOW, sums(128) + beside)
+    small = fitting_block(stored, observations, replace(HOW, max_bytes=sums(128) + beside))
     assert 64 <= small < 1024
     with pytest.raises(QvlaError, match=r"stage \w+ needs .* GB: .*--max-memory-gb"):
-        fitting_block(stored, observations, HOW, sums(64))
-    few = replace(HOW, largest_block=64)
-    found = measure_moments(stored, observations, "c", few, max_bytes=sums(64) + 3_000_000)
+        fitting_block(stored, observations, replace(HOW, max_bytes=sums(64)))
+    few = replace(HOW, largest_block=64, max_bytes=sums(64) + 3_000_000)
+    found = measure_moments(stored, observations, "c", few)
     assert max(layer.inputs.shape[-1] for layer in found.layers.values()) == 64
 
 

@@ -14,7 +14,7 @@ from calibration.calibration_set import CalibrationSet
 from engines.ort import OrtEngine
 from engines.targets import CPU
 from engines.trt.gpu import Gpu
-from qvla_export.graph.export import export_bundle
+from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.graph.float_graph import export_float
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.shared.artifacts import sha256_file, write_json
@@ -39,7 +39,7 @@ def folder(
     graph = export_float(wrong, CPU)
     for name, plan in (("float", None), ("mixed", mixed_plan(tiny_policy))):
         make_bundle(tiny_policy, plan, seen[:3], root / name)
-        export_bundle(wrong, plan, CPU, seen[:3], root / f"wrong-{name}", graph)
+        export_bundle(wrong, plan, CPU, seen[:3], root / f"wrong-{name}", ExportOptions(graph))
         take_golden(root / name, root / f"wrong-{name}")
     CalibrationSet(tuple(seen[:2]), tuple(seen[2:]), {"test": 1}).save(root / "calibration")
     return root

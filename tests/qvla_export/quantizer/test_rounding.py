@@ -16,7 +16,7 @@ from engines.load import load_engine
 from engines.targets import CPU
 from engines.verify import judge
 from qvla_export.allocation.setting import parse_setting
-from qvla_export.graph.export import export_bundle
+from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.graph.golden import golden_actions, staged_golden_actions
 from qvla_export.measurement.measure_moments import layer_tokens, measure_moments
 from qvla_export.measurement.moment_bounds import MomentSettings
@@ -280,7 +280,9 @@ def test_staged_bundles_pack_the_codes_too(
     tiny_policy: OftPolicy, tiny_observations: Observations, plan: BitPlan, tmp_path: Path
 ) -> None:
     golden = tiny_observations(2, seed=8)
-    bundle = export_bundle(tiny_policy, plan, CPU, golden, tmp_path / "b", layers_per_part=1)
+    bundle = export_bundle(
+        tiny_policy, plan, CPU, golden, tmp_path / "b", ExportOptions(layers_per_part=1)
+    )
     assert sum(n for part, n in bundle.weight_bytes.items() if part != "rest") == plan.weight_bytes
     with load_engine(bundle, threads=1) as engine:
         assert judge(bundle, engine).drift.worst <= 1e-3
