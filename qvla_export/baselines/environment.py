@@ -7,10 +7,11 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
-import sys
 import tempfile
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ _REMEDY = "make it with: make baselines-env (pinned in constraints-baselines.txt
 _WORKER = "qvla_export.pipeline.baseline_worker"
 # Lines and characters of a failed library's messages that are kept.
 _LINES, _LAST = 40, 800
+# What `block_line` returns.
+_BLOCK = re.compile(r"\S+: block (?P<done>\d+) of (?P<total>\d+)")
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,14 @@ class BaselineEnvironment:
 
     folder: Path
 
-    def run(self, job: BaselineJob) -> Baseline:
-        """Quantize in it; progress goes to this process's standard error.
+    def run(
+        self, job: BaselineJob, on_progress: Callable[[int, int], None] | None = None
+    ) -> Baseline:
+        """Quantize in it.
+
+        Args:
+            job: what to do, and where to write it.
+            on_progress: called with (blocks done, blocks in all).
 
         Raises:
             QvlaError: the environment is missing or lacks the library, or the library failed;
@@ -77,14 +86,19 @@ class BaselineEnvironment:
                 errors="replace",
                 env={**os.environ, "PYTHONPATH": root, "TOKENIZERS_PARALLELISM": "false"},
             )
-            said = _heard(worker, f"{job.request.setting}: ")
+            last_words = _wait(worker, on_progress)
         if worker.returncode:
-            raise QvlaError(f"{job.request.setting} failed in {self.folder}: {said[-_LAST:]}")
+            raise QvlaError(f"{job.request.setting} failed in {self.folder}: {last_words[-_LAST:]}")
         return Baseline.load(Path(job.output))
 
 
-def _heard(worker: "subprocess.Popen[str]", ours: str) -> str:
-    """Wait for a worker; lines that start with `ours` are shown, the last ones returned.
+def block_line(setting: str, done: int, total: int) -> str:
+    """Return the line by which a worker tells how far it is."""
+    return f"{setting}: block {done} of {total}"
+
+
+def _wait(worker: "subprocess.Popen[str]", on_progress: Callable[[int, int], None] | None) -> str:
+    """Wait for a worker, telling how far it is; return the last lines it wrote.
 
     Libraries say much of their own; it matters when they fail.
     """
@@ -93,8 +107,9 @@ def _heard(worker: "subprocess.Popen[str]", ours: str) -> str:
     with worker:
         for line in worker.stdout:
             last.append(line)
-            if line.startswith(ours):
-                print(line, end="", file=sys.stderr, flush=True)
+            block = _BLOCK.fullmatch(line.strip())
+            if block is not None and on_progress is not None:
+                on_progress(int(block["done"]), int(block["total"]))
     return "".join(last)
 
 

@@ -152,7 +152,7 @@ def quantize(
         source.unnorm_key,
         source.preset,
     )
-    baseline = environment.run(job)
+    baseline = environment.run(job, bar(on_progress, request.setting))
     on_progress(Progress(request.setting, state="made"))
     return baseline
 

@@ -2,11 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from qvla_export.baselines.baseline import Baseline
-from qvla_export.baselines.environment import BaselineJob, require_library, run_library
+from qvla_export.baselines.environment import BaselineJob, block_line, require_library, run_library
 from qvla_export.baselines.quantized import Calibration
 from qvla_export.shared.errors import QvlaError
 
@@ -27,28 +26,26 @@ def work(job: BaselineJob) -> Baseline:
     policy = open_policy(Path(job.checkpoint), job.unnorm_key, job.preset)
     torch.manual_seed(job.request.seed)
     started = time.perf_counter()
-    made = run_library(
-        Calibration(policy, observations.observations, job.request, _say(job.request.setting))
-    )
+    setting = job.request.setting
+
+    def tell(done: int, total: int) -> None:
+        # The process that started this one reads its standard output.
+        sys.stdout.write(block_line(setting, done, total) + "\n")
+        sys.stdout.flush()
+
+    quantized = run_library(Calibration(policy, observations.observations, job.request, tell))
     baseline = Baseline(
         request=job.request,
-        layers=made.layers,
+        layers=quantized.layers,
         policy_digest=policy.digest,
         calibration_digest=observations.digest,
-        activations=made.activations,
-        settings=made.settings,
+        activations=quantized.activations,
+        settings=quantized.settings,
         libraries=libraries,
         seconds=time.perf_counter() - started,
     )
     baseline.save(Path(job.output))
     return baseline
-
-
-def _say(setting: str) -> Callable[[int, int], None]:
-    def say(done: int, total: int) -> None:
-        print(f"{setting}: block {done} of {total}", flush=True)
-
-    return say
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ _SLOWEST = 15
 _NONE = "-"
 
 
-def profile_tables(compared: "LatencyComparison") -> Iterator[Table]:
+def profile_tables(comparison: "LatencyComparison") -> Iterator[Table]:
     """Return the spans of every profile, then starts and deadlines of all."""
-    for profile in compared.profiles:
+    for profile in comparison.profiles:
         yield _spans(profile)
-    yield _starts(compared)
+    yield _starts(comparison)
 
 
 def layer_tables(times: "LayerTimes") -> Iterator[Table]:
@@ -52,16 +52,16 @@ def change_table(change: "LatencyChange") -> Table:
     for column in ("span", "", "before, ms", "after, ms", "difference, ms", "ratio", "verdict"):
         table.add_column(column, justify="left" if column in ("span", "verdict") else "right")
     for span, changes in change.spans.items():
-        for index, found in enumerate(changes):
+        for index, row in enumerate(changes):
             # Only the total is judged by the exit code; spans are there to find the cause.
             table.add_row(
                 "" if index else span,
-                f"p{found.percent:g}",
-                f"{found.base_ms:.3f}",
-                f"{found.new_ms:.3f}",
-                _interval(found.difference_ms, found.new_ms - found.base_ms),
-                _interval(found.ratio, found.new_ms / found.base_ms if found.base_ms else None),
-                change.verdict(found),
+                f"p{row.percent:g}",
+                f"{row.base_ms:.3f}",
+                f"{row.new_ms:.3f}",
+                _interval(row.difference_ms, row.new_ms - row.base_ms),
+                _interval(row.ratio, row.new_ms / row.base_ms if row.base_ms else None),
+                change.verdict(row),
             )
     return table
 
@@ -73,19 +73,19 @@ def _spans(profile: "LatencyProfile") -> Table:
     for column in ("span", *columns):
         table.add_column(column, justify="left" if column == "span" else "right")
     for span, samples in profile.samples_ms.items():
-        found = jitter(samples)
+        spread = jitter(samples)
         table.add_row(
             span,
             *(percentile_text(samples, percent) for percent in PERCENTS),
             f"{samples.max():.2f}",
-            _number(found.spread_ms),
-            _number(found.step_ms),
+            _number(spread.spread_ms),
+            _number(spread.step_ms),
         )
     return table
 
 
-def _starts(compared: "LatencyComparison") -> Table:
-    deadline = compared.deadline
+def _starts(comparison: "LatencyComparison") -> Table:
+    deadline = comparison.deadline
     table = Table(title="starts and deadlines")
     columns = ["load, ms", "first action, ms", "load + first, ms", "new process, ms"]
     if deadline is not None:
@@ -93,8 +93,8 @@ def _starts(compared: "LatencyComparison") -> Table:
     for column in ("policy", *columns):
         left = column == "policy"
         table.add_column(column, justify="left" if left else "right", overflow="fold")
-    for profile in compared.profiles:
-        starts = compared.cold_starts.get(profile.name, ())
+    for profile in comparison.profiles:
+        starts = comparison.cold_starts.get(profile.name, ())
         fresh = float(np.median([start.total_ms for start in starts])) if starts else None
         row = [
             _number(profile.load_ms),

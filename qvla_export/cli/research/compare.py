@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,9 @@ from qvla_export.cli.options import (
 )
 from qvla_export.cli.progress import progress_shown
 from qvla_export.shared.errors import QvlaError
+
+if TYPE_CHECKING:
+    from qvla_export.comparison.contestants import Contestant
 
 
 def compare(
@@ -79,25 +82,19 @@ def compare(
     """
     from engines.targets import find_target
     from qvla_export.comparison.comparison import FLOAT
-    from qvla_export.comparison.contestants import WITH_EPISODES, table_contestants
+    from qvla_export.comparison.contestants import WITH_EPISODES
     from qvla_export.pipeline.calibrate import chosen_tasks, open_dataset
-    from qvla_export.pipeline.compare.compare import (
-        compare_contestants,
-        contestants_named,
-        write_pages,
-    )
+    from qvla_export.pipeline.compare.compare import compare_contestants, write_pages
     from qvla_export.pipeline.compare.job import ComparisonJob
     from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
 
-    opened = open_checkpoint(policy, unnorm_key, preset)
-    named = None if contestants is None else contestants_named(_listed(contestants))
     first = WITH_EPISODES if episodes_for is None else _listed(episodes_for)
     job = ComparisonJob(
         root=run,
         source=PolicySource(str(policy), unnorm_key, preset, threads=1),
-        policy=opened,
+        policy=open_checkpoint(policy, unnorm_key, preset),
         target=find_target(target),
-        contestants=named or table_contestants(None if tables is None else tuple(_listed(tables))),
+        contestants=_contestants(contestants, tables),
         with_episodes=tuple(dict.fromkeys([FLOAT, *first])),
         seeds=_seeds(seeds),
         dataset=open_dataset(dataset, cameras, state_column),
@@ -112,8 +109,17 @@ def compare(
     )
     with progress_shown() as on_progress:
         pages = write_pages(job) if page_only else compare_contestants(job, on_progress)
-    shown = f"comparison: {pages.json}, {pages.html}, {pages.markdown}"
-    typer.echo(pages.json.read_text() if as_json else shown)
+    files = f"comparison: {pages.json}, {pages.html}, {pages.markdown}"
+    typer.echo(pages.json.read_text() if as_json else files)
+
+
+def _contestants(names: str | None, tables: str | None) -> "tuple[Contestant, ...]":
+    from qvla_export.comparison.contestants import table_contestants
+    from qvla_export.pipeline.compare.compare import contestants_named
+
+    if names is not None:
+        return contestants_named(_listed(names))
+    return table_contestants(None if tables is None else tuple(_listed(tables)))
 
 
 def _listed(text: str) -> list[str]:
