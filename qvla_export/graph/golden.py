@@ -13,7 +13,6 @@ from qvla_export.policies.layers import (
     fake_quantized,
     planned_rows,
     rounded_inputs,
-    shifted_outputs,
     traced_layers,
 )
 from qvla_export.quantizer.plan import BitPlan
@@ -93,9 +92,7 @@ def _run_stage(
     activations = None if plan is None else plan.activations
     couplings = {} if plan is None else plan.couplings
     removed = {name: coupling.removed for name, coupling in couplings.items()}
-    layers = traced_layers(policy)
-    shifts = shifted_outputs(layers, None if plan is None else plan.rounding)
-    with rounded_inputs(layers, activations, removed), shifts:
+    with rounded_inputs(traced_layers(policy), activations, removed):
         for run in runs:
             inputs = tuple(run[name] for name in stage.inputs)
             run[stage.output] = torch.func.functional_call(stage.module, parameters, inputs)

@@ -68,8 +68,6 @@ class WeightChanges:
     # Layer name -> width -> weight errors of the channels in question; at 0 bits they are the
     # negative weights and not looked at.  float32 [channels, inputs]
     errors: Mapping[str, Mapping[int, Tensor]]
-    # Layer name -> mean input, where a bias makes up for the mean error.  float32 [inputs]
-    means: Mapping[str, Tensor] = field(default_factory=dict)
     contraction: Contraction = "full"
 
 
@@ -181,7 +179,7 @@ def deviations(probed: Pass, changes: WeightChanges) -> dict[str, Deviations]:
 def _output_errors(recorded: Recorded, name: str, changes: WeightChanges) -> list[Tensor]:
     """Return what each width's weight errors do to a layer's outputs.  [N, tokens, channels]"""
     layer, channels = recorded.layers[name], recorded.channels_of(name)
-    inputs, mean = recorded.inputs.pop(name), changes.means.get(name)
+    inputs = recorded.inputs.pop(name)
     moved = []
     for bits, errors in changes.errors[name].items():
         if bits:
@@ -190,10 +188,6 @@ def _output_errors(recorded: Recorded, name: str, changes: WeightChanges) -> lis
             # All that the weights contribute is lost: known without another product.
             lost = as_tokens(layer, recorded.outputs[name].detach())[..., channels].neg()
             moved.append(lost if layer.bias is None else lost.add_(layer.bias.detach()[channels]))
-        if mean is not None:
-            # What the mean input has in it goes into the bias.
-            gain = errors if bits else -layer.weight.detach().flatten(1)[channels]
-            moved[-1] -= gain @ mean.to(gain.device)
     return moved
 
 

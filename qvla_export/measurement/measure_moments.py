@@ -145,11 +145,8 @@ def _add_pass(probed: Pass, sums: _Sums) -> None:
 
 def _add_inputs(sums: _Sums, name: str, tokens: Tensor, worth: Tensor) -> None:
     """Add tokens [n, inputs] of a layer, each of a worth [n]."""
-    counted = tokens[worth > 0]
-    sums[f"{name}/tokens"] += len(counted)
+    sums[f"{name}/tokens"] += int((worth > 0).sum())
     sums[f"{name}/weight"] += float(worth.double().sum())
-    sums[f"{name}/sum"] += counted.sum(dim=0, dtype=torch.float64).cpu().numpy()
-    del counted
     weighted = tokens * worth[:, None]
     sums[f"{name}/weighted"] += weighted.sum(dim=0, dtype=torch.float64).cpu().numpy()
     _add_products(sums[f"{name}/inputs"], tokens, weighted)
@@ -165,24 +162,21 @@ def _add_products(blocks: NDArray[np.float64], left: Tensor, right: Tensor) -> N
 
 
 def _moments(sums: dict[str, NDArray[np.float64]], name: str) -> LayerMoments:
-    """Means and central moments of a layer's sums, which are used up; without effect zeros."""
+    """Mean and central moments of a layer's sums, which are used up; without effect zeros."""
     tokens, worth = float(sums[f"{name}/tokens"][0]), float(sums[f"{name}/weight"][0])
-    mean = sums.pop(f"{name}/sum") / max(tokens, 1.0)
-    weighted = sums.pop(f"{name}/weighted") / (worth or 1.0)
+    mean = sums.pop(f"{name}/weighted") / (worth or 1.0)
     blocks = sums.pop(f"{name}/inputs")
     blocks /= worth or 1.0
     size = blocks.shape[1]
     for number, block in enumerate(blocks):
         inside = slice(number * size, min((number + 1) * size, len(mean)))
         width = inside.stop - inside.start
-        cross = np.outer(weighted[inside], mean[inside])
-        block[:width, :width] -= cross + cross.T - np.outer(mean[inside], mean[inside])
+        block[:width, :width] -= np.outer(mean[inside], mean[inside])
         block[:] = (block + block.T) / 2
     channels = sums.pop(f"{name}/channels")
     channels /= max(tokens, 1.0)
     return LayerMoments(
         mean.astype(np.float32),
-        weighted.astype(np.float32),
         blocks.astype(np.float32),
         ((channels + channels.transpose(0, 2, 1)) / 2).astype(np.float32),
     )

@@ -49,7 +49,6 @@ def moment_sums(layers: Layers, settings: MomentSettings) -> dict[str, NDArray[n
         empty |= {
             f"{name}/tokens": np.zeros(1),
             f"{name}/weight": np.zeros(1),
-            f"{name}/sum": np.zeros(inputs),
             f"{name}/weighted": np.zeros(inputs),
             f"{name}/inputs": _blocks(inputs, settings),
             f"{name}/channels": _blocks(channels, settings),

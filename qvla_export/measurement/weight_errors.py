@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qvla_export.measurement.layer_groups import LayerNeeds, NeedsOf, layer_needs
-from qvla_export.policies.layers import Layer, error_rows, weight_rows
+from qvla_export.policies.layers import Layer, error_rows, layer_shapes, weight_rows
 from qvla_export.quantizer.compensation import round_layer
 from qvla_export.quantizer.moments import LayerMoments, Moments
 from qvla_export.quantizer.quantize import QuantizerSpec
-from qvla_export.quantizer.round_plan import takes_bias
 
 # What compensation takes for each pair of inputs, and for each weight, as float64 for the most
 # part.
@@ -53,9 +52,8 @@ def weight_errors(
         elif moments is None:
             rows = error_rows(layer, bits, quantizer, channels)
         else:
-            own = moments.of(name, *_shape(layer))
-            weights = weight_rows(layer, channels)
-            rows = _answered(weights, bits, quantizer, own, takes_bias(name))
+            own = moments.of(name, layer_shapes({name: layer})[name])
+            rows = _answered(weight_rows(layer, channels), bits, quantizer, own)
         found[bits] = torch.from_numpy(rows).to(layer.weight.device)
     return found
 
@@ -87,30 +85,13 @@ def _with_answers(needs: LayerNeeds) -> LayerNeeds:
     )
 
 
-def mean_inputs(
-    layers: Mapping[str, Layer], quantizer: QuantizerSpec, moments: Moments | None
-) -> dict[str, Tensor]:
-    """Return the mean inputs float32 [inputs] of layers whose bias makes up for their errors."""
-    if moments is None or not quantizer.bias_correction:
-        return {}
-    return {
-        name: torch.from_numpy(moments.of(name, *_shape(layer)).mean)
-        for name, layer in layers.items()
-        if takes_bias(name)
-    }
-
-
-def _shape(layer: Layer) -> tuple[int, int]:
-    return layer.weight.shape[0], layer.weight[0].numel()
-
-
 def _answered(
-    rows: NDArray[np.float32], bits: int, quantizer: QuantizerSpec, own: LayerMoments, shifted: bool
+    rows: NDArray[np.float32], bits: int, quantizer: QuantizerSpec, own: LayerMoments
 ) -> NDArray[np.float32]:
     alone = quantizer
     if quantizer.compensation != "none":
         alone = replace(quantizer, compensation="inputs")
     widths, order = np.full(len(rows), bits, np.int8), np.arange(rows.shape[1])
-    made = round_layer(rows, widths, alone, own, order, shifted)
+    made = round_layer(rows, widths, alone, own, order)
     errors: NDArray[np.float32] = made.rows(widths, alone, order) - rows
     return errors

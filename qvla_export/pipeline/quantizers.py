@@ -115,16 +115,13 @@ def variants(target: "Target") -> dict[str, QuantizerSpec]:
         stored = target.with_zero_points()
         pointed = {
             "nearest, zero points": spec_for(stored),
-            "inputs and channels, bias, zero points": compensated_spec(stored),
+            "inputs and channels, zero points": compensated_spec(stored),
         }
     return {
         "nearest": nearest,
-        "bias correction": replace(nearest, bias_correction=True),
         "weighted scales": replace(nearest, weighted_scales=True),
         "inputs": inputs,
-        "inputs, bias": replace(inputs, bias_correction=True),
-        "inputs and channels": replace(whole, bias_correction=False),
-        "inputs and channels, bias": whole,
+        "inputs and channels": whole,
         **pointed,
     }
 

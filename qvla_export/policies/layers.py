@@ -14,7 +14,6 @@ from qvla_export.quantizer.coupling import fake_quantize_coupled
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import QuantizerSpec, as_rows, fake_quantize, quantize_channels
 from qvla_export.quantizer.round_plan import require_rounded
-from qvla_export.quantizer.rounding import Rounding
 
 # A layer that can be quantized; layers by name, in forward order.
 Layer = nn.Linear | nn.Conv2d
@@ -154,7 +153,7 @@ def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
     Biases stay: a channel of 0 bits puts out its bias. Consumers of coupled layers are quantized
     in their producers' order; see `quantizer.coupling`. Hidden units that leave an MLP are not
     rounded on their way: the engine has their constant outputs in the consumer's bias. Of a plan
-    with a rounding they have no weights there, and biases are shifted.
+    with a rounding they have no weights there.
 
     Raises:
         PlanMismatch: the plan is for another policy, or has no codes yet.
@@ -167,33 +166,8 @@ def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
     with (
         replaced_weights(layers, rows),
         rounded_inputs(layers, plan.activations, removed),
-        shifted_outputs(layers, plan.rounding),
     ):
         yield
-
-
-@contextlib.contextmanager
-def shifted_outputs(layers: Layers, rounding: Rounding | None) -> Iterator[None]:
-    """Run the block with the layers' outputs shifted as a rounding says; None for not at all."""
-    handles = []
-    try:
-        for name, rounded in () if rounding is None else rounding.layers.items():
-            if rounded.shift.any():
-                shift = torch.from_numpy(rounded.shift)
-                if not isinstance(layers[name], nn.Linear):
-                    shift = shift[:, None, None]
-                handles.append(layers[name].register_forward_hook(_shifting_hook(shift)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _shifting_hook(shift: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + shift.to(output)
-
-    return add
 
 
 @contextlib.contextmanager

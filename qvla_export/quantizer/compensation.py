@@ -39,7 +39,6 @@ def round_layer(
     spec: QuantizerSpec,
     moments: LayerMoments,
     order: NDArray[np.int64],
-    shifted: bool = True,
     gone: NDArray[np.int64] = _NONE,
 ) -> RoundedLayer:
     """Round a layer's weights.
@@ -51,13 +50,11 @@ def round_layer(
         moments: of the layer.
         order: inputs that stay in the graph, as it stores them; groups of weights that share a
             scale are groups of these. The others are lost.  int64 [kept]
-        shifted: the layer may get a bias.
         gone: channels whose outputs leave the graph: whoever reads them answers it, so the layer's
             other channels do not.  int64 [n]
     """
-    centred = spec.bias_correction and shifted
     everything = np.concatenate([np.setdiff1d(np.arange(rows.shape[1]), order), order])
-    matrix = moments.input_matrix(centred, everything)
+    matrix = moments.input_matrix(everything)
     lost = rows.shape[1] - len(order)
     work = _Work(rows[:, order], spec, _Inputs.of(matrix[lost:, lost:], spec))
     targets = rows[:, order].astype(np.float64)
@@ -71,7 +68,7 @@ def round_layer(
     else:
         for chosen in _alike(widths):
             work.round(chosen, targets[chosen], int(widths[chosen[0]]))
-    return work.finished(rows, widths, order, moments.mean if centred else None)
+    return work.finished(rows.shape[1], order)
 
 
 @dataclass(frozen=True)
@@ -158,25 +155,14 @@ class _Work:
         result[:, order] = left.T
         return result
 
-    def finished(
-        self,
-        rows: NDArray[np.float32],
-        widths: NDArray[np.int8],
-        order: NDArray[np.int64],
-        mean: NDArray[np.float32] | None,
-    ) -> RoundedLayer:
-        """Return the layer in the natural order of all inputs."""
-        codes = np.zeros(rows.shape, np.int8)
+    def finished(self, inputs: int, order: NDArray[np.int64]) -> RoundedLayer:
+        """Return the layer in the natural order of all inputs, those that are lost included."""
+        codes = np.zeros((len(self.codes), inputs), np.int8)
         codes[:, order] = self.codes
-        halves = np.zeros((len(self.halves), rows.shape[1]), np.float16)
+        halves = np.zeros((len(self.halves), inputs), np.float16)
         if len(halves):
             halves[:, order] = np.stack([self.halves[c] for c in sorted(self.halves)])
-        shift = np.zeros(len(rows), np.float32)
-        if mean is not None:
-            missing = rows.astype(np.float64)
-            missing[:, order] -= self.weights
-            shift = (missing @ mean.astype(np.float64)).astype(np.float32)
-        return RoundedLayer(codes, halves, self.scales, shift, self.zero_points)
+        return RoundedLayer(codes, halves, self.scales, self.zero_points)
 
 
 def _eliminate(

@@ -9,32 +9,14 @@ which inputs matter together, G which channels do. `measurement.measure_moments`
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.shared.artifacts import require_fields, require_same, versions
-from qvla_export.shared.errors import ArtifactError, QvlaError
-from qvla_export.shared.tensor_files import (
-    StoredLayers,
-    TensorArtifact,
-    Tensors,
-    layer_tensors,
-    open_tensor_file,
-)
-
-_FORMAT = "qvla-moments-1"
-_FIELDS = (
-    "layers",
-    "samples",
-    "probes",
-    "seed",
-    "policy_digest",
-    "calibration_digest",
-    "versions",
-)
+from qvla_export.quantizer.layer_artifact import FileKind, LayerArtifact
+from qvla_export.shared.artifacts import require_same, versions
+from qvla_export.shared.errors import QvlaError
 
 
 @dataclass(frozen=True)
@@ -45,10 +27,8 @@ class LayerMoments:
         QvlaError: shapes that disagree, numbers that are not finite.
     """
 
-    # Mean input of the tokens that the action depends on.  float32 [inputs]
+    # E[|g|^2 x] / E[|g|^2], the mean input.  float32 [inputs]
     mean: NDArray[np.float32]
-    # The same, tokens weighted by |g|^2.  float32 [inputs]
-    weighted_mean: NDArray[np.float32]
     # E[|g|^2 (x - mean)(x - mean)^T] / E[|g|^2].  float32 [blocks, size, size], size <= inputs
     inputs: NDArray[np.float32]
     # E[g g^T].  float32 [blocks, size, size], size <= channels
@@ -59,36 +39,19 @@ class LayerMoments:
             if not np.isfinite(getattr(self, part.name)).all():
                 raise QvlaError(f"moments must be finite, {part.name} is not; the policy is broken")
         width = len(self.mean)
-        if self.weighted_mean.shape != (width,) or not _covers(self.inputs, width):
-            raise QvlaError(
-                f"moments of {width} inputs have {list(self.weighted_mean.shape)} means and "
-                f"blocks {list(self.inputs.shape)}"
-            )
+        if not _covers(self.inputs, width):
+            raise QvlaError(f"moments of {width} inputs have blocks {list(self.inputs.shape)}")
         if not _covers(self.channels, self.channels.shape[0] * self.channels.shape[-1]):
             raise QvlaError(f"blocks must be square, got {list(self.channels.shape)}")
 
-    def input_matrix(self, centred: bool, order: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return H of some inputs, in an order.
+    def input_matrix(self, order: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return H of some inputs int64 [kept], in an order.  float64 [kept, kept]
 
-        Args:
-            centred: about the mean, which a bias makes up for; else about zero.
-            order: int64 [kept], indices of inputs.
-
-        Returns:
-            float64 [kept, kept]
+        Blocks are about the mean, which joins all inputs: so no direction becomes negative where
+        blocks leave moments out.
         """
-        matrix = _picked(self.inputs, order)
-        if not centred:
-            # About the weighted mean first, within blocks, then about zero for all inputs: in this
-            # order no direction becomes negative where blocks leave moments out.
-            weighted = self.weighted_mean[order].astype(np.float64)
-            shift = weighted - self.mean[order]
-            block = order // self.inputs.shape[1]
-            for number in range(len(self.inputs)):
-                inside = np.flatnonzero(block == number)
-                matrix[np.ix_(inside, inside)] -= np.outer(shift[inside], shift[inside])
-            matrix += np.outer(weighted, weighted)
-        return matrix
+        mean = self.mean[order].astype(np.float64)
+        return _picked(self.inputs, order) + np.outer(mean, mean)
 
     def channel_matrix(self, order: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return G of some channels int64 [kept], in an order.  float64 [kept, kept]"""
@@ -96,8 +59,15 @@ class LayerMoments:
 
 
 @dataclass(frozen=True)
-class Moments(TensorArtifact):
-    """Moments of a policy's layers on calibration observations."""
+class Moments(LayerArtifact):
+    """Moments of a policy's layers on calibration observations.
+
+    Those of a layer lie in memory only while someone uses them, where they were read from a file.
+    """
+
+    kind = FileKind(
+        "qvla-moments-2", "moments", "measure them anew: qvla moments", LayerMoments, True
+    )
 
     # Layer name -> its moments, in forward order.
     layers: Mapping[str, LayerMoments]
@@ -109,12 +79,17 @@ class Moments(TensorArtifact):
     calibration_digest: str
     made_with: Mapping[str, str] = field(default_factory=versions)
 
-    def of(self, layer: str, channels: int, inputs: int) -> LayerMoments:
+    def of(self, layer: str, shape: tuple[int, int]) -> LayerMoments:
         """Return a layer's moments.
+
+        Args:
+            layer: its name.
+            shape: (channels, weights of one channel).
 
         Raises:
             QvlaError: there are none, or they are of a layer of another size.
         """
+        channels, inputs = shape
         found = self.layers.get(layer)
         if found is None:
             raise QvlaError(f"no moments of layer {layer!r}; measure them anew: qvla moments")
@@ -144,46 +119,6 @@ class Moments(TensorArtifact):
         if calibration_digest is not None:
             digests = (self.calibration_digest, calibration_digest)
             require_same("calibration sets of moments and plan", *digests, again)
-
-    def _tensors(self) -> Tensors:
-        return layer_tensors(self.layers)
-
-    def _provenance(self) -> Mapping[str, Any]:
-        return {
-            "format": _FORMAT,
-            "layers": list(self.layers),
-            "samples": self.samples,
-            "probes": self.probes,
-            "seed": self.seed,
-            "policy_digest": self.policy_digest,
-            "calibration_digest": self.calibration_digest,
-            "versions": dict(self.made_with),
-        }
-
-    @staticmethod
-    def load(path: Path) -> "Moments":
-        """Read moments; those of a layer lie in memory only while someone uses them.
-
-        Raises:
-            ArtifactError: the file is missing, truncated, damaged or of another kind.
-        """
-        tensors, value = open_tensor_file(path, _FORMAT, "moments")
-        require_fields(value, _FIELDS, f"moments {path}")
-        try:
-            layers = StoredLayers(tensors, value["layers"], LayerMoments)
-            for name in layers:
-                layers[name]  # says what is wrong with it
-            return Moments(
-                layers=layers,
-                samples=int(value["samples"]),
-                probes=int(value["probes"]),
-                seed=int(value["seed"]),
-                policy_digest=value["policy_digest"],
-                calibration_digest=value["calibration_digest"],
-                made_with=value["versions"],
-            )
-        except (KeyError, TypeError, ValueError, QvlaError) as error:
-            raise ArtifactError(f"moments {path} are damaged: {error}; make them anew") from error
 
 
 def block_size(width: int, largest: int) -> int:

@@ -223,6 +223,8 @@ class BitPlan:
         require_fields(value, _FIELDS, f"bit plan {path}")
         try:
             plan = _from_json(value)
+        except ArtifactError as error:
+            raise ArtifactError(f"bit plan {path} cannot be read: {error}") from error
         except (AttributeError, KeyError, TypeError, ValueError, QvlaError) as error:
             raise ArtifactError(f"bit plan {path} is damaged: {error}; make it anew") from error
         if plan.weight_bytes != value["weight_bytes"]:

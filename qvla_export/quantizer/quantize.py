@@ -70,8 +70,6 @@ class QuantizerSpec:
     # What the error of one weight is made up for by: weights of the same channel, or those and all
     # channels of the layer that are rounded after it.
     compensation: Compensation = "none"
-    # The mean of what rounding and pruning take from a layer's outputs goes into its bias.
-    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.rules) - set(CODE_RANGE))
@@ -85,7 +83,7 @@ class QuantizerSpec:
     @property
     def needs_moments(self) -> bool:
         """Whether weights alone do not determine the codes."""
-        return self.weighted_scales or self.compensation != "none" or self.bias_correction
+        return self.weighted_scales or self.compensation != "none"
 
     def rule(self, bits: int) -> WidthRule:
         """Return the rule of one width.
@@ -111,14 +109,19 @@ class QuantizerSpec:
         """Rebuild a specification.
 
         Raises:
-            ArtifactError: the value is not one.
+            ArtifactError: the value is not one, or one of an option that is gone.
         """
+        if isinstance(value, Mapping) and "bias_correction" in value:
+            raise ArtifactError(
+                "it was made with bias correction, which this version does not have; make "
+                "sensitivities, plan and codes anew: qvla sensitivities, qvla plan, qvla round"
+            )
         try:
             options = {name: value[name] for name in _OPTIONS if name in value}
             rules = {int(k): WidthRule(**rule) for k, rule in value.items() if k not in _OPTIONS}
             return QuantizerSpec(rules, **options)
         except (AttributeError, TypeError, ValueError) as error:
-            raise ArtifactError(f"not a quantizer specification: {error}") from error
+            raise ArtifactError(f"not a quantizer specification: {error}; make it anew") from error
 
 
 # Name of an option -> its default, which artifacts do not state.
@@ -180,12 +183,7 @@ def spec_for(target: Target) -> QuantizerSpec:
 
 def compensated_spec(target: Target) -> QuantizerSpec:
     """Return a target's quantizer with everything that what the layers are fed makes possible."""
-    return replace(
-        spec_for(target),
-        weighted_scales=True,
-        compensation="inputs and channels",
-        bias_correction=True,
-    )
+    return replace(spec_for(target), weighted_scales=True, compensation="inputs and channels")
 
 
 def as_rows(weight: NDArray[np.float32]) -> NDArray[np.float32]:

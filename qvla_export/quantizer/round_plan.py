@@ -15,10 +15,6 @@ from qvla_export.quantizer.rounding import RoundedLayer, Rounding
 from qvla_export.shared.artifacts import require_same
 from qvla_export.shared.errors import PlanMismatch
 
-# Last parts of the names of layers that get no bias: behind gate_proj and up_proj of a pruned unit
-# the unit has to be zero, and what its mean would add is in down_proj's bias.
-_WITHOUT_BIAS = ("gate_proj", "up_proj")
-
 
 class WeightSource(Protocol):
     """What weights are read from: a policy, as far as rounding needs it."""
@@ -63,9 +59,8 @@ def round_plan(
             rows,
             widths,
             plan.quantizer,
-            moments.of(name, *rows.shape),
+            moments.of(name, plan.shapes[name]),
             plan.stored_order(name),
-            takes_bias(name),
             gone.get(name, np.zeros(0, np.int64)),
         )
         if on_progress is not None:
@@ -96,8 +91,3 @@ def require_rounded(plan: BitPlan) -> None:
             f"the plan's quantizer makes codes from what the layers are fed; of "
             f"{len(plan.widths)} layers {len(found)} have them: make them with qvla round"
         )
-
-
-def takes_bias(name: str) -> bool:
-    """Say whether a layer may get a bias."""
-    return name.rpartition(".")[2] not in _WITHOUT_BIAS

@@ -1,4 +1,4 @@
-"""The noun `Rounding`: codes, scales and bias shifts of a plan's layers. numpy only.
+"""The noun `Rounding`: codes and scales of a plan's layers. numpy only.
 
 Where a plan's quantizer does more than round each weight to the nearest, the codes depend on what
 the layers are fed. They are made once, by `quantizer.compensation`, and fake quantization, golden
@@ -7,26 +7,15 @@ actions and packing all take them from here.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.quantizer.layer_artifact import FileKind, LayerArtifact
 from qvla_export.quantizer.quantize import QuantizedWeight, QuantizerSpec
 from qvla_export.quantizer.scale_search import Steps
-from qvla_export.shared.artifacts import require_fields, versions
-from qvla_export.shared.errors import ArtifactError, QvlaError
-from qvla_export.shared.tensor_files import (
-    TensorArtifact,
-    Tensors,
-    layer_tensors,
-    layers_of,
-    read_tensor_file,
-)
-
-_FORMAT = "qvla-rounding-1"
-_FIELDS = ("layers", "plan_digest", "moments_digest", "versions")
+from qvla_export.shared.artifacts import versions
+from qvla_export.shared.errors import QvlaError
 
 
 @dataclass(frozen=True)
@@ -45,8 +34,6 @@ class RoundedLayer:
     # As stored, of groups in the stored order of the inputs. Where a channel has one scale, the
     # first counts; channels of 0 and 16 bits have ones.  float32 [channels, groups]
     scales: NDArray[np.float32]
-    # What is added to the layer's bias.  float32 [channels]
-    shift: NDArray[np.float32]
     # Beside the scales; None where no width has them, 0 where a channel's has none.
     # int8 [channels, groups]
     zero_points: NDArray[np.int8] | None = None
@@ -56,13 +43,12 @@ class RoundedLayer:
         if (
             self.scales.ndim != 2
             or len(self.scales) != channels
-            or self.shift.shape != (channels,)
             or self.halves.shape[1:] != (inputs,)
             or (self.zero_points is not None and self.zero_points.shape != self.scales.shape)
         ):
             raise QvlaError(
-                f"codes {list(self.codes.shape)} do not go with halves {list(self.halves.shape)}, "
-                f"scales {list(self.scales.shape)} and shift {list(self.shift.shape)}"
+                f"codes {list(self.codes.shape)} do not go with halves {list(self.halves.shape)} "
+                f"and scales {list(self.scales.shape)} or their zero points"
             )
 
     @property
@@ -99,8 +85,10 @@ class RoundedLayer:
 
 
 @dataclass(frozen=True)
-class Rounding(TensorArtifact):
-    """Of all layers of a plan."""
+class Rounding(LayerArtifact):
+    """Codes of all layers of a plan."""
+
+    kind = FileKind("qvla-rounding-2", "rounding", "make it anew: qvla round", RoundedLayer)
 
     # Layer name -> its codes, in forward order.
     layers: Mapping[str, RoundedLayer]
@@ -111,34 +99,3 @@ class Rounding(TensorArtifact):
     def restricted(self, names: Collection[str]) -> "Rounding":
         """Return the rounding of some of its layers."""
         return replace(self, layers={n: layer for n, layer in self.layers.items() if n in names})
-
-    def _tensors(self) -> Tensors:
-        return layer_tensors(self.layers)
-
-    def _provenance(self) -> Mapping[str, Any]:
-        return {
-            "format": _FORMAT,
-            "layers": list(self.layers),
-            "plan_digest": self.plan_digest,
-            "moments_digest": self.moments_digest,
-            "versions": dict(self.made_with),
-        }
-
-    @staticmethod
-    def load(path: Path) -> "Rounding":
-        """Read a rounding.
-
-        Raises:
-            ArtifactError: the file is missing, truncated, damaged or of another kind.
-        """
-        tensors, value = read_tensor_file(path, _FORMAT, "rounding")
-        require_fields(value, _FIELDS, f"rounding {path}")
-        try:
-            return Rounding(
-                layers=layers_of(tensors, value["layers"], RoundedLayer),
-                plan_digest=value["plan_digest"],
-                moments_digest=value["moments_digest"],
-                made_with=value["versions"],
-            )
-        except (KeyError, TypeError, ValueError, QvlaError) as error:
-            raise ArtifactError(f"rounding {path} is damaged: {error}; make it anew") from error

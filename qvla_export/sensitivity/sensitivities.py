@@ -146,5 +146,7 @@ class Sensitivities(TensorArtifact):
                 settings=dict(value.get("settings", {})),
                 made_with=value["versions"],
             )
+        except ArtifactError as error:
+            raise ArtifactError(f"sensitivities {path} cannot be read: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ArtifactError(f"sensitivities {path} are damaged: {error}") from error

@@ -23,6 +23,9 @@ from qvla_export.shared.errors import ArtifactError
 Tensors = Mapping[str, NDArray[Any]]
 
 
+_REMEDY = "make it anew"
+
+
 class _Dataclass(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -161,19 +164,29 @@ def write_tensor_file(path: Path, tensors: Tensors, provenance: Mapping[str, Any
 
 
 def read_tensor_file(
-    path: Path, form: str, what: str
+    path: Path, form: str, what: str, remedy: str = _REMEDY
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Return the tensors and the provenance of a file that `write_tensor_file` made.
+
+    Args: as in `open_tensor_file`.
 
     Raises:
         ArtifactError: the file is missing, truncated, damaged or not of the format `form`.
     """
-    stored, provenance = open_tensor_file(path, form, what)
+    stored, provenance = open_tensor_file(path, form, what, remedy)
     return dict(stored), provenance
 
 
-def open_tensor_file(path: Path, form: str, what: str) -> tuple[StoredTensors, dict[str, Any]]:
+def open_tensor_file(
+    path: Path, form: str, what: str, remedy: str = _REMEDY
+) -> tuple[StoredTensors, dict[str, Any]]:
     """Check a file that `write_tensor_file` made; return its tensors, unread, and the provenance.
+
+    Args:
+        path: the file.
+        form: format that its provenance must name.
+        what: the artifact in words, for messages.
+        remedy: what messages tell the user to do.
 
     Raises:
         ArtifactError: the file is missing, truncated, damaged or not of the format `form`.
@@ -197,13 +210,13 @@ def open_tensor_file(path: Path, form: str, what: str) -> tuple[StoredTensors, d
         }
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"{what} {path}: truncated or damaged file ({error}); make it anew"
+            f"{what} {path}: truncated or damaged file ({error}); {remedy}"
         ) from error
     if provenance.get("format") != form:
-        raise ArtifactError(f"{path} holds no {what} of format {form}; make it anew")
+        raise ArtifactError(f"{path} holds no {what} of format {form}; {remedy}")
     stored = StoredTensors(path, places)
     if provenance.get("sha256") != _looked_through(stored)[0]:
-        raise ArtifactError(f"{what} {path}: the checksum is wrong, the file is damaged; remake it")
+        raise ArtifactError(f"{what} {path}: the checksum is wrong, the file is damaged; {remedy}")
     return stored, provenance
 
 

@@ -1,4 +1,4 @@
-"""Pass: planned layers get the weights and biases of a plan's rounding, still as floats.
+"""Pass: planned layers get the weights of a plan's rounding, still as floats.
 
 Later passes reorder and merge them as any weights; at their scales they become the same codes.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qvla_export.graph.float_graph import ExportError, layer_nodes
 from qvla_export.graph.lazy_tensors import mapped
 from qvla_export.graph.passes.merge import members_of
-from qvla_export.graph.passes.weights import add_to_output, register
+from qvla_export.graph.passes.weights import register
 from qvla_export.quantizer.packed_storage import stored_inputs
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.scale_search import Steps
@@ -40,8 +40,6 @@ def round_weights(model: ir.Model, plan: BitPlan) -> ir.Model:
         order = plan.stored_order(name)
         rows = partial(rounded.rows, plan.widths[name], plan.quantizer, order)
         _replace_weight(model.graph, nodes[name], f"{name}.rounded", rows)
-        if rounded.shift.any():
-            add_to_output(model.graph, nodes[name], name, rounded.shift)
     return model
 
 

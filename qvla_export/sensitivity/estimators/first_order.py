@@ -28,7 +28,7 @@ from qvla_export.measurement.layer_groups import Piece, layer_groups
 from qvla_export.measurement.sharded_sums import OnProgress, ShardedSums
 from qvla_export.measurement.standard_error import WHOLE, empty_sums, empty_whole, standard_error
 from qvla_export.measurement.streamed import Stream, StreamLimits, open_stream, weights_on_disk
-from qvla_export.measurement.weight_errors import error_needs, mean_inputs, weight_errors
+from qvla_export.measurement.weight_errors import error_needs, weight_errors
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers, layer_shapes, traced_layers
 from qvla_export.quantizer.moments import Moments
@@ -255,7 +255,6 @@ class _Work:
     def _changes(self, pieces: Sequence[Piece]) -> WeightChanges:
         """Return what each width adds to the weights of layers, or of channels of them."""
         settings = self.settings
-        layers = {piece.layer: self.layers[piece.layer] for piece in pieces}
         errors = {
             piece.layer: weight_errors(
                 piece.layer,
@@ -267,8 +266,7 @@ class _Work:
             )
             for piece in pieces
         }
-        means = mean_inputs(layers, settings.quantizer, settings.moments)
-        return WeightChanges(errors, means, settings.contraction)
+        return WeightChanges(errors, settings.contraction)
 
     def _tell(self) -> None:
         if self.on_progress is not None:

@@ -177,7 +177,7 @@ def test_every_gpu_target_with_power_modes_has_rates() -> None:
     for target in (ORIN_JP6, ORIN_JP7, RTX4070):
         rates = kernel_rates(target)
         assert rates.checked_mode in [mode.name for mode in target.power_modes]
-    with pytest.raises(QvlaError, match="qvla rates"):
+    with pytest.raises(QvlaError, match="qvla bench rates"):
         kernel_rates(CPU)
 
 

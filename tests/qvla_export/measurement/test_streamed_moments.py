@@ -26,9 +26,7 @@ from qvla_export.shared.observation import Observation
 
 Make = Callable[..., list[Observation]]
 RULES = {2: WidthRule(64, "mse"), 4: WidthRule(64, "mse"), 8: WidthRule()}
-COMPENSATED = QuantizerSpec(
-    RULES, weighted_scales=True, compensation="inputs and channels", bias_correction=True
-)
+COMPENSATED = QuantizerSpec(RULES, weighted_scales=True, compensation="inputs and channels")
 HOW = MomentSettings(batch_size=2)
 
 
@@ -61,7 +59,7 @@ def test_moments_from_disk_are_those_of_the_whole(
     found = measure_moments(stored, tiny_observations(5), "c", HOW, tmp_path / "progress")
     assert list(found.layers) == list(whole.layers)
     for name, layer in whole.layers.items():
-        for part in ("mean", "weighted_mean", "inputs", "channels"):
+        for part in ("mean", "inputs", "channels"):
             assert_close(getattr(found.layers[name], part), getattr(layer, part))
     # A file is read layer by layer, and says the same of itself.
     found.save(tmp_path / "moments")
@@ -126,7 +124,6 @@ def test_making_errors_takes_no_more_than_is_counted(shape: tuple[int, int]) -> 
     tokens = np.random.default_rng(0).standard_normal((2 * inputs, inputs)).astype(np.float32)
     own = LayerMoments(
         tokens.mean(axis=0),
-        tokens.mean(axis=0),
         (tokens.T @ tokens / len(tokens))[None],
         np.eye(channels, dtype=np.float32)[None],
     )
@@ -180,16 +177,16 @@ def test_moments_in_blocks_are_those_of_some_inputs(size: int) -> None:
     generator = np.random.default_rng(0)
     tokens, worth = generator.standard_normal((40, 12)) + 3, generator.uniform(0, 1, 40) ** 8
     worth /= worth.sum()
-    mean, weighted = tokens.mean(axis=0), worth @ tokens
+    mean = worth @ tokens
     central = (tokens - mean).T @ ((tokens - mean) * worth[:, None])
     blocks = np.zeros((-(-12 // size), size, size), np.float32)
     for number, block in enumerate(blocks):
         inside = slice(number * size, min((number + 1) * size, 12))
         block[: inside.stop - inside.start, : inside.stop - inside.start] = central[inside, inside]
     one = np.zeros((1, 1, 1), np.float32)
-    moments = LayerMoments(mean.astype(np.float32), weighted.astype(np.float32), blocks, one)
+    moments = LayerMoments(mean.astype(np.float32), blocks, one)
     order = generator.permutation(12)
-    found = moments.input_matrix(False, order)
+    found = moments.input_matrix(order)
     expected = (tokens.T @ (tokens * worth[:, None]))[np.ix_(order, order)]
     same = order[:, None] // size == order // size
     np.testing.assert_allclose(found[same], expected[same], rtol=1e-4)

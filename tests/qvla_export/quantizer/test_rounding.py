@@ -1,14 +1,17 @@
 """Codes made from what layers are fed: less error, and the same codes in torch and in the graph."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from small_latency_models import small_sensitivities
 from tiny_bundles import make_bundle, mixed_plan
 
 from calibration.calibration_set import CalibrationSet
@@ -18,6 +21,7 @@ from engines.verify import judge
 from qvla_export.allocation.setting import parse_setting
 from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.graph.golden import golden_actions, staged_golden_actions
+from qvla_export.measurement.backward import Probes, recorded_pass
 from qvla_export.measurement.measure_moments import layer_tokens, measure_moments
 from qvla_export.measurement.moment_bounds import MomentSettings
 from qvla_export.pipeline import evaluate as judging
@@ -25,17 +29,19 @@ from qvla_export.pipeline import export as exporting
 from qvla_export.pipeline import moments as compensating
 from qvla_export.pipeline import plan as stages
 from qvla_export.pipeline.run_folder import RunFolder
-from qvla_export.policies.layers import fake_quantized, traced_layers
+from qvla_export.policies.layers import as_tokens, fake_quantized, traced_layers
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.compensation import round_layer
 from qvla_export.quantizer.moments import LayerMoments, Moments
 from qvla_export.quantizer.plan import BitPlan
-from qvla_export.quantizer.quantize import CODE_RANGE, QuantizerSpec, compensated_spec, spec_for
+from qvla_export.quantizer.quantize import CODE_RANGE, compensated_spec, spec_for
 from qvla_export.quantizer.round_plan import round_plan, with_rounding
 from qvla_export.quantizer.rounding import Rounding
 from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
+from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch, PlanMismatch, QvlaError
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.tensor_files import write_tensor_file
 
 Observations = Callable[..., list[Observation]]
 WIDTHS = (0, 2, 4, 8, 16)
@@ -50,14 +56,12 @@ def layer_moments(channels: int, inputs: int, seed: int = 0) -> LayerMoments:
     g = generator.standard_normal((200, channels)) @ generator.standard_normal((channels, channels))
     mean = x.mean(axis=0)
     central = (x - mean).T @ (x - mean) / len(x)
-    parts = (mean, mean, central[None], (g.T @ g / len(g))[None])
+    parts = (mean, central[None], (g.T @ g / len(g))[None])
     return LayerMoments(*(part.astype(np.float32) for part in parts))
 
 
-def expected_error(
-    moments: LayerMoments, spec: QuantizerSpec, errors: NDArray[np.float64], bias: bool = True
-) -> float:
-    inputs = moments.input_matrix(spec.bias_correction and bias, np.arange(errors.shape[1]))
+def expected_error(moments: LayerMoments, errors: NDArray[np.float64]) -> float:
+    inputs = moments.input_matrix(np.arange(errors.shape[1]))
     channels = moments.channel_matrix(np.arange(errors.shape[0]))
     return float(np.einsum("co,oi,ij,cj->", channels, errors, inputs, errors))
 
@@ -82,7 +86,7 @@ def test_codes_are_in_range_and_dequantize_to_the_rows(
     weights = made.rows(bits, FULL, order)
     gone = np.setdiff1d(np.arange(inputs), order)
     assert not weights[:, gone].any() and not weights[bits == 0].any()
-    assert np.isfinite(weights).all() and np.isfinite(made.shift).all()
+    assert np.isfinite(weights).all()
     for channel in np.flatnonzero(np.isin(bits, list(CODE_RANGE))):
         size = FULL.rule(int(bits[channel])).group_size or inputs
         steps = np.repeat(made.scales[channel], size)[: len(order)]
@@ -99,25 +103,13 @@ def test_each_ingredient_lowers_the_expected_error(bits: int) -> None:
     for spec in (
         spec_for(CPU),
         replace(spec_for(CPU), weighted_scales=True, compensation="inputs"),
-        replace(FULL, bias_correction=False),
         FULL,
     ):
         made = round_layer(rows, widths, spec, moments, np.arange(128))
         errors = made.rows(widths, spec, np.arange(128)).astype(np.float64) - rows
-        found.append(expected_error(moments, spec, errors))
+        found.append(expected_error(moments, errors))
     assert found == sorted(found, reverse=True)
     assert found[2] < 0.7 * found[1] < 0.7 * found[0]
-
-
-def test_bias_makes_up_for_the_mean() -> None:
-    moments = layer_moments(20, 30)
-    rows = np.random.default_rng(1).standard_normal((20, 30)).astype(np.float32)
-    widths = np.random.default_rng(2).choice(WIDTHS, 20).astype(np.int8)
-    order = np.arange(25)
-    made = round_layer(rows, widths, FULL, moments, order)
-    after = made.rows(widths, FULL, order) @ moments.mean + made.shift
-    np.testing.assert_allclose(after, rows @ moments.mean, atol=1e-4)
-    assert not round_layer(rows, widths, FULL, moments, order, shifted=False).shift.any()
 
 
 def test_channels_that_leave_are_answered_by_nobody() -> None:
@@ -145,19 +137,31 @@ def plan(tiny_policy: OftPolicy, moments: Moments) -> BitPlan:
 def test_moments_are_those_of_the_inputs(
     tiny_policy: OftPolicy, tiny_observations: Observations, moments: Moments
 ) -> None:
-    """Of a layer all of whose tokens reach the action, in one batch and in several."""
+    """Of one layer, in one batch and in several; its tokens count as the action's gradients say."""
     name = next(iter(moments.layers))
-    layer, seen = traced_layers(tiny_policy)[name], []
-    hook = layer.register_forward_pre_hook(lambda _, x: seen.append(layer_tokens(layer, x[0])))
-    for observation in tiny_observations(6):
-        tiny_policy.normalized_actions(tiny_policy.batch([observation]))
-    hook.remove()
-    tokens = np.concatenate([x.flatten(0, 1).detach().numpy() for x in seen])
-    np.testing.assert_allclose(moments.layers[name].mean, tokens.mean(axis=0), atol=1e-5)
+    layer, probes = traced_layers(tiny_policy)[name], Probes(moments.probes, moments.seed)
+    seen, worths = [], []
+    for number, pair in enumerate(np.array_split(np.arange(6), 3)):
+        chosen = [tiny_observations(6)[index] for index in pair]
+        actions, inputs, outputs = recorded_pass(tiny_policy, {name: layer}, chosen)
+        signs, weight = probes.draw(actions.reshape(2, -1), number)
+        for sign in signs:
+            flat = (actions.reshape(2, -1) * sign).sum()
+            (gradient,) = torch.autograd.grad(flat, [outputs[name]], retain_graph=True)
+            seen.append(layer_tokens(layer, inputs[name]).flatten(0, 1).double().numpy())
+            worths.append(weight * as_tokens(layer, gradient).square().sum(dim=-1).flatten())
+    tokens, worth = np.concatenate(seen), torch.cat(worths).double().numpy()
+    worth /= worth.sum()
+    found = moments.layers[name]
+    np.testing.assert_allclose(found.mean, worth @ tokens, atol=1e-5)
+    order = np.arange(16)
+    expected = (tokens.T * worth) @ tokens
+    np.testing.assert_allclose(found.input_matrix(order), expected[:16, :16], rtol=1e-3, atol=1e-6)
     blocks = MomentSettings(batch_size=2, largest_block=16)
     split = measure_moments(tiny_policy, tiny_observations(6), DIGEST, blocks)
-    whole = moments.layers[name].input_matrix(True, np.arange(16))
-    np.testing.assert_allclose(split.layers[name].inputs[0], whole, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        split.layers[name].inputs[0], found.inputs[0][:16, :16], rtol=1e-3, atol=1e-6
+    )
 
 
 def test_measurement_resumes(
@@ -195,6 +199,30 @@ def test_artifacts_survive_the_disk(plan: BitPlan, moments: Moments, tmp_path: P
     loaded = BitPlan.load(tmp_path / "plan.json")
     assert loaded.quantizer == FULL and loaded.rounding is None
     assert with_rounding(loaded, plan.rounding).digest == plan.digest
+
+
+def test_files_written_with_bias_correction_are_refused(
+    plan: BitPlan, moments: Moments, tmp_path: Path
+) -> None:
+    """They name the command that makes them anew."""
+    plan.save(tmp_path / "plan.json")
+    written = json.loads((tmp_path / "plan.json").read_text())
+    written["quantizer"]["bias_correction"] = True
+    (tmp_path / "plan.json").write_text(json.dumps(written))
+    with pytest.raises(ArtifactError, match=r"made with bias correction.*qvla plan"):
+        BitPlan.load(tmp_path / "plan.json")
+    measured = small_sensitivities()
+    provenance = dict(measured._provenance())
+    provenance["quantizer"] = written["quantizer"]
+    write_tensor_file(tmp_path / "old", measured._tensors(), provenance)
+    with pytest.raises(ArtifactError, match=r"made with bias correction.*qvla sensitivities"):
+        Sensitivities.load(tmp_path / "old")
+    assert plan.rounding is not None
+    for made, command in ((moments, "qvla moments"), (plan.rounding, "qvla round")):
+        old = {**made._provenance(), "format": made.kind.form.replace("-2", "-1")}
+        write_tensor_file(tmp_path / "old", made._tensors(), old)
+        with pytest.raises(ArtifactError, match=command):
+            type(made).load(tmp_path / "old")
 
 
 def test_what_does_not_belong_together_is_refused(
@@ -258,8 +286,8 @@ def test_a_run_rounds_its_plan_and_packs_the_codes(
     plain = stages.sensitivities(run, tiny_policy, CPU, estimator, 0)
     measured = stages.sensitivities(run, tiny_policy, CPU, estimator, 0, compensated=True)
     assert measured.quantizer == compensated_spec(CPU) != plain.quantizer
-    # A channel alone moves the action less where its other weights and its bias answer.
-    for bits in (0, 2, 4):
+    # A channel alone moves the action less where its other weights answer; of 0 bits none is left.
+    for bits in (2, 4):
         sums = [sum(float(t.at(n, bits).sum()) for n in t.values) for t in (measured, plain)]
         assert sums[0] < sums[1]
     stages.plan(run, w4, CPU, tiny_policy.digest)

@@ -232,9 +232,9 @@ def test_compensated_codes_with_zero_points_are_packed(
 
 def test_zero_points_of_another_shape_are_refused() -> None:
     codes, halves = np.zeros((2, 3), np.int8), np.zeros((0, 3), np.float16)
-    scales, shift = np.ones((2, 1), np.float32), np.zeros(2, np.float32)
+    scales = np.ones((2, 1), np.float32)
     with pytest.raises(QvlaError, match="do not go with"):
-        RoundedLayer(codes, halves, scales, shift, np.zeros((2, 9), np.int8))
+        RoundedLayer(codes, halves, scales, np.zeros((2, 9), np.int8))
 
 
 def test_a_run_measures_plans_and_packs_zero_points(
