@@ -43,7 +43,7 @@ def run_regime(
     rounds: int,
     peaks: MachinePeaks,
     modelopt: ModeloptEnvironment | None = None,
-    on_round: Callable[[], None] = lambda: None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure one regime.
 
@@ -54,14 +54,14 @@ def run_regime(
         rounds: samples of each contender.
         peaks: of this machine.
         modelopt: its environment; None leaves its contenders out.
-        on_round: called after each round.
+        on_progress: called with (rounds done, rounds in all).
     """
     stack = DecoderStack(regime.geometry)
     contenders = prepare(stack, folder, threads, modelopt)
     x = stack.example(regime.geometry.tokens, seed=2)
     outputs = {c.name: c.run(x) for c in contenders}
     calls = {c.name: (lambda c=c: c.run(x)) for c in contenders}
-    samples = time_in_turn(calls, rounds, on_round)
+    samples = time_in_turn(calls, rounds, on_progress)
     weights = sum(channels * inputs for channels, inputs in stack.shapes.values())
     rows = []
     for contender in contenders:

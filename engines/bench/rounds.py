@@ -22,23 +22,24 @@ class Ratio:
 def time_in_turn(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
-    on_round: Callable[[], None] = lambda: None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Call everything once a round, in the same order; the first round warms up and is dropped.
 
     Between two calls of one contender all others run, so its weights have left the caches if the
-    others' are larger than those.
+    others' are larger than those. `on_progress` is called with (rounds done, rounds in all).
 
     Returns:
         Milliseconds by name, float64 [rounds].
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
+    for index in range(rounds + 1):
         for name, call in calls.items():
             start = time.perf_counter_ns()
             call()
             samples[name].append((time.perf_counter_ns() - start) / 1e6)
-        on_round()
+        if on_progress is not None:
+            on_progress(index + 1, rounds + 1)
     return {name: np.array(values[1:]) for name, values in samples.items()}
 
 

@@ -74,9 +74,18 @@ class ServerBenchmark:
 
 
 def measure_servers(
-    count: int, side: int = 224, warmup: int = 50, on_round: Callable[[], None] = lambda: None
+    count: int,
+    side: int = 224,
+    warmup: int = 50,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> ServerBenchmark:
     """Ask each server `count` times, one after another in turn.
+
+    Args:
+        count: round trips to each server.
+        side: pixels of a side of each image.
+        warmup: round trips before those.
+        on_progress: called with (rounds done, rounds in all).
 
     Raises:
         RemoteError: a server did not start within a minute.
@@ -111,7 +120,8 @@ def measure_servers(
                 clients[name].ask(observation)
                 if index >= warmup:
                     samples[name].append((time.perf_counter_ns() - start_ns) / 1e6)
-            on_round()
+            if on_progress is not None:
+                on_progress(index + 1, warmup + count)
     return ServerBenchmark({name: np.array(ms) for name, ms in samples.items()}, side)
 
 

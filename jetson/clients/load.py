@@ -28,7 +28,7 @@ from qvla_export.shared.observation import Observation
 Arrivals = Literal["constant", "poisson"]
 ARRIVALS = ("constant", "poisson")
 # Sends the request of a number over one connection and waits for its reply.
-Ask = Callable[[int], None]
+Ask = Callable[[int], object]
 # So that every thread waits for its first request before that is due.
 _LEAD_S = 0.1
 _MOST_REQUESTS = 5_000_000
@@ -106,7 +106,7 @@ def run_load(
     asks: Sequence[Ask],
     plan: LoadPlan,
     clock: LoopClock | None = None,
-    on_reply: Callable[[], None] = lambda: None,
+    on_progress: Callable[[int, int], None] | None = None,
     cpu_now_s: Callable[[], float] = time.process_time,
 ) -> LoadTimes:
     """Send every request when it is due, or as soon after as a connection is free.
@@ -115,12 +115,12 @@ def run_load(
         asks: one per connection; raises QvlaError for a request that fails.
         plan: when requests are due.
         clock: the machine's by default.
-        on_reply: called after each request, by the thread that sent it.
+        on_progress: called with (requests done, requests in all), by the thread that sent one.
         cpu_now_s: CPU time of this process so far.
     """
     cpu_start_s = cpu_now_s()
     due_s = plan.due_s()
-    run = _Run(due_s, float(due_s[-1]) + plan.grace_s, clock or MonotonicClock(), on_reply)
+    run = _Run(due_s, float(due_s[-1]) + plan.grace_s, clock or MonotonicClock(), on_progress)
     with ThreadPoolExecutor(len(asks), thread_name_prefix="qvla-load") as threads:
         working = [threads.submit(run.work, ask) for ask in asks]
         try:
@@ -142,15 +142,16 @@ class _Run:
         due_s: NDArray[np.float64],
         end_s: float,
         clock: LoopClock,
-        on_reply: Callable[[], None],
+        on_progress: Callable[[int, int], None] | None,
     ) -> None:
         self.stopping = threading.Event()
         self.free_s, self.sent_s, self.done_s = (np.full(len(due_s), np.nan) for _ in range(3))
         self.failures: dict[int, str] = {}
         self._due_s, self._end_s = due_s, end_s
-        self._clock, self._on_reply = clock, on_reply
+        self._clock, self._on_progress = clock, on_progress
         self._start_s = clock.now_s() + _LEAD_S
-        self._next = itertools.count()  # handing out a number is one step to the interpreter
+        # Handing out a number is one step to the interpreter.
+        self._next, self._replies = itertools.count(), itertools.count(1)
 
     def work(self, ask: Ask) -> None:
         """Send requests until there are none left."""
@@ -166,7 +167,8 @@ class _Run:
             except QvlaError as error:
                 self.failures[index] = f"{type(error).__name__}: {error}"
             self.done_s[index] = self._now_s()
-            self._on_reply()
+            if self._on_progress is not None:
+                self._on_progress(next(self._replies), len(self._due_s))
 
     def _now_s(self) -> float:
         return self._clock.now_s() - self._start_s

@@ -75,7 +75,7 @@ def replay_recording(
     recording: Recording,
     policy: ActionPolicy,
     limit: int | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Replay:
     """Ask a policy about every recorded observation that got an action.
 
@@ -83,7 +83,7 @@ def replay_recording(
         recording: of `qvla serve` or `qvla run`.
         policy: of the same robot; a bundle, a checkpoint or a remote server.
         limit: observations at most; None for all.
-        progress: called with the number of observations done.
+        on_progress: called with (observations done, `limit` or 0 where all are asked about).
 
     Raises:
         ArtifactMismatch: the policy's chunks have another shape than the recorded ones.
@@ -111,7 +111,8 @@ def replay_recording(
         now.append(chunk.actions)
         then_ms.append(moment.chunk.timing_ms)
         now_ms.append(chunk.timing_ms)
-        progress(len(then))
+        if on_progress is not None:
+            on_progress(len(then), limit or 0)
     if not then:
         raise ArtifactError(f"{recording.path} holds no observation that got an action")
     return _replay(

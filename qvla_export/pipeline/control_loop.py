@@ -54,7 +54,7 @@ def run_policy(
     clock = SimulatedClock() if options.simulated_time else MonotonicClock()
     with ExitStack() as stack:
         if policy is None:
-            policy = _opened_policy(options, stack)
+            policy = _open_policy(options, stack)
         contract = contract_of(policy)
         safety = _safety(options, policy, contract)
         settings = _settings(options, contract)
@@ -74,7 +74,7 @@ def run_policy(
             watch.counters = loop.counters
         if wait is not None:
             wait()
-        with _stopping_signals(loop):
+        with _signals_to(loop):
             return loop.run(options.seconds)
 
 
@@ -125,7 +125,7 @@ def parse_vector(text: str, size: int, what: str) -> NDArray[np.float32]:
     return np.asarray(numbers * (size if len(numbers) == 1 else 1), np.float32)
 
 
-def _opened_policy(options: RunOptions, stack: ExitStack) -> ActionPolicy:
+def _open_policy(options: RunOptions, stack: ExitStack) -> ActionPolicy:
     policy = PolicySource(options.policy, threads=options.threads, weights=options.weights)()
     engine = getattr(policy, "engine", policy)
     if isinstance(engine, AbstractContextManager):
@@ -195,7 +195,7 @@ def _limits(options: RunOptions, policy: ActionPolicy, size: int) -> Bounds:
 
 
 @contextlib.contextmanager
-def _stopping_signals(loop: "ControlLoop") -> Iterator[None]:
+def _signals_to(loop: "ControlLoop") -> Iterator[None]:
     """Let SIGINT and SIGTERM ask for the end; the loop then leaves the robot safe."""
 
     def stop(number: int, frame: object) -> None:

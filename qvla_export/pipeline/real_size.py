@@ -4,16 +4,17 @@ Its weights are random and stay on disk; what counts is memory, bytes and time.
 """
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import Progress
-
 from qvla_export.measurement.peak_memory import high_water_bytes
+from qvla_export.pipeline.progress import NumberedSteps, OnProgress, bar, ignore
+from qvla_export.shared.artifacts import versions
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
@@ -23,18 +24,45 @@ if TYPE_CHECKING:
 
 # Shares of the channels at each width: 4 mean bits.
 MIX = "8:0.15,4:0.7,0:0.15"
+# Called with (units done, units in all).
+_Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class RealSize:
-    """What `qvla bench size` takes through the pipeline."""
+    """What `qvla bench size` takes through the pipeline.
 
+    Raises:
+        QvlaError: the mix is neither "float" nor WIDTH:SHARE,...
+    """
+
+    # Folder for checkpoint, bundle and engines.
     work: Path
-    geometry: str
-    target: str
-    # Width -> share of the channels; None for float.
-    mix: Mapping[int, float] | None
-    layers_per_part: int
+    geometry: str = "openvla-oft-7b"
+    target: str = "rtx4070"
+    # Shares of the channels at each width, or "float".
+    mix: str = MIX
+    # Decoder blocks in one part of the bundle.
+    layers_per_part: int = 1
+    # Whether engines are built, where the target has any, and an action is computed.
+    with_engines: bool = True
+    with_action: bool = True
+
+    def __post_init__(self) -> None:
+        _ = self.shares
+
+    @property
+    def shares(self) -> dict[int, float] | None:
+        """Width -> share of the channels; None for float."""
+        if self.mix == "float":
+            return None
+        items = (item.partition(":") for item in self.mix.split(","))
+        try:
+            return {int(bits): float(share) for bits, _, share in items}
+        except ValueError as error:
+            raise QvlaError(
+                f"--mix takes WIDTH:SHARE,..., such as {MIX}, got {self.mix!r}"
+            ) from error
 
     @property
     def checkpoint(self) -> Path:
@@ -44,7 +72,7 @@ class RealSize:
     @property
     def bundle(self) -> Path:
         """The bundle of this mix."""
-        return self.work / ("float" if self.mix is None else "planned") / "bundle"
+        return self.work / ("float" if self.shares is None else "planned") / "bundle"
 
 
 @dataclass(frozen=True)
@@ -58,48 +86,74 @@ class Step:
     result: Mapping[str, Any]
 
 
-def shares(text: str) -> dict[int, float] | None:
-    if text == "float":
-        return None
-    try:
-        return {int(b): float(s) for b, _, s in (item.partition(":") for item in text.split(","))}
-    except ValueError as error:
-        raise QvlaError(f"--mix takes WIDTH:SHARE,..., such as {MIX}, got {text!r}") from error
+@dataclass(frozen=True)
+class RealSizeFigures:
+    """The cost of every step that ran."""
+
+    request: RealSize
+    steps: tuple[Step, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return request, versions and steps; on disk a bundle's part is called a stage."""
+        return {
+            "geometry": self.request.geometry,
+            "target": self.request.target,
+            "mix": self.request.mix,
+            "layers_per_stage": self.request.layers_per_part,
+            "command": " ".join(["qvla", *sys.argv[1:]]),
+            "versions": versions(),
+            "steps": [asdict(step) for step in self.steps],
+        }
 
 
-def checkpoint(wanted: RealSize) -> dict[str, Any]:
+def measure_real_size(request: RealSize, on_progress: OnProgress = ignore) -> RealSizeFigures:
+    """Take a random policy through checkpoint, export, engines and one action.
+
+    A checkpoint that is there already is not made again.
+
+    Raises:
+        QvlaError: the geometry or the target are unknown, or a step's process dies.
+    """
+    steps: dict[str, Callable[[RealSize, _Report], dict[str, Any]]] = {}
+    if not request.checkpoint.is_dir():
+        steps["checkpoint"] = _write_checkpoint
+    steps["export"] = _export
+    if request.with_engines and request.target == "rtx4070":
+        steps["engines"] = _build_engines
+    if request.with_action:
+        steps["one action"] = _act
+    numbered = NumberedSteps(on_progress, len(steps))
+    costs = []
+    for name, step in steps.items():
+        with numbered.next(name) as report:
+            costs.append(_measure(name, step, request, bar(report, name)))
+    return RealSizeFigures(request, tuple(costs))
+
+
+def _write_checkpoint(request: RealSize, report: _Report) -> dict[str, Any]:
     from qvla_export.policies.families import family_with_size
 
-    with Progress(transient=True) as progress:
-        task = progress.add_task("checkpoint")
-        family_with_size(wanted.geometry).write_random_checkpoint(
-            wanted.checkpoint,
-            wanted.geometry,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    files = [path.stat().st_size for path in wanted.checkpoint.iterdir()]
+    family = family_with_size(request.geometry)
+    family.write_random_checkpoint(request.checkpoint, request.geometry, on_progress=report)
+    files = [path.stat().st_size for path in request.checkpoint.iterdir()]
     return {"bytes": sum(files)}
 
 
-def export(wanted: RealSize) -> dict[str, Any]:
+def _export(request: RealSize, report: _Report) -> dict[str, Any]:
     from engines.targets import find_target
     from qvla_export.graph.export import ExportOptions, export_bundle
     from qvla_export.policies.families import open_policy
 
-    policy = open_policy(wanted.checkpoint, resident=False)
-    plan = _plan(wanted, policy)
-    observation = _observation(policy)
-    with Progress(transient=True) as progress:
-        task = progress.add_task("stages")
-        bundle = export_bundle(
-            policy,
-            plan,
-            find_target(wanted.target),
-            [observation],
-            wanted.bundle,
-            ExportOptions(layers_per_part=wanted.layers_per_part),
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    policy = open_policy(request.checkpoint, resident=False)
+    bundle = export_bundle(
+        policy,
+        _plan(request, policy),
+        find_target(request.target),
+        [_observation(policy)],
+        request.bundle,
+        ExportOptions(layers_per_part=request.layers_per_part),
+        on_progress=report,
+    )
     return {
         "stages": len(bundle.parts),
         "bytes": bundle.nbytes,
@@ -122,33 +176,33 @@ def _observation(policy: "Policy") -> "Observation":
     return Observation(images, "pick up the black bowl", state)
 
 
-def _plan(wanted: RealSize, policy: "Policy") -> "BitPlan | None":
+def _plan(request: RealSize, policy: "Policy") -> "BitPlan | None":
     from engines.targets import find_target
     from qvla_export.allocation.random_plan import draw_plan
     from qvla_export.policies.layers import layer_shapes
 
-    if wanted.mix is None:
+    if request.shares is None:
         return None
     shapes = layer_shapes(policy.layers())
-    return draw_plan(shapes, wanted.mix, find_target(wanted.target), policy.digest)
+    return draw_plan(shapes, request.shares, find_target(request.target), policy.digest)
 
 
-def engines(wanted: RealSize) -> dict[str, Any]:
+def _build_engines(request: RealSize, report: _Report) -> dict[str, Any]:
     from qvla_export.pipeline.build import build_bundle
     from qvla_export.shared.bundle import Bundle
 
-    bundle = Bundle.load(wanted.bundle)
+    bundle = Bundle.load(request.bundle)
     built = build_bundle(bundle)
     return {"engines": len(built), "bytes": sum(sidecar.engine_bytes for sidecar in built)}
 
 
-def act(wanted: RealSize) -> dict[str, Any]:
+def _act(request: RealSize, report: _Report) -> dict[str, Any]:
     import numpy as np
 
     from engines.ort import OrtEngine
     from qvla_export.shared.bundle import Bundle
 
-    bundle = Bundle.load(wanted.bundle)
+    bundle = Bundle.load(request.bundle)
     golden = bundle.golden()
     with OrtEngine(bundle, keep_loaded=False) as engine:
         start = time.perf_counter()
@@ -164,26 +218,34 @@ def act(wanted: RealSize) -> dict[str, Any]:
     }
 
 
-def measured(name: str, step: Callable[[RealSize], dict[str, Any]], wanted: RealSize) -> Step:
+def _measure(
+    name: str,
+    step: Callable[[RealSize, _Report], dict[str, Any]],
+    request: RealSize,
+    report: _Report,
+) -> Step:
     """Run a step in a process of its own, so that its peak memory is its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(step, wanted, sender))
+    process = context.Process(target=_run_step, args=(step, request, sender))
     start = time.perf_counter()
     process.start()
     sender.close()
     try:
-        result, peak_bytes = receiver.recv()
+        while isinstance(message := receiver.recv(), tuple):
+            report(*message)
     except EOFError:
         process.join()
         raise QvlaError(f"{name} ended with exit code {process.exitcode}") from None
     process.join()
-    return Step(name, time.perf_counter() - start, peak_bytes, result)
+    seconds = time.perf_counter() - start
+    return Step(name, seconds, message["peak_bytes"], message["result"])
 
 
-def _child(
-    step: Callable[[RealSize], dict[str, Any]], wanted: RealSize, sender: Connection
+def _run_step(
+    step: Callable[[RealSize, _Report], dict[str, Any]], request: RealSize, sender: Connection
 ) -> None:
+    """Send (units done, units in all) as the step goes on, at last its result and peak memory."""
     # What every run of the command has in memory before it touches a weight.
     import onnxruntime  # noqa: F401  # imported for its memory
     import torch  # noqa: F401  # the same
@@ -192,5 +254,5 @@ def _child(
     import qvla_export.graph.export  # noqa: F401  # the same
 
     before = high_water_bytes()
-    result = step(wanted)
-    sender.send((result, high_water_bytes() - before))
+    result = step(request, lambda done, total: sender.send((done, total)))
+    sender.send({"result": result, "peak_bytes": high_water_bytes() - before})

@@ -1,6 +1,6 @@
 """`qvla bench allocation`: time, memory and gap of the allocators at a published policy's size."""
 
-from dataclasses import asdict
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,13 +8,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qvla_export.cli.options import TargetOption
-from qvla_export.shared.artifacts import versions, write_json
+from qvla_export.cli.options import JsonOption, TargetOption
+from qvla_export.cli.progress import progress_shown
+from qvla_export.shared.artifacts import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from qvla_export.allocation.benchmark import AllocationFigures
+    from qvla_export.pipeline.bench_allocation import AllocationComparison
 
 
 def allocation(
@@ -26,29 +25,27 @@ def allocation(
     rounds: Annotated[int, typer.Option(min=1, help="Allocations of each method.")] = 3,
     target: TargetOption = "cpu",
     output: Annotated[Path | None, typer.Option(help="Figures as JSON.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Allocate a random table of a published policy's size by each method."""
-    from engines.targets import find_target
-    from qvla_export.allocation.allocate import Budget
-    from qvla_export.allocation.benchmark import AllocationBench, measure_allocation
+    from qvla_export.pipeline.bench_allocation import bench_allocation
 
-    budget, device = Budget("bits per channel", bits), find_target(target)
-    found = []
-    for method in methods.split(","):
-        wanted = AllocationBench(geometry, method.strip(), budget, device, rounds)
-        found.append(measure_allocation(wanted))
+    names = [method.strip() for method in methods.split(",")]
+    with progress_shown() as on_progress:
+        compared = bench_allocation(geometry, names, bits, target, rounds, on_progress)
     if output is not None:
-        rows = [{**asdict(figures), "gap": figures.gap} for figures in found]
-        figures = {"geometry": geometry, "budget": budget.to_json(), "methods": rows}
-        write_json(output, {**figures, "versions": versions()})
-    Console().print(_table(found, f"{geometry}, {budget}"))
+        write_json(output, compared.to_json())
+    if as_json:
+        typer.echo(json.dumps(compared.to_json(), indent=1))
+    else:
+        Console().print(_table(compared))
 
 
-def _table(found: "Sequence[AllocationFigures]", title: str) -> Table:
-    table = Table(title=title)
+def _table(compared: "AllocationComparison") -> Table:
+    table = Table(title=f"{compared.geometry}, {compared.budget}")
     for column in ("method", "channels", "seconds, best", "worst", "peak memory", "above bound"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for figures in found:
+    for figures in compared.methods:
         table.add_row(
             figures.method,
             f"{figures.channels:,}",

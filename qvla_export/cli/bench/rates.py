@@ -13,12 +13,9 @@ def rates(
     threads: ThreadsOption = None,
 ) -> None:
     """Measure this CPU's bandwidth, products and launches under ONNX Runtime; half a minute."""
-    from engines.bench.cpu_rates import measure_cpu_rates
-    from engines.targets import find_target
-    from qvla_export.graph.probe_graphs import probe_graphs
+    from qvla_export.pipeline.rates import measure_rates
 
-    measured = measure_cpu_rates(probe_graphs(find_target("cpu")), threads)
-    measured.save(output)
+    measured = measure_rates(output, threads)
     tops = measured.mode.dense_tops
     typer.echo(
         f"rates of {measured.mode.name}: {measured.mode.bandwidth_gb_s:.1f} GB/s, float32 "

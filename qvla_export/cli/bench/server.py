@@ -1,13 +1,15 @@
 """`qvla bench server`: what serving adds to the engine, beside servers of published structure."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from qvla_export.cli.options import JsonOption
+from qvla_export.cli.progress import progress_shown
 from qvla_export.shared.artifacts import write_json
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 # Wide enough wherever nobody looks at a terminal.
 _TABLE_WIDTH = 100
-_WARMUP = 50
 
 
 def server(
@@ -28,23 +29,18 @@ def server(
     count: Annotated[int, typer.Option(min=1, help="Requests to each server.")] = 2000,
     side: Annotated[int, typer.Option(min=1, help="Pixels of a side of both images.")] = 224,
     frames: Annotated[int, typer.Option(min=1, help="Frames preprocessed of each size.")] = 200,
+    as_json: JsonOption = False,
 ) -> None:
     """Time round trips with an engine that does nothing, all servers in turn, in one run."""
-    from jetson.clients.bench_preprocessing import measure_preprocessing
-    from jetson.clients.bench_server import measure_servers
+    from qvla_export.pipeline.bench_server import bench_server
 
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("rounds", total=count + _WARMUP)
-        servers = measure_servers(count, side, _WARMUP, lambda: progress.advance(task))
-    preprocessing = measure_preprocessing(frames)
-    write_json(
-        output,
-        {
-            **servers.to_json(),
-            "preprocessing": {name: times.to_json() for name, times in preprocessing.items()},
-        },
-    )
-    for table in (_round_trips(servers), _preprocessing(preprocessing)):
+    with progress_shown() as on_progress:
+        bench = bench_server(count, side, frames, on_progress)
+    write_json(output, bench.to_json())
+    if as_json:
+        typer.echo(json.dumps(bench.to_json(), indent=1))
+        return
+    for table in (_round_trips(bench.servers), _preprocessing(bench.preprocessing)):
         Console(width=_TABLE_WIDTH).print(table)
     typer.echo(f"bench server: {count} requests to each server -> {output}")
 

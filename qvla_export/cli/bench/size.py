@@ -1,7 +1,7 @@
 """`qvla bench size`: a policy of a published size through export, engines and one action."""
 
-import sys
-from dataclasses import asdict
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qvla_export.shared.artifacts import versions, write_json
+from qvla_export.cli.options import JsonOption
+from qvla_export.cli.progress import progress_shown
+from qvla_export.shared.artifacts import write_json
 
 if TYPE_CHECKING:
     from qvla_export.pipeline.real_size import Step
@@ -30,33 +32,25 @@ def size(
         bool, typer.Option("--skip-action", help="Run no action through ONNX Runtime.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Figures as JSON.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Take a random policy of a published size through every stage; needs tens of GB of disk."""
-    from qvla_export.pipeline import real_size as step
-    from qvla_export.pipeline.real_size import RealSize, measured, shares
+    from qvla_export.pipeline.real_size import RealSize, measure_real_size
 
-    wanted = RealSize(work, geometry, target, shares(mix), layers_per_part)
-    steps = [] if wanted.checkpoint.is_dir() else [measured("checkpoint", step.checkpoint, wanted)]
-    steps.append(measured("export", step.export, wanted))
-    if not skip_engines and target == "rtx4070":
-        steps.append(measured("engines", step.engines, wanted))
-    if not skip_action:
-        steps.append(measured("one action", step.act, wanted))
+    request = RealSize(
+        work, geometry, target, mix, layers_per_part, not skip_engines, not skip_action
+    )
+    with progress_shown() as on_progress:
+        figures = measure_real_size(request, on_progress)
     if output is not None:
-        figures = {
-            "geometry": geometry,
-            "target": target,
-            "mix": mix,
-            "layers_per_stage": layers_per_part,
-            "command": " ".join(["qvla", *sys.argv[1:]]),
-            "versions": versions(),
-            "steps": [asdict(step) for step in steps],
-        }
-        write_json(output, figures)
-    Console().print(_table(steps))
+        write_json(output, figures.to_json())
+    if as_json:
+        typer.echo(json.dumps(figures.to_json(), indent=1))
+    else:
+        Console().print(_table(figures.steps))
 
 
-def _table(steps: "list[Step]") -> Table:
+def _table(steps: "Sequence[Step]") -> Table:
     table = Table(title="real size")
     for column in ("step", "minutes", "peak above the interpreter", "result"):
         table.add_column(column)

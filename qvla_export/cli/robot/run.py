@@ -76,11 +76,11 @@ def run(
     Exits with 0 after a clean stop (end of the source, --seconds, SIGINT, SIGTERM) and with 2
     after faults. The last command is always the safe action.
     """
-    given = dict(locals())  # one option a field
+    options = dict(locals())  # one option a field
     from qvla_export.pipeline.control_loop import run_policy
     from qvla_export.pipeline.control_options import RunOptions
 
-    result = run_policy(RunOptions(**given | {"cameras": tuple(cameras or ())}))
+    result = run_policy(RunOptions(**options | {"cameras": tuple(cameras or ())}))
     # Not on stdout where the commands are.
     typer.echo(_summary(result), err=commands == "stdout")
     if not result.ok:
@@ -88,5 +88,5 @@ def run(
 
 
 def _summary(result: "RunResult") -> str:
-    counted = ", ".join(f"{name} {count}" for name, count in result.counters.items())
-    return f"run: {result.state.value} after {result.seconds:.1f} s, {result.reason}; {counted}"
+    counts = ", ".join(f"{name} {count}" for name, count in result.counters.items())
+    return f"run: {result.state.value} after {result.seconds:.1f} s, {result.reason}; {counts}"

@@ -1,6 +1,5 @@
 """`qvla serve`: actions over HTTP, websocket and ZMQ."""
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +27,6 @@ from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
     from jetson.serving.security import TlsFiles
-
-_LOG = logging.getLogger(__name__)
 
 
 def serve(
@@ -60,10 +57,10 @@ def serve(
     Only this machine can connect unless a token or client certificates keep others out. At / a
     browser shows what the robot sees and does (password: the token); Prometheus reads /metrics.
     """
-    from jetson.server import serve as run_server
     from jetson.server_settings import ServerSettings
     from jetson.serving.security import read_token
     from qvla_export.pipeline.policy_source import PolicySource
+    from qvla_export.pipeline.serve import serve_policy
 
     settings = ServerSettings(
         host=host,
@@ -81,17 +78,7 @@ def serve(
         record=record,
         record_images=record_images,
     )
-    _warn_of_slow_settings()
-    run_server(PolicySource(policy, unnorm_key, preset, threads, weights)(), settings)
-
-
-def _warn_of_slow_settings() -> None:
-    """Say what makes this machine's figures worse than they could be, as `qvla doctor` does."""
-    from jetson.board import read_board_state
-    from jetson.doctor.examination import slow_settings
-
-    if slow := slow_settings(read_board_state()):
-        _LOG.warning("slower than it could be, see qvla doctor: %s", slow)
+    serve_policy(PolicySource(policy, unnorm_key, preset, threads, weights), settings)
 
 
 def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> "TlsFiles | None":

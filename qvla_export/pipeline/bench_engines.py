@@ -1,0 +1,102 @@
+"""Latency of every engine on this machine's CPU, on a random decoder, in one run."""
+
+import os
+import platform
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvla_export.pipeline.progress import OnProgress, bar, ignore
+from qvla_export.shared.artifacts import versions, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from engines.bench.peaks import MachinePeaks
+
+
+@dataclass(frozen=True)
+class EngineBenchRequest:
+    """How engines are timed."""
+
+    # Threads of one operator, and samples of each engine.
+    threads: int = 1
+    rounds: int = 30
+    # Environment with modelopt, made with pip if missing; None leaves its engines out.
+    modelopt: Path | None = None
+    # Tiny sizes: shows that it works.
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class EngineBench:
+    """What was measured, on which machine."""
+
+    # CPU, threads, versions, the command.
+    machine: "Mapping[str, Any]"
+    rounds: int
+    peaks: "MachinePeaks"
+    # Of each regime: its sizes, and of every engine milliseconds and shares of the peaks.
+    regimes: "Sequence[Mapping[str, Any]]"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            **self.machine,
+            "rounds": self.rounds,
+            "peaks": asdict(self.peaks),
+            "regimes": list(self.regimes),
+        }
+
+
+def bench_engines(
+    request: EngineBenchRequest, output: Path, on_progress: OnProgress = ignore
+) -> EngineBench:
+    """Time float, other quantizers and ours: a whole pass, and decoding token by token.
+
+    Args:
+        request: how they are timed.
+        output: JSON file, written after each regime: an interrupted run leaves what it has.
+        on_progress: hears of every round.
+
+    Raises:
+        QvlaError: modelopt's environment cannot be made.
+    """
+    import torch
+
+    from engines.bench.modelopt import REQUIREMENTS, ModeloptEnvironment
+    from engines.bench.peaks import measure_peaks
+    from engines.bench.regimes import QUICK_REGIMES, REGIMES, run_regime
+
+    threads, rounds = request.threads, request.rounds
+    torch.set_num_threads(threads)
+    environment = None if request.modelopt is None else ModeloptEnvironment(request.modelopt)
+    if environment is not None:
+        environment.create()
+    peaks = measure_peaks(threads, *((256, 1 << 22) if request.quick else ()))
+    machine = _machine(threads, REQUIREMENTS[:1] if request.modelopt else ())
+    bench = EngineBench(machine, rounds, peaks, ())
+    for regime in QUICK_REGIMES if request.quick else REGIMES:
+        report = bar(on_progress, f"{regime.name}: rounds")
+        with tempfile.TemporaryDirectory() as folder:
+            row = run_regime(regime, Path(folder), threads, rounds, peaks, environment, report)
+        bench = EngineBench(machine, rounds, peaks, (*bench.regimes, row))
+        write_json(output, bench.to_json())
+    return bench
+
+
+def _machine(threads: int, others: tuple[str, ...]) -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "command": " ".join(["qvla", *sys.argv[1:]]),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "load_average": list(os.getloadavg()),
+        "threads": threads,
+        "versions": {**versions(), **dict(name.split("==") for name in others)},
+        "note": "random weights, widths drawn at random: outputs mean nothing, times do. "
+        "accuracy level 4 of 'ours w4', 'ours w3' and modelopt INT4 rounds activations to 8 bits",
+    }

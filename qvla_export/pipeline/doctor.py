@@ -1,0 +1,73 @@
+"""Examine this machine, and what it is to run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvla_export.shared.errors import QvlaError
+
+if TYPE_CHECKING:
+    from jetson.doctor.examination import DoctorRequest
+    from jetson.doctor.finding import BoardFinding, Severity
+    from jetson.doctor.observations import DatasetFacts
+
+_FORMAT = "qvla.doctor/1"
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Every finding, in the order of the machine's parts."""
+
+    findings: "tuple[BoardFinding, ...]"
+
+    @property
+    def counts(self) -> "dict[Severity, int]":
+        """How many findings there are of each severity, the worst first."""
+        from jetson.doctor.finding import SEVERITIES, count
+
+        return {severity: count(self.findings, severity) for severity in SEVERITIES}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return counts and findings as JSON values."""
+        shown = [finding.to_json() for finding in self.findings]
+        return {"format": _FORMAT, "counts": self.counts, "findings": shown}
+
+
+def examine_machine(request: "DoctorRequest", dataset: Path | None = None) -> Examination:
+    """Look at every setting that makes a policy fail, act wrongly or run late; never an error.
+
+    Args:
+        request: what the machine is to run.
+        dataset: folder of a LeRobotDataset whose columns are compared with the policy's.
+    """
+    from jetson.doctor.examination import examine, read_subject
+
+    facts = None if dataset is None else _dataset_facts(dataset)
+    return Examination(examine(request, read_subject(request, dataset=facts)))
+
+
+def _dataset_facts(path: Path) -> "DatasetFacts":
+    """Return a data set's columns; or why it, or the library for it, is not there."""
+    from jetson.doctor.observations import DatasetFacts
+
+    try:
+        from calibration.sources.lerobot import LeRobotDataset
+    except ImportError as error:
+        return DatasetFacts(path, f"{error.name} is not installed", "pip install 'qvla[host]'")
+    try:
+        dataset = LeRobotDataset(path)
+        state, action = dataset.keys.state, dataset.keys.action
+        return DatasetFacts(
+            path,
+            frames=len(dataset),
+            cameras=dict(dataset.keys.images),
+            state_dim=_size(dataset.features[state]) if state else 0,
+            action_dim=_size(dataset.features[action]),
+        )
+    except (QvlaError, OSError, KeyError, TypeError, ValueError) as error:
+        return DatasetFacts(path, " ".join(str(error).split()) or type(error).__name__)
+
+
+def _size(feature: object) -> int:
+    shape = feature.get("shape") if isinstance(feature, dict) else None
+    return int(shape[0]) if shape else 0

@@ -1,0 +1,26 @@
+"""Serve a policy from this process until it is told to stop."""
+
+import logging
+from typing import TYPE_CHECKING
+
+from qvla_export.pipeline.policy_source import PolicySource
+
+if TYPE_CHECKING:
+    from jetson.server_settings import ServerSettings
+
+_LOG = logging.getLogger(__name__)
+
+
+def serve_policy(source: PolicySource, settings: "ServerSettings") -> None:
+    """Open a policy and serve it until SIGTERM or SIGINT; logs what makes this machine slow.
+
+    Raises:
+        QvlaError: the policy cannot be opened or does not act, or the address is refused or taken.
+    """
+    from jetson.board import read_board_state
+    from jetson.doctor.examination import slow_settings
+    from jetson.server import serve
+
+    if slow := slow_settings(read_board_state()):
+        _LOG.warning("slower than it could be, see qvla doctor: %s", slow)
+    serve(source(), settings)
