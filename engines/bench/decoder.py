@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from qvla_export.graph.float_graph import export_stage
+from qvla_export.graph.float_graph import export_part
 from qvla_export.policies.base import Policy, PolicyPart
 from qvla_export.policies.language_model import LanguageModel
 from qvla_export.quantizer.activations import ActivationRanges, storable_range
@@ -85,7 +85,7 @@ class DecoderStack(nn.Module):
 
 
 class _PartModule(nn.Module):
-    """Parameters behind "module.", as `export_stage` expects them."""
+    """Parameters behind "module.", as `export_part` expects them."""
 
     def __init__(self, module: DecoderStack) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def trace_decoder(stack: DecoderStack, target: Target) -> ir.Model:
     stage = PolicyPart(
         "decoder", _PartModule(stack).eval(), {INPUT: example}, "output", {INPUT: tokens}, tokens
     )
-    return export_stage(cast(Policy, policy), stage, stack.layers, target)
+    return export_part(cast(Policy, policy), stage, stack.layers, target)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Policy + plan -> bundle, stage by stage."""
+"""Policy + plan -> bundle, part by part."""
 
 import contextlib
 import logging
@@ -12,14 +12,14 @@ import onnx_ir as ir
 
 from qvla_export.graph.bundle_writer import BundleContents, write_bundle
 from qvla_export.graph.float_graph import POLICY_KEY, TARGET_KEY, ExportError
-from qvla_export.graph.golden import golden_actions, staged_golden_actions
+from qvla_export.graph.golden import golden_actions, golden_actions_in_parts
 from qvla_export.graph.graph_figures import GraphFigures
-from qvla_export.graph.stage_export import (
-    ExportedStage,
-    kept_stage,
+from qvla_export.graph.part_export import (
+    ExportedPart,
+    finished_part,
     total_bytes,
     total_figures,
-    write_stage,
+    write_part,
 )
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import layer_shapes
@@ -61,7 +61,7 @@ def export_bundle(
 ) -> Bundle:
     """Write the bundle of a policy under a plan.
 
-    An interrupted export goes on at the first stage it had not finished.
+    An interrupted export goes on at the first part it had not finished.
 
     Args:
         policy: the full-precision policy; its weights may have been left on disk.
@@ -70,7 +70,7 @@ def export_bundle(
         observations: held-out; become the golden observations.
         path: folder to create or replace.
         options: a float graph that was traced before, the engine's options, how to cut the policy.
-        on_progress: called with (stages done, stages in all).
+        on_progress: called with (parts done, parts in all).
 
     Raises:
         PlanMismatch, ArtifactMismatch: the plan or the float graph is for another policy or target.
@@ -85,43 +85,45 @@ def export_bundle(
     graph, layers_per_part = options.float_graph, options.layers_per_part
     if graph is not None:
         _require_traced_from(graph, policy, target)
-    stages = policy.parts(layers_per_part)
+    parts = policy.parts(layers_per_part)
     with _unfinished(path, _identity(policy, plan, target, layers_per_part)) as folder:
         exported = []
-        for number, stage in enumerate(stages):
-            kept = kept_stage(folder, stage.name)
-            exported.append(kept or write_stage(policy, stage, layers, plan, target, folder, graph))
+        for number, part in enumerate(parts):
+            exported.append(
+                finished_part(folder, part.name)
+                or write_part(policy, part, layers, plan, target, folder, graph)
+            )
             if on_progress is not None:
-                on_progress(number + 1, len(stages))
+                on_progress(number + 1, len(parts))
         _require_all_planned(exported, layers)
         if layers_per_part is None:
             golden = golden_actions(policy, plan, observations)
         else:
-            reads = {item.stage.name: item.weights for item in exported}
-            golden = staged_golden_actions(policy, plan, observations, stages, reads)
-        parts = _parts(policy, plan, target, exported, golden, options.engine_options)
-        bundle = write_bundle(path, parts, lambda new: _take_over(folder, new, exported, plan))
-    _LOGGER.info("bundle %s: %d bytes, %s", path, bundle.nbytes, dict(parts.weight_bytes))
+            reads = {item.part.name: item.weights for item in exported}
+            golden = golden_actions_in_parts(policy, plan, observations, parts, reads)
+        contents = _contents(policy, plan, target, exported, golden, options.engine_options)
+        bundle = write_bundle(path, contents, lambda new: _take_over(folder, new, exported, plan))
+    _LOGGER.info("bundle %s: %d bytes, %s", path, bundle.nbytes, dict(contents.weight_bytes))
     return bundle
 
 
-def _parts(
+def _contents(
     policy: Policy,
     plan: BitPlan | None,
     target: Target,
-    exported: Sequence[ExportedStage],
+    exported: Sequence[ExportedPart],
     golden: Golden,
     engine_options: Mapping[str, Any],
 ) -> BundleContents:
-    stages = tuple(item.stage for item in exported)
-    made = {spec.name for stage in stages for spec in stage.outputs}
-    read = {spec.name: spec for stage in stages for spec in stage.inputs}
+    parts = tuple(item.part for item in exported)
+    outputs = {spec.name for part in parts for spec in part.outputs}
+    inputs = {spec.name: spec for part in parts for spec in part.inputs}
     return BundleContents(
         target=target.name,
         processor=policy.processor,
-        inputs=tuple(spec for name, spec in read.items() if name not in made),
-        outputs=stages[-1].outputs,
-        parts=stages,
+        inputs=tuple(spec for name, spec in inputs.items() if name not in outputs),
+        outputs=parts[-1].outputs,
+        parts=parts,
         golden=golden,
         policy_digest=policy.digest,
         weight_bytes=total_bytes(exported),
@@ -133,7 +135,7 @@ def _parts(
 def _identity(
     policy: Policy, plan: BitPlan | None, target: Target, layers_per_part: int | None
 ) -> dict[str, Any]:
-    """What must be equal for the stages of an interrupted export to be used."""
+    """Return what must be equal for the parts of an interrupted export to be used."""
     return {
         "policy_digest": policy.digest,
         "plan_digest": None if plan is None else plan.digest,
@@ -145,13 +147,13 @@ def _identity(
 
 
 def unfinished_folder(path: Path) -> Path:
-    """Return where the stages of a bundle lie while its export is under way."""
+    """Return where the parts of a bundle lie while its export is under way."""
     return path.with_name(f".{path.name}.unfinished")
 
 
 @contextlib.contextmanager
 def _unfinished(path: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield the folder of the stages done so far; it is removed only if the block succeeds."""
+    """Yield the folder of the parts done so far; it is removed only if the block succeeds."""
     folder = unfinished_folder(path)
     stated = folder / "identity.json"
     if folder.exists() and not (stated.is_file() and read_json(stated, "identity") == identity):
@@ -163,17 +165,17 @@ def _unfinished(path: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _take_over(
-    folder: Path, new: Path, exported: Sequence[ExportedStage], plan: BitPlan | None
+    folder: Path, new: Path, exported: Sequence[ExportedPart], plan: BitPlan | None
 ) -> None:
-    """Put the finished stages into the bundle's folder; links, since they may be large."""
+    """Put the finished parts into the bundle's folder; links, since they may be large."""
     for item in exported:
-        for name in (item.stage.model, f"{item.stage.model}.data"):
+        for name in (item.part.model, f"{item.part.model}.data"):
             (new / name).hardlink_to(folder / name)
     if plan is not None:
         plan.save(new / PLAN)
 
 
-def _require_all_planned(exported: Iterable[ExportedStage], layers: Iterable[str]) -> None:
+def _require_all_planned(exported: Iterable[ExportedPart], layers: Iterable[str]) -> None:
     found = {name.removesuffix(".weight") for item in exported for name in item.weights}
     if missing := sorted(set(layers) - found):
         raise ExportError(f"layers not found in the exported graphs: {missing}")

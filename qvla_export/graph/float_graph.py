@@ -53,41 +53,41 @@ def export_float(policy: Policy, target: Target) -> ir.Model:
     Raises:
         ExportError: a layer of the policy is not in the graph exactly once.
     """
-    (stage,) = policy.parts()
-    model = export_stage(policy, stage, policy.layers(), target)
+    (part,) = policy.parts()
+    model = export_part(policy, part, policy.layers(), target)
     if missing := sorted(set(policy.layers()) - set(layer_nodes(model))):
         raise ExportError(f"layers not found in the exported graph: {missing}")
     return model
 
 
-def export_stage(
+def export_part(
     policy: Policy,
-    stage: PolicyPart,
+    part: PolicyPart,
     layers: Mapping[str, nn.Module],
     target: Target,
 ) -> ir.Model:
-    """Trace one stage into a float32 graph whose constants are read only when needed.
+    """Trace one part into a float32 graph whose constants are read only when needed.
 
     Args:
         policy: where the weights are read.
-        stage: one of its stages.
-        layers: its quantizable layers; those of the stage are tagged in the graph.
+        part: one of its parts.
+        layers: its quantizable layers; those of the part are tagged in the graph.
         target: for its operator set.
 
     Raises:
         ExportError: a layer is applied more than once.
     """
-    dynamic = {name: _dimensions(sizes) for name, sizes in stage.dynamic.items()}
+    dynamic = {name: _dimensions(sizes) for name, sizes in part.dynamic.items()}
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
-            stage.module,
-            tuple(stage.inputs.values()),
+            part.module,
+            tuple(part.inputs.values()),
             dynamo=True,
             opset_version=_EXPORT_OPSET,
-            input_names=list(stage.inputs),
-            output_names=[stage.output],
+            input_names=list(part.inputs),
+            output_names=[part.output],
             # One entry for *inputs, the forward's only parameter.
-            dynamic_shapes=(tuple(dynamic.get(name, {}) for name in stage.inputs),),
+            dynamic_shapes=(tuple(dynamic.get(name, {}) for name in part.inputs),),
             verbose=False,
             # Ours happens below: the exporter's own would read every weight to transpose it.
             optimize=False,
@@ -103,14 +103,14 @@ def export_stage(
     ClearMetadataAndDocStringPass()(model)  # stack traces name the files of the exporting machine
     for name, node in tags.items():
         node.metadata_props[LAYER_KEY] = name
-    _fix_signature(model, policy, stage)
+    _fix_signature(model, policy, part)
     # From 21 to 25 the operators used here only gained types and optional inputs.
     model.graph.opset_imports[""] = target.opset
     model.ir_version = target.ir_version
     model.producer_name, model.producer_version = "qvla", None
     model.metadata_props.update({POLICY_KEY: policy.digest, TARGET_KEY: target.name})
     model.metadata_props[WEIGHTS_KEY] = json.dumps(weights)
-    _LOGGER.info("float graph %s: %d nodes, %d layers", stage.name, len(model.graph), len(tags))
+    _LOGGER.info("float graph %s: %d nodes, %d layers", part.name, len(model.graph), len(tags))
     return model
 
 
@@ -225,14 +225,14 @@ def _dimensions(sizes: Mapping[int, str]) -> dict[int, Any]:
     return {axis: torch.export.Dim(f"size_{axis}", min=2) for axis in sizes}
 
 
-def _fix_signature(model: ir.Model, policy: Policy, stage: PolicyPart) -> None:
+def _fix_signature(model: ir.Model, policy: Policy, part: PolicyPart) -> None:
     """State the sizes that the exporter leaves symbolic, under their own names."""
     (output,) = model.graph.outputs
     output.dtype = ir.DataType.FLOAT
     spec = policy.processor.spec
-    if stage.output == "actions":
+    if part.output == "actions":
         output.shape = ir.Shape((1, spec.horizon, spec.action_dim))
-    named = {**stage.dynamic, stage.output: stage.dynamic_output}
+    named = {**part.dynamic, part.output: part.dynamic_output}
     for value in (*model.graph.inputs, output):
         assert value.shape is not None
         sizes = named.get(str(value.name), {})

@@ -35,52 +35,52 @@ def golden_actions(
     return Golden(_feeds(policy, observations), reference, full_precision)
 
 
-def staged_golden_actions(
+def golden_actions_in_parts(
     policy: Policy,
     plan: BitPlan | None,
     observations: Sequence[Observation],
-    stages: Sequence[PolicyPart],
+    parts: Sequence[PolicyPart],
     weights: Mapping[str, Sequence[str]],
 ) -> Golden:
-    """Return the same as `golden_actions`, holding one stage's weights at a time.
+    """Return the same as `golden_actions`, holding one part's weights at a time.
 
     Args:
         policy: may have left its weights on disk.
         plan: None for the float policy.
         observations: the held-out ones.
-        stages: of the policy, in order.
-        weights: stage name -> parameters and buffers it reads.
+        parts: of the policy, in order.
+        weights: part name -> parameters and buffers it reads.
     """
     feeds = _feeds(policy, observations)
-    full_precision = _staged_actions(policy, None, feeds, stages, weights)
+    full_precision = _actions_in_parts(policy, None, feeds, parts, weights)
     reference = full_precision
     if plan is not None:
-        reference = _staged_actions(policy, plan, feeds, stages, weights)
+        reference = _actions_in_parts(policy, plan, feeds, parts, weights)
     return Golden(feeds, reference, full_precision)
 
 
-def _staged_actions(
+def _actions_in_parts(
     policy: Policy,
     plan: BitPlan | None,
     feeds: Sequence[_Feeds],
-    stages: Sequence[PolicyPart],
+    parts: Sequence[PolicyPart],
     weights: Mapping[str, Sequence[str]],
 ) -> NDArray[np.float32]:
     runs = [{name: torch.from_numpy(value) for name, value in item.items()} for item in feeds]
-    for stage in stages:
-        _run_stage(policy, stage, weights[stage.name], plan, runs)
+    for part in parts:
+        _run_part(policy, part, weights[part.name], plan, runs)
     return np.concatenate([run["actions"].numpy() for run in runs])
 
 
 @torch.no_grad()
-def _run_stage(
+def _run_part(
     policy: Policy,
-    stage: PolicyPart,
+    part: PolicyPart,
     weights: Sequence[str],
     plan: BitPlan | None,
     runs: Sequence[dict[str, Tensor]],
 ) -> None:
-    """Add a stage's output to the values of every observation."""
+    """Add a part's output to the values of every observation."""
     parameters = {}
     for name in weights:
         values = policy.read_weight(name)
@@ -94,8 +94,8 @@ def _run_stage(
     removed = {name: coupling.removed for name, coupling in couplings.items()}
     with rounded_inputs(traced_layers(policy), activations, removed):
         for run in runs:
-            inputs = tuple(run[name] for name in stage.inputs)
-            run[stage.output] = torch.func.functional_call(stage.module, parameters, inputs)
+            inputs = tuple(run[name] for name in part.inputs)
+            run[part.output] = torch.func.functional_call(part.module, parameters, inputs)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from qvla_export.shared.target import Target, UnsupportedOnTarget
 def lower(
     graph: ir.Model, plan: BitPlan | None, target: Target, store: Store = keep
 ) -> tuple[ir.Model, dict[str, int]]:
-    """Return a float graph as it is shipped, and the bytes of its constants by part.
+    """Return a float graph as it is shipped, and the bytes of its constants by kind.
 
     The parts are "2", "4", "8", "16" and "scales" (zero points too) of planned layers, "float" of
     layers without a plan, and "rest".

@@ -115,11 +115,11 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Pass:
-    """A way through a policy, or one observation's through a stage of it, with a graph."""
+    """A way through a policy, or one observation's through a part of it, with a graph."""
 
     recorded: Recorded
     # Number of a probe -> gradients of probe . action at the outputs of the recorded layers. Every
-    # probe has to be asked for, once and in order: earlier stages need what that brings.
+    # probe has to be asked for, once and in order: earlier parts need what that brings.
     gradients: Callable[[int], Sequence[Tensor]]
     # Of the probes.
     weights: Sequence[float]

@@ -1,6 +1,6 @@
 """Measure `Moments`: one recorded pass a batch, one backward pass a probe of the action.
 
-Weights that were left on disk are read stage by stage (`measurement.streamed`). What is summed is
+Weights that were left on disk are read part by part (`measurement.streamed`). What is summed is
 in memory throughout: 8 bytes for each number of the blocks.
 """
 

@@ -71,7 +71,7 @@ def open_moment_stream(
     """Return how batches go through a policy whose weights lie on disk.
 
     Raises:
-        QvlaError: sums, and a stage or one of its layers, need more than the bound.
+        QvlaError: sums, and a part or one of its layers, need more than the bound.
     """
     sums = sum(array.nbytes for array in moment_sums(layers, settings).values())
     # Partners' sums lie beside this process's own when they are added up.
@@ -93,7 +93,7 @@ def fitting_block(
     settings: MomentSettings,
     world: World | None = None,
 ) -> int:
-    """Return the largest block whose sums fit into the bound beside a stage of the policy.
+    """Return the largest block whose sums fit into the bound beside a part of the policy.
 
     4096, or the half of it again and again, down to 64.
 

@@ -1,6 +1,6 @@
-"""First order in the memory of one stage: weights come from disk, forward once and back once.
+"""First order in the memory of one part: weights come from disk, forward once and back once.
 
-The forward pass keeps what goes from stage to stage. The backward pass takes the stages in reverse,
+The forward pass keeps what goes from part to part. The backward pass takes the parts in reverse,
 runs each again from what it was given, now with a graph, and hands the gradients of the action on:
 one for each probe, the same that a pass over the whole policy would bring there.
 """
@@ -24,8 +24,8 @@ from qvla_export.measurement.backward import (
     recording,
 )
 from qvla_export.measurement.layer_groups import NeedsOf, Piece, fitting_groups, too_small
+from qvla_export.measurement.part_needs import PartNeeds, part_needs
 from qvla_export.measurement.peak_memory import give_back
-from qvla_export.measurement.stage_needs import StageNeeds, stage_needs
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers
 from qvla_export.shared.errors import QvlaError
@@ -47,7 +47,7 @@ class StreamLimits:
     needs_of: NeedsOf
     # Sums and whatever else stays in memory.
     held_bytes: int
-    # Bound of all that is in memory; None for one group a stage.
+    # Bound of all that is in memory; None for one group a part.
     max_bytes: int | None
     # Whether a layer may be cut into its channels.
     cut: bool = True
@@ -60,8 +60,8 @@ class Stream:
     policy: Policy
     layers: Layers
     device: torch.device
-    needs: Sequence[StageNeeds]
-    # Layers of each stage, in groups that are measured together.
+    needs: Sequence[PartNeeds]
+    # Layers of each part, in groups that are measured together.
     groups: Sequence[Sequence[Sequence[Piece]]]
 
     def passes(self, batch: ProbedBatch) -> Iterator[tuple[Sequence[Piece], Iterator[Pass]]]:
@@ -73,8 +73,8 @@ class Stream:
         for needs in self.needs:
             with weights_in_memory(self.policy, needs.reads, self.device), torch.no_grad():
                 for run in runs:
-                    run.values[needs.stage.output] = run.through(needs)
-        last = self.needs[-1].stage.output
+                    run.values[needs.part.output] = run.through(needs)
+        last = self.needs[-1].part.output
         flat = torch.cat([run.values[last].reshape(1, -1) for run in runs])
         probes, weight = batch.draw(flat)
         for number, run in enumerate(runs):
@@ -94,7 +94,7 @@ class Stream:
                         ),
                     )
             for run in runs:
-                del run.values[needs.stage.output], run.gradients[needs.stage.output]
+                del run.values[needs.part.output], run.gradients[needs.part.output]
 
     def add_batch(
         self, batch: ProbedBatch, changes_of: ChangesOf, sums: Mapping[str, NDArray[np.float64]]
@@ -129,42 +129,42 @@ def _measured(
 
 @dataclass
 class _Run:
-    """One observation on its way through the stages and back."""
+    """One observation on its way through the parts and back."""
 
-    # Model inputs, and outputs of stages.
+    # Model inputs, and outputs of parts.
     values: dict[str, Tensor]
-    # Output of a stage -> gradient of each probe's action.
+    # Output of a part -> gradient of each probe's action.
     gradients: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def through(self, needs: StageNeeds) -> Tensor:
-        """Return a stage's output."""
-        output: Tensor = needs.stage.module(*(self.values[name] for name in needs.stage.inputs))
+    def through(self, needs: PartNeeds) -> Tensor:
+        """Return a part's output."""
+        output: Tensor = needs.part.module(*(self.values[name] for name in needs.part.inputs))
         return output
 
     def back(
         self,
-        needs: StageNeeds,
+        needs: PartNeeds,
         group: Layers,
         channels: Mapping[str, slice],
         weights: Sequence[float],
         hand_on: bool,
     ) -> Pass:
-        """Run a stage with a graph.
+        """Run a part with a graph.
 
         Args:
-            needs: the stage.
+            needs: the part.
             group: layers to record.
             channels: of these layers, that are asked for.
             weights: of the probes.
-            hand_on: keep the gradients of what earlier stages made as well.
+            hand_on: keep the gradients of what earlier parts made as well.
         """
-        given = {name: self.values[name].detach() for name in needs.stage.inputs}
+        given = {name: self.values[name].detach() for name in needs.part.inputs}
         sources = needs.made_by_others if hand_on else ()
         for name in sources:
             given[name].requires_grad_(True)
         with recording(group) as (inputs, outputs), torch.enable_grad():
-            result = needs.stage.module(*given.values())
-        upstream = self.gradients[needs.stage.output]
+            result = needs.part.module(*given.values())
+        upstream = self.gradients[needs.part.output]
         targets = [*(outputs[name] for name in group), *(given[name] for name in sources)]
 
         def gradients(number: int) -> Sequence[Tensor]:
@@ -194,10 +194,10 @@ def open_stream(
     limits: StreamLimits,
     device: torch.device,
 ) -> Stream:
-    """Find what every stage needs and cut its layers into groups that fit.
+    """Find what every part needs and cut its layers into groups that fit.
 
-    At any time there are: what is held throughout; what goes from stage to stage, of a batch; the
-    gradients of each probe there; one stage's weights; of one observation, all that the stage
+    At any time there are: what is held throughout; what goes from part to part, of a batch; the
+    gradients of each probe there; one part's weights; of one observation, all that the part
     makes; what a group of its layers needs.
 
     Args:
@@ -208,11 +208,11 @@ def open_stream(
         device: where to compute.
 
     Raises:
-        QvlaError: a stage, or a small part of one of its layers, needs more than the bound.
+        QvlaError: a part, or a small piece of one of its layers, needs more than the bound.
     """
     longest = max(observations, key=lambda o: len(policy.processor.input_ids(o.instruction)))
     feeds = _feeds(policy, longest, torch.device("cpu"))
-    needs = stage_needs(policy, layers, feeds)
+    needs = part_needs(policy, layers, feeds)
     probes = limits.probes
     if probes is None:
         probes = policy.processor.spec.horizon * policy.processor.spec.action_dim
@@ -225,9 +225,9 @@ def open_stream(
         beside = held + n.weight_bytes + n.pass_bytes
         if bound is not None and beside > bound:
             raise QvlaError(
-                f"stage {n.stage.name} needs {beside / 1e9:.4g} GB: weights "
+                f"part {n.part.name} needs {beside / 1e9:.4g} GB: weights "
                 f"{n.weight_bytes / 1e9:.3g}, activations {n.pass_bytes / 1e9:.3g}, sums and what "
-                f"goes between stages {held / 1e9:.3g}; {too_small(beside, bound)}"
+                f"goes between parts {held / 1e9:.3g}; {too_small(beside, bound)}"
             )
         groups.append(fitting_groups(limits.needs_of(layers, n.moved), bound, beside, limits.cut))
     return Stream(policy, layers, device, needs, groups)

@@ -1,7 +1,7 @@
 """What measuring a policy takes that is in memory as a whole."""
 
 from qvla_export.measurement.layer_groups import NeedsOf
-from qvla_export.measurement.stage_needs import stage_needs
+from qvla_export.measurement.part_needs import part_needs
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import traced_layers
 
@@ -38,15 +38,15 @@ def room_beside_whole(
 
 def _weights_and_pass(policy: Policy, batch_size: int) -> tuple[int, dict[str, tuple[int, int]]]:
     """Return the bytes, and how many numbers a batch moves through each layer."""
-    stages = policy.parts(1)
-    made = {stage.output for stage in stages}
-    feeds = {n: t for stage in stages for n, t in stage.inputs.items() if n not in made}
-    needs = stage_needs(policy, traced_layers(policy), feeds)
+    parts = policy.parts(1)
+    outputs = {part.output for part in parts}
+    feeds = {n: t for part in parts for n, t in part.inputs.items() if n not in outputs}
+    needs = part_needs(policy, traced_layers(policy), feeds)
     weights = 4 * sum(tensor.numel() for tensor in policy.module.state_dict().values())
     passed = sum(n.made_bytes for n in needs) + max(n.pass_bytes - n.made_bytes for n in needs)
     moved = {
-        name: (batch_size * fed, batch_size * out)
+        name: (batch_size * numbers_in, batch_size * numbers_out)
         for n in needs
-        for name, (fed, out) in n.moved.items()
+        for name, (numbers_in, numbers_out) in n.moved.items()
     }
     return weights + batch_size * passed, moved

@@ -214,9 +214,9 @@ def time_official(
     layers = list(traced_layers(question.policy))
     done = 0
 
-    def tell(part: int, _: int) -> None:
+    def tell(layer: int, _: int) -> None:
         if on_progress is not None:
-            on_progress(done + part, len(layers))
+            on_progress(done + layer, len(layers))
 
     times, official = [ours()], []
     # Every second layer, and then the others: each half is like the whole.

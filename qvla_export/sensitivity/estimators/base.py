@@ -17,8 +17,8 @@ from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
-# Stages of an estimator that keep a journal of their own; "" is the main one.
-_PARTS = ("", "proxy", "exact")
+# Steps of an estimator that keep a journal of their own; "" is the main one.
+_STEPS = ("", "proxy", "exact")
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,13 @@ class Work:
     on_progress: OnProgress | None = None
     world: World = field(default_factory=Alone)
 
-    def part(self, name: str) -> "Work":
-        """Return the work of one stage of the measurement, with a journal of its own."""
-        assert name in _PARTS
+    def step(self, name: str) -> "Work":
+        """Return the work of one step of the measurement, with a journal of its own."""
+        assert name in _STEPS
         journal = self.progress_file
-        return self if journal is None else replace(self, progress_file=_part(journal, name))
+        return (
+            self if journal is None else replace(self, progress_file=_step_journal(journal, name))
+        )
 
 
 # Nothing kept, nothing shown, one process.
@@ -144,10 +146,10 @@ def looked_up(table: Sensitivities, pairs: Sequence[ChannelWidth]) -> NDArray[np
 
 
 def remove_progress(journal: Path) -> None:
-    """Remove the journals of all stages and processes, once the result is safe."""
-    for name in _PARTS:
-        remove_journals(_part(journal, name))
+    """Remove the journals of all steps and processes, once the result is safe."""
+    for name in _STEPS:
+        remove_journals(_step_journal(journal, name))
 
 
-def _part(journal: Path, name: str) -> Path:
+def _step_journal(journal: Path, name: str) -> Path:
     return journal.with_name(f"{journal.name}-{name}") if name else journal

@@ -156,7 +156,7 @@ def measure_first_order(
     """Estimate the sensitivity of every channel at every width.
 
     Args:
-        policy: its weights stay as they are. Those that were left on disk are read stage by stage,
+        policy: its weights stay as they are. Those that were left on disk are read part by part,
             twice a batch; see `qvla_export.measurement.streamed`.
         observations: at least one.
         calibration_digest: digest of the set they came from.

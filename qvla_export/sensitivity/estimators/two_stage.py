@@ -52,10 +52,10 @@ class TwoStage:
 
     def table(self, question: Question, work: Work = QUIETLY) -> Sensitivities:
         """Estimate every channel at every width."""
-        first = self.proxy.table(question, work.part("proxy"))
+        first = self.proxy.table(question, work.step("proxy"))
         chosen = most_important(first, self.share)
         pairs = [ChannelWidth(*channel, bits) for channel in chosen for bits in question.widths]
-        exact = ExactEstimator().of_pairs(question, pairs, work.part("exact"))
+        exact = ExactEstimator().of_pairs(question, pairs, work.step("exact"))
         factors = scale_corrections(pairs, looked_up(first, pairs), exact)
         by_width = np.array([factors[bits] for bits in question.widths])[:, None]
         values = {n: (found * by_width).astype(np.float32) for n, found in first.values.items()}
@@ -77,14 +77,14 @@ class TwoStage:
 
         The scale of the rest comes from just these; `table` has it from more.  float64 [pairs]
         """
-        first = self.proxy.table(question, work.part("proxy"))
+        first = self.proxy.table(question, work.step("proxy"))
         chosen = set(most_important(first, self.share))
         estimated = looked_up(first, pairs)
         again = [i for i, pair in enumerate(pairs) if (pair.layer, pair.channel) in chosen]
         if not again:
             return estimated
         important = [pairs[i] for i in again]
-        exact = ExactEstimator().of_pairs(question, important, work.part("exact"))
+        exact = ExactEstimator().of_pairs(question, important, work.step("exact"))
         factors = scale_corrections(important, estimated[again], exact)
         corrected: NDArray[np.float64] = estimated * np.array(
             [factors.get(pair.bits, 1.0) for pair in pairs]

@@ -10,7 +10,7 @@ import torch
 from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
 
 from qvla_export.measurement.backward import Contraction
-from qvla_export.measurement.stage_needs import stage_needs
+from qvla_export.measurement.part_needs import part_needs
 from qvla_export.measurement.streamed import weights_in_memory
 from qvla_export.measurement.weight_errors import error_needs
 from qvla_export.measurement.whole_policy import room_beside_whole
@@ -55,14 +55,14 @@ def assert_same(found: Sensitivities, expected: Sensitivities) -> None:
 @pytest.mark.parametrize(
     ("probes", "contraction"), [(3, "full"), (None, "full"), (2, "norms"), (2, "isotropic")]
 )
-def test_stages_from_disk_give_the_numbers_of_the_whole(
+def test_parts_from_disk_give_the_numbers_of_the_whole(
     stored: OftPolicy,
     tiny_policy: OftPolicy,
     tiny_observations: Make,
     probes: int | None,
     contraction: Contraction,
 ) -> None:
-    """Prompts differ in length: the whole pads them, stages run them one by one."""
+    """Prompts differ in length: the whole pads them, parts run them one by one."""
     settings = replace(SETTINGS, probes=probes, contraction=contraction)
     observations = tiny_observations(5)
     if contraction != "full":  # norms take the padding of a batch for tokens
@@ -81,7 +81,7 @@ def test_groups_within_a_stage_change_nothing(stored: OftPolicy, tiny_observatio
     # Layers larger than what is left are cut into pieces, products of which round differently.
     pieces = measure_first_order(stored, observations, "c", replace(SETTINGS, max_bytes=2_000_000))
     assert_same(pieces, whole)
-    with pytest.raises(QvlaError, match=r"stage \w+ needs .* GB: weights .*raise it"):
+    with pytest.raises(QvlaError, match=r"part \w+ needs .* GB: weights .*raise it"):
         measure_first_order(stored, observations, "c", replace(SETTINGS, max_bytes=1_000_000))
 
 
@@ -113,12 +113,12 @@ def test_every_stage_reads_its_own_weights_and_all_layers_are_in_one(
 ) -> None:
     layers = traced_layers(stored)
     feeds = stored.processor.feeds(tiny_observations(1)[0])
-    needs = stage_needs(stored, layers, {n: torch.from_numpy(v) for n, v in feeds.items()})
+    needs = part_needs(stored, layers, {n: torch.from_numpy(v) for n, v in feeds.items()})
     assert sorted(name for n in needs for name in n.moved) == sorted(layers)
-    for stage in needs:
-        assert {f"{name}.weight" for name in stage.moved} <= set(stage.reads)
-        assert stage.weight_bytes == 4 * sum(stored.read_weight(n).size for n in stage.reads)
-    decoder = next(n for n in needs if n.stage.name == "decoder_01")
+    for part in needs:
+        assert {f"{name}.weight" for name in part.moved} <= set(part.reads)
+        assert part.weight_bytes == 4 * sum(stored.read_weight(n).size for n in part.reads)
+    decoder = next(n for n in needs if n.part.name == "decoder_01")
     assert all(
         n.startswith(
             (

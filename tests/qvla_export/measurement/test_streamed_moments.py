@@ -87,7 +87,7 @@ def test_blocks_shrink_until_the_sums_fit_and_no_further_than_64(
     beside = 3_000_000
     small = fitting_block(stored, observations, replace(HOW, max_bytes=sums(128) + beside))
     assert 64 <= small < 1024
-    with pytest.raises(QvlaError, match=r"stage \w+ needs .* GB: .*--max-memory-gb"):
+    with pytest.raises(QvlaError, match=r"part \w+ needs .* GB: .*--max-memory-gb"):
         fitting_block(stored, observations, replace(HOW, max_bytes=sums(64)))
     few = replace(HOW, largest_block=64, max_bytes=sums(64) + 3_000_000)
     found = measure_moments(stored, observations, "c", few)

@@ -20,7 +20,7 @@ from engines.targets import CPU
 from engines.verify import judge
 from qvla_export.allocation.setting import parse_setting
 from qvla_export.graph.export import ExportOptions, export_bundle
-from qvla_export.graph.golden import golden_actions, staged_golden_actions
+from qvla_export.graph.golden import golden_actions, golden_actions_in_parts
 from qvla_export.measurement.backward import Probes, recorded_pass
 from qvla_export.measurement.measure_moments import layer_tokens, measure_moments
 from qvla_export.measurement.moment_bounds import MomentSettings
@@ -257,21 +257,20 @@ def test_engine_computes_with_the_same_codes(
     assert np.abs(golden.reference - plain.reference).max() > 0.05
 
 
-def test_stages_compute_the_same(
+def test_parts_compute_the_same(
     tiny_policy: OftPolicy, tiny_observations: Observations, plan: BitPlan
 ) -> None:
     observations = tiny_observations(3, seed=9)
-    stages = tiny_policy.parts(1)
+    parts = tiny_policy.parts(1)
     names = {name for name, _ in tiny_policy.module.named_parameters()}
     reads = {
-        stage.name: [n for n, _ in stage.module.named_parameters(prefix="module")]
-        for stage in stages
+        part.name: [n for n, _ in part.module.named_parameters(prefix="module")] for part in parts
     }
     weights = {
         stage: [n.removeprefix("module.module.") for n in found] for stage, found in reads.items()
     }
     assert {n for found in weights.values() for n in found} <= names
-    staged = staged_golden_actions(tiny_policy, plan, observations, stages, weights)
+    staged = golden_actions_in_parts(tiny_policy, plan, observations, parts, weights)
     whole = golden_actions(tiny_policy, plan, observations)
     np.testing.assert_allclose(staged.reference, whole.reference, atol=1e-4)
 

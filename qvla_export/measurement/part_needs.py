@@ -1,4 +1,4 @@
-"""What each stage of a policy reads and makes, found by running it without numbers."""
+"""What each part of a policy reads and makes, found by running it without numbers."""
 
 import itertools
 from collections.abc import Mapping, Set
@@ -17,10 +17,10 @@ _ON_THE_WAY = 4
 
 
 @dataclass(frozen=True)
-class StageNeeds:
-    """One stage and what it takes to run it on one observation."""
+class PartNeeds:
+    """One part and what it takes to run it on one observation."""
 
-    stage: PolicyPart
+    part: PolicyPart
     # Names of the parameters and buffers of the policy that it reads, and their float32 bytes.
     reads: tuple[str, ...]
     weight_bytes: int
@@ -31,7 +31,7 @@ class StageNeeds:
     # Of the largest of these tensors.
     largest_bytes: int
     output_bytes: int
-    # Inputs that are outputs of other stages.
+    # Inputs that are outputs of other parts.
     made_by_others: tuple[str, ...]
 
     @property
@@ -40,8 +40,8 @@ class StageNeeds:
         return self.made_bytes + _ON_THE_WAY * self.largest_bytes
 
 
-def stage_needs(policy: Policy, layers: Layers, feeds: Mapping[str, Tensor]) -> list[StageNeeds]:
-    """Run a policy's smallest stages on device "meta" and note what they read and make.
+def part_needs(policy: Policy, layers: Layers, feeds: Mapping[str, Tensor]) -> list[PartNeeds]:
+    """Run a policy's smallest parts on device "meta" and note what they read and make.
 
     Args:
         policy: whose weights were left on disk.
@@ -50,21 +50,21 @@ def stage_needs(policy: Policy, layers: Layers, feeds: Mapping[str, Tensor]) -> 
     """
     named = dict(itertools.chain(policy.module.named_parameters(), policy.module.named_buffers()))
     values = {name: value.to("meta") for name, value in feeds.items()}
-    found: list[StageNeeds] = []
-    for stage in policy.parts(1):
+    found: list[PartNeeds] = []
+    for part in policy.parts(1):
         watch = _Watch(named, layers)
         handles = [
             layer.register_forward_hook(watch.layer_hook(name)) for name, layer in layers.items()
         ]
         try:
             with torch.no_grad(), watch:
-                output = stage.module(*(values[name] for name in stage.inputs))
+                output = part.module(*(values[name] for name in part.inputs))
         finally:
             for handle in handles:
                 handle.remove()
-        values[stage.output] = output
-        earlier = {needs.stage.output for needs in found}
-        found.append(watch.needs(stage, output, earlier))
+        values[part.output] = output
+        earlier = {needs.part.output for needs in found}
+        found.append(watch.needs(part, output, earlier))
     return found
 
 
@@ -105,17 +105,17 @@ class _Watch(TorchFunctionMode):
 
         return note
 
-    def needs(self, stage: PolicyPart, output: Tensor, earlier: Set[str]) -> StageNeeds:
+    def needs(self, part: PolicyPart, output: Tensor, earlier: Set[str]) -> PartNeeds:
         """Return what was noted."""
         own = {id(tensor) for tensor in self._named.values()}
         made = [tensor.nbytes for key, tensor in self._made.items() if key not in own]
-        return StageNeeds(
-            stage,
+        return PartNeeds(
+            part,
             tuple(self._read),
             sum(4 * self._named[name].numel() for name in self._read),
             self._moved,
             sum(made),
             max(made, default=0),
             output.nbytes,
-            tuple(name for name in stage.inputs if name in earlier),
+            tuple(name for name in part.inputs if name in earlier),
         )

@@ -1,4 +1,4 @@
-"""One stage of a policy -> its graph and weights on disk, and what is known about them."""
+"""One part of a policy -> its graph and weights on disk, and what is known about them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import nn
 
 from qvla_export.graph.external_data import ExternalData
-from qvla_export.graph.float_graph import WEIGHTS_KEY, export_stage, layer_nodes, policy_weights
+from qvla_export.graph.float_graph import WEIGHTS_KEY, export_part, layer_nodes, policy_weights
 from qvla_export.graph.graph_figures import GraphFigures, measure_graph
 from qvla_export.graph.lowering import lower
 from qvla_export.graph.passes.name_nodes import name_nodes
@@ -22,80 +22,87 @@ from qvla_export.shared.target import Target
 
 
 @dataclass(frozen=True)
-class ExportedStage:
-    """A stage on disk."""
+class ExportedPart:
+    """A part on disk."""
 
-    stage: Part
-    # Bytes of the graph's constants by part; see `qvla_export.graph.lowering.lower`.
+    part: Part
+    # Bytes of the graph's constants by kind; see `qvla_export.graph.lowering.lower`.
     weight_bytes: Mapping[str, int]
     figures: GraphFigures
-    # Parameters and buffers of the policy that the stage reads.
+    # Parameters and buffers of the policy that the part reads.
     weights: tuple[str, ...]
 
 
-def write_stage(
+def write_part(
     policy: Policy,
-    stage: PolicyPart,
+    part: PolicyPart,
     layers: Mapping[str, nn.Module],
     plan: BitPlan | None,
     target: Target,
     folder: Path,
     graph: ir.Model | None = None,
-) -> ExportedStage:
-    """Write `<stage>.onnx`, `<stage>.onnx.data` and last, so that it vouches for them, a record.
+) -> ExportedPart:
+    """Write `<part>.onnx`, `<part>.onnx.data` and last, so that it vouches for them, a record.
 
     Args:
         policy: where the weights are read.
-        stage: one of its stages.
+        part: one of its parts.
         layers: its quantizable layers.
         plan: of the whole policy; None for float.
         target: what the graph is made for.
         folder: where to write.
-        graph: the stage's float graph, if it was traced before.
+        graph: the part's float graph, if it was traced before.
     """
-    graph = graph or export_stage(policy, stage, layers, target)
+    graph = graph or export_part(policy, part, layers, target)
     inside = [name for name in layer_nodes(graph) if plan is not None and name in plan.widths]
     own = None if plan is None or not inside else plan.restricted(inside)
-    path = folder / f"{stage.name}.onnx"
+    path = folder / f"{part.name}.onnx"
     with ExternalData(path) as data:
         model, weight_bytes = lower(graph, own, target, data.store)
         figures = measure_graph(model, own)
         name_nodes(model)
         model.metadata_props.pop(WEIGHTS_KEY, None)
         data.save(model)
-    exported = ExportedStage(
-        Part(stage.name, _specs(graph.graph.inputs), _specs(graph.graph.outputs)),
+    exported = ExportedPart(
+        Part(part.name, _specs(graph.graph.inputs), _specs(graph.graph.outputs)),
         weight_bytes,
         figures,
         policy_weights(graph),
     )
     files = {p.name: p.stat().st_size for p in (path, path.with_name(f"{path.name}.data"))}
-    write_json(_record(folder, stage.name), {**asdict(exported), "files": files})
+    record = {
+        "stage": asdict(exported.part),
+        "weight_bytes": dict(weight_bytes),
+        "figures": asdict(figures),
+        "weights": exported.weights,
+        "files": files,
+    }
+    write_json(_record(folder, part.name), record)
     return exported
 
 
-def kept_stage(folder: Path, name: str) -> ExportedStage | None:
-    """Return a stage that an interrupted export had finished; None if it had not."""
+def finished_part(folder: Path, name: str) -> ExportedPart | None:
+    """Return a part that an interrupted export had finished; None if it had not."""
     try:
-        value = read_json(_record(folder, name), "stage record")
+        value = read_json(_record(folder, name), "part record")
         whole = all((folder / n).stat().st_size == size for n, size in value["files"].items())
     except (ArtifactError, OSError, KeyError, TypeError):
         return None
     return _from_json(value) if whole else None
 
 
-def total_figures(stages: Iterable[ExportedStage]) -> GraphFigures:
+def total_figures(parts: Iterable[ExportedPart]) -> GraphFigures:
     """Return the figures of all graphs together."""
-    found = [asdict(stage.figures) for stage in stages]
+    found = [asdict(part.figures) for part in parts]
     return GraphFigures(**{name: sum(f[name] for f in found) for name in found[0]})
 
 
-def total_bytes(stages: Iterable[ExportedStage]) -> dict[str, int]:
-    """Return the bytes of all graphs' constants by part."""
+def total_bytes(parts: Iterable[ExportedPart]) -> dict[str, int]:
+    """Return the bytes of all graphs' constants by kind."""
     total: dict[str, int] = {}
-    for stage in stages:
-        for part, nbytes in stage.weight_bytes.items():
-            total[part] = total.get(part, 0) + nbytes
+    for part in parts:
+        for kind, nbytes in part.weight_bytes.items():
+            total[kind] = total.get(kind, 0) + nbytes
     return total
 
 
@@ -103,8 +110,8 @@ def _record(folder: Path, name: str) -> Path:
     return folder / f"{name}.json"
 
 
-def _from_json(value: Mapping[str, Any]) -> ExportedStage:
-    return ExportedStage(
+def _from_json(value: Mapping[str, Any]) -> ExportedPart:
+    return ExportedPart(
         part_from_json(value["stage"]),
         value["weight_bytes"],
         GraphFigures(**value["figures"]),

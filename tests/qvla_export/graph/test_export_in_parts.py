@@ -1,4 +1,4 @@
-"""A policy cut into stages, its weights left on disk: the same actions, and exports that resume."""
+"""A policy cut into parts, its weights left on disk: the same actions, and exports that resume."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.observation import Observation
 
 Observations = Callable[..., list[Observation]]
-STAGES = ["dino", "siglip", "projector", "decoder_00", "decoder_01", "head"]
+PARTS = ["dino", "siglip", "projector", "decoder_00", "decoder_01", "head"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def stored_policy(tiny_checkpoint: Path) -> OftPolicy:
 
 
 @pytest.fixture(scope="module")
-def staged_bundle(
+def bundle_in_parts(
     stored_policy: OftPolicy,
     tiny_observations: Observations,
     tmp_path_factory: pytest.TempPathFactory,
@@ -65,29 +65,31 @@ def test_weights_on_disk_make_the_same_policy(
             )
 
 
-def test_stages_are_those_of_the_whole(
-    staged_bundle: Bundle,
+def test_parts_are_those_of_the_whole(
+    bundle_in_parts: Bundle,
     tiny_policy: OftPolicy,
     tiny_observations: Observations,
     tmp_path: Path,
 ) -> None:
     observations = tiny_observations(3, seed=4)
     whole = make_bundle(tiny_policy, mixed_plan(tiny_policy), observations, tmp_path / "whole")
-    assert [stage.name for stage in staged_bundle.parts] == STAGES
-    assert [stage.name for stage in whole.parts] == ["policy"]
-    assert set(staged_bundle.inputs) == set(whole.inputs)
-    assert staged_bundle.outputs == whole.outputs
-    parts = ("2", "4", "8", "16", "scales")
-    assert [staged_bundle.weight_bytes[p] for p in parts] == [whole.weight_bytes[p] for p in parts]
-    assert staged_bundle.plan is not None and whole.plan is not None
+    assert [part.name for part in bundle_in_parts.parts] == PARTS
+    assert [part.name for part in whole.parts] == ["policy"]
+    assert set(bundle_in_parts.inputs) == set(whole.inputs)
+    assert bundle_in_parts.outputs == whole.outputs
+    kinds = ("2", "4", "8", "16", "scales")
+    assert [bundle_in_parts.weight_bytes[k] for k in kinds] == [
+        whole.weight_bytes[k] for k in kinds
+    ]
+    assert bundle_in_parts.plan is not None and whole.plan is not None
     for figure in ("matmuls", "order_gathers", "multiplications", "multiplications_removed"):
-        assert staged_bundle.plan["graph"][figure] == whole.plan["graph"][figure]
+        assert bundle_in_parts.plan["graph"][figure] == whole.plan["graph"][figure]
     np.testing.assert_allclose(
-        staged_bundle.golden().reference, whole.golden().reference, atol=1e-5
+        bundle_in_parts.golden().reference, whole.golden().reference, atol=1e-5
     )
 
 
-def test_staged_torch_rounds_activations_as_the_whole_does(
+def test_torch_in_parts_rounds_activations_as_the_whole_does(
     stored_policy: OftPolicy,
     tiny_policy: OftPolicy,
     tiny_observations: Observations,
@@ -112,9 +114,9 @@ def test_staged_torch_rounds_activations_as_the_whole_does(
 
 
 @pytest.mark.parametrize("keep_loaded", [True, False])
-def test_staged_engine_equals_torch(staged_bundle: Bundle, keep_loaded: bool) -> None:
-    golden = staged_bundle.golden()
-    with OrtEngine(staged_bundle, threads=1, keep_loaded=keep_loaded) as engine:
+def test_an_engine_of_parts_equals_torch(bundle_in_parts: Bundle, keep_loaded: bool) -> None:
+    golden = bundle_in_parts.golden()
+    with OrtEngine(bundle_in_parts, threads=1, keep_loaded=keep_loaded) as engine:
         actions = np.concatenate([engine.infer(feeds)["actions"] for feeds in golden.feeds])
     np.testing.assert_allclose(actions, golden.reference, atol=1e-4)
     assert np.abs(golden.reference - golden.full_precision).max() > 0.01
@@ -125,30 +127,30 @@ def test_staged_engine_equals_torch(staged_bundle: Bundle, keep_loaded: bool) ->
 class StopsAfter:
     """A progress callback that breaks off, as a user does."""
 
-    def __init__(self, stages: int) -> None:
-        self.stages = stages
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
 
     def __call__(self, done: int, total: int) -> None:
-        assert total == len(STAGES)
-        if done == self.stages:
+        assert total == len(PARTS)
+        if done == self.parts:
             raise KeyboardInterrupt
 
 
 def test_interrupted_export_goes_on(
     stored_policy: OftPolicy,
-    staged_bundle: Bundle,
+    bundle_in_parts: Bundle,
     tiny_observations: Observations,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     traced: list[str] = []
-    original = qvla_export.graph.export.write_stage
+    original = qvla_export.graph.export.write_part
 
-    def recorded(policy: OftPolicy, stage: Any, *rest: Any) -> Any:
-        traced.append(stage.name)
-        return original(policy, stage, *rest)
+    def recorded(policy: OftPolicy, part: Any, *rest: Any) -> Any:
+        traced.append(part.name)
+        return original(policy, part, *rest)
 
-    monkeypatch.setattr(qvla_export.graph.export, "write_stage", recorded)
+    monkeypatch.setattr(qvla_export.graph.export, "write_part", recorded)
     plan, observations = mixed_plan(stored_policy), tiny_observations(3, seed=4)
 
     def export(plan: Any = plan, **named: Any) -> Bundle:
@@ -164,27 +166,27 @@ def test_interrupted_export_goes_on(
 
     with pytest.raises(KeyboardInterrupt):
         export(on_progress=StopsAfter(2))
-    assert traced == STAGES[:2] and not (tmp_path / "b").exists()
-    # A half-written file of a finished stage is not trusted.
+    assert traced == PARTS[:2] and not (tmp_path / "b").exists()
+    # A half-written file of a finished part is not trusted.
     data = tmp_path / ".b.unfinished" / "siglip.onnx.data"
     data.write_bytes(data.read_bytes()[:-1])
     traced.clear()
     bundle = export()
-    assert traced == STAGES[1:]
+    assert traced == PARTS[1:]
     assert [entry.name for entry in tmp_path.iterdir()] == ["b"]
-    for stage in bundle.parts:
-        assert sha256_file(bundle.model_path(stage)) == sha256_file(staged_bundle.model_path(stage))
+    for part in bundle.parts:
+        assert sha256_file(bundle.model_path(part)) == sha256_file(bundle_in_parts.model_path(part))
     # What was begun for another plan is not used.
     with pytest.raises(KeyboardInterrupt):
         export(on_progress=StopsAfter(2))
     traced.clear()
     with pytest.raises(KeyboardInterrupt):
         export(mixed_plan(stored_policy, seed=1), on_progress=StopsAfter(1))
-    assert traced == STAGES[:1]
+    assert traced == PARTS[:1]
 
 
 def test_blocks_of_a_stage_may_be_any_number(tiny_policy: OftPolicy) -> None:
-    names = [stage.name for stage in tiny_policy.parts(layers_per_part=TINY_SIZE.depth)]
+    names = [part.name for part in tiny_policy.parts(layers_per_part=TINY_SIZE.depth)]
     assert names == ["dino", "siglip", "projector", "decoder", "head"]
     with pytest.raises(CheckpointError, match="at least 1"):
         tiny_policy.parts(layers_per_part=0)
