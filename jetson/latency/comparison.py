@@ -21,16 +21,21 @@ class LatencyRatio:
     name: str
     baseline: str
     span: str
-    ratio: float
-    # Bootstrap interval; see `qvla_export.shared.bootstrap`.
-    low: float
-    high: float
-    confidence: float
+    # The ratio with its bootstrap interval; see `qvla_export.shared.bootstrap`.
+    interval: Interval
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields; on disk the span is called a stage."""
-        fields = asdict(self)
-        return {"name": self.name, "baseline": self.baseline, "stage": fields.pop("span"), **fields}
+        value, low, high = self.interval.value, self.interval.low, self.interval.high
+        return {
+            "name": self.name,
+            "baseline": self.baseline,
+            "stage": self.span,
+            "ratio": value,
+            "low": low,
+            "high": high,
+            "confidence": self.interval.confidence,
+        }
 
 
 @dataclass(frozen=True)
@@ -126,17 +131,13 @@ def compare_profiles(
             f"of {sorted(counts)}; {REMEDY}"
         )
     ratios = [
-        LatencyRatio(other.name, baseline.name, span, found.value, *_ends(found))
+        LatencyRatio(other.name, baseline.name, span, interval)
         for other in others
         for span in ("total", "engine")
         if _comparable(other, baseline, span)
-        for found in [ratio_of_medians(other.samples_ms[span], baseline.samples_ms[span], True)]
+        for interval in [ratio_of_medians(other.samples_ms[span], baseline.samples_ms[span], True)]
     ]
     return LatencyComparison(tuple(profiles), tuple(ratios), deadline)
-
-
-def _ends(interval: Interval) -> tuple[float, float, float]:
-    return interval.low, interval.high, interval.confidence
 
 
 def _named(value: Mapping[str, Any], field_name: str) -> dict[str, Any]:

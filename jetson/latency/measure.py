@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -23,10 +23,22 @@ from qvla_export.shared.latency_statistics import Deadline
 from qvla_export.shared.observation import Observation
 
 # Called with (actions done, actions in all).
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
-class _Taken(NamedTuple):
+@dataclass(frozen=True)
+class ProfileSubject:
+    """A policy to be measured, and what its profile records beside the samples."""
+
+    # Measured in this process, or the URL of a `qvla serve`.
+    policy: ActionPolicy | str
+    # Loading time, where whoever opened the policy measured it.
+    load_ms: float | None = None
+    # How the engine runs (threads, weights); empty where nobody says.
+    conditions: str = ""
+
+
+class _Sample(NamedTuple):
     start_ns: int
     # Span -> milliseconds.
     timing_ms: Mapping[str, float]
@@ -71,13 +83,11 @@ class _OverHttp:
 
 
 def profile_latency(
-    policies: Mapping[str, ActionPolicy | str],
+    subjects: Mapping[str, ProfileSubject],
     observations: Sequence[Observation],
     warmup: int = 10,
     samples: int = 200,
-    progress: Progress | None = None,
-    load_ms: Mapping[str, float] | None = None,
-    conditions: Mapping[str, str] | None = None,
+    on_progress: OnProgress | None = None,
     deadline: Deadline | None = None,
 ) -> LatencyComparison:
     """Measure one or more policies, interleaved action by action; the first is the baseline.
@@ -86,44 +96,36 @@ def profile_latency(
     round, so that a slow moment of the machine hits all of them alike.
 
     Args:
-        policies: name -> policy measured in this process, or the URL of a `qvla serve`.
+        subjects: name -> policy.
         observations: sent in turn.
         warmup: rounds before the samples.
         samples: rounds measured.
-        progress: called after every action.
-        load_ms: name -> loading time, where the caller measured it.
-        conditions: name -> how the engine runs (threads, weights), for the record.
+        on_progress: called after every action.
         deadline: until when actions are wanted, for the record.
 
     Raises:
         QvlaError: there is nothing to measure, or an observation does not fit a policy.
         PolicyFailure: a policy failed; nothing is returned of a run with holes.
     """
-    if not policies or not observations or samples < 1 or warmup < 0:
+    if not subjects or not observations or samples < 1 or warmup < 0:
         raise QvlaError(
             f"profiling needs policies, observations, samples >= 1 and warmup >= 0; got "
-            f"{len(policies)}, {len(observations)}, {samples} and {warmup}"
+            f"{len(subjects)}, {len(observations)}, {samples} and {warmup}"
         )
     opened: list[RemotePolicy] = []
     try:
-        endpoints = {name: _endpoint(policy, opened) for name, policy in policies.items()}
+        endpoints = {name: _endpoint(s.policy, opened) for name, s in subjects.items()}
         before = ask_board()
-        taken = _measure(endpoints, observations, warmup + samples, progress)
-        after = ask_board()
+        taken = _measure(endpoints, observations, warmup + samples, on_progress)
+        boards = before, ask_board()
     finally:
         for remote in opened:
             remote.close()
-    loaded, said = load_ms or {}, conditions or {}
-    return compare_profiles(
-        [
-            replace(
-                _profile(name, endpoint, taken[name], warmup, loaded.get(name), (before, after)),
-                conditions=said.get(name, ""),
-            )
-            for name, endpoint in endpoints.items()
-        ],
-        deadline,
-    )
+    profiles = [
+        _profile(name, subjects[name], endpoint, taken[name], warmup, boards)
+        for name, endpoint in endpoints.items()
+    ]
+    return compare_profiles(profiles, deadline)
 
 
 def _endpoint(policy: ActionPolicy | str, opened: list[RemotePolicy]) -> _Endpoint:
@@ -137,46 +139,46 @@ def _measure(
     endpoints: Mapping[str, _Endpoint],
     observations: Sequence[Observation],
     rounds: int,
-    progress: Progress | None,
-) -> dict[str, list[_Taken]]:
+    on_progress: OnProgress | None,
+) -> dict[str, list[_Sample]]:
     """Return each endpoint's actions, one a round."""
     used = observations[:rounds]
     bodies = {
         name: [encode_request(observation, endpoint.contract) for observation in used]
         for name, endpoint in endpoints.items()
     }
-    taken: dict[str, list[_Taken]] = {name: [] for name in endpoints}
+    taken: dict[str, list[_Sample]] = {name: [] for name in endpoints}
     names = list(endpoints)
     for index in range(rounds):
         first = index % len(names)
         for name in names[first:] + names[:first]:
             body = bodies[name][index % len(used)]
             start_ns = time.perf_counter_ns()
-            taken[name].append(_Taken(start_ns, endpoints[name].request(body)))
-            if progress is not None:
-                progress(sum(map(len, taken.values())), rounds * len(names))
+            taken[name].append(_Sample(start_ns, endpoints[name].request(body)))
+            if on_progress is not None:
+                on_progress(sum(map(len, taken.values())), rounds * len(names))
     return taken
 
 
 def _profile(
     name: str,
+    subject: ProfileSubject,
     endpoint: _Endpoint,
-    taken: Sequence[_Taken],
+    taken: Sequence[_Sample],
     warmup: int,
-    load_ms: float | None,
     boards: tuple[BoardState, BoardState],
 ) -> LatencyProfile:
-    kept = taken[warmup:]
-    spans = dict.fromkeys(span for action in kept for span in action.timing_ms)
-    starts_ns = np.array([action.start_ns for action in kept])
+    measured = taken[warmup:]
+    spans = dict.fromkeys(span for action in measured for span in action.timing_ms)
+    starts_ns = np.array([action.start_ns for action in measured])
     return LatencyProfile(
         name=name,
         # A span that did not run in some action took no time there.
-        samples_ms={s: np.array([a.timing_ms.get(s, 0.0) for a in kept]) for s in spans},
+        samples_ms={s: np.array([a.timing_ms.get(s, 0.0) for a in measured]) for s in spans},
         started_ms=(starts_ns - starts_ns[0]) / 1e6,
         warmup=warmup,
         first_action_ms=taken[0].timing_ms["total"],
-        load_ms=load_ms,
+        load_ms=subject.load_ms,
         transport=endpoint.transport,
         bundle_digest=endpoint.contract.bundle_digest,
         target=endpoint.contract.target,
@@ -184,4 +186,5 @@ def _profile(
         versions=versions(),
         board_before=boards[0],
         board_after=boards[1],
+        conditions=subject.conditions,
     )

@@ -221,29 +221,24 @@ def _profile(
     on_progress: OnProgress,
 ) -> "LatencyComparison":
     from engines.load import load_engine
-    from jetson.latency.measure import profile_latency
+    from jetson.latency.measure import ProfileSubject, profile_latency
     from jetson.policy import EnginePolicy
     from jetson.server import open_server
     from jetson.server_settings import ServerSettings
 
-    policies: dict[str, Any] = {}
-    load_ms: dict[str, float] = {}
+    policies: dict[str, EnginePolicy] = {}
+    subjects: dict[str, ProfileSubject] = {}
     with ExitStack() as stack:
         for contender in contenders:
             start = time.perf_counter()
             engine = stack.enter_context(load_engine(contender.bundle, threads, contender.weights))
-            load_ms[contender.name] = (time.perf_counter() - start) * 1e3
-            policies[contender.name] = EnginePolicy(contender.bundle, engine)
+            load_ms = (time.perf_counter() - start) * 1e3
+            policy = policies[contender.name] = EnginePolicy(contender.bundle, engine)
+            subjects[contender.name] = ProfileSubject(policy, load_ms, contender.conditions)
         server = open_server(policies[served], ServerSettings(port=0), warmup=observations[0])
-        policies[f"{served} served"] = stack.enter_context(server)
-        return profile_latency(
-            policies,
-            observations,
-            samples=samples,
-            progress=bar(on_progress, "latency"),
-            load_ms=load_ms,
-            conditions={contender.name: contender.conditions for contender in contenders},
-        )
+        subjects[f"{served} served"] = ProfileSubject(stack.enter_context(server))
+        report = bar(on_progress, "latency")
+        return profile_latency(subjects, observations, samples=samples, on_progress=report)
 
 
 def _same_profiles(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from engines.layer_times import LayerTimes
     from jetson.latency.cold_start import ColdStart
     from jetson.latency.comparison import LatencyComparison
+    from jetson.latency.measure import ProfileSubject
     from qvla_export.shared.latency_statistics import Deadline
     from qvla_export.shared.observation import Observation
 
@@ -74,11 +75,21 @@ def profile_policies(
     Raises:
         QvlaError: the request is not possible, or a policy does not open or act.
     """
+    from jetson.latency.measure import profile_latency
+
     request.require_possible()
     with ExitStack() as stack:
-        policies, load_ms = _open_policies(request.sources, stack)
+        subjects = _open_policies(request.sources, stack)
+        policies = {name: subject.policy for name, subject in subjects.items()}
         observations = _observations(request.recording, policies)
-        comparison = _time_actions(request, policies, observations, load_ms, on_progress)
+        comparison = profile_latency(
+            subjects,
+            observations,
+            request.warmup,
+            request.samples,
+            bar(on_progress, "latency"),
+            request.deadline,
+        )
         if request.layer_passes:
             layers = _layer_times(policies, observations[0], request.layer_passes)
             comparison = replace(comparison, layers=layers)
@@ -92,18 +103,22 @@ def profile_policies(
 
 def _open_policies(
     sources: Sequence[PolicySource], stack: ExitStack
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return policies by place, closed with the stack, and the milliseconds each took to load."""
-    policies: dict[str, Any] = {}
-    load_ms: dict[str, float] = {}
+) -> "dict[str, ProfileSubject]":
+    """Return policies by place, closed with the stack, how they run and what loading took."""
+    from jetson.latency.measure import ProfileSubject
+
+    subjects: dict[str, ProfileSubject] = {}
     for source in sources:
         start = time.perf_counter()
-        policy = policies[source.place] = source()
-        load_ms[source.place] = (time.perf_counter() - start) * 1e3
+        policy: Any = source()
+        load_ms = (time.perf_counter() - start) * 1e3
+        threads = "all" if source.threads is None else source.threads
+        conditions = "" if source.kind == "server" else f"{threads} threads, {source.weights}"
+        subjects[source.place] = ProfileSubject(policy, load_ms, conditions)
         close = getattr(policy, "close", getattr(getattr(policy, "engine", None), "close", None))
         if close is not None:
             stack.callback(close)
-    return policies, load_ms
+    return subjects
 
 
 def _observations(recording: Path | None, policies: Mapping[str, Any]) -> "Sequence[Observation]":
@@ -114,33 +129,6 @@ def _observations(recording: Path | None, policies: Mapping[str, Any]) -> "Seque
     from jetson.recording.reader import Recording
 
     return Recording(recording).observations()
-
-
-def _time_actions(
-    request: ProfileRequest,
-    policies: Mapping[str, Any],
-    observations: "Sequence[Observation]",
-    load_ms: Mapping[str, float],
-    on_progress: OnProgress,
-) -> "LatencyComparison":
-    from jetson.latency.measure import profile_latency
-
-    conditions = {
-        source.place: f"{'all' if source.threads is None else source.threads} threads, "
-        f"{source.weights}"
-        for source in request.sources
-        if source.kind != "server"
-    }
-    return profile_latency(
-        policies,
-        observations,
-        request.warmup,
-        request.samples,
-        bar(on_progress, "latency"),
-        load_ms,
-        conditions,
-        request.deadline,
-    )
 
 
 def _layer_times(

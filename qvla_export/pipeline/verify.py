@@ -214,17 +214,16 @@ def _profile(
     load_ms: float,
     on_progress: OnProgress,
 ) -> dict[str, Any]:
-    from jetson.latency.measure import profile_latency
+    from jetson.latency.measure import ProfileSubject, profile_latency
     from jetson.policy import EnginePolicy
     from jetson.serving.policy_contract import contract_of
 
     policy, name = EnginePolicy(bundle, engine), bundle.path.resolve().name
+    conditions = f"{request.threads or 'all'} threads, {request.weights}"
     compared = profile_latency(
-        {name: policy},
+        {name: ProfileSubject(policy, load_ms, conditions)},
         held_out or [contract_of(policy).blank_observation()],
         samples=request.samples,
-        progress=bar(on_progress, "latency"),
-        load_ms={name: load_ms},
-        conditions={name: f"{request.threads or 'all'} threads, {request.weights}"},
+        on_progress=bar(on_progress, "latency"),
     )
     return compared.profiles[0].to_json()

@@ -13,7 +13,7 @@ from jetson.board import read_board_state
 from jetson.errors import PolicyFailure
 from jetson.latency.cold_start import ColdStart
 from jetson.latency.comparison import LatencyComparison, compare_profiles
-from jetson.latency.measure import profile_latency
+from jetson.latency.measure import ProfileSubject, profile_latency
 from jetson.latency.profile import LatencyProfile
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
@@ -67,14 +67,14 @@ def profile(name: str, total: Any, **changes: Any) -> LatencyProfile:
 
 def test_policies_take_turns_round_by_round() -> None:
     asked: list[tuple[str, int]] = []
-    policies = {name: TimedPolicy(name, [1.0] * 9, asked) for name in "abc"}
+    policies = {name: ProfileSubject(TimedPolicy(name, [1.0] * 9, asked)) for name in "abc"}
     done: list[tuple[int, int]] = []
     profile_latency(
         policies,
         [observation(1), observation(2)],
         warmup=1,
         samples=3,
-        progress=lambda now, all_: done.append((now, all_)),
+        on_progress=lambda now, all_: done.append((now, all_)),
     )
     assert [name for name, _ in asked] == list("abcbcacababc")
     assert [value for _, value in asked] == [1] * 3 + [2] * 3 + [1] * 3 + [2] * 3
@@ -83,7 +83,7 @@ def test_policies_take_turns_round_by_round() -> None:
 
 def test_warm_up_is_dropped_and_spans_are_the_servers() -> None:
     policy = TimedPolicy("q", [100.0, 50.0, 1.0, 2.0, 3.0, 4.0], [])
-    result = profile_latency({"q": policy}, [observation(1)], 2, 4, load_ms={"q": 750.0})
+    result = profile_latency({"q": ProfileSubject(policy, 750.0)}, [observation(1)], 2, 4)
     (measured,) = result.profiles
     assert list(measured.samples_ms) == ["decode", "preprocess", "engine", "encode", "total"]
     assert measured.samples_ms["engine"].tolist() == [1.0, 2.0, 3.0, 4.0]
@@ -99,8 +99,9 @@ def test_warm_up_is_dropped_and_spans_are_the_servers() -> None:
 
 def test_a_server_is_measured_over_its_own_socket() -> None:
     with open_server(TimedPolicy("q", [2.0] * 99, []), ServerSettings(port=0)) as url:
-        local = TimedPolicy("q", [2.0] * 99, [])
-        result = profile_latency({"local": local, "remote": url}, [observation(1)], 1, 10)
+        local = ProfileSubject(TimedPolicy("q", [2.0] * 99, []))
+        both = {"local": local, "remote": ProfileSubject(url)}
+        result = profile_latency(both, [observation(1)], 1, 10)
     remote = result.profiles[1]
     assert remote.transport == "http" and remote.samples_ms["transport"].min() >= 0
     assert remote.samples_ms["engine"].tolist() == [2.0] * 10
@@ -134,8 +135,9 @@ def test_the_ratio_cancels_noise_that_both_saw() -> None:
     slow = profile("float", 10 * noise)
     fast = profile("quantized", 4 * noise * generator.normal(1, 0.01, 300))
     (total, engine) = compare_profiles([slow, fast]).ratios
-    assert total.ratio == pytest.approx(0.4, rel=0.02)
-    assert total.low <= total.ratio <= total.high and total.high - total.low < 0.02
+    found = total.interval
+    assert found.value == pytest.approx(0.4, rel=0.02)
+    assert found.low <= found.value <= found.high and found.high - found.low < 0.02
     assert (engine.span, engine.baseline) == ("engine", "float")
 
 
@@ -241,15 +243,15 @@ def test_a_truncated_or_absent_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_failing_policy_ends_the_run() -> None:
     with pytest.raises(PolicyFailure, match="StopIteration"):
-        profile_latency({"q": TimedPolicy("q", [1.0], [])}, [observation(1)], 0, 2)
+        profile_latency({"q": ProfileSubject(TimedPolicy("q", [1.0], []))}, [observation(1)], 0, 2)
 
 
 @pytest.mark.parametrize(
-    "change", [{"policies": {}}, {"observations": []}, {"samples": 0}, {"warmup": -1}]
+    "change", [{"subjects": {}}, {"observations": []}, {"samples": 0}, {"warmup": -1}]
 )
 def test_nothing_to_measure_is_said(change: dict[str, Any]) -> None:
     given: dict[str, Any] = {
-        "policies": {"q": TimedPolicy("q", [1.0] * 9, [])},
+        "subjects": {"q": ProfileSubject(TimedPolicy("q", [1.0] * 9, []))},
         "observations": [observation(1)],
         "samples": 1,
         "warmup": 0,
@@ -262,5 +264,6 @@ def test_observations_of_another_policy_are_refused_before_anything_runs() -> No
     asked: list[tuple[str, int]] = []
     other = Observation({"top": np.zeros((4, 4, 3), np.uint8)}, "push")
     with pytest.raises(InvalidObservation, match="missing"):
-        profile_latency({"q": TimedPolicy("q", [1.0] * 9, asked)}, [observation(1), other], 0, 2)
+        subject = ProfileSubject(TimedPolicy("q", [1.0] * 9, asked))
+        profile_latency({"q": subject}, [observation(1), other], 0, 2)
     assert not asked

@@ -10,7 +10,7 @@ import requests
 from engines.load import load_engine
 from engines.targets import find_target
 from jetson.clients.http_client import RemotePolicy
-from jetson.latency.measure import profile_latency
+from jetson.latency.measure import ProfileSubject, profile_latency
 from jetson.policy import EnginePolicy
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
@@ -81,7 +81,8 @@ def test_a_remote_policy_is_the_policy(
 def test_a_bundle_is_profiled_span_by_span(
     served: EnginePolicy, tiny_observations: Callable[..., list[Observation]]
 ) -> None:
-    result = profile_latency({"a": served, "b": served}, tiny_observations(3), 2, 12)
+    subject = ProfileSubject(served)
+    result = profile_latency({"a": subject, "b": subject}, tiny_observations(3), 2, 12)
     (profile, _) = result.profiles
     assert list(profile.samples_ms) == [
         *("decode", "preprocess", "engine", "engine.policy", "postprocess", "encode"),
