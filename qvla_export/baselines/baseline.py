@@ -100,6 +100,12 @@ class Baseline:
     seconds: float = 0.0
     made_with: Mapping[str, str] = field(default_factory=versions)
 
+    def __repr__(self) -> str:
+        return (
+            f"<Baseline {self.request.setting}: {len(self.layers)} layers, "
+            f"{self.weight_bytes:,} bytes, policy {self.policy_digest[:8]}>"
+        )
+
     @property
     def weight_bytes(self) -> int:
         """Packed codes, scales and input scales of all layers."""

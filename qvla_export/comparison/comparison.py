@@ -25,7 +25,7 @@ class Ranks:
     # Observations of either; of one decision, and along episodes.
     observations: tuple[int, int]
     # Layer, channel, single-step and cumulative sensitivity.
-    channels: tuple[tuple[str, int, float, float], ...]
+    channels: tuple[tuple[str, int, float, float], ...] = field(repr=False)
     spearman: float
     # Share of the channels whose two ranks differ by at most a tenth of their number.
     near_diagonal: float
@@ -50,6 +50,13 @@ class Comparison:
     channels: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     ranks: Ranks | None = None
     made_with: Mapping[str, str] = field(default_factory=versions)
+
+    def __repr__(self) -> str:
+        seeds = max((len(row.seeds) for row in self.rows), default=0)
+        return (
+            f"<Comparison: {len(self.rows)} contestants, {seeds} seeds, "
+            f"policy {self.policy_digest[:8]}>"
+        )
 
     def row(self, name: str) -> Row | None:
         """Return a contestant's row, if it is in."""

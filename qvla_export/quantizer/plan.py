@@ -17,6 +17,7 @@ from qvla_export.quantizer.layer_shapes import LayerShapes, shape_problem
 from qvla_export.quantizer.packed_storage import require_zero_points_of, stored_bytes
 from qvla_export.quantizer.quantize import QuantizerSpec, spec_for
 from qvla_export.quantizer.rounding import Rounding
+from qvla_export.quantizer.width_table import width_table
 from qvla_export.shared.artifacts import read_json, require_fields, stated, versions, write_json
 from qvla_export.shared.errors import ArtifactError, PlanMismatch, QvlaError
 from qvla_export.shared.target import WIDTHS, Container, Target
@@ -83,6 +84,29 @@ class BitPlan:
                     f"widths must be among {sorted(available)} on target {self.target!r}, "
                     f"got {unknown} in {name}"
                 )
+
+    def __repr__(self) -> str:
+        return f"<BitPlan: {self._summary}, digest {self.digest[:8]}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: each module's channels by width, and the provenance."""
+        provenance = {
+            "budget": self.budget,
+            "policy": self.policy_digest,
+            "sensitivities": self.sensitivities_digest or "none",
+            "calibration set": self.calibration_digest or "none",
+            "made with": ", ".join(f"{name} {text}" for name, text in self.made_with.items()),
+        }
+        return width_table(f"Plan: {self._summary}", self.widths, provenance)
+
+    @property
+    def _summary(self) -> str:
+        channels = sum(len(widths) for widths in self.widths.values())
+        return (
+            f"{channels:,} channels in {len(self.widths)} layers, "
+            f"{self.mean_bits_per_channel:.2f} bits per channel, {self.weight_bytes:,} bytes "
+            f"({self.ratio:.1%} of float16) on {self.target}"
+        )
 
     @property
     def mean_bits_per_channel(self) -> float:

@@ -34,7 +34,7 @@ _POINTS = 300
 
 def draw_modules(sensitivities: Sensitivities) -> str:
     """Dots: sum over each module's channels, by width (Fig. 1a of the paper)."""
-    modules = _module_sums(sensitivities)
+    modules = sensitivities.module_sums()
     names = sorted(modules, key=lambda name: float(modules[name].max()))
     figure = new_figure(0.95 + 0.3 * len(names))
     axes = figure.subplots()
@@ -182,16 +182,6 @@ def _rectangles(
     corners = np.stack([left, low, right, low, right, high, left, high, left, low], axis=1)
     codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(left)
     return Path(corners.reshape(-1, 2), codes)
-
-
-def _module_sums(sensitivities: Sensitivities) -> dict[str, NDArray[np.float64]]:
-    """Module -> sum over its channels at each width.  float64 [widths]"""
-    sums: dict[str, NDArray[np.float64]] = {}
-    for layer, values in sensitivities.values.items():
-        name = module_of(layer)
-        total = values.sum(axis=1, dtype=np.float64)
-        sums[name] = sums[name] + total if name in sums else total
-    return sums
 
 
 def _module_channels(sensitivities: Sensitivities, bits: int) -> dict[str, NDArray[np.float32]]:

@@ -41,6 +41,12 @@ class Agreement:
     # That drew the pairs.
     seed: int = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"<Agreement: Spearman {self.spearman:.4f} on {len(self.pairs):,} pairs, "
+            f"{self.samples} observations, sensitivities {self.sensitivities_digest[:8]}>"
+        )
+
     @property
     def time_ratio(self) -> float:
         """First-order time as a share of the exact time of all channels and widths."""

@@ -45,7 +45,7 @@ class EstimatorScore:
     # By which resident memory rose at its peak; None where the system does not tell.
     peak_bytes: int | None
     # Of each pair.
-    values: Sequence[float]
+    values: Sequence[float] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,13 @@ class EstimatorComparison:
     figures: Sequence[EstimatorScore] = ()
     official: OfficialTime | None = None
     made_with: Mapping[str, str] = field(default_factory=versions)
+
+    def __repr__(self) -> str:
+        names = ", ".join(score.name for score in self.figures) or "no estimators yet"
+        return (
+            f"<EstimatorComparison: {names} on {len(self.pairs):,} of {self.pairs_in_all:,} pairs, "
+            f"policy {str(self.asked.get('policy_digest'))[:8]}>"
+        )
 
     def of(self, name: str) -> EstimatorScore | None:
         """Return the figures of an estimator, if it is in."""

@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.measurement.standard_error import StandardError
+from qvla_export.quantizer.layer_names import module_of
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.shared.artifacts import require_fields, versions
 from qvla_export.shared.errors import ArtifactError, QvlaError
+from qvla_export.shared.html_table import html_table
 from qvla_export.shared.target import WIDTHS
 from qvla_export.shared.tensor_files import TensorArtifact, Tensors, read_tensor_file
 
@@ -81,6 +83,48 @@ class Sensitivities(TensorArtifact):
                 )
             if not np.isfinite(values).all() or (values < 0).any():
                 raise QvlaError(f"{name}: sensitivities must be finite and not negative")
+
+    def __repr__(self) -> str:
+        return f"<Sensitivities: {self._summary}, digest {self.digest[:8]}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: each module's sum at every width, and the provenance."""
+        columns = ("Module", *(f"{bits} bits" for bits in self.widths))
+        rows = [
+            (module, *(f"{total:.3g}" for total in sums.tolist()))
+            for module, sums in self.module_sums().items()
+        ]
+        provenance = {
+            "policy": self.policy_digest,
+            "calibration set": self.calibration_digest,
+            "made with": ", ".join(f"{name} {text}" for name, text in self.made_with.items()),
+        }
+        return html_table(f"Sensitivities: {self._summary}", columns, rows, provenance)
+
+    @property
+    def channels(self) -> int:
+        """Return the number of channels of all layers."""
+        return sum(values.shape[1] for values in self.values.values())
+
+    @property
+    def _summary(self) -> str:
+        return (
+            f"{self.channels:,} channels in {len(self.values)} layers at "
+            f"{', '.join(map(str, self.widths))} bits, {self.method}, {self.samples} observations"
+        )
+
+    def module_sums(self) -> dict[str, NDArray[np.float64]]:
+        """Return the sum over each module's channels at every width.
+
+        Returns:
+            Name of the module, as `layer_names.module_of` has it -> float64 [widths]
+        """
+        sums: dict[str, NDArray[np.float64]] = {}
+        for layer, values in self.values.items():
+            name = module_of(layer)
+            total = values.sum(axis=1, dtype=np.float64)
+            sums[name] = sums[name] + total if name in sums else total
+        return sums
 
     def at(self, layer: str, bits: int) -> NDArray[np.float32]:
         """Return a layer's sensitivities at one width.  float32 [channels]
