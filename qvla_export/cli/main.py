@@ -26,7 +26,7 @@ def main() -> None:
     for noisy in ("httpx", "OpenGL", "torch", "onnxscript", "onnx_ir", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        app()
+        app(prog_name="qvla")
     except (QvlaError, OSError) as error:
         # A library's message may have several lines; scripts and logs want one.
         _say(f"error: {_speaker()}{' '.join(str(error).split())}", "red")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from qvla_export.pipeline.progress import OnProgress, Progress
+from qvla_export.pipeline.progress import OnProgress, Progress, ignore
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -18,8 +18,11 @@ _REPEAT_S = 30.0
 
 
 @contextmanager
-def progress_shown(console: Console | None = None) -> Iterator[OnProgress]:
-    """Yield a listener that draws on stderr until the block ends."""
+def progress_shown(console: Console | None = None, silent: bool = False) -> Iterator[OnProgress]:
+    """Yield a listener that draws on stderr until the block ends; `silent` draws nothing."""
+    if silent:
+        yield ignore
+        return
     where = console or Console(stderr=True, highlight=False, soft_wrap=True)
     if not where.is_terminal:
         yield _Lines(where.print).hear

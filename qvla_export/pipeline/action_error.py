@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qvla_export.pipeline.reuse import kept_artifact
+from qvla_export.pipeline.run_folder import load_if_current
 from qvla_export.shared.artifacts import read_json, require_fields, write_json
 from qvla_export.shared.errors import ArtifactError
 
@@ -126,7 +126,7 @@ def held_out_error(
 
 def load_error_if_current(path: Path, subject: ErrorSubject) -> HeldOutError | None:
     """Load the error measured on this very subject, if the file holds it."""
-    kept = kept_artifact(path, HeldOutError.load)
+    kept = load_if_current(path, HeldOutError.load)
     return kept if kept is not None and kept.subject == subject else None
 
 

@@ -10,11 +10,10 @@ from qvla_export.pipeline.action_error import (
     held_out_error,
     load_error_if_current,
 )
-from qvla_export.pipeline.plan import require_calibration
+from qvla_export.pipeline.calibrate import load_calibration, require_calibration
 from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
 from qvla_export.pipeline.progress import OnProgress, Progress, bar, ignore
-from qvla_export.pipeline.reuse import kept_artifact
-from qvla_export.pipeline.run_folder import RunFolder, made
+from qvla_export.pipeline.run_folder import RunFolder, load_if_current, require_artifact
 from qvla_export.shared.target import Target
 
 if TYPE_CHECKING:
@@ -130,14 +129,13 @@ def quantize(
     Raises:
         QvlaError: the environment or its library is missing, or the library failed.
     """
-    from calibration.calibration_set import CalibrationSet
     from qvla_export.baselines.baseline import Baseline
     from qvla_export.baselines.environment import BaselineJob
     from qvla_export.baselines.results import baseline_paths
 
-    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    calibration = load_calibration(run)
     path = baseline_paths(run.root, request.setting).baseline
-    kept = kept_artifact(path, Baseline.load)
+    kept = load_if_current(path, Baseline.load)
     if kept is not None and (
         (kept.request, kept.policy_digest, kept.calibration_digest)
         == (request, policy.digest, calibration.digest)
@@ -166,7 +164,7 @@ def load_baseline(run: RunFolder, setting: str) -> "Baseline":
     from qvla_export.baselines.baseline import Baseline
     from qvla_export.baselines.results import baseline_paths
 
-    return Baseline.load(made(baseline_paths(run.root, setting).baseline, "baseline"))
+    return Baseline.load(require_artifact(baseline_paths(run.root, setting).baseline, "baseline"))
 
 
 def action_error(run: RunFolder, baseline: "Baseline", policy: "Policy") -> HeldOutError:
@@ -175,7 +173,6 @@ def action_error(run: RunFolder, baseline: "Baseline", policy: "Policy") -> Held
     Raises:
         ArtifactMismatch: the baseline was made from another calibration set.
     """
-    from calibration.calibration_set import CalibrationSet
     from engines.drift import action_drift
     from qvla_export.baselines.applied import baseline_applied
     from qvla_export.baselines.results import baseline_paths
@@ -183,7 +180,7 @@ def action_error(run: RunFolder, baseline: "Baseline", policy: "Policy") -> Held
 
     setting = baseline.request.setting
     path = baseline_paths(run.root, setting).action_error
-    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    calibration = load_calibration(run)
     require_calibration(calibration, baseline.calibration_digest, "baseline")
     subject = ErrorSubject(setting, "baseline", baseline.digest, calibration.digest, "torch")
     kept = load_error_if_current(path, subject)
@@ -218,7 +215,7 @@ def rollouts(
     from qvla_export.baselines.results import baseline_paths
 
     paths = baseline_paths(run.root, baseline.request.setting)
-    kept = kept_artifact(paths.evaluation, load_evaluation)
+    kept = load_if_current(paths.evaluation, load_evaluation)
     if kept is not None and (kept.digest, kept.config) == (baseline.digest, config):
         return kept
     single = replace(source, threads=1)

@@ -1,13 +1,98 @@
 """The step that draws the calibration set, from a data set or the simulator."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qvla_export.pipeline.progress import OnProgress, Progress, finish, ignore
+from qvla_export.pipeline.run_folder import RunFolder, load_if_current, require_artifact
+from qvla_export.shared.artifacts import require_same
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
+    from calibration.calibration_set import CalibrationSet
+    from calibration.sources.base import DataSource
     from calibration.sources.lerobot import LeRobotDataset
+
+_WORK = "calibration"
+_MEASURE_AGAIN = "Measure and plan again on this set: qvla sensitivities, qvla plan."
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """Which observations to draw."""
+
+    # None for the simulator, whose tasks follow.
+    dataset: "DataSource | None" = None
+    # Names of Meta-World tasks.
+    tasks: tuple[str, ...] = ()
+    # Observations to measure on and to judge by.
+    count: int = 64
+    held_out: int = 64
+    seed: int = 0
+    # Observations of one episode; None for the usual two.
+    frames_per_episode: int | None = None
+
+
+def calibrate(
+    run: RunFolder, request: CalibrationRequest, on_progress: OnProgress = ignore
+) -> "CalibrationSet":
+    """Draw the calibration set of a run, or keep the one that was drawn in the same way.
+
+    Raises:
+        QvlaError: the source lacks a column, a task or enough episodes.
+    """
+    from calibration.calibration_set import (
+        FRAMES_PER_EPISODE,
+        CalibrationSet,
+        sample_dataset,
+        sample_simulator,
+    )
+
+    how = (request.count, request.held_out, request.seed)
+    source: dict[str, Any] = dict(zip(("count", "held_out", "seed"), how, strict=True))
+    dataset, tasks = request.dataset, list(request.tasks)
+    source |= {"simulator": tasks} if dataset is None else dataset.identity()
+    frames = request.frames_per_episode or FRAMES_PER_EPISODE
+    if frames != FRAMES_PER_EPISODE:
+        source["frames_per_episode"] = frames
+    drawn = load_if_current(
+        run.calibration, CalibrationSet.load, lambda old: dict(old.source) == source
+    )
+    finished = drawn is not None
+    if drawn is None:
+        on_progress(Progress(_WORK))
+        if dataset is not None:
+            drawn = sample_dataset(dataset, *how, frames)
+        else:
+            drawn = sample_simulator(tasks, *how, frames)
+        drawn.save(run.calibration)
+        drawn = CalibrationSet.load(run.calibration)
+    finish(on_progress, _WORK, finished)
+    return drawn
+
+
+def load_calibration(run: RunFolder) -> "CalibrationSet":
+    """Read a run's calibration set.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    from calibration.calibration_set import CalibrationSet
+
+    return CalibrationSet.load(require_artifact(run.calibration, "calibrate"))
+
+
+def require_calibration(calibration: "CalibrationSet", digest: str, what: str) -> None:
+    """Refuse a calibration set that sensitivities or a plan were not made from.
+
+    Held-out observations of another set may be the very ones the plan was fitted to.
+
+    Raises:
+        ArtifactMismatch: naming both digests.
+    """
+    require_same(f"{what} and calibration set", digest, calibration.digest, _MEASURE_AGAIN)
 
 
 def chosen_tasks(names: str | None) -> tuple[str, ...]:

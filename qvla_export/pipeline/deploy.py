@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline import evaluate as judging
-from qvla_export.pipeline import moments as compensating
-from qvla_export.pipeline import plan as stages
+from qvla_export.pipeline.activations import activations
 from qvla_export.pipeline.build import build_bundle
+from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate, load_calibration
 from qvla_export.pipeline.export import export
+from qvla_export.pipeline.plan import plan
 from qvla_export.pipeline.policy_source import PolicySource
-from qvla_export.pipeline.progress import NumberedSteps, OnProgress, ignore
+from qvla_export.pipeline.progress import NumberedSteps, OnProgress, finish, ignore
+from qvla_export.pipeline.round import round_setting
 from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.pipeline.sensitivities import SensitivityRequest, agreement, sensitivities
 from qvla_export.shared.artifacts import read_json, versions, write_json
 from qvla_export.shared.errors import InvalidObservation
 
 if TYPE_CHECKING:
-    from calibration.sources.lerobot import LeRobotDataset
+    from calibration.benchmarks.evaluation import RolloutConfig
     from qvla_export.policies.base import Policy
     from qvla_export.sensitivity.agreement import Agreement
 
@@ -34,13 +37,10 @@ class Deployment:
     source: PolicySource
     settings: tuple[Setting, ...]
     target: str = "cpu"
-    # None for the simulator, whose tasks follow.
-    dataset: "LeRobotDataset | None" = None
+    # What is measured on and judged by; None for the calibration set that is in the run already.
+    calibration: CalibrationRequest | None = None
+    # Meta-World tasks of simulated episodes, and episodes of each and of each setting; 0 for none.
     tasks: tuple[str, ...] = ()
-    # Observations to measure on and to judge by.
-    count: int = 64
-    held_out: int = 64
-    # Simulated episodes of each task and setting; 0 for none.
     episodes: int = 0
     # (channel, width) pairs compared with exact measurement; 0 for none.
     check_pairs: int = 500
@@ -120,14 +120,14 @@ def deploy(
     steps = NumberedSteps(on_progress, _count_steps(request, native))
     compared = _measure(request, policy, steps)
     for setting in request.settings:
-        with steps.next(f"{setting.name}: plan, bundle, engine, action error"):
-            _deploy_setting(request, setting, policy)
+        with steps.next(f"{setting.name}: plan, bundle, engine, action error") as hear:
+            _deploy_setting(request, setting, policy, hear)
     if native:
-        with steps.next("latency, in process and served over HTTP"):
-            judging.latency(run, request.settings, request.samples, request.threads)
+        with steps.next("latency, in process and served over HTTP") as hear:
+            judging.latency(run, request.settings, request.samples, request.threads, hear)
     if request.episodes:
-        with steps.next("episodes in the simulator"):
-            _run_episodes(request)
+        with steps.next("episodes in the simulator") as hear:
+            _run_episodes(request, hear)
     with steps.next("report"):
         from qvla_export.report.page import write_report
 
@@ -145,43 +145,45 @@ def _measure(request: Deployment, policy: "Policy", steps: NumberedSteps) -> "Ag
     """Draw the calibration set and measure on it all that plans need."""
     from engines.targets import find_target
     from qvla_export.report.run_data import estimators_of
-    from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
 
     run, compared = request.run, None
-    with steps.next("calibration"):
-        stages.calibrate(
-            run, request.dataset, request.tasks, request.count, request.held_out, request.seed
-        )
+    with steps.next("calibration") as hear:
+        if request.calibration is None:
+            load_calibration(run)
+            finish(hear, "calibration", kept=True)
+        else:
+            calibrate(run, request.calibration, hear)
         _describe(request, policy)
-    with steps.next("sensitivities of every channel and width"):
+    with steps.next("sensitivities of every channel and width") as hear:
         target = find_target(request.target, request.zero_points)
-        compensated = request.quantizer == "compensated"
-        how = (target, FirstOrderEstimator(), request.seed)
-        measured = stages.sensitivities(run, policy, *how, compensated=compensated)
+        how = SensitivityRequest(quantizer=request.quantizer, seed=request.seed)
+        measured = sensitivities(run, policy, target, how, on_progress=hear)
         estimators_of(run.root, measured)  # what the report would refuse at the end
     if request.check_pairs:
-        with steps.next("agreement with exact measurement"):
-            compared = stages.agreement(run, policy, request.check_pairs, request.seed)
+        with steps.next("agreement with exact measurement") as hear:
+            compared = agreement(run, policy, request.check_pairs, request.seed, hear)
     if any(setting.activation_bits for setting in request.settings):
-        with steps.next("activations of every layer"):
-            stages.activations(run, policy)
+        with steps.next("activations of every layer") as hear:
+            activations(run, policy, on_progress=hear)
     return compared
 
 
-def _deploy_setting(request: Deployment, setting: Setting, policy: "Policy") -> None:
+def _deploy_setting(
+    request: Deployment, setting: Setting, policy: "Policy", on_progress: OnProgress
+) -> None:
     from engines.check.bundle import check_bundle
     from engines.check.finding import require_no_errors
     from engines.load import runtime_here
     from engines.targets import find_target
 
     run, target = request.run, find_target(request.target)
-    stages.plan(run, setting, target, policy.digest)
-    compensating.rounded(run, setting, policy)
-    bundle = export(run, setting, policy, target)
+    plan(run, setting, target, policy.digest)
+    round_setting(run, setting, policy, on_progress)
+    bundle = export(run, setting, policy, target, on_progress=on_progress)
     require_no_errors(check_bundle(bundle, target))
     native = runtime_here(target) == target.runtime
     if target.runtime == "tensorrt_rtx" or (native and target.runtime == "tensorrt"):
-        build_bundle(bundle)
+        build_bundle(bundle, on_progress=on_progress)
     judging.action_error(run, setting, policy)
 
 
@@ -190,15 +192,16 @@ def _check_inputs(request: Deployment, policy: "Policy") -> None:
     from calibration.benchmarks.metaworld.simulator import Simulator
     from calibration.benchmarks.metaworld.tasks import find_task
 
-    if request.dataset is not None:
+    data = None if request.calibration is None else request.calibration.dataset
+    if data is not None:
         try:
-            policy.processor.feeds(request.dataset[0].observation)
+            policy.processor.feeds(data.frame(0, 0).observation)
         except InvalidObservation as error:
             raise InvalidObservation(
-                f"{request.dataset.root}: {error}; name the data set's columns with "
+                f"{data.root}: {error}; name the data set's columns with "
                 "--camera NAME=COLUMN and --state-column"
             ) from error
-    if request.dataset is None or request.episodes:
+    if request.tasks:
         with Simulator(find_task(request.tasks[0])) as simulator:
             observation = simulator.reset(0)
         try:
@@ -209,17 +212,24 @@ def _check_inputs(request: Deployment, policy: "Policy") -> None:
             ) from error
 
 
-def _run_episodes(request: Deployment) -> None:
+def _run_episodes(request: Deployment, on_progress: OnProgress) -> None:
     from calibration.benchmarks.evaluation import CONTROLS, RolloutConfig
 
     base = RolloutConfig(request.tasks, request.episodes)
     for setting in request.settings:
-        judging.rollouts(request.run, setting, base, request.source, request.workers)
+        _roll_out(request, setting, base, on_progress)
     floats = [setting for setting in request.settings if setting.kind == "float"]
     first = [*floats, *request.settings][0]
     for control in CONTROLS[1:]:
         config = RolloutConfig(request.tasks, request.episodes, control=control)
-        judging.rollouts(request.run, first, config, request.source, request.workers)
+        _roll_out(request, first, config, on_progress)
+
+
+def _roll_out(
+    request: Deployment, setting: Setting, config: "RolloutConfig", on_progress: OnProgress
+) -> None:
+    run, source, workers = request.run, request.source, request.workers
+    judging.rollouts(run, setting, config, source, workers, on_progress)
 
 
 def _describe(request: Deployment, policy: "Policy") -> None:

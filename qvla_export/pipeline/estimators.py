@@ -4,10 +4,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvla_export.pipeline.plan import question
 from qvla_export.pipeline.progress import OnProgress, bar, ignore
-from qvla_export.pipeline.reuse import kept_artifact
-from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.pipeline.run_folder import RunFolder, load_if_current
+from qvla_export.pipeline.sensitivities import new_question
 from qvla_export.sensitivity.estimator_comparison import (
     EXACT,
     EstimatorComparison,
@@ -61,7 +60,7 @@ class EstimatorRequest:
         Raises:
             ArtifactError: the run has no calibration set.
         """
-        whole = question(self.run, self.policy, self.target, self.seed)
+        whole = new_question(self.run, self.policy, self.target, self.seed)
         first = whole.observations[: self.observations]
         # Whole episodes may not be left.
         lengths = whole.episode_lengths if len(first) == len(whole.observations) else ()
@@ -78,7 +77,7 @@ class EstimatorRequest:
                 "cumulative estimators need --episodes, a run folder made with: "
                 "qvla calibrate --frames-per-episode 16"
             )
-        return question(RunFolder(self.episodes), self.policy, self.target, self.seed)
+        return new_question(RunFolder(self.episodes), self.policy, self.target, self.seed)
 
 
 def compare_estimators(
@@ -114,7 +113,7 @@ def compare_estimators(
 
 def _load_same(empty: EstimatorComparison, output: Path) -> EstimatorComparison:
     """Return what an earlier run did of the same comparison, or the one without figures."""
-    kept = kept_artifact(output, EstimatorComparison.load)
+    kept = load_if_current(output, EstimatorComparison.load)
     # Files written before a bound was removed name it; null bounded nothing.
     options = {**empty.asked["options"], "max_standard_error": None}
     same = (empty.asked, {**empty.asked, "options": options})

@@ -14,11 +14,11 @@ from qvla_export.pipeline.action_error import (
     held_out_error,
     load_error_if_current,
 )
-from qvla_export.pipeline.plan import load_plan, require_calibration
+from qvla_export.pipeline.calibrate import load_calibration, require_calibration
+from qvla_export.pipeline.plan import load_plan
 from qvla_export.pipeline.policy_source import PolicySource
-from qvla_export.pipeline.progress import OnProgress, bar, ignore
-from qvla_export.pipeline.reuse import kept_artifact
-from qvla_export.pipeline.run_folder import RunFolder, made
+from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
+from qvla_export.pipeline.run_folder import RunFolder, load_if_current, require_artifact
 from qvla_export.pipeline.verify import held_out_reference
 from qvla_export.shared.artifacts import require_same
 
@@ -71,13 +71,12 @@ def action_error(run: RunFolder, setting: Setting, policy: "Policy") -> HeldOutE
         VerificationError: the engine's drift from torch with the same fake-quantized weights
             exceeds a threshold, see `engines.thresholds`.
     """
-    from calibration.calibration_set import CalibrationSet
     from engines.load import load_engine, runtime_here
     from engines.targets import find_target
     from engines.verify import verify
 
     bundle, path = load_bundle(run, setting), run.action_error(setting)
-    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    calibration = load_calibration(run)
     plan = load_plan(run, setting)
     require_same("bundle and policy", bundle.policy_digest, policy.digest, "Export it again.")
     if plan is not None and plan.calibration_digest is not None:
@@ -120,12 +119,14 @@ def rollouts(
 
     path = run.evaluation(setting) if config.control == "none" else run.control(config.control)
     bundle = load_bundle(run, setting)
-    kept = kept_artifact(path, load_evaluation)
+    name = setting.name if config.control == "none" else f"{setting.name}, {config.control}"
+    work = f"rollouts, {name}"
+    kept = load_if_current(path, load_evaluation)
     if kept is not None and (kept.digest, kept.config) == (bundle.digest, config.runnable()):
         # A kill between writing the result and removing its journal leaves the journal.
         path.with_name(path.name + ".partial").unlink(missing_ok=True)
+        finish(on_progress, work, kept=True)
         return kept
-    name = setting.name if config.control == "none" else f"{setting.name}, {config.control}"
     runtime = runtime_here(find_target(bundle.target))
     job = RolloutJob(
         name,
@@ -135,7 +136,9 @@ def rollouts(
         reference=None if config.control != "none" else source,
         reference_digest=bundle.policy_digest,
     )
-    return evaluate(job, path, workers, bar(on_progress, f"rollouts, {name}"))
+    evaluation = evaluate(job, path, workers, bar(on_progress, work))
+    finish(on_progress, work, kept=False)
+    return evaluation
 
 
 @dataclass(frozen=True)
@@ -170,19 +173,20 @@ def latency(
     Raises:
         ArtifactError: a bundle or the calibration set is missing or damaged.
     """
-    from calibration.calibration_set import CalibrationSet
     from jetson.latency.comparison import LatencyComparison
 
     contenders = _contenders(run, settings, threads)
     # Baselines are not what one would serve, unless there is nothing else.
     names = [setting.name for setting in settings]
     served = [*names, *(s.name for s in settings if s.kind != "uniform")][-1]
-    kept = kept_artifact(run.latency, LatencyComparison.load)
+    kept = load_if_current(run.latency, LatencyComparison.load)
     if kept is not None and _same_profiles(kept, contenders, served, samples):
+        finish(on_progress, "latency", kept=True)
         return kept
-    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    calibration = load_calibration(run)
     comparison = _profile(contenders, served, calibration.held_out, samples, threads, on_progress)
     comparison.save(run.latency)
+    finish(on_progress, "latency", kept=False)
     return comparison
 
 
@@ -194,7 +198,7 @@ def load_bundle(run: RunFolder, setting: Setting) -> "Bundle":
     """
     from qvla_export.shared.bundle import Bundle
 
-    return Bundle.load(made(run.bundle(setting), f"export --setting {setting.name}"))
+    return Bundle.load(require_artifact(run.bundle(setting), f"export --setting {setting.name}"))
 
 
 def _contenders(

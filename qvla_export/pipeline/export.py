@@ -1,16 +1,16 @@
-"""The stage that exports bundles, and keeps those that are up to date."""
+"""The step that exports bundles, and keeps those that are up to date."""
 
 import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import Progress
 
 from qvla_export.allocation.setting import Setting
-from qvla_export.pipeline.moments import attached
-from qvla_export.pipeline.plan import bar, kept_artifact, load_plan, require_calibration
-from qvla_export.pipeline.run_folder import RunFolder, made
+from qvla_export.pipeline.calibrate import load_calibration, require_calibration
+from qvla_export.pipeline.plan import load_plan, with_codes
+from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
+from qvla_export.pipeline.run_folder import RunFolder, load_if_current
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.observation import Observation
@@ -31,46 +31,54 @@ def export(
     target: Target,
     layers_per_part: int | None = None,
     accuracy_level: int = 0,
+    on_progress: OnProgress = ignore,
 ) -> "Bundle":
-    """Export a setting's bundle, or keep the one of the same policy, plan, target and stages."""
-    from calibration.calibration_set import CalibrationSet
+    """Export a setting's bundle, or keep the one of the same policy, plan, target and parts."""
     from qvla_export.graph.export import ExportOptions, export_bundle, unfinished_folder
     from qvla_export.policies.layers import layer_shapes
     from qvla_export.shared.bundle import Bundle
 
     path = run.bundle(setting)
-    planned = load_plan(run, setting, rounded=False)
-    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    planned = load_plan(run, setting, with_rounded_codes=False)
+    calibration = load_calibration(run)
     if planned is not None and planned.calibration_digest is not None:
         require_calibration(calibration, planned.calibration_digest, "plan")
     if planned is not None:
         planned.require_fits(layer_shapes(policy.layers()), policy.digest)
-        planned = attached(run, setting, planned)
+        planned = with_codes(run, setting, planned)
     golden = calibration.held_out[:8]
-    kept = kept_artifact(path, Bundle.load)
     options = {"accuracy_level": accuracy_level}
-    stages = [stage.name for stage in policy.parts(layers_per_part)]
-    if (
-        kept is not None
-        and (kept.target, [stage.name for stage in kept.parts]) == (target.name, stages)
-        and dict(kept.engine_options) == options
-        and _is_of(kept, policy, planned, run, setting)
-        and _has_golden(kept, policy, golden)
-    ):
+    parts = [part.name for part in policy.parts(layers_per_part)]
+    work = f"export, {setting.name}"
+    current = load_if_current(
+        path,
+        Bundle.load,
+        lambda old: (
+            (old.target, [part.name for part in old.parts]) == (target.name, parts)
+            and dict(old.engine_options) == options
+            and _is_of(old, policy, planned, run, setting)
+            and _has_golden(old, policy, golden)
+        ),
+    )
+    if current is not None:
         # Of a kill after the bundle was in place.
         shutil.rmtree(unfinished_folder(path), ignore_errors=True)
-        return kept
+        finish(on_progress, work, kept=True)
+        return current
+    shown = bar(on_progress, work)
+    shown(0, len(parts))
     graph = _float_graph(policy, target) if layers_per_part is None else None
-    with Progress(transient=True) as progress:
-        return export_bundle(
-            policy,
-            planned,
-            target,
-            golden,
-            path,
-            ExportOptions(graph, options, layers_per_part),
-            on_progress=bar(progress, "stages"),
-        )
+    bundle = export_bundle(
+        policy,
+        planned,
+        target,
+        golden,
+        path,
+        ExportOptions(graph, options, layers_per_part),
+        on_progress=shown,
+    )
+    finish(on_progress, work, kept=False)
+    return bundle
 
 
 def graph_figures(bundle: "Bundle") -> str:
@@ -116,8 +124,8 @@ def _is_of(
 
 def _has_golden(bundle: "Bundle", policy: "Policy", golden: Sequence[Observation]) -> bool:
     stored = bundle.golden().feeds
-    wanted = [policy.processor.feeds(observation) for observation in golden]
-    return len(stored) == len(wanted) and all(
+    feeds = [policy.processor.feeds(observation) for observation in golden]
+    return len(stored) == len(feeds) and all(
         set(a) == set(b) and all(np.array_equal(a[name], b[name]) for name in a)
-        for a, b in zip(stored, wanted, strict=True)
+        for a, b in zip(stored, feeds, strict=True)
     )

@@ -12,11 +12,11 @@ from qvla_export.pipeline.action_error import (
     held_out_error,
     load_error_if_current,
 )
-from qvla_export.pipeline.plan import load_plan, require_calibration
+from qvla_export.pipeline.calibrate import load_calibration, require_calibration
+from qvla_export.pipeline.plan import load_plan
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import OnProgress, bar, ignore
-from qvla_export.pipeline.reuse import kept_artifact
-from qvla_export.pipeline.run_folder import RunFolder, made
+from qvla_export.pipeline.run_folder import RunFolder, load_if_current
 
 if TYPE_CHECKING:
     from calibration.benchmarks.evaluation import Evaluation, RolloutConfig
@@ -76,14 +76,13 @@ def action_error(run: RunFolder, setting: Setting, policy: "Policy") -> HeldOutE
         ArtifactError: plan or calibration set is missing or damaged.
         ArtifactMismatch: the plan was made from another calibration set.
     """
-    from calibration.calibration_set import CalibrationSet
     from engines.drift import action_drift
     from qvla_export.graph.golden import golden_actions
 
     plan = load_plan(run, setting)
     assert plan is not None
     path = run.action_error(setting)
-    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    calibration = load_calibration(run)
     if plan.calibration_digest is not None:
         require_calibration(calibration, plan.calibration_digest, "plan")
     digest = digest_of_codes(plan)
@@ -124,7 +123,7 @@ def rollouts(
     plan = load_plan(run, setting)
     assert plan is not None
     path = run.evaluation(setting)
-    kept = kept_artifact(path, load_evaluation)
+    kept = load_if_current(path, load_evaluation)
     digest = digest_of_codes(plan)
     if kept is not None and (kept.digest, kept.config) == (digest, config.runnable()):
         return kept

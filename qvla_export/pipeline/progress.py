@@ -41,6 +41,11 @@ def bar(on_progress: OnProgress, work: str) -> Callable[[int, int], None]:
     return lambda done, total: on_progress(Progress(work, done, total))
 
 
+def finish(on_progress: OnProgress, work: str, kept: bool) -> None:
+    """Report the end of one piece of work, and whether an artifact was kept or made."""
+    on_progress(Progress(work, state="kept" if kept else "made"))
+
+
 class NumberedSteps:
     """The steps of a long call, numbered for whoever listens."""
 

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.allocation.setting import parse_setting
+from qvla_export.pipeline.calibrate import load_calibration
 from qvla_export.pipeline.moments import moments
+from qvla_export.pipeline.plan import load_sensitivities
 from qvla_export.pipeline.progress import OnProgress, bar, ignore
-from qvla_export.pipeline.run_folder import RunFolder, made
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.quantizer.quantize import QuantizerSpec, compensated_spec, spec_for
 from qvla_export.shared.artifacts import versions, write_json
 
@@ -82,13 +84,11 @@ def compare_quantizers(
     Raises:
         QvlaError: the run lacks what is needed, or no plan has such mean bits.
     """
-    from calibration.calibration_set import CalibrationSet
     from qvla_export.allocation.plan_request import PlanRequest
-    from qvla_export.sensitivity.sensitivities import Sensitivities
 
-    measured = Sensitivities.load(made(run.sensitivities, "sensitivities"))
+    measured = load_sensitivities(run)
     fed = moments(run, policy)
-    held_out = CalibrationSet.load(made(run.calibration, "calibrate")).held_out
+    held_out = load_calibration(run).held_out
     plans = {
         text: equal_plans(
             PlanRequest.for_setting(parse_setting(f"w{text}", target), measured, target),

@@ -11,7 +11,7 @@ from qvla_export.measurement.distributed import Alone, DeviceChoice, World, join
 from qvla_export.measurement.layer_groups import NeedsOf
 from qvla_export.measurement.peak_memory import available_bytes
 from qvla_export.measurement.whole_policy import room_beside_whole
-from qvla_export.pipeline.policy_source import open_checkpoint
+from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
 from qvla_export.policies.base import Policy
 from qvla_export.policies.families import recognize
 from qvla_export.policies.layers import Layers, traced_layers
@@ -84,29 +84,24 @@ class Opened:
     max_bytes: int | None
 
 
-def open_within(
-    resources: Resources,
-    place: Path,
-    unnorm_key: str | None,
-    preset: str | None,
-    demand: Demand | None,
-) -> Opened:
+def open_within(resources: Resources, source: PolicySource, demand: Demand | None) -> Opened:
     """Open a policy in memory, or with its weights left on disk where the bound wants it.
 
     Args:
         resources: with the bound.
-        place, unnorm_key, preset: see `open_checkpoint`.
+        source: a checkpoint.
         demand: what is to be done, if it can be done stage by stage.
 
     Raises:
         QvlaError: there is no bound, and this machine has less memory than that takes.
     """
     bound, device = resources.max_bytes, resources.world.device
-    if demand is None or not _can_stay_on_disk(place, preset):
-        loaded = open_checkpoint(place, unnorm_key, preset)
+    place = Path(source.place), source.unnorm_key, source.preset
+    if demand is None or not _can_stay_on_disk(source):
+        loaded = open_checkpoint(*place)
         loaded.module.to(device)
         return Opened(loaded, bound)
-    stored = open_checkpoint(place, unnorm_key, preset, resident=False)
+    stored = open_checkpoint(*place, resident=False)
     held = demand.held_of(traced_layers(stored))
     room = None
     if bound is None:
@@ -133,6 +128,9 @@ def _require_memory(policy: Policy, held: int) -> None:
         )
 
 
-def _can_stay_on_disk(place: Path, preset: str | None) -> bool:
+def _can_stay_on_disk(source: PolicySource) -> bool:
+    place = Path(source.place)
     # What is no checkpoint at all is refused when it is opened.
-    return (place / "config.json").is_file() and recognize(place).can_stay_on_disk(place, preset)
+    return (place / "config.json").is_file() and recognize(place).can_stay_on_disk(
+        place, source.preset
+    )

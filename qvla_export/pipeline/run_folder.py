@@ -1,17 +1,24 @@
-"""One run's folder: where every stage reads and writes."""
+"""One run's folder: where every step reads and writes, and what of it is up to date."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from qvla_export.allocation.setting import Setting
+from qvla_export.shared.artifacts import remove_leftovers
 from qvla_export.shared.errors import ArtifactError
 
+_LOG = logging.getLogger(__name__)
 # File of a setting's codes, beside its plan and bundle.
 ROUNDING = "rounding.safetensors"
 
+T = TypeVar("T")
 
-def made(path: Path, command: str) -> Path:
-    """Return the path of an artifact that an earlier stage has made.
+
+def require_artifact(path: Path, command: str) -> Path:
+    """Return the path of an artifact that an earlier step has written.
 
     Raises:
         ArtifactError: it is missing; the message names the command that makes it.
@@ -19,6 +26,28 @@ def made(path: Path, command: str) -> Path:
     if not path.exists():
         raise ArtifactError(f"{path} not found; make it first with: qvla {command}")
     return path
+
+
+def load_if_current(
+    path: Path, load: Callable[[Path], T], is_current: Callable[[T], bool] = lambda _: True
+) -> T | None:
+    """Load an artifact if it is there, whole and current; None where it is to be made.
+
+    Args:
+        path: of the artifact.
+        load: reads it; a damaged one is reported and made anew.
+        is_current: whether it was made from the same and in the same way.
+    """
+    if not path.exists():
+        return None
+    # Of a kill after the artifact was in place: nothing else would remove them.
+    remove_leftovers(path)
+    try:
+        loaded = load(path)
+    except ArtifactError as error:
+        _LOG.warning("making %s anew: %s", path, error)
+        return None
+    return loaded if is_current(loaded) else None
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvla_export.pipeline.calibrate import load_calibration
 from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
 from qvla_export.pipeline.progress import OnProgress, bar, ignore
-from qvla_export.pipeline.run_folder import RunFolder, made
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.shared.target import Target
 
 if TYPE_CHECKING:
@@ -68,13 +69,12 @@ def smooth_checkpoint(
     Raises:
         QvlaError: checkpoint or calibration set cannot be read, or a strength is out of range.
     """
-    from calibration.calibration_set import CalibrationSet
     from qvla_export.policies.families import recognize
     from qvla_export.policies.smoothing import smoothed_tensors
 
     checkpoint = Path(source.place)
     policy = open_checkpoint(checkpoint, source.unnorm_key, source.preset)
-    calibration = CalibrationSet.load(made(run.calibration, "calibrate"))
+    calibration = load_calibration(run)
     tell, total = bar(on_progress, "smoothing"), len(strengths) + 1
     tried: list[tuple[SmoothingTrial, dict[Migration, Tensor]]] = []
     for trial, factors in _trials(policy, calibration, target, strengths, powers_of_two):

@@ -27,12 +27,13 @@ from qvla_export.allocation.setting import parse_setting
 from qvla_export.graph.float_graph import export_float
 from qvla_export.pipeline import evaluate as judging
 from qvla_export.pipeline import export as exporting
-from qvla_export.pipeline import plan as stages
+from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate
+from qvla_export.pipeline.plan import plan as plan_setting
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.report.page import write_report
-from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
 from qvla_export.shared.artifacts import sha256_file, versions, write_json
 
 _OPERATIONS = ("fsync", "replace", "rename", "unlink", "rmdir")
@@ -63,15 +64,17 @@ def all_stages(checkpoint: Path, dataset: Path, policy: OftPolicy) -> list[Stage
     return [
         Stage(
             "calibrate",
-            lambda r: stages.calibrate(r, LeRobotDataset(dataset), [], 12, 8, 0),
+            lambda r: calibrate(r, CalibrationRequest(LeRobotDataset(dataset), (), 12, 8)),
             ("calibration",),
         ),
         Stage(
             "sensitivities",
-            lambda r: stages.sensitivities(r, policy, CPU, FirstOrderEstimator(probes=2), 0),
+            lambda r: sensitivities(r, policy, CPU, SensitivityRequest(probes=2)),
             ("sensitivities.safetensors",),
         ),
-        Stage("plan", lambda r: stages.plan(r, W4, CPU, policy.digest), ("settings/w4/plan.json",)),
+        Stage(
+            "plan", lambda r: plan_setting(r, W4, CPU, policy.digest), ("settings/w4/plan.json",)
+        ),
         Stage(
             "export",
             lambda r: [exporting.export(r, setting, policy, CPU) for setting in (FLOAT, W4)],

@@ -13,6 +13,7 @@ from qvla_export.cli.options import (
     SeedOption,
     StateColumnOption,
 )
+from qvla_export.cli.progress import progress_shown
 
 
 def calibrate(
@@ -28,13 +29,16 @@ def calibrate(
     seed: SeedOption = 0,
 ) -> None:
     """Draw observations from a LeRobot data set, or from simulated expert episodes."""
-    from calibration.benchmarks.metaworld.tasks import TASKS
     from calibration.calibration_set import describe
-    from qvla_export.pipeline import plan as stages
-    from qvla_export.pipeline.calibrate import open_dataset
+    from qvla_export.pipeline.calibrate import CalibrationRequest, chosen_tasks, open_dataset
+    from qvla_export.pipeline.calibrate import calibrate as draw_observations
     from qvla_export.pipeline.run_folder import RunFolder
 
     folder = RunFolder(run)
     opened = open_dataset(dataset, cameras, state_column)
-    drawn = stages.calibrate(folder, opened, list(TASKS), count, held_out, seed, frames_per_episode)
+    request = CalibrationRequest(
+        opened, chosen_tasks(None), count, held_out, seed, frames_per_episode
+    )
+    with progress_shown() as on_progress:
+        drawn = draw_observations(folder, request, on_progress)
     typer.echo(f"calibration: {describe(drawn)} -> {folder.calibration}")

@@ -72,22 +72,22 @@ def deploy(
     """Run every stage: calibration, sensitivities, plans, bundles, judgement, latency, report."""
     from engines.targets import find_target
     from qvla_export.allocation.setting import parse_setting
-    from qvla_export.pipeline.calibrate import chosen_tasks, open_dataset
+    from qvla_export.pipeline.calibrate import CalibrationRequest, chosen_tasks, open_dataset
     from qvla_export.pipeline.deploy import Deployment
     from qvla_export.pipeline.deploy import deploy as run_steps
     from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
     from qvla_export.pipeline.run_folder import RunFolder
 
     device = find_target(target, zero_points)
+    opened_data = open_dataset(dataset, cameras, state_column)
+    played = chosen_tasks(tasks) if dataset is None or episodes else ()
     request = Deployment(
         run=RunFolder(run),
         source=PolicySource(str(policy), unnorm_key, preset, threads=1),
         settings=tuple(parse_setting(name.strip(), device) for name in settings.split(",")),
         target=target,
-        dataset=open_dataset(dataset, cameras, state_column),
-        tasks=chosen_tasks(tasks) if dataset is None or episodes else (),
-        count=count,
-        held_out=held_out,
+        calibration=CalibrationRequest(opened_data, played, count, held_out, seed),
+        tasks=played,
         episodes=(20 if dataset is None else 0) if episodes is None else episodes,
         check_pairs=check_pairs,
         samples=samples,

@@ -12,6 +12,7 @@ from qvla_export.cli.options import (
     TargetOption,
     UnnormKeyOption,
 )
+from qvla_export.cli.progress import progress_shown
 
 LayersPerPartOption = Annotated[
     int | None,
@@ -45,13 +46,17 @@ def export(
     """Write the bundle a robot receives: bucketed ONNX, packed weights, golden observations."""
     from engines.targets import find_target
     from qvla_export.allocation.setting import parse_setting
-    from qvla_export.pipeline import export as exporting
+    from qvla_export.pipeline.export import export as export_setting
+    from qvla_export.pipeline.export import graph_figures
     from qvla_export.pipeline.policy_source import open_checkpoint
     from qvla_export.pipeline.run_folder import RunFolder
 
-    folder, device = RunFolder(run), find_target(target)
-    wanted = parse_setting(setting, device)
-    loaded = open_checkpoint(policy, unnorm_key, preset, resident=layers_per_part is None)
-    bundle = exporting.export(folder, wanted, loaded, device, layers_per_part, accuracy_level)
+    device = find_target(target)
+    parsed = parse_setting(setting, device)
+    opened = open_checkpoint(policy, unnorm_key, preset, resident=layers_per_part is None)
+    with progress_shown() as on_progress:
+        bundle = export_setting(
+            RunFolder(run), parsed, opened, device, layers_per_part, accuracy_level, on_progress
+        )
     typer.echo(f"bundle: {bundle.nbytes / 1e6:.2f} MB -> {bundle.path}")
-    typer.echo(exporting.graph_figures(bundle))
+    typer.echo(graph_figures(bundle))

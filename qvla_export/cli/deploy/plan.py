@@ -1,12 +1,14 @@
 """`qvla plan`: widths of channels under a budget, by any of the allocators."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from qvla_export.cli.options import (
+    JsonOption,
     LimitedPolicyOption,
     MaxPredictedOption,
     PowerModeOption,
@@ -93,38 +95,39 @@ def plan(
     rates: RatesOption = None,
     policy: LimitedPolicyOption = None,
     preset: PresetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Allocate bits to channels under a budget, and under a predicted latency if one is given."""
     from engines.targets import find_target
     from qvla_export.allocation.setting import parse_setting
-    from qvla_export.pipeline import plan as stages
-    from qvla_export.pipeline import predict as prediction
-    from qvla_export.pipeline.run_folder import RunFolder, made
+    from qvla_export.pipeline.plan import PlanOptions, load_sensitivities
+    from qvla_export.pipeline.plan import plan as plan_setting
+    from qvla_export.pipeline.predict import Device, latency_limit, plan_figures
+    from qvla_export.pipeline.run_folder import RunFolder
     from qvla_export.quantizer.packed_storage import stored_on
-    from qvla_export.sensitivity.sensitivities import Sensitivities
 
     folder, device = RunFolder(run), find_target(target)
-    wanted = parse_setting(setting, device)
-    measured = Sensitivities.load(made(folder.sensitivities, "sensitivities"))
-    given = _Given(method, gates, widths, budget_by, budget, tuple(regularizers or ()))
-    request = given.request(wanted, measured, device)
+    parsed, measured = parse_setting(setting, device), load_sensitivities(folder)
+    words = _AllocationWords(method, gates, widths, budget_by, budget, tuple(regularizers or ()))
+    request = words.request(parsed, measured, device)
     limit = None
     if max_predicted_ms is not None:
-        stores = stored_on(device, measured.quantizer)
-        where = prediction.Device(stores, power_mode, rates)
-        limit = prediction.latency_limit(max_predicted_ms, where, measured, wanted, policy, preset)
-    planned = stages.plan(
-        folder, wanted, device, measured.policy_digest, activations_method, limit, request
-    )
+        place = Device(stored_on(device, measured.quantizer), power_mode, rates)
+        limit = latency_limit(max_predicted_ms, place, measured, parsed, policy, preset)
+    options = PlanOptions(activations_method, limit, request)
+    planned = plan_setting(folder, parsed, device, measured.policy_digest, options)
     if planned is None:
         raise QvlaError("the float setting has no plan; choose w4, w8a8, w4-rtn, ...")
-    typer.echo(_summary(planned, folder.plan(wanted)))
-    typer.echo(prediction.plan_figures(planned, measured, request, device, limit))
+    if as_json:
+        typer.echo(json.dumps(_figures(planned, folder.plan(parsed)), indent=1))
+        return
+    typer.echo(_summary(planned, folder.plan(parsed)))
+    typer.echo(plan_figures(planned, measured, request, device, limit))
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What was given about an allocation beside the setting, as it was written."""
+class _AllocationWords:
+    """What the command line says about an allocation beside the setting."""
 
     method: str | None
     gates: str | None
@@ -169,6 +172,17 @@ def _summary(planned: "BitPlan", path: Path) -> str:
         f"{planned.stored_bits_per_weight:.2f} stored, {planned.ratio:.3f} of float16 "
         f"-> {path}"
     )
+
+
+def _figures(planned: "BitPlan", path: Path) -> dict[str, Any]:
+    return {
+        "plan": str(path),
+        "mean_bits_per_channel": planned.mean_bits_per_channel,
+        "mean_bits_per_weight": planned.mean_bits_per_weight,
+        "stored_bits_per_weight": planned.stored_bits_per_weight,
+        "ratio": planned.ratio,
+        "expected_error": planned.expected_error,
+    }
 
 
 def _widths(text: str | None) -> tuple[int, ...] | None:

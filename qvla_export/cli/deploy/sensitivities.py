@@ -1,6 +1,5 @@
 """`qvla sensitivities`: what quantizing a channel does to the action."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,13 +20,10 @@ from qvla_export.cli.options import (
     WaitOption,
     ZeroPointsOption,
 )
-from qvla_export.shared.errors import QvlaError
+from qvla_export.cli.progress import progress_shown
 
 if TYPE_CHECKING:
-    from qvla_export.pipeline.resources import Demand
-    from qvla_export.policies.layers import Layers
     from qvla_export.sensitivity.sensitivities import Sensitivities
-    from qvla_export.shared.target import Target
 
 MethodOption = Annotated[
     str,
@@ -66,58 +62,31 @@ def sensitivities(
     torchrun --nproc-per-node 2 -m qvla_export sensitivities ...
     """
     from engines.targets import find_target
-    from qvla_export.pipeline import plan as stages
-    from qvla_export.pipeline.resources import joined_resources, open_within
+    from qvla_export.pipeline.policy_source import PolicySource
+    from qvla_export.pipeline.resources import joined_resources
     from qvla_export.pipeline.run_folder import RunFolder
-    from qvla_export.sensitivity.estimators.registry import STREAMED, Options, find_estimator
+    from qvla_export.pipeline.sensitivities import SensitivityRequest, open_and_measure
 
-    folder, wanted = RunFolder(run), find_target(target, zero_points)
-    with joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources:
-        told = Options(probes or None, exact_share, resources.max_bytes)
-        find_estimator(method, told)  # says what is wrong before much is read
-        if quantizer == "compensated" and method != "first-order":
-            raise QvlaError(
-                f"sensitivities of compensated codes are of first order, got --method {method}"
-            )
-        compensated = quantizer == "compensated"
-        streams = method in STREAMED and not check_pairs
-        demand = _demand(wanted, compensated) if streams else None
-        opened = open_within(resources, policy, unnorm_key, preset, demand)
-        loaded = opened.policy
-        estimator = find_estimator(method, replace(told, max_bytes=opened.max_bytes))
-        measured = stages.sensitivities(
-            folder, loaded, wanted, estimator, seed, resources, compensated
+    folder, device_target = RunFolder(run), find_target(target, zero_points)
+    source = PolicySource(str(policy), unnorm_key, preset)
+    request = SensitivityRequest(method, quantizer, probes or None, exact_share, seed)
+    with (
+        joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources,
+        progress_shown(silent=resources.world.rank > 0) as on_progress,
+    ):
+        measured, compared = open_and_measure(
+            folder, source, device_target, request, resources, check_pairs, on_progress
         )
     if resources.world.rank:
         return  # process 0 speaks for all
     typer.echo(f"sensitivities: {_described(measured)} -> {folder.sensitivities}")
     if measured.standard_error is not None:
         typer.echo(_standard_error(measured))
-    if check_pairs:
-        compared = stages.agreement(folder, loaded, check_pairs, seed)
+    if compared is not None:
         typer.echo(
             f"agreement with exact: Spearman {compared.spearman:.4f} on {len(compared.pairs)} "
             f"pairs, time ratio {compared.time_ratio:.5f} -> {folder.agreement}"
         )
-
-
-def _demand(target: "Target", compensated: bool) -> "Demand":
-    """Return what measuring to first order takes of memory, with the moments that it may need."""
-    from qvla_export.measurement.standard_error import empty_sums
-    from qvla_export.measurement.weight_errors import error_needs
-    from qvla_export.pipeline.moments import moment_demand
-    from qvla_export.pipeline.resources import Demand
-    from qvla_export.quantizer.quantize import compensated_spec, spec_for
-    from qvla_export.sensitivity.estimators.base import Question
-
-    spec = compensated_spec(target) if compensated else spec_for(target)
-
-    def held_of(layers: "Layers") -> int:
-        channels = {name: len(layer.weight) for name, layer in layers.items()}
-        sums = sum(array.nbytes for array in empty_sums(channels, len(Question.widths)).values())
-        return max(sums, moment_demand().held_of(layers)) if compensated else sums
-
-    return Demand(error_needs(spec, Question.widths), held_of)
 
 
 def _described(measured: "Sensitivities") -> str:

@@ -10,6 +10,7 @@ from qvla_export.cli.options import (
     UnnormKeyOption,
     WaitOption,
 )
+from qvla_export.cli.progress import progress_shown
 
 
 def activations(
@@ -24,16 +25,18 @@ def activations(
 
     Under torchrun, processes share the observations.
     """
-    from qvla_export.pipeline import plan as stages
-    from qvla_export.pipeline.policy_source import open_checkpoint
-    from qvla_export.pipeline.resources import joined_resources
+    from qvla_export.pipeline.activations import activations as record_activations
+    from qvla_export.pipeline.policy_source import PolicySource
+    from qvla_export.pipeline.resources import joined_resources, open_within
     from qvla_export.pipeline.run_folder import RunFolder
 
-    folder = RunFolder(run)
-    with joined_resources(device, wait_minutes) as resources:
-        loaded = open_checkpoint(policy, unnorm_key, preset)
-        loaded.module.to(resources.world.device)
-        fed = stages.activations(folder, loaded, resources.world)
+    folder, source = RunFolder(run), PolicySource(str(policy), unnorm_key, preset)
+    with (
+        joined_resources(device, wait_minutes) as resources,
+        progress_shown(silent=resources.world.rank > 0) as on_progress,
+    ):
+        opened = open_within(resources, source, None)
+        fed = record_activations(folder, opened.policy, resources.world, on_progress)
     if resources.world.rank:
         return  # process 0 speaks for all
     layers = sum(len(names) for names in fed.histograms)

@@ -14,6 +14,7 @@ from qvla_export.cli.options import (
     UnnormKeyOption,
     WaitOption,
 )
+from qvla_export.cli.progress import progress_shown
 
 
 def moments(
@@ -35,17 +36,21 @@ def moments(
     wait_minutes: WaitOption = 60.0,
 ) -> None:
     """Measure what layers are fed and what their outputs are worth to the action."""
-    from qvla_export.pipeline import moments as compensating
+    from qvla_export.pipeline.moments import moment_demand
+    from qvla_export.pipeline.moments import moments as measure_moments
+    from qvla_export.pipeline.policy_source import PolicySource
     from qvla_export.pipeline.resources import joined_resources, open_within
     from qvla_export.pipeline.run_folder import RunFolder
 
-    folder = RunFolder(run)
-    with joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources:
-        demand = compensating.moment_demand(largest_block)
-        opened = open_within(resources, policy, unnorm_key, preset, demand)
-        found = compensating.moments(folder, opened.policy, resources, largest_block)
+    folder, source = RunFolder(run), PolicySource(str(policy), unnorm_key, preset)
+    with (
+        joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources,
+        progress_shown(silent=resources.world.rank > 0) as on_progress,
+    ):
+        opened = open_within(resources, source, moment_demand(largest_block))
+        fed = measure_moments(folder, opened.policy, resources, largest_block, on_progress)
     if resources.world.rank:
         return  # process 0 speaks for all
     typer.echo(
-        f"moments: {len(found.layers)} layers on {found.samples} observations -> {folder.moments}"
+        f"moments: {len(fed.layers)} layers on {fed.samples} observations -> {folder.moments}"
     )

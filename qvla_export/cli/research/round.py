@@ -9,6 +9,7 @@ from qvla_export.cli.options import (
     SettingOption,
     UnnormKeyOption,
 )
+from qvla_export.cli.progress import progress_shown
 from qvla_export.shared.errors import QvlaError
 
 
@@ -21,16 +22,17 @@ def round_command(
 ) -> None:
     """Make the codes of a plan whose quantizer compensates errors; qvla export packs them."""
     from qvla_export.allocation.setting import parse_setting
-    from qvla_export.pipeline import moments as compensating
     from qvla_export.pipeline.policy_source import open_checkpoint
+    from qvla_export.pipeline.round import round_setting
     from qvla_export.pipeline.run_folder import RunFolder
 
-    folder, wanted = RunFolder(run), parse_setting(setting)
-    loaded = open_checkpoint(policy, unnorm_key, preset, resident=False)
-    planned = compensating.rounded(folder, wanted, loaded)
+    folder, parsed = RunFolder(run), parse_setting(setting)
+    opened = open_checkpoint(policy, unnorm_key, preset, resident=False)
+    with progress_shown() as on_progress:
+        planned = round_setting(folder, parsed, opened, on_progress)
     if planned is None or planned.rounding is None:
         raise QvlaError(
             f"the plan of {setting} takes the nearest codes, nothing is to be made; for others: "
             "qvla sensitivities --quantizer compensated, then qvla plan"
         )
-    typer.echo(f"rounding: {len(planned.rounding.layers)} layers -> {folder.rounding(wanted)}")
+    typer.echo(f"rounding: {len(planned.rounding.layers)} layers -> {folder.rounding(parsed)}")

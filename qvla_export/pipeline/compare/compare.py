@@ -25,8 +25,7 @@ from qvla_export.pipeline.compare.seed_folder import (
     measure_sensitivities,
 )
 from qvla_export.pipeline.progress import NumberedSteps, OnProgress, ignore
-from qvla_export.pipeline.reuse import kept_artifact
-from qvla_export.pipeline.run_folder import made
+from qvla_export.pipeline.run_folder import load_if_current, require_artifact
 from qvla_export.quantizer.layer_names import module_of
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.artifacts import write_bytes
@@ -207,7 +206,7 @@ def _empty_comparison(job: ComparisonJob) -> Comparison:
 
 def _load_same(job: ComparisonJob, empty: Comparison) -> Comparison:
     """Return what an earlier run has measured of the same, or the comparison without rows."""
-    kept = kept_artifact(job.output, Comparison.load)
+    kept = load_if_current(job.output, Comparison.load)
     if kept is None or kept.policy_digest != empty.policy_digest:
         return empty
     return kept if job.has_rows_of(dict(kept.settings)) else empty
@@ -218,7 +217,7 @@ def _write_pages(job: ComparisonJob, comparison: Comparison) -> ComparisonPages:
     from qvla_export.comparison.page import render
 
     first = job.run_of(job.seeds[0])
-    measured = Sensitivities.load(made(first.sensitivities, "compare"))
+    measured = Sensitivities.load(require_artifact(first.sensitivities, "compare"))
     page, text = job.output.with_suffix(".html"), job.output.with_suffix(".md")
     write_bytes(page, render(comparison, measured).encode("utf-8", "replace"))
     write_bytes(text, to_markdown(comparison).encode("utf-8", "replace"))

@@ -9,11 +9,12 @@ from qvla_export.comparison.rows import Cost, EngineName, Outcome, SeedRow
 from qvla_export.pipeline import baseline as libraries
 from qvla_export.pipeline import evaluate, fake_quantized
 from qvla_export.pipeline.action_error import HeldOutError
+from qvla_export.pipeline.activations import activations
 from qvla_export.pipeline.compare.seed_folder import SeedFolder, measure_sensitivities
 from qvla_export.pipeline.export import export
-from qvla_export.pipeline.moments import rounded
-from qvla_export.pipeline.plan import activations, load_plan, plan
+from qvla_export.pipeline.plan import load_plan, plan
 from qvla_export.pipeline.progress import OnProgress, ignore
+from qvla_export.pipeline.round import round_setting
 from qvla_export.quantizer.plan import BitPlan
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _plan_setting(folder: SeedFolder, setting: Setting, on_progress: OnProgress)
         folder.time_stage(
             "activations",
             run.activations,
-            lambda: activations(run, policy),
+            lambda: activations(run, policy, on_progress=on_progress),
         )
         names.append("activations")
     name = f"{setting.name}: plan"
@@ -122,7 +123,9 @@ def _plan_setting(folder: SeedFolder, setting: Setting, on_progress: OnProgress)
     names.append(name)
     if folder.compensated:
         name = f"{setting.name}: rounding"
-        folder.time_stage(name, run.rounding(setting), lambda: rounded(run, setting, policy))
+        folder.time_stage(
+            name, run.rounding(setting), lambda: round_setting(run, setting, policy, on_progress)
+        )
         names.append(name)
     return names
 

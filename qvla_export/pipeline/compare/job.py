@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvla_export.comparison.contestants import Contestant
+from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate
 from qvla_export.pipeline.compare.seed_folder import SeedFolder
-from qvla_export.pipeline.plan import calibrate
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.shared.target import Target
@@ -80,7 +80,8 @@ class ComparisonJob:
             QvlaError: the data set or the simulator cannot give so many observations.
         """
         run = self.run_of(seed)
-        calibrate(run, self.dataset, self.tasks, self.count, self.held_out, seed)
+        request = CalibrationRequest(self.dataset, self.tasks, self.count, self.held_out, seed)
+        calibrate(run, request)
         return SeedFolder(run, seed, self.source, self.policy, self.target, self.environment)
 
     def config(self, seed: int, control: "Control" = "none") -> "RolloutConfig":

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qvla_export.comparison.comparison import Ranks
 from qvla_export.comparison.contestants import Contestant
+from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate
 from qvla_export.pipeline.moments import moments
-from qvla_export.pipeline.plan import calibrate, sensitivities
 from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
 from qvla_export.pipeline.progress import OnProgress, ignore
-from qvla_export.pipeline.reuse import kept_artifact
-from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.pipeline.run_folder import RunFolder, load_if_current
+from qvla_export.pipeline.sensitivities import Quantizer, SensitivityRequest, sensitivities
 from qvla_export.pipeline.smooth import smooth_checkpoint
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.artifacts import read_json, write_json
@@ -72,7 +72,7 @@ class SeedFolder:
 
     def seconds(self) -> dict[str, tuple[float, float]]:
         """Return stage -> wall-clock and CPU seconds of this folder."""
-        kept = kept_artifact(self._seconds_file, lambda path: read_json(path, "seconds"))
+        kept = load_if_current(self._seconds_file, lambda path: read_json(path, "seconds"))
         return {str(name): (float(a), float(b)) for name, (a, b) in (kept or {}).items()}
 
     @property
@@ -100,24 +100,19 @@ def folder_for(
 
 def measure_sensitivities(folder: SeedFolder, on_progress: OnProgress = ignore) -> Sensitivities:
     """Measure a folder's sensitivities, or keep them, with their seconds."""
-    from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
-
     if folder.compensated:
         folder.time_stage(
             "moments",
             folder.run.moments,
-            lambda: moments(folder.run, folder.policy),
+            lambda: moments(folder.run, folder.policy, on_progress=on_progress),
         )
+    quantizer: Quantizer = "compensated" if folder.compensated else "nearest"
+    request = SensitivityRequest(quantizer=quantizer, seed=folder.seed)
     return folder.time_stage(
         "sensitivities",
         folder.run.sensitivities,
         lambda: sensitivities(
-            folder.run,
-            folder.policy,
-            folder.target,
-            FirstOrderEstimator(),
-            folder.seed,
-            compensated=folder.compensated,
+            folder.run, folder.policy, folder.target, request, on_progress=on_progress
         ),
     )
 
@@ -164,7 +159,7 @@ def _copy_observations(whole: RunFolder, inside: RunFolder, first: int | None) -
 
     drawn = CalibrationSet.load(whole.calibration)
     part = drawn if first is None else _first_observations(drawn, first)
-    kept = kept_artifact(inside.calibration, CalibrationSet.load)
+    kept = load_if_current(inside.calibration, CalibrationSet.load)
     if kept is None or kept.digest != part.digest:
         part.save(inside.calibration)
 
@@ -206,15 +201,15 @@ def cumulative_ranks(
         on_progress: hears of the sensitivities along episodes.
     """
     from qvla_export.comparison.ranks import rank_channels
-    from qvla_export.sensitivity.estimators.cumulative import Cumulative
-    from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
 
     along = RunFolder(folder.run.root / "along-episodes")
     # Other episodes than those the folder's set has.
     seed = folder.seed + _OTHER_EPISODES
-    calibrate(along, dataset, tasks, count, 1, seed, _FRAMES_ALONG)
-    estimator = Cumulative(FirstOrderEstimator())
-    cumulative = sensitivities(along, folder.policy, folder.target, estimator, folder.seed)
+    calibrate(along, CalibrationRequest(dataset, tuple(tasks), count, 1, seed, _FRAMES_ALONG))
+    request = SensitivityRequest("cumulative-first-order", seed=folder.seed)
+    cumulative = sensitivities(
+        along, folder.policy, folder.target, request, on_progress=on_progress
+    )
     single = Sensitivities.load(folder.run.sensitivities)
     return rank_channels(
         _RANKED_BITS,

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,12 @@ from qvla_export.cli.app import app
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.shared.bundle import Bundle
 
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+GROUP = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+# "bench engines" as well as "deploy".
+COMMANDS = {
+    **{name: command for name, command in GROUP.items() if name != "bench"},
+    **{f"bench {name}": command for name, command in GROUP["bench"].commands.items()},
+}
 
 
 @pytest.fixture
@@ -34,7 +40,7 @@ def test_help_tells_every_option_with_its_default(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "240")
     monkeypatch.setenv("TERM", "dumb")
-    shown = qvla(name, "--help")
+    shown = qvla(*name.split(" "), "--help")
     assert shown.code == 0
     for parameter in COMMANDS[name].params:
         if parameter.name == "help":
@@ -51,10 +57,67 @@ def test_help_tells_every_option_with_its_default(
             assert f"[default: {default}]" in told, f"{name} {parameter.name} hides its default"
 
 
-def test_help_lists_the_commands() -> None:
+def test_help_lists_the_commands_in_panels_most_used_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.setenv("TERM", "dumb")
     shown = qvla("--help")
     assert shown.code == 0
-    assert all(name in shown.out for name in COMMANDS)
+    assert shown.out == qvla("-h").out
+    panels = re.findall(r"─ (\w+) ─+╮\n(.*?)╰", shown.out, re.S)
+    listed = {title: re.findall(r"^│ (\S+) ", body, re.M) for title, body in panels}
+    assert listed.pop("Options")
+    assert {title: " ".join(names) for title, names in listed.items()} == {
+        "Deploy": "deploy calibrate sensitivities plan export build verify report",
+        "Judge": "evaluate profile compare-latency sizes check predict",
+        "Robot": "serve run replay load doctor",
+        "Research": "compare estimators quantizers baseline smooth moments round activations train "
+        "demonstrations bench",
+    }
+    timed = re.findall(r"^│ (\w+) ", qvla("bench", "-h").out, re.M)
+    assert " ".join(timed) == "engines allocation server size rates"
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    shown = qvla("--version")
+    assert (shown.code, shown.out) == (0, f"qvla {metadata.version('qvla')}\n")
+
+
+def test_a_shell_can_complete_commands_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_QVLA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "qvla compare")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert sorted(qvla().out.split()) == ["compare", "compare-latency"]
+    monkeypatch.setenv("COMP_WORDS", "qvla export --acc")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    assert qvla().out.split() == ["--accuracy-level"]
+
+
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        ("verify {run}/settings/w4/bundle", {"format", "passed", "versions"}),
+        ("plan --run {run} --setting w4", {"plan", "ratio", "mean_bits_per_channel"}),
+    ],
+)
+def test_json_is_one_document(run: Path, command: str, keys: set[str]) -> None:
+    shown = qvla(*command.format(run=run).split(" "), "--json")
+    assert shown.code == 0, shown.err
+    assert set(json.loads(shown.out)) >= keys
+
+
+def test_deploy_prints_its_table_as_json(run: Path, inputs: Inputs) -> None:
+    shown = inputs.deploy(run, "--json")
+    assert shown.code == 0, shown.err
+    value = json.loads(shown.out)
+    rows = {row["setting"]: row for row in value["settings"]}
+    assert list(rows) == SETTINGS.split(",")
+    for name, row in rows.items():
+        error = json.loads((run / "settings" / name / "action_error.json").read_text())
+        assert row["action_rms"] == error["rms"]
+        assert Bundle.load(Path(row["bundle"])).nbytes == row["bundle_bytes"]
+        assert row["success"] is None and row["p50_ms"] > 0
 
 
 def test_deploy_makes_every_artifact(deployed: tuple[Path, Outcome], inputs: Inputs) -> None:
@@ -191,7 +254,7 @@ def test_data_that_do_not_fit_the_policy_are_refused_before_the_first_stage(
 
 
 def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_torch() -> None:
+    def without_torch(prog_name: str) -> None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
     monkeypatch.setattr("qvla_export.cli.app.app", without_torch)

@@ -18,7 +18,7 @@ from calibration.sources.lerobot import LeRobotDataset
 from qvla_export.cli.app import app
 from qvla_export.measurement.distributed import Placement, choose_placement
 from qvla_export.measurement.sharded_sums import ShardedSums, journal_files
-from qvla_export.pipeline import plan as stages
+from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.quantize import QuantizerSpec, WidthRule
@@ -73,7 +73,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Case:
     checkpoint = write_tiny_checkpoint(folder / "checkpoint")
     demos = LeRobotDataset(write_small_dataset(folder / "demos", [6] * 8))
     case = Case(RunFolder(folder / "run"), checkpoint, None)  # type: ignore[arg-type]  # follows
-    stages.calibrate(case.run, demos, [], 11, 4, 0)
+    calibrate(case.run, CalibrationRequest(demos, (), 11, 4))
     return replace(case, alone=case.measure())
 
 

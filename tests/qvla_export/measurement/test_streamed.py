@@ -16,6 +16,7 @@ from qvla_export.measurement.weight_errors import error_needs
 from qvla_export.measurement.whole_policy import room_beside_whole
 from qvla_export.pipeline import resources
 from qvla_export.pipeline.moments import moment_demand
+from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.resources import Demand, Resources, open_within
 from qvla_export.policies.layers import traced_layers
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
@@ -158,20 +159,20 @@ def test_what_does_not_fit_as_a_whole_is_streamed(stored: OftPolicy) -> None:
 def test_a_bound_of_memory_chooses_between_whole_and_streamed(
     stored: OftPolicy, tiny_checkpoint: Path
 ) -> None:
-    whole = open_within(Resources(), tiny_checkpoint, None, None, DEMAND)
+    whole = open_within(Resources(), PolicySource(str(tiny_checkpoint)), DEMAND)
     assert whole.max_bytes is None and whole.policy.stored is None
     ample = Resources(batch_size=2, max_bytes=100_000_000)
-    roomy = open_within(ample, tiny_checkpoint, None, None, DEMAND)
+    roomy = open_within(ample, PolicySource(str(tiny_checkpoint)), DEMAND)
     assert roomy.policy.stored is None
     assert roomy.max_bytes == room_beside_whole(stored, 2, NEEDS, 1000, 100_000_000)
     weights = stored.module.state_dict()
     for name, tensor in roomy.policy.module.state_dict().items():
         assert not tensor.is_meta and tensor.shape == weights[name].shape
     narrow = Resources(batch_size=2, max_bytes=1_700_000)
-    streamed = open_within(narrow, tiny_checkpoint, None, None, DEMAND)
+    streamed = open_within(narrow, PolicySource(str(tiny_checkpoint)), DEMAND)
     assert streamed.policy.stored is not None and streamed.max_bytes == 1_700_000
     # What cannot be done stage by stage takes the memory it takes.
-    assert open_within(narrow, tiny_checkpoint, None, None, None).policy.stored is None
+    assert open_within(narrow, PolicySource(str(tiny_checkpoint)), None).policy.stored is None
 
 
 def test_what_this_machine_cannot_hold_is_refused_before_it_is_begun(
@@ -179,11 +180,11 @@ def test_what_this_machine_cannot_hold_is_refused_before_it_is_begun(
 ) -> None:
     monkeypatch.setattr(resources, "available_bytes", lambda: 1_000_000)
     with pytest.raises(QvlaError, match=r"weights take .* GB .*0\.001 GB left.*--max-memory-gb"):
-        open_within(Resources(), tiny_checkpoint, None, None, moment_demand())
+        open_within(Resources(), PolicySource(str(tiny_checkpoint)), moment_demand())
 
 
 def test_a_policy_with_tokens_is_held_whole(tmp_path: Path) -> None:
     config = replace(TINY_CONFIG, head="tokens")
     checkpoint = write_tiny_checkpoint(tmp_path / "tokens", config=config)
     narrow = Resources(batch_size=2, max_bytes=1_700_000)
-    assert open_within(narrow, checkpoint, None, None, DEMAND).policy.stored is None
+    assert open_within(narrow, PolicySource(str(checkpoint)), DEMAND).policy.stored is None

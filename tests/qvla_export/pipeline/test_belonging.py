@@ -11,15 +11,15 @@ from engines.targets import CPU
 from qvla_export.allocation.setting import parse_setting
 from qvla_export.pipeline import evaluate as judging
 from qvla_export.pipeline import export as exporting
-from qvla_export.pipeline import plan as stages
+from qvla_export.pipeline.plan import plan as plan_setting
 from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.pipeline.sensitivities import SensitivityRequest, agreement, sensitivities
 from qvla_export.policies.oft.config import load_config
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
-from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
 from qvla_export.shared.errors import ArtifactMismatch
 from qvla_export.shared.observation import Observation
 
-TWO_PROBES = FirstOrderEstimator(probes=2)
+TWO_PROBES = SensitivityRequest(probes=2)
 FLOAT, W4 = parse_setting("float"), parse_setting("w4")
 
 
@@ -31,9 +31,9 @@ def run(
     folder = RunFolder(tmp_path / "run")
     drawn = tuple(tiny_observations(12))
     CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(folder.calibration)
-    stages.sensitivities(folder, tiny_policy, CPU, TWO_PROBES, 0)
+    sensitivities(folder, tiny_policy, CPU, TWO_PROBES)
     for setting in (FLOAT, W4):
-        stages.plan(folder, setting, CPU, tiny_policy.digest)
+        plan_setting(folder, setting, CPU, tiny_policy.digest)
         exporting.export(folder, setting, tiny_policy, CPU)
     return folder
 
@@ -52,7 +52,7 @@ def test_a_plan_is_not_judged_on_what_it_was_fitted_to(
         with pytest.raises(ArtifactMismatch, match="plan and calibration set"):
             stage(run, W4, tiny_policy, CPU)
     with pytest.raises(ArtifactMismatch, match="sensitivities and calibration set"):
-        stages.agreement(run, tiny_policy, 5, 0)
+        agreement(run, tiny_policy, 5, 0)
 
 
 def judging_error(run: RunFolder, setting: object, policy: OftPolicy, target: object) -> object:
@@ -83,13 +83,13 @@ def test_another_configuration_is_another_policy(
 
 
 def test_other_seeds_and_probes_are_measured_anew(run: RunFolder, tiny_policy: OftPolicy) -> None:
-    first = stages.sensitivities(run, tiny_policy, CPU, TWO_PROBES, 0)
-    again = stages.sensitivities(run, tiny_policy, CPU, TWO_PROBES, 0)
+    first = sensitivities(run, tiny_policy, CPU, TWO_PROBES)
+    again = sensitivities(run, tiny_policy, CPU, TWO_PROBES)
     assert again.digest == first.digest
-    assert stages.sensitivities(run, tiny_policy, CPU, TWO_PROBES, 1).digest != first.digest
-    compared = stages.agreement(run, tiny_policy, 5, 0)
+    assert sensitivities(run, tiny_policy, CPU, replace(TWO_PROBES, seed=1)).digest != first.digest
+    compared = agreement(run, tiny_policy, 5, 0)
     assert len(compared.pairs) == 5
-    assert len(stages.agreement(run, tiny_policy, 7, 0).pairs) == 7
+    assert len(agreement(run, tiny_policy, 7, 0).pairs) == 7
 
 
 def test_latency_on_other_threads_is_measured_anew(run: RunFolder) -> None:

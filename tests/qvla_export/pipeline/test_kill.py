@@ -17,10 +17,11 @@ from engines.targets import CPU
 from jetson.latency.comparison import LatencyComparison
 from qvla_export.allocation.setting import parse_setting
 from qvla_export.pipeline import export as exporting
-from qvla_export.pipeline import plan as stages
+from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate
+from qvla_export.pipeline.plan import plan as plan_setting
 from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
 from qvla_export.policies.oft.policy import OftPolicy
-from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
 from qvla_export.shared.artifacts import new_folder, sha256_tree, write_bytes
 
 STAGES = (
@@ -90,9 +91,9 @@ def test_another_process_makes_the_same_bytes(
     work: Path, tiny_policy: OftPolicy, tmp_path: Path
 ) -> None:
     run, setting = RunFolder(tmp_path / "run"), parse_setting("w4")
-    stages.calibrate(run, LeRobotDataset(work.parent / "demos"), [], 12, 8, 0)
-    stages.sensitivities(run, tiny_policy, CPU, FirstOrderEstimator(probes=2), 0)
-    stages.plan(run, setting, CPU, tiny_policy.digest)
+    calibrate(run, CalibrationRequest(LeRobotDataset(work.parent / "demos"), (), 12, 8))
+    sensitivities(run, tiny_policy, CPU, SensitivityRequest(probes=2))
+    plan_setting(run, setting, CPU, tiny_policy.digest)
     exporting.export(run, setting, tiny_policy, CPU)
     theirs = work / "export"
     assert run.sensitivities.read_bytes() == (theirs / "sensitivities.safetensors").read_bytes()

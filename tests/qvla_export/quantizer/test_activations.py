@@ -23,15 +23,17 @@ from engines.verify import action_drift
 from qvla_export.allocation.setting import parse_setting
 from qvla_export.measurement.measure_activations import add_numbers, measure_activations
 from qvla_export.pipeline import export as exporting
-from qvla_export.pipeline import plan as stages
+from qvla_export.pipeline.activations import activations as record_activations
+from qvla_export.pipeline.plan import PlanOptions
+from qvla_export.pipeline.plan import plan as plan_setting
 from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
 from qvla_export.policies.layers import fake_quantized, rounded_inputs, traced_layers
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.activation_statistics import ActivationStatistics, Histogram
 from qvla_export.quantizer.activations import METHODS, ActivationRanges, RangeMethod, storable_range
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import spec_for
-from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
 from qvla_export.shared.errors import ArtifactError, QvlaError
 from qvla_export.shared.observation import Observation
 
@@ -293,11 +295,11 @@ def test_from_calibration_to_an_engine(
     run, setting = RunFolder(tmp_path / "run"), parse_setting("w8a8-rtn")
     drawn = tuple(tiny_observations(8))
     CalibrationSet(drawn[:4], drawn[4:], {"test": 1}).save(run.calibration)
-    stages.sensitivities(run, tiny_policy, CPU, FirstOrderEstimator(probes=2), 0)
+    sensitivities(run, tiny_policy, CPU, SensitivityRequest(probes=2))
     with pytest.raises(ArtifactError, match="qvla activations"):
-        stages.plan(run, setting, CPU, tiny_policy.digest)
-    stages.activations(run, tiny_policy)
-    planned = stages.plan(run, setting, CPU, tiny_policy.digest, "mse")
+        plan_setting(run, setting, CPU, tiny_policy.digest)
+    record_activations(run, tiny_policy)
+    planned = plan_setting(run, setting, CPU, tiny_policy.digest, PlanOptions("mse"))
     assert planned is not None and planned.activations is not None
     assert planned.activations.method == "mse"
     assert planned.calibration_digest == CalibrationSet.load(run.calibration).digest

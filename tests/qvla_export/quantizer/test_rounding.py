@@ -26,9 +26,10 @@ from qvla_export.measurement.measure_moments import layer_tokens, measure_moment
 from qvla_export.measurement.moment_bounds import MomentSettings
 from qvla_export.pipeline import evaluate as judging
 from qvla_export.pipeline import export as exporting
-from qvla_export.pipeline import moments as compensating
-from qvla_export.pipeline import plan as stages
+from qvla_export.pipeline.plan import plan as plan_setting
+from qvla_export.pipeline.round import round_setting
 from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
 from qvla_export.policies.layers import as_tokens, fake_quantized, traced_layers
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.compensation import round_layer
@@ -37,7 +38,6 @@ from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import CODE_RANGE, compensated_spec, spec_for
 from qvla_export.quantizer.round_plan import round_plan, with_rounding
 from qvla_export.quantizer.rounding import Rounding
-from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch, PlanMismatch, QvlaError
 from qvla_export.shared.observation import Observation
@@ -281,19 +281,19 @@ def test_a_run_rounds_its_plan_and_packs_the_codes(
     run, w4 = RunFolder(tmp_path), parse_setting("w4")
     drawn = tuple(tiny_observations(12))
     CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(run.calibration)
-    estimator = FirstOrderEstimator(probes=2)
-    plain = stages.sensitivities(run, tiny_policy, CPU, estimator, 0)
-    measured = stages.sensitivities(run, tiny_policy, CPU, estimator, 0, compensated=True)
+    request = SensitivityRequest(probes=2)
+    plain = sensitivities(run, tiny_policy, CPU, request)
+    measured = sensitivities(run, tiny_policy, CPU, replace(request, quantizer="compensated"))
     assert measured.quantizer == compensated_spec(CPU) != plain.quantizer
     # A channel alone moves the action less where its other weights answer; of 0 bits none is left.
     for bits in (2, 4):
         sums = [sum(float(t.at(n, bits).sum()) for n in t.values) for t in (measured, plain)]
         assert sums[0] < sums[1]
-    stages.plan(run, w4, CPU, tiny_policy.digest)
+    plan_setting(run, w4, CPU, tiny_policy.digest)
     with pytest.raises(ArtifactError, match="qvla round --setting w4"):
         exporting.export(run, w4, tiny_policy, CPU)
-    rounded = compensating.rounded(run, w4, tiny_policy)
-    kept = compensating.rounded(run, w4, tiny_policy)
+    rounded = round_setting(run, w4, tiny_policy)
+    kept = round_setting(run, w4, tiny_policy)
     assert rounded is not None and kept is not None and rounded.rounding is not None
     assert kept.rounding is not None and kept.rounding.digest == rounded.rounding.digest
     bundle = exporting.export(run, w4, tiny_policy, CPU)

@@ -22,9 +22,11 @@ from engines.verify import judge
 from qvla_export.allocation.setting import parse_setting
 from qvla_export.graph.passes.bucketize import bucketize
 from qvla_export.measurement.measure_moments import measure_moments
-from qvla_export.pipeline import plan as stages
+from qvla_export.pipeline.activations import activations as record_activations
+from qvla_export.pipeline.plan import plan as plan_setting
 from qvla_export.pipeline.quantizers import variants
 from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.packed_storage import bucket_bytes
 from qvla_export.quantizer.plan import BitPlan, uniform_plan
@@ -42,7 +44,6 @@ from qvla_export.quantizer.quantize import (
 )
 from qvla_export.quantizer.round_plan import round_plan
 from qvla_export.quantizer.rounding import RoundedLayer, Rounding
-from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.target import UnsupportedOnTarget
@@ -243,14 +244,14 @@ def test_a_run_measures_plans_and_packs_zero_points(
     run, wanted = RunFolder(tmp_path), parse_setting("w4a8")
     drawn = tuple(tiny_observations(12))
     CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(run.calibration)
-    estimator = FirstOrderEstimator(probes=2)
-    measured = stages.sensitivities(run, tiny_policy, POINTED, estimator, 0)
+    request = SensitivityRequest(probes=2)
+    measured = sensitivities(run, tiny_policy, POINTED, request)
     assert measured.quantizer == spec_for(POINTED)
-    stages.activations(run, tiny_policy)
+    record_activations(run, tiny_policy)
     # The target without: plans follow the sensitivities, uniform baselines stay symmetric.
-    plan = stages.plan(run, wanted, CPU, tiny_policy.digest)
+    plan = plan_setting(run, wanted, CPU, tiny_policy.digest)
     assert plan is not None and plan.containers == POINTED.containers
-    baseline = stages.plan(run, parse_setting("w4-rtn"), CPU, tiny_policy.digest)
+    baseline = plan_setting(run, parse_setting("w4-rtn"), CPU, tiny_policy.digest)
     assert baseline is not None and baseline.containers == CPU.containers
     bundle = make_bundle(tiny_policy, plan, drawn[8:], tmp_path / "bundle")
     assert sum(n for part, n in bundle.weight_bytes.items() if part != "rest") == plan.weight_bytes

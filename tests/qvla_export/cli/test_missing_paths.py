@@ -1,0 +1,125 @@
+"""A path that must exist is refused while options are read, before anything heavy is imported."""
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from places import ROOT
+from typer.models import ArgumentInfo
+
+from qvla_export.cli.app import BENCH, PANELS, name_of
+from qvla_export.cli.options import Existing
+
+HEAVY = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
+# Paths that a command writes, or reports on where they are missing.
+MAY_BE_MISSING = {
+    *("output", "work", "timing_cache", "environment", "export_times", "export_profile"),
+    *("record", "modelopt", "engines"),
+    *(f"{command} run" for command in ("deploy", "calibrate", "compare")),
+    # They say in their own words what is missing.
+    *(f"doctor {name}" for name in ("bundle", "checkpoint", "dataset", "token_file")),
+}
+RUN = """
+import json, sys
+from qvla_export.cli import main
+code = 0
+try:
+    main()
+except SystemExit as stop:
+    code = stop.code
+print(json.dumps([code, sorted(set(sys.modules) & {heavy})]))
+"""
+
+
+@dataclass(frozen=True)
+class PathParameter:
+    command: tuple[str, ...]
+    name: str
+    # "--policy"; None for a positional one.
+    option: str | None
+    # Positional ones before it.
+    before: int
+    existing: Existing | None
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.command)} {self.name}"
+
+
+def commands() -> Iterator[tuple[tuple[str, ...], Callable[..., Any]]]:
+    for panel in PANELS.values():
+        yield from (((name_of(command),), command) for command in panel)
+    yield from ((("bench", name_of(command)), command) for command in BENCH)
+
+
+def path_parameters() -> Iterator[PathParameter]:
+    """Yield every parameter that is a path, or that must be the place of something."""
+    for words, command in commands():
+        positional = 0
+        for name, parameter in inspect.signature(command).parameters.items():
+            kind, info = get_args(parameter.annotation)[:2]
+            owner = getattr(getattr(info, "callback", None), "__self__", None)
+            existing = owner if isinstance(owner, Existing) else None
+            is_argument = isinstance(info, ArgumentInfo)
+            if existing or Path in (kind, *get_args(kind)):
+                option = None
+                if not is_argument:
+                    # typer takes the first name of an annotated option for its default.
+                    names = [str(text) for text in (info.default, *(info.param_decls or ()))]
+                    declared = [text for text in names if text.startswith("--")]
+                    option = declared[0] if declared else "--" + name.replace("_", "-")
+                before = positional if is_argument else 0
+                yield PathParameter(words, name, option, before, existing)
+            positional += is_argument
+
+
+PARAMETERS = tuple(path_parameters())
+MUST_EXIST = [parameter for parameter in PARAMETERS if parameter.existing]
+
+
+def test_every_path_is_one_that_must_exist_or_may_be_missing() -> None:
+    others = [p for p in PARAMETERS if not p.existing]
+    unknown = [str(p) for p in others if not {p.name, str(p)} & MAY_BE_MISSING]
+    assert not unknown, "must they exist (cli/options.py: Existing), or are they written?"
+    assert {p.command[0] for p in MUST_EXIST} >= {"deploy", "plan", "verify", "serve", "replay"}
+
+
+@pytest.mark.parametrize("parameter", MUST_EXIST, ids=str)
+def test_a_missing_path_is_refused_before_heavy_imports(
+    parameter: PathParameter, tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "missing")
+    place = [missing] if parameter.option is None else [parameter.option, missing]
+    arguments = [*parameter.command, *[str(ROOT)] * parameter.before, *place]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN.replace("{heavy}", str(set(HEAVY))), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(done.stdout) == [2, []], done.stderr
+    (line,) = done.stderr.splitlines()
+    assert parameter.existing is not None
+    said = f"{parameter.existing.what} not found: {missing}; {parameter.existing.remedy}"
+    assert line == f"error: {said}"
+
+
+def test_importing_the_command_imports_nothing_heavy() -> None:
+    code = f"import sys, qvla_export.cli.app; print(sorted(set(sys.modules) & {set(HEAVY)}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_words_and_addresses_stand_instead_of_paths() -> None:
+    either = Existing("bundle", "make it", words=("golden",), urls=True)
+    for value in ("golden", "http://robot:8000", None, ROOT, [ROOT, str(ROOT)]):
+        assert either.require(value) == value
+    with pytest.raises(ValueError, match="bundle not found: nowhere; make it"):
+        either.require([ROOT, "nowhere"])
