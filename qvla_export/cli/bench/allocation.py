@@ -13,7 +13,7 @@ from qvla_export.cli.progress import progress_shown
 from qvla_export.shared.artifacts import write_json
 
 if TYPE_CHECKING:
-    from qvla_export.pipeline.bench_allocation import AllocationComparison
+    from qvla_export.pipeline.bench.allocation import AllocationComparison
 
 
 def allocation(
@@ -28,7 +28,7 @@ def allocation(
     as_json: JsonOption = False,
 ) -> None:
     """Allocate a random table of a published policy's size by each method."""
-    from qvla_export.pipeline.bench_allocation import bench_allocation
+    from qvla_export.pipeline.bench.allocation import bench_allocation
 
     names = [method.strip() for method in methods.split(",")]
     with progress_shown() as on_progress:

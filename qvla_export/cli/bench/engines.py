@@ -28,7 +28,7 @@ def engines(
     as_json: JsonOption = False,
 ) -> None:
     """Time float, other quantizers and ours on a random decoder: a whole pass, and decoding."""
-    from qvla_export.pipeline.bench_engines import EngineBenchRequest, bench_engines
+    from qvla_export.pipeline.bench.engines import EngineBenchRequest, bench_engines
 
     with progress_shown() as on_progress:
         request = EngineBenchRequest(threads, rounds, modelopt, quick)

@@ -13,7 +13,7 @@ def rates(
     threads: ThreadsOption = None,
 ) -> None:
     """Measure this CPU's bandwidth, products and launches under ONNX Runtime; half a minute."""
-    from qvla_export.pipeline.rates import measure_rates
+    from qvla_export.pipeline.bench.rates import measure_rates
 
     measured = measure_rates(output, threads)
     tops = measured.mode.dense_tops

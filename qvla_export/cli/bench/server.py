@@ -32,7 +32,7 @@ def server(
     as_json: JsonOption = False,
 ) -> None:
     """Time round trips with an engine that does nothing, all servers in turn, in one run."""
-    from qvla_export.pipeline.bench_server import bench_server
+    from qvla_export.pipeline.bench.server import bench_server
 
     with progress_shown() as on_progress:
         bench = bench_server(count, side, frames, on_progress)

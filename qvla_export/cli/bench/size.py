@@ -14,7 +14,7 @@ from qvla_export.cli.progress import progress_shown
 from qvla_export.shared.artifacts import write_json
 
 if TYPE_CHECKING:
-    from qvla_export.pipeline.real_size import Step
+    from qvla_export.pipeline.bench.size import Step
 
 
 def size(
@@ -35,7 +35,7 @@ def size(
     as_json: JsonOption = False,
 ) -> None:
     """Take a random policy of a published size through every stage; needs tens of GB of disk."""
-    from qvla_export.pipeline.real_size import RealSize, measure_real_size
+    from qvla_export.pipeline.bench.size import RealSize, measure_real_size
 
     request = RealSize(
         work, geometry, target, mix, layers_per_part, not skip_engines, not skip_action

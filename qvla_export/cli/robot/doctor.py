@@ -12,7 +12,7 @@ from rich.table import Table
 from qvla_export.cli.options import JsonOption, PresetOption, UnnormKeyOption
 
 if TYPE_CHECKING:
-    from qvla_export.pipeline.doctor import Examination
+    from qvla_export.pipeline.robot.doctor import Examination
 
 _FAILED = 2
 _STYLES = {"error": "red", "warning": "yellow", "unknown": "cyan", "ok": "green"}
@@ -45,7 +45,7 @@ def doctor(
     Exits with 2 if there is an error (the policy does not run, or acts wrongly), with 0 otherwise.
     """
     from jetson.doctor.examination import DoctorRequest
-    from qvla_export.pipeline.doctor import examine_machine
+    from qvla_export.pipeline.robot.doctor import examine_machine
 
     request = DoctorRequest(
         bundle, engines, checkpoint, unnorm_key, preset, libero, host, port, token_file

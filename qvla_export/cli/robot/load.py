@@ -67,7 +67,7 @@ def load(
     time from sending to reply is reported beside it. Exit 1 where nothing was answered.
     """
     from jetson.clients.load import LoadPlan
-    from qvla_export.pipeline.load import LoadRequest, load_server
+    from qvla_export.pipeline.robot.load import LoadRequest, load_server
 
     plan = LoadPlan(rate, duration, clients, arrivals, seed, timeout)
     request = LoadRequest(

@@ -46,7 +46,7 @@ def replay(
 ) -> None:
     """Ask a policy what it would have done: its actions and times against the recorded ones."""
     from qvla_export.pipeline.policy_source import PolicySource
-    from qvla_export.pipeline.replay import replay as replay_recording
+    from qvla_export.pipeline.robot.replay import replay as replay_recording
 
     source = PolicySource(policy, unnorm_key, preset, threads, weights)
     with progress_shown() as on_progress:

@@ -77,8 +77,8 @@ def run(
     after faults. The last command is always the safe action.
     """
     options = dict(locals())  # one option a field
-    from qvla_export.pipeline.control_loop import run_policy
-    from qvla_export.pipeline.control_options import RunOptions
+    from qvla_export.pipeline.robot.control_loop import run_policy
+    from qvla_export.pipeline.robot.control_options import RunOptions
 
     result = run_policy(RunOptions(**options | {"cameras": tuple(cameras or ())}))
     # Not on stdout where the commands are.

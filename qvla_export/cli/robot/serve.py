@@ -60,7 +60,7 @@ def serve(
     from jetson.server_settings import ServerSettings
     from jetson.serving.security import read_token
     from qvla_export.pipeline.policy_source import PolicySource
-    from qvla_export.pipeline.serve import serve_policy
+    from qvla_export.pipeline.robot.serve import serve_policy
 
     settings = ServerSettings(
         host=host,

@@ -22,8 +22,8 @@ from jetson.control.loop_state import LoopState
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.policy_contract import PolicyContract
-from qvla_export.pipeline.control_loop import parse_vector, run_policy
-from qvla_export.pipeline.control_options import RunOptions
+from qvla_export.pipeline.robot.control_loop import parse_vector, run_policy
+from qvla_export.pipeline.robot.control_options import RunOptions
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation

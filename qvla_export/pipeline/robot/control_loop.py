@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.pipeline.control_options import RunOptions
-from qvla_export.pipeline.control_sources import open_source
 from qvla_export.pipeline.policy_source import PolicySource
+from qvla_export.pipeline.robot.control_options import RunOptions
+from qvla_export.pipeline.robot.control_sources import open_source
 from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.normalization import Bounds

@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvla_export.pipeline.control_options import RunOptions
+from qvla_export.pipeline.robot.control_options import RunOptions
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
