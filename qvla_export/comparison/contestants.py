@@ -18,7 +18,7 @@ _LIBRARY = re.compile(r"w(?P<bits>\d+)(a(?P<activations>\d+))?-(?P<method>.+)")
 class Contestant:
     """How a policy is quantized.
 
-    "w4", "w8a8", "w4-layer": a setting of a run, see `pipeline.run_folder.Setting`. "w4-awq": a
+    "w4", "w8a8", "w4-layer": a setting of a run, see `allocation.setting.Setting`. "w4-awq": a
     library's method. Planned settings are as `qvla deploy` makes them, with codes that make up for
     each other's errors; "w4@nearest" takes the nearest codes. "w8a8@smoothed": of the smoothed
     checkpoint (`qvla smooth`). "w4@16": planned from the first 16 calibration observations.

@@ -7,9 +7,9 @@ import numpy as np
 from qvla_export.comparison.comparison import FLOAT, Comparison, Ranks
 from qvla_export.comparison.contestants import parse_contestant
 from qvla_export.comparison.rows import Row
+from qvla_export.report.axes import draw_diagonal, label_deviations, name_point
 from qvla_export.report.svg import (
     DASHES,
-    INK,
     MARKERS,
     MUTED,
     PAPER,
@@ -38,7 +38,7 @@ def _is_named(row: Row) -> bool:
 
 
 def draw_deviations(comparison: Comparison) -> str:
-    """Mean cumulative deviation along episodes (Fig. 3)."""
+    """Draw the mean cumulative deviation along episodes (Fig. 3)."""
     figure = new_figure(4.2)
     axes = figure.subplots()
     rows = drifting(comparison)
@@ -51,21 +51,19 @@ def draw_deviations(comparison: Comparison) -> str:
             dashes=DASHES[i // len(MARKERS) % len(DASHES)],
             label=short(row.name),
         )
-    axes.set_xlabel("decision of the episode (one action chunk each)")
-    axes.set_ylabel("cumulative ‖ΔA‖² (normalized)")
-    log_axis(axes, "y")
+    label_deviations(axes, logarithmic=True)
     axes.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.16), ncols=3)
     return to_svg(figure, "deviations")
 
 
 def draw_ranks(ranks: Ranks) -> str:
-    """Ranks along episodes against ranks of one decision (Fig. 7)."""
+    """Draw ranks along episodes against ranks of one decision (Fig. 7)."""
     figure = new_figure(4.4)
     axes = figure.subplots()
     count = len(ranks.channels)
     single = _ranks([sensitivity for _, _, sensitivity, _ in ranks.channels])
     along = _ranks([sensitivity for _, _, _, sensitivity in ranks.channels])
-    axes.plot([1, count], [1, count], color=MUTED, lw=0.8, dashes=(4, 2), zorder=1)
+    draw_diagonal(axes, count)
     axes.scatter(
         single,
         along,
@@ -78,13 +76,12 @@ def draw_ranks(ranks: Ranks) -> str:
     )
     axes.set_xlabel("rank by one decision (1 = least sensitive channel)")
     axes.set_ylabel("rank by the sum along episodes")
-    axes.set_aspect("equal")
     axes.set_title(f"{count} channels, {ranks.bits} bits: Spearman ρ {ranks.spearman:.3f}")
     return to_svg(figure, "ranks")
 
 
 def draw_errors(comparison: Comparison) -> str:
-    """Action error of every row against the bytes of its layers."""
+    """Draw the action error of every row against the bytes of its layers."""
     figure = new_figure(4.2)
     axes = figure.subplots()
     rows = [row for row in comparison.rows if row.name != FLOAT and row.rms > 0]
@@ -109,14 +106,7 @@ def draw_errors(comparison: Comparison) -> str:
             label=name,
         )
     for row in filter(_is_named, rows):
-        axes.annotate(
-            short(row.name),
-            (100 * row.ratio, row.rms),
-            (4, 2),
-            textcoords="offset points",
-            color=INK,
-            fontsize=6,
-        )
+        name_point(axes, row.name, (100 * row.ratio, row.rms), (4, 2), "left", 6)
     axes.set_xlabel("bytes of the quantized layers, % of float16 (scales included)")
     axes.set_ylabel("action error, RMS (normalized)")
     log_axis(axes, "y")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from qvla_export.quantizer.layer_names import label_of, module_of
 from qvla_export.quantizer.plan import BitPlan
+from qvla_export.report.axes import draw_diagonal, legend_above
 from qvla_export.report.measured import RankAgreement
 from qvla_export.report.svg import (
     DASHES,
@@ -33,7 +34,7 @@ _POINTS = 300
 
 
 def draw_modules(sensitivities: Sensitivities) -> str:
-    """Dots: sum over each module's channels, by width (Fig. 1a of the paper)."""
+    """Draw a dot for each module's sum over its channels, by width (Fig. 1a of the paper)."""
     modules = sensitivities.module_sums()
     names = sorted(modules, key=lambda name: float(modules[name].max()))
     figure = new_figure(0.95 + 0.3 * len(names))
@@ -59,12 +60,12 @@ def draw_modules(sensitivities: Sensitivities) -> str:
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xlabel("expected ‖ΔA‖² of a module at one width (normalized action)")
     log_axis(axes, "x")
-    _legend_above(axes, len(sensitivities.widths))
+    legend_above(axes, len(sensitivities.widths))
     return to_svg(figure, "modules")
 
 
 def draw_channels(sensitivities: Sensitivities) -> str:
-    """Sorted curves of all channels, by width and at one width by module (Fig. 1b)."""
+    """Draw sorted curves of all channels, by width and at one width by module (Fig. 1b)."""
     figure = new_figure(5.6)
     upper, lower = figure.subplots(2, 1)
     for i, bits in enumerate(sensitivities.widths):
@@ -89,12 +90,12 @@ def draw_channels(sensitivities: Sensitivities) -> str:
 
 
 def draw_agreement(agreement: RankAgreement) -> str:
-    """Ranks of estimated against ranks of exact sensitivities (Fig. 7)."""
+    """Draw ranks of estimated against ranks of exact sensitivities (Fig. 7)."""
     figure = new_figure(4.4)
     axes = figure.subplots()
     count = len(agreement.bits)
     ranks_exact, ranks = _ranks(agreement.exact), _ranks(agreement.estimated)
-    axes.plot([1, count], [1, count], color=MUTED, lw=0.8, dashes=(4, 2), zorder=1)
+    draw_diagonal(axes, count)
     for i, bits in enumerate(sorted(set(agreement.bits.tolist()))):
         chosen = agreement.bits == bits
         within = agreement.spearman_by_width.get(bits)
@@ -112,13 +113,12 @@ def draw_agreement(agreement: RankAgreement) -> str:
         )
     axes.set_xlabel("rank by exact measurement (1 = least sensitive pair)")
     axes.set_ylabel("rank to first order")
-    axes.set_aspect("equal")
     axes.legend(loc="upper left", title=f"all {count} pairs: Spearman ρ {agreement.spearman:.3f}")
     return to_svg(figure, "agreement")
 
 
 def draw_width_shares(plans: Mapping[str, BitPlan]) -> str:
-    """One stacked bar a plan: how many of all channels have each width."""
+    """Draw a stacked bar for each plan: how many of all channels have each width."""
     figure = new_figure(0.85 + 0.34 * len(plans))
     axes = figure.subplots()
     counts = [plan.histogram() for plan in plans.values()]
@@ -133,12 +133,12 @@ def draw_width_shares(plans: Mapping[str, BitPlan]) -> str:
                           color="#ffffff", fontweight="bold", fontsize=8)  # fmt: skip
     axes.invert_yaxis()
     axes.set_xlabel("share of all channels, %")
-    _legend_above(axes, len(WIDTHS))
+    legend_above(axes, len(WIDTHS))
     return to_svg(figure, "width-shares")
 
 
 def draw_layer_widths(plan: BitPlan, index: int) -> str:
-    """One stacked bar a layer, in forward order; `index` keeps several plans' ids apart."""
+    """Draw a stacked bar for each layer, in forward order; `index` keeps plans' ids apart."""
     names = list(plan.widths)
     # Small type for the reference policy's 76 layers, thinned labels for hundreds.
     row = 0.118 if len(names) <= 120 else 0.05
@@ -156,7 +156,7 @@ def draw_layer_widths(plan: BitPlan, index: int) -> str:
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("share of the layer's channels, %")
     axes.grid(visible=False)
-    _legend_above(axes, len(WIDTHS))
+    legend_above(axes, len(WIDTHS))
     return to_svg(figure, f"layer-widths-{index}")
 
 
@@ -212,18 +212,6 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
     ranks: NDArray[np.float64] = np.asarray(rankdata(values), np.float64)
     return ranks
-
-
-def _legend_above(axes: Axes, columns: int) -> None:
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=columns,
-        columnspacing=1.2,
-        handletextpad=0.4,
-        handlelength=1.2,
-        borderaxespad=0.2,
-    )
 
 
 def _width_name(bits: int) -> str:

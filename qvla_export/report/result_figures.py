@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from qvla_export.report.axes import label_deviations, legend_above, name_point
 from qvla_export.report.measured import Latency, Share
 from qvla_export.report.run_data import RunData, SettingResult
 from qvla_export.report.svg import (
     DASHES,
-    INK,
     MARKERS,
     MUTED,
     PAPER,
@@ -27,7 +27,7 @@ _EXACT = 1e-8  # a sum below is rounding: the float engine beside the float poli
 
 
 def draw_deviation(data: RunData, settings: Sequence[SettingResult]) -> str:
-    """Mean cumulative deviation along episodes with a 95 % band (Fig. 3)."""
+    """Draw the mean cumulative deviation along episodes with a 95 % band (Fig. 3)."""
     figure = new_figure(3.3)
     axes = figure.subplots()
     colors = _colors(data)
@@ -51,16 +51,13 @@ def draw_deviation(data: RunData, settings: Sequence[SettingResult]) -> str:
             dashes=_dashes(data, setting.name),
             label=short(setting.name),
         )
-    axes.set_xlabel("decision of the episode (one action chunk each)")
-    axes.set_ylabel("cumulative ‖ΔA‖² (normalized)")
-    if drifting:
-        log_axis(axes, "y")
+    label_deviations(axes, logarithmic=bool(drifting))
     axes.legend(loc="lower right")
     return to_svg(figure, "deviation")
 
 
 def draw_success(data: RunData, settings: Sequence[SettingResult]) -> str:
-    """Success of each task and setting with Wilson 95 % intervals."""
+    """Draw the success of each task and setting with Wilson 95 % intervals."""
     tasks = list(dict.fromkeys(t for s in settings if s.rollouts for t in s.rollouts.by_task))
     rows = ["all tasks", *tasks]
     figure = new_figure(0.9 + (0.1 + 0.11 * len(settings)) * len(rows))
@@ -78,12 +75,12 @@ def draw_success(data: RunData, settings: Sequence[SettingResult]) -> str:
     axes.set_xlim(-2, 102)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("solved episodes, % (bar: Wilson 95 % interval)")
-    _legend_above(axes)
+    legend_above(axes, 5)
     return to_svg(figure, "success")
 
 
 def draw_latency(data: RunData, settings: Sequence[SettingResult]) -> str:
-    """Distribution of the total, and the median of each span."""
+    """Draw the distribution of the total, and the median of each span."""
     rows = {s.name: s.latency for s in settings if s.latency is not None}
     rows = {**rows, **data.other_latencies}
     figure = new_figure(3.4 + 0.5 + 0.3 * len(rows))
@@ -104,7 +101,7 @@ def draw_latency(data: RunData, settings: Sequence[SettingResult]) -> str:
 
 
 def draw_trade_off(data: RunData, settings: Sequence[SettingResult]) -> str:
-    """Action error and success against the bytes of the quantized layers."""
+    """Draw action error and success against the bytes of the quantized layers."""
     figure = new_figure(5.0)
     upper, lower = figure.subplots(2, 1, sharex=True)
     colors = _colors(data)
@@ -116,7 +113,7 @@ def draw_trade_off(data: RunData, settings: Sequence[SettingResult]) -> str:
         if setting.plan is not None and setting.action_error is not None:
             error = setting.action_error.rms
             upper.plot(size, error, ls="none", ms=7, mec=PAPER, mew=0.6, **look)
-            _name_point(upper, setting.name, (size, error), above)
+            name_point(upper, setting.name, (size, error), above, "center", 8)
         if setting.rollouts is not None:
             share = setting.rollouts.success
             bars = [[100 * (share.value - share.low)], [100 * (share.high - share.value)]]
@@ -124,7 +121,7 @@ def draw_trade_off(data: RunData, settings: Sequence[SettingResult]) -> str:
                 size, 100 * share.value, yerr=bars, ls="none", ms=7, mec=PAPER, mew=0.6,
                 capsize=2, elinewidth=1.2, **look,
             )  # fmt: skip
-            _name_point(lower, setting.name, (size, 100 * share.value), (7, 4), "left")
+            name_point(lower, setting.name, (size, 100 * share.value), (7, 4), "left", 8)
     upper.set_ylabel("action error,\nRMS (normalized)")
     if any(s.plan is not None and s.action_error is not None for s in settings):
         upper.margins(x=0.12, y=0.25)
@@ -176,31 +173,7 @@ def _span_bars(axes: Axes, rows: dict[str, Latency]) -> None:
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("median milliseconds of each span")
     if spans:
-        _legend_above(axes)
-
-
-def _name_point(
-    axes: Axes,
-    name: str,
-    at: tuple[float, float],
-    offset: tuple[float, float],
-    align: str = "center",
-) -> None:
-    axes.annotate(
-        short(name), at, offset, textcoords="offset points", ha=align, color=INK, fontsize=8
-    )
-
-
-def _legend_above(axes: Axes) -> None:
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=5,
-        columnspacing=1.2,
-        handletextpad=0.4,
-        handlelength=1.2,
-        borderaxespad=0.2,
-    )
+        legend_above(axes, 5)
 
 
 def _colors(data: RunData, more: tuple[str, ...] = ()) -> dict[str, str]:
