@@ -76,7 +76,7 @@ class BaselineLayer:
 
     @property
     def nbytes(self) -> int:
-        """Packed codes, scales, and the input scale if there is one."""
+        """Return the bytes of packed codes, scales, and the input scale if there is one."""
         scale = self.input_scale
         return self.weight.nbytes + (0 if scale is None else scale.nbytes)
 
@@ -108,29 +108,29 @@ class Baseline:
 
     @property
     def weight_bytes(self) -> int:
-        """Packed codes, scales and input scales of all layers."""
+        """Return the bytes of packed codes, scales and input scales of all layers."""
         return sum(layer.nbytes for layer in self.layers.values())
 
     @property
     def float16_bytes(self) -> int:
-        """Bytes of the same weights in float16."""
+        """Return the bytes of the same weights in float16."""
         return 2 * sum(layer.weight.codes.size for layer in self.layers.values())
 
     @property
     def mean_bits_per_channel(self) -> float:
-        """Average width of a channel; scales not included."""
+        """Return the average width of a channel; scales not included."""
         channels = [len(layer.weight.codes) for layer in self.layers.values()]
         bits = [layer.weight.bits for layer in self.layers.values()]
         return float(np.dot(channels, bits)) / sum(channels)
 
     @property
     def stored_bits_per_weight(self) -> float:
-        """Average of what is stored, scales included."""
+        """Return the average of what is stored, scales included."""
         return 16 * self.weight_bytes / self.float16_bytes
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything it says."""
+        """Return the SHA-256 of everything it says."""
         described = self._to_json(save_tensors(self._tensors()))
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 

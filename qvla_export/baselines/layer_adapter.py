@@ -50,7 +50,7 @@ class GroupedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What callers read a layer's type from.  [channels, inputs and zeros]"""
+        """Return what callers read a layer's type from.  [channels, inputs and zeros]"""
         return self.linear.weight
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The bars that a comparison is held against, and what was found of each."""
+"""The bars that a comparison is held against, and what was result of each."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ _EPISODES = 200
 class Bar:
     """One bar."""
 
-    # What is asked for, and what was found, in words with numbers.
-    asked: str
-    found: str
+    # What is to be reached, and what was measured, in words with numbers.
+    requirement: str
+    result: str
     # None where what it needs was not measured.
     met: bool | None
 
     @property
     def verdict(self) -> str:
-        """In one word or two."""
+        """Return the verdict in one word or two."""
         return {True: "met", False: "missed", None: "not measured"}[self.met]
 
 
@@ -59,58 +59,58 @@ def best_of_ours(comparison: Comparison, bits: float, most_bytes: float) -> Row 
     return min(fitting, key=lambda row: row.rms, default=None)
 
 
-def _rows(comparison: Comparison, bits: float, wanted: Callable[[Contestant], bool]) -> list[Row]:
+def _rows(comparison: Comparison, bits: float, chosen: Callable[[Contestant], bool]) -> list[Row]:
     named = [(parse_contestant(row.name), row) for row in comparison.rows]
-    return [row for c, row in named if c.bits == bits and c.activation_bits is None and wanted(c)]
+    return [row for c, row in named if c.bits == bits and c.activation_bits is None and chosen(c)]
 
 
 def _all(comparison: Comparison) -> Iterator[Bar]:
     reference = comparison.row(FLOAT)
     for bits, points in _POINTS.items():
-        asked = f"{bits:g} mean bits: success within {points:g} points of float"
-        yield _success_bar(comparison, reference, bits, asked, -points / 100)
+        requirement = f"{bits:g} mean bits: success within {points:g} points of float"
+        yield _success_bar(comparison, reference, bits, requirement, -points / 100)
     for bits, share in _KEPT.items():
-        asked = f"{bits:g} mean bits: at least {share:.0%} of float's success"
+        requirement = f"{bits:g} mean bits: at least {share:.0%} of float's success"
         success = None if reference is None else reference.success
-        allowed = 0.0 if success is None else (share - 1) * success
-        yield _success_bar(comparison, reference, bits, asked, allowed)
+        least = 0.0 if success is None else (share - 1) * success
+        yield _success_bar(comparison, reference, bits, requirement, least)
     for bits in _ERROR_BITS:
         yield _error_bar(comparison, bits)
 
 
 def _success_bar(
-    comparison: Comparison, reference: Row | None, bits: float, asked: str, allowed: float
+    comparison: Comparison, reference: Row | None, bits: float, requirement: str, least: float
 ) -> Bar:
     # Of several ways to store so many bits: the one that is chosen without episodes.
     played = [r for r in ours(comparison, bits) if r.episodes and parse_contestant(r.name).main]
     row = min(played, key=lambda r: r.rms, default=None)
     paired = None if row is None or reference is None else row.against(reference)
     if paired is None or row is None:
-        return Bar(asked, "no paired episodes", None)
-    found = (
+        return Bar(requirement, "no paired episodes", None)
+    result = (
         f"{row.name} {100 * paired.value:+.1f} points [{100 * paired.low:+.1f}, "
         f"{100 * paired.high:+.1f}] on {paired.episodes} paired episodes"
     )
     if paired.episodes < _EPISODES:
-        return Bar(asked, f"{found}, fewer than {_EPISODES}", None)
+        return Bar(requirement, f"{result}, fewer than {_EPISODES}", None)
     # Shares of whole episodes: no rounding may decide.
-    return Bar(asked, found, paired.value >= allowed - 1e-9)
+    return Bar(requirement, result, paired.value >= least - 1e-9)
 
 
 def _error_bar(comparison: Comparison, bits: float) -> Bar:
-    asked = (
+    requirement = (
         f"{bits:g} bits: action error at most {_ERROR_SHARE:g} of the best baseline's at equal or "
         "fewer bytes"
     )
     best = min(rivals(comparison, bits), key=lambda row: row.rms, default=None)
     if best is None:
-        return Bar(asked, "no baseline", None)
+        return Bar(requirement, "no baseline", None)
     mine = best_of_ours(comparison, bits, best.weight_bytes)
     if mine is None:
-        return Bar(asked, f"none of ours within {best.weight_bytes:,.0f} bytes", None)
+        return Bar(requirement, f"none of ours within {best.weight_bytes:,.0f} bytes", None)
     share = mine.rms / best.rms
-    found = (
+    result = (
         f"{share:.2f}: {mine.name} {mine.rms:.4g} RMS in {mine.weight_bytes:,.0f} bytes, "
         f"{best.name} {best.rms:.4g} in {best.weight_bytes:,.0f}"
     )
-    return Bar(asked, found, share <= _ERROR_SHARE)
+    return Bar(requirement, result, share <= _ERROR_SHARE)

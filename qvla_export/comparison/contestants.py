@@ -36,38 +36,38 @@ class Contestant:
 
     @property
     def simulated(self) -> bool:
-        """Whether no engine can run it: 4-bit activations, or a library's own format."""
+        """Say whether no engine can run it: 4-bit activations, or a library's own format."""
         return self.kind == "library" or self.of_run.activation_bits == 4
 
     @property
     def of_run(self) -> Setting:
-        """The setting, of the kind "setting"."""
+        """Return the setting, of the kind "setting"."""
         return parse_setting(self.setting)
 
     @property
     def request(self) -> tuple[str, int, int | None]:
-        """Method, bits of weights and of inputs, of the kind "library"."""
+        """Return method, bits of weights and of inputs, of the kind "library"."""
         method, bits, inputs = _library(self.setting) or ("", 0, None)
         return method, bits, inputs
 
     @property
     def bits(self) -> float:
-        """Nominal mean bits per channel; 16 for float."""
+        """Return the nominal mean bits per channel; 16 for float."""
         return self.of_run.bits if self.kind == "setting" else float(self.request[1])
 
     @property
     def activation_bits(self) -> int | None:
-        """Bits of the layers' inputs; None for float."""
+        """Return the bits of the layers' inputs; None for float."""
         return self.of_run.activation_bits if self.kind == "setting" else self.request[2]
 
     @property
     def ours(self) -> bool:
-        """Whether its widths are chosen by sensitivities, by whatever allocation."""
+        """Say whether its widths are chosen by sensitivities, by whatever allocation."""
         return self.kind == "setting" and self.of_run.kind == "planned"
 
     @property
     def main(self) -> bool:
-        """Whether it is ours without a variation: what is recommended."""
+        """Say whether it is ours without a variation: what is recommended."""
         plain = self.kind == "setting" and re.fullmatch(r"w\d+(\.\d+)?(a\d)?", self.setting)
         return bool(plain) and self.observations is None
 

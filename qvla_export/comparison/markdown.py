@@ -31,7 +31,7 @@ def _lines(comparison: Comparison) -> Iterator[str]:
     yield from _table(_COLUMNS, _full_rows(comparison))
     yield ""
     for bar in bars(comparison):
-        yield f"- {bar.asked}: **{bar.verdict}** ({bar.found})"
+        yield f"- {bar.requirement}: **{bar.verdict}** ({bar.result})"
     ranks = comparison.ranks
     if ranks is not None:
         yield (

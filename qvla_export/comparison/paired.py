@@ -28,7 +28,7 @@ class PairedDifference:
 
     @property
     def value(self) -> float:
-        """Difference of the shares of solved episodes, -1 to 1."""
+        """Return the difference of the shares of solved episodes, -1 to 1."""
         return (self.gained - self.lost) / self.episodes
 
 

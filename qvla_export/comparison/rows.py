@@ -80,33 +80,33 @@ class Row:
 
     @property
     def rms(self) -> float:
-        """Action error: mean over seeds."""
+        """Return the action error, mean over seeds."""
         return statistics.fmean(row.rms for row in self.seeds)
 
     @property
     def rms_spread(self) -> float:
-        """Standard deviation over seeds; 0 of one."""
+        """Return the action error's standard deviation over seeds; 0 of one."""
         values = [row.rms for row in self.seeds]
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
     @property
     def physical(self) -> tuple[float, ...]:
-        """Mean |difference| by dimension in the robot's units, mean over seeds."""
+        """Return the mean |difference| by dimension in the robot's units, mean over seeds."""
         return _means([row.physical for row in self.seeds])
 
     @property
     def normalized(self) -> tuple[float, ...]:
-        """The same, normalized."""
+        """Return the same, normalized."""
         return _means([row.normalized for row in self.seeds])
 
     @property
     def weight_bytes(self) -> float:
-        """Mean over seeds: plans of other sensitivities differ a little."""
+        """Return the mean over seeds: plans of other sensitivities differ a little."""
         return statistics.fmean(row.cost.weight_bytes for row in self.seeds)
 
     @property
     def ratio(self) -> float:
-        """`weight_bytes` over those in float16."""
+        """Return `weight_bytes` over the bytes in float16."""
         return self.weight_bytes / self.seeds[0].cost.float16_bytes
 
     def mean_cost(self, name: str) -> float:
@@ -115,46 +115,46 @@ class Row:
 
     @property
     def total_seconds(self) -> float | None:
-        """Wall-clock seconds to quantize, mean over the seeds that know; None where none does."""
+        """Return the seconds to quantize, mean over the seeds that know; None where none does."""
         known = [sum(row.seconds.values()) for row in self.seeds if row.seconds]
         return statistics.fmean(known) if known else None
 
     @property
     def total_cpu_seconds(self) -> float | None:
-        """The same of this process's CPU time, which other work on the machine hardly moves."""
+        """Return the same in CPU time, which other work on the machine hardly moves."""
         known = [sum(row.cpu_seconds.values()) for row in self.seeds if row.cpu_seconds]
         return statistics.fmean(known) if known else None
 
     @property
     def engines(self) -> str:
-        """What ran it."""
+        """Return the engines that ran it."""
         return ", ".join(dict.fromkeys(row.engine for row in self.seeds))
 
     @property
     def episodes(self) -> tuple[Outcome, ...]:
-        """Of all seeds."""
+        """Return the episodes of all seeds."""
         return tuple(outcome for row in self.seeds for outcome in row.episodes)
 
     @property
     def success(self) -> float | None:
-        """Share of solved episodes; None without any."""
+        """Return the share of solved episodes; None without any."""
         return statistics.fmean(o.solved for o in self.episodes) if self.episodes else None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Wilson 95 % interval of it."""
+        """Return the Wilson 95 % interval of that share."""
         solved = sum(outcome.solved for outcome in self.episodes)
         return wilson_95(solved, len(self.episodes)) if self.episodes else None
 
     @property
     def deviation(self) -> float | None:
-        """Cumulative deviation at an episode's end, mean over episodes; None where unknown."""
+        """Return the cumulative deviation at an episode's end, mean of all; None where unknown."""
         values = [o.deviation for o in self.episodes if o.deviation is not None]
         return statistics.fmean(values) if values else None
 
     @property
     def cumulative(self) -> tuple[float, ...]:
-        """Mean running sum by decision; a seed of shorter episodes keeps its last."""
+        """Return the mean running sum by decision; a seed of shorter episodes keeps its last."""
         curves = [row.cumulative for row in self.seeds if row.cumulative]
         longest = max((len(curve) for curve in curves), default=0)
         return _means([curve + curve[-1:] * (longest - len(curve)) for curve in curves])

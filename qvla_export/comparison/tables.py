@@ -65,7 +65,9 @@ def dimensions(comparison: Comparison) -> Table:
 
 def bar_table(comparison: Comparison) -> Table:
     """Return every bar with what was found."""
-    rows = tuple((Cell(bar.asked), Cell(bar.verdict), Cell(bar.found)) for bar in bars(comparison))
+    rows = tuple(
+        (Cell(bar.requirement), Cell(bar.verdict), Cell(bar.result)) for bar in bars(comparison)
+    )
     return Table(("Bar", "", "Found"), rows)
 
 

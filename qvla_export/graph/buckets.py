@@ -22,8 +22,8 @@ class ChannelBuckets:
     inverse: NDArray[np.int64]
 
     @property
-    def kept(self) -> int:
-        """Channels that are computed: all but those of 0 bits."""
+    def computed_channels(self) -> int:
+        """Return the number of channels that are computed: all but those of 0 bits."""
         return sum(stop - start for bits, start, stop in self.runs if bits)
 
     def channels(self, bits: int) -> NDArray[np.int64]:

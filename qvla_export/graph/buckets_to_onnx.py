@@ -41,7 +41,7 @@ Store = Callable[[ir.TensorProtocol], ir.TensorProtocol]
 
 
 def keep(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """Leave a constant in memory."""
+    """Keep a constant in memory."""
     return tensor
 
 
@@ -54,7 +54,7 @@ class BucketedWeight:
 
     @property
     def channels(self) -> int:
-        """Output channels, pruned ones included."""
+        """Return the number of output channels, pruned ones included."""
         return len(self.buckets.order)
 
 

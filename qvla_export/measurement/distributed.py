@@ -123,12 +123,12 @@ class Placement:
 
 
 def choose_placement(
-    wanted: DeviceChoice, gpus: int, local_rank: int = 0, local_size: int = 1
+    device: DeviceChoice, gpus: int, local_rank: int = 0, local_size: int = 1
 ) -> Placement:
     """Return a process's device and the backend that fits: nccl between GPUs, else gloo.
 
     Args:
-        wanted: "auto" takes a GPU if this machine has any.
+        device: "auto" takes a GPU if this machine has any.
         gpus: of this machine.
         local_rank: the process's number on this machine, from 0; it gets the GPU of that number.
         local_size: processes on this machine.
@@ -136,7 +136,7 @@ def choose_placement(
     Raises:
         QvlaError: a GPU is wanted where there is none, or there are fewer than processes.
     """
-    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
+    if device == "cpu" or (device == "auto" and gpus == 0):
         return Placement("cpu", "gloo")
     if gpus == 0:
         raise QvlaError(

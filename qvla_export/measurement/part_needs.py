@@ -36,7 +36,7 @@ class PartNeeds:
 
     @property
     def pass_bytes(self) -> int:
-        """Of a pass through it with a graph, forward and back."""
+        """Return the bytes of a pass through it with a graph, forward and back."""
         return self.made_bytes + _ON_THE_WAY * self.largest_bytes
 
 

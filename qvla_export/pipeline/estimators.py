@@ -115,6 +115,6 @@ def _load_same(empty: EstimatorComparison, output: Path) -> EstimatorComparison:
     """Return what an earlier run did of the same comparison, or the one without figures."""
     kept = load_if_current(output, EstimatorComparison.load)
     # Files written before a bound was removed name it; null bounded nothing.
-    options = {**empty.asked["options"], "max_standard_error": None}
-    same = (empty.asked, {**empty.asked, "options": options})
-    return kept if kept is not None and kept.asked in same else empty
+    options = {**empty.question["options"], "max_standard_error": None}
+    same = (empty.question, {**empty.question, "options": options})
+    return kept if kept is not None and kept.question in same else empty

@@ -29,7 +29,7 @@ class Share:
 
     @property
     def value(self) -> float:
-        """Solved episodes over all."""
+        """Return the solved episodes over all."""
         return self.solved / self.episodes
 
 

@@ -63,7 +63,7 @@ class SettingResult:
 
     @property
     def measured_widths(self) -> bool:
-        """Whether the widths were chosen by sensitivities rather than uniformly."""
+        """Say whether the widths were chosen by sensitivities rather than uniformly."""
         return self.plan is not None and self.plan.sensitivities_digest is not None
 
 
@@ -87,14 +87,14 @@ class RunData:
 
     @property
     def float16_bytes(self) -> int:
-        """Bytes of the quantizable layers' weights in float16."""
+        """Return the bytes of the quantizable layers' weights in float16."""
         sizes = self.sensitivities.weights_per_channel
         values = self.sensitivities.values
         return 2 * sum(int(v.shape[1]) * sizes[name] for name, v in values.items())
 
     @property
     def float_setting(self) -> SettingResult | None:
-        """The first setting without a plan."""
+        """Return the first setting without a plan, if there is one."""
         return next((s for s in self.settings if s.plan is None), None)
 
 

@@ -49,7 +49,7 @@ class Agreement:
 
     @property
     def time_ratio(self) -> float:
-        """First-order time as a share of the exact time of all channels and widths."""
+        """Return the first-order time as a share of the exact time of all channels and widths."""
         return self.first_order_seconds / self.exact_all_seconds
 
     def save(self, path: Path) -> None:
@@ -169,7 +169,7 @@ def _first_order_seconds(
 def by_width(
     sample: Sequence[ChannelWidth], estimated: NDArray[np.float64], exact: NDArray[np.float64]
 ) -> dict[str, float]:
-    """Rank correlation within each width that has at least three pairs."""
+    """Return the rank correlation within each width that has at least three pairs."""
     bits = np.array([p.bits for p in sample])
     return {
         str(b): rank_correlation(estimated[bits == b], exact[bits == b])
@@ -179,7 +179,7 @@ def by_width(
 
 
 def rank_correlation(estimated: NDArray[np.float64], exact: NDArray[np.float64]) -> float:
-    """Rank correlation; 0 where one side is constant and has no ranks."""
+    """Return the rank correlation; 0 where one side is constant and has no ranks."""
     if np.ptp(estimated) == 0 or np.ptp(exact) == 0:
         return 0.0
     return float(spearmanr(estimated, exact).statistic)

@@ -64,12 +64,12 @@ class OfficialTime:
 
     @property
     def ratio(self) -> float:
-        """How many times longer the official structure takes than the estimator's median."""
+        """Return how many times longer the official structure takes than the estimator's median."""
         return self.official_seconds / statistics.median(self.estimator_seconds)
 
     @property
     def cpu_ratio(self) -> float:
-        """The same of CPU time."""
+        """Return the same ratio of CPU times."""
         return self.official_cpu_seconds / statistics.median(self.estimator_cpu_seconds)
 
 
@@ -77,8 +77,8 @@ class OfficialTime:
 class EstimatorComparison:
     """Estimators on the same (channel, width) pairs, exact ones first."""
 
-    # What was asked: digests, seed, quantizer, options. A file of another question is made anew.
-    asked: Mapping[str, Any]
+    # Digests, seed, quantizer, options; a file of another question is made anew. On disk: "asked".
+    question: Mapping[str, Any]
     # Layer, channel, bits.
     pairs: Sequence[tuple[str, int, int]]
     # Of the policy, all channels at all widths.
@@ -91,7 +91,7 @@ class EstimatorComparison:
         names = ", ".join(score.name for score in self.figures) or "no estimators yet"
         return (
             f"<EstimatorComparison: {names} on {len(self.pairs):,} of {self.pairs_in_all:,} pairs, "
-            f"policy {str(self.asked.get('policy_digest'))[:8]}>"
+            f"policy {str(self.question.get('policy_digest'))[:8]}>"
         )
 
     def of(self, name: str) -> EstimatorScore | None:
@@ -100,7 +100,8 @@ class EstimatorComparison:
 
     def save(self, path: Path) -> None:
         """Write JSON, atomically."""
-        value = {"format": _FORMAT, **asdict(self)}
+        value = asdict(self)
+        value = {"format": _FORMAT, "asked": value.pop("question"), **value}
         if self.official is not None:
             value["official"] |= {k: getattr(self.official, k) for k in _RATIOS}
         write_json(path, value)
@@ -113,7 +114,8 @@ class EstimatorComparison:
             ArtifactError: the file is missing, damaged or of another kind.
         """
         value = read_json(path, "comparison of estimators")
-        fields = EstimatorComparison.__dataclass_fields__
+        stored = {"question": "asked"}
+        fields = [stored.get(name, name) for name in EstimatorComparison.__dataclass_fields__]
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise ArtifactError(f"{path} is no comparison of estimators; make it anew")
         require_fields(value, fields, f"comparison {path}")
@@ -122,7 +124,7 @@ class EstimatorComparison:
             if official is not None:
                 official = OfficialTime(**{k: v for k, v in official.items() if k not in _RATIOS})
             return EstimatorComparison(
-                asked=value["asked"],
+                question=value["asked"],
                 pairs=[(str(p[0]), int(p[1]), int(p[2])) for p in value["pairs"]],
                 pairs_in_all=int(value["pairs_in_all"]),
                 figures=tuple(EstimatorScore(**figures) for figures in value["figures"]),
@@ -134,7 +136,7 @@ class EstimatorComparison:
 
 
 def new_comparison(
-    question: Question, pairs: int, seed: int, told: Mapping[str, Any] | None = None
+    question: Question, pairs: int, seed: int, more: Mapping[str, Any] | None = None
 ) -> EstimatorComparison:
     """Draw the pairs of a comparison.
 
@@ -142,11 +144,11 @@ def new_comparison(
         question: of all estimators.
         pairs: at least so many, of every layer at every width.
         seed: of the drawing.
-        told: what else must be equal for a file to go on from; JSON.
+        more: what else must be equal for a file to go on from; JSON.
     """
     shapes = layer_shapes(traced_layers(question.policy))
     drawn = stratified_pairs(shapes, question.widths, pairs, seed)
-    asked = {
+    identity = {
         "policy_digest": question.policy.digest,
         "calibration_digest": question.calibration_digest,
         "observations": len(question.observations),
@@ -154,10 +156,10 @@ def new_comparison(
         "widths": list(question.widths),
         "pairs": pairs,
         "seed": seed,
-        **(told or {}),
+        **(more or {}),
     }
     whole = len(question.widths) * sum(channels for channels, _ in shapes.values())
-    return EstimatorComparison(asked, [(p.layer, p.channel, p.bits) for p in drawn], whole)
+    return EstimatorComparison(identity, [(p.layer, p.channel, p.bits) for p in drawn], whole)
 
 
 def add_estimator(

@@ -102,7 +102,7 @@ def estimators(
 
 
 def _table(comparison: "EstimatorComparison") -> Table:
-    widths = [str(bits) for bits in comparison.asked["widths"]]
+    widths = [str(bits) for bits in comparison.question["widths"]]
     table = Table()
     names = ["estimator", "Spearman", *(f"{b} bits" for b in widths), "all pairs, s", "peak, MB"]
     for name in names:

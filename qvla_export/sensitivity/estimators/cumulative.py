@@ -27,17 +27,17 @@ class Cumulative:
 
     @property
     def method(self) -> str:
-        """As recorded."""
+        """Return the name that is recorded."""
         return f"cumulative, {self.step.method}"
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Those of a step."""
+        """Return those of a step."""
         return self.step.settings
 
     @property
     def exact_share(self) -> float:
-        """That of a step."""
+        """Return that of a step."""
         return self.step.exact_share
 
     def table(self, question: Question, work: Work = QUIETLY) -> Sensitivities:

@@ -224,7 +224,7 @@ class _Work:
 
     @property
     def units(self) -> range:
-        """All units: of a batch, one for each group."""
+        """Return all units: of each batch, one for each group."""
         return range(-(-len(self.observations) // self.settings.batch_size) * len(self.groups))
 
     def add(self) -> None:
@@ -283,7 +283,7 @@ def _identity(
     groups: Sequence[Sequence[str]],
     stream: Stream | None,
 ) -> dict[str, Any]:
-    """What must be equal for saved sums to be of the same measurement."""
+    """Return what must be equal for saved sums to be of the same measurement."""
     stated = {field.name: getattr(settings, field.name) for field in fields(settings)}
     stated["quantizer"] = settings.quantizer.to_json()
     stated["moments"] = None if settings.moments is None else settings.moments.digest

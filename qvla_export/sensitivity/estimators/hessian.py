@@ -55,7 +55,7 @@ class InputMoment:
 
     @property
     def matrix(self) -> Tensor:
-        """H.  float64 [inputs, inputs]
+        """Return H.  float64 [inputs, inputs]
 
         Raises:
             QvlaError: nothing was added, or something that is not finite.
@@ -132,17 +132,17 @@ class HessianEstimator:
 
     @property
     def method(self) -> str:
-        """As recorded."""
+        """Return the name that is recorded."""
         return METHOD
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The official damping."""
+        """Return the official damping."""
         return {"damping": DAMPING}
 
     @property
     def exact_share(self) -> float:
-        """None is measured by itself."""
+        """Return 0: no pair is measured by itself."""
         return 0.0
 
     def table(self, question: Question, work: Work = QUIETLY) -> Sensitivities:

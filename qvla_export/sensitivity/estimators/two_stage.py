@@ -37,17 +37,17 @@ class TwoStage:
 
     @property
     def method(self) -> str:
-        """As recorded."""
+        """Return the name that is recorded."""
         return f"two-stage, {self.proxy.method}, then exact"
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Those of the proxy, and the share."""
+        """Return those of the proxy, and the share."""
         return {**self.proxy.settings, "share": self.share}
 
     @property
     def exact_share(self) -> float:
-        """Of the second stage."""
+        """Return the share of the second stage."""
         return self.share
 
     def table(self, question: Question, work: Work = QUIETLY) -> Sensitivities:

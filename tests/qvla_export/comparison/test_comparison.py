@@ -59,7 +59,7 @@ def test_bars_are_held_against_float_and_the_best_baseline() -> None:
         w4_gptq=seed_row(0.01, library="llmcompressor 0"),
         w2_rtn=seed_row(0.05),
     )
-    told = {bar.asked[:9]: bar for bar in bars(found)}
+    told = {bar.requirement[:9]: bar for bar in bars(found)}
     assert (told["8 mean bi"].met, told["4 mean bi"].met) == (False, True)
     # Too few episodes say nothing, nor does a setting that is not there.
     assert (told["3 mean bi"].met, told["2.5 mean "].met) == (None, None)
@@ -67,7 +67,7 @@ def test_bars_are_held_against_float_and_the_best_baseline() -> None:
     assert told["3 bits: a"].met is None  # no baseline
     assert told["2 bits: a"].met is None  # ours has more bytes than the baseline
     better = found.with_row(Row("w4-gptq", (seed_row(0.006),)))
-    assert {bar.asked[:9]: bar.met for bar in bars(better)}["4 bits: a"] is False
+    assert {bar.requirement[:9]: bar.met for bar in bars(better)}["4 bits: a"] is False
 
 
 def test_rows_pool_over_seeds() -> None:

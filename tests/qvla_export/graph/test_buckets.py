@@ -18,7 +18,7 @@ def test_inverse_restores_the_layer(widths: NDArray[np.int8]) -> None:
     buckets = bucket_channels(widths)
     outputs = np.arange(1.0, len(widths) + 1)
     runs = [outputs[buckets.order[start:stop]] for bits, start, stop in buckets.runs if bits]
-    dropped = np.zeros(len(widths) - buckets.kept)
+    dropped = np.zeros(len(widths) - buckets.computed_channels)
     restored = np.concatenate([*runs, dropped])[buckets.inverse]
     np.testing.assert_array_equal(restored, np.where(widths == 0, 0.0, outputs))
     np.testing.assert_array_equal(buckets.inverse[buckets.order], np.arange(len(widths)))

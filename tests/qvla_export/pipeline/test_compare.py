@@ -201,7 +201,7 @@ def test_the_page_has_every_table_and_figure(compared: Path) -> None:
     text = (compared / "comparison.md").read_text()
     assert re.search(r"\| 2, weights only, 4 bits \| w4 [\d.e-]+ \(", text)
     for bar in bars(Comparison.load(compared / "comparison.json")):
-        assert f"{bar.asked}: **{bar.verdict}** ({bar.found})" in text
+        assert f"{bar.requirement}: **{bar.verdict}** ({bar.result})" in text
 
 
 def test_wrong_options_are_refused(compare: Compare, tmp_path: Path) -> None:

@@ -178,9 +178,9 @@ def test_the_comparing_command_goes_on_where_it_stopped(
     text = invoked(*common, "--method", "first-order")
     assert "first-order" in text and "(scaled)" in text
     first = EstimatorComparison.load(output)
-    options = first.asked["options"]
+    options = first.question["options"]
     # As files of before have it.
-    edit_json(output, asked={**first.asked, "options": {**options, "max_standard_error": None}})
+    edit_json(output, asked={**first.question, "options": {**options, "max_standard_error": None}})
     invoked(*common, "--method", "first-order", "--method", "hessian")
     second = EstimatorComparison.load(output)
     assert [f.name for f in second.figures] == ["exact", "first-order", "hessian"]
