@@ -88,15 +88,15 @@ class LayerTimes:
 
     def by_layer(self) -> tuple[TimeShare, ...]:
         """Return the time by policy layer, slowest first; what serves none is by its own name."""
-        return self._grouped(lambda row: row.layer or row.name)
+        return self._group(lambda row: row.layer or row.name)
 
     def by_width(self) -> tuple[TimeShare, ...]:
         """Return the time of the products of each width, of the layers' other nodes, the rest."""
-        return self._grouped(_width)
+        return self._group(_width)
 
     def by_op_type(self) -> tuple[TimeShare, ...]:
         """Return the time by the runtime's kinds of node, slowest first."""
-        return self._grouped(lambda row: row.op_type)
+        return self._group(lambda row: row.op_type)
 
     def to_json(self) -> dict[str, Any]:
         """Return all samples as JSON values."""
@@ -122,7 +122,7 @@ class LayerTimes:
         require_fields(value, ["runtime"], "layer times")
         return cls(str(value["runtime"]), tuple(_row(row) for row in value["rows"]))
 
-    def _grouped(self, key: Callable[[LayerTime], str]) -> tuple[TimeShare, ...]:
+    def _group(self, key: Callable[[LayerTime], str]) -> tuple[TimeShare, ...]:
         groups: dict[str, list[float]] = {}
         for row in self.rows:
             groups.setdefault(key(row), []).append(row.median_ms)

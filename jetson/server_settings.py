@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jetson.errors import RefusedSetting
 from jetson.recording.schemas import Images
-from jetson.serving.security import TlsFiles, checked_token
+from jetson.serving.security import TlsFiles, require_token
 from jetson.serving.wire import REPLIES, Reply
 
 
@@ -72,7 +72,7 @@ class ServerSettings:
             if (getattr(self, name) or 0) > 65535:
                 raise RefusedSetting(f"{name} must be in 0..65535, got {getattr(self, name)}")
         if self.token is not None:
-            checked_token(self.token, "the token")
+            require_token(self.token, "the token")
         if not self.on_loopback:
             self._check_remote()
 

@@ -125,7 +125,7 @@ def run_episode(
     observation = simulator.reset(seed, instruction)
     deviations: list[float] = []
     while not simulator.done:
-        seen = _blanked(observation) if config.control == "blank-image" else observation
+        seen = _blank_out(observation) if config.control == "blank-image" else observation
         chunk = _usable(policy.infer(seen))
         if reference is not None:
             deviations.append(_deviation(chunk, _usable(reference.infer(seen))))
@@ -143,7 +143,7 @@ def _ignore(done: int, total: int) -> None:
     """Where nobody wants to know how far the episodes are."""
 
 
-def _blanked(observation: Observation) -> Observation:
+def _blank_out(observation: Observation) -> Observation:
     blank = np.full_like(observation.images[CAMERA], _BLANK)
     return replace(observation, images={CAMERA: blank})
 

@@ -75,7 +75,7 @@ class ParquetRows:
                 self._table = self._file.read_row_group(group, columns=self._columns)
             except _DAMAGED as error:
                 self._group = None
-                raise _damaged(self._root / str(self._name), error) from None
+                raise _damage_error(self._root / str(self._name), error) from None
             self._group = group
         return self._table
 
@@ -91,7 +91,7 @@ def open_parquet(path: Path) -> Any:
     except FileNotFoundError:
         raise ArtifactError(f"a file of the dataset is missing: {path}") from None
     except _DAMAGED as error:
-        raise _damaged(path, error) from None
+        raise _damage_error(path, error) from None
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
@@ -108,8 +108,8 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
                 raise ArtifactError(f"{path} lacks the columns {missing}; it has {present}")
             return file.read(columns=None if columns is None else list(columns))
         except _DAMAGED as error:
-            raise _damaged(path, error) from None
+            raise _damage_error(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> ArtifactError:
+def _damage_error(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(f"{path} is truncated or damaged ({error}); copy the dataset again")

@@ -44,7 +44,7 @@ def measure_cpu_rates(probes: Sequence[Probe], threads: int | None = None) -> De
     if not (floats and integers and small):
         raise QvlaError("the rates need probes of float, integer and tiny products")
     float_ops = _operations_s(floats[0], threads)
-    expanded = {probe: _expanded(probe, threads) for probe in codes}
+    expanded = {probe: _expansion(probe, threads) for probe in codes}
     mode = PowerMode(
         name=f"cpu, {threads or 'all'} threads",
         bandwidth_gb_s=4 * floats[0].weights / _seconds(floats[0], 1, threads) / 1e9,
@@ -69,7 +69,7 @@ def measure_cpu_rates(probes: Sequence[Probe], threads: int | None = None) -> De
     return DeviceRates(mode, rates)
 
 
-def _expanded(probe: Probe, threads: int | None) -> tuple[float, float]:
+def _expansion(probe: Probe, threads: int | None) -> tuple[float, float]:
     """Operations a second beside the expansion of the codes, and 1e9 codes expanded a second."""
     one, many = _seconds(probe, 1, threads), _seconds(probe, _ROWS, threads)
     # Noise may make many rows as fast as one.

@@ -104,17 +104,17 @@ def trace_decoder(stack: DecoderStack, target: Target) -> ir.Model:
         values: NDArray[np.float32] = weights[name].detach().numpy()
         return values
 
-    # What tracing a stage reads of a policy.
+    # What tracing a part reads of a policy.
     spec = SimpleNamespace(horizon=1, action_dim=1)
     policy: Any = SimpleNamespace(
         digest=DIGEST, processor=SimpleNamespace(spec=spec), read_weight=read_weight
     )
     example = torch.zeros(1, _EXAMPLE_TOKENS, stack.geometry.width)
     tokens = {1: "prompt"}
-    stage = PolicyPart(
+    part = PolicyPart(
         "decoder", _PartModule(stack).eval(), {INPUT: example}, "output", {INPUT: tokens}, tokens
     )
-    return export_part(cast(Policy, policy), stage, stack.layers, target)
+    return export_part(cast(Policy, policy), part, stack.layers, target)
 
 
 @torch.no_grad()

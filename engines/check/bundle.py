@@ -47,7 +47,7 @@ def check_bundle(bundle: Bundle, target: Target) -> tuple[GraphFinding, ...]:
         target: whose rules it must keep; another than the bundle's own is a finding.
 
     Raises:
-        ArtifactError: a stage is no ONNX graph.
+        ArtifactError: a part is no ONNX graph.
     """
     found: list[GraphFinding] = []
     if bundle.target != target.name:
@@ -58,9 +58,9 @@ def check_bundle(bundle: Bundle, target: Target) -> tuple[GraphFinding, ...]:
             f"bytes and milliseconds; qvla export --target {target.name} makes one"
         )
         found.append(GraphFinding(rule.name, rule.severity, "", MANIFEST, "", message, rule.source))
-    for stage in bundle.parts:
-        graph = open_graph(bundle.model_path(stage), stage.name)
-        _check_contract(graph, stage)
+    for part in bundle.parts:
+        graph = open_graph(bundle.model_path(part), part.name)
+        _check_contract(graph, part)
         found.extend(check_graph(graph, target))
     return tuple(found)
 
@@ -74,13 +74,13 @@ def check_path(path: Path, target: Target) -> tuple[GraphFinding, ...]:
     return check_bundle(Bundle.load(path), target) if path.is_dir() else check_model(path, target)
 
 
-def _check_contract(graph: CheckedGraph, stage: Part) -> None:
+def _check_contract(graph: CheckedGraph, part: Part) -> None:
     sides = (
-        ("inputs", stage.inputs, graph.model.graph.inputs),
-        ("outputs", stage.outputs, graph.model.graph.outputs),
+        ("inputs", part.inputs, graph.model.graph.inputs),
+        ("outputs", part.outputs, graph.model.graph.outputs),
     )
     for side, specs, values in sides:
-        stated = {spec.name: _stated(spec) for spec in specs}
+        stated = {spec.name: _type_of(spec) for spec in specs}
         real = {
             str(v.name): ("?" if v.dtype is None else v.dtype.numpy().name, shape_of(v))
             for v in values
@@ -93,6 +93,6 @@ def _check_contract(graph: CheckedGraph, stage: Part) -> None:
             )
 
 
-def _stated(spec: TensorSpec) -> tuple[str, tuple[int, ...] | None]:
+def _type_of(spec: TensorSpec) -> tuple[str, tuple[int, ...] | None]:
     sizes = tuple(size for size in spec.shape if isinstance(size, int))
     return spec.dtype, sizes if len(sizes) == len(spec.shape) else None

@@ -1,8 +1,8 @@
 """The noun `GraphFinding`: one place of a graph that breaks one rule of a target."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from qvla_export.shared.errors import QvlaError
 
@@ -28,14 +28,19 @@ class GraphFinding:
 
     rule: str
     severity: Severity
-    # Name of the bundle's stage; the file's stem for a bare graph.
-    stage: str
+    # Name of the bundle's part; the file's stem for a bare graph.
+    part: str
     # Name of the node or constant and its operator; empty for the graph as a whole.
     node: str
     op: str
     # The rule, the value found and the remedy.
     message: str
     source: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as JSON values; there a part is called a stage."""
+        fields = asdict(self)
+        return {"stage" if name == "part" else name: value for name, value in fields.items()}
 
 
 class CheckFailed(QvlaError):
@@ -59,7 +64,6 @@ def require_no_errors(findings: Iterable[GraphFinding]) -> None:
         first.setdefault(finding.rule, finding)
     if failed:
         shown = "; ".join(
-            f"{f.stage}/{f.node or 'graph'} [{f.rule}] {f.message}"
-            for f in list(first.values())[:3]
+            f"{f.part}/{f.node or 'graph'} [{f.rule}] {f.message}" for f in list(first.values())[:3]
         )
         raise CheckFailed(f"{len(failed)} errors of {sorted(first)}: {shown}")

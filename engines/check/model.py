@@ -26,8 +26,8 @@ _KEEP_CONSTANT = ("Cast", "Identity")
 class CheckedGraph:
     """A graph with what the rules ask about it, and the findings so far."""
 
-    # Name of the stage, for findings.
-    stage: str
+    # Name of the part, for findings.
+    part: str
     model: "ir.Model"
     findings: list[GraphFinding] = field(default_factory=list)
 
@@ -51,10 +51,10 @@ class CheckedGraph:
         severity, source = RULES[rule].severity, RULES[rule].source
         name = "" if node is None else str(node.name)
         op = str(getattr(node, "op_type", ""))
-        self.findings.append(GraphFinding(rule, severity, self.stage, name, op, message, source))
+        self.findings.append(GraphFinding(rule, severity, self.part, name, op, message, source))
 
 
-def open_graph(path: Path, stage: str) -> CheckedGraph:
+def open_graph(path: Path, part: str) -> CheckedGraph:
     """Read an ONNX file; weights stay on disk until a rule reads their numbers.
 
     Raises:
@@ -70,10 +70,10 @@ def open_graph(path: Path, stage: str) -> CheckedGraph:
         raise ArtifactError(f"{path} is no ONNX graph: {error}; export it again") from error
     if not model.graph.outputs:  # an empty file is a valid protobuf message
         raise ArtifactError(f"{path} is a graph without outputs; export it again")
-    return of_model(model, stage)
+    return of_model(model, part)
 
 
-def of_model(model: "ir.Model", stage: str) -> CheckedGraph:
+def of_model(model: "ir.Model", part: str) -> CheckedGraph:
     """Return a graph in memory for checking; its values get the types that ONNX infers.
 
     Types that the file states of anything but inputs and constants are not believed.
@@ -83,7 +83,7 @@ def of_model(model: "ir.Model", stage: str) -> CheckedGraph:
     # They log what is missing or wrong value by value; the rules say so in one line.
     for chatty in ("onnx_ir.passes.common.shape_inference", "onnx_ir.serde"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    graph = CheckedGraph(stage, model)
+    graph = CheckedGraph(part, model)
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and value.shape is not None and value.shape != tensor.shape:

@@ -32,7 +32,7 @@ _QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 
 
 def check_imports(graph: CheckedGraph, target: Target) -> None:
-    """Operator set, IR version and domains of the graph as a whole."""
+    """Check operator set, IR version and domains of the graph as a whole."""
     known = reader(target)
     if graph.opset > known.known_opset:
         graph.add(
@@ -58,7 +58,7 @@ def check_imports(graph: CheckedGraph, target: Target) -> None:
 
 
 def check_types(graph: CheckedGraph, target: Target) -> None:
-    """Element types of every constant, input and output of a node."""
+    """Check element types of every constant, input and output of a node."""
     values = {*graph.boundary, *graph.model.graph.initializers.values()}
     values |= {v for n in graph.nodes for v in n.outputs if n.op_type != "QuantizeLinear"}
     for value in sorted(values, key=lambda value: str(value.name)):
@@ -81,9 +81,9 @@ def check_types(graph: CheckedGraph, target: Target) -> None:
 
 
 def check_operators(graph: CheckedGraph, target: Target) -> None:
-    """Every node: its operator exists on the target, with its types and within its limits."""
+    """Check that every node's operator exists on the target, with its types and limits."""
     for node in graph.nodes:
-        schema = _known(graph, node, target)
+        schema = _find_schema(graph, node, target)
         if schema is None:
             continue
         if (wrong := missing_inputs(node, schema)) is not None:
@@ -112,7 +112,9 @@ def check_operators(graph: CheckedGraph, target: Target) -> None:
             )
 
 
-def _known(graph: CheckedGraph, node: "ir.Node", target: Target) -> "onnx.defs.OpSchema | None":
+def _find_schema(
+    graph: CheckedGraph, node: "ir.Node", target: Target
+) -> "onnx.defs.OpSchema | None":
     """Return an operator's schema; None, with a finding, if the target lacks the operator."""
     tensorrt = is_tensorrt(target)
     if node.domain not in ("", "ai.onnx") and (tensorrt or node.domain != "com.microsoft"):
@@ -223,7 +225,7 @@ def _broken(node: "ir.Node", limit: Limit) -> str | None:
 
 
 def check_products(graph: CheckedGraph, target: Target) -> None:
-    """Matrix products with weights multiply in the target's compute type."""
+    """Check that matrix products with weights multiply in the target's compute type."""
     wanted = ONNX_COMPUTE[target.compute]
     for node in graph.nodes:
         index = WEIGHT_INPUT.get(node.op_type)

@@ -1,7 +1,7 @@
 """Rules of quantized weights on ONNX Runtime."""
 
 from engines.check.model import CheckedGraph, dtype_name
-from engines.check.quantization_node import read_quantized
+from engines.check.quantization_node import read_quantization
 from engines.check.quantization_rules import check_scale
 from qvla_export.shared.target import Target
 
@@ -9,9 +9,9 @@ _INT2_COLUMNS = 4
 
 
 def check_ort(graph: CheckedGraph, target: Target) -> None:
-    """Every quantizing node of a graph for ONNX Runtime."""
+    """Check every quantizing node of a graph for ONNX Runtime."""
     for node in graph.nodes:
-        found = read_quantized(node)
+        found = read_quantization(node)
         if found is None:
             continue
         check_scale(graph, found, whole_blocks=False)

@@ -48,7 +48,7 @@ class QuantizationNode:
         ]
 
 
-def read_quantized(node: "ir.Node") -> QuantizationNode | None:
+def read_quantization(node: "ir.Node") -> QuantizationNode | None:
     """Return what the rules ask of a node; None if it quantizes nothing or lacks an input."""
     if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.inputs) < 2:
         return None

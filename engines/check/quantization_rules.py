@@ -11,7 +11,7 @@ from engines.check.model import (
     dtype_name,
     numbers,
 )
-from engines.check.quantization_node import QuantizationNode, read_quantized, weight_axes
+from engines.check.quantization_node import QuantizationNode, read_quantization, weight_axes
 from engines.check.runtimes import ONNX_COMPUTE
 from qvla_export.shared.target import Target
 
@@ -25,9 +25,9 @@ _DOCUMENTED_BLOCKS = (64, 128)
 
 
 def check_quantization(graph: CheckedGraph, target: Target) -> None:
-    """Every quantizing node of a graph for TensorRT."""
+    """Check every quantizing node of a graph for TensorRT."""
     for node in graph.nodes:
-        found = read_quantized(node)
+        found = read_quantization(node)
         if found is None:
             continue
         check_scale(graph, found, whole_blocks=True)
@@ -42,7 +42,7 @@ def check_quantization(graph: CheckedGraph, target: Target) -> None:
 
 
 def check_scale(graph: CheckedGraph, found: QuantizationNode, whole_blocks: bool) -> None:
-    """Scales are constants, positive and finite, as many as there are channels or blocks.
+    """Check that scales are constants, positive, finite, one for each channel or block.
 
     Args:
         graph: collects the findings.
@@ -160,7 +160,7 @@ def _check_quantize(graph: CheckedGraph, found: QuantizationNode) -> None:
 
 def _check_activation(graph: CheckedGraph, found: QuantizationNode) -> None:
     producer = found.data.producer()
-    maker = None if producer is None else read_quantized(producer)
+    maker = None if producer is None else read_quantization(producer)
     if maker is not None and (maker.bits == "UINT8" or maker.granularity != "tensor"):
         return  # reported there
     if found.bits != "INT8":

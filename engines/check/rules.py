@@ -27,7 +27,7 @@ RULES = _table(
     ("graph.output-type", "error", "ONNX type inference of the graph's outputs"),
     # The bundle.
     ("bundle.target", "error", "DESIGN: a bundle for one target is not built for another"),
-    ("bundle.contract", "error", "manifest.json: inputs and outputs of every stage"),
+    ("bundle.contract", "error", "manifest.json: inputs and outputs of every part"),
     # Operators.
     ("operator.unsupported", "error", _OPERATORS),
     ("operator.unknown", "error", _OPERATORS),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.targets import find_target
-from engines.trt.failures import explain, explain_killed
+from engines.trt.failures import explain, explain_kill
 from engines.trt.gpu import Gpu, find_gpu, read_power_mode
 from engines.trt.log import Log
 from engines.trt.modules import BuildError, TrtModule, load_module, require_device
@@ -232,7 +232,7 @@ class _Marker:
 
     def __enter__(self) -> None:
         if self._path.is_file() and not _is_alive(self._path):
-            _LOGGER.warning("%s", explain_killed(self._part))
+            _LOGGER.warning("%s", explain_kill(self._part))
         write_json(self._path, {"pid": os.getpid()})
 
     def __exit__(self, *_: object) -> None:

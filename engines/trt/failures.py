@@ -112,7 +112,7 @@ def explain(what: str, messages: Sequence[str]) -> str:
     return f"{what}: {failure.cause}. What helps:{cures}{said}"
 
 
-def explain_killed(part: str) -> str:
+def explain_kill(part: str) -> str:
     """Return what to say when an earlier build ended without a word: the kernel killed it."""
     cures = "".join(f"\n- {cure}" for cure in _FREE_MEMORY)
     return (

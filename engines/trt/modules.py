@@ -75,7 +75,7 @@ def load_module(target: Target) -> TrtModule:
     try:
         api = importlib.import_module(target.runtime)
     except ImportError as error:
-        raise BuildError(_missing(target, traits, f"{target.runtime} ({error})")) from error
+        raise BuildError(_missing_error(target, traits, f"{target.runtime} ({error})")) from error
     if not admits(target.runtime_versions, api.__version__):
         raise BuildError(
             f"target {target.name!r} needs {target.runtime} {target.runtime_versions}, "
@@ -93,10 +93,10 @@ def require_device(target: Target, module: TrtModule, gpu: Gpu | None) -> None:
     if module.traits.ahead_of_time:
         return
     if gpu is None:
-        raise BuildError(_missing(target, module.traits, "an NVIDIA GPU"))
+        raise BuildError(_missing_error(target, module.traits, "an NVIDIA GPU"))
     if gpu.compute_capability != target.compute_capability:
         found = f"the GPU it is for (found {gpu.name}, {gpu.compute_capability})"
-        raise BuildError(_missing(target, module.traits, found))
+        raise BuildError(_missing_error(target, module.traits, found))
 
 
 def admits(specifier: str, version: str) -> bool:
@@ -133,7 +133,7 @@ def _holds(condition: str, version: str) -> bool:
     }[operator]
 
 
-def _missing(target: Target, traits: Traits, what: str) -> str:
+def _missing_error(target: Target, traits: Traits, what: str) -> str:
     if traits.ahead_of_time:
         return f"target {target.name!r} needs {what}, not found here; {traits.install}"
     return (

@@ -117,10 +117,10 @@ def read_free_blocks(root: Path) -> dict[int, int]:
             re.M,
         )
     ]
-    totals = (sum(counts) for counts in zip(*_padded(rows), strict=True))
+    totals = (sum(counts) for counts in zip(*_pad(rows), strict=True))
     return {_PAGE_BYTES << order: count for order, count in enumerate(totals)}
 
 
-def _padded(rows: list[list[int]]) -> list[list[int]]:
+def _pad(rows: list[list[int]]) -> list[list[int]]:
     longest = max(map(len, rows), default=0)
     return [row + [0] * (longest - len(row)) for row in rows]

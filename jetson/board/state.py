@@ -87,7 +87,7 @@ class BoardState:
             if name in _MAPPINGS:
                 found[name] = {**theirs, **ours}
             elif name == "clocks":
-                found[name] = _merged(ours, theirs)
+                found[name] = _merge(ours, theirs)
             else:
                 # 0 swap and unlocked clocks are known.
                 unknown = ours is None or ours in ("", ()) or (name == "cores" and not ours)
@@ -137,7 +137,7 @@ def all_locked(clocks: Iterable[ClockState]) -> bool | None:
     return all(known) if known else None
 
 
-def _merged(ours: tuple[ClockState, ...], theirs: tuple[ClockState, ...]) -> tuple[ClockState, ...]:
+def _merge(ours: tuple[ClockState, ...], theirs: tuple[ClockState, ...]) -> tuple[ClockState, ...]:
     found = {clock.name: clock for clock in ours}
     for clock in theirs:
         known = {k: v for k, v in asdict(found.get(clock.name, clock)).items() if v is not None}

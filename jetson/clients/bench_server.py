@@ -102,7 +102,7 @@ def measure_servers(
             (serve_openpi_structure, (openpi,)),
             (serve_openvla_structure, (openvla,)),
         ):
-            stack.enter_context(_running(target, arguments))
+            stack.enter_context(_run_process(target, arguments))
         clients: dict[str, _Client] = {
             "qvla websocket": _our_client("openpi", ours),
             "openpi structure": _our_client("openpi", openpi),
@@ -178,7 +178,7 @@ def _serve_ours(port: int, gr00t_port: int) -> None:
 
 
 @contextmanager
-def _running(target: Callable[..., None], arguments: tuple[int, ...]) -> Iterator[None]:
+def _run_process(target: Callable[..., None], arguments: tuple[int, ...]) -> Iterator[None]:
     process = multiprocessing.get_context("spawn").Process(
         target=target, args=arguments, daemon=True
     )

@@ -47,7 +47,7 @@ class LoadResult:
         return np.isnan(self.times.sent_s)
 
     @property
-    def answered(self) -> NDArray[np.bool_]:
+    def has_reply(self) -> NDArray[np.bool_]:
         """Which requests got actions."""
         answered = ~self.never_sent
         answered[list(self.times.failures)] = False
@@ -60,12 +60,12 @@ class LoadResult:
         Failed ones are not among them: what got no reply has no latency.
         """
         times = self.times
-        return 1000 * (times.done_s - times.due_s)[self.answered | self.never_sent]
+        return 1000 * (times.done_s - times.due_s)[self.has_reply | self.never_sent]
 
     @property
     def service_ms(self) -> NDArray[np.float64]:
         """From sending to the reply, which hides what waited behind it."""
-        return 1000 * (self.times.done_s - self.times.sent_s)[self.answered]
+        return 1000 * (self.times.done_s - self.times.sent_s)[self.has_reply]
 
     @property
     def waited_ms(self) -> NDArray[np.float64]:
@@ -82,7 +82,7 @@ class LoadResult:
     @property
     def achieved_hz(self) -> float:
         """Answered requests a second, from the start to the last reply."""
-        return int(self.answered.sum()) / self._span_s
+        return int(self.has_reply.sum()) / self._span_s
 
     @property
     def misses(self) -> Misses | None:
@@ -90,7 +90,7 @@ class LoadResult:
         if self.deadline_ms is None:
             return None
         latency_ms = 1000 * (self.times.done_s - self.times.due_s)
-        latency_ms[~self.answered] = np.inf
+        latency_ms[~self.has_reply] = np.inf
         return Deadline(1000 / self.deadline_ms).misses(latency_ms)
 
     @property
@@ -163,7 +163,7 @@ class LoadResult:
             "observations": self.observations,
             "plan": asdict(self.plan),
             "requests": len(times.due_s),
-            "answered": int(self.answered.sum()),
+            "answered": int(self.has_reply.sum()),
             "never_sent": int(self.never_sent.sum()),
             "failures": dict(self.reasons),
             "asked_hz": self._due_hz,

@@ -115,12 +115,12 @@ class OpenpiClient:
         self._timeout_s = timeout_s
         self._open: Any = None
         # What the server says of itself.
-        self.metadata = self._connected()
+        self.metadata = self._connection()
 
     def ask(self, observation: Observation) -> NDArray[np.float32]:
         """Return the actions."""
         if self._open is None:
-            self._connected()
+            self._connection()
         fields: dict[str, Any] = {
             f"observation/{name}": encode_packed(image)
             for name, image in observation.images.items()
@@ -134,7 +134,7 @@ class OpenpiClient:
             return _actions(decode_packed(unpack_map(reply).get("actions"), "actions"))
         except (OSError, WebSocketException, WireError) as error:
             self.close()
-            raise _failed(self._url, error) from None
+            raise _failure(self._url, error) from None
         except RemoteError:
             # The server closes after the reason.
             self.close()
@@ -146,7 +146,7 @@ class OpenpiClient:
             self._open.__exit__(None, None, None)
             self._open = None
 
-    def _connected(self) -> dict[Any, Any]:
+    def _connection(self) -> dict[Any, Any]:
         tls = (client_tls() or None) if self._encrypted else None
         try:
             self._open = connect(
@@ -171,7 +171,7 @@ class OpenpiClient:
             raise RemoteError(f"{self._url} answered {status}: {reason:.500}") from None
         except (OSError, WebSocketException, WireError) as error:
             self.close()
-            raise _failed(self._url, error) from None
+            raise _failure(self._url, error) from None
 
 
 class Gr00tClient:
@@ -232,7 +232,7 @@ class Gr00tClient:
                     f"{self._url} gave no reply within {self._timeout_ms / 1000:g} s; is a "
                     "`qvla serve --gr00t-port` there?"
                 ) from None
-            raise _failed(self._url, error) from None
+            raise _failure(self._url, error) from None
         if isinstance(reply, dict) and "error" in reply:
             raise RemoteError(f"{self._url}: {reply['error']!s:.500}")
         return reply
@@ -263,6 +263,6 @@ def _actions(array: NDArray[Any]) -> NDArray[np.float32]:
     return array.astype(np.float32, copy=False)
 
 
-def _failed(url: str, error: Exception) -> RemoteError:
+def _failure(url: str, error: Exception) -> RemoteError:
     said = str(error) or "no reply in time"
     return RemoteError(f"{url} failed: {type(error).__name__}: {said:.300}")

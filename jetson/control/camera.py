@@ -102,7 +102,7 @@ class CameraSource:
         while not self._closed.is_set():
             if capture is None:
                 self._closed.wait(_REOPEN_S)
-                capture = _reopened(name, opener)
+                capture = _reopen(name, opener)
             elif not self._grab(name, capture):
                 _LOG.warning("camera %s gives no frames; opening it again", name)
                 capture.release()
@@ -147,7 +147,7 @@ def open_camera(device: str) -> Capture:
     return capture
 
 
-def _reopened(name: str, opener: Callable[[], Capture]) -> Capture | None:
+def _reopen(name: str, opener: Callable[[], Capture]) -> Capture | None:
     try:
         return opener()
     except RefusedSetting as error:

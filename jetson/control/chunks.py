@@ -68,7 +68,7 @@ class ChunkBuffer:
         self._chunks.clear()
 
     def usable(self, chunk: TimedChunk, command: int, now_s: float) -> bool:
-        """Whether the chunk speaks of that command and is young enough to be obeyed."""
+        """Say whether a chunk covers that command and is young enough to be obeyed."""
         step = command - chunk.first_command
         young = (now_s - chunk.observed_s) * 1000.0 <= self._settings.max_action_age_ms
         return 0 <= step < len(chunk.actions) and young
@@ -87,7 +87,7 @@ class ChunkBuffer:
         return PlannedAction(action, oldest_s, newest.number, command - newest.first_command)
 
     def next_due(self, command: int, now_s: float, lead: int) -> bool:
-        """Whether the next chunk must be asked for now, `lead` commands before it is needed."""
+        """Say whether to ask for the next chunk now, `lead` commands before it is needed."""
         if self._settings.mode == "ensemble" or not self._chunks:
             return True
         newest = self._chunks[-1]

@@ -118,7 +118,7 @@ class InlineInference:
         return result
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is no thread."""
 
 
 def infer(policy: ActionPolicy, observation: TimedObservation, clock: LoopClock) -> InferenceResult:

@@ -114,7 +114,7 @@ class ControlLoop:
         self._skip_passed_slots()
         arrived = self._take_chunk()
         now_s = self._clock.now_s()
-        self._consider_ending(now_s)
+        self._stop_if_over(now_s)
         decision = self._decide(now_s)
         sent = self._send(decision, now_s)
         if not self.reason:
@@ -179,7 +179,7 @@ class ControlLoop:
             raise UnsafeAction(f"NaN or infinity at [step, dimension] {bad[:4]}")
         return actions
 
-    def _consider_ending(self, now_s: float) -> None:
+    def _stop_if_over(self, now_s: float) -> None:
         if self.reason:
             return
         if self._source.is_over:

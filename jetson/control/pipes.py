@@ -59,7 +59,7 @@ class PipedSource:
         return self._newest.is_over
 
     def close(self) -> None:
-        """The stream is the caller's."""
+        """Do nothing: the stream is the caller's."""
 
     def _watch(self) -> None:
         try:

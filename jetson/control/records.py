@@ -118,10 +118,10 @@ class JsonlRecorder:
         self._file: TextIO = path.open("w", encoding="utf-8")
 
     def on_observation(self, observation: TimedObservation) -> None:
-        """Pictures do not go into JSON."""
+        """Do nothing: pictures do not go into JSON."""
 
     def on_chunk(self, chunk: TimedChunk) -> None:
-        """The commands that came of it are enough here."""
+        """Do nothing: the commands that come of it are enough here."""
 
     def on_step(self, record: StepRecord) -> None:
         """Append one line."""

@@ -47,7 +47,7 @@ class NullSink:
         """Do nothing."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: nothing is open."""
 
 
 class StreamSink:
@@ -73,4 +73,4 @@ class StreamSink:
         self._stream.flush()
 
     def close(self) -> None:
-        """The stream is the caller's."""
+        """Do nothing: the stream is the caller's."""

@@ -78,7 +78,7 @@ class PushedSource:
         return self._ended
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: nothing is open."""
 
 
 class EpisodeSource:
@@ -135,7 +135,7 @@ class EpisodeSource:
         return self._clock.now_s() - self._start_s > float(self._timestamps_s[-1])
 
     def close(self) -> None:
-        """The data set is the caller's."""
+        """Do nothing: the data set is the caller's."""
 
 
 class Steppable(Protocol):
@@ -176,4 +176,4 @@ class SimulatedRobot:
         return self._simulator.done
 
     def close(self) -> None:
-        """The simulator is the caller's."""
+        """Do nothing: the simulator is the caller's."""

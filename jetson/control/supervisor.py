@@ -51,7 +51,7 @@ class Supervisor:
             admitted = self._safety.admit(planned.action, self._last)
             self.state = LoopState.RUNNING
             self._ramp_left = self._settings.ramp_steps
-            return self._sent(admitted, planned)
+            return self._remember(admitted, planned)
         if self._last is None:
             return Decision(None)
         if self.state is LoopState.RUNNING:
@@ -66,7 +66,7 @@ class Supervisor:
             action = self._safety.limit_step(still, self._last)
         if not np.array_equal(action, still):
             self.displaced_s = now_s
-        return self._sent(AdmittedAction(action, 0))
+        return self._remember(AdmittedAction(action, 0))
 
     def finish(self, end: LoopState) -> Decision:
         """Return the next command of the way to the safe action; the last one enters `end`."""
@@ -76,7 +76,7 @@ class Supervisor:
         target = self._safety.safe_action(self._last)
         action = self._ramp(self._last)
         self.state = end if np.array_equal(action, target) else LoopState.STOPPING
-        return self._sent(AdmittedAction(action, 0))
+        return self._remember(AdmittedAction(action, 0))
 
     def abandon(self) -> None:
         """Enter FAULT at once: the robot cannot be reached any more."""
@@ -92,6 +92,6 @@ class Supervisor:
         wanted = target if left == 1 else still + (target - still) / np.float32(left)
         return self._safety.limit_step(wanted, last)
 
-    def _sent(self, admitted: AdmittedAction, planned: PlannedAction | None = None) -> Decision:
+    def _remember(self, admitted: AdmittedAction, planned: PlannedAction | None = None) -> Decision:
         self._last = admitted.action
         return Decision(admitted.action, planned, admitted.clamped)

@@ -64,7 +64,7 @@ class BundleFacts:
         return next((mode for mode in known if mode), None)
 
     @property
-    def quoted(self) -> str:
+    def shell_path(self) -> str:
         """The bundle's path as a shell reads it."""
         return shlex.quote(str(self.path))
 
@@ -73,7 +73,7 @@ class BundleFacts:
         """Return what builds the engines that are missing or refused."""
         elsewhere = self.bundle is not None and self.engines != engine_folder(self.bundle)
         output = f" --output {shlex.quote(str(self.engines))}" if elsewhere else ""
-        return f"qvla build {self.quoted}{output}"
+        return f"qvla build {self.shell_path}{output}"
 
     @property
     def rebuild_command(self) -> str:

@@ -134,12 +134,12 @@ def check_disk(facts: BundleFacts | None) -> BoardFinding:
         return _DISK.inapplicable("no engines are to be built")
     free, needed = facts.free_disk_bytes, facts.disk_needed_bytes
     if free is None:
-        return _DISK.unknown(f"{facts.engines} cannot be reached", f"df -h {facts.quoted}")
+        return _DISK.unknown(f"{facts.engines} cannot be reached", f"df -h {facts.shell_path}")
     if free >= needed:
         return _DISK.ok(f"{_bytes(free)}, {_bytes(needed)} needed")
     return _DISK.error(
         _bytes(free),
-        f"qvla build {facts.quoted} --output FOLDER_ON_A_LARGER_DISK, or find what to delete: "
+        f"qvla build {facts.shell_path} --output FOLDER_ON_A_LARGER_DISK, or find what to delete: "
         f"sudo du -xh --max-depth=2 / | sort -h | tail",
         wanted=_bytes(needed),
     )

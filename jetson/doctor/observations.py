@@ -80,14 +80,14 @@ def check_columns(facts: DatasetFacts | None, needs: Needs | None) -> BoardFindi
     if facts is None or facts.cameras is None:
         return _COLUMNS.inapplicable("no data set to look into")
     if needs is None:
-        return _COLUMNS.inapplicable(f"no policy given; it has {_listed(facts.cameras)}")
+        return _COLUMNS.inapplicable(f"no policy given; it has {_list_cameras(facts.cameras)}")
     missing = [name for name in needs.cameras if name not in facts.cameras]
     if missing:
         free = [column for name, column in facts.cameras.items() if name not in needs.cameras]
         columns = "|".join(free or facts.cameras.values()) or "COLUMN"
         options = " ".join(f"--camera {shlex.quote(f'{n}={columns}')}" for n in needs.cameras)
         return _COLUMNS.warning(
-            _listed(facts.cameras),
+            _list_cameras(facts.cameras),
             f"where it is used: --dataset {shlex.quote(str(facts.path))} {options}",
             wanted=", ".join(needs.cameras),
         )
@@ -99,8 +99,8 @@ def check_columns(facts: DatasetFacts | None, needs: Needs | None) -> BoardFindi
             f"{shlex.quote(str(facts.path))}/meta/info.json",
             wanted=f"state {wanted[0]}, action {wanted[1]}",
         )
-    return _COLUMNS.ok(_listed(facts.cameras))
+    return _COLUMNS.ok(_list_cameras(facts.cameras))
 
 
-def _listed(cameras: Mapping[str, str]) -> str:
+def _list_cameras(cameras: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({column})" for name, column in cameras.items()) or "no cameras"

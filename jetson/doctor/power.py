@@ -105,7 +105,7 @@ def check_throttled(board: BoardState) -> BoardFinding:
     counts = {name: n for name, n in board.throttle_counts.items() if not _is_over_current(name)}
     if not counts:
         return _HOT.inapplicable("no counters of thermal events here")
-    shown = _counted(counts)
+    shown = _count_events(counts)
     return (
         _HOT.warning(shown, "cool it; the counts start again with: sudo reboot")
         if any(counts.values())
@@ -121,7 +121,7 @@ def check_over_current(machine: Machine) -> BoardFinding:
     if not any(counts.values()):
         return _OVER_CURRENT.ok("none since boot")
     return _OVER_CURRENT.warning(
-        f"{_counted(counts)} since boot",
+        f"{_count_events(counts)} since boot",
         "use a stronger power supply, or a slower mode of: sudo nvpmodel -p --verbose; the counts "
         "start again with: sudo reboot",
     )
@@ -153,5 +153,5 @@ def _is_over_current(counter: str) -> bool:
     return counter.startswith("oc")
 
 
-def _counted(counts: Mapping[str, int]) -> str:
+def _count_events(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in counts.items() if number)

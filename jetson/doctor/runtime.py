@@ -26,18 +26,18 @@ _ORT_NAMES = ("onnxruntime", "onnxruntime-gpu")
 
 def check_python(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     """Look whether this Python is one that the bundle's runtime is published for."""
-    found = _dotted(machine.python)
+    found = _version_text(machine.python)
     target = None if facts is None else facts.target
     if facts is None or target is None or facts.module is not None:
         return _PYTHON.ok(found)
     wanted = _JETPACK_PYTHONS.get(machine.board.l4t.partition(".")[0])
     if target.runtime == "tensorrt" and wanted is not None and machine.python != wanted:
-        name = f"python{_dotted(wanted)}"
+        name = f"python{_version_text(wanted)}"
         return _PYTHON.error(
             found,
             f"sudo apt install {name}-venv && {name} -m venv --system-site-packages .venv && "
             ".venv/bin/pip install qvla-*.whl",
-            wanted=f"{_dotted(wanted)}, JetPack's",
+            wanted=f"{_version_text(wanted)}, JetPack's",
         )
     if target.runtime == "ort" and machine.python < (3, 11):
         # ONNX Runtime 1.23 is the last one for 3.10.
@@ -199,5 +199,5 @@ def _admits(specifier: str, version: str) -> bool:
         return False
 
 
-def _dotted(version: tuple[int, int]) -> str:
+def _version_text(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"

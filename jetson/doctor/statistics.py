@@ -97,8 +97,9 @@ def check_bundle(facts: BundleFacts | None) -> BoardFinding:
     if facts.bundle is None or facts.target is None:
         return _BUNDLE.error(
             facts.problem,
-            f"rsync -a --checksum --delete HOST:RUN/settings/SETTING/bundle/ {facts.quoted}/; or "
-            f"on the host: qvla export --run RUN --setting SETTING --policy CHECKPOINT",
+            "rsync -a --checksum --delete HOST:RUN/settings/SETTING/bundle/ "
+            f"{facts.shell_path}/; or on the host: "
+            "qvla export --run RUN --setting SETTING --policy CHECKPOINT",
         )
     return _BUNDLE.ok(f"{facts.bundle.digest[:16]}, target {facts.target.name}")
 

@@ -101,11 +101,11 @@ class LatencyComparison:
                 compared,
                 layers={
                     name: LayerTimes.from_json(times)
-                    for name, times in _named(value, "layers").items()
+                    for name, times in _by_profile(value, "layers").items()
                 },
                 cold_starts={
                     name: tuple(ColdStart.from_json(start) for start in starts)
-                    for name, starts in _named(value, "cold_starts").items()
+                    for name, starts in _by_profile(value, "cold_starts").items()
                 },
             )
         except TypeError as error:  # a number where a list must be
@@ -140,7 +140,7 @@ def compare_profiles(
     return LatencyComparison(tuple(profiles), tuple(ratios), deadline)
 
 
-def _named(value: Mapping[str, Any], field_name: str) -> dict[str, Any]:
+def _by_profile(value: Mapping[str, Any], field_name: str) -> dict[str, Any]:
     found = value.get(field_name, {})
     if not isinstance(found, dict):
         raise ArtifactError(f"{field_name!r} must be an object by profile; {REMEDY}")

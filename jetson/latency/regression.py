@@ -153,8 +153,8 @@ def pair_profiles(
     Raises:
         QvlaError: the run has no profile of a name, or nothing to compare.
     """
-    first = run.profiles[0] if base is None else _named(run, base)
-    others = [p for p in run.profiles if p is not first] if new is None else [_named(run, new)]
+    first = run.profiles[0] if base is None else _find(run, base)
+    others = [p for p in run.profiles if p is not first] if new is None else [_find(run, new)]
     if not others or first in others:
         raise QvlaError(
             f"one run holds only {[p.name for p in run.profiles]}: give two files, or a run of "
@@ -172,8 +172,8 @@ def match_profiles(
         QvlaError: a run has no profile of that name, or it is not clear which belong together.
     """
     if base is not None or new is not None:
-        older = _named(before, base or str(new))
-        return [(older, _named(after, new or str(base)))]
+        older = _find(before, base or str(new))
+        return [(older, _find(after, new or str(base)))]
     known = {profile.name: profile for profile in after.profiles}
     pairs = [(p, known[p.name]) for p in before.profiles if p.name in known]
     if not pairs and len(before.profiles) == len(after.profiles) == 1:
@@ -186,7 +186,7 @@ def match_profiles(
     return pairs
 
 
-def _named(run: LatencyComparison, name: str) -> LatencyProfile:
+def _find(run: LatencyComparison, name: str) -> LatencyProfile:
     found = [profile for profile in run.profiles if profile.name == name]
     if not found:
         raise QvlaError(
@@ -204,7 +204,7 @@ def _identity(profile: LatencyProfile) -> dict[str, Any]:
 def _notes(base: LatencyProfile, new: LatencyProfile) -> Iterable[str]:
     yield from _differences(_conditions(base), _conditions(new))
     for profile in (base, new):
-        for slowed in _slowed(profile.board_before, profile.board_after):
+        for slowed in _slowdowns(profile.board_before, profile.board_after):
             yield f"{profile.name}: the board was slowed down, {slowed}"
     alone = [
         f"{span} of {ours.name}"
@@ -222,7 +222,7 @@ def _conditions(profile: LatencyProfile) -> dict[str, Any]:
     return {"conditions": profile.conditions, **state, **versions}
 
 
-def _slowed(before: BoardState, after: BoardState) -> Iterable[str]:
+def _slowdowns(before: BoardState, after: BoardState) -> Iterable[str]:
     if names := sorted({*before.throttling, *after.throttling}):
         yield f"{', '.join(names)} active"
     for name, count in after.throttle_counts.items():

@@ -97,8 +97,8 @@ class LiveFeed:
             "limits": self._limits,
             "deadline_ms": self._deadline_ms,
             "recent_ms": [round(ms, 3) for ms in recent_ms],
-            "latest": None if latest is None else _shown(latest, now_s),
-            "failed": None if failed is None else _failure(failed, now_s),
+            "latest": None if latest is None else _latest_json(latest, now_s),
+            "failed": None if failed is None else _failure_json(failed, now_s),
             "board": self._board().to_json(),
             "recording": self._recording(),
             "loop": self._loop(),
@@ -126,7 +126,7 @@ def preview(image: NDArray[np.uint8]) -> bytes:
     return encoded
 
 
-def _shown(latest: tuple[int, float, ServedRequest], now_s: float) -> dict[str, Any]:
+def _latest_json(latest: tuple[int, float, ServedRequest], now_s: float) -> dict[str, Any]:
     number, answered_s, served = latest
     observation, chunk = served.observation, served.chunk
     assert observation is not None and chunk is not None
@@ -144,6 +144,6 @@ def _shown(latest: tuple[int, float, ServedRequest], now_s: float) -> dict[str, 
     }
 
 
-def _failure(failed: tuple[float, str, str], now_s: float) -> dict[str, Any]:
+def _failure_json(failed: tuple[float, str, str], now_s: float) -> dict[str, Any]:
     failed_s, kind, message = failed
     return {"age_s": round(now_s - failed_s, 1), "kind": kind, "message": message[:_MAX_TEXT]}

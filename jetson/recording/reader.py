@@ -101,10 +101,10 @@ class Recording:
                 try:
                     if topic.startswith(CAMERA):
                         name = topic.removeprefix(CAMERA)
-                        _bounded(pictures).setdefault(time_ns, {})[name] = _picture(record.data)
+                        _drop_oldest(pictures).setdefault(time_ns, {})[name] = _picture(record.data)
                     elif topic == OBSERVATION:
                         seen = _observation(record.data, pictures.pop(time_ns, {}))
-                        _bounded(waiting)[time_ns] = seen
+                        _drop_oldest(waiting)[time_ns] = seen
                     elif topic == ACTION:
                         moment = _moment(record.data, time_ns, waiting)
                         if moment is not None:
@@ -142,7 +142,7 @@ class Recording:
             while True:
                 try:
                     record = next(records, None)
-                    inside = _unpacked(record) if isinstance(record, Chunk) else [record]
+                    inside = _unpack(record) if isinstance(record, Chunk) else [record]
                 except _DAMAGE as error:
                     said = f"{type(error).__name__} {error}".strip()
                     _LOG.warning("%s ends early (%s); what precedes is read", self.path, said)
@@ -153,7 +153,7 @@ class Recording:
                     yield one
 
 
-def _unpacked(chunk: Chunk) -> list[McapRecord]:
+def _unpack(chunk: Chunk) -> list[McapRecord]:
     if chunk.compression not in ("", "zstd"):
         raise ValueError(f"compression {chunk.compression!r}; convert it with: mcap compress")
     size = len(chunk.data)
@@ -165,7 +165,7 @@ def _unpacked(chunk: Chunk) -> list[McapRecord]:
     return breakup_chunk(chunk, validate_crc=True)
 
 
-def _bounded(waiting: dict[int, Any]) -> dict[int, Any]:
+def _drop_oldest(waiting: dict[int, Any]) -> dict[int, Any]:
     while len(waiting) >= _MAX_WAITING:
         del waiting[next(iter(waiting))]
     return waiting

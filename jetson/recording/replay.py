@@ -43,7 +43,7 @@ class Replay:
     replayed_ms: NDArray[np.float64]
 
     @property
-    def times_known(self) -> bool:
+    def has_times(self) -> bool:
         """Whether the recording and the policy name spans by the same names."""
         return bool(self.recorded_ms.any() and self.replayed_ms.any())
 

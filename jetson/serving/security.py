@@ -41,7 +41,7 @@ def read_token(path: Path | None = None) -> str | None:
     """
     if path is None:
         token = os.environ.get(TOKEN_VARIABLE)
-        return None if token is None else checked_token(token.strip(), TOKEN_VARIABLE)
+        return None if token is None else require_token(token.strip(), TOKEN_VARIABLE)
     try:
         mode = path.stat().st_mode
         token = path.read_text(encoding="ascii").strip()
@@ -52,10 +52,10 @@ def read_token(path: Path | None = None) -> str | None:
         ) from None
     if mode & stat.S_IROTH:
         raise RefusedSetting(f"everybody may read the token file {path}; run: chmod 600 {path}")
-    return checked_token(token, str(path))
+    return require_token(token, str(path))
 
 
-def checked_token(token: str, source: str) -> str:
+def require_token(token: str, source: str) -> str:
     """Return a token that cannot be guessed and fits into a header.
 
     Raises:

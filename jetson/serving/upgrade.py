@@ -156,12 +156,12 @@ class _Handshake(asyncio.Protocol):
                 if isinstance(error, Unauthorized):
                     response.headers["WWW-Authenticate"] = "Bearer"
             else:
-                self._start(self._taken(), response.serialize(), peer)
+                self._start(self._take_socket(), response.serialize(), peer)
                 return
         self._transport.write(response.serialize())
         self._transport.close()
 
-    def _taken(self) -> socket.socket:
+    def _take_socket(self) -> socket.socket:
         """Return a socket of the connection that the event loop does not read."""
         if self._transport.get_extra_info("sslcontext") is None:
             own: socket.socket = self._transport.get_extra_info("socket").dup()

@@ -1,6 +1,6 @@
 """The step that checks a bundle or graph against what a target documents, without running it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ class CheckReport:
             "target": self.target,
             "graph": str(self.graph),
             "errors": self.errors,
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [finding.to_json() for finding in self.findings],
         }
 
     def save(self, path: Path) -> None:

@@ -210,14 +210,14 @@ class Context:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         zeros = {
             spec.name: np.zeros(self.shapes[spec.name], spec.dtype)
-            for spec in self.engine.stage.inputs
+            for spec in self.engine.part.inputs
         }
         return dict(self.engine.run(zeros))[name].shape
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        stage, device = self.engine.stage, self.device
+        part, device = self.engine.part, self.device
         assert stream_handle == device.stream and self.scratch is not None
-        assert {s.name for s in (*stage.inputs, *stage.outputs)} == set(self.addresses)
+        assert {s.name for s in (*part.inputs, *part.outputs)} == set(self.addresses)
         graph = device.capturing
         if self.engine.broken or (graph is not None and not self.ran):
             # The first run does what TensorRT has put off, which a capture cannot hold.
@@ -232,8 +232,7 @@ class Context:
 
         def work() -> None:
             taken = {
-                s.name: device.read(addresses[s.name], shapes[s.name], s.dtype)
-                for s in stage.inputs
+                s.name: device.read(addresses[s.name], shapes[s.name], s.dtype) for s in part.inputs
             }
             for name, value in self.engine.run(taken):
                 device.write(addresses[name], value)
@@ -256,22 +255,22 @@ class Context:
 
 
 class Engine:
-    """An `ICudaEngine` that runs a stage's graph with ONNX Runtime."""
+    """An `ICudaEngine` that runs a part's graph with ONNX Runtime."""
 
     device_memory_size_v2 = 4096
 
     def __init__(self, runtime: "FakeTensorRt", sidecar: Sidecar, logger: Any) -> None:
         bundle = runtime.bundle
         self.sidecar, self.logger, self.runtime = sidecar, logger, runtime
-        self.stage = next(s for s in bundle.parts if s.name == sidecar.origin.part)
-        self.broken = self.stage.name in runtime.broken
-        self.layer_ms = runtime.layer_ms.get(self.stage.name, {})
+        self.part = next(s for s in bundle.parts if s.name == sidecar.origin.part)
+        self.broken = self.part.name in runtime.broken
+        self.layer_ms = runtime.layer_ms.get(self.part.name, {})
         self._session = onnxruntime.InferenceSession(
-            str(bundle.model_path(self.stage)),
+            str(bundle.model_path(self.part)),
             session_options(bundle, 1, "unpacked"),
             providers=["CPUExecutionProvider"],
         )
-        self._specs = (*self.stage.inputs, *self.stage.outputs)
+        self._specs = (*self.part.inputs, *self.part.outputs)
         self.num_io_tensors = len(self._specs)
 
     def get_tensor_name(self, index: int) -> str:
@@ -298,7 +297,7 @@ class Engine:
         return Context(self, self.runtime.device)
 
     def run(self, feeds: dict[str, NDArray[Any]]) -> Iterable[tuple[str, NDArray[Any]]]:
-        names = [spec.name for spec in self.stage.outputs]
+        names = [spec.name for spec in self.part.outputs]
         return zip(names, self._session.run(names, feeds), strict=True)
 
 

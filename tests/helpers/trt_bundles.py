@@ -1,4 +1,4 @@
-"""Small bundles of three stages for a TensorRT target, made of graphs written by hand."""
+"""Small bundles of three parts for a TensorRT target, made of graphs written by hand."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ _NAMES = {_HALF: "float16", _FLOAT: "float32", _LONG: "int64"}
 Value = ir.Value
 
 
-class StageGraph:
+class PartGraph:
     """A graph under construction, with seeded weights."""
 
     def __init__(self, seed: int) -> None:
@@ -53,7 +53,7 @@ class StageGraph:
 
 def vision(seed: int) -> ir.Model:
     """pixel_values [1, 6, 28, 28] -> patches float16 [1, 4, WIDTH]."""
-    graph = StageGraph(seed)
+    graph = PartGraph(seed)
     pixels = ir.val("pixel_values", _FLOAT, (1, 6, 28, 28))
     flat = graph.op("Reshape", [pixels, graph.ints("shape", 1, 4, 1176)])
     half = graph.op("Cast", [flat], to=_HALF)
@@ -64,7 +64,7 @@ def vision(seed: int) -> ir.Model:
 
 def decoder(seed: int) -> ir.Model:
     """Patches, prompt and state -> hidden float16 [1, 4 + prompt + 1, WIDTH]."""
-    graph = StageGraph(seed)
+    graph = PartGraph(seed)
     patches = ir.val("patches", _HALF, (1, 4, WIDTH))
     ids = ir.val("input_ids", _LONG, (1, "prompt"))
     state = ir.val("state", _FLOAT, (1, 4))
@@ -81,7 +81,7 @@ def decoder(seed: int) -> ir.Model:
 
 def head(seed: int) -> ir.Model:
     """Hidden -> actions float32 [1, 4, 4]."""
-    graph = StageGraph(seed)
+    graph = PartGraph(seed)
     hidden = ir.val("hidden", _HALF, (1, "tokens", WIDTH))
     mean = graph.op("ReduceMean", [hidden, graph.ints("axes", 1)], keepdims=0)
     actions = graph.op("MatMul", [mean, graph.weights("out", WIDTH, 16)])
@@ -91,41 +91,41 @@ def head(seed: int) -> ir.Model:
     return graph.model([hidden], actions, "actions", _FLOAT)
 
 
-STAGES: dict[str, Callable[[int], ir.Model]] = {
+PARTS: dict[str, Callable[[int], ir.Model]] = {
     "vision": vision,
     "decoder": decoder,
     "head": head,
 }
 
 
-def staged_bundle(
+def bundle_of_parts(
     policy: Policy,
     observations: Sequence[Observation],
     path: Path,
     target: str = "rtx4070",
     seed: int = 0,
-    stages: dict[str, Callable[[int], ir.Model]] | None = None,
+    parts: dict[str, Callable[[int], ir.Model]] | None = None,
 ) -> Bundle:
     """Write a bundle whose inputs the policy's processor makes.
 
     Its golden actions are ONNX Runtime's.
     """
-    models = {name: make(seed) for name, make in (stages or STAGES).items()}
+    models = {name: make(seed) for name, make in (parts or PARTS).items()}
     specs = tuple(
         Part(name, _specs(model.graph.inputs), _specs(model.graph.outputs))
         for name, model in models.items()
     )
-    made = {spec.name for stage in specs for spec in stage.outputs}
-    inputs = {s.name: s for stage in specs for s in stage.inputs if s.name not in made}
+    made = {spec.name for part in specs for spec in part.outputs}
+    inputs = {s.name: s for part in specs for s in part.inputs if s.name not in made}
 
     def save(folder: Path) -> None:
-        save_stages(models, folder)
+        save_parts(models, folder)
 
     scratch = path.with_name(f"{path.name}-graphs")
     scratch.mkdir(parents=True)
     save(scratch)
     feeds = tuple(policy.processor.feeds(observation) for observation in observations)
-    actions = np.concatenate([run_stages(specs, scratch, feed) for feed in feeds])
+    actions = np.concatenate([run_parts(specs, scratch, feed) for feed in feeds])
     parts = BundleContents(
         target=target,
         processor=policy.processor,
@@ -139,22 +139,22 @@ def staged_bundle(
     return write_bundle(path, parts, save)
 
 
-def save_stages(models: dict[str, ir.Model], folder: Path) -> None:
+def save_parts(models: dict[str, ir.Model], folder: Path) -> None:
     for name, model in models.items():
         with ExternalData(folder / f"{name}.onnx") as data:
             data.save(model.clone())
 
 
-def run_stages(stages: Sequence[Part], folder: Path, feeds: Any) -> NDArray[np.float32]:
-    """Return the last stage's output by ONNX Runtime."""
+def run_parts(parts: Sequence[Part], folder: Path, feeds: Any) -> NDArray[np.float32]:
+    """Return the last part's output by ONNX Runtime."""
     values = dict(feeds)
-    for stage in stages:
+    for part in parts:
         session = onnxruntime.InferenceSession(
-            str(folder / stage.model), providers=["CPUExecutionProvider"]
+            str(folder / part.model), providers=["CPUExecutionProvider"]
         )
-        taken = {spec.name: values[spec.name] for spec in stage.inputs}
-        values[stage.outputs[0].name] = session.run(None, taken)[0]
-    result: NDArray[np.float32] = values[stages[-1].outputs[0].name]
+        taken = {spec.name: values[spec.name] for spec in part.inputs}
+        values[part.outputs[0].name] = session.run(None, taken)[0]
+    result: NDArray[np.float32] = values[parts[-1].outputs[0].name]
     return result
 
 

@@ -87,7 +87,7 @@ def record_demonstrations(
         _require_settings(staging, staging / _SETTINGS, settings)
     write_json(staging / _SETTINGS, settings)
     wanted = [(task, number) for number in range(episodes_per_task) for task in tasks]
-    missing = [pair for pair in wanted if not _staged(staging, *pair).exists()]
+    missing = [pair for pair in wanted if not _staging_path(staging, *pair).exists()]
     done = len(wanted) - len(missing)
     for count in _record_all(staging, missing, recording, workers):
         done += count
@@ -95,7 +95,7 @@ def record_demonstrations(
             on_progress(done, len(wanted))
     with write_dataset(root, CONTROL_HZ, ROBOT) as writer:
         for task, number in wanted:
-            writer.add(_load(_staged(staging, task, number)))
+            writer.add(_load(_staging_path(staging, task, number)))
         write_json(writer.root / _SETTINGS, settings)
     shutil.rmtree(staging)
 
@@ -181,11 +181,11 @@ def _record_shard(staging: Path, task: Task, numbers: Sequence[int], recording: 
     with Simulator(task, recording.image_size) as simulator:
         for number in numbers:
             episode = record_episode(simulator, recording, number)
-            write_bytes(_staged(staging, task, number), _pack(episode))
+            write_bytes(_staging_path(staging, task, number), _pack(episode))
     return len(numbers)
 
 
-def _staged(staging: Path, task: Task, number: int) -> Path:
+def _staging_path(staging: Path, task: Task, number: int) -> Path:
     return staging / f"{task.name}-{number:05d}.npz"
 
 

@@ -67,7 +67,7 @@ def decode_observation(message: Mapping[Any, Any], contract: PolicyContract) -> 
     data = _map(message.get("data"), "data")
     given = _map(data.get("observation"), "observation")
     flat = "video" not in given
-    observation, _ = observation_of(_fields(_nested(given) if flat else given), contract, _array)
+    observation, _ = observation_of(_fields(_nest(given) if flat else given), contract, _array)
     return Gr00tRequest(observation, flat)
 
 
@@ -196,7 +196,7 @@ def _map(value: Any, name: str) -> dict[Any, Any]:
     return value
 
 
-def _nested(flat: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+def _nest(flat: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
     nested: dict[str, dict[str, Any]] = {"video": {}, "state": {}, "language": {}}
     for key, value in flat.items():
         kind, _, name = str(key).partition(".")

@@ -60,14 +60,14 @@ def _table(findings: "tuple[GraphFinding, ...]") -> Table:
     table.add_column("what")
     groups: dict[tuple[str, str], list[GraphFinding]] = {}
     for finding in findings:
-        groups.setdefault((finding.rule, finding.stage), []).append(finding)
+        groups.setdefault((finding.rule, finding.part), []).append(finding)
     for group in sorted(groups.values(), key=lambda group: group[0].severity):
         first = group[0]
         style = "red" if first.severity == "error" else "yellow"
         count = f" and {len(group) - 1} more" if len(group) > 1 else ""
         table.add_row(
             f"[{style}]{first.severity}[/]\n{first.rule.replace('.', '.' + chr(10), 1)}",
-            escape(f"{first.stage}\n{first.node or 'the graph'}{count}"),
+            escape(f"{first.part}\n{first.node or 'the graph'}{count}"),
             f"{escape(first.message)}\n[dim]{escape(first.source)}[/]",
         )
     return table

@@ -81,7 +81,7 @@ def load(
     else:
         _print(result)
         typer.echo(f"load: {len(result.times.due_s)} requests -> {output}")
-    if not result.answered.any():
+    if not result.has_reply.any():
         raise typer.Exit(1)
 
 
@@ -108,7 +108,7 @@ def _print(result: "LoadResult") -> None:
 
 
 def _lines(result: "LoadResult") -> list[str]:
-    total, answered = len(result.times.due_s), int(result.answered.sum())
+    total, answered = len(result.times.due_s), int(result.has_reply.sum())
     lines = [
         f"{answered} of {total} requests answered, {result.achieved_hz:.4g} Hz achieved, "
         f"{result.plan.rate_hz:g} Hz asked ({result.plan.arrivals}, "

@@ -85,7 +85,7 @@ def _notes(replayed: "Replay") -> list[str]:
     from qvla_export.shared.latency_statistics import tail
 
     lines = []
-    if replayed.times_known:
+    if replayed.has_times:
         (slow, then_ms), (_, now_ms) = tail(replayed.recorded_ms), tail(replayed.replayed_ms)
         lines.append(
             f"policy's spans: p50 {replayed.percentile_ms('recorded', 50):.2f} ms then, "

@@ -26,7 +26,7 @@ from engines.check.runtimes import READERS, oldest_version, reader
 from engines.targets import CPU, TARGETS, find_target
 from engines.trt.log import Log
 from engines.trt.modules import BuildError, load_module
-from engines.trt.network import Network, parse_stage
+from engines.trt.network import Network, parse_part
 from qvla_export.cli.app import app
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.bundle import Bundle
@@ -51,7 +51,7 @@ def test_a_wrong_graph_is_rejected_by_its_rule(case: Case) -> None:
     found = check(case.model(), case.target)
     serious = errors(found) if RULES[case.rule].severity == "error" else found
     assert {finding.rule for finding in serious} == {case.rule}
-    assert all(finding.stage == "case" and len(finding.message) > 20 for finding in found)
+    assert all(finding.part == "case" and len(finding.message) > 20 for finding in found)
 
 
 def test_every_rule_has_a_wrong_graph_and_a_source() -> None:
@@ -71,7 +71,7 @@ def test_what_the_real_parser_and_builder_say(case: Case, tmp_path: Path) -> Non
 def parse(path: Path, log: Log) -> Network | None:
     """Parse a graph with TensorRT-RTX; None if it is refused."""
     try:
-        return parse_stage(load_module(find_target("rtx4070")), path, find_target("rtx4070"), log)
+        return parse_part(load_module(find_target("rtx4070")), path, find_target("rtx4070"), log)
     except BuildError:
         return None
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-from trt_bundles import StageGraph, staged_bundle
+from trt_bundles import PartGraph, bundle_of_parts
 
 from engines.trt.builder import BuildSettings, build_engines
 from engines.trt.modules import BuildError
@@ -33,7 +33,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def bundle(
     tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path_factory: Any
 ) -> Bundle:
-    return staged_bundle(tiny_policy, tiny_observations(1), tmp_path_factory.mktemp("b") / "rtx")
+    return bundle_of_parts(tiny_policy, tiny_observations(1), tmp_path_factory.mktemp("b") / "rtx")
 
 
 class Watch:
@@ -153,7 +153,7 @@ def flipped(bundle: Bundle, folder: Path) -> Bundle:
 
 def quantized(seed: int) -> ir.Model:
     """x [1, 6, 28, 28] -> three layers of 4-bit blocks, 8 bits and 16 bits."""
-    graph = StageGraph(seed)
+    graph = PartGraph(seed)
     random = np.random.default_rng(seed)
     x = ir.val("pixel_values", ir.DataType.FLOAT, (1, 6, 28, 28))
     y = graph.op("Reshape", [x, graph.ints("shape", 21, 224)])
@@ -180,8 +180,8 @@ def test_weight_bytes_are_those_that_follow_the_weights(
     tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
 ) -> None:
     """What the builder says an engine's weights take is what changes when every weight does."""
-    bundle = staged_bundle(
-        tiny_policy, tiny_observations(1), tmp_path / "b", stages={"policy": quantized}
+    bundle = bundle_of_parts(
+        tiny_policy, tiny_observations(1), tmp_path / "b", parts={"policy": quantized}
     )
     (plain,) = build(bundle, tmp_path / "plain")
     (other,) = build(flipped(bundle, tmp_path / "other-bundle"), tmp_path / "other")
@@ -201,8 +201,8 @@ def refusals(
     tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
 ) -> Iterator[Callable[[Callable[[int], ir.Model]], None]]:
     def attempt(make: Callable[[int], ir.Model]) -> None:
-        bundle = staged_bundle(
-            tiny_policy, tiny_observations(1), tmp_path / "b", stages={"policy": make}
+        bundle = bundle_of_parts(
+            tiny_policy, tiny_observations(1), tmp_path / "b", parts={"policy": make}
         )
         build(bundle, tmp_path / "e")
 
@@ -212,7 +212,7 @@ def refusals(
 
 def test_a_refused_node_is_named(refusals: Any) -> None:
     def unknown_operator(seed: int) -> ir.Model:
-        graph = StageGraph(seed)
+        graph = PartGraph(seed)
         x = ir.val("pixel_values", ir.DataType.FLOAT, (1, 6, 28, 28))
         y = graph.tape.op("Det", [x], name="determinant")
         y.shape = ir.Shape((1, 6))
@@ -225,7 +225,7 @@ def test_a_refused_node_is_named(refusals: Any) -> None:
 
 def test_sizes_that_depend_on_values_are_refused(refusals: Any) -> None:
     def ranged(seed: int) -> ir.Model:
-        graph = StageGraph(seed)
+        graph = PartGraph(seed)
         ids = ir.val("input_ids", ir.DataType.INT64, (1, "prompt"))
         last = graph.op("ReduceMax", [ids], keepdims=0)
         counted = graph.op("Range", [graph.ints("start", 0), last, graph.ints("step", 1)])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trt_bundles import staged_bundle
+from trt_bundles import bundle_of_parts
 
 from engines.load import load_engine
 from engines.targets import TARGETS
@@ -49,7 +49,7 @@ def bundle(
 ) -> Bundle:
     target = target_here()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    bundle = staged_bundle(tiny_policy, tiny_observations(3), tmp_path / "bundle", target)
+    bundle = bundle_of_parts(tiny_policy, tiny_observations(3), tmp_path / "bundle", target)
     sidecars = build_engines(bundle, engine_folder(bundle))
     assert all(sidecar.layers for sidecar in sidecars)
     return bundle

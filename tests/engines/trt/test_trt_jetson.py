@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fake_tensorrt import tensorrt
-from trt_bundles import staged_bundle
+from trt_bundles import bundle_of_parts
 
 from engines.trt.builder import BuildSettings, build_engines
 from engines.trt.gpu import Gpu
@@ -32,7 +32,7 @@ def orin_bundle(
     tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path_factory: Any
 ) -> Bundle:
     path = tmp_path_factory.mktemp("b") / "orin"
-    return staged_bundle(tiny_policy, tiny_observations(1), path, "orin-jp7")
+    return bundle_of_parts(tiny_policy, tiny_observations(1), path, "orin-jp7")
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ class TestTimingCache:
     def test_rtx_has_none(
         self, tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
     ) -> None:
-        bundle = staged_bundle(tiny_policy, tiny_observations(1), tmp_path / "rtx")
+        bundle = bundle_of_parts(tiny_policy, tiny_observations(1), tmp_path / "rtx")
         settings = BuildSettings(timing_cache=tmp_path / "cache")
         with pytest.raises(BuildError, match=r"no timing cache.*leave --timing-cache out"):
             build_engines(bundle, tmp_path / "e", settings, find=lambda: None)

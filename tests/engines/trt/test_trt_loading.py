@@ -12,7 +12,7 @@ import pytest
 from fake_gpu import FakeDevice, FakeTensorRt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trt_bundles import staged_bundle
+from trt_bundles import bundle_of_parts
 
 from engines.base import EngineError
 from engines.load import load_engine
@@ -39,7 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def bundle(home: Path, tiny_policy: OftPolicy, tiny_observations: Callable[..., Any]) -> Bundle:
-    return staged_bundle(tiny_policy, tiny_observations(1), home / "bundle")
+    return bundle_of_parts(tiny_policy, tiny_observations(1), home / "bundle")
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_an_engine_of_another_bundle_is_refused(
     tiny_observations: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
-    other = staged_bundle(tiny_policy, tiny_observations(1), tmp_path / "other", seed=1)
+    other = bundle_of_parts(tiny_policy, tiny_observations(1), tmp_path / "other", seed=1)
     trt, load = open_engine(other, folder, sidecars_of(bundle, folder))
     with pytest.raises(ArtifactMismatch, match="bundle and engine do not belong together"):
         load()

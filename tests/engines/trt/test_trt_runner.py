@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fake_gpu import FakeDevice, FakeTensorRt
 from numpy.typing import NDArray
-from trt_bundles import staged_bundle
+from trt_bundles import bundle_of_parts
 
 from engines.base import EngineError, InvalidFeeds
 from engines.load import load_engine
@@ -52,7 +52,7 @@ def built(
     root = tmp_path_factory.mktemp("trt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(root / "state"))
-        bundle = staged_bundle(tiny_policy, tiny_observations(3), root / "bundle")
+        bundle = bundle_of_parts(tiny_policy, tiny_observations(3), root / "bundle")
         settings = BuildSettings(PromptRange(2, 6, LONGEST))
         sidecars = build_engines(bundle, root / "engines", settings, find=lambda: None)
         yield Rig(bundle, root / "engines", sidecars)

@@ -60,7 +60,7 @@ def test_all_that_is_due_in_a_stall_is_late() -> None:
 def test_a_rate_that_cannot_be_held() -> None:
     # 50 ms each, one due every 10 ms: after a second and one of grace, 40 were sent.
     result = loaded(LoadPlan(100, 1, grace_s=1), deadline_ms=60, usual_s=0.05)
-    assert result.answered.sum() == 40 and result.never_sent.sum() == 60
+    assert result.has_reply.sum() == 40 and result.never_sent.sum() == 60
     assert result.achieved_hz == pytest.approx(20)
     # The last were due shortly before the end, and given up a second later.
     assert len(result.corrected_ms) == 100 and result.corrected_ms.min() == pytest.approx(50)

@@ -81,7 +81,7 @@ def test_a_stall_shows_in_all_that_was_due_in_it(protocol: ProtocolName) -> None
     )
     assert (result.corrected_ms > 100).sum() == 23
     assert (result.service_ms > 100).sum() == 1
-    assert result.answered.all()
+    assert result.has_reply.all()
 
 
 @pytest.mark.parametrize("protocol", ["act", "openpi"])
@@ -100,7 +100,7 @@ def test_a_server_that_dies_midway(protocol: ProtocolName) -> None:
         with closing(client):
             times = run_load([ask], plan, clock)
     result = LoadResult(protocol, "there", plan, times, deadline_ms=1000)
-    assert result.answered.tolist() == [True] * 10 + [False] * 20
+    assert result.has_reply.tolist() == [True] * 10 + [False] * 20
     assert sum(result.reasons.values()) == 20
     assert all(reason.startswith("RemoteError") for reason in result.reasons)
     assert result.misses is not None and result.misses.longest_run == 20

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fake_tensorrt import tensorrt
 from good_boards import ORIN_GPU, board, to_mend
-from trt_bundles import staged_bundle
+from trt_bundles import bundle_of_parts
 
 from engines.targets import CPU
 from engines.trt.builder import build_engines
@@ -39,7 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def bundle(home: Path, tiny_policy: OftPolicy, tiny_observations: Callable[..., Any]) -> Bundle:
-    made = staged_bundle(tiny_policy, tiny_observations(1), home / "bundle", "orin-jp7")
+    made = bundle_of_parts(tiny_policy, tiny_observations(1), home / "bundle", "orin-jp7")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorrt", tensorrt(VERSION))
         build_engines(made, home / "engines" / "orin-jp7", find=lambda: ORIN_GPU)

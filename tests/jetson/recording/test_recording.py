@@ -242,7 +242,7 @@ def test_a_served_run_replays_without_drift(tmp_path: Path) -> None:
         assert post(url, oft_fields(instruction="fail")).status_code == 500
     done = replay_recording(Recording(path), EchoPolicy(OFT))
     assert done.drift.observations == 6 and done.drift.worst == 0
-    assert done.lossless and done.dropped == 0 and done.times_known
+    assert done.lossless and done.dropped == 0 and done.has_times
     assert replay_recording(Recording(path), EchoPolicy(OFT), limit=2).drift.observations == 2
 
     class Wrong(EchoPolicy):
@@ -252,7 +252,7 @@ def test_a_served_run_replays_without_drift(tmp_path: Path) -> None:
             return ActionChunk(actions, actions, {})
 
     other = replay_recording(Recording(path), Wrong(OFT))
-    assert other.worst == 4 and not other.times_known
+    assert other.worst == 4 and not other.has_times
     np.testing.assert_allclose(other.drift.max_physical, [0, 0, 0.5, 0, 0, 0, 0])
 
 

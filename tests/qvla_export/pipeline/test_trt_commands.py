@@ -10,7 +10,7 @@ import pytest
 from command_runs import qvla
 from fake_gpu import FakeDevice, FakeTensorRt
 from fake_tensorrt import tensorrt
-from trt_bundles import staged_bundle
+from trt_bundles import bundle_of_parts
 
 from engines.load import load_engine
 from engines.trt.engine import TensorRtEngine
@@ -32,7 +32,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def make(tiny_policy: OftPolicy, tiny_observations: Callable[..., Any], tmp_path: Path) -> Make:
     def write(setting: str, target: str = "rtx4070", seed: int = 0) -> Bundle:
         path = tmp_path / "settings" / setting / "bundle"
-        return staged_bundle(tiny_policy, tiny_observations(1), path, target, seed)
+        return bundle_of_parts(tiny_policy, tiny_observations(1), path, target, seed)
 
     return write
 

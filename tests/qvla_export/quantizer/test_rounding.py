@@ -303,7 +303,7 @@ def test_a_run_rounds_its_plan_and_packs_the_codes(
     assert judging.action_error(run, w4, tiny_policy).rms > 0
 
 
-def test_staged_bundles_pack_the_codes_too(
+def test_bundles_of_parts_pack_the_codes_too(
     tiny_policy: OftPolicy, tiny_observations: Observations, plan: BitPlan, tmp_path: Path
 ) -> None:
     golden = tiny_observations(2, seed=8)
