@@ -64,7 +64,7 @@ def demote_in_order(
     """Take steps in order, those that the pruning rule allows, until the cost is within the limit.
 
     Args:
-        table, levels, cost, limit, what: as of `demote_greedily`.
+        table, levels, cost, limit, what: see `demote_greedily`.
         order: all steps, unit * (widths - 1) + step; those taken lead, a unit's own stay in order.
             int64 [steps]
     """

@@ -78,7 +78,7 @@ def align_within(
 
     Args:
         allocate: returns a plan within a share of the budget and within a limit on the latency.
-        sensitivities, target: as of `align_plan`.
+        sensitivities, target: see `align_plan`.
         latency: the limit; None for none.
 
     Raises:

@@ -4,7 +4,7 @@
 channels' costs do not add up to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,11 +73,25 @@ def allocate_bits(
     if allocator.grain != "channel":
         table = table.by_layers(units_of(table.layers, allocator.grain))
 
-    def weight_bytes(at: Levels) -> int:
+    def weight_bytes(levels: Levels) -> int:
         return stored_bytes(
-            table.widths_of(at), sensitivities.weights_per_channel, target.containers
+            table.widths_of(levels), sensitivities.weights_per_channel, target.containers
         )
 
+    levels = _within_budget(table, budget, allocator, weight_bytes)
+    if latency is not None:
+        levels = within_latency(table, levels, latency)
+    limits = str(budget) if latency is None else f"{budget}, {latency}"
+    provenance = _provenance(allocator, budget, table)
+    return _plan(sensitivities, limits, target, table, levels, provenance)
+
+
+def _within_budget(
+    table: DemotionTable,
+    budget: Budget,
+    allocator: Allocator,
+    weight_bytes: Callable[[Levels], int],
+) -> Levels:
     step, levels = allocator.step, np.zeros(table.units, np.int8)
     cost, limit = _cost(budget, table)
     what = f"the budget of {budget}"
@@ -89,11 +103,7 @@ def allocate_bits(
         cap = budget.max_stored_ratio * table.float16_bits
         what = f"the limit in {budget}"
         levels = within_bytes(table, levels, step, cap, what, weight_bytes)
-    if latency is not None:
-        levels = within_latency(table, levels, latency)
-    wanted = str(budget) if latency is None else f"{budget}, {latency}"
-    recorded = _recorded(allocator, budget, table)
-    return _plan(sensitivities, wanted, target, table, levels, recorded)
+    return levels
 
 
 def least_error(
@@ -109,14 +119,15 @@ def least_error(
     limit and caps on pruning are left out, which can only lower it. Bytes are those of the channels
     themselves: where hidden units leave an MLP, a plan within a budget in bytes may have less.
 
-    Args: as of `allocate_bits`.
+    Args: see `allocate_bits`.
 
     Returns:
         Sum of sensitivities; infinite where no plan is within the budget.
     """
     target = stored_on(target, sensitivities.quantizer)
     table = _table(sensitivities, budget, target, widths, pruning)
-    return error_bound(table, *_cost(budget, table))
+    cost, limit = _cost(budget, table)
+    return error_bound(table, cost, limit)
 
 
 def _table(
@@ -170,7 +181,7 @@ def _cost(budget: Budget, table: DemotionTable) -> tuple[NDArray[np.int64], floa
     return table.nominal_bits(), budget.value * table.channels
 
 
-def _recorded(allocator: Allocator, budget: Budget, table: DemotionTable) -> dict[str, Any]:
+def _provenance(allocator: Allocator, budget: Budget, table: DemotionTable) -> dict[str, Any]:
     """What a plan says about how it was made."""
     return {
         "method": allocator.name,
@@ -187,7 +198,7 @@ def _plan(
     target: Target,
     table: DemotionTable,
     levels: Levels,
-    recorded: dict[str, Any],
+    provenance: dict[str, Any],
 ) -> BitPlan:
     return BitPlan(
         widths=table.widths_of(levels),
@@ -196,7 +207,7 @@ def _plan(
         containers=dict(target.containers),
         quantizer=sensitivities.quantizer,
         budget=budget,
-        allocation=recorded,
+        allocation=provenance,
         policy_digest=sensitivities.policy_digest,
         sensitivities_digest=sensitivities.digest,
         calibration_digest=sensitivities.calibration_digest,

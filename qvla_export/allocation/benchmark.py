@@ -81,50 +81,50 @@ def random_table(geometry: str, target: Target, seed: int = 0) -> Sensitivities:
     )
 
 
-def measure_allocation(wanted: AllocationBench) -> AllocationFigures:
+def measure_allocation(bench: AllocationBench) -> AllocationFigures:
     """Allocate in a process of its own, so that its peak memory is its own.
 
     Raises:
         QvlaError: the method or geometry is unknown, the budget cannot be met.
     """
-    find_allocator(wanted.method)
+    find_allocator(bench.method)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(wanted, sender))
+    process = context.Process(target=_child, args=(bench, sender))
     process.start()
     sender.close()
     try:
         found: AllocationFigures | QvlaError = receiver.recv()
     except EOFError:
         process.join()
-        raise QvlaError(f"{wanted.method} ended with exit code {process.exitcode}") from None
+        raise QvlaError(f"{bench.method} ended with exit code {process.exitcode}") from None
     process.join()
     if isinstance(found, QvlaError):
         raise found
     return found
 
 
-def _child(wanted: AllocationBench, sender: Connection) -> None:
+def _child(bench: AllocationBench, sender: Connection) -> None:
     try:
-        sender.send(_measured(wanted, time.perf_counter))
+        sender.send(_measure(bench, time.perf_counter))
     except QvlaError as error:
         sender.send(error)
 
 
-def _measured(wanted: AllocationBench, clock: Callable[[], float]) -> AllocationFigures:
-    table = random_table(wanted.geometry, wanted.target, wanted.seed)
-    allocator, seconds = find_allocator(wanted.method), []
-    for _ in range(wanted.rounds):
+def _measure(bench: AllocationBench, clock: Callable[[], float]) -> AllocationFigures:
+    table = random_table(bench.geometry, bench.target, bench.seed)
+    allocator, seconds = find_allocator(bench.method), []
+    for _ in range(bench.rounds):
         start = clock()
-        plan = allocate_bits(table, wanted.budget, wanted.target, method=allocator)
+        plan = allocate_bits(table, bench.budget, bench.target, method=allocator)
         seconds.append(clock() - start)
     peak_bytes = high_water_bytes()
     assert plan.expected_error is not None
     return AllocationFigures(
-        method=wanted.method,
+        method=bench.method,
         channels=sum(len(widths) for widths in plan.widths.values()),
         seconds=tuple(seconds),
         peak_bytes=peak_bytes,
         expected_error=plan.expected_error,
-        least_error=least_error(table, wanted.budget, wanted.target),
+        least_error=least_error(table, bench.budget, bench.target),
     )

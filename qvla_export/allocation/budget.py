@@ -35,7 +35,7 @@ class Budget:
         if self.max_stored_ratio is not None and not self.max_stored_ratio >= 0:
             raise QvlaError(f"max_stored_ratio must be >= 0, got {self.max_stored_ratio}")
 
-    def scaled(self, share: float) -> "Budget":
+    def times(self, share: float) -> "Budget":
         """Return a share of the budget, of both its limits."""
         cap = self.max_stored_ratio
         return Budget(self.kind, share * self.value, None if cap is None else share * cap)

@@ -56,27 +56,27 @@ def demote_to_gates(
 
     Args:
         gates: width -> share.
-        others and errors: as of `qvla_export.allocation.algorithm1.demote_greedily`.
+        others and errors: see `qvla_export.allocation.algorithm1.demote_greedily`.
     """
     orders = _stage_orders(table, cost)
     shares = _shares_of(table.widths, gates)
 
     def at(tilt: float) -> Levels:
-        return np.maximum(levels, _levels(table, orders, _tilted(shares, table.widths, tilt)))
+        return np.maximum(levels, _levels(table, orders, _tilt(shares, table.widths, tilt)))
 
-    def spent(found: Levels) -> float:
+    def cost_of(found: Levels) -> float:
         return float(np.take_along_axis(cost, found[None].astype(np.int64), 0).sum())
 
     found = at(0.0)
-    if spent(found) <= limit + 1e-6:
+    if cost_of(found) <= limit + 1e-6:
         return found
     low, high, found = 0.0, _STEEPEST, at(_STEEPEST)
-    if spent(found) > limit + 1e-6:
-        raise unreachable(f"{what}, with gates {dict(gates)},", limit, spent(found), table)
+    if cost_of(found) > limit + 1e-6:
+        raise unreachable(f"{what}, with gates {dict(gates)},", limit, cost_of(found), table)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         tried = at(middle)
-        if spent(tried) <= limit + 1e-6:
+        if cost_of(tried) <= limit + 1e-6:
             high, found = middle, tried
         else:
             low = middle
@@ -102,9 +102,7 @@ def _shares_of(widths: tuple[int, ...], gates: Mapping[int, float]) -> NDArray[n
     return shares
 
 
-def _tilted(
-    shares: NDArray[np.float64], widths: tuple[int, ...], tilt: float
-) -> NDArray[np.float64]:
+def _tilt(shares: NDArray[np.float64], widths: tuple[int, ...], tilt: float) -> NDArray[np.float64]:
     bits = np.array(widths, float)
     lowest = bits[shares > 0].min()
     weighted: NDArray[np.float64] = shares * np.exp(-tilt * np.maximum(bits - lowest, 0))

@@ -32,10 +32,10 @@ class HullJumps:
     # The level a jump leads to.  int8 [jumps]
     level: NDArray[np.int8]
     # Saved cost and added error, which may be below zero.  float64 [jumps]
-    saved: NDArray[np.float64]
-    added: NDArray[np.float64]
+    savings: NDArray[np.float64]
+    errors: NDArray[np.float64]
 
-    def taken(self, start: Levels, count: int) -> Levels:
+    def levels_after(self, start: Levels, count: int) -> Levels:
         """Return the levels after the first `count` jumps."""
         levels = start.copy()
         # Later jumps of a channel overwrite earlier ones.
@@ -62,16 +62,16 @@ def hull_jumps(
         for first in range(0, len(start), _CHUNK)
         for part in _jumps_of(cost, errors, start, allowed, slice(first, first + _CHUNK))
     ]
-    order = np.argsort(_joined(parts, 0, np.float64), kind="stable")
+    order = np.argsort(_join(parts, 0, np.float64), kind="stable")
     return HullJumps(
-        channel=_joined(parts, 1, np.int32)[order],
-        level=_joined(parts, 2, np.int8)[order],
-        saved=_joined(parts, 3, np.float64)[order],
-        added=_joined(parts, 4, np.float64)[order],
+        channel=_join(parts, 1, np.int32)[order],
+        level=_join(parts, 2, np.int8)[order],
+        savings=_join(parts, 3, np.float64)[order],
+        errors=_join(parts, 4, np.float64)[order],
     )
 
 
-def _joined(parts: list[_Part], field: int, dtype: type[Any]) -> NDArray[Any]:
+def _join(parts: list[_Part], field: int, dtype: type[Any]) -> NDArray[Any]:
     return np.concatenate([np.zeros(0, dtype), *(part[field] for part in parts)])
 
 
@@ -134,15 +134,15 @@ def demote_along_hull(
 ) -> Levels:
     """Take hull jumps until the cost is within the limit, and those that lower the error anyway.
 
-    Args and errors: as of `qvla_export.allocation.algorithm1.demote_greedily`.
+    Args and errors: see `qvla_export.allocation.algorithm1.demote_greedily`.
     """
     spent = float(_pick(cost, levels).sum())
 
     def enough(jumps: HullJumps) -> int:
-        return max(_count_to(jumps, spent - limit), int((jumps.added < 0).sum()))
+        return max(_count_to(jumps, spent - limit), int((jumps.errors < 0).sum()))
 
     def refusal(jumps: HullJumps) -> QvlaError:
-        return unreachable(what, limit, spent - float(jumps.saved.sum()), table)
+        return unreachable(what, limit, spent - float(jumps.savings.sum()), table)
 
     return demote(table, levels, cost.astype(np.float64), enough, refusal)
 
@@ -172,7 +172,7 @@ def demote(
         count = enough(jumps)
         if count > len(jumps.channel):
             raise refusal(jumps)
-        chosen = jumps.taken(levels, count)
+        chosen = jumps.levels_after(levels, count)
         barred = _barred_by_caps(table, chosen, levels) & allowed[-1]
         if not barred.any():
             return chosen
@@ -190,11 +190,11 @@ def error_bound(table: DemotionTable, cost: NDArray[np.int64], limit: float) -> 
     count = _count_to(jumps, excess)
     if count > len(jumps.channel):
         return float("inf")
-    count = max(count, int((jumps.added < 0).sum()))
-    error = float(table.errors[0].sum()) + float(jumps.added[:count].sum())
-    unused = float(jumps.saved[:count].sum()) - excess
-    if count and jumps.added[count - 1] > 0:
-        error -= float(jumps.added[count - 1]) * unused / float(jumps.saved[count - 1])
+    count = max(count, int((jumps.errors < 0).sum()))
+    error = float(table.errors[0].sum()) + float(jumps.errors[:count].sum())
+    excess_savings = float(jumps.savings[:count].sum()) - excess
+    if count and jumps.errors[count - 1] > 0:
+        error -= float(jumps.errors[count - 1]) * excess_savings / float(jumps.savings[count - 1])
     return error
 
 
@@ -202,7 +202,7 @@ def _count_to(jumps: HullJumps, excess: float) -> int:
     """Fewest jumps that save the excess; one more than there are if all do not."""
     if excess <= 1e-6:
         return 0
-    return int(np.searchsorted(np.cumsum(jumps.saved), excess - 1e-6)) + 1
+    return int(np.searchsorted(np.cumsum(jumps.savings), excess - 1e-6)) + 1
 
 
 def _below(table: DemotionTable, levels: Levels) -> NDArray[np.bool_]:

@@ -53,10 +53,10 @@ def within_bytes(
             break
         spent = np.take_along_axis(stored, levels[None].astype(np.int64), 0).sum()
         allowed = float(spent) - (1.0 if table.units < _ONE_BY_ONE else max(excess, 1.0))
-    return _filled(table, start, levels, step, limit, allowed, weight_bytes)
+    return _use_up_slack(table, start, levels, step, limit, allowed, weight_bytes)
 
 
-def _filled(
+def _use_up_slack(
     table: DemotionTable,
     start: Levels,
     levels: Levels,
@@ -91,29 +91,29 @@ def within_latency(table: DemotionTable, levels: Levels, latency: LatencyLimit) 
     bisection with the whole prediction, launches and pruned inputs included.
     """
 
-    def predicted(at: Levels) -> float:
+    def latency_of(at: Levels) -> float:
         return latency.model.predict(table.widths_of(at), latency.activations).total_ms
 
     def enough(jumps: HullJumps) -> int:
         low, high = -1, len(jumps.channel)
-        if predicted(jumps.taken(levels, high)) > latency.max_ms:
+        if latency_of(jumps.levels_after(levels, high)) > latency.max_ms:
             return high + 1
         while high - low > 1:
             middle = (low + high) // 2
-            if predicted(jumps.taken(levels, middle)) <= latency.max_ms:
+            if latency_of(jumps.levels_after(levels, middle)) <= latency.max_ms:
                 high = middle
             else:
                 low = middle
         return high
 
     def refusal(jumps: HullJumps) -> QvlaError:
-        least = predicted(jumps.taken(levels, len(jumps.channel)))
+        least = latency_of(jumps.levels_after(levels, len(jumps.channel)))
         return QvlaError(
             f"{latency} cannot be met: the least that widths {table.widths} and the pruning rule "
             f"reach is {least:.2f} ms; raise the limit, allow pruning or 8-bit activations"
         )
 
-    if predicted(levels) <= latency.max_ms:
+    if latency_of(levels) <= latency.max_ms:
         return levels
     costs = [
         latency.model.channel_ms(name, table.widths, latency.activations) for name in table.layers

@@ -19,7 +19,8 @@ from qvla_export.allocation.allocate import (
 )
 from qvla_export.allocation.gates import GATES
 from qvla_export.allocation.setting import Setting
-from qvla_export.quantizer.plan import BitPlan, uniform_plan
+from qvla_export.quantizer.plan import BitPlan
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import WIDTHS, Target
@@ -105,10 +106,10 @@ class PlanRequest:
             QvlaError: a limit cannot be met.
         """
 
-        def allocated(share: float, limit: LatencyLimit | None) -> BitPlan:
+        def plan_within(share: float, limit: LatencyLimit | None) -> BitPlan:
             return allocate_bits(
                 measured,
-                self.budget.scaled(share),
+                self.budget.times(share),
                 target,
                 self.widths,
                 self.pruning,
@@ -116,7 +117,7 @@ class PlanRequest:
                 self.allocator,
             )
 
-        return align_within(allocated, measured, target, latency)
+        return align_within(plan_within, measured, target, latency)
 
 
 def shapes_of(measured: Sensitivities) -> dict[str, tuple[int, int]]:

@@ -40,7 +40,7 @@ def draw_plan(
     generator = np.random.default_rng(seed)
     sizes = {name: channels for name, (channels, _) in shapes.items()}
     inputs = {name: count for name, (_, count) in shapes.items()}
-    widths = {name: _drawn(channels, shares, generator) for name, channels in sizes.items()}
+    widths = {name: _draw_widths(channels, shares, generator) for name, channels in sizes.items()}
     for coupling in find_couplings(widths, inputs):
         pruned = widths[coupling.producers[0]] == 0
         for other in coupling.producers[1:]:
@@ -60,7 +60,7 @@ def draw_plan(
     )
 
 
-def _drawn(
+def _draw_widths(
     channels: int, shares: Mapping[int, float], generator: np.random.Generator
 ) -> NDArray[np.int8]:
     """Widths in exactly these shares, up to rounding, in random order."""

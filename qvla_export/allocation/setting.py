@@ -90,11 +90,11 @@ def parse_setting(name: str, target: Target | None = None) -> Setting:
         activations,
         method=next((m for part, m in _METHODS.items() if method.startswith(part)), "hull"),
         gates_row=int(found["gates"]) if found["gates"] else None,
-        widths=_allowed(found["widths"], name),
+        widths=_parse_widths(found["widths"], name),
     )
 
 
-def _allowed(widths: str | None, name: str) -> tuple[int, ...]:
+def _parse_widths(widths: str | None, name: str) -> tuple[int, ...]:
     if widths is None:
         return WIDTHS
     allowed = tuple(sorted({int(bits) for bits in widths.split(".")}))

@@ -16,7 +16,7 @@ def demote_in_stages(
 ) -> Levels:
     """Take further steps, stage by stage, until the cost is within the limit.
 
-    Args and errors: as of `qvla_export.allocation.algorithm1.demote_greedily`.
+    Args and errors: see `qvla_export.allocation.algorithm1.demote_greedily`.
     """
     taken, rho = taken_steps(table, levels), ratios(table, cost)
     stage = np.broadcast_to(np.arange(len(rho))[:, None], rho.shape)

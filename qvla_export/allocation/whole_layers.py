@@ -37,11 +37,11 @@ def demote_layers(
     The best combination where all can be tried; otherwise hull jumps, and then the promotions that
     still fit, those that take off most error first.
 
-    Args and errors: as of `qvla_export.allocation.algorithm1.demote_greedily`.
+    Args and errors: see `qvla_export.allocation.algorithm1.demote_greedily`.
     """
     if len(table.widths) ** min(table.units, 64) <= _ALL_TRIED:
         return _best_of_all(table, levels, cost, limit, what)
-    return _filled(table, levels, demote_along_hull(table, levels, cost, limit, what), cost, limit)
+    return _fill(table, levels, demote_along_hull(table, levels, cost, limit, what), cost, limit)
 
 
 def _best_of_all(
@@ -64,7 +64,7 @@ def _best_of_all(
     return found
 
 
-def _filled(
+def _fill(
     table: DemotionTable, start: Levels, levels: Levels, cost: NDArray[np.int64], limit: float
 ) -> Levels:
     """Promote units, none above its start, while one fits into what is left of the limit."""

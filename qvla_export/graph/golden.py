@@ -91,7 +91,7 @@ def _run_part(
         parameters[f"module.{name}"] = torch.from_numpy(np.ascontiguousarray(values))
     activations = None if plan is None else plan.activations
     couplings = {} if plan is None else plan.couplings
-    removed = {name: coupling.removed for name, coupling in couplings.items()}
+    removed = {name: coupling.constant_units for name, coupling in couplings.items()}
     with rounded_inputs(traced_layers(policy), activations, removed):
         for run in runs:
             inputs = tuple(run[name] for name in part.inputs)

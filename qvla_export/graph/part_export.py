@@ -55,7 +55,7 @@ def write_part(
     """
     graph = graph or export_part(policy, part, layers, target)
     inside = [name for name in layer_nodes(graph) if plan is not None and name in plan.widths]
-    own = None if plan is None or not inside else plan.restricted(inside)
+    own = None if plan is None or not inside else plan.restricted_to(inside)
     path = folder / f"{part.name}.onnx"
     with ExternalData(path) as data:
         model, weight_bytes = lower(graph, own, target, data.store)

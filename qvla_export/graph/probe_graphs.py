@@ -12,8 +12,8 @@ from qvla_export.graph.float_graph import LAYER_KEY
 from qvla_export.graph.lowering import lower
 from qvla_export.latency_model.kernel_rates import Probe
 from qvla_export.quantizer.activations import ActivationRanges
-from qvla_export.quantizer.plan import uniform_plan
 from qvla_export.quantizer.quantize import QuantizerSpec, spec_for
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.target import Target
 
 # A product big enough that its start does not count; enough of them to come from memory.

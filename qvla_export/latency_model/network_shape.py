@@ -30,6 +30,12 @@ class LayerShape:
     inputs: int
     rows: int
 
+    @staticmethod
+    def of(name: str, shape: tuple[int, int], rows: int) -> "LayerShape":
+        """Return a quantizable layer's; `shape` is (channels, weights of one channel)."""
+        channels, inputs = shape
+        return LayerShape(name, channels, inputs, rows)
+
     @property
     def group(self) -> str:
         """Equal for layers that run as one product; see `qvla_export.graph.passes.merge`."""
@@ -51,7 +57,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class PartShape:
-    """What of the network runs `runs` times an action."""
+    """A part of the network, which runs `runs` times for each action."""
 
     # "vision", "decoder", "head"; an autoregressive policy has "prefill" and "decode".
     name: str
@@ -113,7 +119,7 @@ def network_of(shapes: LayerShapes, inputs: PolicyInputs) -> NetworkShape:
     towers = [_patch_embedding(shapes, tower) for tower in _TOWERS]
     features = sum(shapes[name][0] for name in towers)
     patches = {_patches(shapes[name][1], inputs.image_size) for name in towers}
-    hidden = shapes[_required(shapes, f"{_DECODER}layers.0.self_attn.q_proj")][1]
+    hidden = shapes[_require_layer(shapes, f"{_DECODER}layers.0.self_attn.q_proj")][1]
     if len(patches) != 1:
         raise QvlaError(f"both towers must make the same number of patches, got {sorted(patches)}")
     count = inputs.images * patches.pop()
@@ -141,7 +147,7 @@ def _vision(shapes: LayerShapes, embeddings: list[str], images: int, patches: in
     for tower, embedding, prefix in zip(_TOWERS, embeddings, (_DINO_PREFIX, 0), strict=True):
         rows = patches + images * prefix
         blocks = tuple(e for e in _layers_at(shapes, tower, rows) if e.name != embedding)
-        layers += (LayerShape(embedding, *shapes[embedding], patches), *blocks)
+        layers += (LayerShape.of(embedding, shapes[embedding], patches), *blocks)
         attentions += _attentions(blocks, rows // images, rows)
     return PartShape("vision", layers, attentions)
 
@@ -181,7 +187,9 @@ def _decoder(
 
 def _layers_at(shapes: LayerShapes, prefix: str, rows: int) -> tuple[LayerShape, ...]:
     return tuple(
-        LayerShape(name, *shape, rows) for name, shape in shapes.items() if name.startswith(prefix)
+        LayerShape.of(name, shape, rows)
+        for name, shape in shapes.items()
+        if name.startswith(prefix)
     )
 
 
@@ -202,7 +210,7 @@ def _patch_embedding(shapes: LayerShapes, tower: str) -> str:
     for name in shapes:
         if name.startswith(f"{tower}embeddings."):
             return name
-    return _required(shapes, f"{tower}embeddings")
+    return _require_layer(shapes, f"{tower}embeddings")
 
 
 def _patches(inputs: int, image_size: int) -> int:
@@ -216,7 +224,7 @@ def _patches(inputs: int, image_size: int) -> int:
     return (image_size // side) ** 2
 
 
-def _required(shapes: Mapping[str, tuple[int, int]], name: str) -> str:
+def _require_layer(shapes: Mapping[str, tuple[int, int]], name: str) -> str:
     if name not in shapes:
         raise QvlaError(
             f"no layer {name!r} among {list(shapes)[:3]}...; latency is predicted for policies "

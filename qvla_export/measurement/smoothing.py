@@ -12,7 +12,7 @@ from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import fake_quantized, layer_shapes, traced_layers
 from qvla_export.policies.smoothing import Migration, smoothed_tensors
 from qvla_export.quantizer.activations import DEFAULT_METHOD
-from qvla_export.quantizer.plan import uniform_plan
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.target import Target

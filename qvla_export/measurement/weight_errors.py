@@ -37,7 +37,7 @@ def weight_errors(
         widths: among 0, 2, 4, 8, 16.
         quantizer: how.
         moments: where the quantizer needs them.
-        channels: which; all unless told.
+        channels: which; all by default.
 
     Returns:
         Width -> float32 [channels, inputs]

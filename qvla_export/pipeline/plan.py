@@ -9,10 +9,11 @@ from qvla_export.pipeline.progress import OnProgress, Progress, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, require_artifact
 from qvla_export.quantizer.activation_statistics import ActivationStatistics
 from qvla_export.quantizer.activations import DEFAULT_METHOD, RangeMethod
-from qvla_export.quantizer.plan import BitPlan, uniform_plan
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import QuantizerSpec, spec_for
 from qvla_export.quantizer.round_plan import with_rounding
 from qvla_export.quantizer.rounding import Rounding
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.artifacts import require_same
 from qvla_export.shared.target import Target

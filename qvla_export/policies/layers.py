@@ -84,7 +84,7 @@ def error_rows(
         layer: its weights stay as they are.
         bits: the width.
         quantizer: how.
-        channels: which; all unless told.
+        channels: which; all by default.
 
     Returns:
         float32 [channels, inputs]
@@ -162,7 +162,7 @@ def fake_quantized(policy: Policy, plan: BitPlan) -> Iterator[None]:
     plan.require_fits(layer_shapes(layers), policy.digest)
     require_rounded(plan)
     rows = {name: planned_rows(name, weight_rows(layers[name]), plan) for name in plan.widths}
-    removed = {name: coupling.removed for name, coupling in plan.couplings.items()}
+    removed = {name: coupling.constant_units for name, coupling in plan.couplings.items()}
     with (
         replaced_weights(layers, rows),
         rounded_inputs(layers, plan.activations, removed),

@@ -61,7 +61,7 @@ class ActivationRanges:
         """Return the step between the codes of a layer's input."""
         return np.float32(self.ranges[layer] / self.codes[1])
 
-    def restricted(self, layers: Collection[str]) -> "ActivationRanges":
+    def restricted_to(self, layers: Collection[str]) -> "ActivationRanges":
         """Return the ranges of some of the layers."""
         kept = {name: limit for name, limit in self.ranges.items() if name in layers}
         return replace(self, ranges=kept)

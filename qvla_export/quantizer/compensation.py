@@ -60,7 +60,7 @@ def round_layer(
     targets = rows[:, order].astype(np.float64)
     if spec.compensation != "none" and lost:
         # The best answer of the inputs that stay to those that are lost.
-        damped = _damped(matrix, INPUT_DAMPING)
+        damped = _with_damping(matrix, INPUT_DAMPING)
         answer = np.linalg.solve(damped[lost:, lost:], damped[lost:, :lost])
         targets += rows[:, everything[:lost]].astype(np.float64) @ answer.T
     if spec.compensation == "inputs and channels":
@@ -68,7 +68,7 @@ def round_layer(
     else:
         for chosen in _alike(widths):
             work.round(chosen, targets[chosen], int(widths[chosen[0]]))
-    return work.finished(rows.shape[1], order)
+    return work.rounded_layer(rows.shape[1], order)
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class _Inputs:
 
     @staticmethod
     def of(matrix: _Matrix, spec: QuantizerSpec) -> "_Inputs":
-        diagonal = np.diag(_damped(matrix, INPUT_DAMPING))
+        diagonal = np.diag(_with_damping(matrix, INPUT_DAMPING))
         importance = diagonal.astype(np.float32) if spec.weighted_scales else None
         if spec.compensation == "none":
             return _Inputs(importance)
         # What matters most has the most left to answer it.
         order = np.argsort(-diagonal, kind="stable")
-        damped = _damped(matrix, INPUT_DAMPING)[np.ix_(order, order)]
+        damped = _with_damping(matrix, INPUT_DAMPING)[np.ix_(order, order)]
         return _Inputs(importance, order, _upper(damped))
 
 
@@ -155,7 +155,7 @@ class _Work:
         result[:, order] = left.T
         return result
 
-    def finished(self, inputs: int, order: NDArray[np.int64]) -> RoundedLayer:
+    def rounded_layer(self, inputs: int, order: NDArray[np.int64]) -> RoundedLayer:
         """Return the layer in the natural order of all inputs, those that are lost included."""
         codes = np.zeros((len(self.codes), inputs), np.int8)
         codes[:, order] = self.codes
@@ -174,7 +174,7 @@ def _eliminate(
 ) -> None:
     """Round blocks of channels from few bits to many; all later ones answer each block's errors."""
     kept = np.setdiff1d(np.arange(len(widths)), gone)
-    damped = _damped(moments.channel_matrix(kept), CHANNEL_DAMPING)
+    damped = _with_damping(moments.channel_matrix(kept), CHANNEL_DAMPING)
     # Of equal widths the most important first, as along the inputs.
     places = np.lexsort((-np.diag(damped), widths[kept]))
     order, upper = kept[places], _upper(damped[np.ix_(places, places)])
@@ -205,7 +205,7 @@ def _alike(widths: NDArray[np.int8]) -> Iterator[NDArray[np.int64]]:
         yield np.flatnonzero(widths == bits)
 
 
-def _damped(matrix: _Matrix, share: float) -> _Matrix:
+def _with_damping(matrix: _Matrix, share: float) -> _Matrix:
     """Return the matrix with a share of its mean diagonal added to the diagonal."""
     addition = share * float(np.diag(matrix).mean()) + _SMALLEST
     return matrix + addition * np.eye(len(matrix))

@@ -32,7 +32,7 @@ class Coupling:
     units: int
 
     @property
-    def removed(self) -> NDArray[np.int64]:
+    def constant_units(self) -> NDArray[np.int64]:
         """Constant units, ascending.  int64 [units - kept]"""
         return np.setdiff1d(np.arange(self.units), self.order)
 

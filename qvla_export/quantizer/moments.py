@@ -21,7 +21,7 @@ from qvla_export.shared.errors import QvlaError
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """Of one layer. Matrices are kept in blocks along the diagonal where they would be too large.
+    """Moments of one layer; matrices that would be too large are kept in blocks along the diagonal.
 
     Raises:
         QvlaError: shapes that disagree, numbers that are not finite.
@@ -51,11 +51,11 @@ class LayerMoments:
         blocks leave moments out.
         """
         mean = self.mean[order].astype(np.float64)
-        return _picked(self.inputs, order) + np.outer(mean, mean)
+        return _submatrix(self.inputs, order) + np.outer(mean, mean)
 
     def channel_matrix(self, order: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return G of some channels int64 [kept], in an order.  float64 [kept, kept]"""
-        return _picked(self.channels, order)
+        return _submatrix(self.channels, order)
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,16 @@ class Moments(LayerArtifact):
             QvlaError: there are none, or they are of a layer of another size.
         """
         channels, inputs = shape
-        found = self.layers.get(layer)
-        if found is None:
+        moments: LayerMoments | None = self.layers.get(layer)
+        if moments is None:
             raise QvlaError(f"no moments of layer {layer!r}; measure them anew: qvla moments")
-        blocks, size, _ = found.channels.shape
-        if len(found.mean) != inputs or not blocks * size - size < channels <= blocks * size:
+        blocks, size, _ = moments.channels.shape
+        if len(moments.mean) != inputs or not blocks * size - size < channels <= blocks * size:
             raise QvlaError(
-                f"the moments of layer {layer!r} are of {len(found.mean)} inputs and about "
+                f"the moments of layer {layer!r} are of {len(moments.mean)} inputs and about "
                 f"{blocks * size} channels, it has {inputs} and {channels}; qvla moments"
             )
-        return found
+        return moments
 
     def has_blocks(self, largest: int) -> bool:
         """Say whether matrices are kept in the blocks that `largest` asks for."""
@@ -117,8 +117,8 @@ class Moments(LayerArtifact):
         again = "Measure the moments of this policy on this set: qvla moments."
         require_same("policy and moments", self.policy_digest, policy_digest, again)
         if calibration_digest is not None:
-            digests = (self.calibration_digest, calibration_digest)
-            require_same("calibration sets of moments and plan", *digests, again)
+            what = "calibration sets of moments and plan"
+            require_same(what, self.calibration_digest, calibration_digest, again)
 
 
 def block_size(width: int, largest: int) -> int:
@@ -131,7 +131,7 @@ def _covers(blocks: NDArray[Any], width: int) -> bool:
     return blocks.shape == (count, size, size) and count * size >= width > (count - 1) * size
 
 
-def _picked(blocks: NDArray[np.float32], order: NDArray[np.int64]) -> NDArray[np.float64]:
+def _submatrix(blocks: NDArray[np.float32], order: NDArray[np.int64]) -> NDArray[np.float64]:
     """Rows and columns of the whole matrix in an order; zero outside the blocks."""
     size = blocks.shape[1]
     block, place = np.divmod(order, size)

@@ -105,7 +105,7 @@ def stored_layers(
 def stored_bytes(
     widths: Widths, weights_per_channel: Mapping[str, int], containers: Mapping[int, Container]
 ) -> int:
-    """Return the bytes of all buckets, scales included; arguments as of `stored_layers`."""
+    """Return the bytes of all buckets, scales included; for the arguments see `stored_layers`."""
     return sum(
         bucket_bytes(int((layer.widths == bits).sum()), layer.inputs, containers[bits])
         for layer in stored_layers(widths, weights_per_channel, containers)
@@ -140,7 +140,7 @@ def require_zero_points_of(containers: Mapping[int, Container], spec: QuantizerS
 
 
 def bucket_bytes(channels: int, inputs: int, container: Container) -> int:
-    """Return the bytes of one bucket's codes, scales and zero points, for so many inputs."""
+    """Return the bytes of one bucket's codes, scales and zero points, for a number of inputs."""
     columns = stored_columns(channels, container)
     steps = columns * container.groups(inputs)
     codes = -(-columns * container.stored_inputs(inputs) * container.bits // 8)

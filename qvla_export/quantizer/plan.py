@@ -15,12 +15,12 @@ from qvla_export.quantizer.activations import ActivationRanges
 from qvla_export.quantizer.coupling import Coupling, find_couplings
 from qvla_export.quantizer.layer_shapes import LayerShapes, shape_problem
 from qvla_export.quantizer.packed_storage import require_zero_points_of, stored_bytes
-from qvla_export.quantizer.quantize import QuantizerSpec, spec_for
+from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.quantizer.rounding import Rounding
 from qvla_export.quantizer.width_table import width_table
-from qvla_export.shared.artifacts import read_json, require_fields, stated, versions, write_json
+from qvla_export.shared.artifacts import read_json, require_fields, set_fields, versions, write_json
 from qvla_export.shared.errors import ArtifactError, PlanMismatch, QvlaError
-from qvla_export.shared.target import WIDTHS, Container, Target
+from qvla_export.shared.target import WIDTHS, Container
 
 _FORMAT = "qvla-plan-1"
 # A layer's widths are a string with one character a channel; "f" is 16 bits.
@@ -165,14 +165,14 @@ class BitPlan:
         """Return the number of channels at each width."""
         return {bits: sum(int((w == bits).sum()) for w in self.widths.values()) for bits in WIDTHS}
 
-    def restricted(self, names: Collection[str]) -> "BitPlan":
+    def restricted_to(self, names: Collection[str]) -> "BitPlan":
         """Return the plan of some of its layers, in their order here."""
         return replace(
             self,
             widths={name: w for name, w in self.widths.items() if name in names},
             weights_per_channel={n: k for n, k in self.weights_per_channel.items() if n in names},
-            activations=None if self.activations is None else self.activations.restricted(names),
-            rounding=None if self.rounding is None else self.rounding.restricted(names),
+            activations=None if self.activations is None else self.activations.restricted_to(names),
+            rounding=None if self.rounding is None else self.rounding.restricted_to(names),
         )
 
     def require_fits(self, shapes: LayerShapes, policy_digest: str) -> None:
@@ -228,7 +228,7 @@ class BitPlan:
             "calibration_digest": self.calibration_digest,
             "versions": dict(self.made_with),
             "containers": {
-                str(b): stated(c, "zero_points") for b, c in sorted(self.containers.items())
+                str(b): set_fields(c, "zero_points") for b, c in sorted(self.containers.items())
             },
             "quantizer": self.quantizer.to_json(),
             "layers": layers,
@@ -277,26 +277,6 @@ _FIELDS = (
     "quantizer",
     "layers",
 )
-
-
-def uniform_plan(
-    shapes: LayerShapes,
-    bits: int,
-    target: Target,
-    policy_digest: str,
-    quantizer: QuantizerSpec | None = None,
-) -> BitPlan:
-    """Return the plan that gives every channel one width: the round-to-nearest baseline."""
-    return BitPlan(
-        widths={name: np.full(channels, bits, np.int8) for name, (channels, _) in shapes.items()},
-        weights_per_channel={name: inputs for name, (_, inputs) in shapes.items()},
-        target=target.name,
-        containers=dict(target.containers),
-        quantizer=quantizer or spec_for(target),
-        budget=f"uniform {bits} bits",
-        allocation={"method": "uniform", "widths": [bits]},
-        policy_digest=policy_digest,
-    )
 
 
 def _from_json(value: Mapping[str, Any]) -> BitPlan:

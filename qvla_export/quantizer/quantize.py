@@ -17,12 +17,12 @@ from qvla_export.quantizer.scale_search import (
     CODE_RANGE,
     SCALE_LIMITS,
     Steps,
-    grouped,
+    in_groups,
     max_steps,
     nearest_codes,
     searched_steps,
 )
-from qvla_export.shared.artifacts import stated
+from qvla_export.shared.artifacts import set_fields
 from qvla_export.shared.errors import ArtifactError, QvlaError
 from qvla_export.shared.target import WIDTHS, Target
 
@@ -99,7 +99,7 @@ class QuantizerSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return what an artifact stores: the rules by width, and options that are in use."""
-        rules = {str(bits): stated(r, "zero_points") for bits, r in sorted(self.rules.items())}
+        rules = {str(bits): set_fields(r, "zero_points") for bits, r in sorted(self.rules.items())}
         return rules | {
             name: getattr(self, name) for name in _OPTIONS if getattr(self, name) != _OPTIONS[name]
         }
@@ -237,7 +237,7 @@ def channel_steps(
     Args: as in `quantize_channels`.
     """
     rule = spec.rule(bits)
-    groups = grouped(weight, rule.group_size)
+    groups = in_groups(weight, rule.group_size)
     if rule.scale == "max":
         return max_steps(groups, bits, rule.scale_bits, rule.zero_points)
     importance = _grouped_importance(input_second_moment, weight.shape[1], rule.group_size)
@@ -252,7 +252,7 @@ def at_steps(
     What `QuantizedWeight.dequantize` returned becomes the same codes again.
     """
     rule = spec.rule(bits)
-    codes = nearest_codes(grouped(weight, rule.group_size), steps, bits)
+    codes = nearest_codes(in_groups(weight, rule.group_size), steps, bits)
     kept = codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]]
     stored = steps.scales if rule.scale_bits == 32 else steps.scales.astype(np.float16)
     integers = np.ascontiguousarray(kept.astype(np.int8))
@@ -293,4 +293,4 @@ def _grouped_importance(
             f"input_second_moment must be {inputs} finite non-negative numbers, "
             f"got shape {moment.shape}"
         )
-    return grouped(moment[None], group_size)
+    return in_groups(moment[None], group_size)

@@ -51,7 +51,7 @@ def round_plan(
         "policy and plan", plan.policy_digest, policy.digest, "Make the plan of this policy."
     )
     moments.require_of(policy.digest, plan.calibration_digest)
-    gone = {name: c.removed for c in plan.couplings.values() for name in c.producers}
+    gone = {name: c.constant_units for c in plan.couplings.values() for name in c.producers}
     layers: dict[str, RoundedLayer] = {}
     for name, widths in plan.widths.items():
         rows = as_rows(policy.read_weight(f"{name}.weight"))

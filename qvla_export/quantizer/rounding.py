@@ -20,7 +20,7 @@ from qvla_export.shared.errors import QvlaError
 
 @dataclass(frozen=True)
 class RoundedLayer:
-    """Of one layer; channels are in natural order, inputs too.
+    """Codes of one layer; channels and inputs are in their natural order.
 
     Raises:
         QvlaError: shapes that disagree.
@@ -96,6 +96,6 @@ class Rounding(LayerArtifact):
     moments_digest: str
     made_with: Mapping[str, str] = field(default_factory=versions)
 
-    def restricted(self, names: Collection[str]) -> "Rounding":
+    def restricted_to(self, names: Collection[str]) -> "Rounding":
         """Return the rounding of some of its layers."""
         return replace(self, layers={n: layer for n, layer in self.layers.items() if n in names})

@@ -55,13 +55,13 @@ class Steps:
         )
 
     @staticmethod
-    def joined(parts: "Sequence[Steps]") -> "Steps":
+    def concatenate(parts: "Sequence[Steps]") -> "Steps":
         """Return those of several layers, one's channels after the other's."""
         zeros = [part.zero_points for part in parts if part.zero_points is not None]
         scales = np.concatenate([part.scales for part in parts])
         return Steps(scales, np.concatenate(zeros) if zeros else None)
 
-    def filled(self, channels: int) -> "Steps":
+    def padded_to(self, channels: int) -> "Steps":
         """Return them followed by scales of 1 and zero points of 0, so many channels in all."""
         missing = ((0, channels - len(self.scales)), (0, 0))
         zeros = self.zero_points
@@ -79,7 +79,7 @@ class Steps:
         )
 
 
-def grouped(values: NDArray[np.float32], group_size: int | None) -> NDArray[np.float32]:
+def in_groups(values: NDArray[np.float32], group_size: int | None) -> NDArray[np.float32]:
     """[channels, inputs] -> [channels, groups, group size], the last group filled with zeros."""
     channels, inputs = values.shape
     size = group_size or inputs
@@ -95,7 +95,7 @@ def _peaks(groups: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.maximum(peaks, np.float32(_SMALLEST_PEAK))
 
 
-def _stored(scales: NDArray[np.float32], scale_bits: int) -> NDArray[np.float32]:
+def _storable_scales(scales: NDArray[np.float32], scale_bits: int) -> NDArray[np.float32]:
     """Scales as they will be stored: rounded to their bits, strictly positive, finite."""
     low, high = SCALE_LIMITS[scale_bits]
     clipped = scales.clip(low, high)
@@ -110,7 +110,7 @@ def max_steps(groups: NDArray[np.float32], bits: int, scale_bits: int, zero_poin
     have the smaller squared error.
     """
     if not zero_points:
-        return Steps(_stored(_max_scales(groups, bits), scale_bits))
+        return Steps(_storable_scales(_max_scales(groups, bits), scale_bits))
 
     def candidates(block: NDArray[np.float32]) -> Iterator[_Candidate]:
         yield _max_scales(block, bits), 0
@@ -236,7 +236,7 @@ def _least_error(
         block = groups[rows_of]
         least = np.full(block.shape[:2], np.inf, np.float32)
         for wanted, zeros in candidates(block):
-            scales = _stored(wanted, scale_bits)
+            scales = _storable_scales(wanted, scale_bits)
             offset = zeros if isinstance(zeros, int) else zeros[:, :, None]
             error = block / scales[:, :, None]
             np.rint(error, out=error)

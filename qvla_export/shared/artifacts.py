@@ -38,8 +38,8 @@ def sha256_tree(root: Path, names: Iterable[str] | None = None) -> str:
     return digest.hexdigest()
 
 
-def stated(value: Any, *optional: str) -> dict[str, Any]:
-    """Return a dataclass as JSON; optional fields, which older artifacts lack, where they are set.
+def set_fields(value: Any, *optional: str) -> dict[str, Any]:
+    """Return a dataclass as JSON, without the optional fields that are not set.
 
     Args:
         value: the dataclass.

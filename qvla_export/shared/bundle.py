@@ -194,7 +194,7 @@ def _read_manifest(path: Path) -> Mapping[str, Any]:
     stated = manifest.get("digest")
     found = manifest_digest({key: value for key, value in manifest.items() if key != "digest"})
     if stated != found:
-        raise ArtifactMismatch(_damaged(path, str(stated), found))
+        raise ArtifactMismatch(_damage_message(path, str(stated), found))
     require_fields(manifest, _FIELDS, f"bundle manifest {path}")
     return manifest
 
@@ -214,14 +214,15 @@ def _verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], models: 
             raise ArtifactError(f"bundle file {path} is missing or a link; {_REMEDY}")
         found = sha256_file(path)
         if found != entry["sha256"]:
-            raise ArtifactMismatch(_damaged(path, str(entry["sha256"]), found))
+            raise ArtifactMismatch(_damage_message(path, str(entry["sha256"]), found))
 
 
-def _damaged(path: Path, expected: str, found: str) -> str:
+def _damage_message(path: Path, expected: str, found: str) -> str:
     return f"{path} is damaged: expected SHA-256 {expected}, found {found}; {_REMEDY}"
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest that has no digest of its own yet."""
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -110,16 +110,16 @@ def center_crop(image: NDArray[np.uint8], size: int = 224) -> NDArray[np.uint8]:
     below, right = np.minimum(rows + 1, height - 1), np.minimum(columns + 1, width - 1)
     # Lines of numbers: loops over the three channels of a pixel would be most of the time.
     lines = image.reshape(height, width * 3)
-    across = _channels(columns), _channels(right), np.repeat(column_weights, 3)
+    across = _Neighbours(_channels(columns), _channels(right), np.repeat(column_weights, 3))
     cropped = np.empty((size, size * 3), np.uint8)
     # A few rows at a time: memory that the allocator keeps, where larger arrays cost page faults.
     for start in range(0, size, _CROP_ROWS):
         part = slice(start, start + _CROP_ROWS)
         top = rows[start]
         # Across every row once, not for the upper and the lower neighbours apart.
-        mixed = _mixed(lines[top : below[part][-1] + 1], *across, axis=1)
-        down = rows[part] - top, below[part] - top, row_weights[part, None]
-        mixed = _mixed(mixed, *down, axis=0)
+        mixed = _mix(lines[top : below[part][-1] + 1], across, axis=1)
+        down = _Neighbours(rows[part] - top, below[part] - top, row_weights[part, None])
+        mixed = _mix(mixed, down, axis=0)
         np.clip(mixed, 0, 1, out=mixed)
         mixed *= np.float32(255.5)
         # The cast cuts off, which is floor where nothing is negative.
@@ -127,27 +127,30 @@ def center_crop(image: NDArray[np.uint8], size: int = 224) -> NDArray[np.uint8]:
     return cropped.reshape(size, size, 3)
 
 
-def _mixed(
-    values: NDArray[Any],
-    first: NDArray[np.int64],
-    second: NDArray[np.int64],
-    weights: NDArray[np.float32],
-    axis: int,
-) -> NDArray[np.float32]:
-    """Return first + (second - first) * weights of the values picked along an axis.
+@dataclass(frozen=True)
+class _Neighbours:
+    """Indices of the two values that each result lies between, and the second one's weight."""
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+
+def _mix(values: NDArray[Any], neighbours: _Neighbours, axis: int) -> NDArray[np.float32]:
+    """Return first + (second - first) * weights of the neighbours along an axis.
 
     Bytes become 0..1 after they are picked: fewer of them, and a quarter of the memory to move.
     """
     start, step = (
         # "clip" changes nothing and spares `take` its check.
         values.take(index, axis, mode="clip").astype(np.float32, copy=False)
-        for index in (first, second)
+        for index in (neighbours.first, neighbours.second)
     )
     if values.dtype == np.uint8:
         start *= np.float32(1 / 255)
         step *= np.float32(1 / 255)
     step -= start
-    step *= weights
+    step *= neighbours.weights
     start += step
     return start
 

@@ -1,4 +1,4 @@
-"""The noun every stage shares: what a robot policy sees at one moment."""
+"""The noun `Observation`: what a robot policy sees at one moment."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

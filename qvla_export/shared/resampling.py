@@ -72,13 +72,13 @@ def bicubic(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uin
         part, out = lines[start : start + len(sums)], resized[start : start + len(sums)]
         found = sums[: len(part)]
         _sum_across(part, across, found)
-        line, column = _rounded(found, 255 * across.gain * across.roundings, out)
+        line, column = _round_sums(found, 255 * across.gain * across.roundings, out)
         output, channel = np.divmod(column, _CHANNELS)
         picked = part[line[:, None], _columns(across, output, channel)]
         out[line, column] = _bytes(_dot(picked, across.weights[output]))
     down = _filter("bicubic", len(lines), height, 1)
     result = np.empty((height, resized.shape[1]), np.uint8)
-    output, column = _rounded(_sum_down(resized, down), 255 * down.gain * down.roundings, result)
+    output, column = _round_sums(_sum_down(resized, down), 255 * down.gain * down.roundings, result)
     picked = resized[down.inputs[output], column[:, None]]
     result[output, column] = _bytes(_dot(picked, down.weights[output]))
     return result.reshape(height, width, _CHANNELS)
@@ -100,7 +100,7 @@ def lanczos(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     result = np.empty((size, resized.shape[1]), np.uint8)
     # Both passes' roundings, and what the second makes of the first one's.
     error = 255 * across.gain * down.gain * (across.roundings + down.roundings)
-    row, column = _rounded(_sum_down(resized, down), error, result)
+    row, column = _round_sums(_sum_down(resized, down), error, result)
     output, channel = np.divmod(column, _CHANNELS)
     picked = lines[down.inputs[row][:, :, None], _columns(across, output, channel)[:, None]]
     lines_of = _dot(picked, across.weights[output][:, None]).astype(np.float32)
@@ -128,7 +128,7 @@ def _sum_down(lines: NDArray[np.generic], spec: _Filter) -> NDArray[np.float32]:
     return sums
 
 
-def _rounded(sums: NDArray[np.float32], roundings: float, out: NDArray[np.uint8]) -> _Places:
+def _round_sums(sums: NDArray[np.float32], roundings: float, out: NDArray[np.uint8]) -> _Places:
     """Round sums to bytes; return rows and columns of those that may be one off.
 
     `roundings` is how many times a unit in the last place of 1 a sum may be off.

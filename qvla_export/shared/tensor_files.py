@@ -97,7 +97,7 @@ def layers_of(tensors: Tensors, names: Iterable[str], kind: type[_Parts]) -> dic
 
 
 class StoredTensors(Mapping[str, NDArray[Any]]):
-    """Tensors of a file, each read when it is asked for; see `open_tensor_file`."""
+    """Tensors of a file, each read on demand; see `open_tensor_file`."""
 
     def __init__(self, path: Path, places: Mapping[str, "_Place"]) -> None:
         self._path = path
@@ -136,7 +136,7 @@ class _Place:
 
 
 class StoredLayers(Mapping[str, _Parts]):
-    """Layers of a file that `layer_tensors` filled, each read when it is asked for."""
+    """Layers of a file that `layer_tensors` filled, each read on demand."""
 
     def __init__(self, tensors: Tensors, names: Iterable[str], kind: type[_Parts]) -> None:
         self.tensors = tensors

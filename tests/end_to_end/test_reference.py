@@ -20,8 +20,9 @@ from qvla_export.graph.export import export_bundle
 from qvla_export.graph.golden import golden_actions
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
-from qvla_export.quantizer.plan import BitPlan, uniform_plan
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import QuantizerSpec, spec_for
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 from qvla_export.shared.bundle import Bundle
 

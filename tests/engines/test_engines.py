@@ -19,7 +19,7 @@ from jetson.policy import EnginePolicy, UnsafeAction
 from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy
-from qvla_export.quantizer.plan import uniform_plan
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.observation import Observation
 

@@ -16,8 +16,9 @@ from jetson.latency.profile import LatencyProfile
 from qvla_export.allocation.allocate import Budget, allocate_bits
 from qvla_export.policies.layers import layer_shapes, traced_layers
 from qvla_export.policies.oft.policy import OftPolicy
-from qvla_export.quantizer.plan import BitPlan, uniform_plan
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import spec_for
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.sensitivity.agreement import Agreement
 from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 from qvla_export.sensitivity.sensitivities import Sensitivities

@@ -54,11 +54,11 @@ def couple_mlps(
     coupled = dict(widths)
     for coupling in couplings:
         hidden = _hidden_nodes(nodes, coupling)
-        constants = _constants(nodes, coupling, hidden)[coupling.removed]
+        constants = _constants(nodes, coupling, hidden)[coupling.constant_units]
         consumer = nodes[coupling.consumer]
         weight = matrix(consumer)
         if constants.any():
-            offset = constants @ weight.numpy()[coupling.removed].astype(np.float64)
+            offset = constants @ weight.numpy()[coupling.constant_units].astype(np.float64)
             # The weights of a plan's rounding are zero there.
             if offset.any():
                 add_to_output(model.graph, consumer, coupling.consumer, offset.astype(np.float32))

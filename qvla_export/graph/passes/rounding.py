@@ -55,13 +55,15 @@ def stored_steps(plan: BitPlan) -> LayerSteps:
         order = coupling.order
         units = stored_inputs(len(order), plan.widths[consumer], plan.containers)
         for name in coupling.producers:
-            found[name] = found[name].of(order).filled(units)
+            found[name] = found[name].of(order).padded_to(units)
     return found
 
 
 def merged_steps(steps: LayerSteps, names: Mapping[str, object]) -> LayerSteps:
     """Return the steps of layers after those of one input were merged, by the merged names."""
-    return {name: Steps.joined([steps[member] for member in members_of(name)]) for name in names}
+    return {
+        name: Steps.concatenate([steps[member] for member in members_of(name)]) for name in names
+    }
 
 
 def _replace_weight(

@@ -57,7 +57,7 @@ def from_upstream(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[f"{stem}.{part}_proj.{fused[2]}"] = chunk.clone()
             continue
-        renamed[tower + _rename(name, _TOWER_RULES[tower])] = _reshaped(tower, name, tensor)
+        renamed[tower + _rename(name, _TOWER_RULES[tower])] = _reshape(tower, name, tensor)
     return renamed
 
 
@@ -81,7 +81,7 @@ def to_upstream(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 tensor + tensors[f"{tower}embeddings.position_embeddings"][:, :1]
             )
         elif part is None:
-            upstream[tower + _timm_name(tower, name)] = _unshaped(name, tensor)
+            upstream[tower + _timm_name(tower, name)] = _undo_reshape(name, tensor)
         elif part[2] == "q":
             stem = key.removesuffix(f"q_proj.{part[3]}")
             fused = [tensors[f"{stem}{p}_proj.{part[3]}"] for p in "qkv"]
@@ -150,7 +150,7 @@ def _timm_name(tower: str, name: str) -> str:
     }[name]
 
 
-def _reshaped(tower: str, name: str, tensor: Tensor) -> Tensor:
+def _reshape(tower: str, name: str, tensor: Tensor) -> Tensor:
     if name != "pos_embed":
         return tensor
     if tower == _SIGLIP:
@@ -159,7 +159,7 @@ def _reshaped(tower: str, name: str, tensor: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(tensor[:, :1]), tensor], dim=1)
 
 
-def _unshaped(name: str, tensor: Tensor) -> Tensor:
+def _undo_reshape(name: str, tensor: Tensor) -> Tensor:
     if name == "embeddings.position_embedding.weight":
         return tensor[None]
     if name == "embeddings.position_embeddings":

@@ -61,7 +61,7 @@ def cut_parts(
     names = [f"decoder_{i:02d}" for i in range(len(runs))] if len(runs) > 1 else ["decoder"]
     parts = [_tower(module, spec, "dino"), _tower(module, spec, "siglip")]
     parts += [_projector(module, spec)]
-    parts += [_decoder(module, spec, name, *run) for name, run in zip(names, runs, strict=True)]
+    parts += [_decoder(module, spec, name, run) for name, run in zip(names, runs, strict=True)]
     return (*parts, _head(module, spec, act))
 
 
@@ -88,10 +88,10 @@ def _projector(module: OftModule, spec: ProcessorSpec) -> PolicyPart:
 
 
 def _decoder(
-    module: OftModule, spec: ProcessorSpec, name: str, first: int, last: int
+    module: OftModule, spec: ProcessorSpec, name: str, blocks: tuple[int, int]
 ) -> PolicyPart:
-    """Decoder blocks [first, last); the first part embeds, the last one has the final norm."""
-    decoder = module.language_model
+    """Decoder `blocks` [first, last); the first part embeds, the last one has the final norm."""
+    decoder, (first, last) = module.language_model, blocks
     name_out, sequence = f"hidden_{last:02d}", {1: _sequence(module, spec)}
 
     def run(hidden: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class OftPolicy:
     # Centre of each action token's bin, ordered by token id.  float32 [256]; empty for L1 heads.
     token_centers: Tensor
     # Where the weights lie if `module` has none of them in memory, else None.
-    stored: CheckpointWeights | None = None
+    on_disk: CheckpointWeights | None = None
 
     def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
         """Preprocess observations into one padded batch."""
@@ -117,24 +117,24 @@ class OftPolicy:
     def greedy_actions(self, batch: PolicyBatch) -> Tensor:
         """Return the normalized actions the policy executes; argmax for token heads [B, H, D]."""
         output = self.module(batch.pixel_values, batch.input_ids, batch.state, batch.prompt_lengths)
-        return self._executed(output)
+        return self._executed_actions(output)
 
     def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
         """Return one part, or vision, runs of decoder blocks, head."""
         spec = self.processor.spec
         if layers_per_part is None:
-            return (whole_part(self.module, spec, self._executed),)
+            return (whole_part(self.module, spec, self._executed_actions),)
         if layers_per_part < 1:
             raise CheckpointError(f"layers_per_part must be at least 1, got {layers_per_part}")
-        return cut_parts(self.module, spec, self._executed, layers_per_part)
+        return cut_parts(self.module, spec, self._executed_actions, layers_per_part)
 
     def read_weight(self, name: str) -> NDArray[np.float32]:
         """Return a parameter or buffer by name, as float32, from memory or the checkpoint."""
-        if self.stored is not None and name in self.stored.shapes:
-            tensor = torch.empty(self.stored.shapes[name].shape, dtype=torch.float32)
-            self.stored.copy_to(name, tensor)
+        if self.on_disk is not None and name in self.on_disk.shapes:
+            tensor = torch.empty(self.on_disk.shapes[name].shape, dtype=torch.float32)
+            self.on_disk.copy_to(name, tensor)
             return tensor.numpy()
-        if self.stored is not None:
+        if self.on_disk is not None:
             # What no checkpoint holds follows from the configuration alone.
             rotary = LlamaRotaryEmbedding(self.module.arch.llama)
             tensor = rotary.get_buffer(name.removeprefix("language_model.model.rotary_emb."))
@@ -146,7 +146,7 @@ class OftPolicy:
 
     def stored_numbers(self) -> int:
         """Return how many weights the checkpoint holds."""
-        tensors = self.module.state_dict() if self.stored is None else self.stored.shapes
+        tensors = self.module.state_dict() if self.on_disk is None else self.on_disk.shapes
         return sum(t.numel() for name, t in tensors.items() if name not in NOT_UPSTREAM)
 
     def migrations(self) -> tuple[Migration, ...]:
@@ -155,11 +155,11 @@ class OftPolicy:
 
     def in_memory(self) -> "OftPolicy":
         """Return the policy with its weights read, if they were left on disk."""
-        if self.stored is None:
+        if self.on_disk is None:
             return self
-        return replace(self, module=filled_module(self.module.arch, self.stored), stored=None)
+        return replace(self, module=filled_module(self.module.arch, self.on_disk), on_disk=None)
 
-    def _executed(self, output: Tensor) -> Tensor:
+    def _executed_actions(self, output: Tensor) -> Tensor:
         """The head's output [B, H, D] or logits [B, H, D, vocab] -> executed actions [B, H, D]."""
         if self.config.head == "l1":
             return output
@@ -210,12 +210,7 @@ def load_oft_policy(
         )
     weights = open_weights(checkpoint, config)
     module = (load_module if resident else empty_module)(checkpoint, config, weights)
-    image = load_image_spec(checkpoint / "preprocessor_config.json")
-    if image.size != module.arch.dino.image_size:
-        raise CheckpointError(
-            f"{checkpoint}: preprocessor makes {image.size} pixel images, "
-            f"the towers take {module.arch.dino.image_size}"
-        )
+    image = _image_spec(checkpoint, module)
     statistics = load_statistics(
         checkpoint / _STATISTICS,
         unnorm_key,
@@ -235,6 +230,16 @@ def load_oft_policy(
         token_centers,
         None if resident else weights,
     )
+
+
+def _image_spec(checkpoint: Path, module: OftModule) -> ImageSpec:
+    image = load_image_spec(checkpoint / "preprocessor_config.json")
+    if image.size != module.arch.dino.image_size:
+        raise CheckpointError(
+            f"{checkpoint}: preprocessor makes {image.size} pixel images, "
+            f"the towers take {module.arch.dino.image_size}"
+        )
+    return image
 
 
 def _processor_spec(config: OftConfig, image: ImageSpec, token_centers: Tensor) -> ProcessorSpec:

@@ -84,7 +84,7 @@ def write_smoothed(
                 touched = {name: factors[name] for name in parts if name in factors}
                 if touched:
                     left -= set(touched)
-                    tensors[key] = _multiplied(key, parts, touched, keep_types)
+                    tensors[key] = _product(key, parts, touched, keep_types)
             save_file(tensors, folder / path.name, metadata={"format": "pt"})
             stored_bytes += sum(tensor.nbytes for tensor in tensors.values())
         if left:
@@ -95,7 +95,7 @@ def write_smoothed(
             write_json(folder / _INDEX, index)
 
 
-def _multiplied(
+def _product(
     key: str, parts: Mapping[str, Tensor], factors: Mapping[str, Tensor], keep_types: bool
 ) -> Tensor:
     """The stored tensor of parts, some of them multiplied."""

@@ -1,4 +1,4 @@
-"""The tensors of an OpenVLA-OFT checkpoint under this project's names, each read when asked for."""
+"""The tensors of an OpenVLA-OFT checkpoint under this project's names, each read on demand."""
 
 import pickle
 import zipfile

@@ -17,7 +17,8 @@ from qvla_export.graph.float_graph import export_float
 from qvla_export.measurement.measure_activations import measure_activations
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
-from qvla_export.quantizer.plan import BitPlan, uniform_plan
+from qvla_export.quantizer.plan import BitPlan
+from qvla_export.quantizer.uniform_plan import uniform_plan
 
 SETTINGS = ("float", "w8", "w4", "w8a8", "mixed")
 

@@ -15,8 +15,9 @@ from engines.targets import CPU, ORIN_JP7, RTX4070
 from qvla_export.allocation.alignment import align_plan, align_within
 from qvla_export.allocation.allocate import Budget, LatencyLimit, allocate_bits
 from qvla_export.quantizer.packed_storage import stored_layers
-from qvla_export.quantizer.plan import BitPlan, uniform_plan
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import spec_for
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
 

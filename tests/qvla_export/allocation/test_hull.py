@@ -92,12 +92,12 @@ def test_jumps_visit_exactly_the_lower_hull(drawn: tuple[list[int], list[int], l
     allowed = np.array(drawn[2]).reshape(4, -1)
     start = np.zeros(cost.shape[1], np.int8)
     jumps = hull_jumps(cost, errors, start, allowed)
-    slopes = jumps.added / jumps.saved
+    slopes = jumps.errors / jumps.savings
     assert (np.diff(slopes) >= -1e-12).all()
-    assert (jumps.saved > 0).all()
+    assert (jumps.savings > 0).all()
     levels = start.copy()
     for count in range(len(jumps.channel) + 1):
-        taken = jumps.taken(start, count)
+        taken = jumps.levels_after(start, count)
         if count:
             channel = jumps.channel[count - 1]
             assert allowed[taken[channel], channel]

@@ -13,7 +13,8 @@ from qvla_export.graph.float_graph import export_float
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.activations import ActivationRanges
-from qvla_export.quantizer.plan import BitPlan, uniform_plan
+from qvla_export.quantizer.plan import BitPlan
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.observation import Observation
 
 TARGET = find_target("rtx4070")

@@ -139,7 +139,7 @@ def test_order_follows_both_widths_and_is_stable() -> None:
     widths = dict(zip(GATED, (gate, up, np.full(3, 4, np.int8)), strict=True))
     (coupling,) = find_couplings(widths, {GATED[0]: 9, GATED[1]: 9, GATED[2]: 6})
     assert coupling.order.tolist() == [3, 1, 0, 4]
-    assert coupling.removed.tolist() == [2, 5]
+    assert coupling.constant_units.tolist() == [2, 5]
 
 
 def test_layers_of_other_sizes_or_names_are_not_coupled() -> None:

@@ -23,7 +23,7 @@ from qvla_export.graph.passes.merge import merge_parallel
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.new_checkpoint import new_module, save_checkpoint, train_tokenizer
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
-from qvla_export.quantizer.plan import uniform_plan
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import ArtifactMismatch, PlanMismatch
 from qvla_export.shared.observation import Observation

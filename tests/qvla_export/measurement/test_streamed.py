@@ -160,19 +160,19 @@ def test_a_bound_of_memory_chooses_between_whole_and_streamed(
     stored: OftPolicy, tiny_checkpoint: Path
 ) -> None:
     whole = open_within(Resources(), PolicySource(str(tiny_checkpoint)), DEMAND)
-    assert whole.max_bytes is None and whole.policy.stored is None
+    assert whole.max_bytes is None and whole.policy.on_disk is None
     ample = Resources(batch_size=2, max_bytes=100_000_000)
     roomy = open_within(ample, PolicySource(str(tiny_checkpoint)), DEMAND)
-    assert roomy.policy.stored is None
+    assert roomy.policy.on_disk is None
     assert roomy.max_bytes == room_beside_whole(stored, 2, NEEDS, 1000, 100_000_000)
     weights = stored.module.state_dict()
     for name, tensor in roomy.policy.module.state_dict().items():
         assert not tensor.is_meta and tensor.shape == weights[name].shape
     narrow = Resources(batch_size=2, max_bytes=1_700_000)
     streamed = open_within(narrow, PolicySource(str(tiny_checkpoint)), DEMAND)
-    assert streamed.policy.stored is not None and streamed.max_bytes == 1_700_000
+    assert streamed.policy.on_disk is not None and streamed.max_bytes == 1_700_000
     # What cannot be done stage by stage takes the memory it takes.
-    assert open_within(narrow, PolicySource(str(tiny_checkpoint)), None).policy.stored is None
+    assert open_within(narrow, PolicySource(str(tiny_checkpoint)), None).policy.on_disk is None
 
 
 def test_what_this_machine_cannot_hold_is_refused_before_it_is_begun(
@@ -187,4 +187,4 @@ def test_a_policy_with_tokens_is_held_whole(tmp_path: Path) -> None:
     config = replace(TINY_CONFIG, head="tokens")
     checkpoint = write_tiny_checkpoint(tmp_path / "tokens", config=config)
     narrow = Resources(batch_size=2, max_bytes=1_700_000)
-    assert open_within(narrow, PolicySource(str(checkpoint)), DEMAND).policy.stored is None
+    assert open_within(narrow, PolicySource(str(checkpoint)), DEMAND).policy.on_disk is None

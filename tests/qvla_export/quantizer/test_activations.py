@@ -249,7 +249,7 @@ def test_a_plan_keeps_its_ranges(plan: BitPlan, tmp_path: Path) -> None:
 
 def test_some_layers_of_a_plan_keep_their_ranges(plan: BitPlan) -> None:
     names = list(plan.widths)[:3]
-    part = plan.restricted(names).activations
+    part = plan.restricted_to(names).activations
     assert part is not None and list(part.ranges) == names
 
 

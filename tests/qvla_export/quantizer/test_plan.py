@@ -18,7 +18,8 @@ from small_plans import (
 )
 
 from qvla_export.allocation.allocate import Budget, PruningRule, allocate_bits
-from qvla_export.quantizer.plan import BitPlan, uniform_plan
+from qvla_export.quantizer.plan import BitPlan
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import ArtifactError, PlanMismatch, QvlaError
 from qvla_export.shared.target import WIDTHS, Container

@@ -18,8 +18,9 @@ from qvla_export.graph.passes.float_storage import store_exactly
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.packed_storage import bucket_bytes
-from qvla_export.quantizer.plan import BitPlan, uniform_plan
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import spec_for
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.target import Target
 
 WIDTHS = [0, 2, 4, 8, 16]

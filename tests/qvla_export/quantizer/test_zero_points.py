@@ -29,7 +29,7 @@ from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.packed_storage import bucket_bytes
-from qvla_export.quantizer.plan import BitPlan, uniform_plan
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import (
     CODE_RANGE,
     QuantizerSpec,
@@ -44,6 +44,7 @@ from qvla_export.quantizer.quantize import (
 )
 from qvla_export.quantizer.round_plan import round_plan
 from qvla_export.quantizer.rounding import RoundedLayer, Rounding
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.target import UnsupportedOnTarget

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from engines.targets import CPU
-from qvla_export.quantizer.plan import BitPlan, uniform_plan
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import spec_for
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.sensitivity.agreement import Agreement
 from qvla_export.sensitivity.estimator_comparison import EstimatorComparison, EstimatorScore
 from qvla_export.sensitivity.sensitivities import Sensitivities

@@ -20,8 +20,8 @@ from qvla_export.policies.layers import (
     weight_rows,
 )
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
-from qvla_export.quantizer.plan import uniform_plan
 from qvla_export.quantizer.quantize import QuantizerSpec, WidthRule, quantize_channels
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.sensitivity.agreement import Agreement, compare_with_exact
 from qvla_export.sensitivity.estimators.base import QUIETLY, ChannelWidth, Question, Work, all_pairs
 from qvla_export.sensitivity.estimators.exact import ExactEstimator
