@@ -126,8 +126,7 @@ def held_out_error(
 
 def load_error_if_current(path: Path, subject: ErrorSubject) -> HeldOutError | None:
     """Load the error measured on this very subject, if the file holds it."""
-    kept = load_if_current(path, HeldOutError.load)
-    return kept if kept is not None and kept.subject == subject else None
+    return load_if_current(path, HeldOutError.load, lambda old: old.subject == subject)
 
 
 def _from_json(kind: Kind, value: dict[str, Any]) -> HeldOutError:

@@ -12,7 +12,7 @@ from qvla_export.pipeline.action_error import (
 )
 from qvla_export.pipeline.calibrate import load_calibration, require_calibration
 from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
-from qvla_export.pipeline.progress import OnProgress, Progress, bar, ignore
+from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current, require_artifact
 from qvla_export.shared.target import Target
 
@@ -86,7 +86,7 @@ def judge_baseline(
 
     policy = open_checkpoint(Path(source.place), source.unnorm_key, source.preset)
     baseline = quantize(run, request, policy, source, environment, on_progress)
-    error = action_error(run, baseline, policy)
+    error = action_error(run, baseline, policy, on_progress)
     evaluation = None
     if config is not None:
         evaluation = rollouts(run, baseline, source, config, workers, on_progress)
@@ -135,13 +135,17 @@ def quantize(
 
     calibration = load_calibration(run)
     path = baseline_paths(run.root, request.setting).baseline
-    kept = load_if_current(path, Baseline.load)
-    if kept is not None and (
-        (kept.request, kept.policy_digest, kept.calibration_digest)
-        == (request, policy.digest, calibration.digest)
-    ):
-        on_progress(Progress(request.setting, state="kept"))
-        return kept
+    earlier = load_if_current(
+        path,
+        Baseline.load,
+        lambda old: (
+            (old.request, old.policy_digest, old.calibration_digest)
+            == (request, policy.digest, calibration.digest)
+        ),
+    )
+    if earlier is not None:
+        finish(on_progress, request.setting, kept=True)
+        return earlier
     job = BaselineJob(
         request,
         str(Path(source.place).absolute()),
@@ -151,7 +155,7 @@ def quantize(
         source.preset,
     )
     baseline = environment.run(job, bar(on_progress, request.setting))
-    on_progress(Progress(request.setting, state="made"))
+    finish(on_progress, request.setting, kept=False)
     return baseline
 
 
@@ -167,7 +171,9 @@ def load_baseline(run: RunFolder, setting: str) -> "Baseline":
     return Baseline.load(require_artifact(baseline_paths(run.root, setting).baseline, "baseline"))
 
 
-def action_error(run: RunFolder, baseline: "Baseline", policy: "Policy") -> HeldOutError:
+def action_error(
+    run: RunFolder, baseline: "Baseline", policy: "Policy", on_progress: OnProgress = ignore
+) -> HeldOutError:
     """Compare a baseline with the float policy on the held-out observations, in torch.
 
     Raises:
@@ -183,9 +189,10 @@ def action_error(run: RunFolder, baseline: "Baseline", policy: "Policy") -> Held
     calibration = load_calibration(run)
     require_calibration(calibration, baseline.calibration_digest, "baseline")
     subject = ErrorSubject(setting, "baseline", baseline.digest, calibration.digest, "torch")
-    kept = load_error_if_current(path, subject)
-    if kept is not None:
-        return kept
+    earlier = load_error_if_current(path, subject)
+    if earlier is not None:
+        finish(on_progress, "action error", kept=True)
+        return earlier
     reference = golden_actions(policy, None, calibration.held_out).full_precision
     with baseline_applied(policy, baseline):
         actions = golden_actions(policy, None, calibration.held_out).full_precision
@@ -193,6 +200,7 @@ def action_error(run: RunFolder, baseline: "Baseline", policy: "Policy") -> Held
     drift = action_drift(reference, actions, unit, policy.processor.spec.action_bins)
     error = held_out_error(subject, drift, reference[0].size)
     error.save(path)
+    finish(on_progress, "action error", kept=False)
     return error
 
 
@@ -215,9 +223,15 @@ def rollouts(
     from qvla_export.baselines.results import baseline_paths
 
     paths = baseline_paths(run.root, baseline.request.setting)
-    kept = load_if_current(paths.evaluation, load_evaluation)
-    if kept is not None and (kept.digest, kept.config) == (baseline.digest, config):
-        return kept
+    work = f"rollouts, {baseline.request.setting}"
+    earlier = load_if_current(
+        paths.evaluation,
+        load_evaluation,
+        lambda old: (old.digest, old.config) == (baseline.digest, config),
+    )
+    if earlier is not None:
+        finish(on_progress, work, kept=True)
+        return earlier
     single = replace(source, threads=1)
     job = RolloutJob(
         baseline.request.setting,
@@ -227,4 +241,6 @@ def rollouts(
         reference=single,
         reference_digest=baseline.policy_digest,
     )
-    return evaluate(job, paths.evaluation, workers, bar(on_progress, f"rollouts, {job.policy}"))
+    evaluation = evaluate(job, paths.evaluation, workers, bar(on_progress, work))
+    finish(on_progress, work, kept=False)
+    return evaluation

@@ -184,7 +184,7 @@ def _deploy_setting(
     native = runtime_here(target) == target.runtime
     if target.runtime == "tensorrt_rtx" or (native and target.runtime == "tensorrt"):
         build_bundle(bundle, on_progress=on_progress)
-    judging.action_error(run, setting, policy)
+    judging.action_error(run, setting, policy, on_progress)
 
 
 def _check_inputs(request: Deployment, policy: "Policy") -> None:

@@ -113,8 +113,8 @@ def compare_estimators(
 
 def _load_same(empty: EstimatorComparison, output: Path) -> EstimatorComparison:
     """Return what an earlier run did of the same comparison, or the one without figures."""
-    kept = load_if_current(output, EstimatorComparison.load)
     # Files written before a bound was removed name it; null bounded nothing.
     options = {**empty.question["options"], "max_standard_error": None}
     same = (empty.question, {**empty.question, "options": options})
-    return kept if kept is not None and kept.question in same else empty
+    earlier = load_if_current(output, EstimatorComparison.load, lambda old: old.question in same)
+    return earlier or empty

@@ -62,7 +62,9 @@ def evaluate_policy(
     return evaluate(job, output, workers, bar(on_progress, f"rollouts, {name}"))
 
 
-def action_error(run: RunFolder, setting: Setting, policy: "Policy") -> HeldOutError:
+def action_error(
+    run: RunFolder, setting: Setting, policy: "Policy", on_progress: OnProgress = ignore
+) -> HeldOutError:
     """Compare a bundle's engine with the float policy on the held-out observations.
 
     Raises:
@@ -83,9 +85,10 @@ def action_error(run: RunFolder, setting: Setting, policy: "Policy") -> HeldOutE
         require_calibration(calibration, plan.calibration_digest, "plan")
     runtime = runtime_here(find_target(bundle.target))
     subject = ErrorSubject(setting.name, "bundle", bundle.digest, calibration.digest, runtime)
-    kept = load_error_if_current(path, subject)
-    if kept is not None:
-        return kept
+    earlier = load_error_if_current(path, subject)
+    if earlier is not None:
+        finish(on_progress, "action error", kept=True)
+        return earlier
     reference = held_out_reference(bundle, policy, plan, calibration.held_out)
     with load_engine(bundle, runtime=runtime) as engine:
         verdict = verify(bundle, engine, reference)
@@ -94,6 +97,7 @@ def action_error(run: RunFolder, setting: Setting, policy: "Policy") -> HeldOutE
     _, horizon, dimensions = reference.actions.shape
     error = held_out_error(subject, drift, horizon * dimensions, verdict.drift.worst)
     error.save(path)
+    finish(on_progress, "action error", kept=False)
     return error
 
 
@@ -121,12 +125,16 @@ def rollouts(
     bundle = load_bundle(run, setting)
     name = setting.name if config.control == "none" else f"{setting.name}, {config.control}"
     work = f"rollouts, {name}"
-    kept = load_if_current(path, load_evaluation)
-    if kept is not None and (kept.digest, kept.config) == (bundle.digest, config.runnable()):
+    earlier = load_if_current(
+        path,
+        load_evaluation,
+        lambda old: (old.digest, old.config) == (bundle.digest, config.runnable()),
+    )
+    if earlier is not None:
         # A kill between writing the result and removing its journal leaves the journal.
         path.with_name(path.name + ".partial").unlink(missing_ok=True)
         finish(on_progress, work, kept=True)
-        return kept
+        return earlier
     runtime = runtime_here(find_target(bundle.target))
     job = RolloutJob(
         name,
@@ -179,10 +187,14 @@ def latency(
     # Baselines are not what one would serve, unless there is nothing else.
     names = [setting.name for setting in settings]
     served = [*names, *(s.name for s in settings if s.kind != "uniform")][-1]
-    kept = load_if_current(run.latency, LatencyComparison.load)
-    if kept is not None and _same_profiles(kept, contenders, served, samples):
+    earlier = load_if_current(
+        run.latency,
+        LatencyComparison.load,
+        lambda old: _same_profiles(old, contenders, served, samples),
+    )
+    if earlier is not None:
         finish(on_progress, "latency", kept=True)
-        return kept
+        return earlier
     calibration = load_calibration(run)
     comparison = _profile(contenders, served, calibration.held_out, samples, threads, on_progress)
     comparison.save(run.latency)
@@ -246,13 +258,15 @@ def _profile(
 
 
 def _same_profiles(
-    kept: "LatencyComparison", contenders: Sequence[_Contender], served: str, samples: int
+    comparison: "LatencyComparison", contenders: Sequence[_Contender], served: str, samples: int
 ) -> bool:
     """Whether a comparison is what these would give, but for the time that they take."""
-    profiles: Mapping[str, Any] = {profile.name: profile for profile in kept.profiles}
+    profiles: Mapping[str, Any] = {profile.name: profile for profile in comparison.profiles}
     if set(profiles) != {*(contender.name for contender in contenders), f"{served} served"}:
         return False
-    return {len(profile.samples_ms["total"]) for profile in kept.profiles} == {samples} and all(
+    return {len(profile.samples_ms["total"]) for profile in comparison.profiles} == {
+        samples
+    } and all(
         (profiles[c.name].conditions, profiles[c.name].bundle_digest)
         == (c.conditions, c.bundle.digest)
         for c in contenders

@@ -15,7 +15,7 @@ from qvla_export.pipeline.action_error import (
 from qvla_export.pipeline.calibrate import load_calibration, require_calibration
 from qvla_export.pipeline.plan import load_plan
 from qvla_export.pipeline.policy_source import PolicySource
-from qvla_export.pipeline.progress import OnProgress, bar, ignore
+from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ class FakeQuantizedSource:
         return FakeQuantizedPolicy(self.policy(), plan)  # type: ignore[arg-type]  # a checkpoint opens as a Policy
 
 
-def action_error(run: RunFolder, setting: Setting, policy: "Policy") -> HeldOutError:
+def action_error(
+    run: RunFolder, setting: Setting, policy: "Policy", on_progress: OnProgress = ignore
+) -> HeldOutError:
     """Compare a planned setting in torch with the float policy on the held-out observations.
 
     Raises:
@@ -87,15 +89,17 @@ def action_error(run: RunFolder, setting: Setting, policy: "Policy") -> HeldOutE
         require_calibration(calibration, plan.calibration_digest, "plan")
     digest = digest_of_codes(plan)
     subject = ErrorSubject(setting.name, "plan", digest, calibration.digest, "torch")
-    kept = load_error_if_current(path, subject)
-    if kept is not None:
-        return kept
+    earlier = load_error_if_current(path, subject)
+    if earlier is not None:
+        finish(on_progress, "action error", kept=True)
+        return earlier
     golden = golden_actions(policy, plan, calibration.held_out)
     unit = policy.processor.statistics.action.scale()
     bins = policy.processor.spec.action_bins
     drift = action_drift(golden.full_precision, golden.reference, unit, bins)
     error = held_out_error(subject, drift, golden.reference[0].size)
     error.save(path)
+    finish(on_progress, "action error", kept=False)
     return error
 
 
@@ -123,10 +127,13 @@ def rollouts(
     plan = load_plan(run, setting)
     assert plan is not None
     path = run.evaluation(setting)
-    kept = load_if_current(path, load_evaluation)
-    digest = digest_of_codes(plan)
-    if kept is not None and (kept.digest, kept.config) == (digest, config.runnable()):
-        return kept
+    digest, work = digest_of_codes(plan), f"rollouts, {setting.name}, torch"
+    earlier = load_if_current(
+        path, load_evaluation, lambda old: (old.digest, old.config) == (digest, config.runnable())
+    )
+    if earlier is not None:
+        finish(on_progress, work, kept=True)
+        return earlier
     single = replace(source, threads=1)
     job = RolloutJob(
         f"{setting.name}, torch",
@@ -136,4 +143,6 @@ def rollouts(
         reference=single,
         reference_digest=plan.policy_digest,
     )
-    return evaluate(job, path, workers, bar(on_progress, f"rollouts, {job.policy}"))
+    evaluation = evaluate(job, path, workers, bar(on_progress, work))
+    finish(on_progress, work, kept=False)
+    return evaluation

@@ -206,10 +206,12 @@ def _empty_comparison(job: ComparisonJob) -> Comparison:
 
 def _load_same(job: ComparisonJob, empty: Comparison) -> Comparison:
     """Return what an earlier run has measured of the same, or the comparison without rows."""
-    kept = load_if_current(job.output, Comparison.load)
-    if kept is None or kept.policy_digest != empty.policy_digest:
-        return empty
-    return kept if job.has_rows_of(dict(kept.settings)) else empty
+    earlier = load_if_current(
+        job.output,
+        Comparison.load,
+        lambda old: old.policy_digest == empty.policy_digest and job.has_rows_of(old.settings),
+    )
+    return earlier or empty
 
 
 def _write_pages(job: ComparisonJob, comparison: Comparison) -> ComparisonPages:

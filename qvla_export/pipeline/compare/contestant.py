@@ -48,16 +48,18 @@ def measure_contestant(
     setting, engine = contestant.of_run, _engine(contestant, exported)
     names = _plan_setting(folder, setting, on_progress)
     if engine == "torch":
-        error = fake_quantized.action_error(folder.run, setting, folder.policy)
+        error = fake_quantized.action_error(folder.run, setting, folder.policy, on_progress)
     else:
         name = f"{setting.name}: export"
         folder.time_stage(
             name,
             folder.run.bundle(setting),
-            lambda: export(folder.run, setting, folder.policy, folder.target),
+            lambda: export(
+                folder.run, setting, folder.policy, folder.target, on_progress=on_progress
+            ),
         )
         names.append(name)
-        error = evaluate.action_error(folder.run, setting, folder.policy)
+        error = evaluate.action_error(folder.run, setting, folder.policy, on_progress)
     return _row(folder, engine, _cost(folder, setting, engine), error, names)
 
 
@@ -117,7 +119,7 @@ def _plan_setting(folder: SeedFolder, setting: Setting, on_progress: OnProgress)
     folder.time_stage(
         name,
         run.plan(setting),
-        lambda: plan(run, setting, folder.target, policy.digest),
+        lambda: plan(run, setting, folder.target, policy.digest, on_progress=on_progress),
         always=True,
     )
     names.append(name)
@@ -194,7 +196,7 @@ def _measure_library(
     baseline = libraries.quantize(
         folder.run, request, folder.policy, folder.source, environment, on_progress
     )
-    error = libraries.action_error(folder.run, baseline, folder.policy)
+    error = libraries.action_error(folder.run, baseline, folder.policy, on_progress)
     layers = baseline.layers.values()
     sizes = [layer.weight.codes.size for layer in layers]
     widths = [layer.weight.bits for layer in layers]

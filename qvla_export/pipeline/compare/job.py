@@ -1,5 +1,6 @@
 """The noun `ComparisonJob`: which contestants are compared, on what, in which seeds."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,7 @@ class ComparisonJob:
             "with_episodes": list(self.with_episodes),
         }
 
-    def has_rows_of(self, settings: "dict[str, Any]") -> bool:
+    def has_rows_of(self, settings: Mapping[str, Any]) -> bool:
         """Whether a comparison with these recorded settings has rows that this one would make."""
         ours = self.to_json()
         return all(settings.get(name) == ours[name] for name in _DECISIVE)

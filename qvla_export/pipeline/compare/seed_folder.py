@@ -72,8 +72,8 @@ class SeedFolder:
 
     def seconds(self) -> dict[str, tuple[float, float]]:
         """Return stage -> wall-clock and CPU seconds of this folder."""
-        kept = load_if_current(self._seconds_file, lambda path: read_json(path, "seconds"))
-        return {str(name): (float(a), float(b)) for name, (a, b) in (kept or {}).items()}
+        value = load_if_current(self._seconds_file, lambda path: read_json(path, "seconds"))
+        return {str(name): (float(a), float(b)) for name, (a, b) in (value or {}).items()}
 
     @property
     def _seconds_file(self) -> Path:
@@ -159,8 +159,10 @@ def _copy_observations(whole: RunFolder, inside: RunFolder, first: int | None) -
 
     drawn = CalibrationSet.load(whole.calibration)
     part = drawn if first is None else _first_observations(drawn, first)
-    kept = load_if_current(inside.calibration, CalibrationSet.load)
-    if kept is None or kept.digest != part.digest:
+    earlier = load_if_current(
+        inside.calibration, CalibrationSet.load, lambda old: old.digest == part.digest
+    )
+    if earlier is None:
         part.save(inside.calibration)
 
 
