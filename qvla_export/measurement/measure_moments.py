@@ -23,9 +23,9 @@ from qvla_export.measurement.moment_bounds import (
     open_moment_stream,
 )
 from qvla_export.measurement.sharded_sums import OnProgress, ShardedSums
-from qvla_export.measurement.streamed import weights_on_disk
+from qvla_export.measurement.streamed import Stream
 from qvla_export.policies.base import Policy
-from qvla_export.policies.layers import as_tokens, traced_layers
+from qvla_export.policies.layers import Layers, as_tokens, traced_layers, weights_on_disk
 from qvla_export.quantizer.moments import LayerMoments, Moments
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
@@ -79,13 +79,7 @@ def measure_moments(
     for batch in sums.share(batches):
         chosen = observations[batch * size : (batch + 1) * size]
         probed = ProbedBatch(chosen, Probes(settings.probes, settings.seed), batch)
-        if stream is None:
-            _add_pass(probed_pass(policy, layers, probed), sums.values)
-        else:
-            for _, passes in stream.passes(probed):
-                for item in passes:
-                    _add_pass(item, sums.values)
-                    del item  # the next pass is made before the name is bound anew
+        _add_batch(policy, layers, probed, stream, sums.values)
         sums.mark(batch)
         if on_progress is not None:
             done = min(sums.done(batches) * size, len(observations))
@@ -100,6 +94,19 @@ def measure_moments(
         policy_digest=policy.digest,
         calibration_digest=calibration_digest,
     )
+
+
+def _add_batch(
+    policy: Policy, layers: Layers, batch: ProbedBatch, stream: Stream | None, sums: _Sums
+) -> None:
+    """Add a batch's moments to the sums; with a stream, the weights come from disk."""
+    if stream is None:
+        _add_pass(probed_pass(policy, layers, batch), sums)
+        return
+    for _, passes in stream.passes(batch):
+        for item in passes:
+            _add_pass(item, sums)
+            del item  # the next pass is made before the name is bound anew
 
 
 def _stated(settings: MomentSettings) -> dict[str, Any]:

@@ -182,11 +182,6 @@ class _Run:
         return Pass(Recorded(group, inputs, outputs, 1, channels), gradients, weights)
 
 
-def weights_on_disk(policy: Policy) -> bool:
-    """Say whether a policy's weights were left on disk."""
-    return next(policy.module.parameters()).is_meta
-
-
 def open_stream(
     policy: Policy,
     layers: Layers,

@@ -30,8 +30,8 @@ def moments(
     from qvla_export.measurement.measure_moments import measure_moments
     from qvla_export.measurement.moment_bounds import MomentSettings, fitting_block
     from qvla_export.measurement.sharded_sums import remove_journals
-    from qvla_export.measurement.streamed import weights_on_disk
     from qvla_export.pipeline.resources import Resources
+    from qvla_export.policies.layers import weights_on_disk
 
     means = resources or Resources()
     world, first = means.world, means.world.rank == 0

@@ -29,6 +29,11 @@ def traced_layers(policy: Policy) -> dict[str, Layer]:
         return dict(policy.layers())
 
 
+def weights_on_disk(policy: Policy) -> bool:
+    """Say whether a policy's weights were left on disk."""
+    return next(policy.module.parameters()).is_meta
+
+
 def layer_shapes(layers: Layers) -> dict[str, tuple[int, int]]:
     """Return (channels, weights of one channel) of each layer."""
     return {

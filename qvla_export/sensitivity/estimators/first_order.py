@@ -27,10 +27,10 @@ from qvla_export.measurement.distributed import Alone, World
 from qvla_export.measurement.layer_groups import Piece, layer_groups
 from qvla_export.measurement.sharded_sums import OnProgress, ShardedSums
 from qvla_export.measurement.standard_error import WHOLE, empty_sums, empty_whole, standard_error
-from qvla_export.measurement.streamed import Stream, StreamLimits, open_stream, weights_on_disk
+from qvla_export.measurement.streamed import Stream, StreamLimits, open_stream
 from qvla_export.measurement.weight_errors import error_needs, weight_errors
 from qvla_export.policies.base import Policy
-from qvla_export.policies.layers import Layers, layer_shapes, traced_layers
+from qvla_export.policies.layers import Layers, layer_shapes, traced_layers, weights_on_disk
 from qvla_export.quantizer.moments import Moments
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.sensitivity.estimators.base import (
