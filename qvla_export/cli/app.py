@@ -55,8 +55,8 @@ PANELS: dict[str, tuple[Command, ...]] = {
 BENCH: tuple[Command, ...] = (engines, allocation, server, size, rates)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_asked_for: bool) -> None:
+    if is_asked_for:
         from importlib.metadata import version
 
         typer.echo(f"qvla {version('qvla')}")

@@ -136,10 +136,10 @@ def build_absent_engines(bundle: "Bundle", on_progress: OnProgress = ignore) -> 
         return
     gpu = find_gpu()
     if gpu is None or gpu.compute_capability != target.compute_capability:
-        found = "none" if gpu is None else f"{gpu.name} ({gpu.compute_capability})"
+        present = "none" if gpu is None else f"{gpu.name} ({gpu.compute_capability})"
         raise EngineError(
             f"engines for target {target.name!r} run on an NVIDIA GPU of compute capability "
-            f"{target.compute_capability} with its driver, found here: {found}. Run this command "
+            f"{target.compute_capability} with its driver, found here: {present}. Run this command "
             "there; here, --runtime ort checks the bundle's graphs on the CPU"
         )
     build_bundle(bundle, on_progress=on_progress)

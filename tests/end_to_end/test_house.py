@@ -33,8 +33,15 @@ FREE = ("qvla_export.pipeline", "qvla_export.cli")
 FAMILIES = {path.parent.name for path in (ROOT / "qvla_export" / "policies").glob("*/__init__.py")}
 MOST_FILES = 30
 MOST_PARAMETERS = 7
+# All of the command; and a function there without its options.
+MOST_COMMAND_LINES = 3_800
+MOST_BODY_LINES = 40
 # Every family's folder holds the same files; these two names say what they say anywhere.
 MAY_REPEAT = {"base", "registry", "__init__", "__main__"}
+
+
+def in_command(module: str) -> bool:
+    return room_of(module) == "qvla_export.cli"
 
 
 def test_the_list_of_rooms_is_whole() -> None:
@@ -128,3 +135,14 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 def test_functions_take_few_parameters(module: str) -> None:
     many = {f.name: n for f in functions_of(module) if (n := len(parameters(f))) > MOST_PARAMETERS}
     assert not many, f"{module}: pass a frozen dataclass whole, {many}"
+
+
+def test_a_command_is_parse_call_print() -> None:
+    lines = {m: len(p.read_text().splitlines()) for m, p in MODULES.items() if in_command(m)}
+    assert sum(lines.values()) <= MOST_COMMAND_LINES
+    bodies = {
+        f"{module}.{function.name}": (function.end_lineno or 0) - function.body[0].lineno + 1
+        for module in lines
+        for function in functions_of(module)
+    }
+    assert {name: length for name, length in bodies.items() if length > MOST_BODY_LINES} == {}

@@ -99,11 +99,11 @@ def _standard_error(measured: "Sensitivities") -> str:
     error = measured.standard_error
     if error is None or error.median is None or error.median_by_probes is None:
         return "standard error: unknown"
-    share = (error.median_by_probes / error.median) ** 2 if error.median else 0.0
+    by_probes = (error.median_by_probes / error.median) ** 2 if error.median else 0.0
     whole = zip(measured.widths, error.by_width["all layers"].error, strict=True)
-    by_width = ", ".join(f"{found:.0%} at {bits} bits" for bits, found in whole)
+    by_width = ", ".join(f"{share:.0%} at {bits} bits" for bits, share in whole)
     return (
         f"standard error: {error.median:.1%} of the median layer and width, probes make "
-        f"{share:.0%} of its square; {error.layers:.0%} of the worst, {error.channels:.0%} of the "
-        f"median channel; of all layers together {by_width}"
+        f"{by_probes:.0%} of its square; {error.layers:.0%} of the worst, {error.channels:.0%} of "
+        f"the median channel; of all layers together {by_width}"
     )
