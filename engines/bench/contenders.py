@@ -116,7 +116,8 @@ def _dynamic(float_path: Path, threads: int, every: int) -> Contender:
             weight_type=QuantType.QInt8,
             use_external_data_format=True,
         )
-    return Contender(DYNAMIC, _session(path, threads), _size(path), every, every, "int8")
+    run = _session(path, threads, rounds_inputs=True)
+    return Contender(DYNAMIC, run, _size(path), every, every, "int8")
 
 
 def _modelopt(

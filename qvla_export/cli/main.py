@@ -7,15 +7,10 @@ import sys
 from rich.console import Console
 
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.extras import missing_extra
 
 # What typer exits with after Ctrl-C.
 _INTERRUPTED = 130
-# Libraries that a robot does not have -> the extra that brings them.
-_EXTRAS = {
-    **dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "onnxscript"), "host"),
-    **dict.fromkeys(("scipy", "matplotlib", "jinja2", "pyarrow", "ml_dtypes"), "host"),
-    **dict.fromkeys(("mujoco", "metaworld", "gymnasium", "OpenGL"), "sim"),
-}
 
 
 def main() -> None:
@@ -32,10 +27,9 @@ def main() -> None:
         _say(f"error: {_speaker()}{' '.join(str(error).split())}", "red")
         sys.exit(2)
     except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package not in _EXTRAS:
+        if (missing := missing_extra(error)) is None:
             raise
-        _say(f"error: this command needs {package}: pip install 'qvla[{_EXTRAS[package]}]'", "red")
+        _say(f"error: {missing}", "red")
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:

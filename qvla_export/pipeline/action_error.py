@@ -68,6 +68,12 @@ class HeldOutError:
     # engine ran.
     engine_drift_max: float | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"<HeldOutError of {self.subject.setting}: RMS {self.rms:.2g} of normalized actions "
+            f"(the range is 2), cosine {self.cosine:.6f}, on {self.held_out} observations>"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return what the file holds."""
         figures: dict[str, Any] = {name: getattr(self, name) for name in _FIGURES}

@@ -19,11 +19,11 @@ def work(job: BaselineJob) -> Baseline:
     import torch
 
     from calibration.calibration_set import CalibrationSet
-    from qvla_export.policies.families import open_policy
+    from qvla_export.policies.families import load_policy
 
     libraries = require_library(job.request.method)
     observations = CalibrationSet.load(Path(job.calibration))
-    policy = open_policy(Path(job.checkpoint), job.unnorm_key, job.preset)
+    policy = load_policy(Path(job.checkpoint), job.unnorm_key, job.preset)
     torch.manual_seed(job.request.seed)
     started = time.perf_counter()
     setting = job.request.setting

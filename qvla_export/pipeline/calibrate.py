@@ -73,6 +73,25 @@ def calibrate(
     return drawn
 
 
+def put_calibration(
+    run: RunFolder, drawn: "CalibrationSet", on_progress: OnProgress = ignore
+) -> None:
+    """Make observations that were drawn elsewhere a run's calibration set.
+
+    Raises:
+        ArtifactMismatch: the run has another one, which its other artifacts were made from.
+    """
+    from calibration.calibration_set import CalibrationSet
+
+    kept = load_if_current(run.calibration, CalibrationSet.load, lambda old: True)
+    if kept is None:
+        drawn.save(run.calibration)
+    else:
+        remedy = f"Name another run folder than {run.root}, or remove it."
+        require_same("run and observations", kept.digest, drawn.digest, remedy)
+    finish(on_progress, _WORK, kept is not None)
+
+
 def load_calibration(run: RunFolder) -> "CalibrationSet":
     """Read a run's calibration set.
 

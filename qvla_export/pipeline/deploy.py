@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline import evaluate as judging
 from qvla_export.pipeline.activations import activations
-from qvla_export.pipeline.build import build_bundle
 from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate, load_calibration
-from qvla_export.pipeline.export import export
-from qvla_export.pipeline.plan import plan
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import NumberedSteps, OnProgress, finish, ignore
-from qvla_export.pipeline.round import round_setting
+from qvla_export.pipeline.quantize import quantize_setting
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.pipeline.sensitivities import SensitivityRequest, agreement, sensitivities
 from qvla_export.shared.artifacts import read_json, versions, write_json
@@ -121,7 +118,7 @@ def deploy(
     compared = _measure(request, policy, steps)
     for setting in request.settings:
         with steps.next(f"{setting.name}: plan, bundle, engine, action error") as hear:
-            _deploy_setting(request, setting, policy, hear)
+            quantize_setting(run, setting, policy, target, hear)
     if native:
         with steps.next("latency, in process and served over HTTP") as hear:
             judging.latency(run, request.settings, request.samples, request.threads, hear)
@@ -166,25 +163,6 @@ def _measure(request: Deployment, policy: "Policy", steps: NumberedSteps) -> "Ag
         with steps.next("activations of every layer") as hear:
             activations(run, policy, on_progress=hear)
     return compared
-
-
-def _deploy_setting(
-    request: Deployment, setting: Setting, policy: "Policy", on_progress: OnProgress
-) -> None:
-    from engines.check.bundle import check_bundle
-    from engines.check.finding import require_no_errors
-    from engines.load import runtime_here
-    from engines.targets import find_target
-
-    run, target = request.run, find_target(request.target)
-    plan(run, setting, target, policy.digest)
-    round_setting(run, setting, policy, on_progress)
-    bundle = export(run, setting, policy, target, on_progress=on_progress)
-    require_no_errors(check_bundle(bundle, target))
-    native = runtime_here(target) == target.runtime
-    if target.runtime == "tensorrt_rtx" or (native and target.runtime == "tensorrt"):
-        build_bundle(bundle, on_progress=on_progress)
-    judging.action_error(run, setting, policy, on_progress)
 
 
 def _check_inputs(request: Deployment, policy: "Policy") -> None:

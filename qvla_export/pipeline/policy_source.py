@@ -56,11 +56,11 @@ class PolicySource:
             return open_bundle(self.place, self.threads, self.weights, self.runtime)
         import torch
 
-        from qvla_export.policies.families import open_policy
+        from qvla_export.policies.families import load_policy
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return open_policy(Path(self.place), self.unnorm_key, self.preset, self.resident)
+        return load_policy(Path(self.place), self.unnorm_key, self.preset, self.resident)
 
     def digest(self, policy: ActionPolicy) -> str:
         """Return the digest of the checkpoint or bundle behind an opened policy."""
@@ -83,9 +83,9 @@ def open_checkpoint(
     Raises:
         QvlaError: it is no checkpoint.
     """
-    from qvla_export.policies.families import open_policy
+    from qvla_export.policies.families import load_policy
 
     kind = PolicySource(str(place)).kind
     if kind != "checkpoint":
         raise QvlaError(f"{place} must be a checkpoint folder, it is a {kind}")
-    return open_policy(place, unnorm_key, preset, resident)
+    return load_policy(place, unnorm_key, preset, resident)

@@ -47,7 +47,7 @@ class Family(Protocol):
     def open(
         self, checkpoint: Path, unnorm_key: str | None, preset: str | None, resident: bool
     ) -> "Policy":
-        """Load a checkpoint folder; see `open_policy`."""
+        """Load a checkpoint folder; see `load_policy`."""
         ...
 
     def write_smoothed(
@@ -103,8 +103,8 @@ def recognize(checkpoint: Path) -> Family:
     raise CheckpointError(f"{checkpoint}/config.json is of no known model_type; known: {types}")
 
 
-def open_policy(
-    checkpoint: Path,
+def load_policy(
+    checkpoint: Path | str,
     unnorm_key: str | None = None,
     preset: str | None = None,
     resident: bool = True,
@@ -121,7 +121,8 @@ def open_policy(
     Raises:
         CheckpointError, StatisticsError: what is wrong and what is available.
     """
-    return recognize(checkpoint).open(checkpoint, unnorm_key, preset, resident)
+    folder = Path(checkpoint)
+    return recognize(folder).open(folder, unnorm_key, preset, resident)
 
 
 def family_with_size(size: str) -> Family:

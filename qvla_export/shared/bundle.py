@@ -94,6 +94,12 @@ class Bundle:
     # The whole manifest, as read.
     manifest: Mapping[str, Any] = field(repr=False)
 
+    def __repr__(self) -> str:
+        plan = self.plan
+        bits = "float" if plan is None else f"{plan['mean_bits_per_channel']:.2f} mean bits"
+        size = f"{self.nbytes / 1e6:.2f} MB"
+        return f"<Bundle for {self.target}: {bits}, {size}, {self.digest[:12]} -> {self.path}>"
+
     @property
     def digest(self) -> str:
         """SHA-256 of the manifest, which holds the SHA-256 of every file."""

@@ -142,9 +142,9 @@ def _write_checkpoint(request: RealSize, report: _Report) -> dict[str, Any]:
 def _export(request: RealSize, report: _Report) -> dict[str, Any]:
     from engines.targets import find_target
     from qvla_export.graph.export import ExportOptions, export_bundle
-    from qvla_export.policies.families import open_policy
+    from qvla_export.policies.families import load_policy
 
-    policy = open_policy(request.checkpoint, resident=False)
+    policy = load_policy(request.checkpoint, resident=False)
     bundle = export_bundle(
         policy,
         _plan(request, policy),

@@ -52,6 +52,13 @@ class OftPolicy:
     # Where the weights lie if `module` has none of them in memory, else None.
     on_disk: CheckpointWeights | None = None
 
+    def __repr__(self) -> str:
+        size, config = sum(p.numel() for p in self.module.parameters()), self.config
+        return (
+            f"<OftPolicy: {size / 1e6:.1f} million weights, cameras {', '.join(config.cameras)}, "
+            f"{config.horizon} actions of {config.action_dim} dimensions, {self.digest[:12]}>"
+        )
+
     def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
         """Preprocess observations into one padded batch."""
         pixels = np.stack([self.processor.pixel_values(o) for o in observations])

@@ -10,7 +10,7 @@ import pytest
 from places import ROOT
 
 from qvla_export.latency_model.published_sizes import GEOMETRIES
-from qvla_export.policies.families import FAMILIES, family_with_size, open_policy, recognize
+from qvla_export.policies.families import FAMILIES, family_with_size, load_policy, recognize
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.errors import CheckpointError, QvlaError
 
@@ -22,7 +22,7 @@ def test_a_checkpoint_is_recognized_and_opened(
     inputs = family.inputs(tiny_checkpoint, None)
     assert inputs.images == len(tiny_policy.config.cameras)
     assert inputs.horizon == tiny_policy.config.horizon
-    assert open_policy(tiny_checkpoint).digest == tiny_policy.digest
+    assert load_policy(tiny_checkpoint).digest == tiny_policy.digest
 
 
 def test_folders_of_no_family_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -34,12 +34,12 @@ def test_folders_of_no_family_are_refused(tiny_checkpoint: Path, tmp_path: Path)
     config = tmp_path / "other" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "other"}))
     with pytest.raises(CheckpointError, match="known: 'openvla'"):
-        open_policy(tmp_path / "other")
+        load_policy(tmp_path / "other")
 
 
 def test_an_unknown_preset_is_refused_before_weights_are_read(tiny_checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="preset must be one of"):
-        open_policy(tiny_checkpoint, preset="kuka")
+        load_policy(tiny_checkpoint, preset="kuka")
 
 
 def test_every_published_size_has_a_family() -> None:
