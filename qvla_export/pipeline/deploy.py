@@ -1,7 +1,7 @@
 """Every step in order, from a checkpoint to a report."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +19,6 @@ from qvla_export.shared.artifacts import read_json, versions, write_json
 from qvla_export.shared.errors import InvalidObservation
 
 if TYPE_CHECKING:
-    from calibration.benchmarks.evaluation import RolloutConfig
     from qvla_export.policies.base import Policy
     from qvla_export.sensitivity.agreement import Agreement
 
@@ -193,21 +192,13 @@ def _check_inputs(request: Deployment, policy: "Policy") -> None:
 def _run_episodes(request: Deployment, on_progress: OnProgress) -> None:
     from calibration.benchmarks.evaluation import CONTROLS, RolloutConfig
 
-    base = RolloutConfig(request.tasks, request.episodes)
-    for setting in request.settings:
-        _roll_out(request, setting, base, on_progress)
-    floats = [setting for setting in request.settings if setting.kind == "float"]
-    first = [*floats, *request.settings][0]
-    for control in CONTROLS[1:]:
-        config = RolloutConfig(request.tasks, request.episodes, control=control)
-        _roll_out(request, first, config, on_progress)
-
-
-def _roll_out(
-    request: Deployment, setting: Setting, config: "RolloutConfig", on_progress: OnProgress
-) -> None:
+    config = RolloutConfig(request.tasks, request.episodes)
+    first = next((s for s in request.settings if s.kind == "float"), request.settings[0])
+    jobs = [(setting, config) for setting in request.settings]
+    jobs += [(first, replace(config, control=control)) for control in CONTROLS[1:]]
     run, source, workers = request.run, request.source, request.workers
-    judging.rollouts(run, setting, config, source, workers, on_progress)
+    for setting, episodes in jobs:
+        judging.rollouts(run, setting, episodes, source, workers, on_progress)
 
 
 def _describe(request: Deployment, policy: "Policy") -> None:

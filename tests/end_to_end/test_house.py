@@ -146,3 +146,10 @@ def test_a_command_is_parse_call_print() -> None:
         for function in functions_of(module)
     }
     assert {name: length for name, length in bodies.items() if length > MOST_BODY_LINES} == {}
+
+
+@pytest.mark.parametrize("module", [m for m in LIBRARY if m.startswith("qvla_export.pipeline")])
+def test_the_pipeline_prints_nothing(module: str) -> None:
+    assert not {top(name) for name in imports_of(module, typed=True)} & {"click", "rich", "typer"}
+    calls = [node.func for node in ast.walk(tree_of(module)) if isinstance(node, ast.Call)]
+    assert "print" not in {call.id for call in calls if isinstance(call, ast.Name)}
