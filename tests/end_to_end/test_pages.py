@@ -17,6 +17,7 @@ import typer
 from house import MODULES, tree_of
 from places import ROOT
 
+import qvla_export
 from qvla_export.cli.app import app
 from qvla_export.policies.oft.config import PRESETS, OftConfig
 
@@ -73,6 +74,9 @@ def test_the_pages_build_without_a_warning_and_load_nothing_from_elsewhere(tmp_p
     for page in pages:
         loaded = ["".join(found) for found in _LOADED.findall(page.read_text())]
         assert loaded and not [url for url in loaded if "://" in url], page.name
+    library = (tmp_path / "site" / "library.html").read_text()
+    public = [name for name in qvla_export.__all__ if not name.startswith("_")]
+    assert not [name for name in public if f'id="qvla_export.{name}"' not in library]
 
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
