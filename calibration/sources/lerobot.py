@@ -136,11 +136,14 @@ class LeRobotDataset:
             name: [_image_bytes(value) for value in table[column].to_pylist()]
             for name, column in self.keys.images.items()
         }
+        instructions = [self._instruction(table, row) for row in range(table.num_rows)]
+        several = len(set(instructions)) > 1
         return Episode(
-            self._instruction(table),
+            instructions[0],
             images,
             _matrix(table, self.keys.state),
             _matrix(table, self.keys.action),
+            tuple(instructions) if several else (),
         )
 
     def close(self) -> None:
@@ -169,15 +172,15 @@ class LeRobotDataset:
         }
         state = _matrix(table, self.keys.state)[0]
         return Frame(
-            Observation(images, self._instruction(table), state),
+            Observation(images, self._instruction(table, 0), state),
             _matrix(table, self.keys.action)[0],
             table["episode_index"][0].as_py(),
             table["frame_index"][0].as_py(),
             table["timestamp"][0].as_py(),
         )
 
-    def _instruction(self, table: Any) -> str:
-        task = table["task_index"][0].as_py()
+    def _instruction(self, table: Any, row: int) -> str:
+        task = table["task_index"][row].as_py()
         if task not in self.tasks:
             raise ArtifactError(f"task_index {task} is not in {self.root / TASKS_PATH}")
         return self.tasks[task]

@@ -33,6 +33,7 @@ _COUNTERS = ("frame_index", "episode_index", "index", "task_index")
 class Episode:
     """One recorded episode of n frames."""
 
+    # What the whole episode is about, or what its first frame is.
     instruction: str
     # Camera name -> n PNG files, each of one RGB picture of the same size.
     images: Mapping[str, Sequence[bytes]]
@@ -40,20 +41,28 @@ class Episode:
     state: NDArray[np.float32]
     # The action to imitate at each frame.  float32 [n, action dim]
     action: NDArray[np.float32]
+    # What to do at each of the n frames; empty where that is `instruction` throughout.
+    frame_instructions: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         lengths = {name: len(pngs) for name, pngs in self.images.items()}
         lengths |= {"state": len(self.state), "action": len(self.action)}
+        if self.frame_instructions:
+            lengths["instructions"] = len(self.frame_instructions)
         if len(set(lengths.values())) != 1 or not len(self.action):
             raise QvlaError(f"an episode needs as many images as states and actions: {lengths}")
 
     def __len__(self) -> int:
         return len(self.action)
 
+    def instruction_at(self, frame: int) -> str:
+        """Return what to do at a frame."""
+        return self.frame_instructions[frame] if self.frame_instructions else self.instruction
+
     def observation(self, frame: int) -> Observation:
         """Return what the policy would see at a frame."""
         images = {name: decode_png(pngs[frame]) for name, pngs in self.images.items()}
-        return Observation(images, self.instruction, self.state[frame])
+        return Observation(images, self.instruction_at(frame), self.state[frame])
 
 
 @contextlib.contextmanager
@@ -104,8 +113,7 @@ class LeRobotWriter:
                 f"all episodes of a dataset share cameras and shapes: {_shapes(self._features)}, "
                 f"episode {len(self._rows)} has {_shapes(features)}"
             )
-        task = self._tasks.setdefault(episode.instruction, len(self._tasks))
-        table = self._table(episode, task)
+        table = self._table(episode)
         if self._parquet is not None and self._file_bytes >= self._file_megabytes << 20:
             self._parquet.close()
             self._parquet, self._file, self._file_bytes = None, self._file + 1, 0
@@ -146,8 +154,10 @@ class LeRobotWriter:
         chunk, file = divmod(self._file, _CHUNK_FILES)
         return {"chunk_index": chunk, "file_index": file}
 
-    def _table(self, episode: Episode, task: int) -> Any:
+    def _table(self, episode: Episode) -> Any:
         n = len(episode)
+        phrases = [episode.instruction_at(frame) for frame in range(n)]
+        tasks = [self._tasks.setdefault(phrase, len(self._tasks)) for phrase in phrases]
         columns: dict[str, Any] = {}
         for name, pngs in episode.images.items():
             pictures = [{"bytes": png, "path": f"frame-{i:06d}.png"} for i, png in enumerate(pngs)]
@@ -159,14 +169,14 @@ class LeRobotWriter:
         columns["frame_index"] = pa.array(np.arange(n))
         columns["episode_index"] = pa.array(np.full(n, len(self._rows)))
         columns["index"] = pa.array(np.arange(self._frames, self._frames + n))
-        columns["task_index"] = pa.array(np.full(n, task))
+        columns["task_index"] = pa.array(tasks, pa.int64())
         table = pa.table(columns)
         return table.replace_schema_metadata(_huggingface_metadata(self._features))
 
     def _row(self, episode: Episode, table: Any) -> dict[str, Any]:
         row: dict[str, Any] = {
             "episode_index": len(self._rows),
-            "tasks": [episode.instruction],
+            "tasks": list(dict.fromkeys(map(episode.instruction_at, range(len(episode))))),
             "length": len(episode),
             **{f"data/{key}": value for key, value in self._position().items()},
             "dataset_from_index": self._frames,

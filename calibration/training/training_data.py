@@ -81,7 +81,7 @@ def load_frames(
         states=torch.from_numpy(np.concatenate(states)),
         chunks=torch.from_numpy(np.concatenate(chunks)),
         goals=torch.from_numpy(np.concatenate(goals)),
-        prompt_index=torch.from_numpy(np.repeat(index, [len(e) for e in episodes])),
+        prompt_index=torch.from_numpy(index),
         prompts=torch.from_numpy(prompts),
         prompt_lengths=torch.from_numpy(lengths),
         tokenizer=tokenizer,
@@ -124,8 +124,9 @@ def _chunks(actions: NDArray[np.float32], horizon: int) -> NDArray[np.float32]:
 def _prompts(
     episodes: Sequence[Episode], config: OftConfig, vocab_size: int
 ) -> tuple[Tokenizer, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return tokenizer, padded prompts, lengths and each episode's prompt row."""
-    instructions = sorted({e.instruction for e in episodes})
+    """Return tokenizer, padded prompts, lengths and each frame's prompt row."""
+    phrases = [e.instruction_at(frame) for e in episodes for frame in range(len(e))]
+    instructions = sorted(set(phrases))
     texts = [OPENVLA_PROMPT.format(instruction=i.lower()) for i in instructions]
     tokenizer = train_tokenizer(texts, vocab_size)
     if tokenizer.get_vocab_size() > vocab_size:
@@ -141,7 +142,8 @@ def _prompts(
     padded = np.full((len(rows), lengths.max()), PAD_ID, dtype=np.int64)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
-    index = np.asarray([instructions.index(e.instruction) for e in episodes], dtype=np.int64)
+    rank = {phrase: row for row, phrase in enumerate(instructions)}
+    index = np.asarray([rank[phrase] for phrase in phrases], dtype=np.int64)
     return tokenizer, padded, lengths, index
 
 
