@@ -37,7 +37,7 @@ from jetson.serving.guard import Guard
 from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.protocols.act import ActEndpoint
 from jetson.serving.protocols.openpi import OpenpiEndpoint
-from jetson.serving.request_queue import ActionLine
+from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import Gate, RateLimit
 from jetson.serving.service import ActionService
 from jetson.serving.upgrade import WebsocketThreads
@@ -49,9 +49,11 @@ _LOG = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 300
 
 
-def create_app(line: ActionLine, settings: ServerSettings, gate: Gate, watch: Watch) -> Starlette:
+def create_app(
+    queue: RequestQueue, settings: ServerSettings, gate: Gate, watch: Watch
+) -> Starlette:
     """Return the ASGI application: HTTP, behind its guard."""
-    contract = line.service.contract.to_json()
+    contract = queue.service.contract.to_json()
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("OK\n")
@@ -61,7 +63,7 @@ def create_app(line: ActionLine, settings: ServerSettings, gate: Gate, watch: Wa
 
     return Starlette(
         routes=[
-            Route("/act", ActEndpoint(line, settings).act, methods=["POST"]),
+            Route("/act", ActEndpoint(queue, settings).act, methods=["POST"]),
             Route("/healthz", healthz, methods=["GET"]),
             Route("/metadata", metadata, methods=["GET"]),
             *watch.routes,
@@ -134,7 +136,7 @@ def _ready(
     gate = Gate(settings.token, (*settings.allowed_hosts, settings.host.lower()), rate)
     with contextlib.ExitStack() as stack:
         bound = stack.enter_context(_bound(settings))
-        line = stack.enter_context(ActionLine(service, settings.max_pending))
+        queue = stack.enter_context(RequestQueue(service, settings.max_pending))
         first_ms = service.warm_up(settings.warmup, warmup)
         _LOG.info("warmed up, first action %.1f ms", first_ms)
         watch = stack.enter_context(open_watch(policy, service.contract, settings))
@@ -144,7 +146,7 @@ def _ready(
             _LOG.warning("the token travels readable; give --tls-cert and --tls-key to encrypt")
         threads = stack.enter_context(
             WebsocketThreads(
-                OpenpiEndpoint(line, rate),
+                OpenpiEndpoint(queue, rate),
                 gate,
                 settings.max_connections,
                 settings.max_body_bytes,
@@ -154,17 +156,19 @@ def _ready(
             # Not imported where nobody asks for it: it takes longer than all the rest.
             from jetson.serving.protocols.gr00t import Gr00tEndpoint
 
-            stack.enter_context(Gr00tEndpoint(line, settings, rate))
-        app = create_app(line, settings, gate, watch)
-        yield _Server(_configuration(app, threads, settings), line, threads), bound
+            stack.enter_context(Gr00tEndpoint(queue, settings, rate))
+        app = create_app(queue, settings, gate, watch)
+        yield _Server(_configuration(app, threads, settings), queue, threads), bound
 
 
 class _Server(uvicorn.Server):
     """Tells when clients can connect, and closes no connection before its reply is sent."""
 
-    def __init__(self, config: uvicorn.Config, line: ActionLine, threads: WebsocketThreads) -> None:
+    def __init__(
+        self, config: uvicorn.Config, queue: RequestQueue, threads: WebsocketThreads
+    ) -> None:
         super().__init__(config)
-        self._line = line
+        self._queue = queue
         self._threads = threads
         self.on_open: Callable[[], None] = lambda: None
 
@@ -175,7 +179,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()
-        await self._line.drain(self.config.timeout_graceful_shutdown or 0)
+        await self._queue.drain(self.config.timeout_graceful_shutdown or 0)
         # While the event loop still pumps what they say last.
         await asyncio.to_thread(self._threads.end)
         await super().shutdown(sockets)

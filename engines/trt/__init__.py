@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT for RTX: build engines of a bundle's parts, vouch for them, run them."""
+"""TensorRT and TensorRT for RTX: build engines of a bundle's parts, seal them, run them."""

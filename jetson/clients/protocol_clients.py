@@ -264,5 +264,5 @@ def _actions(array: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _failure(url: str, error: Exception) -> RemoteError:
-    said = str(error) or "no reply in time"
-    return RemoteError(f"{url} failed: {type(error).__name__}: {said:.300}")
+    reason = str(error) or "no reply in time"
+    return RemoteError(f"{url} failed: {type(error).__name__}: {reason:.300}")

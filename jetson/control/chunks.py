@@ -81,8 +81,8 @@ class ChunkBuffer:
         if self._first_use is None:
             self._first_use = command
         newest = self._chunks[-1]
-        said = np.stack([c.actions[command - c.first_command] for c in self._chunks])
-        action = said[0] if len(said) == 1 else self._ensemble(said)
+        actions = np.stack([c.actions[command - c.first_command] for c in self._chunks])
+        action = actions[0] if len(actions) == 1 else self._ensemble(actions)
         oldest_s = min(c.observed_s for c in self._chunks)
         return PlannedAction(action, oldest_s, newest.number, command - newest.first_command)
 
@@ -97,10 +97,10 @@ class ChunkBuffer:
         left = newest.first_command + len(newest.actions) - command
         return used >= self._settings.execute - lead or left <= lead
 
-    def _ensemble(self, said: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _ensemble(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
         """ACT: the oldest chunk weighs most, so that movements stay smooth."""
-        weights = np.exp(-self._settings.ensemble_decay * np.arange(len(said)))
-        mean: NDArray[np.float32] = (weights @ said / weights.sum()).astype(np.float32)
+        weights = np.exp(-self._settings.ensemble_decay * np.arange(len(actions)))
+        mean: NDArray[np.float32] = (weights @ actions / weights.sum()).astype(np.float32)
         return mean
 
 

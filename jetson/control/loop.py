@@ -76,7 +76,7 @@ class ControlLoop:
         self._broken = False
         self._unreachable = False
         self._events: list[str] = []
-        self._said = ""
+        self._last_failure = ""
 
     @property
     def state(self) -> LoopState:
@@ -254,12 +254,12 @@ class ControlLoop:
 
     def _fail(self, what: str, error: Exception) -> None:
         self.counters.faults += 1
-        said = f"{what}: {type(error).__name__}: {error}"
-        self._events.append(said)
+        failure = f"{what}: {type(error).__name__}: {error}"
+        self._events.append(failure)
         # A camera that is unplugged fails at every slot; once is enough for a log.
-        if said != self._said:
-            _LOG.warning("%s", said)
-        self._said = said
+        if failure != self._last_failure:
+            _LOG.warning("%s", failure)
+        self._last_failure = failure
 
     def _record_of(
         self, decision: Decision, sent_s: float | None, arrived: InferenceResult | None

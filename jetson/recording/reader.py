@@ -144,8 +144,8 @@ class Recording:
                     record = next(records, None)
                     inside = _unpack(record) if isinstance(record, Chunk) else [record]
                 except _DAMAGE as error:
-                    said = f"{type(error).__name__} {error}".strip()
-                    _LOG.warning("%s ends early (%s); what precedes is read", self.path, said)
+                    reason = f"{type(error).__name__} {error}".strip()
+                    _LOG.warning("%s ends early (%s); what precedes is read", self.path, reason)
                     return
                 for one in inside:
                     if one is None:

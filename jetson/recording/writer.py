@@ -115,14 +115,14 @@ class McapRecorder:
         if served.observation is None:
             return  # nothing to replay, and strangers could fill the disk
         seen_ns = self._now_ns()
-        observation, said = served.observation, "" if served.error is None else str(served.error)
+        observation, reason = served.observation, "" if served.error is None else str(served.error)
         actions = None if served.chunk is None else served.chunk.actions
         normalized = None if served.chunk is None else served.chunk.normalized
         timing_ms = dict(served.timing_ms)
 
         def write() -> None:
             self._write_observation(observation, seen_ns)
-            self._write_action(seen_ns, seen_ns, actions, normalized, timing_ms, said)
+            self._write_action(seen_ns, seen_ns, actions, normalized, timing_ms, reason)
 
         self._put(write, observation)
 

@@ -1,4 +1,4 @@
-"""The line of requests before the one engine: bounded, shared by all protocols.
+"""The queue of requests before the one engine: bounded, shared by all protocols.
 
 `ActionService` lets one inference run at a time. A websocket or ZMQ client is answered by the
 thread that reads its socket; HTTP, whose event loop must not wait, has one thread more.
@@ -16,7 +16,7 @@ from jetson.serving.request_observer import ServedRequest
 from jetson.serving.service import ActionService, Answer, Decoder
 
 
-class ActionLine:
+class RequestQueue:
     """Admits requests while there is room for them. A context manager."""
 
     def __init__(self, service: ActionService, max_pending: int) -> None:
@@ -67,7 +67,7 @@ class ActionLine:
         while self._pending and time.monotonic() < end_s:
             await asyncio.sleep(0.01)
 
-    def __enter__(self) -> "ActionLine":
+    def __enter__(self) -> "RequestQueue":
         return self
 
     def __exit__(self, *_: object) -> None:

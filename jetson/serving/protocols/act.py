@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from jetson.errors import RequestTooLarge, RequestTooSlow, WireError
 from jetson.server_settings import ServerSettings
-from jetson.serving.request_queue import ActionLine
+from jetson.serving.request_queue import RequestQueue
 from jetson.serving.service import Answer
 from jetson.serving.wire import REPLIES, Reply, decode_request
 from qvla_export.shared.errors import QvlaError
@@ -27,8 +27,8 @@ _NOT_A_TOKEN = re.compile(r"[^A-Za-z0-9_.-]")
 class ActEndpoint:
     """Answers `POST /act`."""
 
-    def __init__(self, line: ActionLine, settings: ServerSettings) -> None:
-        self._line = line
+    def __init__(self, queue: RequestQueue, settings: ServerSettings) -> None:
+        self._queue = queue
         self._settings = settings
 
     async def act(self, request: Request) -> Response:
@@ -53,9 +53,9 @@ class ActEndpoint:
 
     async def _answer(self, request: Request) -> Answer:
         reply = _reply(request, self._settings)
-        with self._line.place():
+        with self._queue.place():
             body = await _read_body(request, self._settings)
-            return await self._line.answer(body, partial(decode_request, reply=reply))
+            return await self._queue.answer(body, partial(decode_request, reply=reply))
 
 
 def _reply(request: Request, settings: ServerSettings) -> Reply:

@@ -29,7 +29,7 @@ from jetson.serving.arrays import decode_npy, encode_npy
 from jetson.serving.fields import observation_of
 from jetson.serving.message_pack import pack, unpack_map
 from jetson.serving.policy_contract import PolicyContract
-from jetson.serving.request_queue import ActionLine
+from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import RateLimit, check_token
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import InvalidObservation, QvlaError
@@ -85,12 +85,12 @@ def modality_config(contract: PolicyContract) -> dict[str, Any]:
 class Gr00tEndpoint:
     """Serves ZMQ clients on a thread of its own. A context manager; the port is open inside."""
 
-    def __init__(self, line: ActionLine, settings: ServerSettings, rate: RateLimit) -> None:
-        self._line = line
+    def __init__(self, queue: RequestQueue, settings: ServerSettings, rate: RateLimit) -> None:
+        self._queue = queue
         self._settings = settings
         self._rate = rate
         self._ending = threading.Event()
-        self._modalities = modality_config(line.service.contract)
+        self._modalities = modality_config(queue.service.contract)
         self._thread = threading.Thread(target=self._serve, name="qvla-gr00t", daemon=True)
 
     def __enter__(self) -> "Gr00tEndpoint":
@@ -164,8 +164,8 @@ class Gr00tEndpoint:
     def _dispatch(self, message: Mapping[Any, Any]) -> bytes:
         endpoint = message.get("endpoint", "get_action")
         if endpoint == "get_action":
-            with self._line.place():
-                answer = self._line.service.answer(message, decode_observation)
+            with self._queue.place():
+                answer = self._queue.service.answer(message, decode_observation)
             if answer.error is not None:
                 raise answer.error
             return answer.body

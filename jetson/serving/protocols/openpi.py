@@ -28,7 +28,7 @@ from jetson.serving.arrays import decode_packed, encode_packed
 from jetson.serving.fields import observation_of
 from jetson.serving.message_pack import pack, unpack_map
 from jetson.serving.policy_contract import PolicyContract
-from jetson.serving.request_queue import ActionLine
+from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import RateLimit
 from jetson.serving.websocket import INTERNAL_ERROR, WebsocketConnection
 from qvla_export.shared.action import ActionChunk
@@ -79,10 +79,10 @@ def decode_observation(
 class OpenpiEndpoint:
     """Serves websocket clients, each on its own thread."""
 
-    def __init__(self, line: ActionLine, rate: RateLimit) -> None:
-        self._line = line
+    def __init__(self, queue: RequestQueue, rate: RateLimit) -> None:
+        self._queue = queue
         self._rate = rate
-        self._metadata = pack(line.service.contract.to_json())
+        self._metadata = pack(queue.service.contract.to_json())
 
     def serve(self, connection: WebsocketConnection, peer: str) -> None:
         """Serve one client until it leaves or a request of its fails.
@@ -114,9 +114,9 @@ class OpenpiEndpoint:
         if isinstance(body, str):
             raise WireError("an observation is a binary msgpack message, got text")
         self._rate.take(peer)
-        with self._line.place():
+        with self._queue.place():
             decode = partial(decode_observation, prev_total_ms=prev_total_ms)
-            answer = self._line.service.answer(body, decode)
+            answer = self._queue.service.answer(body, decode)
             if answer.error is not None:
                 raise answer.error
             connection.send(answer.body)

@@ -319,6 +319,10 @@ def test_the_command_line_takes_no_token() -> None:
     assert "--token-file" in text and "--token " not in text and "--allow-remote" not in text
 
 
-def test_the_command_line_wants_certificate_and_key_together() -> None:
-    done = CliRunner().invoke(app, ["serve", "nowhere", "--tls-cert", "server.pem"])
+def test_the_command_line_wants_certificate_and_key_together(
+    tmp_path: Path, certificates: Path
+) -> None:
+    # Both are there: what is missing is refused before anything is read.
+    arguments = ["serve", str(tmp_path), "--tls-cert", str(certificates / "server.pem")]
+    done = CliRunner().invoke(app, arguments)
     assert isinstance(done.exception, QvlaError) and "--tls-key" in str(done.exception)
