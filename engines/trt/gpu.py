@@ -7,7 +7,10 @@ from pathlib import Path
 
 DRIVER = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-_MODE = re.compile(r"<\s*POWER_MODEL\s+ID=(\d{1,9})\s+NAME=(\S+)\s*>")
+# At the start of its line: a mode behind "#" is none.
+_MODE = re.compile(r"^[ \t]*<[ \t]*POWER_MODEL[ \t]+([^>\n]*)>", re.M)
+_MODE_ID = re.compile(r"\bID=(\d{1,9})\b")
+_MODE_NAME = re.compile(r"\bNAME=(\S+)")
 
 
 @dataclass(frozen=True)
@@ -61,4 +64,9 @@ def read_power_modes(root: Path = Path("/")) -> dict[int, str]:
         listed = _MODE.findall((root / "etc/nvpmodel.conf").read_text(errors="replace"))
     except OSError:
         return {}
-    return {int(number): name for number, name in listed}
+    read = {}
+    for attributes in listed:
+        number, name = _MODE_ID.search(attributes), _MODE_NAME.search(attributes)
+        if number is not None and name is not None:
+            read[int(number[1])] = name[1]
+    return read

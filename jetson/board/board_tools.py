@@ -17,6 +17,10 @@ from jetson.board.state import BoardState
 from jetson.board.tegrastats import parse_tegrastats
 
 _TIMEOUT_S = 5.0
+# What goes on for ever -> its lines that are read; of what ends by itself, an answer's worth:
+# `nvpmodel -q` may complain for some lines before it answers.
+_LINES = {"tegrastats": 2}
+_ANSWER_LINES = 50
 # Command -> its first lines, empty where it fails.
 Ask = Callable[[Sequence[str]], str]
 
@@ -45,13 +49,14 @@ def ask_board(
     return state.filled_from(parse_tegrastats(ask(["tegrastats", "--interval", "200"])).to_state())
 
 
-def first_lines(command: Sequence[str], lines: int = 2) -> str:
+def first_lines(command: Sequence[str], lines: int | None = None) -> str:
     """Return the first lines a command prints, then end it; empty if it cannot be run.
 
     Args:
         command: program and arguments.
-        lines: after which it is ended; `tegrastats` goes on for ever.
+        lines: after which it is ended; None for as many as its answer may have.
     """
+    lines = lines or _LINES.get(command[0], _ANSWER_LINES)
     try:
         process = subprocess.Popen(
             [*command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from jetson.board.sensors import zone_name
+from jetson.board.sensors import is_measured, is_rail, zone_name
 from jetson.board.state import UNKNOWN, BoardState, ClockState
 
 _KHZ = 1e3
@@ -58,9 +58,13 @@ def state_of(service: Any) -> BoardState:
         clocks_locked=None if locked is None else bool(locked),
         clocks=tuple(clocks),
         temperatures_c={
-            name: float(zone["temp"]) for name, zone in zones.items() if zone.get("online", True)
+            name: float(zone["temp"])
+            for name, zone in zones.items()
+            if zone.get("online", True) and is_measured(name, float(zone["temp"]))
         },
-        rails_mw={str(name): float(rail["power"]) for name, rail in rails.items()},
+        rails_mw={
+            str(name): float(rail["power"]) for name, rail in rails.items() if is_rail(str(name))
+        },
     )
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from jetson.board.files import number_of, paths_in, text_of
 
 # Zones of a Jetson that are switched off say -256 degrees.
-OFF_C = -200.0
+_OFF_C = -200.0
+# The power controller of older Jetsons has no sensor: its zone says this whatever the weather.
+_NO_SENSOR, _NO_SENSOR_C = "pmic", 100.0
 _ZONE_ENDING = re.compile(r"[-_](thermal|therm|temp)$")
 _RAIL_MONITORS = ("ina3221", "ina226", "ina238")
 _FANS = ("fan", "intel_powerclamp")
@@ -24,8 +26,8 @@ def read_temperatures_c(root: Path) -> dict[str, float]:
     read: dict[str, float] = {}
     for folder in paths_in(root / "sys/class/thermal", "thermal_zone*"):
         value = number_of(folder / "temp")
-        if value is not None and value / 1000 > OFF_C:
-            name = zone_name(text_of(folder / "type")) or folder.name
+        name = zone_name(text_of(folder / "type")) or folder.name
+        if value is not None and is_measured(name, value / 1000):
             read[name if name not in read else folder.name] = value / 1000
     return read
 
@@ -33,6 +35,12 @@ def read_temperatures_c(root: Path) -> dict[str, float]:
 def zone_name(text: str) -> str:
     """Return a zone's name as newer releases write it: "CPU-therm" and "cpu-thermal" are "cpu"."""
     return _ZONE_ENDING.sub("", text.lower())
+
+
+def is_measured(zone: str, celsius: float) -> bool:
+    """Say whether a zone's temperature comes from a sensor that is switched on."""
+    constant = zone.startswith(_NO_SENSOR) and celsius == _NO_SENSOR_C
+    return celsius > _OFF_C and not constant
 
 
 def read_rails_mw(root: Path) -> dict[str, float]:
@@ -43,7 +51,7 @@ def read_rails_mw(root: Path) -> dict[str, float]:
         if device in _RAIL_MONITORS:
             for label in paths_in(folder, "in[0-9]*_label"):
                 mw = _rail_mw(folder, label.name.removeprefix("in").removesuffix("_label"))
-                if mw is not None and _is_rail(text_of(label)):
+                if mw is not None and is_rail(text_of(label)):
                     read[text_of(label)] = mw
         for power in paths_in(folder, "power[0-9]*_input"):
             microwatts = number_of(power)
@@ -61,7 +69,8 @@ def _rail_mw(folder: Path, channel: str) -> float | None:
     return round(millivolts * milliamperes / 1000, 1)
 
 
-def _is_rail(label: str) -> bool:
+def is_rail(label: str) -> bool:
+    """Say whether a monitor's channel is a power rail."""
     # "NC" is not connected; the monitor's own sum is no rail.
     return label not in ("", "NC") and "sum of shunt" not in label.lower()
 

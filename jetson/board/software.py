@@ -11,14 +11,17 @@ from jetson.board.files import text_of
 _L4T = re.compile(r"R(\d+).*?REVISION:\s*([\d.]+)")
 _MODULE = re.compile(r"\bp(?:3701|3767|3834|2888|3668)-\d{4}\b")
 _PACKAGE = re.compile(
-    r"^Package: (nvidia-jetpack|nvidia-l4t-core|tensorrt|libnvinfer\d+)$"
-    r"(?:\n(?!Package:).*)*?\nVersion: (\S+)$",
-    re.M,
+    r"^Package: (nvidia-jetpack|nvidia-l4t-core|tensorrt|libnvinfer\d+)$((?:\n.+)*)", re.M
 )
+# A package that was removed keeps its paragraph: "deinstall ok config-files".
+_INSTALLED = re.compile(r"^Status: \S+ \S+ installed$", re.M)
+_VERSION = re.compile(r"^Version: (\S+)$", re.M)
 # Jetson Linux -> JetPack, where the package `nvidia-jetpack` is not installed.
 _JETPACKS = {
+    "34.1.0": "5.0 DP", "34.1.1": "5.0.1 DP",
     "35.1.0": "5.0.2", "35.2.1": "5.1", "35.3.1": "5.1.1", "35.4.1": "5.1.2", "35.5.0": "5.1.3",
     "35.6.0": "5.1.4", "35.6.1": "5.1.5", "35.6.2": "5.1.5", "35.6.3": "5.1.5", "35.6.4": "5.1.6",
+    "36.2.0": "6.0 DP",
     "36.3.0": "6.0", "36.4.0": "6.1", "36.4.2": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1",
     "36.4.7": "6.2.1", "36.5.0": "6.2.2", "38.2.0": "7.0", "38.2.1": "7.0", "38.2.2": "7.0",
     "38.4.0": "7.1", "39.2.0": "7.2", "39.2.2": "7.2.2",
@@ -35,9 +38,14 @@ def read_l4t(root: Path) -> str:
 
 
 def read_jetpack(root: Path, l4t: str) -> str:
-    """Return the JetPack version, "6.2": of its package, else the one a release belongs to."""
-    installed = _packages(root).get("nvidia-jetpack", "")
-    return re.split(r"[+-]", installed)[0] or _JETPACKS.get(_three_parts(l4t), "")
+    """Return the JetPack version, "6.2": of its package, else the one a release belongs to.
+
+    A developer preview's package has the version of the release that follows: "6.0 DP" is said
+    wherever Jetson Linux is the preview's.
+    """
+    installed = re.split(r"[+-]", _packages(root).get("nvidia-jetpack", ""))[0]
+    released = _JETPACKS.get(_three_parts(l4t), "")
+    return released if released == f"{installed} DP" else installed or released
 
 
 def read_tensorrt(root: Path) -> str:
@@ -77,4 +85,9 @@ def _packages(root: Path) -> dict[str, str]:
 @lru_cache(maxsize=4)
 def _read_packages(path: Path, mtime_ns: int, nbytes: int) -> dict[str, str]:
     # Megabytes on a board: read again only when something was installed.
-    return dict(_PACKAGE.findall(text_of(path)))
+    read = {}
+    for name, paragraph in _PACKAGE.findall(text_of(path)):
+        version = _VERSION.search(paragraph)
+        if version is not None and _INSTALLED.search(paragraph):
+            read[name] = version[1]
+    return read

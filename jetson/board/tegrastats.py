@@ -4,14 +4,15 @@
     GR3D_FREQ 12%   12%@1300   12%@[1300,1300]   @[1574,1574,1574]
     gpu@47.6C   gpu@47.6C/48.1C   CV0@-256C (off)   VDD_IN 2532/2698   VDD_IN 1mW/1mW/2mW
 
-Power rails are shown to root alone on an AGX Orin; what a line lacks is unknown, not zero.
+Power rails are shown to root alone on an AGX Orin; what a line lacks is unknown, not zero. A rail
+that feeds current back is negative.
 """
 
 import re
 from dataclasses import dataclass, replace
 
 from jetson.board.files import number_of
-from jetson.board.sensors import OFF_C, zone_name
+from jetson.board.sensors import is_measured, is_rail, zone_name
 from jetson.board.state import UNKNOWN, BoardState, ClockState
 
 _UNITS = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
@@ -21,7 +22,7 @@ _LFB = re.compile(r"\(lfb (\d+)x(\d+)(kB|MB|GB)\)")
 _CPU = re.compile(r"\bCPU \[([^\]]*)\](?:@(\d+))?")
 _ENGINE = re.compile(rf"\b(EMC_FREQ|GR3D_FREQ) ({_NUMBER}%)?(?:@(\d+|\[[^\]]*\]))?(?=\s|$)")
 _TEMPERATURE = re.compile(rf"(?<!\S)([A-Za-z]\w*)@(-?{_NUMBER})C(?:/-?{_NUMBER}C)?(?=\s|$)")
-_RAIL = re.compile(r"(?<!\S)([A-Z][A-Z0-9_]*) (\d+)(?:mW)?/\d+(?:mW)?(?:/\d+mW)?(?=\s|$)")
+_RAIL = re.compile(r"(?<!\S)([A-Z][A-Z0-9_]*) (-?\d+)(?:mW)?/-?\d+(?:mW)?(?:/-?\d+mW)?(?=\s|$)")
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,12 @@ def parse_tegrastats(line: str) -> TegraStats:
         emc_mhz=emc_mhz[0] if emc_mhz else None,
         gpu_percent=gpu_percent,
         gpu_mhz=gpu_mhz,
-        temperatures_c={name: value for name, value in zones if value > OFF_C},
-        rails_mw={name: float(mw) for name, mw in _RAIL.findall(line) if name not in memory},
+        temperatures_c={name: value for name, value in zones if is_measured(name, value)},
+        rails_mw={
+            name: float(mw)
+            for name, mw in _RAIL.findall(line)
+            if name not in memory and is_rail(name)
+        },
     )
 
 

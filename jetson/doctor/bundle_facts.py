@@ -10,6 +10,7 @@ from engines.trt.admission import admit_sidecar
 from engines.trt.builder import BuildSettings
 from engines.trt.modules import BuildError, TrtModule, is_tensorrt, load_module
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
+from jetson.board.state import BoardState
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import QvlaError
@@ -17,6 +18,9 @@ from qvla_export.shared.target import Target
 
 # Code of kernels in a part's engine, whatever its weights: 5 to 23 MB (TensorRT for RTX 1.7.1).
 _CODE_BYTES = 32_000_000
+# Runtime and compute capability of an Orin's targets.
+_ORIN = "tensorrt", "sm_87"
+NO_ORIN = "this is no Orin"
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,12 @@ class BundleFacts:
     def must_build(self) -> bool:
         """Whether engines are to be built before the bundle runs."""
         return self.is_tensorrt and any(part.sidecar is None for part in self.parts)
+
+    def is_for_another(self, board: BoardState) -> bool:
+        """Say whether the bundle is for an Orin and this machine is no Jetson."""
+        target = self.target
+        for_orin = target is not None and (target.runtime, target.compute_capability) == _ORIN
+        return for_orin and not board.is_jetson
 
     @property
     def power_mode(self) -> str | None:

@@ -6,7 +6,7 @@ as "Could not find any implementation for node"; Jetson Linux 36.4.7 is worst, 3
 """
 
 from jetson.board.state import BoardState
-from jetson.doctor.bundle_facts import BundleFacts
+from jetson.doctor.bundle_facts import NO_ORIN, BundleFacts
 from jetson.doctor.finding import BoardFinding, Check
 from jetson.doctor.machine import Machine
 from jetson.doctor.power import NO_JETSON
@@ -112,6 +112,8 @@ def check_available(board: BoardState, facts: BundleFacts | None) -> BoardFindin
     """Compare available memory with what loading takes, or building if that comes first."""
     if facts is None or facts.bundle is None:
         return _AVAILABLE.inapplicable("no bundle to load")
+    if facts.is_for_another(board):
+        return _AVAILABLE.inapplicable(NO_ORIN)
     needed, what = facts.memory_needed_bytes, facts.memory_needed_for
     wanted = f"{_bytes(needed)}: {what}"
     free = board.memory_available_bytes
@@ -126,10 +128,12 @@ def check_available(board: BoardState, facts: BundleFacts | None) -> BoardFindin
     )
 
 
-def check_disk(facts: BundleFacts | None) -> BoardFinding:
+def check_disk(board: BoardState, facts: BundleFacts | None) -> BoardFinding:
     """Look for room for the engines of a bundle."""
     if facts is None or facts.bundle is None:
         return _DISK.inapplicable("no bundle to build engines of")
+    if facts.is_for_another(board):
+        return _DISK.inapplicable(NO_ORIN)
     if not facts.must_build:
         return _DISK.inapplicable("no engines are to be built")
     free, needed = facts.free_disk_bytes, facts.disk_needed_bytes

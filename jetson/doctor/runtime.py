@@ -5,7 +5,7 @@ from engines.targets import TARGETS
 from engines.trt.admission import require_gpu, require_version
 from engines.trt.gpu import DRIVER
 from engines.trt.modules import TRAITS, admits
-from jetson.doctor.bundle_facts import BundleFacts
+from jetson.doctor.bundle_facts import NO_ORIN, BundleFacts
 from jetson.doctor.finding import BoardFinding, Check
 from jetson.doctor.machine import Machine
 from qvla_export.shared.target import Target
@@ -29,6 +29,8 @@ def check_python(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     found = _version_text(machine.python)
     target = None if facts is None else facts.target
     if facts is None or target is None or facts.module is not None:
+        return _PYTHON.ok(found)
+    if facts.is_for_another(machine.board):
         return _PYTHON.ok(found)
     wanted = _JETPACK_PYTHONS.get(machine.board.l4t.partition(".")[0])
     if target.runtime == "tensorrt" and wanted is not None and machine.python != wanted:
@@ -71,6 +73,8 @@ def check_tensorrt(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     if facts is None or target is None or not facts.is_tensorrt:
         shown = machine.board.tensorrt or "not installed"
         return _TENSORRT.inapplicable(f"{_no_engine(facts)}; {shown}")
+    if facts.is_for_another(machine.board):
+        return _TENSORRT.inapplicable(NO_ORIN)
     if facts.module is not None:
         return _TENSORRT.ok(f"{facts.module.name} {facts.module.version}")
     wanted = f"{target.runtime} {target.runtime_versions}"
@@ -108,6 +112,8 @@ def check_bindings(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     """Look for what copies tensors to the GPU."""
     if facts is None or not facts.is_tensorrt:
         return _BINDINGS.inapplicable(_no_engine(facts))
+    if facts.is_for_another(machine.board):
+        return _BINDINGS.inapplicable(NO_ORIN)
     version = machine.packages.get("pycuda")
     if version is None:
         return _BINDINGS.error("not installed", "pip install pycuda")
@@ -118,11 +124,22 @@ def check_gpu(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     """Look whether the driver offers the target's GPU."""
     gpu, target = machine.gpu, None if facts is None else facts.target
     shown = "no NVIDIA GPU" if gpu is None else f"{gpu.name}, {gpu.compute_capability}"
-    if target is None or target.runtime == "ort":
+    if facts is None or target is None or target.runtime == "ort":
         return _GPU.inapplicable(f"{_no_engine(facts)}; {shown}")
+    if facts.is_for_another(machine.board):
+        path = facts.shell_path
+        return _GPU.error(
+            shown,
+            f"{NO_ORIN}: copy the bundle there: rsync -a --checksum --delete {path}/ ORIN:bundle/ "
+            "&& ssh ORIN qvla doctor bundle",
+            f"an Orin with JetPack, for target {target.name}",
+        )
     wanted = target.compute_capability or "an NVIDIA GPU"
     if gpu is None:
-        install = "sudo ubuntu-drivers install && sudo reboot; then nvidia-smi must list a GPU"
+        install = (
+            "copy the bundle to a machine that has one; if lspci lists one here, install its "
+            "driver: sudo ubuntu-drivers install"
+        )
         if machine.board.is_jetson:
             install = "sudo apt install nvidia-jetpack; in a container: --runtime nvidia --gpus all"
         return _GPU.error(f"{DRIVER} offers no GPU", install, wanted)
@@ -137,10 +154,12 @@ def check_gpu(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     return _GPU.ok(shown)
 
 
-def check_engines(facts: BundleFacts | None) -> BoardFinding:
+def check_engines(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     """Look whether every part's engine is there, whole, of this bundle and built here."""
     if facts is None or not facts.is_tensorrt:
         return _ENGINES.inapplicable(_no_engine(facts))
+    if facts.is_for_another(machine.board):
+        return _ENGINES.inapplicable(f"{NO_ORIN}; engines are built there")
     problems = [part for part in facts.parts if part.sidecar is None]
     if not problems:
         return _ENGINES.ok(f"{len(facts.parts)} built here, in {facts.engines}")
@@ -148,10 +167,12 @@ def check_engines(facts: BundleFacts | None) -> BoardFinding:
     return _ENGINES.error(problems[0].problem + more, facts.build_command)
 
 
-def check_engine_version(facts: BundleFacts | None) -> BoardFinding:
+def check_engine_version(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
     """Look whether the engines were built by the TensorRT that is installed."""
     if facts is None or not facts.is_tensorrt:
         return _ENGINE_VERSION.inapplicable(_no_engine(facts))
+    if facts.is_for_another(machine.board):
+        return _ENGINE_VERSION.inapplicable(NO_ORIN)
     sidecars = [part.sidecar for part in facts.parts if part.sidecar is not None]
     if not sidecars or facts.module is None:
         return _ENGINE_VERSION.inapplicable("no engines, or no TensorRT, to compare")
@@ -171,6 +192,8 @@ def check_engine_gpu(machine: Machine, facts: BundleFacts | None) -> BoardFindin
     """Look whether the engines were built for the GPU that is here."""
     if facts is None or not facts.is_tensorrt:
         return _ENGINE_GPU.inapplicable(_no_engine(facts))
+    if facts.is_for_another(machine.board):
+        return _ENGINE_GPU.inapplicable(NO_ORIN)
     sidecars = [part.sidecar for part in facts.parts if part.sidecar is not None]
     if not sidecars or machine.gpu is None:
         return _ENGINE_GPU.inapplicable("no engines, or no GPU, to compare")

@@ -68,6 +68,8 @@ def orin_files(locked: bool = True) -> dict[str, str]:
         "sys/class/thermal/thermal_zone1/temp": "47625\n",
         "sys/class/thermal/thermal_zone2/type": "cv0-thermal\n",
         "sys/class/thermal/thermal_zone2/temp": "-256000\n",
+        "sys/class/thermal/thermal_zone3/type": "PMIC-Die\n",
+        "sys/class/thermal/thermal_zone3/temp": "100000\n",
         "sys/class/thermal/cooling_device0/type": "pwm-fan\n",
         "sys/class/thermal/cooling_device0/cur_state": "2\n",
         "sys/class/thermal/cooling_device1/type": "gpu-throttle-alert\n",

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import DATA
 
+from engines.trt.gpu import read_power_modes
 from jetson.board import BoardState, ClockState, ask_board, read_board_state
 from jetson.board.board_tools import first_lines
 from jetson.board.jtop import read_jtop
@@ -95,6 +96,8 @@ def test_thor_has_other_files(tmp_path: Path) -> None:
         ("R36 (release), REVISION: 4.7", "6.2.1"),
         ("R39 (release), REVISION: 2.0", "7.2"),
         ("R39 (release), REVISION: 2.2", "7.2.2"),
+        ("R36 (release), REVISION: 2.0", "6.0 DP"),
+        ("R34 (release), REVISION: 1.1", "5.0.1 DP"),
         ("R77 (release), REVISION: 1.0", ""),
     ],
 )
@@ -107,6 +110,36 @@ def test_a_container_knows_the_release_by_its_package(tmp_path: Path) -> None:
     files = orin_files()
     state = read_board_state(write(tmp_path, {k: files[k] for k in ("var/lib/dpkg/status",)}))
     assert (state.l4t, state.jetpack, state.tensorrt) == ("36.4.3", "6.2", "10.3.0.30")
+
+
+def test_a_preview_is_told_from_the_release_after_it(tmp_path: Path) -> None:
+    package = "Package: nvidia-jetpack\nStatus: install ok installed\nVersion: 6.0-b52\n"
+    for revision, jetpack in (("2.0", "6.0 DP"), ("3.0", "6.0")):
+        release = f"# R36 (release), REVISION: {revision}, GCID: 1"
+        files = {"etc/nv_tegra_release": release, "var/lib/dpkg/status": package}
+        assert read_board_state(write(tmp_path, files)).jetpack == jetpack
+
+
+@pytest.mark.parametrize(
+    ("status", "installed"),
+    [
+        ("deinstall ok config-files", False),
+        ("install ok half-installed", False),
+        ("install ok unpacked", False),
+        ("install ok installed", True),
+        ("hold ok installed", True),
+        ("deinstall ok installed", True),
+    ],
+)
+def test_a_removed_package_is_not_installed(tmp_path: Path, status: str, installed: bool) -> None:
+    files = {
+        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 1",
+        "var/lib/dpkg/status": f"Package: nvidia-jetpack\nStatus: {status}\nVersion: 6.9+b106\n\n"
+        f"Package: tensorrt\nStatus: {status}\nPriority: standard\nVersion: 8.6.2.3-1\n",
+    }
+    state = read_board_state(write(tmp_path, files))
+    assert state.jetpack == ("6.9" if installed else "6.2"), "else the release's"
+    assert state.tensorrt == ("8.6.2.3" if installed else "")
 
 
 @pytest.mark.parametrize(
@@ -205,8 +238,9 @@ def jtop_service(**changes: Any) -> Any:
         "temperature": {
             "cpu": {"temp": 50.5, "online": True},
             "cv0": {"temp": -256, "online": False},
+            "PMIC-Die": {"temp": 100.0, "online": True},
         },
-        "power": {"rail": {"VDD_GPU_SOC": {"power": 4000}}, "tot": {}},
+        "power": {"rail": {"VDD_GPU_SOC": {"power": 4000}, "NC": {"power": 0}}, "tot": {}},
         "nvpmodel": SimpleNamespace(name="MAXN"),
         "jetson_clocks": False,
     }
@@ -222,7 +256,8 @@ def test_jetson_stats_is_asked_where_it_is_installed() -> None:
     assert (state.power_mode, state.clocks_locked, state.tensorrt) == ("MAXN", False, "10.3.0.30")
     assert state.clock("emc") == ClockState("emc", 3199.0, 204.0, 3199.0, True)
     assert state.clock("gpu") == ClockState("gpu", 1300.5, 306.0, 1300.5, False)
-    assert state.temperatures_c == {"cpu": 50.5} and state.rails_mw == {"VDD_GPU_SOC": 4000.0}
+    assert state.temperatures_c == {"cpu": 50.5}, "neither what is off nor what has no sensor"
+    assert state.rails_mw == {"VDD_GPU_SOC": 4000.0}
     assert "1" not in state.to_json().values(), "nothing identifies the machine"
 
 
@@ -240,7 +275,8 @@ def test_a_service_that_does_not_answer_costs_nothing() -> None:
 
 
 def test_a_tool_is_ended_after_its_first_lines() -> None:
-    assert first_lines(["yes", "RAM 1/2MB"]) == "RAM 1/2MB\nRAM 1/2MB\n"
+    assert first_lines(["yes", "RAM 1/2MB"], 2) == "RAM 1/2MB\nRAM 1/2MB\n"
+    assert first_lines(["yes"]).count("y\n") == 50
     assert first_lines(["true"]) == first_lines(["no-such-tool-of-qvla"]) == ""
 
 
@@ -252,6 +288,45 @@ def test_power_modes(tmp_path: Path) -> None:
     nano = "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n"
     assert fastest_mode(write(tmp_path, {"etc/nvpmodel.conf": nano})) == (2, "MAXN_SUPER")
     assert fastest_mode(tmp_path / "nowhere") is None
+
+
+def test_nvpmodel_may_complain_before_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complaints = "NVPM ERROR: Error opening /sys/x: 2\\nNVPM ERROR: failed to read PARAM GPU\\n" * 3
+    tool = tmp_path / "bin/nvpmodel"
+    write(
+        tmp_path,
+        {"bin/nvpmodel": f"#!/bin/sh\nprintf '{complaints}NV Power Mode: MODE_30W\\n2\\n'\n"},
+    )
+    tool.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+    files = {n: text for n, text in orin_files().items() if "nvpmodel" not in n}
+    state = ask_board(write(tmp_path / "root", files), jtop=nothing)
+    assert state.power_mode == "30W"
+
+
+@pytest.mark.parametrize(
+    ("configuration", "modes"),
+    [
+        (
+            "# < POWER_MODEL ID=0 NAME=MAXN >\n#< POWER_MODEL ID=9 NAME=MAXN_SUPER >\n"
+            "< POWER_MODEL ID=0 NAME=MODE_50W >\n",
+            {0: "MODE_50W"},
+        ),
+        ("< POWER_MODEL NAME=MAXN ID=3 >\n", {3: "MAXN"}),
+        (
+            "< POWER_MODEL ID=0 NAME=MAXN >\r\n  <POWER_MODEL ID=1 NAME=10W>\r\n",
+            {0: "MAXN", 1: "10W"},
+        ),
+        ("< POWER_MODEL ID=4 NAME=GPU_FREQ_100 >\nGPU MAX_FREQ 1\n", {4: "GPU_FREQ_100"}),
+        ("< POWER_MODEL ID=0 >\n< PM_CONFIG DEFAULT=2 >\n", {}),
+    ],
+)
+def test_modes_that_are_commented_out_are_none(
+    tmp_path: Path, configuration: str, modes: dict[int, str]
+) -> None:
+    assert read_power_modes(write(tmp_path, {"etc/nvpmodel.conf": configuration})) == modes
 
 
 @pytest.fixture(scope="module")

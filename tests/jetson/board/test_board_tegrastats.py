@@ -76,6 +76,21 @@ def test_older_boards() -> None:
     assert xavier.cores[4:] == (None,) * 4
 
 
+def test_unused_channels_are_no_rails_and_negative_ones_are() -> None:
+    assert parsed("orin-jp5-root").rails_mw == {
+        "VDD_GPU_SOC": 4788, "VDD_CPU_CV": 798, "VIN_SYS_5V0": 3842, "VDDQ_VDD2_1V8AO": 707,
+    }  # fmt: skip
+    assert parsed("thor-negative").rails_mw == {"VDD_GPU": -392, "VDD_CPU_SOC_MSS": 3924}
+
+
+def test_a_power_controller_without_a_sensor_is_no_zone() -> None:
+    for name in ("xavier-jp4", "tx2"):
+        assert "PMIC@100C" in LINES[name]
+        assert "pmic" not in parsed(name).temperatures_c
+        assert max(parsed(name).temperatures_c.values()) < 40
+    assert parsed("nano-jp4").temperatures_c["pmic"] == 50
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_lines_become_states(name: str) -> None:
     line = parsed(name)

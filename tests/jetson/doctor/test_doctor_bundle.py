@@ -196,8 +196,8 @@ def test_memory_and_disk_are_compared_with_the_bundle_s_needs(here: Subject) -> 
     poor = check_available(replace(state, memory_available_bytes=1), building)
     assert "--workspace-mb 1024" in poor.remedy
     for nbytes, severity in ((1000, "error"), (10**12, "ok"), (None, "unknown")):
-        assert check_disk(replace(building, free_disk_bytes=nbytes)).severity == severity
-    assert check_disk(facts).severity == "not applicable"
+        assert check_disk(state, replace(building, free_disk_bytes=nbytes)).severity == severity
+    assert check_disk(state, facts).severity == "not applicable"
 
 
 def test_a_damaged_bundle_is_named(here: Subject, tmp_path: Path) -> None:
@@ -242,3 +242,22 @@ def test_a_sidecar_of_another_bundle_is_no_engine(
     replace(sidecar, origin=replace(sidecar.origin, bundle_digest="1" * 64)).save(path)
     facts = read_bundle(bundle.path, folder)
     assert "do not belong together" in facts.parts[0].problem
+
+
+@pytest.mark.parametrize("gpu", [None, Gpu("NVIDIA GeForce RTX 4070", "sm_89")])
+@pytest.mark.parametrize("built", [True, False])
+def test_a_bundle_for_an_orin_is_copied_there(here: Subject, gpu: Gpu | None, built: bool) -> None:
+    """A PC is neither flashed nor given drivers, and builds nothing that only an Orin builds."""
+    facts = replace(facts_of(here), module=None, module_problem="no module", free_disk_bytes=1)
+    if not built:
+        facts = replace(facts, parts=(EngineFacts("decoder", None, "there is no engine"),))
+    pc = replace(here.machine.board, l4t="", module="", model="ThinkStation", tensorrt="11.2.0")
+    pc = replace(pc, memory_available_bytes=1)
+    subject = replace(changed(here, board=pc, gpu=gpu, packages={}, python=(3, 13)), bundle=facts)
+    finding = findings_of(subject)["GPU"]
+    assert finding.remedy.startswith("this is no Orin: copy the bundle there: rsync -a ")
+    remedies = "; ".join(f.remedy for f in findings_of(subject).values())
+    for wrong in ("flash", "ubuntu-drivers", "apt", "reboot", "pip install", "qvla build"):
+        assert wrong not in remedies
+    others = set(findings_of(subject)) - {"GPU"}
+    assert others <= {"CPU governor"}
