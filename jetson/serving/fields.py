@@ -1,7 +1,8 @@
 """What the fields of a request mean to a policy, whichever protocol brought them.
 
     images       the policy's own camera names; or "image" / "full_image" for the primary camera
-                 and "*wrist*", in order, for the others                     uint8 [h, w, 3]
+                 and "*wrist*" for the others: left and right by name, else in order
+                                                                             uint8 [h, w, 3]
     instruction  what to do, in words
     state        numbers; ignored where the policy takes none, as upstream does    [n]
     unnorm_key   optional; refused where it is not the policy's
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jetson.serving.camera_sides import match_wrists
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.errors import InvalidObservation
 from qvla_export.shared.observation import Observation
@@ -73,7 +75,8 @@ def _camera_fields(fields: Mapping[str, Any], contract: PolicyContract) -> dict[
             f"the policy's cameras are {list(contract.cameras)}; "
             f"{_named(wrists)} are more wrist images than it takes"
         )
-    sources.update(zip(free, wrists, strict=False))
+    if others:
+        sources |= match_wrists(free, wrists)
     missing = [camera for camera in contract.cameras if camera not in sources]
     if missing:
         raise InvalidObservation(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import find_geometry
+from qvla_export.policies.adapters import require_merged
 from qvla_export.policies.oft.family import OftFamily
 from qvla_export.shared.errors import CheckpointError
 
@@ -89,11 +90,13 @@ def recognize(checkpoint: Path) -> Family:
     """Return the family of a checkpoint folder.
 
     Raises:
-        CheckpointError: there is no such folder, or it is of no family known here.
+        CheckpointError: there is no such folder, it is of no family known here, or it holds an
+            adapter that is not merged.
         ArtifactError: its config.json is not JSON.
     """
     if not checkpoint.is_dir():
         raise CheckpointError(f"checkpoint folder not found: {checkpoint}")
+    require_merged(checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise CheckpointError(f"{checkpoint} has no config.json; is it a whole checkpoint?")
     for family in FAMILIES:

@@ -131,7 +131,9 @@ def with_suffix(ids: NDArray[np.int64], suffix_token_id: int) -> NDArray[np.int6
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read any `tokenizers` file.
+    """Read any `tokenizers` file, without its stored truncation and padding.
+
+    They are settings of whoever saved it; transformers, too, clears them when it encodes.
 
     Raises:
         CheckpointError: the file is missing or no tokenizer.
@@ -139,9 +141,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"tokenizer not found: {path}")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{path} is not a tokenizers file: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def processor_to_json(processor: Processor) -> dict[str, Any]:

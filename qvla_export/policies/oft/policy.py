@@ -20,10 +20,11 @@ from qvla_export.policies.oft.checkpoint import (
     load_module,
 )
 from qvla_export.policies.oft.config import OftConfig, load_config
+from qvla_export.policies.oft.files import part_file, part_names
 from qvla_export.policies.oft.module import IGNORED_TOKEN_ID, OftModule
 from qvla_export.policies.oft.parts import cut_parts, whole_part
 from qvla_export.policies.oft.smoothing import find_migrations
-from qvla_export.policies.oft.weights import CheckpointWeights, open_weights, part_file
+from qvla_export.policies.oft.weights import CheckpointWeights, open_weights
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.artifacts import read_json, sha256_tree
@@ -269,10 +270,7 @@ def policy_digest(checkpoint: Path, config: OftConfig, unnorm_key: str) -> str:
     """Return the SHA-256 over all that decides actions: files read, configuration, statistics."""
     names = [p.name for p in checkpoint.glob("model*.safetensors*")]
     names += ["config.json", "preprocessor_config.json", _STATISTICS, _TOKENIZER]
-    if config.head == "l1":
-        names.append(part_file(checkpoint, "action_head").name)
-    if config.state_dim:
-        names.append(part_file(checkpoint, "proprio_projector").name)
+    names += [part_file(checkpoint, part).name for part in part_names(config)]
     files = sha256_tree(checkpoint, [n for n in names if (checkpoint / n).is_file()])
     identity = {"files": files, "config": asdict(config), "unnorm_key": unnorm_key}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -11,9 +11,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qvla_export.policies.adapters import require_whole_tensors
 from qvla_export.policies.oft.config import OftConfig
+from qvla_export.policies.oft.files import (
+    INDEX,
+    body_files,
+    part_file,
+    part_names,
+    read_weight_map,
+    require_all_used,
+)
 from qvla_export.policies.oft.keys import from_upstream
-from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
 
 # Replaced by the L1 head, but part of every published file.
@@ -65,18 +73,21 @@ def open_weights(checkpoint: Path, config: OftConfig) -> CheckpointWeights:
     """Find every tensor of a checkpoint: safetensors, single or sharded, and the head files.
 
     Raises:
-        CheckpointError: no weights, a missing, truncated or unsafe file.
+        CheckpointError: no weights, a missing, truncated or unsafe file, one that would not be
+            used, or an adapter's.
     """
+    require_all_used(checkpoint, config)
     shapes: dict[str, Tensor] = {}
     places: dict[str, tuple[Path, str]] = {}
-    for path, key, stored in _stored_tensors(checkpoint):
+    found = _stored_tensors(checkpoint)
+    require_whole_tensors(checkpoint, (key for _, key, _ in found))
+    for path, key, stored in found:
         for name, tensor in from_upstream({key: stored}).items():
             if config.head == "l1" and name == _LM_HEAD:
                 continue
             shapes[name], places[name] = tensor, (path, key)
     parts: dict[str, tuple[Path, str]] = {}
-    wanted = {"action_head": config.head == "l1", "proprio_projector": config.state_dim > 0}
-    for part in (name for name, needed in wanted.items() if needed):
+    for part in part_names(config):
         path = part_file(checkpoint, part)
         for key, tensor in _read_part(path).items():
             shapes[f"{part}.{key}"] = tensor.to("meta")
@@ -84,28 +95,11 @@ def open_weights(checkpoint: Path, config: OftConfig) -> CheckpointWeights:
     return CheckpointWeights(shapes, places, parts)
 
 
-def part_file(checkpoint: Path, part: str) -> Path:
-    """Return the only `{part}--*_checkpoint.pt` of a checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or more than one.
-    """
-    found = sorted(checkpoint.glob(f"*{part}*checkpoint*"))
-    if len(found) != 1:
-        raise CheckpointError(
-            f"{checkpoint} must hold exactly one {part}--STEP_checkpoint.pt, "
-            f"found {[p.name for p in found]}"
-        )
-    return found[0]
-
-
 def _stored_tensors(checkpoint: Path) -> list[tuple[Path, str, Tensor]]:
     """File, upstream key and shape of every tensor in `model.safetensors` or its shards."""
-    index = checkpoint / "model.safetensors.index.json"
-    weight_map = read_json(index, "shard index").get("weight_map", {}) if index.is_file() else None
-    names = ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values()))
+    index = checkpoint / INDEX
     found: list[tuple[Path, str, Tensor]] = []
-    for path in (checkpoint / name for name in names):
+    for path in body_files(checkpoint):
         if not path.is_file():
             raise CheckpointError(f"weights not found: {path}")
         try:
@@ -115,7 +109,8 @@ def _stored_tensors(checkpoint: Path) -> list[tuple[Path, str, Tensor]]:
                     found.append((path, key, torch.empty(shape, device="meta")))
         except (SafetensorError, OSError) as error:
             raise _incomplete(path, error) from error
-    absent = sorted(set(weight_map or ()) - {key for _, key, _ in found})
+    named = read_weight_map(index) if index.is_file() else {}
+    absent = sorted(set(named) - {key for _, key, _ in found})
     if absent:
         raise CheckpointError(f"{index} names weights that no shard holds: {absent}")
     return found

@@ -21,6 +21,7 @@ from qvla_export.shared.observation import Observation
 ONE = PolicyContract(("image",), 4, 7, 0, "tiny")
 TWO = PolicyContract(("front", "hand"), 4, 7, 8, "tiny")
 THREE = PolicyContract(("top", "left_wrist", "right"), 25, 14, 14, "aloha")
+ALOHA = PolicyContract(("full_image", "left_wrist_image", "right_wrist_image"), 25, 14, 0, "aloha")
 IMAGE = np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3)
 CHUNK = ActionChunk(np.arange(28, dtype=np.float32).reshape(4, 7), np.zeros((4, 7), np.float32), {})
 
@@ -129,9 +130,33 @@ def test_encoded_bodies_get_encoded_replies(contract: PolicyContract) -> None:
         (["front", "wrist_image"], TWO, {"front": "front", "hand": "wrist_image"}),
         (["full_image", "hand"], TWO, {"front": "full_image", "hand": "hand"}),
         (
-            ["right_wrist_image", "full_image", "left_wrist_image"],
+            ["wrist_image_2", "full_image", "wrist_image_1"],
             PolicyContract(("a", "b", "c"), 1, 7, 0, "k"),
-            {"a": "full_image", "b": "right_wrist_image", "c": "left_wrist_image"},
+            {"a": "full_image", "b": "wrist_image_2", "c": "wrist_image_1"},
+        ),
+        # Left and right by name, whichever is sent first.
+        (
+            ["full_image", "cam_right_wrist", "cam_left_wrist"],
+            ALOHA,
+            {
+                "full_image": "full_image",
+                "left_wrist_image": "cam_left_wrist",
+                "right_wrist_image": "cam_right_wrist",
+            },
+        ),
+        (
+            ["full_image", "wristR", "left_wrist_image"],
+            ALOHA,
+            {
+                "full_image": "full_image",
+                "left_wrist_image": "left_wrist_image",
+                "right_wrist_image": "wristR",
+            },
+        ),
+        (
+            ["full_image", "cam_right_wrist"],
+            TWO,
+            {"front": "full_image", "hand": "cam_right_wrist"},
         ),
         # An exact name wins over the order of wrist fields.
         (
@@ -151,6 +176,24 @@ def test_fields_find_their_cameras(
         np.testing.assert_array_equal(request.observation.images[camera], images[name])
     assert set(request.observation.images) == set(sources)
     assert request.reply == "chunk"
+
+
+@pytest.mark.parametrize(
+    ("cameras", "fields"),
+    [
+        (ALOHA.cameras, ["wrist_1", "wrist_2"]),
+        (ALOHA.cameras, ["left_wrist_image", "other_left_wrist"]),
+        (("a", "b", "c"), ["right_wrist_image", "left_wrist_image"]),
+        (("a", "left_wrist"), ["right_wrist_image"]),
+    ],
+)
+def test_the_order_never_decides_between_left_and_right(
+    cameras: tuple[str, ...], fields: list[str]
+) -> None:
+    images = dict.fromkeys(("full_image", *fields), IMAGE)
+    contract = PolicyContract(cameras, 1, 7, 0, "k")
+    with pytest.raises(InvalidObservation, match="which is which"):
+        decode_request(body(**images, instruction="push"), contract)
 
 
 @pytest.mark.parametrize(

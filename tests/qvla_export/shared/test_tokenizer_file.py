@@ -1,0 +1,63 @@
+"""Truncation and padding stored in tokenizer.json cut or pad no prompt."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
+from qvla_export.shared.processor import load_tokenizer
+
+TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 64},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 4,
+    "pad_type_id": 0,
+    "pad_token": "<pad>",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("leaked") / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    path = folder / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "truncation": TRUNCATION, "padding": PADDING}))
+    return folder
+
+
+@given(st.lists(st.sampled_from(["push", "open", "the", "drawer", "slowly", "7", "é"]), min_size=1))
+@settings(max_examples=50, deadline=None)
+def test_every_instruction_keeps_its_tokens(
+    checkpoint: Path, tiny_policy: OftPolicy, words: list[str]
+) -> None:
+    """llm-compressor #1418: a stored max_length cut every instruction to the template."""
+    tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
+    plain = tiny_policy.processor.tokenizer
+    assert plain is not None
+    text = " ".join(words)
+    assert tokenizer.encode(text).ids == plain.encode(text).ids
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_a_policy_sees_the_whole_instruction(checkpoint: Path, tiny_policy: OftPolicy) -> None:
+    policy = load_oft_policy(checkpoint)
+    for instruction in ("push", "open the small drawer slowly and close the window " * 3):
+        np.testing.assert_array_equal(
+            policy.processor.input_ids(instruction), tiny_policy.processor.input_ids(instruction)
+        )
+
+
+def test_what_bundles_store_says_neither(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = load_oft_policy(checkpoint).processor.tokenizer
+    assert tokenizer is not None
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert stored["truncation"] is None and stored["padding"] is None
