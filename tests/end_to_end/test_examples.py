@@ -22,7 +22,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     notebook = nbformat.read(EXAMPLES / "quantize_policy.ipynb", as_version=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("MPLBACKEND", "agg")
         client = NotebookClient(
             notebook, timeout=600, resources={"metadata": {"path": str(folder)}}
         )
@@ -48,6 +47,7 @@ def test_the_notebook_shows_tables_and_one_line_of_everything(folder: Path) -> N
     notebook = nbformat.read(folder / "executed.ipynb", as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert not [o for o in outputs if o.output_type == "error"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 2  # what it sees, what it does
     shown = [o.data for o in outputs if o.output_type == "execute_result"]
     assert sum("text/html" in data for data in shown) >= 2  # sensitivities and plan
     for data in shown:
