@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from calibration.benchmarks.metaworld.demonstrations import Recording, record_episode
 from calibration.benchmarks.metaworld.simulator import Simulator
 from calibration.benchmarks.metaworld.tasks import TASKS, find_task
+from calibration.frame_draws import Drawable, draw_frames
 from calibration.packed_observations import pack, unpack
 from calibration.sources.base import DataSource
 from calibration.sources.lerobot import KeyMap, LeRobotDataset
@@ -33,8 +34,6 @@ _DESCRIPTION = "calibration.json"
 _TENSORS = "observations.safetensors"
 FRAMES_PER_EPISODE = 2
 _REMEDY = "make it anew with qvla calibrate"
-# An episode to draw from: its number of frames, and what reads one of them.
-_Drawable = tuple[int, Callable[[int], Observation]]
 
 
 @dataclass(frozen=True)
@@ -169,6 +168,7 @@ def sample_dataset(
     held_out: int,
     seed: int,
     frames_per_episode: int = FRAMES_PER_EPISODE,
+    skip_bad_frames: bool = False,
 ) -> CalibrationSet:
     """Draw observations from recorded episodes; held-out ones come from other episodes.
 
@@ -178,8 +178,11 @@ def sample_dataset(
         held_out: observations to judge by.
         seed: decides episodes and frames.
         frames_per_episode: frames taken from one episode.
+        skip_bad_frames: whether frames without a usable state or instruction are left out, and
+            counted in the set's source as `bad_frames`.
 
     Raises:
+        BadFrame: a frame has no usable state or instruction, and such are not left out.
         QvlaError: the data set has too few episodes, or nothing is asked for.
     """
     _require_counts(count, held_out, frames_per_episode)
@@ -197,6 +200,8 @@ def sample_dataset(
 
     episodes = ((sizes[int(n)], partial(observation, int(n))) for n in order)
     source = {**dataset.identity(), "seed": seed}
+    if skip_bad_frames:
+        source["bad_frames"] = 0
     return _draw(episodes, count, held_out, seed, source, frames_per_episode)
 
 
@@ -217,7 +222,7 @@ def sample_simulator(
         raise QvlaError("drawing from the simulator needs at least one task, got none")
     recording = Recording(seed=seed)
 
-    def episodes() -> Iterable[_Drawable]:
+    def episodes() -> Iterable[Drawable]:
         needed = -(-count // frames_per_episode) - (-held_out // frames_per_episode)
         rounds = -(-needed // len(tasks))
         recorded: dict[str, list[Episode]] = {}
@@ -240,7 +245,7 @@ def _require_counts(count: int, held_out: int, frames_per_episode: int) -> None:
 
 
 def _draw(
-    episodes: Iterable[_Drawable],
+    episodes: Iterable[Drawable],
     count: int,
     held_out: int,
     seed: int,
@@ -249,6 +254,7 @@ def _draw(
 ) -> CalibrationSet:
     random = np.random.default_rng((seed, 1))
     ordered = iter(episodes)
+    skipped: list[int] | None = [] if "bad_frames" in source else None
     parts = []
     lengths: list[list[int]] = []
     for wanted in (count, held_out):
@@ -261,26 +267,25 @@ def _draw(
                     f"the episodes are too short for {count} + {held_out} observations, "
                     f"{frames} of each; ask for fewer or record more"
                 )
-            found = _frames(episode, random, min(frames, wanted - len(drawn)))
-            drawn.extend(found)
-            lengths[-1].append(len(found))
+            taken = draw_frames(episode, random, min(frames, wanted - len(drawn)), skipped)
+            drawn.extend(taken)
+            # An episode of bad frames alone gives nothing.
+            lengths[-1].extend([len(taken)] if taken else [])
         parts.append(tuple(drawn))
     source = {**source, "count": count, "held_out": held_out}
+    if skipped is not None:
+        source["bad_frames"] = len(skipped)
     if frames != FRAMES_PER_EPISODE:
         source["frames_per_episode"] = frames
     return CalibrationSet(parts[0], parts[1], source, tuple(lengths[0]))
 
 
-def _frames(episode: _Drawable, random: np.random.Generator, most: int) -> list[Observation]:
-    length, observation = episode
-    rows = np.sort(random.choice(length, size=min(most, length), replace=False))
-    return [observation(int(row)) for row in rows]
-
-
 def describe(calibration: CalibrationSet) -> str:
     """Return one line that says what a calibration set holds."""
     source = json.dumps(dict(calibration.source))
+    bad = calibration.source.get("bad_frames")
     return (
         f"{len(calibration.observations)} observations, {len(calibration.held_out)} held out, "
-        f"from {source[:120]}"
+        + (f"{bad} bad frames left out, " if bad is not None else "")
+        + f"from {source[:120]}"
     )

@@ -8,7 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.observation import Observation
+
+
+class BadFrame(ArtifactError):
+    """A frame has no usable state or instruction; others of the recording may."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Frame:
 
     # Cameras, state and the instruction that holds at this moment.
     observation: Observation
-    # float32 [action dim]
+    # Empty where the recording has none.  float32 [action dim]
     action: NDArray[np.float32]
     # Episode number, and frame number within it.
     episode: int
@@ -54,6 +59,7 @@ class DataSource(Protocol):
 
         Raises:
             IndexError: there is no such episode or frame.
+            BadFrame: its state is not finite, or its instruction is empty.
             ArtifactError: the recording is damaged.
         """
         ...

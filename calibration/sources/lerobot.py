@@ -1,61 +1,34 @@
-"""Reading LeRobotDataset v3.0, ours and others', without loading it whole."""
+"""Reading LeRobotDatasets v3.0, v2.1 and v2.0, ours and others', without loading them whole."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.sources.base import Frame
+from calibration.sources.base import BadFrame, Frame
 from calibration.sources.image_codec import decode_png
-from calibration.sources.lerobot_writer import (
-    ACTION_KEY,
-    CODEBASE_VERSION,
-    STATE_KEY,
-    TASKS_PATH,
-    Episode,
+from calibration.sources.lerobot_columns import KeyMap as KeyMap
+from calibration.sources.lerobot_columns import resolve_columns, split_columns
+from calibration.sources.lerobot_metadata import (
+    EpisodeSpan,
+    read_episodes,
+    read_info,
+    read_tasks,
+    whole_number,
 )
-from calibration.sources.parquet_rows import ParquetRows, read_parquet
-from qvla_export.shared.artifacts import read_json, require_fields, sha256_tree
-from qvla_export.shared.errors import ArtifactError, QvlaError
+from calibration.sources.lerobot_writer import Episode
+from calibration.sources.parquet_rows import ParquetRows
+from calibration.sources.row_places import RowPlaces
+from qvla_export.shared.artifacts import sha256_tree
+from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.observation import Observation
 
-_INFO_FIELDS = ("codebase_version", "fps", "features", "total_episodes", "total_frames")
-_EPISODE_COLUMNS = (
-    "episode_index",
-    "data/chunk_index",
-    "data/file_index",
-    "dataset_from_index",
-    "dataset_to_index",
-)
-
-
-@dataclass(frozen=True)
-class KeyMap:
-    """Where a dataset keeps what we need; the defaults are LeRobot's usual names."""
-
-    # Camera name -> column.  Empty: every image column, named by the last part of its key.
-    images: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    # None for a dataset without proprioception.
-    state: str | None = STATE_KEY
-    action: str = ACTION_KEY
-
-
-@dataclass(frozen=True)
-class EpisodeSpan:
-    """Where an episode's frames are."""
-
-    # Episode number.
-    index: int
-    # Global frame indices [start, stop).
-    start: int
-    stop: int
-    # The parquet file relative to the dataset's root, and the frame its first row holds.
-    file: str
-    file_start: int
+_COUNTERS = ("timestamp", "frame_index", "episode_index", "index")
+_TASK = "task_index"
+_SKIP = "mend it, or leave such frames out with --skip-bad-frames"
 
 
 class LeRobotDataset:
@@ -68,18 +41,21 @@ class LeRobotDataset:
 
     def __init__(self, root: Path, keys: KeyMap | None = None) -> None:
         self.root = root
-        info = _read_info(root)
+        info = read_info(root)
         self.fps = float(info["fps"])
         self.features: Mapping[str, Any] = info["features"]
-        self.keys = _resolve(keys or KeyMap(), self.features)
-        # Task index -> instruction.
-        self.tasks = _read_tasks(root)
-        self.episodes = _read_episodes(root, info)
+        self.keys = resolve_columns(keys or KeyMap(), self.features)
+        # Task index -> instruction; empty where a column of texts says what to do.
+        self.tasks = {} if self.keys.instruction else read_tasks(root)
+        self.episodes = read_episodes(root, info)
         self._starts = np.array([span.start for span in self.episodes])
-        vectors = [self.keys.action] + ([self.keys.state] if self.keys.state else [])
-        counters = ["timestamp", "frame_index", "episode_index", "index", "task_index"]
-        columns = [*self.keys.images.values(), *vectors, *counters]
-        self._rows = ParquetRows(root, columns)
+        self._states = split_columns(self.keys.state)
+        self._actions = split_columns(self.keys.action)
+        columns = [*self.keys.images.values(), *self._actions, *self._states, *_COUNTERS]
+        self._rows = ParquetRows(root, list(dict.fromkeys([*columns, self._instructions])))
+        self._places = RowPlaces(root)
+        # Camera -> size of its first picture, and where that was.
+        self._sizes: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def __len__(self) -> int:
         return self.episodes[-1].stop
@@ -88,7 +64,7 @@ class LeRobotDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"frame {index} of {len(self)}")
         span = self.episodes[int(np.searchsorted(self._starts, index, side="right")) - 1]
-        return self._frame(self._read(span, index, index + 1))
+        return self._frame(self._read(span, index, index + 1), span, index - span.start)
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -99,6 +75,20 @@ class LeRobotDataset:
     def episode_lengths(self) -> tuple[int, ...]:
         """Number of frames in each episode."""
         return tuple(span.stop - span.start for span in self.episodes)
+
+    def width(self, columns: str | None) -> int:
+        """Return how many numbers one column, or several separated by commas, have in a frame.
+
+        Raises:
+            ArtifactError: a feature's shape is no list of whole numbers.
+        """
+        widths = []
+        for column in split_columns(columns):
+            place = f"{self.root}/meta/info.json, shape of {column}"
+            shape = self.features[column].get("shape")
+            sides = shape if isinstance(shape, list) else [shape]
+            widths.append(math.prod(whole_number(side, place) for side in sides))
+        return sum(widths)
 
     def frame(self, episode: int, frame: int) -> Frame:
         """Read one frame of an episode.
@@ -120,12 +110,13 @@ class LeRobotDataset:
 
     def identity(self) -> dict[str, Any]:
         """Return name, digest of the metadata and the columns used."""
+        texts = {"instruction": self.keys.instruction} if self.keys.instruction else {}
         files = (p for p in (self.root / "meta").rglob("*") if p.is_file())
         names = (path.relative_to(self.root).as_posix() for path in files)
         return {
             "dataset": self.root.resolve().name,
             "dataset_digest": sha256_tree(self.root, names),
-            "columns": {**self.keys.images, "state": self.keys.state},
+            "columns": {**self.keys.images, "state": self.keys.state} | texts,
         }
 
     def episode(self, episode: int) -> Episode:
@@ -133,18 +124,19 @@ class LeRobotDataset:
         span = self._span(episode)
         table = self._read(span, span.start, span.stop)
         images = {
-            name: [_image_bytes(value) for value in table[column].to_pylist()]
+            name: [
+                _picture(value, self._place(span, row, column))
+                for row, value in enumerate(table[column].to_pylist())
+            ]
             for name, column in self.keys.images.items()
         }
-        instructions = [self._instruction(table, row) for row in range(table.num_rows)]
+        instructions = [self._instruction(table, row, span, row) for row in range(len(table))]
         several = len(set(instructions)) > 1
-        return Episode(
-            instructions[0],
-            images,
-            _matrix(table, self.keys.state),
-            _matrix(table, self.keys.action),
-            tuple(instructions) if several else (),
-        )
+        state = self._matrix(table, self._states, span, 0)
+        _require_finite(state, lambda row: self._place(span, row, str(self.keys.state)))
+        action = self._matrix(table, self._actions, span, 0)
+        phrases = tuple(instructions) if several else ()
+        return Episode(instructions[0], images, state, action, phrases)
 
     def close(self) -> None:
         """Close the open file; reading again reopens it."""
@@ -156,122 +148,111 @@ class LeRobotDataset:
         return self.episodes[episode]
 
     def _read(self, span: EpisodeSpan, start: int, stop: int) -> Any:
-        table = self._rows.read(span.file, start - span.file_start, stop - span.file_start)
-        found = table["index"][0].as_py()
-        if found != start:
-            raise ArtifactError(
-                f"{self.root / span.file}: the row of frame {start} holds frame {found}; "
-                "meta/episodes and data do not belong together"
-            )
+        """Return the rows of global frames [start, stop), wherever they are."""
+        if span.file is None:
+            places = [self._places.of_index(index) for index in range(start, stop)]
+        else:
+            frames = range(start - span.start, stop - span.start)
+            places = [self._places.of_frame(span.file, frame) for frame in frames]
+        table = self._rows.read_places(places)
+        for row, value in enumerate(table["episode_index"].to_pylist()):
+            place = self._place(span, start - span.start + row, "episode_index")
+            if whole_number(value, place) != span.index:
+                raise ArtifactError(
+                    f"{place}: the row is of episode {value}; meta/episodes and data do not "
+                    "belong together"
+                )
         return table
 
-    def _frame(self, table: Any) -> Frame:
+    @property
+    def _instructions(self) -> str:
+        return self.keys.instruction or _TASK
+
+    def _place(self, span: EpisodeSpan, frame: int, column: str) -> str:
+        return f"{self.root}, episode {span.index}, frame {frame}, column {column}"
+
+    def _frame(self, table: Any, span: EpisodeSpan, frame: int) -> Frame:
         images = {
-            name: decode_png(_image_bytes(table[column][0].as_py()))
+            name: self._image(name, table[column][0].as_py(), self._place(span, frame, column))
             for name, column in self.keys.images.items()
         }
-        state = _matrix(table, self.keys.state)[0]
+        state = self._matrix(table, self._states, span, frame)
+        _require_finite(state, lambda _: self._place(span, frame, str(self.keys.state)))
+        timestamp = table["timestamp"][0].as_py()
         return Frame(
-            Observation(images, self._instruction(table, 0), state),
-            _matrix(table, self.keys.action)[0],
-            table["episode_index"][0].as_py(),
-            table["frame_index"][0].as_py(),
-            table["timestamp"][0].as_py(),
+            Observation(images, self._instruction(table, 0, span, frame), state[0]),
+            self._matrix(table, self._actions, span, frame)[0],
+            span.index,
+            frame,
+            float(timestamp) if isinstance(timestamp, int | float) else frame / self.fps,
         )
 
-    def _instruction(self, table: Any, row: int) -> str:
-        task = table["task_index"][row].as_py()
-        if task not in self.tasks:
-            raise ArtifactError(f"task_index {task} is not in {self.root / TASKS_PATH}")
-        return self.tasks[task]
+    def _image(self, camera: str, value: Any, place: str) -> NDArray[np.uint8]:
+        data = _picture(value, place)
+        try:
+            image = decode_png(data)
+        except ArtifactError as error:
+            raise ArtifactError(f"{place}: {error}") from None
+        size, first = self._sizes.setdefault(camera, (image.shape, place))
+        if image.shape != size:
+            raise ArtifactError(
+                f"{place}: the picture is {image.shape[0]} x {image.shape[1]}, but {first} has "
+                f"{size[0]} x {size[1]}; bring all pictures of a camera to one size"
+            )
+        return image
+
+    def _instruction(self, table: Any, row: int, span: EpisodeSpan, frame: int) -> str:
+        place = self._place(span, frame, self._instructions)
+        value = table[self._instructions][row].as_py()
+        if self.keys.instruction is None:
+            value = whole_number(value, place)
+            if value not in self.tasks:
+                raise ArtifactError(f"{place}: task_index {value} is not in meta/tasks")
+            value = self.tasks[value]
+        if value is not None and not isinstance(value, str):
+            raise ArtifactError(f"{place}: an instruction is a text, got {type(value).__name__}")
+        if not value or not value.strip():
+            raise BadFrame(f"{place}: the instruction is empty; {_SKIP}")
+        return value
+
+    def _matrix(
+        self, table: Any, columns: tuple[str, ...], span: EpisodeSpan, frame: int
+    ) -> NDArray[np.float32]:
+        """Return columns of vectors or numbers side by side, null as NaN.  float32 [rows, dim]"""
+        parts = [np.zeros((len(table), 0), dtype=np.float32)]
+        for column in columns:
+            values = table[column].to_pylist()
+            whole = next((value for value in values if value is not None), math.nan)
+            missing = np.full(np.shape(whole), np.nan)
+            filled = [missing if value is None else value for value in values]
+            try:
+                # What overflows float32 is infinite, which is refused where it matters.
+                with np.errstate(over="ignore"):
+                    part = np.asarray(filled, dtype=np.float32)
+            except (TypeError, ValueError):
+                place = self._place(span, frame, column)
+                raise ArtifactError(f"{place} holds no vectors of numbers of one length") from None
+            parts.append(part.reshape(len(table), -1))
+        return np.concatenate(parts, axis=1)
 
 
-def _read_info(root: Path) -> dict[str, Any]:
-    info = read_json(root / "meta/info.json", "LeRobot dataset info")
-    if not isinstance(info, dict):
-        raise ArtifactError(f"{root}/meta/info.json holds no JSON object")
-    require_fields(info, _INFO_FIELDS, f"{root}/meta/info.json")
-    if info["codebase_version"] != CODEBASE_VERSION:
-        raise ArtifactError(
-            f"{root} is a LeRobotDataset {info['codebase_version']}, this reads "
-            f"{CODEBASE_VERSION}; its convert_dataset_v21_to_v30 script converts it"
-        )
-    return info
-
-
-def _resolve(keys: KeyMap, features: Mapping[str, Any]) -> KeyMap:
-    visual = {
-        key: feature["dtype"]
-        for key, feature in features.items()
-        if feature["dtype"] in ("image", "video")
-    }
-    images = dict(keys.images) or {key.rsplit(".", 1)[-1]: key for key in visual}
-    wanted = [*images.values(), keys.action] + ([keys.state] if keys.state else [])
-    missing = [key for key in wanted if key not in features]
-    if missing or not images:
-        raise QvlaError(
-            f"the dataset has no {', '.join(missing) or 'images'}; its keys are "
-            f"{', '.join(features)}; say with a key map which to use"
-        )
-    if videos := [key for key in images.values() if visual.get(key) == "video"]:
-        raise QvlaError(
-            f"{', '.join(videos)}: video features need a video decoder, which this reader has "
-            "not; convert them to image features"
-        )
-    if others := [key for key in images.values() if key not in visual]:
-        raise QvlaError(f"{', '.join(others)}: not an image but {features[others[0]]['dtype']}")
-    return KeyMap(MappingProxyType(images), keys.state, keys.action)
-
-
-def _read_tasks(root: Path) -> dict[int, str]:
-    table = read_parquet(root / TASKS_PATH)
-    # pandas names its index column only if the index had a name.
-    names = [name for name in ("task", "__index_level_0__") if name in table.column_names]
-    if not names or "task_index" not in table.column_names:
-        raise ArtifactError(
-            f"{root / TASKS_PATH} needs the columns task and task_index, has {table.column_names}"
-        )
-    indices, tasks = table["task_index"].to_pylist(), table[names[0]].to_pylist()
-    return dict(zip(indices, tasks, strict=True))
-
-
-def _read_episodes(root: Path, info: Mapping[str, Any]) -> tuple[EpisodeSpan, ...]:
-    paths = sorted((root / "meta/episodes").glob("chunk-*/file-*.parquet"))
-    if not paths:
-        raise ArtifactError(f"no episodes found: {root}/meta/episodes/chunk-*/file-*.parquet")
-    rows = [row for path in paths for row in read_parquet(path, _EPISODE_COLUMNS).to_pylist()]
-    rows.sort(key=lambda row: int(row["episode_index"]))
-    template = info.get("data_path") or "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-    file_starts: dict[str, int] = {}
-    spans: list[EpisodeSpan] = []
-    for row in rows:
-        places = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
-        file = template.format(**places)
-        start, stop = row["dataset_from_index"], row["dataset_to_index"]
-        if start != (spans[-1].stop if spans else 0) or stop <= start:
-            raise ArtifactError(f"{root}: episode {row['episode_index']} spans {start}..{stop}")
-        spans.append(
-            EpisodeSpan(len(spans), start, stop, file, file_starts.setdefault(file, start))
-        )
-    counted = (info["total_episodes"], info["total_frames"])
-    found = (len(spans), spans[-1].stop if spans else 0)
-    if found != counted or not spans:
-        raise ArtifactError(
-            f"{root}: info.json counts {counted} episodes and frames, meta/episodes has {found}"
-        )
-    return tuple(spans)
-
-
-def _image_bytes(value: Any) -> bytes:
+def _picture(value: Any, place: str) -> bytes:
+    """Return an image file's bytes."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
-        raise ArtifactError(f"an image column holds no image bytes but {type(data).__name__}")
+        path = value.get("path") if isinstance(value, dict) else None
+        where = f" and only the path {path!r}" if path else ""
+        raise ArtifactError(
+            f"{place} holds no image bytes but {type(data).__name__}{where}; write the dataset "
+            "with its pictures inside the parquet files"
+        )
     return data
 
 
-def _matrix(table: Any, key: str | None) -> NDArray[np.float32]:
-    """Return a column of vectors or numbers.  float32 [rows, dim]"""
-    if key is None:
-        return np.zeros((table.num_rows, 0), dtype=np.float32)
-    values = np.asarray(table[key].to_pylist(), dtype=np.float32)
-    return values.reshape(table.num_rows, -1)
+def _require_finite(states: NDArray[np.float32], place: Callable[[int], str]) -> None:
+    bad = np.argwhere(~np.isfinite(states))
+    if len(bad):
+        row, number = (int(n) for n in bad[0])
+        raise BadFrame(
+            f"{place(row)}: number {number} of the state is {states[row, number]}; {_SKIP}"
+        )

@@ -47,6 +47,20 @@ class ParquetRows:
             start = end
         return parts[0] if len(parts) == 1 else pa.concat_tables(parts)
 
+    def read_places(self, places: Sequence[tuple[str, int]]) -> Any:
+        """Return the rows at files and row numbers, in their order, as a pyarrow table.
+
+        Raises:
+            ArtifactError: a file is missing, damaged, lacks a column or has too few rows.
+        """
+        parts = []
+        first = 0
+        for i, (name, row) in enumerate(places):
+            if i + 1 == len(places) or places[i + 1] != (name, row + 1):
+                parts.append(self.read(name, places[first][1], row + 1))
+                first = i + 1
+        return parts[0] if len(parts) == 1 else pa.concat_tables(parts)
+
     def close(self) -> None:
         """Close the open file; reading again reopens it."""
         if self._file is not None:

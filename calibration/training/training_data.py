@@ -95,14 +95,16 @@ def _require_features(dataset: LeRobotDataset, config: OftConfig) -> None:
         raise QvlaError(
             f"the policy sees camera {camera!r}, {dataset.root} has {sorted(dataset.keys.images)}"
         )
+    if dataset.keys.action is None:
+        raise QvlaError(f"{dataset.root} has no column of actions, which training imitates")
     needed = {dataset.keys.action: config.action_dim}
     if dataset.keys.state is not None:
         needed[dataset.keys.state] = config.state_dim
     for key, length in needed.items():
-        shape = list(dataset.features[key]["shape"])
-        if shape != [length]:
+        width = dataset.width(key)
+        if width != length:
             raise QvlaError(
-                f"the policy's {key} has {length} numbers, that of {dataset.root} has shape {shape}"
+                f"the policy's {key} has {length} numbers, that of {dataset.root} has {width}"
             )
 
 

@@ -44,7 +44,7 @@ _CHECK = "check the path"
 A_RUN = Existing("run folder", "make it first with: qvla calibrate")
 A_CHECKPOINT = Existing("checkpoint folder", "check --policy")
 A_BUNDLE = Existing("bundle folder", "make it first with: qvla export, or qvla deploy")
-A_DATASET = Existing("LeRobotDataset v3.0 folder", "check --dataset")
+A_DATASET = Existing("LeRobotDataset folder", "check --dataset")
 A_RECORDING = Existing(
     "MCAP file", "record it first with: qvla serve --record, or qvla run --record"
 )
@@ -100,7 +100,7 @@ DatasetOption = Annotated[
     Path | None,
     typer.Option(
         "--dataset",
-        help="LeRobotDataset v3.0 folder; without it, the simulator.",
+        help="LeRobotDataset folder (v3.0, v2.1, v2.0); without it, the simulator.",
         callback=A_DATASET.require,
     ),
 ]
@@ -111,7 +111,22 @@ CamerasOption = Annotated[
     ),
 ]
 StateColumnOption = Annotated[
-    str, typer.Option(help="Data set column of the state; empty for a policy without one.")
+    str,
+    typer.Option(
+        help="Data set column of the state, or several separated by commas; empty for a policy "
+        "without one."
+    ),
+]
+InstructionColumnOption = Annotated[
+    str | None,
+    typer.Option(help="Data set column of instructions; without it, the task that a row names."),
+]
+SkipBadFramesOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad-frames",
+        help="Leave out and count frames whose state is not finite or whose instruction is empty.",
+    ),
 ]
 TasksOption = Annotated[
     str | None, typer.Option("--tasks", help="Comma-separated task names; all by default.")

@@ -33,6 +33,8 @@ class CalibrationRequest:
     seed: int = 0
     # Observations of one episode; None for the usual two.
     frames_per_episode: int | None = None
+    # Whether frames of a data set without a usable state or instruction are left out.
+    skip_bad_frames: bool = False
 
 
 def calibrate(
@@ -40,37 +42,47 @@ def calibrate(
 ) -> "CalibrationSet":
     """Draw the calibration set of a run, or keep the one that was drawn in the same way.
 
+    A data set's frames are read in any case: only they say whether they are what was drawn.
+
     Raises:
         QvlaError: the source lacks a column, a task or enough episodes.
     """
-    from calibration.calibration_set import (
-        FRAMES_PER_EPISODE,
-        CalibrationSet,
-        sample_dataset,
-        sample_simulator,
-    )
+    from calibration.calibration_set import CalibrationSet
 
-    how = (request.count, request.held_out, request.seed)
-    source: dict[str, Any] = dict(zip(("count", "held_out", "seed"), how, strict=True))
-    dataset, tasks = request.dataset, list(request.tasks)
-    source |= {"simulator": tasks} if dataset is None else dataset.identity()
-    frames = request.frames_per_episode or FRAMES_PER_EPISODE
-    if frames != FRAMES_PER_EPISODE:
-        source["frames_per_episode"] = frames
-    drawn = load_if_current(
-        run.calibration, CalibrationSet.load, lambda old: dict(old.source) == source
-    )
+    redrawn = None if request.dataset is None else _draw(request)
+    source = _simulator_source(request) if redrawn is None else dict(redrawn.source)
+
+    def is_current(old: CalibrationSet) -> bool:
+        return dict(old.source) == source and (redrawn is None or old.digest == redrawn.digest)
+
+    drawn = load_if_current(run.calibration, CalibrationSet.load, is_current)
     finished = drawn is not None
     if drawn is None:
         on_progress(Progress(_WORK))
-        if dataset is not None:
-            drawn = sample_dataset(dataset, *how, frames)
-        else:
-            drawn = sample_simulator(tasks, *how, frames)
-        drawn.save(run.calibration)
+        (redrawn or _draw(request)).save(run.calibration)
         drawn = CalibrationSet.load(run.calibration)
     finish(on_progress, _WORK, finished)
     return drawn
+
+
+def _draw(request: CalibrationRequest) -> "CalibrationSet":
+    from calibration.calibration_set import FRAMES_PER_EPISODE, sample_dataset, sample_simulator
+
+    how = (request.count, request.held_out, request.seed)
+    frames = request.frames_per_episode or FRAMES_PER_EPISODE
+    if request.dataset is None:
+        return sample_simulator(list(request.tasks), *how, frames)
+    return sample_dataset(request.dataset, *how, frames, request.skip_bad_frames)
+
+
+def _simulator_source(request: CalibrationRequest) -> dict[str, Any]:
+    """Return what a set drawn from the simulator records: with the seed it says all."""
+    from calibration.calibration_set import FRAMES_PER_EPISODE
+
+    source: dict[str, Any] = {"simulator": list(request.tasks), "seed": request.seed}
+    source |= {"count": request.count, "held_out": request.held_out}
+    frames = request.frames_per_episode or FRAMES_PER_EPISODE
+    return source | ({"frames_per_episode": frames} if frames != FRAMES_PER_EPISODE else {})
 
 
 def put_calibration(
@@ -128,7 +140,10 @@ def chosen_tasks(names: str | None) -> tuple[str, ...]:
 
 
 def open_dataset(
-    root: Path | None, cameras: Sequence[str] | None, state_column: str
+    root: Path | None,
+    cameras: Sequence[str] | None,
+    state_column: str,
+    instruction_column: str | None = None,
 ) -> "LeRobotDataset | None":
     """Open a LeRobot data set under the policy's own camera names; None for the simulator.
 
@@ -145,4 +160,7 @@ def open_dataset(
             f"--camera takes NAME=COLUMN, such as full_image=observation.images.front, got {bad}"
         )
     columns = {name: column for name, _, column in pairs}
-    return LeRobotDataset(root, KeyMap(columns, state_column or None))
+    if len(columns) < len(pairs):
+        raise QvlaError(f"--camera names a camera twice: {[name for name, _, _ in pairs]}")
+    keys = KeyMap(columns, state_column or None, instruction=instruction_column or None)
+    return LeRobotDataset(root, keys)

@@ -9,8 +9,10 @@ from qvla_export.cli.options import (
     CountOption,
     DatasetOption,
     HeldOutOption,
+    InstructionColumnOption,
     NewRunOption,
     SeedOption,
+    SkipBadFramesOption,
     StateColumnOption,
 )
 from qvla_export.cli.progress import progress_shown
@@ -21,6 +23,8 @@ def calibrate(
     dataset: DatasetOption = None,
     cameras: CamerasOption = None,
     state_column: StateColumnOption = "observation.state",
+    instruction_column: InstructionColumnOption = None,
+    skip_bad_frames: SkipBadFramesOption = False,
     count: CountOption = 64,
     held_out: HeldOutOption = 64,
     frames_per_episode: Annotated[
@@ -35,9 +39,9 @@ def calibrate(
     from qvla_export.pipeline.run_folder import RunFolder
 
     folder = RunFolder(run)
-    opened = open_dataset(dataset, cameras, state_column)
+    opened = open_dataset(dataset, cameras, state_column, instruction_column)
     request = CalibrationRequest(
-        opened, chosen_tasks(None), count, held_out, seed, frames_per_episode
+        opened, chosen_tasks(None), count, held_out, seed, frames_per_episode, skip_bad_frames
     )
     with progress_shown() as on_progress:
         drawn = draw_observations(folder, request, on_progress)

@@ -14,12 +14,14 @@ from qvla_export.cli.options import (
     CountOption,
     DatasetOption,
     HeldOutOption,
+    InstructionColumnOption,
     JsonOption,
     NewRunOption,
     PolicyOption,
     PresetOption,
     QuantizerOption,
     SeedOption,
+    SkipBadFramesOption,
     StateColumnOption,
     TargetOption,
     TasksOption,
@@ -43,6 +45,8 @@ def deploy(
     dataset: DatasetOption = None,
     cameras: CamerasOption = None,
     state_column: StateColumnOption = "observation.state",
+    instruction_column: InstructionColumnOption = None,
+    skip_bad_frames: SkipBadFramesOption = False,
     tasks: TasksOption = None,
     count: CountOption = 64,
     held_out: HeldOutOption = 64,
@@ -79,14 +83,16 @@ def deploy(
     from qvla_export.pipeline.run_folder import RunFolder
 
     device = find_target(target, zero_points)
-    opened_data = open_dataset(dataset, cameras, state_column)
+    opened_data = open_dataset(dataset, cameras, state_column, instruction_column)
     played = chosen_tasks(tasks) if dataset is None or episodes else ()
     request = Deployment(
         run=RunFolder(run),
         source=PolicySource(str(policy), unnorm_key, preset, threads=1),
         settings=tuple(parse_setting(name.strip(), device) for name in settings.split(",")),
         target=target,
-        calibration=CalibrationRequest(opened_data, played, count, held_out, seed),
+        calibration=CalibrationRequest(
+            opened_data, played, count, held_out, seed, skip_bad_frames=skip_bad_frames
+        ),
         tasks=played,
         episodes=(20 if dataset is None else 0) if episodes is None else episodes,
         check_pairs=check_pairs,

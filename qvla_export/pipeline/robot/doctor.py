@@ -56,18 +56,12 @@ def _dataset_facts(path: Path) -> "DatasetFacts":
         return DatasetFacts(path, f"{error.name} is not installed", "pip install 'qvla[host]'")
     try:
         dataset = LeRobotDataset(path)
-        state, action = dataset.keys.state, dataset.keys.action
         return DatasetFacts(
             path,
             frames=len(dataset),
             cameras=dict(dataset.keys.images),
-            state_dim=_size(dataset.features[state]) if state else 0,
-            action_dim=_size(dataset.features[action]),
+            state_dim=dataset.width(dataset.keys.state),
+            action_dim=dataset.width(dataset.keys.action),
         )
     except (QvlaError, OSError, KeyError, TypeError, ValueError) as error:
         return DatasetFacts(path, " ".join(str(error).split()) or type(error).__name__)
-
-
-def _size(feature: object) -> int:
-    shape = feature.get("shape") if isinstance(feature, dict) else None
-    return int(shape[0]) if shape else 0

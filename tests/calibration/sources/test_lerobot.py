@@ -244,9 +244,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "info is a list": (lambda root: (root / "meta/info.json").write_text("[]"), "no JSON object"),
     "no features": (_edit_info(lambda info: info.pop("features")), r"lacks \['features'\]"),
     "older version": (
-        _edit_info(lambda info: info.update(codebase_version="v2.1")),
-        "is a LeRobotDataset v2.1, this reads v3.0",
+        _edit_info(lambda info: info.update(codebase_version="v1.6")),
+        "is a LeRobotDataset v1.6, this reads v2.0, v2.1, v3.0; convert it",
     ),
+    "newer version": (
+        _edit_info(lambda info: info.update(codebase_version="v3.1")),
+        "is a LeRobotDataset v3.1, this reads .*; write it with",
+    ),
+    "features of no kind": (_edit_info(lambda info: info.update(features=[])), "features must be"),
+    "fps of no kind": (_edit_info(lambda info: info.update(fps="fast")), "fps must be a positive"),
     "videos": (_edit_info(_as_video), "video features need a video decoder"),
     "too few episodes": (
         _edit_info(lambda info: info.update(total_episodes=9)),
@@ -267,9 +273,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "data lacks the action": (_drop(DATA, "action"), r"lacks the columns \['action'\]; it has"),
     "data of another dataset": (
         _replace(DATA, "index", list(range(7, 22))),
-        "the row of frame 0 holds frame 7",
+        "data has no rows of index 0; the dataset is incomplete",
     ),
     "unknown task": (_replace(DATA, "task_index", [7] * 15), "task_index 7 is not in"),
+    "a frame twice": (_replace(DATA, "index", [0, 0, *range(2, 15)]), "has 2 rows of index 0"),
+    "rows of another episode": (
+        _replace(DATA, "episode_index", [1] * 15),
+        "episode 0, frame 0, column episode_index: the row is of episode 1",
+    ),
+    "no task": (
+        _replace(DATA, "task_index", [None] * 15),
+        "episode 0, frame 0, column task_index: a whole number .* got None",
+    ),
     "damaged picture": (_damaged_png, "an image in the dataset is damaged"),
     "no picture": (_replace(DATA, IMAGE, [None] * 15), "holds no image bytes but NoneType"),
 }
@@ -308,7 +323,7 @@ def test_rows_that_are_missing_are_noticed(dataset: Path) -> None:
     pq.write_table(table.slice(0, 11), dataset / DATA)
     read = LeRobotDataset(dataset)
     assert len(read.episode(1)) == 5
-    with pytest.raises(ArtifactError, match=r"has 11 rows, not 9\.\.15"):
+    with pytest.raises(ArtifactError, match=r"data has no rows of index 11"):
         read.episode(2)
 
 

@@ -1,0 +1,183 @@
+"""What the `meta` folder of a LeRobotDataset says: v3.0 in parquet, v2.0 and v2.1 in JSON lines."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibration.sources.lerobot_writer import TASKS_PATH
+from calibration.sources.parquet_rows import read_parquet
+from qvla_export.shared.artifacts import read_json, require_fields
+from qvla_export.shared.errors import ArtifactError
+
+_INFO_FIELDS = ("codebase_version", "fps", "features", "total_episodes", "total_frames")
+_VERSIONS = ("v2.0", "v2.1", "v3.0")
+_EPISODES_JSON = "meta/episodes.jsonl"
+_TASKS_JSON = "meta/tasks.jsonl"
+_CHUNK_EPISODES = 1000
+_EPISODE_COLUMNS = ("episode_index", "dataset_from_index", "dataset_to_index")
+# Says nothing that rows do not say better, but shows metadata that a merge has damaged.
+_FILE_COLUMNS = ("data/chunk_index", "data/file_index")
+
+
+@dataclass(frozen=True)
+class EpisodeSpan:
+    """Where an episode's frames are."""
+
+    # Episode number, as its rows have it.
+    index: int
+    # Global frame indices [start, stop).
+    start: int
+    stop: int
+    # v2: the episode's own parquet file relative to the dataset's root; v3.0: None.
+    file: str | None = None
+
+
+def read_info(root: Path) -> dict[str, Any]:
+    """Return `meta/info.json`.
+
+    Raises:
+        ArtifactError: it is missing, damaged or of another version.
+    """
+    path = root / "meta/info.json"
+    info = read_json(path, "LeRobot dataset info")
+    if not isinstance(info, dict):
+        raise ArtifactError(f"{path} holds no JSON object")
+    require_fields(info, _INFO_FIELDS, str(path))
+    version = "v" + str(info["codebase_version"]).removeprefix("v")
+    if version not in _VERSIONS:
+        remedy = (
+            "convert it with the scripts of the LeRobot release that wrote it, up to v2.1"
+            if version < _VERSIONS[0]
+            else "write it with a LeRobot release of v3.0 datasets, or update QVLA"
+        )
+        raise ArtifactError(
+            f"{root} is a LeRobotDataset {info['codebase_version']}, this reads "
+            f"{', '.join(_VERSIONS)}; {remedy}"
+        )
+    if not isinstance(info["features"], dict):
+        raise ArtifactError(f"{path}: features must be an object of columns, got no such thing")
+    fps = info["fps"]
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1e6:
+        raise ArtifactError(f"{path}: fps must be a positive number, got {fps!r}")
+    return info
+
+
+def read_tasks(root: Path) -> dict[int, str]:
+    """Return task index -> instruction; what is null is an empty text.
+
+    Raises:
+        ArtifactError: the file is missing, damaged or lacks a column.
+    """
+    path = root / TASKS_PATH
+    if not path.exists() and (root / _TASKS_JSON).exists():
+        path = root / _TASKS_JSON
+        rows = list(_json_lines(path))
+    else:
+        table = read_parquet(path)
+        # pandas names its index column only if the index had a name.
+        names = [name for name in ("task", "__index_level_0__") if name in table.column_names]
+        if not names or "task_index" not in table.column_names:
+            raise ArtifactError(
+                f"{path} needs the columns task and task_index, has {table.column_names}"
+            )
+        columns = (table["task_index"].to_pylist(), table[names[0]].to_pylist())
+        rows = [{"task_index": i, "task": t} for i, t in zip(*columns, strict=True)]
+    tasks = {}
+    for number, row in enumerate(rows):
+        index = whole_number(row.get("task_index"), f"{path}, row {number}, column task_index")
+        tasks[index] = str(row.get("task") or "")
+    return tasks
+
+
+def read_episodes(root: Path, info: Mapping[str, Any]) -> tuple[EpisodeSpan, ...]:
+    """Return where the frames of each episode are, in order.
+
+    Raises:
+        ArtifactError: the files are missing or damaged, or do not fit `info`.
+    """
+    if (root / _EPISODES_JSON).exists() and not (root / "meta/episodes").exists():
+        spans = _spans_of_lines(root, info)
+    else:
+        spans = _spans_of_tables(root)
+    counts = (info["total_episodes"], info["total_frames"])
+    present = (len(spans), spans[-1].stop if spans else 0)
+    if present != counts or not spans:
+        raise ArtifactError(
+            f"{root}: info.json counts {counts} episodes and frames, meta/episodes has {present}"
+        )
+    return tuple(spans)
+
+
+def whole_number(value: Any, place: str) -> int:
+    """Return a whole number, also where it is stored as a float.
+
+    Raises:
+        ArtifactError: it is null, NaN, negative or no number; `place` says where.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # NaN is unequal to itself, and infinity has no whole part.
+    if not number or value != value or value < 0 or value >= 2**63 or value != int(value):
+        raise ArtifactError(
+            f"{place}: a whole number from 0 on is needed, got {value!r}; write the dataset's "
+            "metadata anew"
+        )
+    return int(value)
+
+
+def _spans_of_tables(root: Path) -> list[EpisodeSpan]:
+    paths = sorted((root / "meta/episodes").glob("chunk-*/file-*.parquet"))
+    if not paths:
+        raise ArtifactError(f"no episodes found: {root}/meta/episodes/chunk-*/file-*.parquet")
+    rows = []
+    for path in paths:
+        for number, row in enumerate(
+            read_parquet(path, _EPISODE_COLUMNS + _FILE_COLUMNS).to_pylist()
+        ):
+            numbers = {
+                name: whole_number(value, f"{path}, episode {number}, column {name}")
+                for name, value in row.items()
+            }
+            rows.append(tuple(numbers[name] for name in _EPISODE_COLUMNS))
+    spans: list[EpisodeSpan] = []
+    for index, start, stop in sorted(rows):
+        if start != (spans[-1].stop if spans else 0) or stop <= start:
+            raise ArtifactError(f"{root}: episode {index} spans {start}..{stop}")
+        spans.append(EpisodeSpan(index, start, stop))
+    return spans
+
+
+def _spans_of_lines(root: Path, info: Mapping[str, Any]) -> list[EpisodeSpan]:
+    path = root / _EPISODES_JSON
+    chunk = whole_number(info.get("chunks_size", _CHUNK_EPISODES), f"{root}, chunks_size")
+    rows = []
+    for number, line in enumerate(_json_lines(path)):
+        place = f"{path}, row {number}, column"
+        index = whole_number(line.get("episode_index"), f"{place} episode_index")
+        rows.append((index, whole_number(line.get("length"), f"{place} length")))
+    spans: list[EpisodeSpan] = []
+    for index, length in sorted(rows):
+        start = spans[-1].stop if spans else 0
+        if not length:
+            raise ArtifactError(f"{root}: episode {index} has no frames")
+        file = f"data/chunk-{index // max(chunk, 1):03d}/episode_{index:06d}.parquet"
+        spans.append(EpisodeSpan(index, start, start + length, file))
+    return spans
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is missing or damaged ({error})") from None
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ArtifactError(f"{path}, line {number + 1} is not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ArtifactError(f"{path}, line {number + 1} holds no JSON object")
+        yield row
