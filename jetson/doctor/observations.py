@@ -70,7 +70,7 @@ def check_dataset(facts: DatasetFacts | None) -> BoardFinding:
         return _DATASET.error(
             facts.problem,
             f"sed -n 1,40p {shlex.quote(str(facts.path))}/meta/info.json; make it anew as a "
-            "LeRobotDataset v3.0 whose images are images, not videos",
+            "LeRobotDataset whose images are images, not videos",
         )
     return _DATASET.ok(f"{facts.frames} frames")
 

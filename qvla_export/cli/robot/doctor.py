@@ -29,7 +29,7 @@ def doctor(
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
     dataset: Annotated[
-        Path | None, typer.Option(help="LeRobotDataset v3.0 folder whose columns are checked.")
+        Path | None, typer.Option(help="LeRobotDataset folder whose columns are checked.")
     ] = None,
     libero: Annotated[
         bool, typer.Option("--libero", help="Check LIBERO's versions though it is not installed.")
