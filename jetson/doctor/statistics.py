@@ -7,9 +7,8 @@ from pathlib import Path
 
 from jetson.doctor.bundle_facts import BundleFacts
 from jetson.doctor.finding import BoardFinding, Check
-from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.normalization import Statistics, load_statistics
+from qvla_export.shared.normalization import Statistics, load_statistics, read_statistics
 from qvla_export.shared.policy_interface import (
     CONFIG_NAME,
     INTERFACES,
@@ -25,11 +24,6 @@ _CONFIG = Check(
     "policy description", "a checkpoint does not say its cameras, chunk and dimensions", CONFIG_NAME
 )
 _KEY = Check("unnorm key of the checkpoint", "another data set's limits scale every action")
-# OpenVLA's own checkpoints keep their statistics in config.json.
-_EXTRACT = (
-    "import json; json.dump(json.load(open('config.json'))['norm_stats'], "
-    f"open('{FILE_NAME}', 'w'))"
-)
 
 
 @dataclass(frozen=True)
@@ -45,8 +39,6 @@ class CheckpointFacts:
     keys: tuple[str, ...]
     statistics: Statistics | None
     statistics_problem: str
-    # Whether config.json holds the statistics instead.
-    in_config: bool = False
 
 
 def read_checkpoint(path: Path, key: str | None, preset: str | None = None) -> CheckpointFacts:
@@ -70,24 +62,14 @@ def read_checkpoint(path: Path, key: str | None, preset: str | None = None) -> C
             )
     except (QvlaError, OSError, ValueError, TypeError) as error:
         problem = str(error)
-    in_config = _has_statistics(path / "config.json")
-    return CheckpointFacts(path, key, config, config_problem, keys, statistics, problem, in_config)
+    return CheckpointFacts(path, key, config, config_problem, keys, statistics, problem)
 
 
 def _keys(path: Path) -> tuple[str, ...]:
     try:
-        table = read_json(path, "data set statistics")
+        return tuple(sorted(read_statistics(path)[1]))
     except (QvlaError, OSError, ValueError):
         return ()
-    return tuple(sorted(table)) if isinstance(table, dict) else ()
-
-
-def _has_statistics(path: Path) -> bool:
-    try:
-        config = read_json(path, "checkpoint configuration")
-    except (QvlaError, OSError, ValueError):
-        return False
-    return isinstance(config, dict) and isinstance(config.get("norm_stats"), dict)
 
 
 def check_bundle(facts: BundleFacts | None) -> BoardFinding:
@@ -153,8 +135,6 @@ def _wanted_key(facts: CheckpointFacts) -> str:
 
 def _key_remedy(facts: CheckpointFacts) -> str:
     folder = shlex.quote(str(facts.path))
-    if not facts.keys and facts.in_config:
-        return f'(cd {folder} && python3 -c "{_EXTRACT}")'
     if not facts.keys:
         return (
             f"copy {FILE_NAME} of the training run: rsync -a HOST:CHECKPOINT/{FILE_NAME} {folder}/"

@@ -65,15 +65,14 @@ def load_statistics(
 ) -> Statistics:
     """Read one data set's statistics from `dataset_statistics.json`.
 
-    `key` may be None where the file holds exactly one data set.
+    Where that is absent, `norm_stats` of config.json beside it is read, as OpenVLA's own
+    checkpoints have it. `key` may be None where the file holds exactly one data set.
 
     Raises:
         StatisticsError: the key is missing or ambiguous (the message lists the keys and the
             nearest), or its entries do not fit the policy's dimensions.
     """
-    table = read_json(path, "data set statistics")
-    if not isinstance(table, dict) or not table:
-        raise StatisticsError(f"{path} must map data set names to statistics, got {table!r:.80}")
+    path, table = read_statistics(path)
     keys = sorted(table)
     if key is None:
         if len(keys) > 1:
@@ -92,6 +91,29 @@ def load_statistics(
     return Statistics(key, action, state if state_dim else None)
 
 
+def read_statistics(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file that holds a checkpoint's statistics, and data set name -> statistics.
+
+    Args:
+        path: `dataset_statistics.json`; where it is absent, config.json beside it is read.
+
+    Raises:
+        ArtifactError: neither file has them, or one is not JSON.
+        StatisticsError: what is there is no table.
+    """
+    config = path.parent / "config.json"
+    inside = (
+        read_json(config, "model configuration") if not path.exists() and config.exists() else 0
+    )
+    if isinstance(inside, dict) and "norm_stats" in inside:
+        path, table = config, inside["norm_stats"]
+    else:
+        table = read_json(path, "data set statistics")
+    if not isinstance(table, dict) or not table:
+        raise StatisticsError(f"{path} must map data set names to statistics, got {table!r:.80}")
+    return path, table
+
+
 def _bounds(
     entry: Any, part: str, normalization: Normalization, size: int, where: str
 ) -> Bounds | None:
@@ -104,13 +126,37 @@ def _bounds(
             f"{where} needs {part!r} with {list(names)} for {normalization!r} normalization; "
             f"it has {sorted(values) if isinstance(values, dict) else values!r}"
         )
-    low, high = (np.asarray(values[name], dtype=np.float64) for name in names)
-    mask = np.asarray(values.get("mask", [True] * low.size), dtype=bool)
+    low, high = (_numbers(values[name], f"{where}: {part!r} {name}") for name in names)
+    mask = _mask(values.get("mask", [True] * low.size), f"{where}: {part!r}")
     if not low.shape == high.shape == mask.shape == (size,):
         raise StatisticsError(
             f"{where}: {part!r} must have {size} entries for this policy, got {low.shape}, "
             f"{high.shape} and mask {mask.shape}"
         )
-    if not (np.isfinite(low).all() and np.isfinite(high).all() and (high >= low).all()):
-        raise StatisticsError(f"{where}: {part!r} limits must be finite and ordered")
+    # What the mask leaves out passes unchanged, whatever is written there: null for a gripper.
+    low, high = (np.where(mask | np.isfinite(limit), limit, 0.0) for limit in (low, high))
+    wrong = mask & ~(np.isfinite(low) & np.isfinite(high) & (high >= low))
+    if wrong.any():
+        raise StatisticsError(
+            f"{where}: {part!r} limits must be finite and ordered, dimensions "
+            f"{np.flatnonzero(wrong).tolist()} are not"
+        )
     return Bounds(low, high, mask)
+
+
+def _numbers(values: Any, where: str) -> NDArray[np.float64]:
+    """Return limits; what is null is NaN."""
+    if isinstance(values, list) and all(
+        value is None or type(value) in (int, float) for value in values
+    ):
+        return np.array([np.nan if value is None else value for value in values], np.float64)
+    raise StatisticsError(f"{where} must be a list of numbers, got {values!r:.80}")
+
+
+def _mask(values: Any, where: str) -> NDArray[np.bool_]:
+    # Text is refused: bool("false") is true.
+    if isinstance(values, list) and all(
+        type(value) in (bool, int) and value in (0, 1) for value in values
+    ):
+        return np.array(values, dtype=bool)
+    raise StatisticsError(f"{where}: mask must be a list of true and false, got {values!r:.80}")

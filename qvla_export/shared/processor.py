@@ -18,6 +18,7 @@ from qvla_export.shared.images import ImageSpec, center_crop, pixel_values, resi
 from qvla_export.shared.normalization import Bounds, Statistics
 from qvla_export.shared.observation import Observation
 
+_INSTRUCTION = "{instruction}"
 OPENVLA_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
 
@@ -87,10 +88,16 @@ class Processor:
         return values.reshape(-1, side, side)
 
     def input_ids(self, instruction: str) -> NDArray[np.int64]:
-        """Return the prompt's token ids, from BOS to the suffix token.  int64 [L]"""
+        """Return the prompt's token ids, from BOS to the suffix token.  int64 [L]
+
+        Raises:
+            CheckpointError: the policy has no tokenizer.
+            InvalidObservation: the instruction holds part of the prompt's template.
+        """
         if self.tokenizer is None:
             raise CheckpointError("the checkpoint has no tokenizer.json; add it beside config.json")
-        text = self.spec.prompt.format(instruction=instruction.lower())
+        bare = without_template(instruction.lower(), self.spec.prompt)
+        text = self.spec.prompt.format(instruction=bare)
         ids = self.tokenizer.encode(text).ids
         if not ids or ids[0] != self.spec.bos_token_id:
             ids = [self.spec.bos_token_id, *ids]
@@ -121,6 +128,26 @@ class Processor:
         if side and image.shape[:2] != (side, side):
             image = resize_like_training(image, side)
         return center_crop(image, side or self.spec.image.size) if self.spec.center_crop else image
+
+
+def without_template(instruction: str, prompt: str) -> str:
+    """Return an instruction without the whole template of the prompt that a client put around it.
+
+    Raises:
+        InvalidObservation: part of the template is there, which would be in the prompt twice.
+    """
+    start, _, end = (part.lower().strip() for part in prompt.partition(_INSTRUCTION))
+    text = instruction.strip()
+    if start and end and text.lower().startswith(start) and text.lower().endswith(end):
+        return text[len(start) : len(text) - len(end)].strip()
+    # Without "In:", which an instruction may begin with.
+    question = start.partition(":")[2].strip() or start
+    if question and question in text.lower():
+        raise InvalidObservation(
+            f"the instruction {instruction!r:.120} holds part of the prompt's template {prompt!r}; "
+            "send what the robot is to do alone"
+        )
+    return instruction
 
 
 def with_suffix(ids: NDArray[np.int64], suffix_token_id: int) -> NDArray[np.int64]:

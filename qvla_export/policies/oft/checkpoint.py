@@ -94,6 +94,11 @@ def _architecture(
             f"{checkpoint}/config.json must be of model_type 'openvla' with a text_config, "
             f"got {raw.get('model_type')!r}"
         )
+    if text.get("model_type", "llama") != "llama":
+        raise CheckpointError(
+            f"{checkpoint}/config.json: text_config.model_type is {text['model_type']!r}, a "
+            "decoder that is not built here; 'llama' is"
+        )
     if not raw.get("use_fused_vision_backbone", False):
         raise CheckpointError(f"{checkpoint}: only the fused DINOv2 + SigLIP backbone is supported")
     dino, siglip = _vision(weights, config)

@@ -26,6 +26,8 @@ from qvla_export.shared.errors import CheckpointError
 
 # Replaced by the L1 head, but part of every published file.
 _LM_HEAD = "language_model.lm_head.weight"
+# safetensors' names of what weights may be stored as.
+_FLOATS = ("BF16", "F16", "F32", "F64")
 # Of a file, mapped at once while a tensor is converted.
 _BLOCK_BYTES = 16 << 20
 
@@ -57,16 +59,28 @@ class CheckpointWeights:
         """Write a tensor into one of its shape, converted, a block of rows in memory at a time.
 
         Raises:
-            CheckpointError: as `read`.
+            CheckpointError: as `read`, or a number is NaN or infinite.
         """
         path, key = self.places.get(name, (None, name))
         if path is None or tuple(target.shape) != _shape(path, key) or not target.ndim:
-            target.copy_(self.read(name))
+            target.copy_(_finite(self.read(name), name, self._file(name)))
             return
         rows = max(1, _BLOCK_BYTES // (4 * max(1, target[0].numel())))
         for start in range(0, len(target), rows):
             block = slice(start, start + rows)
-            target[block] = _read(path, key, block)
+            target[block] = _finite(_read(path, key, block), name, path)
+
+    def require_finite(self) -> None:
+        """Look at every number, one tensor in memory at a time.
+
+        Raises:
+            CheckpointError: as `copy_to`.
+        """
+        for name in self.shapes:
+            _finite(self.read(name), name, self._file(name))
+
+    def _file(self, name: str) -> Path:
+        return (self.parts if name in self.parts else self.places)[name][0]
 
 
 def open_weights(checkpoint: Path, config: OftConfig) -> CheckpointWeights:
@@ -106,6 +120,7 @@ def _stored_tensors(checkpoint: Path) -> list[tuple[Path, str, Tensor]]:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  # not a dict
                     shape = file.get_slice(key).get_shape()
+                    _require_float(file.get_slice(key).get_dtype(), path, key)
                     found.append((path, key, torch.empty(shape, device="meta")))
         except (SafetensorError, OSError) as error:
             raise _incomplete(path, error) from error
@@ -114,6 +129,23 @@ def _stored_tensors(checkpoint: Path) -> list[tuple[Path, str, Tensor]]:
     if absent:
         raise CheckpointError(f"{index} names weights that no shard holds: {absent}")
     return found
+
+
+def _require_float(dtype: str, path: Path, key: str) -> None:
+    if dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{path}: {key} is stored as {dtype}, quantized by another tool; its scales are not "
+            "applied here: name the checkpoint in float16, bfloat16 or float32 it was made from"
+        )
+
+
+def _finite(tensor: Tensor, name: str, path: Path) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(
+            f"{path}: {name} has weights that are NaN or infinite; the training diverged or the "
+            "file is damaged, name another step"
+        )
+    return tensor
 
 
 def _read(path: Path, key: str, rows: slice = slice(None)) -> Tensor:
@@ -148,6 +180,8 @@ def _read_part(path: Path) -> dict[str, Tensor]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{path} cannot be loaded safely: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} must hold a state dict of tensors")
+    if not isinstance(state, dict) or not all(
+        isinstance(v, Tensor) and v.is_floating_point() for v in state.values()
+    ):
+        raise CheckpointError(f"{path} must hold a state dict of floating point tensors")
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}

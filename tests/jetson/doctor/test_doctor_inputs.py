@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,16 +55,15 @@ class TestCheckpoint:
         assert "holds several data sets" in missing.observed and missing.remedy
         assert check_key(read_checkpoint(folder, "libero_goal_no_noops")).severity == "ok"
 
-    def test_statistics_in_the_configuration_are_taken_out(self, folder: Path) -> None:
+    def test_statistics_in_the_configuration_are_read(self, folder: Path) -> None:
         table = read_json(folder / "dataset_statistics.json", "statistics")
         (folder / "dataset_statistics.json").unlink()
         finding = check_key(read_checkpoint(folder, None))
         assert "rsync" in finding.remedy
         config = read_json(folder / "config.json", "configuration")
         write_json(folder / "config.json", {**config, "norm_stats": table})
-        finding = check_key(read_checkpoint(folder, None))
-        subprocess.run(["sh", "-c", finding.remedy], check=True, timeout=60)
-        assert read_json(folder / "dataset_statistics.json", "statistics") == table
+        assert check_key(read_checkpoint(folder, "libero_goal_no_noops")).severity == "ok"
+        assert "--unnorm-key" in check_key(read_checkpoint(folder, None)).remedy
 
     def test_a_policy_nobody_describes_needs_a_preset(self, folder: Path) -> None:
         (folder / "qvla_policy.json").unlink()

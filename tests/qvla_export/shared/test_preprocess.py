@@ -142,6 +142,50 @@ def test_wrong_unnorm_key_lists_keys_and_the_nearest(tmp_path: Path) -> None:
         load_statistics(path, None, "q99", 7, 0)
 
 
+def test_statistics_of_the_configuration_are_read_where_there_is_no_file(tmp_path: Path) -> None:
+    """OpenVLA's own checkpoints keep them there; openvla-oft's file, where there, wins."""
+    path = tmp_path / "dataset_statistics.json"
+    bounds = {"q01": [0.0, 0.0], "q99": [1.0, 2.0]}
+    (tmp_path / "config.json").write_text(json.dumps({"norm_stats": {"a": {"action": bounds}}}))
+    assert load_statistics(path, None, "q99", 2, 0).key == "a"
+    with pytest.raises(StatisticsError, match=r"config\.json; it has \['a'\]"):
+        load_statistics(path, "b", "q99", 2, 0)
+    path.write_text(json.dumps({"b": {"action": bounds}}))
+    assert load_statistics(path, None, "q99", 2, 0).key == "b"
+
+
+@pytest.mark.parametrize("limit", [None, float("nan"), float("inf"), -5.0])
+def test_limits_that_the_mask_leaves_out_are_not_judged(tmp_path: Path, limit: object) -> None:
+    path = tmp_path / "dataset_statistics.json"
+    action = {"q01": [0.0, 0.0], "q99": [1.0, limit], "mask": [True, False]}
+    path.write_text(json.dumps({"a": {"action": action}}))
+    bounds = load_statistics(path, None, "q99", 2, 0).action
+    np.testing.assert_allclose(bounds.unnormalize([1.0, 0.25]), [1.0, 0.25])
+    assert np.isfinite(bounds.high).all()
+    path.write_text(json.dumps({"a": {"action": {**action, "mask": [True, True]}}}))
+    with pytest.raises(StatisticsError, match=r"dimensions \[1\] are not"):
+        load_statistics(path, None, "q99", 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"mask": ["true", "false"]}, "true and false"),
+        ({"mask": None}, "true and false"),
+        ({"q99": ["1", "2"]}, "list of numbers"),
+        ({"q01": 0.0}, "list of numbers"),
+    ],
+)
+def test_statistics_of_the_wrong_kind_are_refused(
+    tmp_path: Path, change: dict[str, object], rule: str
+) -> None:
+    path = tmp_path / "dataset_statistics.json"
+    action = {"q01": [0.0, 0.0], "q99": [1.0, 1.0], **change}
+    path.write_text(json.dumps({"a": {"action": action}}))
+    with pytest.raises(StatisticsError, match=rule):
+        load_statistics(path, None, "q99", 2, 0)
+
+
 @pytest.mark.parametrize(
     ("images", "instruction", "state", "message"),
     [

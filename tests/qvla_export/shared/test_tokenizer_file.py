@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
-from qvla_export.shared.processor import load_tokenizer
+from qvla_export.shared.errors import InvalidObservation
+from qvla_export.shared.processor import OPENVLA_PROMPT, load_tokenizer
 
 TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
 PADDING = {
@@ -53,6 +54,19 @@ def test_a_policy_sees_the_whole_instruction(checkpoint: Path, tiny_policy: OftP
         np.testing.assert_array_equal(
             policy.processor.input_ids(instruction), tiny_policy.processor.input_ids(instruction)
         )
+
+
+def test_an_instruction_in_the_template_is_put_there_once(tiny_policy: OftPolicy) -> None:
+    """Clients of OpenVLA send the prompt, those of OpenVLA-OFT the instruction."""
+    processor = tiny_policy.processor
+    whole = OPENVLA_PROMPT.format(instruction="open the drawer")
+    for text in (whole, f" {whole.upper()}\n", "open the drawer"):
+        np.testing.assert_array_equal(
+            processor.input_ids(text), processor.input_ids("open the drawer")
+        )
+    for part in ("What action should the robot take to open the drawer?", f"{whole} now"):
+        with pytest.raises(InvalidObservation, match="part of the prompt's template"):
+            processor.input_ids(part)
 
 
 def test_what_bundles_store_says_neither(checkpoint: Path, tmp_path: Path) -> None:
