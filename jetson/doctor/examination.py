@@ -1,6 +1,6 @@
 """The verb `examine`: every check, on what was read of this machine and of what it is to run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.trt.gpu import read_power_modes
@@ -45,7 +45,10 @@ class Subject:
 
 
 def read_subject(
-    question: DoctorRequest, machine: Machine | None = None, dataset: DatasetFacts | None = None
+    question: DoctorRequest,
+    machine: Machine | None = None,
+    dataset: DatasetFacts | None = None,
+    load_problem: str | None = None,
 ) -> Subject:
     """Read what the checks look at; never an error.
 
@@ -53,6 +56,8 @@ def read_subject(
         question: what the machine is to run.
         machine: this machine; None to read it.
         dataset: a data set, which the host alone can read.
+        load_problem: why the host cannot load the checkpoint; empty where it can, None where
+            nobody tried.
     """
     checkpoint = question.checkpoint
     return Subject(
@@ -60,7 +65,10 @@ def read_subject(
         bundle=None if question.bundle is None else read_bundle(question.bundle, question.engines),
         checkpoint=None
         if checkpoint is None
-        else read_checkpoint(checkpoint, question.unnorm_key, question.preset),
+        else replace(
+            read_checkpoint(checkpoint, question.unnorm_key, question.preset),
+            load_problem=load_problem,
+        ),
         dataset=dataset,
         serving=read_serving(question.host, question.port, question.token_file),
     )
@@ -90,6 +98,7 @@ def examine(question: DoctorRequest, subject: Subject) -> tuple[BoardFinding, ..
         statistics.check_bundle_key(bundle, question.unnorm_key),
         statistics.check_config(subject.checkpoint),
         statistics.check_key(subject.checkpoint),
+        statistics.check_stored(subject.checkpoint),
         observations.check_cameras(machine, needs),
         observations.check_dataset(subject.dataset),
         observations.check_columns(subject.dataset, needs),

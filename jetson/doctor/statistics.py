@@ -24,6 +24,11 @@ _CONFIG = Check(
     "policy description", "a checkpoint does not say its cameras, chunk and dimensions", CONFIG_NAME
 )
 _KEY = Check("unnorm key of the checkpoint", "another data set's limits scale every action")
+_STORED = Check(
+    "parts of the checkpoint",
+    "a part that is not used, or a weight that is no number, makes the policy act wrongly",
+    "every file used, every weight finite",
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class CheckpointFacts:
     keys: tuple[str, ...]
     statistics: Statistics | None
     statistics_problem: str
+    # Why the policy cannot be loaded, empty where it can be; None where torch is not installed.
+    load_problem: str | None = None
 
 
 def read_checkpoint(path: Path, key: str | None, preset: str | None = None) -> CheckpointFacts:
@@ -127,6 +134,24 @@ def check_key(facts: CheckpointFacts | None) -> BoardFinding:
     if facts.statistics is not None:
         return _KEY.ok(facts.statistics.key)
     return _KEY.error(facts.statistics_problem, _key_remedy(facts), _wanted_key(facts))
+
+
+def check_stored(facts: CheckpointFacts | None) -> BoardFinding:
+    """Look whether a checkpoint can be loaded with all that it stores, as `qvla deploy` does."""
+    if facts is None:
+        return _STORED.inapplicable(NO_CHECKPOINT)
+    folder = shlex.quote(str(facts.path))
+    if facts.load_problem is None:
+        return _STORED.unknown(
+            "torch is not installed here", f"on the host: qvla doctor --checkpoint {folder}"
+        )
+    if not facts.load_problem:
+        return _STORED.ok("all are used")
+    if facts.load_problem in (facts.config_problem, facts.statistics_problem):
+        return _STORED.inapplicable("its description or statistics are to be mended first")
+    return _STORED.error(
+        facts.load_problem, f"as said there; then look again: qvla doctor --checkpoint {folder}"
+    )
 
 
 def _wanted_key(facts: CheckpointFacts) -> str:

@@ -51,6 +51,14 @@ class Family(Protocol):
         """Load a checkpoint folder; see `load_policy`."""
         ...
 
+    def check(self, checkpoint: Path, unnorm_key: str | None, preset: str | None) -> None:
+        """Refuse what `open` would refuse, without the weights in memory.
+
+        Raises:
+            CheckpointError, StatisticsError: as `load_policy`.
+        """
+        ...
+
     def write_smoothed(
         self, checkpoint: Path, output: Path, factors: "Mapping[str, Tensor]", keep_types: bool
     ) -> None:

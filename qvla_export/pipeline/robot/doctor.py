@@ -43,7 +43,24 @@ def examine_machine(request: "DoctorRequest", dataset: Path | None = None) -> Ex
     from jetson.doctor.examination import examine, read_subject
 
     facts = None if dataset is None else _dataset_facts(dataset)
-    return Examination(examine(request, read_subject(request, dataset=facts)))
+    subject = read_subject(request, dataset=facts, load_problem=_load_problem(request))
+    return Examination(examine(request, subject))
+
+
+def _load_problem(request: "DoctorRequest") -> str | None:
+    """Return why the checkpoint cannot be loaded, empty if it can; None without torch."""
+    from qvla_export.policies.families import recognize
+
+    if request.checkpoint is None:
+        return None
+    try:
+        family = recognize(request.checkpoint)
+        family.check(request.checkpoint, request.unnorm_key, request.preset)
+    except ImportError:
+        return None
+    except (QvlaError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def _dataset_facts(path: Path) -> "DatasetFacts":

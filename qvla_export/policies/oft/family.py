@@ -55,6 +55,12 @@ class OftFamily:
         config = None if preset is None else load_config(checkpoint, preset)
         return load_oft_policy(checkpoint, unnorm_key, config, resident)
 
+    def check(self, checkpoint: Path, unnorm_key: str | None, preset: str | None) -> None:
+        """Refuse what `open` would refuse; see `check_oft_checkpoint`."""
+        from qvla_export.policies.oft.policy import check_oft_checkpoint
+
+        check_oft_checkpoint(checkpoint, unnorm_key, load_config(checkpoint, preset))
+
     def write_smoothed(
         self, checkpoint: Path, output: Path, factors: "Mapping[str, Tensor]", keep_types: bool
     ) -> None:

@@ -208,14 +208,33 @@ def load_oft_policy(
     Raises:
         CheckpointError, StatisticsError: what is wrong and what is available.
     """
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"checkpoint folder not found: {checkpoint}")
-    config = config or load_config(checkpoint)
+    config = config or load_config(_existing(checkpoint))
     if config.head == "tokens" and not resident:
         raise CheckpointError(
             f"{checkpoint}: a policy with a token head must be loaded whole; the table of its "
             "bins is not among the weights that stay on disk"
         )
+    return _load(_existing(checkpoint), unnorm_key, config, resident)
+
+
+def check_oft_checkpoint(checkpoint: Path, unnorm_key: str | None, config: OftConfig) -> None:
+    """Refuse what `load_oft_policy` would refuse, in the memory of one tensor.
+
+    Raises:
+        CheckpointError, StatisticsError: as `load_oft_policy`.
+    """
+    policy = _load(_existing(checkpoint), unnorm_key, config, resident=False)
+    if policy.on_disk is not None:
+        policy.on_disk.require_finite()
+
+
+def _existing(checkpoint: Path) -> Path:
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"checkpoint folder not found: {checkpoint}")
+    return checkpoint
+
+
+def _load(checkpoint: Path, unnorm_key: str | None, config: OftConfig, resident: bool) -> OftPolicy:
     weights = open_weights(checkpoint, config)
     module = (load_module if resident else empty_module)(checkpoint, config, weights)
     image = _image_spec(checkpoint, module)

@@ -5,10 +5,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_runs import qvla
 from house import HOST_ONLY
 from robot_runs import run_on_robot
+from safetensors.torch import load_file, save_file
 from small_datasets import write_small_dataset
 
 from jetson.board.state import UNKNOWN, ClockState
@@ -23,8 +25,10 @@ from jetson.doctor.observations import (
     check_dataset,
 )
 from jetson.doctor.server_facts import check_port, check_token, read_serving
-from jetson.doctor.statistics import check_config, check_key, read_checkpoint
+from jetson.doctor.statistics import check_config, check_key, check_stored, read_checkpoint
+from qvla_export.policies.families import load_policy
 from qvla_export.shared.artifacts import read_json, write_json
+from qvla_export.shared.errors import CheckpointError
 
 
 class TestCheckpoint:
@@ -85,6 +89,28 @@ class TestCheckpoint:
             assert (finding.severity, bool(finding.remedy)) == ("error", True)
         (folder / "qvla_policy.json").write_bytes(content)
         assert check_config(read_checkpoint(folder, None)).severity == "error"
+
+    def test_it_refuses_what_deploy_refuses(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        def finding(folder: Path) -> dict[str, str]:
+            done = qvla("doctor", "--checkpoint", folder, "--json")
+            found = {f["what"]: f for f in json.loads(done.out)["findings"]}
+            return dict(found["parts of the checkpoint"])
+
+        assert finding(tiny_checkpoint)["severity"] == "ok"
+        folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+        weights = load_file(folder / "model.safetensors")
+        weights["projector.fc2.bias"][0] = np.nan
+        save_file(weights, folder / "model.safetensors")
+        (folder / "vision_backbone--1_checkpoint.pt").write_bytes(b"")
+        for rule in ("FiLM layers", "projector.fc2.bias has weights that are NaN"):
+            with pytest.raises(CheckpointError, match=rule) as refused:
+                load_policy(folder)
+            assert finding(folder)["severity"] == "error"
+            assert finding(folder)["observed"] == str(refused.value)
+            (folder / "vision_backbone--1_checkpoint.pt").unlink(missing_ok=True)
+
+    def test_where_torch_is_missing_it_says_so(self, folder: Path) -> None:
+        assert check_stored(read_checkpoint(folder, None)).severity == "unknown"
 
 
 class TestDataset:
