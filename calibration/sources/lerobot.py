@@ -85,7 +85,8 @@ class LeRobotDataset:
         widths = []
         for column in split_columns(columns):
             place = f"{self.root}/meta/info.json, shape of {column}"
-            shape = self.features[column].get("shape")
+            feature = self.features[column]
+            shape = feature.get("shape") if isinstance(feature, dict) else None
             sides = shape if isinstance(shape, list) else [shape]
             widths.append(math.prod(whole_number(side, place) for side in sides))
         return sum(widths)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.sources.lerobot_writer import TASKS_PATH
+from calibration.sources.other_formats import describe_other_format
 from calibration.sources.parquet_rows import read_parquet
 from qvla_export.shared.artifacts import read_json, require_fields
 from qvla_export.shared.errors import ArtifactError
@@ -38,9 +39,13 @@ def read_info(root: Path) -> dict[str, Any]:
     """Return `meta/info.json`.
 
     Raises:
-        ArtifactError: it is missing, damaged or of another version.
+        ArtifactError: it is missing, damaged or of another version, or `root` of another format.
     """
     path = root / "meta/info.json"
+    if not path.exists() and (other := describe_other_format(root)):
+        raise ArtifactError(other)
+    if root.is_file():
+        raise ArtifactError(f"LeRobot dataset info not found: {root} is a file, not a folder")
     info = read_json(path, "LeRobot dataset info")
     if not isinstance(info, dict):
         raise ArtifactError(f"{path} holds no JSON object")

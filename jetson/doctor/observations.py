@@ -1,7 +1,8 @@
 """Where observations come from: this machine's cameras, and a data set's columns."""
 
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,9 +84,8 @@ def check_columns(facts: DatasetFacts | None, needs: Needs | None) -> BoardFindi
         return _COLUMNS.inapplicable(f"no policy given; it has {_list_cameras(facts.cameras)}")
     missing = [name for name in needs.cameras if name not in facts.cameras]
     if missing:
-        free = [column for name, column in facts.cameras.items() if name not in needs.cameras]
-        columns = "|".join(free or facts.cameras.values()) or "COLUMN"
-        options = " ".join(f"--camera {shlex.quote(f'{n}={columns}')}" for n in needs.cameras)
+        columns = _proposed_columns(needs.cameras, facts.cameras)
+        options = " ".join(f"--camera {shlex.quote(f'{n}={c}')}" for n, c in columns.items())
         return _COLUMNS.warning(
             _list_cameras(facts.cameras),
             f"where it is used: --dataset {shlex.quote(str(facts.path))} {options}",
@@ -100,6 +100,29 @@ def check_columns(facts: DatasetFacts | None, needs: Needs | None) -> BoardFindi
             wanted=f"state {wanted[0]}, action {wanted[1]}",
         )
     return _COLUMNS.ok(_list_cameras(facts.cameras))
+
+
+def _proposed_columns(needed: Sequence[str], present: Mapping[str, str]) -> dict[str, str]:
+    """Return a column for each camera that a policy needs, none of them twice.
+
+    A camera of the same name keeps its column. Of the unused columns, one goes to a camera where
+    it is the only one left for it, or the only one that shares a word of the name, such as wrist;
+    otherwise all that are left are listed.
+    """
+    columns = {name: present[name] for name in needed if name in present}
+    free = [column for name, column in present.items() if name not in needed]
+    missing = [name for name in needed if name not in present]
+    for name in sorted(missing, key=lambda name: not _alike(name, free)):
+        candidates = _alike(name, free) or free
+        columns[name] = "|".join(candidates) or "COLUMN"
+        if len(candidates) == 1:
+            free.remove(candidates[0])
+    return {name: columns[name] for name in needed}
+
+
+def _alike(name: str, columns: Sequence[str]) -> list[str]:
+    words = set(re.split(r"[._/]", name.lower())) - {"image", "images", "observation", "rgb"}
+    return [c for c in columns if words & set(re.split(r"[._/]", c.lower()))]
 
 
 def _list_cameras(cameras: Mapping[str, str]) -> str:

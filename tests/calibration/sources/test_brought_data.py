@@ -3,7 +3,7 @@
 import io
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from small_datasets import make_episode, write_small_dataset
 
@@ -329,3 +331,33 @@ def test_damaged_lines_are_named(root: Path, line: str, message: str) -> None:
     (root / "meta/episodes.jsonl").write_text(line + "\n")
     with pytest.raises(ArtifactError, match=message):
         LeRobotDataset(root)
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from _places(value[key], (*path, key))
+
+
+_ODD = (None, float("nan"), -1, 0, "", "x", [], {}, [1], True, {"dtype": "image"}, {"dtype": []})
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(data=st.data())
+def test_odd_metadata_is_read_or_refused(original: Path, root: Path, data: st.DataObject) -> None:
+    info = json.loads((original / "meta/info.json").read_text())
+    place = data.draw(st.sampled_from(list(_places(info))))
+    holder = info
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = data.draw(st.sampled_from(_ODD))
+    (root / "meta/info.json").write_text(json.dumps(info))
+    try:
+        dataset = LeRobotDataset(root)
+        dataset.width(dataset.keys.state)
+        drawn = sample_dataset(dataset, 2, 2, 0)
+    except QvlaError:
+        return
+    assert len(drawn.observations) == len(drawn.held_out) == 2

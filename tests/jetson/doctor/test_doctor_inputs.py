@@ -121,6 +121,15 @@ class TestDataset:
         other = replace(facts, cameras={"front": "observation.images.front"})
         finding = check_columns(other, needs)
         assert finding.remedy.endswith("--dataset d --camera image=observation.images.front")
+        two = Needs(("full_image", "wrist_image"), state_dim=4, action_dim=4)
+        named = replace(facts, cameras={"wrist": "images.wrist", "top": "images.top"})
+        assert check_columns(named, two).remedy.endswith(
+            "--camera full_image=images.top --camera wrist_image=images.wrist"
+        )
+        half = replace(facts, cameras={"full_image": "full_image", "hand": "hand"})
+        assert check_columns(half, two).remedy.endswith(
+            "--camera full_image=full_image --camera wrist_image=hand"
+        )
         assert "--state-column" in check_columns(replace(facts, state_dim=9), needs).remedy
 
     def test_it_is_read_where_its_library_is(self, tmp_path: Path, tiny_checkpoint: Path) -> None:
