@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from engines.check.finding import GraphFinding
+from engines.check.graph_rules import check_imports, check_types
 from engines.check.model import CheckedGraph, open_graph, shape_of
-from engines.check.operator_rules import check_imports, check_operators, check_products, check_types
+from engines.check.operator_rules import check_operators, check_products
 from engines.check.ort_rules import check_ort
 from engines.check.quantization_rules import check_quantization
 from engines.check.rules import RULES
@@ -15,6 +16,9 @@ from qvla_export.shared.target import Target
 
 def check_graph(graph: CheckedGraph, target: Target) -> tuple[GraphFinding, ...]:
     """Return every place of a graph that breaks a rule of a target, in graph order by kind."""
+    graph = graph.for_runtime(target.runtime)
+    if any(finding.rule == "graph.weights" for finding in graph.findings):
+        return tuple(graph.findings)
     check_imports(graph, target)
     check_types(graph, target)
     check_operators(graph, target)

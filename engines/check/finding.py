@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from qvla_export.shared.errors import QvlaError
 
-# "error": the graph will not parse or build, or computes something else.
-# "warning": no document promises the kernel; it may take float16's time and memory.
+# "error": the graph will not parse or build; where that is not known, because the runtime builds on
+# its device alone, also what its documents forbid.
+# "warning": it builds, and no document promises the kernel, or that it computes what is meant.
 Severity = Literal["error", "warning"]
 
 
@@ -20,6 +21,9 @@ class Rule:
     severity: Severity
     # Document and version, or what was measured.
     source: str
+    # Whether TensorRT for RTX builds every such graph all the same (1.7.1, measured 2026-11):
+    # there it is a warning.
+    rtx_builds: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from engines.check.finding import GraphFinding
 from engines.check.rules import RULES
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.target import Runtime
 
 if TYPE_CHECKING:
     import onnx
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Operators that leave a constant a constant on its way to DequantizeLinear.
 _KEEP_CONSTANT = ("Cast", "Identity")
+_BUILT = "TensorRT-RTX 1.7.1 builds it all the same: compare what it computes, and its bytes"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class CheckedGraph:
     part: str
     model: "ir.Model"
     findings: list[GraphFinding] = field(default_factory=list)
+    # Which runtime is to build it; None before that is known.
+    runtime: Runtime | None = None
 
     @property
     def nodes(self) -> "Iterator[ir.Node]":
@@ -46,12 +50,41 @@ class CheckedGraph:
         """Inputs and outputs of the graph."""
         return frozenset([*self.model.graph.inputs, *self.model.graph.outputs])
 
-    def add(self, rule: str, node: "ir.Node | ir.Value | None", message: str) -> None:
-        """Record a finding at a node, a constant, or the graph as a whole."""
+    def for_runtime(self, runtime: Runtime) -> "CheckedGraph":
+        """Return the graph as one runtime is to build it, with the findings so far."""
+        findings = [_weigh(finding, runtime) for finding in self.findings]
+        return replace(self, findings=findings, runtime=runtime)
+
+    def add(
+        self,
+        rule: str,
+        node: "ir.Node | ir.Value | None",
+        message: str,
+        rtx_builds: bool = False,
+    ) -> None:
+        """Record a finding at a node, a constant, or the graph as a whole.
+
+        Args:
+            rule: its name.
+            node: where; None for the graph as a whole.
+            message: the rule, the value found and the remedy.
+            rtx_builds: whether TensorRT for RTX was seen to build this way of breaking the rule.
+        """
         severity, source = RULES[rule].severity, RULES[rule].source
         name = "" if node is None else str(node.name)
         op = str(getattr(node, "op_type", ""))
-        self.findings.append(GraphFinding(rule, severity, self.part, name, op, message, source))
+        finding = GraphFinding(rule, severity, self.part, name, op, message, source)
+        self.findings.append(_weigh(finding, self.runtime, rtx_builds))
+
+
+def _weigh(
+    finding: GraphFinding, runtime: Runtime | None, rtx_builds: bool = False
+) -> GraphFinding:
+    """Return a finding as a warning where its runtime is known to build the graph all the same."""
+    builds = runtime == "tensorrt_rtx" and (rtx_builds or RULES[finding.rule].rtx_builds)
+    if finding.severity == "warning" or not builds:
+        return finding
+    return replace(finding, severity="warning", message=f"{finding.message}. {_BUILT}")
 
 
 def open_graph(path: Path, part: str) -> CheckedGraph:
@@ -84,6 +117,9 @@ def of_model(model: "ir.Model", part: str) -> CheckedGraph:
     for chatty in ("onnx_ir.passes.common.shape_inference", "onnx_ir.serde"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     graph = CheckedGraph(part, model)
+    _check_weights(graph)
+    if graph.findings:  # nothing can be inferred
+        return graph
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and value.shape is not None and value.shape != tensor.shape:
@@ -110,6 +146,26 @@ def of_model(model: "ir.Model", part: str) -> CheckedGraph:
                 f"{dtype_name(value)}; insert a Cast",
             )
     return graph
+
+
+def _check_weights(graph: CheckedGraph) -> None:
+    """Check that constants kept in files beside the graph are there, whole."""
+    import onnx_ir
+
+    for value in graph.model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, onnx_ir.ExternalTensor):
+            continue
+        path = Path(tensor.path)
+        missing = not path.is_file()
+        if missing or path.stat().st_size < (tensor.offset or 0) + (tensor.length or 0):
+            problem = "is missing" if missing else "is too short"
+            graph.add(
+                "graph.weights",
+                value,
+                f"constant {value.name!r} is kept in {tensor.location}, which {problem}; copy the "
+                "file beside the graph",
+            )
 
 
 def schema_of(node: "ir.Node", opset: int) -> "onnx.defs.OpSchema | None":

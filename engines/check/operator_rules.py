@@ -1,4 +1,4 @@
-"""Rules of operators, operator sets and element types."""
+"""Rules of operators: that they exist on a target, with their types and limits."""
 
 import difflib
 from typing import TYPE_CHECKING
@@ -19,7 +19,6 @@ from engines.check.runtimes import (
     ONNX_COMPUTE,
     missing_type,
     operator_version,
-    reader,
 )
 from engines.trt.modules import is_tensorrt
 from qvla_export.shared.target import Target
@@ -28,56 +27,29 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
+# What TensorRT for RTX builds beyond the table of operators (1.7.1.116, measured 2026-11): element
+# types by operator, and values of an attribute.
+_INT8_OPERATORS = (
+    "Abs",
+    "Neg",
+    "Sign",
+    "Relu",
+    "Identity",
+    "Transpose",
+    "Reshape",
+    "Shape",
+    "Cast",
+)
+_RTX_TYPES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_INT8_OPERATORS, ("INT8",)),
+    "Clip": ("INT8", "INT32", "INT64"),
+}
+_RTX_ATTRIBUTES: dict[str, tuple[str | int, ...]] = {
+    "to": ("INT8",),
+    "sorted": (0,),
+    "mode": ("cubic",),
+}
 _QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
-
-
-def check_imports(graph: CheckedGraph, target: Target) -> None:
-    """Check operator set, IR version and domains of the graph as a whole."""
-    known = reader(target)
-    if graph.opset > known.known_opset:
-        graph.add(
-            "graph.opset",
-            None,
-            f"target {target.name!r} reads operator sets up to {known.known_opset} "
-            f"({known.source}), the graph imports {graph.opset}; export at {target.opset}",
-        )
-    elif graph.opset > known.documented_opset:
-        graph.add(
-            "graph.opset-undocumented",
-            None,
-            f"target {target.name!r} documents operator sets up to {known.documented_opset} "
-            f"({known.source}), the graph imports {graph.opset}; its parser must be tried there",
-        )
-    if graph.model.ir_version > known.ir_version:
-        graph.add(
-            "graph.ir-version",
-            None,
-            f"target {target.name!r} knows IR versions up to {known.ir_version}, the graph has "
-            f"{graph.model.ir_version}; export with IR version {target.ir_version}",
-        )
-
-
-def check_types(graph: CheckedGraph, target: Target) -> None:
-    """Check element types of every constant, input and output of a node."""
-    values = {*graph.boundary, *graph.model.graph.initializers.values()}
-    values |= {v for n in graph.nodes for v in n.outputs if n.op_type != "QuantizeLinear"}
-    for value in sorted(values, key=lambda value: str(value.name)):
-        dtype = dtype_name(value)
-        reason = missing_type(dtype, target)
-        at = value.producer() or value
-        if reason is not None:
-            graph.add(
-                "type.missing",
-                at,
-                f"target {target.name!r} has no {dtype} tensors: {reason}; {value.name!r} is one",
-            )
-        elif is_tensorrt(target) and dtype == "UINT8" and value not in graph.boundary:
-            graph.add(
-                "type.uint8",
-                at,
-                f"UINT8 is for inputs and outputs of the graph, {value.name!r} is neither; "
-                "use INT8 or INT32",
-            )
 
 
 def check_operators(graph: CheckedGraph, target: Target) -> None:
@@ -190,11 +162,17 @@ def _check_operator(
             node,
             f"TensorRT's {operator.name} takes {', '.join(operator.types)} ({operator.source}), "
             f"it gets {dtype}; insert a Cast",
+            rtx_builds=dtype in _RTX_TYPES.get(operator.name, ()),
         )
     for limit in operator.limits:
         broken = _broken(node, limit) if limit.holds(version) else None
         if broken is not None and missing_type(dtype_name(node.outputs[0]), target) is None:
-            graph.add("operator.limit", node, f"{operator.name}: {broken} ({limit.source})")
+            graph.add(
+                "operator.limit",
+                node,
+                f"{operator.name}: {broken} ({limit.source})",
+                rtx_builds=_attribute_value(node, limit) in _RTX_ATTRIBUTES.get(limit.name, ()),
+            )
 
 
 def _broken(node: "ir.Node", limit: Limit) -> str | None:
@@ -243,16 +221,22 @@ def check_products(graph: CheckedGraph, target: Target) -> None:
             )
 
 
-def _broken_attribute(node: "ir.Node", limit: Limit) -> str | None:
+def _attribute_value(node: "ir.Node", limit: Limit) -> str | int | None:
+    """Return an attribute's value, an element type by name; None where it is not stated."""
     attribute = node.attributes.get(limit.name)
     if attribute is None:
         return None
-    found = attribute.value
     if limit.name == "to":
         from onnx_ir import DataType
 
-        found = DataType(found).name
-    if found in limit.values:
+        return DataType(attribute.as_int()).name
+    value: str | int = attribute.value
+    return value
+
+
+def _broken_attribute(node: "ir.Node", limit: Limit) -> str | None:
+    found = _attribute_value(node, limit)
+    if found is None or found in limit.values:
         return None
     return f"attribute {limit.name!r} must be one of {list(limit.values)}, it is {found!r}"
 

@@ -11,17 +11,13 @@ from engines.check.model import (
     dtype_name,
     numbers,
 )
-from engines.check.quantization_node import QuantizationNode, read_quantization, weight_axes
+from engines.check.quantization_node import QuantizationNode, read_quantization
 from engines.check.runtimes import ONNX_COMPUTE
+from engines.check.weight_rules import check_weight
 from qvla_export.shared.target import Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-# What TensorRT moves Q/DQ across (TensorRT documentation, Explicit Quantization).
-_COMMUTE = ("Reshape", "Transpose")
-# Block sizes of NVIDIA's int4 matrix products.
-_DOCUMENTED_BLOCKS = (64, 128)
 
 
 def check_quantization(graph: CheckedGraph, target: Target) -> None:
@@ -38,7 +34,7 @@ def check_quantization(graph: CheckedGraph, target: Target) -> None:
         elif found.root is None:
             _check_activation(graph, found)
         else:
-            _check_weight(graph, found, target)
+            check_weight(graph, found, target)
 
 
 def check_scale(graph: CheckedGraph, found: QuantizationNode, whole_blocks: bool) -> None:
@@ -59,6 +55,8 @@ def check_scale(graph: CheckedGraph, found: QuantizationNode, whole_blocks: bool
         )
         return
     values = numbers(root).astype(np.float64)
+    # No scale of int4 is looked at, nor an infinite one.
+    rtx_builds = found.bits == "INT4" or not (np.isnan(values) | (values <= 0)).any()
     good = np.isfinite(values) & (values > 0)
     if not good.all():
         graph.add(
@@ -66,6 +64,7 @@ def check_scale(graph: CheckedGraph, found: QuantizationNode, whole_blocks: bool
             found.node,
             f"scales must be positive and finite, {(~good).sum()} of {values.size} are not, the "
             f"first is {values[~good][0]}; give channels of zeros the scale 1",
+            rtx_builds,
         )
     shape, scale, axis = found.shape, found.scale_shape, found.axis
     if found.granularity == "tensor" or shape is None or scale is None or axis >= len(shape):
@@ -79,7 +78,26 @@ def check_scale(graph: CheckedGraph, found: QuantizationNode, whole_blocks: bool
             f"scales of {list(shape)} along axis {axis} ({found.granularity} of "
             f"{found.block or 1}) must have shape {list(wanted)}, they have {list(scale)}"
             + (f", and {rest} inputs are left over; fill them up with zeros" if rest else ""),
+            rtx_builds=_has_whole_blocks(found, shape, scale),
         )
+
+
+def _has_whole_blocks(
+    found: QuantizationNode, shape: tuple[int, ...], scale: tuple[int, ...]
+) -> bool:
+    """Say whether scales have the shape of whole blocks of some other size.
+
+    TensorRT's parser infers the block from the shapes and does not read block_size.
+    """
+    axis = found.axis
+    return (
+        found.granularity == "block"
+        and len(scale) == len(shape)
+        and scale[:axis] == shape[:axis]
+        and scale[axis + 1 :] == shape[axis + 1 :]
+        and scale[axis] > 0
+        and shape[axis] % scale[axis] == 0
+    )
 
 
 def _scale_shape(found: QuantizationNode, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -99,6 +117,7 @@ def _check_scale_type(graph: CheckedGraph, found: QuantizationNode, target: Targ
             node,
             f"scale and output must have the compute type {wanted}, they are {scale} and "
             f"{output}; convert the scale and leave output_dtype out",
+            rtx_builds=found.bits != "INT4" or output in ("", scale),
         )
     data = dtype_name(found.data)
     if node.op_type == "QuantizeLinear" and scale != data:
@@ -115,6 +134,10 @@ def _check_symmetric(graph: CheckedGraph, found: QuantizationNode) -> None:
         return
     root = constant_root(found.zero_point)
     name = found.zero_point.name
+    # Zeros of any type are as good, and those of fp8 are not looked at.
+    rtx_builds = root is not None and (
+        found.bits.startswith("FLOAT8") or not np.any(numbers(root).astype(np.float32))
+    )
     if root is None:
         problem = f"{name!r} is computed"
     elif dtype_name(found.zero_point) != found.bits:
@@ -128,6 +151,7 @@ def _check_symmetric(graph: CheckedGraph, found: QuantizationNode) -> None:
         found.node,
         f"a zero point must be a constant of zeros of the quantized type, {problem}; "
         "quantize symmetrically and leave it out",
+        rtx_builds,
     )
 
 
@@ -163,12 +187,15 @@ def _check_activation(graph: CheckedGraph, found: QuantizationNode) -> None:
     maker = None if producer is None else read_quantization(producer)
     if maker is not None and (maker.bits == "UINT8" or maker.granularity != "tensor"):
         return  # reported there
+    is_quantized = maker is not None and maker.node.op_type == "QuantizeLinear"
+    rtx_builds = producer is None or is_quantized or found.granularity == "tensor"
     if found.bits != "INT8":
         graph.add(
             "quantization.constant-weights",
             found.node,
             f"{found.bits} exists for constant weights only, {found.data.name!r} is computed; "
             "store the codes as a constant",
+            rtx_builds,
         )
         return
     if found.granularity != "tensor":
@@ -177,6 +204,7 @@ def _check_activation(graph: CheckedGraph, found: QuantizationNode) -> None:
             found.node,
             f"DequantizeLinear with a scale a {found.granularity} must read a constant, "
             f"{found.data.name!r} is computed; store the codes as a constant",
+            rtx_builds,
         )
         return
     if maker is None or maker.node.op_type != "QuantizeLinear":
@@ -199,97 +227,3 @@ def _check_activation(graph: CheckedGraph, found: QuantizationNode) -> None:
 def _equal(first: "ir.Value | None", second: "ir.Value | None") -> bool:
     assert first is not None and second is not None
     return first is second or bool(np.array_equal(numbers(first).ravel(), numbers(second).ravel()))
-
-
-def _check_weight(graph: CheckedGraph, found: QuantizationNode, target: Target) -> None:
-    node, rank = found.node, len(found.shape or ())
-    if found.granularity == "block" and found.bits == "INT8":
-        graph.add(
-            "quantization.int8-blocks",
-            node,
-            f"int8 has no blocks, this one has blocks of {found.block}; use one scale a channel",
-        )
-        return
-    if found.granularity == "block" and found.axis not in (rank - 1, rank - 2):
-        graph.add(
-            "quantization.block-axis",
-            node,
-            f"blocks run along the last or second-to-last of {rank} dimensions, not along axis "
-            f"{found.axis}; transpose the stored codes",
-        )
-        return
-    if found.bits == "INT4" and _odd(found, target):
-        graph.add(
-            "quantization.even-int4",
-            node,
-            f"int4 weights need an even number of channels, their shape is "
-            f"{list(found.shape or ())}; fill up with channels of zeros",
-        )
-    if not found.products:
-        between = sorted({reader.op_type for reader, _ in consumers(node.outputs[0])})
-        graph.add(
-            "quantization.between",
-            node,
-            f"dequantized weights must be read by MatMul, Gemm or Conv themselves, these are read "
-            f"by {between}; store the codes as the product wants them",
-        )
-        return
-    _check_axis(graph, found, rank)
-    _warn_of_kernels(graph, found)
-
-
-def _odd(found: QuantizationNode, target: Target) -> bool:
-    if not found.shape:
-        return False
-    even_rows = target.runtime == "tensorrt"
-    return bool(found.shape[-1] % 2) and (even_rows or bool(np.prod(found.shape) % 2))
-
-
-def _check_axis(graph: CheckedGraph, found: QuantizationNode, rank: int) -> None:
-    if found.granularity == "tensor":
-        return
-    for product in found.products:
-        channels, inputs = weight_axes(product, rank)
-        wanted = inputs if found.granularity == "block" else channels
-        if found.axis != wanted:
-            graph.add(
-                "quantization.channel-axis",
-                found.node,
-                f"scales of a {product.op_type} weight of rank {rank} run along axis {wanted} "
-                f"({found.granularity}), not along axis {found.axis}",
-            )
-            return
-
-
-def _warn_of_kernels(graph: CheckedGraph, found: QuantizationNode) -> None:
-    node = found.node
-    if found.bits == "INT4" and found.granularity != "block":
-        graph.add(
-            "quantization.int4-per-channel",
-            node,
-            "no document promises a kernel for int4 weights without blocks; "
-            "use blocks of 128 along the input",
-        )
-    elif found.granularity == "block" and found.block not in _DOCUMENTED_BLOCKS:
-        graph.add(
-            "quantization.block-size",
-            node,
-            f"int4 kernels are known for blocks of {list(_DOCUMENTED_BLOCKS)}, this one has "
-            f"{found.block}",
-        )
-    if found.bits == "INT8" and not all(_quantized_input(product) for product in found.products):
-        graph.add(
-            "quantization.int8-weight-only",
-            node,
-            "no document promises a kernel for int8 weights with float activations; quantize the "
-            "activations as well, or compare the engine's bytes and time on the device",
-        )
-
-
-def _quantized_input(product: "ir.Node") -> bool:
-    value = product.inputs[0]
-    producer = None if value is None else value.producer()
-    while producer is not None and producer.op_type in _COMMUTE:
-        value = producer.inputs[0]
-        producer = None if value is None else value.producer()
-    return producer is not None and producer.op_type == "DequantizeLinear"

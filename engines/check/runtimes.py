@@ -44,9 +44,9 @@ READERS: Mapping[Runtime, tuple[Reader, ...]] = {
         Reader(
             (1, 4),
             22,
-            25,
+            28,
             13,
-            "TensorRT-RTX 1.4 ONNX Conversion Guide: opset 9 to 22; 1.7.1.116 parses 23 to 27, "
+            "TensorRT-RTX 1.4 ONNX Conversion Guide: opset 9 to 22; 1.7.1.116 parses 23 to 28, "
             "measured 2026-11",
             # Before opset 23's Attention (10.14): the newest that its documents promise.
             operators=(10, 13),

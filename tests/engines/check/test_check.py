@@ -13,6 +13,7 @@ import pytest
 from graph_checks import require_clean
 from hypothesis import given
 from hypothesis import strategies as st
+from rtx_parser import builds, parses
 from tiny_bundles import float_graph, make_bundle, mixed_plan
 from typer.testing import CliRunner
 from wrong_graphs import BLOCK, CASES, Case, Graph, int4, model
@@ -24,9 +25,6 @@ from engines.check.operators import OPERATORS, UNSUPPORTED
 from engines.check.rules import RULES
 from engines.check.runtimes import READERS, oldest_version, reader
 from engines.targets import CPU, TARGETS, find_target
-from engines.trt.log import Log
-from engines.trt.modules import BuildError, load_module
-from engines.trt.network import Network, parse_part
 from qvla_export.cli.app import app
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.bundle import Bundle
@@ -35,7 +33,7 @@ from qvla_export.shared.observation import Observation
 
 TENSORRT = ("rtx4070", "orin-jp7", "orin-jp6")
 # Rules whose wrong graphs are made below.
-OF_BUNDLES = {"bundle.target", "bundle.contract", "graph.constant-shape"}
+OF_BUNDLES = {"bundle.target", "bundle.contract", "graph.constant-shape", "graph.weights"}
 
 
 def check(graph: ir.Model, target: str) -> tuple[GraphFinding, ...]:
@@ -49,8 +47,11 @@ def ids(case: Case) -> str:
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_a_wrong_graph_is_rejected_by_its_rule(case: Case) -> None:
     found = check(case.model(), case.target)
-    serious = errors(found) if RULES[case.rule].severity == "error" else found
-    assert {finding.rule for finding in serious} == {case.rule}
+    if case.target == "rtx4070" and case.parser == "accepts":
+        assert not errors(found) and case.rule in {finding.rule for finding in found}
+    else:
+        serious = errors(found) if RULES[case.rule].severity == "error" else found
+        assert {finding.rule for finding in serious} == {case.rule}
     assert all(finding.part == "case" and len(finding.message) > 20 for finding in found)
 
 
@@ -63,37 +64,10 @@ def test_every_rule_has_a_wrong_graph_and_a_source() -> None:
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.parser != "not tried"], ids=ids)
 def test_what_the_real_parser_and_builder_say(case: Case, tmp_path: Path) -> None:
-    """The table is stricter where "accepts" is written; never has it become laxer unnoticed."""
+    """For the RTX 4070 an error is what they refuse, no more and no less."""
     ir.save(case.model(), tmp_path / "case.onnx")
     assert ("accepts" if builds(tmp_path / "case.onnx") else "rejects") == case.parser
-
-
-def parse(path: Path, log: Log) -> Network | None:
-    """Parse a graph with TensorRT-RTX; None if it is refused."""
-    try:
-        return parse_part(load_module(find_target("rtx4070")), path, find_target("rtx4070"), log)
-    except BuildError:
-        return None
-
-
-def parses(path: Path) -> bool:
-    pytest.importorskip("tensorrt_rtx")
-    return parse(path, Log(load_module(find_target("rtx4070")))) is not None
-
-
-def builds(path: Path) -> bool:
-    """Say whether TensorRT-RTX parses a graph and builds an engine for the RTX 4070."""
-    pytest.importorskip("tensorrt_rtx")
-    module = load_module(find_target("rtx4070"))
-    log = Log(module)
-    network = parse(path, log)
-    if network is None:
-        return False
-    config = network.builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(module.api.ComputeCapability.SM89, 0)
-    with log.native_errors():
-        return network.builder.build_serialized_network(network.definition, config) is not None
+    assert bool(errors(check(case.model(), "rtx4070"))) == (case.parser == "rejects")
 
 
 def test_the_real_parser_has_the_operators_of_the_table() -> None:
