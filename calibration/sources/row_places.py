@@ -69,7 +69,8 @@ class RowPlaces:
 
     def _range_of_values(self, name: str) -> tuple[float, float]:
         values, _ = self._column(name, _INDEX)
-        return (float(np.nanmin(values)), float(np.nanmax(values))) if len(values) else (0, -1)
+        present = values[~np.isnan(values)]
+        return (float(present[0]), float(present[-1])) if len(present) else (0, -1)
 
     def _rows(self, name: str, column: str, value: int) -> list[int]:
         values, rows = self._column(name, column)

@@ -238,6 +238,14 @@ def _damaged_png(root: Path) -> None:
     _replace(DATA, IMAGE, list(values))(root)
 
 
+def _as_floats(root: Path) -> None:
+    table = pq.read_table(root / DATA)
+    missing = pa.array([float("nan")] * 15)
+    pq.write_table(
+        table.set_column(table.column_names.index("index"), "index", missing), root / DATA
+    )
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no info": (lambda root: (root / "meta/info.json").unlink(), "info not found"),
     "half an info": (_truncate("meta/info.json"), "not valid JSON"),
@@ -277,6 +285,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown task": (_replace(DATA, "task_index", [7] * 15), "task_index 7 is not in"),
     "a frame twice": (_replace(DATA, "index", [0, 0, *range(2, 15)]), "has 2 rows of index 0"),
+    "no index": (_as_floats, "has no rows of index 0"),
     "rows of another episode": (
         _replace(DATA, "episode_index", [1] * 15),
         "episode 0, frame 0, column episode_index: the row is of episode 1",
