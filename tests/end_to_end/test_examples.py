@@ -34,7 +34,7 @@ def run(script: str, arguments: Sequence[str], folder: Path) -> str:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MUJOCO_GL": "osmesa"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,
