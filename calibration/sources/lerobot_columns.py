@@ -22,7 +22,7 @@ _VISUAL = ("image", "video")
 _REMEDY = (
     "name the columns: --camera NAME=COLUMN for each camera of the policy, --state-column COLUMN "
     "('' for a policy without a state; several, separated by commas, are put one after another), "
-    "--instruction-column COLUMN"
+    "--action-column COLUMN, --instruction-column COLUMN"
 )
 
 

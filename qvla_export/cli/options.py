@@ -3,12 +3,16 @@
 Only light modules are imported here: what is missing is refused before torch, onnx or numpy load.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from qvla_export.pipeline.data_source import ColumnOptions
 from qvla_export.shared.errors import QvlaError
 
 
@@ -104,23 +108,58 @@ DatasetOption = Annotated[
         callback=A_DATASET.require,
     ),
 ]
-CamerasOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--camera", help="NAME=COLUMN: the data set column of the policy's camera NAME; repeat."
-    ),
-]
-StateColumnOption = Annotated[
-    str,
-    typer.Option(
-        help="Data set column of the state, or several separated by commas; empty for a policy "
-        "without one."
-    ),
-]
-InstructionColumnOption = Annotated[
-    str | None,
-    typer.Option(help="Data set column of instructions; without it, the task that a row names."),
-]
+# One a field of `ColumnOptions`.
+_COLUMNS = {
+    "cameras": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--camera", help="NAME=COLUMN: the data set column of the policy's camera NAME; repeat."
+        ),
+    ],
+    "state_column": Annotated[
+        str,
+        typer.Option(
+            help="Data set column of the state, or several separated by commas; empty for a policy "
+            "without one."
+        ),
+    ],
+    "action_column": Annotated[
+        str,
+        typer.Option(
+            help="Data set column of the action, or several separated by commas; empty for a data "
+            "set without one, which calibration does not need."
+        ),
+    ],
+    "instruction_column": Annotated[
+        str | None,
+        typer.Option(help="Data set column of instructions; else the task that a row names."),
+    ],
+}
+
+
+def with_columns(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the options of `ColumnOptions` in place of its parameter `columns`."""
+    options = [
+        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=_COLUMNS[f.name])
+        for f in fields(ColumnOptions)
+    ]
+
+    @wraps(command)
+    def parsed(**values: Any) -> None:
+        columns = {option.name: values.pop(option.name) for option in options}
+        columns["cameras"] = tuple(columns["cameras"] or ())
+        command(**values, columns=ColumnOptions(**columns))
+
+    shown = signature(command)
+    parameters = []
+    for parameter in shown.parameters.values():
+        own = [parameter.replace(kind=Parameter.KEYWORD_ONLY)]
+        parameters.extend(options if parameter.name == "columns" else own)
+    parsed.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    parsed.__dict__["__signature__"] = shown.replace(parameters=parameters)
+    return parsed
+
+
 SkipBadFramesOption = Annotated[
     bool,
     typer.Option(

@@ -1,19 +1,15 @@
 """The step that draws the calibration set, from a data set or the simulator."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvla_export.pipeline.progress import OnProgress, Progress, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current, require_artifact
 from qvla_export.shared.artifacts import require_same
-from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
     from calibration.calibration_set import CalibrationSet
     from calibration.sources.base import DataSource
-    from calibration.sources.lerobot import LeRobotDataset
 
 _WORK = "calibration"
 _MEASURE_AGAIN = "Measure and plan again on this set: qvla sensitivities, qvla plan."
@@ -137,30 +133,3 @@ def chosen_tasks(names: str | None) -> tuple[str, ...]:
     if names is None:
         return tuple(TASKS)
     return tuple(find_task(name.strip()).name for name in names.split(","))
-
-
-def open_dataset(
-    root: Path | None,
-    cameras: Sequence[str] | None,
-    state_column: str,
-    instruction_column: str | None = None,
-) -> "LeRobotDataset | None":
-    """Open a LeRobot data set under the policy's own camera names; None for the simulator.
-
-    Raises:
-        QvlaError: a camera is not of the form NAME=COLUMN, or the data set lacks a column.
-    """
-    if root is None:
-        return None
-    from calibration.sources.lerobot import KeyMap, LeRobotDataset
-
-    pairs = [text.partition("=") for text in cameras or ()]
-    if bad := [name for name, _, column in pairs if not name or not column]:
-        raise QvlaError(
-            f"--camera takes NAME=COLUMN, such as full_image=observation.images.front, got {bad}"
-        )
-    columns = {name: column for name, _, column in pairs}
-    if len(columns) < len(pairs):
-        raise QvlaError(f"--camera names a camera twice: {[name for name, _, _ in pairs]}")
-    keys = KeyMap(columns, state_column or None, instruction=instruction_column or None)
-    return LeRobotDataset(root, keys)

@@ -5,25 +5,23 @@ from typing import Annotated
 import typer
 
 from qvla_export.cli.options import (
-    CamerasOption,
     CountOption,
     DatasetOption,
     HeldOutOption,
-    InstructionColumnOption,
     NewRunOption,
     SeedOption,
     SkipBadFramesOption,
-    StateColumnOption,
+    with_columns,
 )
 from qvla_export.cli.progress import progress_shown
+from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
 
 
+@with_columns
 def calibrate(
     run: NewRunOption,
     dataset: DatasetOption = None,
-    cameras: CamerasOption = None,
-    state_column: StateColumnOption = "observation.state",
-    instruction_column: InstructionColumnOption = None,
+    columns: ColumnOptions = USUAL_COLUMNS,
     skip_bad_frames: SkipBadFramesOption = False,
     count: CountOption = 64,
     held_out: HeldOutOption = 64,
@@ -34,12 +32,13 @@ def calibrate(
 ) -> None:
     """Draw observations from a LeRobot data set, or from simulated expert episodes."""
     from calibration.calibration_set import describe
-    from qvla_export.pipeline.calibrate import CalibrationRequest, chosen_tasks, open_dataset
+    from qvla_export.pipeline.calibrate import CalibrationRequest, chosen_tasks
     from qvla_export.pipeline.calibrate import calibrate as draw_observations
+    from qvla_export.pipeline.data_source import open_dataset
     from qvla_export.pipeline.run_folder import RunFolder
 
     folder = RunFolder(run)
-    opened = open_dataset(dataset, cameras, state_column, instruction_column)
+    opened = open_dataset(dataset, columns) if dataset else None
     request = CalibrationRequest(
         opened, chosen_tasks(None), count, held_out, seed, frames_per_episode, skip_bad_frames
     )

@@ -10,11 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from qvla_export.cli.options import (
-    CamerasOption,
     CountOption,
     DatasetOption,
     HeldOutOption,
-    InstructionColumnOption,
     JsonOption,
     NewRunOption,
     PolicyOption,
@@ -22,19 +20,21 @@ from qvla_export.cli.options import (
     QuantizerOption,
     SeedOption,
     SkipBadFramesOption,
-    StateColumnOption,
     TargetOption,
     TasksOption,
     UnnormKeyOption,
     WorkersOption,
     ZeroPointsOption,
+    with_columns,
 )
 from qvla_export.cli.progress import progress_shown
+from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
 
 if TYPE_CHECKING:
     from qvla_export.pipeline.deploy import DeployedSetting, DeploymentResult
 
 
+@with_columns
 def deploy(
     policy: PolicyOption = Path("checkpoints/reference"),
     run: NewRunOption = Path("runs/demo"),
@@ -43,9 +43,7 @@ def deploy(
         str, typer.Option(help="Comma-separated: float, w<mean bits>, w<bits>-rtn.")
     ] = "float,w8,w8a8,w4,w4-rtn,w2,w2-rtn",
     dataset: DatasetOption = None,
-    cameras: CamerasOption = None,
-    state_column: StateColumnOption = "observation.state",
-    instruction_column: InstructionColumnOption = None,
+    columns: ColumnOptions = USUAL_COLUMNS,
     skip_bad_frames: SkipBadFramesOption = False,
     tasks: TasksOption = None,
     count: CountOption = 64,
@@ -76,14 +74,15 @@ def deploy(
     """Run every stage: calibration, sensitivities, plans, bundles, judgement, latency, report."""
     from engines.targets import find_target
     from qvla_export.allocation.setting import parse_setting
-    from qvla_export.pipeline.calibrate import CalibrationRequest, chosen_tasks, open_dataset
+    from qvla_export.pipeline.calibrate import CalibrationRequest, chosen_tasks
+    from qvla_export.pipeline.data_source import open_dataset
     from qvla_export.pipeline.deploy import Deployment
     from qvla_export.pipeline.deploy import deploy as run_steps
     from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
     from qvla_export.pipeline.run_folder import RunFolder
 
     device = find_target(target, zero_points)
-    opened_data = open_dataset(dataset, cameras, state_column, instruction_column)
+    opened_data = open_dataset(dataset, columns) if dataset else None
     played = chosen_tasks(tasks) if dataset is None or episodes else ()
     request = Deployment(
         run=RunFolder(run),

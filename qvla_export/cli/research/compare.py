@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qvla_export.cli.options import (
-    CamerasOption,
     CountOption,
     DatasetOption,
     EnvironmentOption,
@@ -15,19 +14,21 @@ from qvla_export.cli.options import (
     JsonOption,
     PolicyOption,
     PresetOption,
-    StateColumnOption,
     TargetOption,
     TasksOption,
     UnnormKeyOption,
     WorkersOption,
+    with_columns,
 )
 from qvla_export.cli.progress import progress_shown
+from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
     from qvla_export.comparison.contestants import Contestant
 
 
+@with_columns
 def compare(
     policy: PolicyOption = Path("checkpoints/reference"),
     run: Annotated[
@@ -64,8 +65,7 @@ def compare(
     held_out: HeldOutOption = 64,
     environment: EnvironmentOption = Path(".baselines"),
     dataset: DatasetOption = None,
-    cameras: CamerasOption = None,
-    state_column: StateColumnOption = "observation.state",
+    columns: ColumnOptions = USUAL_COLUMNS,
     tasks: TasksOption = None,
     page_only: Annotated[
         bool, typer.Option(help="Measure nothing, write the pages of what is there.")
@@ -83,9 +83,10 @@ def compare(
     from engines.targets import find_target
     from qvla_export.comparison.comparison import FLOAT
     from qvla_export.comparison.contestants import WITH_EPISODES
-    from qvla_export.pipeline.calibrate import chosen_tasks, open_dataset
+    from qvla_export.pipeline.calibrate import chosen_tasks
     from qvla_export.pipeline.compare.compare import compare_contestants, write_pages
     from qvla_export.pipeline.compare.job import ComparisonJob
+    from qvla_export.pipeline.data_source import open_dataset
     from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
 
     first = WITH_EPISODES if episodes_for is None else _listed(episodes_for)
@@ -97,7 +98,7 @@ def compare(
         contestants=_contestants(contestants, tables),
         with_episodes=tuple(dict.fromkeys([FLOAT, *first])),
         seeds=_seeds(seeds),
-        dataset=open_dataset(dataset, cameras, state_column),
+        dataset=open_dataset(dataset, columns) if dataset else None,
         tasks=chosen_tasks(tasks),
         count=count,
         held_out=held_out,

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qvla_export.cli.options import JsonOption, PresetOption, UnnormKeyOption
+from qvla_export.cli.options import JsonOption, PresetOption, UnnormKeyOption, with_columns
+from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
 
 if TYPE_CHECKING:
     from qvla_export.pipeline.robot.doctor import Examination
@@ -18,6 +19,7 @@ _FAILED = 2
 _STYLES = {"error": "red", "warning": "yellow", "unknown": "cyan", "ok": "green"}
 
 
+@with_columns
 def doctor(
     bundle: Annotated[Path | None, typer.Argument(help="Bundle folder that is to run.")] = None,
     engines: Annotated[
@@ -31,6 +33,7 @@ def doctor(
     dataset: Annotated[
         Path | None, typer.Option(help="LeRobotDataset folder whose columns are checked.")
     ] = None,
+    columns: ColumnOptions = USUAL_COLUMNS,
     libero: Annotated[
         bool, typer.Option("--libero", help="Check LIBERO's versions though it is not installed.")
     ] = False,
@@ -50,7 +53,7 @@ def doctor(
     request = DoctorRequest(
         bundle, engines, checkpoint, unnorm_key, preset, libero, host, port, token_file
     )
-    examination = examine_machine(request, dataset)
+    examination = examine_machine(request, dataset, columns)
     if as_json:
         typer.echo(json.dumps(examination.to_json(), indent=1))
     else:

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from qvla_export.cli.options import (
-    CamerasOption,
     SeedOption,
-    StateColumnOption,
     ThreadsOption,
     WeightsOption,
+    with_columns,
 )
 from qvla_export.cli.robot.run_options import (
     CommandJointsOption,
@@ -36,11 +35,13 @@ from qvla_export.cli.robot.run_options import (
     SimulatedTimeOption,
     SourceOption,
 )
+from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
 
 if TYPE_CHECKING:
     from jetson.control.records import RunResult
 
 
+@with_columns
 def run(
     policy: RunPolicyArgument,
     source: SourceOption,
@@ -64,8 +65,7 @@ def run(
     seconds: SecondsOption = None,
     simulated_time: SimulatedTimeOption = False,
     seed: SeedOption = 1_000_000,
-    cameras: CamerasOption = None,
-    state_column: StateColumnOption = "observation.state",
+    columns: ColumnOptions = USUAL_COLUMNS,
     joints: JointsOption = "",
     command_joints: CommandJointsOption = "",
     threads: ThreadsOption = None,
@@ -80,7 +80,7 @@ def run(
     from qvla_export.pipeline.robot.control_loop import run_policy
     from qvla_export.pipeline.robot.control_options import RunOptions
 
-    result = run_policy(RunOptions(**options | {"cameras": tuple(cameras or ())}))
+    result = run_policy(RunOptions(**options))
     # Not on stdout where the commands are.
     typer.echo(_summary(result), err=commands == "stdout")
     if not result.ok:

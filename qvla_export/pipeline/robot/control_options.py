@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
 from qvla_export.shared.errors import QvlaError
 
 
@@ -33,8 +34,7 @@ class RunOptions:
     seconds: float | None = None
     simulated_time: bool = False
     seed: int = 1_000_000
-    cameras: tuple[str, ...] = ()
-    state_column: str = "observation.state"
+    columns: ColumnOptions = USUAL_COLUMNS
     joints: str = ""
     command_joints: str = ""
     threads: int | None = None

@@ -50,13 +50,12 @@ def open_source(
 
 def _episode(options: RunOptions, contract: "PolicyContract", clock: "LoopClock") -> "Source":
     from jetson.control.sources import EpisodeSource
-    from qvla_export.pipeline.calibrate import open_dataset
+    from qvla_export.pipeline.data_source import open_dataset
 
     root, _, number = options.place.partition("#")
     if not number.isdecimal():
         raise QvlaError(f"say which episode: episode:{root}#0, got {options.source!r}")
-    dataset = open_dataset(Path(root), list(options.cameras), options.state_column)
-    assert dataset is not None
+    dataset = open_dataset(Path(root), options.columns)
     if int(number) >= len(dataset.episodes):
         raise QvlaError(f"{root} has episodes 0 to {len(dataset.episodes) - 1}, got {number}")
     span = dataset.episodes[int(number)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions, open_dataset
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
@@ -33,16 +34,21 @@ class Examination:
         return {"format": _FORMAT, "counts": self.counts, "findings": shown}
 
 
-def examine_machine(request: "DoctorRequest", dataset: Path | None = None) -> Examination:
+def examine_machine(
+    request: "DoctorRequest",
+    dataset: Path | None = None,
+    columns: ColumnOptions = USUAL_COLUMNS,
+) -> Examination:
     """Look at every setting that makes a policy fail, act wrongly or run late; never an error.
 
     Args:
         request: what the machine is to run.
         dataset: folder of a LeRobotDataset whose columns are compared with the policy's.
+        columns: which of its columns are what.
     """
     from jetson.doctor.examination import examine, read_subject
 
-    facts = None if dataset is None else _dataset_facts(dataset)
+    facts = None if dataset is None else _dataset_facts(dataset, columns)
     subject = read_subject(request, dataset=facts, load_problem=_load_problem(request))
     return Examination(examine(request, subject))
 
@@ -63,16 +69,12 @@ def _load_problem(request: "DoctorRequest") -> str | None:
     return ""
 
 
-def _dataset_facts(path: Path) -> "DatasetFacts":
+def _dataset_facts(path: Path, columns: ColumnOptions) -> "DatasetFacts":
     """Return a data set's columns; or why it, or the library for it, is not there."""
     from jetson.doctor.observations import DatasetFacts
 
     try:
-        from calibration.sources.lerobot import LeRobotDataset
-    except ImportError as error:
-        return DatasetFacts(path, f"{error.name} is not installed", "pip install 'qvla[host]'")
-    try:
-        dataset = LeRobotDataset(path)
+        dataset = open_dataset(path, columns)
         return DatasetFacts(
             path,
             frames=len(dataset),
@@ -80,5 +82,7 @@ def _dataset_facts(path: Path) -> "DatasetFacts":
             state_dim=dataset.width(dataset.keys.state),
             action_dim=dataset.width(dataset.keys.action),
         )
+    except ImportError as error:
+        return DatasetFacts(path, f"{error.name} is not installed", "pip install 'qvla[host]'")
     except (QvlaError, OSError, KeyError, TypeError, ValueError) as error:
         return DatasetFacts(path, " ".join(str(error).split()) or type(error).__name__)

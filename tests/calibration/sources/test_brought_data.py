@@ -21,7 +21,8 @@ from calibration.sources.base import BadFrame
 from calibration.sources.image_codec import encode_png
 from calibration.sources.lerobot import KeyMap, LeRobotDataset
 from calibration.sources.lerobot_writer import write_dataset
-from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate, open_dataset
+from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate
+from qvla_export.pipeline.data_source import ColumnOptions, open_dataset
 from qvla_export.pipeline.progress import Progress
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.shared.errors import ArtifactError, QvlaError
@@ -130,12 +131,25 @@ def test_a_state_may_be_several_columns_as_droids(original: Path, root: Path) ->
     set_column(root / DATA, "gripper_position", states[:, 3].tolist(), pa.float32())
     edit_features(root, lambda f: f.update(gripper_position={"dtype": "float32", "shape": [1]}))
     for column in (STATE, "joint_position,gripper_position"):
-        dataset = open_dataset(root, None, column)
-        assert dataset is not None
+        dataset = open_dataset(root, ColumnOptions(state_column=column))
         assert drawn_from(dataset).digest == drawn_from(LeRobotDataset(original)).digest
-    alone = open_dataset(root, None, "gripper_position")
-    assert alone is not None
+    alone = open_dataset(root, ColumnOptions(state_column="gripper_position"))
     assert np.array_equal(alone[2].observation.state, states[2, 3:])
+
+
+def test_the_action_may_be_another_column_or_none(original: Path, root: Path) -> None:
+    actions = np.array(pq.read_table(root / DATA)["action"].to_pylist(), np.float32)
+    rename(root, {"action": "command"})
+    set_column(root / DATA, "gripper", actions[:, 0].tolist(), pa.float32())
+    edit_features(root, lambda f: f.update(gripper={"dtype": "float32", "shape": [1]}))
+    both = open_dataset(root, ColumnOptions(action_column="command,gripper"))
+    assert np.array_equal(both[7].action, [*actions[7], actions[7, 0]])
+    assert both.width(both.keys.action) == 5
+    for column in ("", "action"):
+        assert open_dataset(root, ColumnOptions(action_column=column))[7].action.shape == (0,)
+    with pytest.raises(QvlaError, match=r"the dataset has no torque; its keys are .*command"):
+        open_dataset(root, ColumnOptions(action_column="torque"))
+    assert drawn_from(both).digest == drawn_from(LeRobotDataset(original)).digest
 
 
 def test_calibration_needs_no_action(original: Path, root: Path) -> None:
@@ -150,12 +164,10 @@ def test_instructions_may_be_a_column_of_texts(root: Path) -> None:
     texts = [f"do {row}" for row in range(FRAMES * NUMBER)]
     set_column(root / DATA, "language_instruction", texts)
     edit_features(root, lambda f: f.update(language_instruction={"dtype": "string", "shape": [1]}))
-    dataset = open_dataset(root, None, STATE, "language_instruction")
-    assert dataset is not None
+    dataset = open_dataset(root, ColumnOptions(instruction_column="language_instruction"))
     assert [dataset[i].observation.instruction for i in (0, 7, 39)] == ["do 0", "do 7", "do 39"]
     assert dataset.identity() != LeRobotDataset(root).identity()
-    numbers = open_dataset(root, None, STATE, "index")
-    assert numbers is not None
+    numbers = open_dataset(root, ColumnOptions(instruction_column="index"))
     with pytest.raises(ArtifactError, match="column index: an instruction is a text, got int"):
         numbers[0]
 
@@ -179,13 +191,13 @@ def test_cameras_of_one_name_or_one_column_are_refused(root: Path) -> None:
     )
     with pytest.raises(QvlaError, match=r"left.rgb, .*right.rgb would all be camera rgb.*--camera"):
         LeRobotDataset(root)
-    columns = [f"{side}=observation.images.{side}.rgb" for side in ("left", "right")]
-    both = open_dataset(root, columns, STATE)
-    assert both is not None and both.cameras == ("left", "right")
+    columns = tuple(f"{side}=observation.images.{side}.rgb" for side in ("left", "right"))
+    both = open_dataset(root, ColumnOptions(columns))
+    assert both.cameras == ("left", "right")
     with pytest.raises(QvlaError, match=r"cameras a, b would all show column .*left\.rgb"):
-        open_dataset(root, [f"{n}=observation.images.left.rgb" for n in "ab"], STATE)
+        open_dataset(root, ColumnOptions(tuple(f"{n}=observation.images.left.rgb" for n in "ab")))
     with pytest.raises(QvlaError, match="names a camera twice"):
-        open_dataset(root, [f"a={c.partition('=')[2]}" for c in columns], STATE)
+        open_dataset(root, ColumnOptions(tuple(f"a={c.partition('=')[2]}" for c in columns)))
 
 
 def test_depth_is_no_colour(root: Path) -> None:
