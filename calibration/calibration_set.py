@@ -2,18 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from calibration.benchmarks.metaworld.demonstrations import Recording, record_episode
-from calibration.benchmarks.metaworld.simulator import Simulator
+from calibration.benchmarks.metaworld.simulator import ACTION_NAMES, UNIT_MM, Simulator
 from calibration.benchmarks.metaworld.tasks import TASKS, find_task
+from calibration.demonstrated_actions import (
+    FOLLOWING,
+    Demonstrations,
+    following_actions,
+    names_of,
+    pad_following,
+)
 from calibration.frame_draws import Drawable, draw_frames
 from calibration.packed_observations import pack, unpack
 from calibration.sources.base import DataSource
@@ -32,6 +40,7 @@ from qvla_export.shared.observation import Observation
 _FORMAT = "qvla-calibration-1"
 _DESCRIPTION = "calibration.json"
 _TENSORS = "observations.safetensors"
+_DEMONSTRATIONS = "demonstrations.safetensors"
 FRAMES_PER_EPISODE = 2
 _REMEDY = "make it anew with qvla calibrate"
 
@@ -47,6 +56,8 @@ class CalibrationSet:
     # How many of `observations` come from each episode, one after the other and in its order;
     # empty where not known.
     episode_lengths: tuple[int, ...] = ()
+    # What was done from the held-out ones on; None where no actions were recorded.
+    demonstrations: Demonstrations | None = None
 
     def __repr__(self) -> str:
         return f"<CalibrationSet: {describe(self)}>"
@@ -125,8 +136,13 @@ class CalibrationSet:
             "episode_lengths": list(self.episode_lengths),
             "instructions": [o.instruction for o in everything],
         }
+        actions = self.demonstrations
+        if actions is not None:
+            description["demonstrations"] = actions.describe()
         with new_folder(path) as folder:
             write_bytes(folder / _TENSORS, packed)
+            if actions is not None:
+                write_bytes(folder / _DEMONSTRATIONS, actions.pack())
             write_json(folder / _DESCRIPTION, description)
 
     @staticmethod
@@ -149,10 +165,13 @@ class CalibrationSet:
             source = dict(description["source"])
             # Sets written before episodes were told apart lack it.
             lengths = tuple(int(n) for n in description.get("episode_lengths", ()))
+            about, actions = description.get("demonstrations"), None
+            if about is not None:
+                actions = Demonstrations.unpack((path / _DEMONSTRATIONS).read_bytes(), about)
         except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is incomplete or damaged ({error}); {_REMEDY}") from error
         loaded = CalibrationSet(
-            tuple(everything[:count]), tuple(everything[count:]), source, lengths
+            tuple(everything[:count]), tuple(everything[count:]), source, lengths, actions
         )
         if loaded.digest != description["digest"]:
             raise ArtifactError(
@@ -198,11 +217,19 @@ def sample_dataset(
     def observation(episode: int, frame: int) -> Observation:
         return dataset.frame(episode, frame).observation
 
-    episodes = ((sizes[int(n)], partial(observation, int(n))) for n in order)
+    episodes = (
+        Drawable(
+            sizes[int(n)],
+            partial(observation, int(n)),
+            partial(following_actions, dataset, int(n)),
+        )
+        for n in order
+    )
     source = {**dataset.identity(), "seed": seed}
     if skip_bad_frames:
         source["bad_frames"] = 0
-    return _draw(episodes, count, held_out, seed, source, frames_per_episode)
+    drawn = _draw(episodes, count, held_out, seed, source, frames_per_episode)
+    return _with_names(drawn, lambda dim: names_of(dataset, dim))
 
 
 def sample_simulator(
@@ -230,10 +257,25 @@ def sample_simulator(
             with Simulator(find_task(name)) as simulator:
                 recorded[name] = [record_episode(simulator, recording, i) for i in range(rounds)]
         ordered = (recorded[name][i] for i in range(rounds) for name in tasks)
-        return ((len(episode), episode.observation) for episode in ordered)
+        return (Drawable(len(e), e.observation, partial(_following, e.action)) for e in ordered)
 
     source = {"simulator": list(tasks), "seed": seed}
-    return _draw(episodes(), count, held_out, seed, source, frames_per_episode)
+    drawn = _draw(episodes(), count, held_out, seed, source, frames_per_episode)
+    return _with_names(drawn, lambda _: ACTION_NAMES, UNIT_MM)
+
+
+def _following(actions: NDArray[np.float32], frame: int) -> NDArray[np.float32]:
+    return actions[frame : frame + FOLLOWING]
+
+
+def _with_names(
+    drawn: CalibrationSet, names: Callable[[int], tuple[str, ...]], unit_mm: float | None = None
+) -> CalibrationSet:
+    plain = drawn.demonstrations
+    if plain is None:
+        return drawn
+    named = replace(plain, names=names(plain.actions.shape[-1]), unit_mm=unit_mm)
+    return replace(drawn, demonstrations=named)
 
 
 def _require_counts(count: int, held_out: int, frames_per_episode: int) -> None:
@@ -259,6 +301,7 @@ def _draw(
     lengths: list[list[int]] = []
     for wanted in (count, held_out):
         drawn: list[Observation] = []
+        actions: list[NDArray[np.float32]] = []
         lengths.append([])
         while len(drawn) < wanted:
             episode = next(ordered, None)
@@ -268,7 +311,9 @@ def _draw(
                     f"{frames} of each; ask for fewer or record more"
                 )
             taken = draw_frames(episode, random, min(frames, wanted - len(drawn)), skipped)
-            drawn.extend(taken)
+            drawn.extend(taken.values())
+            if len(lengths) == 2:  # held out
+                actions.extend(map(episode.following, taken))
             # An episode of bad frames alone gives nothing.
             lengths[-1].extend([len(taken)] if taken else [])
         parts.append(tuple(drawn))
@@ -277,7 +322,9 @@ def _draw(
         source["bad_frames"] = len(skipped)
     if frames != FRAMES_PER_EPISODE:
         source["frames_per_episode"] = frames
-    return CalibrationSet(parts[0], parts[1], source, tuple(lengths[0]))
+    padded = pad_following(actions)
+    demonstrations = None if padded is None else Demonstrations(padded)
+    return CalibrationSet(parts[0], parts[1], source, tuple(lengths[0]), demonstrations)
 
 
 def describe(calibration: CalibrationSet) -> str:

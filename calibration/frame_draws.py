@@ -1,6 +1,7 @@
 """Drawing frames from one episode, with others in place of bad ones."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,14 +9,23 @@ from numpy.typing import NDArray
 from calibration.sources.base import BadFrame
 from qvla_export.shared.observation import Observation
 
-# An episode to draw from: its number of frames, and what reads one of them.
-Drawable = tuple[int, Callable[[int], Observation]]
+
+@dataclass(frozen=True)
+class Drawable:
+    """An episode to draw from."""
+
+    # Of its frames.
+    length: int
+    # Reads what is seen at a frame.
+    observation: Callable[[int], Observation]
+    # Reads the recorded actions from a frame on.  float32 [n, dim]
+    following: Callable[[int], NDArray[np.float32]]
 
 
 def draw_frames(
     episode: Drawable, random: np.random.Generator, most: int, skipped: list[int] | None
-) -> list[Observation]:
-    """Read frames of an episode, in order.
+) -> dict[int, Observation]:
+    """Read frames of an episode: frame number -> what is seen there, in order.
 
     Args:
         episode: where to draw.
@@ -26,10 +36,10 @@ def draw_frames(
     Raises:
         BadFrame: a frame has no usable state or instruction, and such are not left out.
     """
-    length, observation = episode
+    length, observation = episode.length, episode.observation
     rows = np.sort(random.choice(length, size=min(most, length), replace=False))
     if skipped is None:
-        return [observation(int(row)) for row in rows]
+        return {int(row): observation(int(row)) for row in rows}
     good: dict[int, Observation] = {}
     others: NDArray[np.int64] | None = None
     while len(rows):
@@ -44,4 +54,4 @@ def draw_frames(
             break
         missing = most - len(good)
         rows, others = others[:missing], others[missing:]
-    return [good[row] for row in sorted(good)]
+    return dict(sorted(good.items()))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from calibration.sources.base import BadFrame, Frame
 from calibration.sources.image_codec import decode_png
 from calibration.sources.lerobot_columns import KeyMap as KeyMap
-from calibration.sources.lerobot_columns import resolve_columns, split_columns
+from calibration.sources.lerobot_columns import number_names, resolve_columns, split_columns
 from calibration.sources.lerobot_metadata import (
     EpisodeSpan,
     read_episodes,
@@ -108,6 +108,28 @@ class LeRobotDataset:
         span = self._span(episode)
         for index in range(span.start, span.stop):
             yield self[index]
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Names of an action's numbers; empty where the features do not tell them apart."""
+        return number_names(self.features, self._actions)
+
+    def actions(self, episode: int, start: int, stop: int) -> NDArray[np.float32]:
+        """Read the actions of frames [start, stop) of an episode, no pictures.
+
+        Null is NaN.  float32 [n, dim], dim 0 where the dataset has no actions.
+
+        Raises:
+            IndexError: there is no such episode or frame.
+            ArtifactError: the dataset is damaged.
+        """
+        span = self._span(episode)
+        if not 0 <= start < stop <= span.stop - span.start:
+            raise IndexError(f"frames {start}..{stop} of {span.stop - span.start}")
+        if not self._actions:
+            return np.zeros((stop - start, 0), np.float32)
+        table = self._read(span, span.start + start, span.start + stop)
+        return self._matrix(table, self._actions, span, start)
 
     def identity(self) -> dict[str, Any]:
         """Return name, digest of the metadata and the columns used."""

@@ -72,6 +72,32 @@ def split_columns(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",")) if text else ()
 
 
+def number_names(features: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the numbers in columns of vectors, as `names` of their features says.
+
+    LeRobot writes a list, or a table of lists such as {"motors": [...]}. Empty where names are
+    missing, not told apart, or only number themselves (action_0, action_1).
+    """
+    names = [name for column in columns for name in _names(features[column])]
+    stems = {re.sub(r"[\W_]*\d+$", "", name) for name in names}
+    numbered = len(names) > 1 and len(stems) == 1 and not _says_what(stems.pop())
+    return () if numbered or len(set(names)) < len(names) else tuple(names)
+
+
+def _names(feature: Any) -> list[str]:
+    value = feature.get("names") if isinstance(feature, dict) else None
+    if isinstance(value, dict):
+        lists = list(value.values())
+        value = [name for part in lists if isinstance(part, list) for name in part]
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        return []
+    return value
+
+
+def _says_what(stem: str) -> bool:
+    return stem not in ("", "action", "actions", "dim", "dimension", "motor", "value", "a")
+
+
 def _usual(
     name: str | None, usual: str, others: tuple[str, ...], features: Mapping[str, Any]
 ) -> str | None:

@@ -49,7 +49,12 @@ def calibrate(
     source = _simulator_source(request) if redrawn is None else dict(redrawn.source)
 
     def is_current(old: CalibrationSet) -> bool:
-        return dict(old.source) == source and (redrawn is None or old.digest == redrawn.digest)
+        if redrawn is None:
+            # Sets drawn before actions were kept lack them.
+            return dict(old.source) == source and old.demonstrations is not None
+        drawn = (old.digest, old.demonstrations and old.demonstrations.digest)
+        again = (redrawn.digest, redrawn.demonstrations and redrawn.demonstrations.digest)
+        return dict(old.source) == source and drawn == again
 
     drawn = load_if_current(run.calibration, CalibrationSet.load, is_current)
     finished = drawn is not None

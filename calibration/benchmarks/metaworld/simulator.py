@@ -23,6 +23,9 @@ IMAGE_SIZE = 84
 ACTION_REPEAT = 2
 CONTROL_HZ = 40
 ACTION_DIM = 4
+ACTION_NAMES = ("x", "y", "z", "gripper")
+# Of an action of 1: the simulator moves the hand's target by 10 mm (`action_scale`) at each step.
+UNIT_MM = 10.0 * ACTION_REPEAT
 STATE_DIM = 4
 CAMERA = "image"
 PACKAGES = "libegl1 libgl1 libgles2 libegl-mesa0 libosmesa6"
