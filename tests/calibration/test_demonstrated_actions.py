@@ -119,6 +119,5 @@ def test_the_simulators_actions_are_the_experts() -> None:
     ],
 )
 def test_names_of_numbers(names: object, expected: tuple[str, ...]) -> None:
-    assert (
-        number_names({"action": {"names": json.loads(json.dumps(names))}}, ("action",)) == expected
-    )
+    features = {"action": {"names": names}}
+    assert number_names(features, ("action",)) == expected
