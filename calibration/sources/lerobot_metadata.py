@@ -1,7 +1,6 @@
 """What the `meta` folder of a LeRobotDataset says: v3.0 in parquet, v2.0 and v2.1 in JSON lines."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,10 @@ from typing import Any
 from calibration.sources.lerobot_writer import TASKS_PATH
 from calibration.sources.other_formats import describe_other_format
 from calibration.sources.parquet_rows import read_parquet
-from qvla_export.shared.artifacts import read_json, require_fields
+from qvla_export.shared.artifacts import require_fields
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.json_documents import FOREIGN, read_json, read_lines
+from qvla_export.shared.json_documents import whole_number as whole_number
 
 _INFO_FIELDS = ("codebase_version", "fps", "features", "total_episodes", "total_frames")
 _VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -46,7 +47,7 @@ def read_info(root: Path) -> dict[str, Any]:
         raise ArtifactError(other)
     if root.is_file():
         raise ArtifactError(f"LeRobot dataset info not found: {root} is a file, not a folder")
-    info = read_json(path, "LeRobot dataset info")
+    info = read_json(path, "LeRobot dataset info", FOREIGN)
     if not isinstance(info, dict):
         raise ArtifactError(f"{path} holds no JSON object")
     require_fields(info, _INFO_FIELDS, str(path))
@@ -78,7 +79,7 @@ def read_tasks(root: Path) -> dict[int, str]:
     path = root / TASKS_PATH
     if not path.exists() and (root / _TASKS_JSON).exists():
         path = root / _TASKS_JSON
-        rows = list(_json_lines(path))
+        rows = [row for _, row in read_lines(path, "LeRobot tasks", FOREIGN)]
     else:
         table = read_parquet(path)
         # pandas names its index column only if the index had a name.
@@ -115,22 +116,6 @@ def read_episodes(root: Path, info: Mapping[str, Any]) -> tuple[EpisodeSpan, ...
     return tuple(spans)
 
 
-def whole_number(value: Any, place: str) -> int:
-    """Return a whole number, also where it is stored as a float.
-
-    Raises:
-        ArtifactError: it is null, NaN, negative or no number; `place` says where.
-    """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    # NaN is unequal to itself, and infinity has no whole part.
-    if not number or value != value or value < 0 or value >= 2**63 or value != int(value):
-        raise ArtifactError(
-            f"{place}: a whole number from 0 on is needed, got {value!r}; write the dataset's "
-            "metadata anew"
-        )
-    return int(value)
-
-
 def _spans_of_tables(root: Path) -> list[EpisodeSpan]:
     paths = sorted((root / "meta/episodes").glob("chunk-*/file-*.parquet"))
     if not paths:
@@ -157,7 +142,8 @@ def _spans_of_lines(root: Path, info: Mapping[str, Any]) -> list[EpisodeSpan]:
     path = root / _EPISODES_JSON
     chunk = whole_number(info.get("chunks_size", _CHUNK_EPISODES), f"{root}, chunks_size")
     rows = []
-    for number, line in enumerate(_json_lines(path)):
+    lines = (row for _, row in read_lines(path, "LeRobot episodes", FOREIGN))
+    for number, line in enumerate(lines):
         place = f"{path}, row {number}, column"
         index = whole_number(line.get("episode_index"), f"{place} episode_index")
         rows.append((index, whole_number(line.get("length"), f"{place} length")))
@@ -169,20 +155,3 @@ def _spans_of_lines(root: Path, info: Mapping[str, Any]) -> list[EpisodeSpan]:
         file = f"data/chunk-{index // max(chunk, 1):03d}/episode_{index:06d}.parquet"
         spans.append(EpisodeSpan(index, start, start + length, file))
     return spans
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is missing or damaged ({error})") from None
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ArtifactError(f"{path}, line {number + 1} is not valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ArtifactError(f"{path}, line {number + 1} holds no JSON object")
-        yield row

@@ -12,6 +12,12 @@ from qvla_export.shared.errors import ArtifactError
 
 # What pyarrow raises for damaged bytes; names that are no UTF-8 come as a bare decoding error.
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
+# Bounds of what a footer announces, which is allocated before data shows whether it is true.
+_MOST_FOOTER_BYTES = 256 << 20
+_MOST_ROWS = 200_000_000
+_MOST_GROUP_BYTES = 8 << 30
+# Of a table that is read whole: episodes, tasks, one column of numbers.
+_MOST_TABLE_BYTES = 4 << 30
 
 
 class ParquetRows:
@@ -85,6 +91,8 @@ class ParquetRows:
 
     def _read_group(self, group: int) -> Any:
         if group != self._group:
+            size = self._file.metadata.row_group(group).total_byte_size
+            _require_at_most(_MOST_GROUP_BYTES, size, self._root / str(self._name), "a row group")
             try:
                 self._table = self._file.read_row_group(group, columns=self._columns)
             except _DAMAGED as error:
@@ -101,11 +109,20 @@ def open_parquet(path: Path) -> Any:
         ArtifactError: it is missing, truncated or no parquet file.
     """
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
+        file = pq.ParquetFile(
+            path,
+            page_checksum_verification=True,
+            thrift_string_size_limit=_MOST_FOOTER_BYTES,
+            thrift_container_size_limit=_MOST_FOOTER_BYTES // 8,
+        )
     except FileNotFoundError:
         raise ArtifactError(f"a file of the dataset is missing: {path}") from None
     except _DAMAGED as error:
         raise _damage_error(path, error) from None
+    if not 0 <= file.metadata.num_rows <= _MOST_ROWS:
+        file.close()
+        raise _damage_error(path, ValueError(f"{file.metadata.num_rows} rows are announced"))
+    return file
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
@@ -120,9 +137,21 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
             missing = [key for key in columns or () if key not in present]
             if missing:
                 raise ArtifactError(f"{path} lacks the columns {missing}; it has {present}")
+            groups = range(file.metadata.num_row_groups)
+            size = sum(file.metadata.row_group(i).total_byte_size for i in groups)
+            if columns is None:
+                _require_at_most(_MOST_TABLE_BYTES, size, path, "a table of metadata")
             return file.read(columns=None if columns is None else list(columns))
         except _DAMAGED as error:
             raise _damage_error(path, error) from None
+
+
+def _require_at_most(most: int, size: int, path: Path, what: str) -> None:
+    if not 0 <= size <= most:
+        raise ArtifactError(
+            f"{path}: {what} of {size:,} bytes is announced, at most {most:,} are read; write the "
+            "dataset with smaller row groups"
+        )
 
 
 def _damage_error(path: Path, error: Exception) -> ArtifactError:

@@ -15,17 +15,11 @@ names the log time of its observation. Log times are nanoseconds since 1970.
 import json
 from typing import Any, Literal
 
-FORMAT = "qvla.recording/1"
-# Names of the metadata records.
-ABOUT = "qvla"
-END = "qvla.end"
+from qvla_export.shared.recorded_messages import ACTION, CAMERA, OBSERVATION
 
 Images = Literal["png", "jpeg"]
 IMAGES: tuple[Images, ...] = ("png", "jpeg")
 
-CAMERA = "/camera/"
-OBSERVATION = "/observation"
-ACTION = "/action"
 STEP = "/step"
 BOARD = "/board"
 

@@ -27,23 +27,12 @@ from PIL import Image
 from jetson.board import BoardState
 from jetson.errors import RefusedSetting
 from jetson.recording.queue import DropQueue, QueuedWrite
-from jetson.recording.schemas import (
-    ABOUT,
-    ACTION,
-    BOARD,
-    CAMERA,
-    END,
-    FORMAT,
-    IMAGES,
-    OBSERVATION,
-    SCHEMAS,
-    STEP,
-    Images,
-)
+from jetson.recording.schemas import BOARD, IMAGES, SCHEMAS, STEP, Images
 from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.request_observer import ServedRequest
 from qvla_export.shared.artifacts import versions
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.recorded_messages import ABOUT, ACTION, CAMERA, END, FORMAT, OBSERVATION
 
 if TYPE_CHECKING:
     from jetson.control.chunks import TimedChunk

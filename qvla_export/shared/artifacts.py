@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
+from qvla_export.shared.json_documents import read_json as read_json
 
 # Versions recorded beside every artifact: what can change its numbers.
 _RECORDED = ("numpy", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "mujoco")
@@ -77,20 +78,6 @@ def write_json(path: Path, value: Any) -> None:
     data = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
     if not path.is_file() or path.read_bytes() != data:
         write_bytes(path, data)
-
-
-def read_json(path: Path, what: str) -> Any:
-    """Read JSON; `what` names the artifact in the error.
-
-    Raises:
-        ArtifactError: the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ArtifactError(f"{what} not found: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{what} is not valid JSON: {path}: {error}") from None
 
 
 @contextlib.contextmanager

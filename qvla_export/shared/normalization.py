@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import StatisticsError
+from qvla_export.shared.json_documents import FOREIGN, read_json
 
 Normalization = Literal["q99", "bounds"]
 
@@ -102,13 +102,12 @@ def read_statistics(path: Path) -> tuple[Path, dict[str, Any]]:
         StatisticsError: what is there is no table.
     """
     config = path.parent / "config.json"
-    inside = (
-        read_json(config, "model configuration") if not path.exists() and config.exists() else 0
-    )
+    only_there = not path.exists() and config.exists()
+    inside = read_json(config, "model configuration", FOREIGN) if only_there else None
     if isinstance(inside, dict) and "norm_stats" in inside:
         path, table = config, inside["norm_stats"]
     else:
-        table = read_json(path, "data set statistics")
+        table = read_json(path, "data set statistics", FOREIGN)
     if not isinstance(table, dict) or not table:
         raise StatisticsError(f"{path} must map data set names to statistics, got {table!r:.80}")
     return path, table

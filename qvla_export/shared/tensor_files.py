@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from qvla_export.shared.artifacts import write_pieces
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.json_documents import parse_document
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -198,8 +199,12 @@ def open_tensor_file(
             pass  # its header and size are right
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        provenance = json.loads(header.pop("__metadata__", {}).get("qvla", "{}"))
+            header = parse_document(file.read(length), "the header")
+        provenance = parse_document(
+            header.pop("__metadata__", {}).get("qvla", "{}"), "the provenance"
+        )
+        if not isinstance(provenance, dict):
+            raise ValueError("the provenance is no object")
         places = {
             name: _Place(
                 _DTYPES[entry["dtype"]],

@@ -15,8 +15,8 @@ from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.oft.keys import check_keys, to_upstream
 from qvla_export.policies.oft.module import OftModule
 from qvla_export.policies.oft.weights import CheckpointWeights
-from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.json_documents import FOREIGN, read_json
 
 _VISION_EPS = 1e-6  # timm's LayerNorm default, of both towers
 # Present in transformers' modules, absent from timm checkpoints.
@@ -87,7 +87,7 @@ def save_module(module: OftModule, checkpoint: Path, step: int) -> None:
 def _architecture(
     checkpoint: Path, config: OftConfig, weights: Mapping[str, Tensor]
 ) -> OftArchitecture:
-    raw = read_json(checkpoint / "config.json", "model configuration")
+    raw = read_json(checkpoint / "config.json", "model configuration", FOREIGN)
     text = raw.get("text_config")
     if raw.get("model_type") != "openvla" or not isinstance(text, dict):
         raise CheckpointError(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import GEOMETRIES, PROMPT_TOKENS, find_geometry
 from qvla_export.policies.oft.config import load_config
-from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.images import load_image_spec
+from qvla_export.shared.json_documents import FOREIGN, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ class OftFamily:
 
     def recognizes(self, checkpoint: Path) -> bool:
         """Whether config.json is an OpenVLA's."""
-        raw = read_json(checkpoint / "config.json", "model configuration")
+        raw = read_json(checkpoint / "config.json", "model configuration", FOREIGN)
         return isinstance(raw, dict) and raw.get("model_type") == self.model_type
 
     def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:

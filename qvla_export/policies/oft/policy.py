@@ -27,10 +27,11 @@ from qvla_export.policies.oft.smoothing import find_migrations
 from qvla_export.policies.oft.weights import CheckpointWeights, open_weights
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
-from qvla_export.shared.artifacts import read_json, sha256_tree
+from qvla_export.shared.artifacts import sha256_tree
 from qvla_export.shared.clock import SpanClock
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.images import ImageSpec, load_image_spec
+from qvla_export.shared.json_documents import FOREIGN, read_json
 from qvla_export.shared.normalization import load_statistics
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.processor import Processor, ProcessorSpec, load_tokenizer
@@ -299,7 +300,8 @@ def _token_centers(checkpoint: Path, config: OftConfig) -> Tensor:
     """Bin centres by token id (openvla `ActionTokenizer`): the top id is the lowest action."""
     if config.head == "l1":
         return torch.zeros(0)
-    bins = int(read_json(checkpoint / "config.json", "model configuration")["n_action_bins"])
+    raw = read_json(checkpoint / "config.json", "model configuration", FOREIGN)
+    bins = int(raw["n_action_bins"])
     edges = np.linspace(-1, 1, bins)
     centers = (edges[:-1] + edges[1:]) / 2
     index = np.clip(np.arange(bins)[::-1], 0, bins - 2)

@@ -1,5 +1,7 @@
 """Recordings: what was seen and done comes back, also when the recorder is killed."""
 
+import dataclasses
+import itertools
 import json
 import os
 import re
@@ -11,14 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lz4.frame
 import numpy as np
 import pytest
+import zstandard
 from command_runs import qvla
 from echo_policy import OFT, EchoPolicy, oft_fields, post
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from mcap.reader import make_reader
+from mcap.records import Channel, Chunk, DataEnd, Message, Metadata, Schema
+from mcap.stream_reader import StreamReader
+from mcap.writer import CompressionType, Writer
 from places import HELPERS, ROOT
 from small_recordings import recorder, served
 
@@ -33,6 +40,7 @@ from jetson.server_settings import ServerSettings
 from jetson.serving.request_observer import ServedRequest
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
+from qvla_export.shared.mcap_records import unpack_chunk
 from qvla_export.shared.observation import Observation
 
 
@@ -292,3 +300,52 @@ def test_commands_record_profile_and_replay(
     assert max(told["drift"]["max_normalized"]) < 1e-4
     refused = qvla("replay", path, tiny_checkpoint, "--max-drift", -1)
     assert refused.code == 1 and "is above" in refused.err
+
+
+@pytest.mark.parametrize("way", ["lz4", "zstd without content size", "zstd in several frames"])
+def test_chunks_of_other_writers_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """As the official writer (lz4) and Go's tools (zstd as a stream) compress."""
+    path, other = tmp_path / "run.mcap", tmp_path / "other.mcap"
+    recorded(path, [served(index) for index in range(4)])
+    plain = zstandard.ZstdCompressor(write_content_size=False)
+
+    def compress(data: bytes) -> bytes:
+        cuts = (0, len(data) // 3, len(data)) if "several" in way else (0, len(data))
+        return b"".join(plain.compress(data[a:b]) for a, b in itertools.pairwise(cuts))
+
+    monkeypatch.setattr("mcap.writer.zstandard.compress", compress)
+    kind = CompressionType.LZ4 if way == "lz4" else CompressionType.ZSTD
+    with path.open("rb") as source, other.open("wb") as target:
+        writer = Writer(target, chunk_size=20_000, compression=kind)
+        writer.start()
+        for record in StreamReader(source).records:
+            if isinstance(record, Metadata):
+                writer.add_metadata(record.name, record.metadata)
+            elif isinstance(record, Schema):
+                writer.register_schema(record.name, record.encoding, record.data)
+            elif isinstance(record, Channel):
+                writer.register_channel(record.topic, record.message_encoding, record.schema_id)
+            elif isinstance(record, Message):
+                writer.add_message(
+                    record.channel_id, record.log_time, record.data, record.publish_time
+                )
+            elif isinstance(record, DataEnd):
+                break
+        writer.finish()
+    moments = list(Recording(other).moments())
+    assert len(moments) == 4
+    for index, moment in enumerate(moments):
+        same(moment, served(index))
+
+
+@pytest.mark.parametrize("kind", ["zstd", "lz4"])
+def test_a_chunk_that_unpacks_to_more_than_it_says_is_not_unpacked(kind: str) -> None:
+    data = bytes(1 << 20)
+    squeeze = zstandard.compress if kind == "zstd" else lz4.frame.compress
+    chunk = Chunk(kind, squeeze(data), 0, 0, 0, 100)
+    with pytest.raises(ValueError, match="of 101 bytes or more where 100 are announced"):
+        unpack_chunk(chunk)
+    with pytest.raises(ValueError, match="at most 268435456 are read"):
+        unpack_chunk(dataclasses.replace(chunk, uncompressed_size=1 << 40))
