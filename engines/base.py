@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from engines.layer_times import LayerTimes
 from qvla_export.shared.artifacts import read_json, require_fields
-from qvla_export.shared.bundle import PLAN, Bundle, TensorSpec
+from qvla_export.shared.bundle import PLAN, Bundle
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.part import TensorSpec
 
 _Self = TypeVar("_Self")  # typing.Self needs Python 3.11
 Feeds = Mapping[str, NDArray[Any]]
@@ -53,12 +54,18 @@ class Engine(Protocol):
 
     @property
     def part_ms(self) -> Mapping[str, float]:
-        """Milliseconds of the last `infer` by part, in order; empty before the first.
+        """Milliseconds of the last `infer` by run of the program; empty before the first.
 
-        Each graph by its name. Where the runtime lets copies be told apart (TensorRT, by
-        events in the GPU's stream) also "host_to_device" and "device_to_host"; where there are
-        none, or they are hidden in a part (ONNX Runtime), neither.
+        A graph that runs once by itself goes by its name, parts that repeat by their run's
+        ("decode"), all repetitions together. Where the runtime lets copies be told apart
+        (TensorRT, by events in the GPU's stream) also "host_to_device" and "device_to_host";
+        where there are none, or they are hidden in a part (ONNX Runtime), neither.
         """
+        ...
+
+    @property
+    def part_calls(self) -> Mapping[str, int]:
+        """How many graphs the last `infer` ran, by run of the program; empty before the first."""
         ...
 
     def close(self) -> None:
@@ -81,11 +88,17 @@ class BundleEngine(abc.ABC):
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._part_ms: Mapping[str, float] = {}
+        self._part_calls: Mapping[str, int] = {}
 
     @property
     def part_ms(self) -> Mapping[str, float]:
-        """Milliseconds of the last `infer` by part, in order; see `Engine`."""
+        """Milliseconds of the last `infer` by run, in order; see `Engine`."""
         return self._part_ms
+
+    @property
+    def part_calls(self) -> Mapping[str, int]:
+        """How many graphs the last `infer` ran, by run; see `Engine`."""
+        return self._part_calls
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

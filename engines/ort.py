@@ -1,6 +1,7 @@
 """ONNX Runtime on a CPU, or on a GPU by its CUDA execution provider."""
 
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +12,11 @@ from numpy.typing import NDArray
 from engines.base import BundleEngine, EngineError, Feeds, check_feeds, rounds_activations
 from engines.layer_times import LayerTime, LayerTimes
 from engines.ort_layers import profiling_options, read_profile
-from qvla_export.shared.bundle import Bundle, Part
-from qvla_export.shared.clock import SpanClock
+from engines.program.ort_values import call_part, to_ort
+from engines.program.part_log import PartLog
+from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.part import Part
+from qvla_export.shared.program import PartRuns, run_program
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 _UNPACK = "session.disable_quant_qdq"
@@ -28,7 +32,10 @@ Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider"]
 
 
 class OrtEngine(BundleEngine):
-    """A bundle's graphs on ONNX Runtime, one after the other; see `Engine`."""
+    """A bundle's graphs on ONNX Runtime, run as its program says; see `Engine`.
+
+    What a part puts out stays in the runtime until no part reads it any more.
+    """
 
     def __init__(
         self,
@@ -45,7 +52,7 @@ class OrtEngine(BundleEngine):
             threads: threads of one operator; None for one a physical core.
             weights: how quantized weights are held in memory.
             keep_loaded: False loads each part when its turn comes and frees it afterwards: one
-                part's memory instead of the policy's, at the cost of loading for every action.
+                part's memory instead of the policy's, at the cost of loading for every call.
             provider: what computes. Operators that CUDA lacks run on the CPU.
 
         Raises:
@@ -73,15 +80,10 @@ class OrtEngine(BundleEngine):
         if not self._open:
             raise EngineError("the engine is closed; load it again")
         check_feeds(self.inputs, feeds)
-        values = dict(feeds)
-        clock = SpanClock()
-        for part in self._bundle.parts:
-            # Loading, where a part is not kept, is part of what the part takes.
-            with clock.span(part.name):
-                session = self._sessions[part.name] if self._keep_loaded else self._load(part)
-                _run(session, part, values)
-        self._part_ms = clock.timing_ms
-        return {spec.name: values[spec.name] for spec in self.outputs}
+        log = PartLog()
+        outputs = self._run_program(feeds, self._sessions, log)
+        self._part_ms, self._part_calls = log.part_ms, log.part_calls
+        return outputs
 
     def layer_times(self, feeds: Feeds, passes: int = 50) -> LayerTimes:
         """Run the whole bundle some times with ONNX Runtime's profiler on; see `LayerTimes`.
@@ -107,17 +109,33 @@ class OrtEngine(BundleEngine):
                 for part in self._bundle.parts
             }
             for _ in range(runs):
-                values = dict(feeds)
-                for part in self._bundle.parts:
-                    _run(sessions[part.name], part, values)
+                self._run_program(feeds, sessions, PartLog())
+            calls = self._bundle.program.calls
             for name, session in sessions.items():
-                rows += read_profile(Path(session.end_profiling()), name, runs, _UNTIMED_PASSES)
+                profile, count = Path(session.end_profiling()), calls[name]
+                rows += read_profile(profile, name, runs, _UNTIMED_PASSES, count)
         return LayerTimes(self.runtime, tuple(rows))
 
     def close(self) -> None:
         """Free the sessions."""
         self._open = False
         self._sessions = {}
+
+    def _run_program(
+        self, feeds: Feeds, sessions: Mapping[str, Any], log: PartLog
+    ) -> dict[str, NDArray[Any]]:
+        """Return the bundle's outputs; a part without a session is loaded for each call."""
+        parts = {part.name: part for part in self._bundle.parts}
+        device = "cuda" if self._provider == "CUDAExecutionProvider" else "cpu"
+
+        def call(run: PartRuns, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+            # Loading, where a part is not kept, is part of what the part takes.
+            with log.call(run):
+                session = sessions[name] if name in sessions else self._load(parts[name])
+                return call_part(session, parts[name], inputs, device)
+
+        values = run_program(self._bundle.program, self._bundle.reads, to_ort(feeds), call)
+        return {spec.name: values[spec.name].numpy() for spec in self.outputs}
 
     def _load(self, part: Part, options: Any = None) -> Any:
         path = self._bundle.model_path(part)
@@ -138,13 +156,6 @@ class OrtEngine(BundleEngine):
                 "NVIDIA driver and that CUDA and cuDNN are those onnxruntime-gpu was built for"
             )
         return session
-
-
-def _run(session: Any, part: Part, values: dict[str, NDArray[Any]]) -> None:
-    """Add a part's outputs to the values its inputs are among."""
-    names = [spec.name for spec in part.outputs]
-    inputs = {spec.name: values[spec.name] for spec in part.inputs}
-    values.update(zip(names, session.run(names, inputs), strict=True))
 
 
 def _require_provider(provider: Provider) -> None:

@@ -13,7 +13,9 @@ from qvla_export.shared.node_names import parse_node_name
 _KERNEL = "_kernel_time"
 
 
-def read_profile(path: Path, part: str, runs: int, dropped: int) -> tuple[LayerTime, ...]:
+def read_profile(
+    path: Path, part: str, runs: int, dropped: int, calls: int = 1
+) -> tuple[LayerTime, ...]:
     """Read a profile that ONNX Runtime wrote of one session.
 
     Its clock counts whole microseconds: small nodes are 0, 1 or 2 of them.
@@ -21,8 +23,9 @@ def read_profile(path: Path, part: str, runs: int, dropped: int) -> tuple[LayerT
     Args:
         path: JSON, a list of trace events.
         part: whose session it was.
-        runs: how often the session ran.
-        dropped: first runs to leave out.
+        runs: how many actions it ran for.
+        dropped: first of them to leave out.
+        calls: how often it ran for one action; their times are added up.
 
     Raises:
         EngineError: it is no such profile, or holds a node more or less often than it ran.
@@ -44,22 +47,22 @@ def read_profile(path: Path, part: str, runs: int, dropped: int) -> tuple[LayerT
             f"ONNX Runtime's profile of part {part!r} cannot be read "
             f"({type(error).__name__}: {error}); is it another version's?"
         ) from error
-    odd = {name: len(times) for (_, name), times in taken.items() if len(times) != runs}
+    odd = {name: len(times) for (_, name), times in taken.items() if len(times) != runs * calls}
     if odd or not taken:
         raise EngineError(
             f"ONNX Runtime's profile of part {part!r} holds {len(taken)} nodes, of which "
-            f"{len(odd)} ran not {runs} times: {dict(list(odd.items())[:3])}; it keeps a million "
-            "events, so ask for fewer passes"
+            f"{len(odd)} ran not {runs * calls} times: {dict(list(odd.items())[:3])}; it keeps a "
+            "million events, so ask for fewer passes"
         )
     return tuple(
-        _row(part, name, kinds[index, name], times[dropped:])
+        _row(part, name, kinds[index, name], times[dropped * calls :], calls)
         for (index, name), times in taken.items()
     )
 
 
-def _row(part: str, name: str, op_type: str, times_ms: list[float]) -> LayerTime:
+def _row(part: str, name: str, op_type: str, times_ms: list[float], calls: int) -> LayerTime:
     found = parse_node_name(name)
-    samples_ms = np.array(times_ms)
+    samples_ms = np.array(times_ms).reshape(-1, calls).sum(axis=1)
     if found is None:
         return LayerTime(part, name, op_type, "", None, samples_ms)
     return LayerTime(part, name, op_type, found.layer, found.bits, samples_ms)

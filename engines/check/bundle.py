@@ -10,7 +10,8 @@ from engines.check.ort_rules import check_ort
 from engines.check.quantization_rules import check_quantization
 from engines.check.rules import RULES
 from engines.trt.modules import is_tensorrt
-from qvla_export.shared.bundle import MANIFEST, Bundle, Part, TensorSpec
+from qvla_export.shared.bundle import MANIFEST, Bundle
+from qvla_export.shared.part import Part, TensorSpec
 from qvla_export.shared.target import Target
 
 

@@ -12,7 +12,8 @@ from engines.trt.modules import TrtModule
 from engines.trt.seal import UnsealedEngine
 from engines.trt.sidecar import REMEDY, Sidecar, engine_path, sidecar_path
 from qvla_export.shared.artifacts import require_same
-from qvla_export.shared.bundle import Bundle, Part
+from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.part import Part
 
 
 def admit_sidecar(bundle: Bundle, part: Part, folder: Path) -> Sidecar:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from engines.trt.device import Address, Device
 from engines.trt.shapes import Shape, ShapeRange
-from qvla_export.shared.bundle import TensorSpec
+from qvla_export.shared.part import TensorSpec
 
 
 class Buffers:

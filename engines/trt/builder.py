@@ -17,12 +17,13 @@ from engines.trt.modules import BuildError, TrtModule, load_module, require_devi
 from engines.trt.network import Network, parse_part, part_inputs, part_outputs
 from engines.trt.progress import Progress
 from engines.trt.seal import UnsealedEngine
-from engines.trt.shapes import PromptRange, ShapeRange, input_ranges
+from engines.trt.shapes import PromptRange, ShapeRange, input_ranges, require_straight
 from engines.trt.sidecar import Origin, Sidecar, engine_path, sidecar_path
 from engines.trt.timing_cache import TimingCache
 from qvla_export.shared.artifacts import read_json, sha256_file, write_bytes, write_json
-from qvla_export.shared.bundle import Bundle, Part
+from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.part import Part
 from qvla_export.shared.target import Target
 
 _LOGGER = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def build_engines(
         TimingCacheError: the timing cache is not for this build.
     """
     settings = settings or BuildSettings()
+    require_straight(bundle)
     target = find_target(bundle.target)
     module = load_module(target)
     gpu = find()

@@ -24,9 +24,10 @@ from engines.trt.layer_log import LayerLog
 from engines.trt.log import Log
 from engines.trt.modules import TrtModule, load_module
 from engines.trt.runner import PartRunner, RunnerSetup, Scratch
-from engines.trt.shapes import Shape, ShapeRange
+from engines.trt.shapes import Shape, ShapeRange, require_straight
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
-from qvla_export.shared.bundle import Bundle, Part
+from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.part import Part
 
 # First passes of a profile: what TensorRT puts off until a context runs.
 _UNTIMED_PASSES = 5
@@ -63,6 +64,7 @@ class TensorRtEngine(BundleEngine):
             EngineError: an engine is missing, was built elsewhere, for something else or by
                 another version, or does not load.
         """
+        require_straight(bundle)
         folder = engine_folder(bundle) if folder is None else folder
         sidecars = {part.name: admit_sidecar(bundle, part, folder) for part in bundle.parts}
         self._module = module or load_module(find_target(bundle.target))
@@ -161,6 +163,7 @@ class TensorRtEngine(BundleEngine):
         names = (_TO_DEVICE, *(part.name for part in parts), _TO_HOST)
         pairs = zip(names, self._events[:-1], self._events[1:], strict=True)
         self._part_ms = {name: device.elapsed_ms(start, end) for name, start, end in pairs}
+        self._part_calls = {part.name: 1 for part in parts}
         # Copies, since the next action overwrites the pinned memory.
         results = {name: view.copy() for name, view in views.items()}
         for part in parts:

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engines.trt.modules import BuildError
-from qvla_export.shared.bundle import TensorSpec
+from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.part import TensorSpec
+from qvla_export.shared.program import Program
 
 Shape = tuple[int, ...]
 
@@ -23,6 +25,21 @@ class PromptRange:
                 f"prompt lengths must be 1 <= min <= opt <= max, "
                 f"got {self.min}, {self.opt}, {self.max}"
             )
+
+
+def require_straight(bundle: Bundle) -> None:
+    """Refuse a bundle whose parts repeat: its engines would need a profile for each run.
+
+    Raises:
+        BuildError: it has a program.
+    """
+    names = tuple(part.name for part in bundle.parts)
+    if bundle.program != Program.straight(names):
+        raise BuildError(
+            f"{bundle.path} runs parts several times ({dict(bundle.program.calls)}), which "
+            "TensorRT engines do not do in this version; qvla verify --runtime ort runs its "
+            "graphs, and targets of ONNX Runtime serve it"
+        )
 
 
 @dataclass(frozen=True)

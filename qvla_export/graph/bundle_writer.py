@@ -15,15 +15,16 @@ from qvla_export.shared.bundle import (
     GOLDEN,
     MANIFEST,
     PLAN,
+    PROGRAM_FORMAT,
     TOKENIZER,
     Bundle,
     Golden,
-    Part,
-    TensorSpec,
     manifest_digest,
 )
 from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.part import Part, TensorSpec
 from qvla_export.shared.processor import Processor, processor_to_json
+from qvla_export.shared.program import Program, program_to_json
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class BundleContents:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parts: tuple[Part, ...]
+    program: Program
     golden: Golden
     # SHA-256 of the policy's checkpoint.
     policy_digest: str
@@ -79,8 +81,9 @@ def _manifest(folder: Path, contents: BundleContents) -> dict[str, Any]:
         for file in sorted(folder.iterdir())
     }
     plan = None if contents.plan is None else {**contents.plan, "digest": files[PLAN]["sha256"]}
+    straight = contents.program == Program.straight(part.name for part in contents.parts)
     manifest: dict[str, Any] = {
-        "format": FORMAT,
+        "format": FORMAT if straight else PROGRAM_FORMAT,
         "target": contents.target,
         "policy_digest": contents.policy_digest,
         "plan": plan,
@@ -93,6 +96,8 @@ def _manifest(folder: Path, contents: BundleContents) -> dict[str, Any]:
         "versions": versions(),
         "files": files,
     }
+    if not straight:
+        manifest["program"] = program_to_json(contents.program)
     return {**manifest, "digest": manifest_digest(manifest)}
 
 

@@ -27,6 +27,7 @@ from qvla_export.quantizer.plan import BitPlan
 from qvla_export.shared.artifacts import read_json, require_same, versions, write_json
 from qvla_export.shared.bundle import PLAN, Bundle, Golden
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.program import Program
 from qvla_export.shared.target import Target
 
 # Arithmetic of ONNX Runtime's MatMulNBits: 0 keeps activations in float32. 4 rounds them to 8 bits
@@ -124,6 +125,7 @@ def _contents(
         inputs=tuple(spec for name, spec in inputs.items() if name not in outputs),
         outputs=parts[-1].outputs,
         parts=parts,
+        program=Program.straight(part.name for part in parts),
         golden=golden,
         policy_digest=policy.digest,
         weight_bytes=total_bytes(exported),

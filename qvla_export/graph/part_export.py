@@ -16,8 +16,8 @@ from qvla_export.graph.passes.name_nodes import name_nodes
 from qvla_export.policies.base import Policy, PolicyPart
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.shared.artifacts import read_json, write_json
-from qvla_export.shared.bundle import Part, TensorSpec, part_from_json
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.part import Part, TensorSpec, part_from_json
 from qvla_export.shared.target import Target
 
 

@@ -1,13 +1,14 @@
 """The noun `Bundle`: a folder with everything a robot needs to act, each file vouched for.
 
 manifest.json, one graph `<part>.onnx` a part with its weights `<part>.onnx.data`,
-tokenizer.json, golden.safetensors and, for a quantized policy, plan.json. The robot imports this
-module: no torch, no onnx. `qvla_export.graph.bundle_writer` writes it.
+tokenizer.json, golden.safetensors and, for a quantized policy, plan.json. Where parts repeat, the
+manifest holds a program; without one they run once each, in order. The robot imports this module:
+no torch, no onnx. `qvla_export.graph.bundle_writer` writes it.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,9 +20,13 @@ from safetensors.numpy import load_file
 
 from qvla_export.shared.artifacts import read_json, require_fields, sha256_file
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
+from qvla_export.shared.part import Part, TensorSpec, part_from_json, specs_from_json
 from qvla_export.shared.processor import Processor, load_tokenizer, processor_from_json
+from qvla_export.shared.program import Program, ProgramError, program_from_json
+from qvla_export.shared.program_check import require_runnable
 
-FORMAT = "qvla-bundle-2"
+# Parts that run once each, in order; and with a program, which older versions would not obey.
+FORMAT, PROGRAM_FORMAT = "qvla-bundle-2", "qvla-bundle-3"
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 TOKENIZER = "tokenizer.json"
@@ -40,32 +45,6 @@ _FIELDS = (
     "files",
 )
 _REMEDY = "copy the bundle again or export it anew"
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype and shape of a graph's input or output."""
-
-    name: str
-    # numpy's name: "float32", "int64".
-    dtype: str
-    # A name instead of a size where any size will do.
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One graph of a bundle, run in order; it reads the bundle's inputs and earlier outputs."""
-
-    # "vision", "decoder", "head".
-    name: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-    @property
-    def model(self) -> str:
-        """File name of the graph; its weights lie beside it, with `.data` appended."""
-        return f"{self.name}.onnx"
 
 
 @dataclass(frozen=True)
@@ -89,8 +68,9 @@ class Bundle:
     # What an observation becomes, and what the last part makes of it.
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    # In the order they run.
     parts: tuple[Part, ...]
+    # How they run.
+    program: Program
     # The whole manifest, as read.
     manifest: Mapping[str, Any] = field(repr=False)
 
@@ -142,6 +122,11 @@ class Bundle:
         options: Mapping[str, Any] = self.manifest["engine_options"]
         return options
 
+    @property
+    def reads(self) -> Mapping[str, tuple[str, ...]]:
+        """Part name -> names of its inputs."""
+        return {part.name: tuple(spec.name for spec in part.inputs) for part in self.parts}
+
     def model_path(self, part: Part) -> Path:
         """Return the path of a part's graph; its weights lie beside it."""
         return self.path / part.model
@@ -175,14 +160,17 @@ class Bundle:
             parts = tuple(part_from_json(value) for value in manifest["stages"])
             _verify_files(path, manifest["files"], {part.model for part in parts})
             tokenizer = load_tokenizer(path / TOKENIZER)
-            return Bundle(
+            bundle = Bundle(
                 path=path,
                 processor=processor_from_json(manifest["processor"], tokenizer),
-                inputs=_specs_from_json(manifest["inputs"]),
-                outputs=_specs_from_json(manifest["outputs"]),
+                inputs=specs_from_json(manifest["inputs"]),
+                outputs=specs_from_json(manifest["outputs"]),
                 parts=parts,
+                program=_program(manifest, parts),
                 manifest=manifest,
             )
+            require_runnable(bundle.program, parts, bundle.inputs, bundle.outputs)
+            return bundle
         except (AttributeError, KeyError, TypeError) as error:
             raise ArtifactError(
                 f"the manifest of {path} lacks or misstates {error}; {_REMEDY}"
@@ -191,10 +179,11 @@ class Bundle:
 
 def _read_manifest(path: Path) -> Mapping[str, Any]:
     manifest = read_json(path, "bundle manifest")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    formats = (FORMAT, PROGRAM_FORMAT)
+    if not isinstance(manifest, dict) or manifest.get("format") not in formats:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise ArtifactError(
-            f"{path} must be of format {FORMAT!r}, got {found!r}; "
+            f"{path} must be of format {' or '.join(map(repr, formats))}, got {found!r}; "
             "export the bundle with this version"
         )
     stated = manifest.get("digest")
@@ -203,6 +192,16 @@ def _read_manifest(path: Path) -> Mapping[str, Any]:
         raise ArtifactMismatch(_damage_message(path, str(stated), found))
     require_fields(manifest, _FIELDS, f"bundle manifest {path}")
     return manifest
+
+
+def _program(manifest: Mapping[str, Any], parts: Sequence[Part]) -> Program:
+    if manifest["format"] == FORMAT:
+        if "program" in manifest:
+            raise ProgramError(f"format {FORMAT!r} has no program, the manifest does; {_REMEDY}")
+        return Program.straight(part.name for part in parts)
+    if "program" not in manifest:
+        raise ProgramError(f"the manifest lacks its program; {_REMEDY}")
+    return program_from_json(manifest["program"])
 
 
 def _verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], models: set[str]) -> None:
@@ -231,16 +230,3 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a manifest that has no digest of its own yet."""
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _specs_from_json(values: Any) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(value["name"], value["dtype"], tuple(value["shape"])) for value in values
-    )
-
-
-def part_from_json(value: Any) -> Part:
-    """Rebuild a part from what `dataclasses.asdict` made of it."""
-    return Part(
-        value["name"], _specs_from_json(value["inputs"]), _specs_from_json(value["outputs"])
-    )

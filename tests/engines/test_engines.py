@@ -47,6 +47,7 @@ class ConstantEngine:
     def __init__(self, bundle: Bundle, value: float) -> None:
         self.inputs, self.outputs, self.runtime = bundle.inputs, bundle.outputs, "constant 1"
         self.part_ms: dict[str, float] = {}
+        self.part_calls: dict[str, int] = {}
         self._value = value
 
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:

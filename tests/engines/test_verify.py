@@ -46,6 +46,7 @@ class ReplayEngine:
     def __init__(self, bundle: Bundle, chunks: Actions) -> None:
         self.inputs, self.outputs, self.runtime = bundle.inputs, bundle.outputs, "replay 1"
         self.part_ms: dict[str, float] = {}
+        self.part_calls: dict[str, int] = {}
         self._chunks = iter(chunks)
 
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:

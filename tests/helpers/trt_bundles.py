@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from qvla_export.graph.bundle_writer import BundleContents, write_bundle
 from qvla_export.graph.external_data import ExternalData
 from qvla_export.policies.base import Policy
-from qvla_export.shared.bundle import Bundle, Golden, Part, TensorSpec
+from qvla_export.shared.bundle import Bundle, Golden
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.part import Part, TensorSpec
+from qvla_export.shared.program import Program
 
 WIDTH = 32
 _HALF, _FLOAT, _LONG = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64
@@ -131,6 +133,7 @@ def bundle_of_parts(
         processor=policy.processor,
         inputs=tuple(inputs.values()),
         outputs=specs[-1].outputs,
+        program=Program.straight(models),
         parts=specs,
         golden=Golden(feeds, actions, actions),
         policy_digest="0" * 64,
