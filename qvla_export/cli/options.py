@@ -71,6 +71,14 @@ NewRunOption = Annotated[
     Path,
     typer.Option("--run", "--run-folder", help="Run folder; an existing one continues."),
 ]
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace finished work of more than 60 CPU seconds where an option has changed; "
+        "without it that is refused, and cheaper work is replaced and named.",
+    ),
+]
 PolicyOption = Annotated[
     Path,
     typer.Option(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from qvla_export.pipeline.calibrate import load_calibration
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
+from qvla_export.pipeline.work.log import ArtifactWork, recorded_work, short
 from qvla_export.quantizer.activation_statistics import ActivationStatistics
 
 if TYPE_CHECKING:
@@ -38,11 +39,16 @@ def activations(
     )
     current = world.broadcast(recorded is not None)
     if not current:
-        shown = bar(on_progress, _WORK)
-        recorded = measure_activations(
-            policy, calibration.observations, calibration.digest, shown, world
-        )
-        if world.rank == 0:
-            recorded.save(run.activations)
+        options = {
+            "--policy": short(policy.digest),
+            "calibration set": short(calibration.digest),
+        }
+        record = ArtifactWork(run, run.activations, options, (run.calibration,))
+        with recorded_work(record, on_progress, world) as hear:
+            recorded = measure_activations(
+                policy, calibration.observations, calibration.digest, bar(hear, _WORK), world
+            )
+            if world.rank == 0:
+                recorded.save(run.activations)
     finish(on_progress, _WORK, current)
     return recorded or ActivationStatistics.load(run.activations)

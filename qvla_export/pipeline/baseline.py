@@ -1,6 +1,6 @@
 """The step that has another library quantize the policy, and judges it like our own settings."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from qvla_export.pipeline.calibrate import load_calibration, require_calibration
 from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current, require_artifact
+from qvla_export.pipeline.work.judgements import error_work, rollout_work
+from qvla_export.pipeline.work.log import ArtifactWork, Value, recorded_work, short
 from qvla_export.shared.target import Target
 
 if TYPE_CHECKING:
@@ -154,7 +156,13 @@ def quantize(
         source.unnorm_key,
         source.preset,
     )
-    baseline = environment.run(job, bar(on_progress, request.setting))
+    options: dict[str, Value] = {
+        "--policy": short(policy.digest),
+        "calibration set": short(calibration.digest),
+        **{f"--{name.replace('_', '-')}": value for name, value in asdict(request).items()},
+    }
+    with recorded_work(ArtifactWork(run, path, options, (run.calibration,)), on_progress) as hear:
+        baseline = environment.run(job, bar(hear, request.setting))
     finish(on_progress, request.setting, kept=False)
     return baseline
 
@@ -193,13 +201,15 @@ def action_error(
     if earlier is not None:
         finish(on_progress, "action error", kept=True)
         return earlier
-    reference = golden_actions(policy, None, calibration.held_out).full_precision
-    with baseline_applied(policy, baseline):
-        actions = golden_actions(policy, None, calibration.held_out).full_precision
-    unit = policy.processor.statistics.action.scale()
-    drift = action_drift(reference, actions, unit, policy.processor.spec.action_bins)
-    error = held_out_error(subject, drift, reference[0].size)
-    error.save(path)
+    made_of = baseline_paths(run.root, setting).baseline
+    with recorded_work(error_work(run, path, subject, made_of), on_progress):
+        reference = golden_actions(policy, None, calibration.held_out).full_precision
+        with baseline_applied(policy, baseline):
+            actions = golden_actions(policy, None, calibration.held_out).full_precision
+        unit = policy.processor.statistics.action.scale()
+        drift = action_drift(reference, actions, unit, policy.processor.spec.action_bins)
+        error = held_out_error(subject, drift, reference[0].size)
+        error.save(path)
     finish(on_progress, "action error", kept=False)
     return error
 
@@ -241,6 +251,8 @@ def rollouts(
         reference=single,
         reference_digest=baseline.policy_digest,
     )
-    evaluation = evaluate(job, paths.evaluation, workers, bar(on_progress, work))
+    record = rollout_work(run, paths.evaluation, job, paths.baseline)
+    with recorded_work(record, on_progress) as hear:
+        evaluation = evaluate(job, paths.evaluation, workers, bar(hear, work))
     finish(on_progress, work, kept=False)
     return evaluation

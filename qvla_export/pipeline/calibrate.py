@@ -1,10 +1,12 @@
 """The step that draws the calibration set, from a data set or the simulator."""
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qvla_export.pipeline.progress import OnProgress, Progress, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current, require_artifact
+from qvla_export.pipeline.work.log import ArtifactWork, Value, recorded_work, short
 from qvla_export.shared.artifacts import require_same
 
 if TYPE_CHECKING:
@@ -59,8 +61,10 @@ def calibrate(
     drawn = load_if_current(run.calibration, CalibrationSet.load, is_current)
     finished = drawn is not None
     if drawn is None:
-        on_progress(Progress(_WORK))
-        (redrawn or _draw(request)).save(run.calibration)
+        digest = None if redrawn is None else redrawn.digest
+        with recorded_work(_calibration_work(run, source, digest), on_progress) as hear:
+            hear(Progress(_WORK))
+            (redrawn or _draw(request)).save(run.calibration)
         drawn = CalibrationSet.load(run.calibration)
     finish(on_progress, _WORK, finished)
     return drawn
@@ -84,6 +88,19 @@ def _simulator_source(request: CalibrationRequest) -> dict[str, Any]:
     source |= {"count": request.count, "held_out": request.held_out}
     frames = request.frames_per_episode or FRAMES_PER_EPISODE
     return source | ({"frames_per_episode": frames} if frames != FRAMES_PER_EPISODE else {})
+
+
+def _calibration_work(run: RunFolder, source: dict[str, Any], digest: str | None) -> ArtifactWork:
+    """Return the record of a drawing: what a set's source says, under the names of options."""
+    options: dict[str, Value] = {
+        f"--{name.replace('_', '-')}": value
+        if isinstance(value, str | int | float | bool | None)
+        else json.dumps(value)
+        for name, value in source.items()
+    }
+    if digest is not None:
+        options["observations"] = short(digest)
+    return ArtifactWork(run, run.calibration, options)
 
 
 def put_calibration(

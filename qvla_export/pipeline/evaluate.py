@@ -20,6 +20,8 @@ from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current, require_artifact
 from qvla_export.pipeline.verify import held_out_reference
+from qvla_export.pipeline.work.judgements import error_work, rollout_work
+from qvla_export.pipeline.work.log import ArtifactWork, Value, recorded_work, short
 from qvla_export.shared.artifacts import require_same
 
 if TYPE_CHECKING:
@@ -89,14 +91,15 @@ def action_error(
     if earlier is not None:
         finish(on_progress, "action error", kept=True)
         return earlier
-    reference = held_out_reference(bundle, policy, plan, calibration.held_out)
-    with load_engine(bundle, runtime=runtime) as engine:
-        verdict = verify(bundle, engine, reference)
-    drift = verdict.action_error
-    assert drift is not None
-    _, horizon, dimensions = reference.actions.shape
-    error = held_out_error(subject, drift, horizon * dimensions, verdict.drift.worst)
-    error.save(path)
+    with recorded_work(error_work(run, path, subject, bundle.path), on_progress):
+        reference = held_out_reference(bundle, policy, plan, calibration.held_out)
+        with load_engine(bundle, runtime=runtime) as engine:
+            verdict = verify(bundle, engine, reference)
+        drift = verdict.action_error
+        assert drift is not None
+        _, horizon, dimensions = reference.actions.shape
+        error = held_out_error(subject, drift, horizon * dimensions, verdict.drift.worst)
+        error.save(path)
     finish(on_progress, "action error", kept=False)
     return error
 
@@ -144,7 +147,8 @@ def rollouts(
         reference=None if config.control != "none" else source,
         reference_digest=bundle.policy_digest,
     )
-    evaluation = evaluate(job, path, workers, bar(on_progress, work))
+    with recorded_work(rollout_work(run, path, job, bundle.path), on_progress) as hear:
+        evaluation = evaluate(job, path, workers, bar(hear, work))
     finish(on_progress, work, kept=False)
     return evaluation
 
@@ -196,8 +200,16 @@ def latency(
         finish(on_progress, "latency", kept=True)
         return earlier
     calibration = load_calibration(run)
-    comparison = _profile(contenders, served, calibration.held_out, samples, threads, on_progress)
-    comparison.save(run.latency)
+    options: dict[str, Value] = {
+        "--settings": ",".join(names),
+        "--samples": samples,
+        "--threads": threads,
+        **{c.name: short(c.bundle.digest) for c in contenders},
+    }
+    bundles = tuple(run.bundle(setting) for setting in settings)
+    with recorded_work(ArtifactWork(run, run.latency, options, bundles), on_progress) as hear:
+        comparison = _profile(contenders, served, calibration.held_out, samples, threads, hear)
+        comparison.save(run.latency)
     finish(on_progress, "latency", kept=False)
     return comparison
 

@@ -2,15 +2,17 @@
 
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline.calibrate import load_calibration, require_calibration
-from qvla_export.pipeline.plan import load_plan, with_codes
+from qvla_export.pipeline.plan import digest_of_codes, load_plan, with_codes
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
+from qvla_export.pipeline.work.log import ArtifactWork, Value, recorded_work, short
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.observation import Observation
@@ -65,20 +67,39 @@ def export(
         shutil.rmtree(unfinished_folder(path), ignore_errors=True)
         finish(on_progress, work, kept=True)
         return current
-    shown = bar(on_progress, work)
-    shown(0, len(parts))
-    graph = _float_graph(policy, target) if layers_per_part is None else None
-    bundle = export_bundle(
-        policy,
-        planned,
-        target,
-        golden,
-        path,
-        ExportOptions(graph, options, layers_per_part),
-        on_progress=shown,
-    )
+    settings: dict[str, Value] = {
+        "--policy": short(policy.digest),
+        "plan": None if planned is None else short(planned.digest),
+        "codes": None if planned is None else short(digest_of_codes(planned)),
+        "calibration set": short(calibration.digest),
+        "--target": target.name,
+        "--layers-per-part": layers_per_part,
+        "--accuracy-level": accuracy_level,
+    }
+    record = ArtifactWork(run, path, settings, _sources(run, setting, planned))
+    with recorded_work(record, on_progress) as hear:
+        shown = bar(hear, work)
+        shown(0, len(parts))
+        graph = _float_graph(policy, target) if layers_per_part is None else None
+        bundle = export_bundle(
+            policy,
+            planned,
+            target,
+            golden,
+            path,
+            ExportOptions(graph, options, layers_per_part),
+            on_progress=shown,
+        )
     finish(on_progress, work, kept=False)
     return bundle
+
+
+def _sources(run: RunFolder, setting: Setting, planned: BitPlan | None) -> tuple[Path, ...]:
+    """Artifacts that a bundle is made of."""
+    if planned is None:
+        return (run.calibration,)
+    rounded = () if planned.rounding is None else (run.rounding(setting),)
+    return (run.calibration, run.plan(setting), *rounded)
 
 
 def graph_figures(bundle: "Bundle") -> str:

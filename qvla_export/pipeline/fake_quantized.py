@@ -13,10 +13,12 @@ from qvla_export.pipeline.action_error import (
     load_error_if_current,
 )
 from qvla_export.pipeline.calibrate import load_calibration, require_calibration
-from qvla_export.pipeline.plan import load_plan
+from qvla_export.pipeline.plan import digest_of_codes, load_plan
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
+from qvla_export.pipeline.work.judgements import error_work, rollout_work
+from qvla_export.pipeline.work.log import recorded_work
 
 if TYPE_CHECKING:
     from calibration.benchmarks.evaluation import Evaluation, RolloutConfig
@@ -93,19 +95,15 @@ def action_error(
     if earlier is not None:
         finish(on_progress, "action error", kept=True)
         return earlier
-    golden = golden_actions(policy, plan, calibration.held_out)
-    unit = policy.processor.statistics.action.scale()
-    bins = policy.processor.spec.action_bins
-    drift = action_drift(golden.full_precision, golden.reference, unit, bins)
-    error = held_out_error(subject, drift, golden.reference[0].size)
-    error.save(path)
+    with recorded_work(error_work(run, path, subject, run.plan(setting)), on_progress):
+        golden = golden_actions(policy, plan, calibration.held_out)
+        unit = policy.processor.statistics.action.scale()
+        bins = policy.processor.spec.action_bins
+        drift = action_drift(golden.full_precision, golden.reference, unit, bins)
+        error = held_out_error(subject, drift, golden.reference[0].size)
+        error.save(path)
     finish(on_progress, "action error", kept=False)
     return error
-
-
-def digest_of_codes(plan: "BitPlan") -> str:
-    """Return what tells a plan from others: its codes' digest where it has some of its own."""
-    return plan.digest if plan.rounding is None else plan.rounding.digest
 
 
 def rollouts(
@@ -143,6 +141,7 @@ def rollouts(
         reference=single,
         reference_digest=plan.policy_digest,
     )
-    evaluation = evaluate(job, path, workers, bar(on_progress, work))
+    with recorded_work(rollout_work(run, path, job, run.plan(setting)), on_progress) as hear:
+        evaluation = evaluate(job, path, workers, bar(hear, work))
     finish(on_progress, work, kept=False)
     return evaluation

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from qvla_export.pipeline.calibrate import load_calibration
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
+from qvla_export.pipeline.work.log import ArtifactWork, Value, recorded_work, short
 from qvla_export.quantizer.moments import Moments
 
 if TYPE_CHECKING:
@@ -56,10 +57,19 @@ def moments(
         if largest_block is not None:
             settings = replace(settings, largest_block=largest_block)
         work = f"moments, blocks of {settings.largest_block}"
-        shown = bar(on_progress, work)
-        measured = measure_moments(policy, observations, digest, settings, journal, shown, world)
-        if first:
-            measured.save(run.moments)
+        options: dict[str, Value] = {
+            "--policy": short(policy.digest),
+            "calibration set": short(digest),
+            "--largest-block": settings.largest_block,
+        }
+        record = ArtifactWork(run, run.moments, options, (run.calibration,))
+        with recorded_work(record, on_progress, world) as hear:
+            shown = bar(hear, work)
+            measured = measure_moments(
+                policy, observations, digest, settings, journal, shown, world
+            )
+            if first:
+                measured.save(run.moments)
     if first:
         remove_journals(journal)
     finish(on_progress, work, current)

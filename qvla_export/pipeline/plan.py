@@ -1,12 +1,15 @@
 """The step that allocates bits to channels, and what reads its plans."""
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qvla_export.allocation.budget import LatencyLimit
 from qvla_export.allocation.plan_request import PlanRequest, shapes_of
 from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline.progress import OnProgress, Progress, finish, ignore
-from qvla_export.pipeline.run_folder import RunFolder, require_artifact
+from qvla_export.pipeline.run_folder import RunFolder, load_if_current, require_artifact
+from qvla_export.pipeline.work.log import ArtifactWork, Value, recorded_work, short
 from qvla_export.quantizer.activation_statistics import ActivationStatistics
 from qvla_export.quantizer.activations import DEFAULT_METHOD, RangeMethod
 from qvla_export.quantizer.plan import BitPlan
@@ -63,9 +66,40 @@ def plan(
         planned = request.allocate(measured, target, options.latency)
     if setting.activation_bits is not None:
         planned = _with_activations(run, planned, setting.activation_bits, options.ranges)
-    planned.save(run.plan(setting))
-    finish(on_progress, work, kept=False)
+    current = _same_plan(run, setting, planned)
+    if not current:
+        with recorded_work(_work(run, setting, planned, measured, options), on_progress):
+            planned.save(run.plan(setting))
+    finish(on_progress, work, kept=current)
     return planned
+
+
+def _same_plan(run: RunFolder, setting: Setting, planned: BitPlan) -> bool:
+    """Whether the file says what a plan would say there."""
+    earlier = load_if_current(run.plan(setting), BitPlan.load)
+    return earlier is not None and earlier.digest == planned.digest
+
+
+def _work(
+    run: RunFolder,
+    setting: Setting,
+    planned: BitPlan,
+    measured: Sensitivities,
+    options: PlanOptions,
+) -> ArtifactWork:
+    words: dict[str, Value] = {
+        "plan": short(planned.digest),
+        "--target": planned.target,
+        "budget": json.dumps(planned.budget),
+    }
+    sources: list[Path] = []
+    if setting.kind != "uniform":
+        words["sensitivities"] = short(measured.digest)
+        sources.append(run.sensitivities)
+    if setting.activation_bits is not None:
+        words["--activations-method"] = options.ranges
+        sources.append(run.activations)
+    return ArtifactWork(run, run.plan(setting), words, tuple(sources))
 
 
 def load_sensitivities(run: RunFolder, policy_digest: str | None = None) -> Sensitivities:
@@ -91,6 +125,11 @@ def load_plan(run: RunFolder, setting: Setting, with_rounded_codes: bool = True)
         return None
     planned = BitPlan.load(require_artifact(run.plan(setting), f"plan --setting {setting.name}"))
     return with_codes(run, setting, planned) if with_rounded_codes else planned
+
+
+def digest_of_codes(planned: BitPlan) -> str:
+    """Return what tells a plan from others: its codes' digest where it has some of its own."""
+    return planned.digest if planned.rounding is None else planned.rounding.digest
 
 
 def with_codes(run: RunFolder, setting: Setting, planned: BitPlan) -> BitPlan:

@@ -7,6 +7,7 @@ from qvla_export.pipeline.moments import moments
 from qvla_export.pipeline.plan import load_plan
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
+from qvla_export.pipeline.work.log import ArtifactWork, recorded_work, short
 from qvla_export.quantizer.round_plan import round_plan, with_rounding
 from qvla_export.quantizer.rounding import Rounding
 
@@ -36,8 +37,11 @@ def round_setting(
     if codes is not None:
         finish(on_progress, work, kept=True)
         return with_rounding(planned, codes)
-    rounded = round_plan(policy, planned, fed, bar(on_progress, work))
-    assert rounded.rounding is not None
-    rounded.rounding.save(run.rounding(setting))
+    options = {"plan": short(planned.digest), "moments": short(fed.digest)}
+    record = ArtifactWork(run, run.rounding(setting), options, (run.plan(setting), run.moments))
+    with recorded_work(record, on_progress) as hear:
+        rounded = round_plan(policy, planned, fed, bar(hear, work))
+        assert rounded.rounding is not None
+        rounded.rounding.save(run.rounding(setting))
     finish(on_progress, work, kept=False)
     return rounded

@@ -13,6 +13,8 @@ from qvla_export.shared.errors import ArtifactError
 _LOG = logging.getLogger(__name__)
 # File of a setting's codes, beside its plan and bundle.
 ROUNDING = "rounding.safetensors"
+# Of an artifact's record, beside it; see `pipeline.work.log`.
+RECORD_SUFFIX = ".work"
 
 T = TypeVar("T")
 
@@ -28,6 +30,11 @@ def require_artifact(path: Path, command: str) -> Path:
     return path
 
 
+def record_file(path: Path) -> Path:
+    """Return where it is recorded what an artifact was made from and what it cost."""
+    return path.with_name(path.name + RECORD_SUFFIX)
+
+
 def load_if_current(
     path: Path, load: Callable[[Path], T], is_current: Callable[[T], bool] = lambda _: True
 ) -> T | None:
@@ -41,7 +48,8 @@ def load_if_current(
     if not path.exists():
         return None
     # Of a kill after the artifact was in place: nothing else would remove them.
-    remove_leftovers(path)
+    for written in (path, record_file(path)):
+        remove_leftovers(written)
     try:
         loaded = load(path)
     except ArtifactError as error:
@@ -55,6 +63,8 @@ class RunFolder:
     """Paths of a run's artifacts."""
 
     root: Path
+    # Whether work that took long is replaced where an option has changed; see `pipeline.work.log`.
+    force: bool = False
 
     @property
     def description(self) -> Path:

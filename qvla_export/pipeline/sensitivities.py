@@ -7,6 +7,7 @@ from qvla_export.pipeline.calibrate import load_calibration, require_calibration
 from qvla_export.pipeline.plan import load_sensitivities
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
+from qvla_export.pipeline.work.log import ArtifactWork, Value, recorded_work, short
 from qvla_export.quantizer.quantize import QuantizerSpec, compensated_spec, spec_for
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
@@ -85,14 +86,34 @@ def sensitivities(
     current = means.world.broadcast(measured is not None)
     work = f"sensitivities, {estimator.method}"
     if not current:
-        shown = bar(on_progress, work)
-        measured = estimator.table(question, Work(journal, shown, means.world))
+        record = _work(run, request, question, target)
+        with recorded_work(record, on_progress, means.world) as hear:
+            measured = estimator.table(question, Work(journal, bar(hear, work), means.world))
+            if means.world.rank == 0:
+                measured.save(run.sensitivities)
     if means.world.rank == 0:
-        if measured is not None and not current:
-            measured.save(run.sensitivities)
         remove_progress(journal)
     finish(on_progress, work, current)
     return measured or Sensitivities.load(run.sensitivities)
+
+
+def _work(
+    run: RunFolder, request: SensitivityRequest, question: "Question", target: Target
+) -> ArtifactWork:
+    options: dict[str, Value] = {
+        "--policy": short(question.policy.digest),
+        "calibration set": short(question.calibration_digest),
+        "--target": target.name,
+        "--zero-points": any(rule.zero_points for rule in question.quantizer.rules.values()),
+        "--quantizer": request.quantizer,
+        "--method": request.method,
+        "--probes": request.probes,
+        "--seed": request.seed,
+    }
+    if request.method == "two-stage":
+        options["--exact-share"] = request.exact_share
+    sources = [run.calibration, *([run.moments] if question.moments is not None else [])]
+    return ArtifactWork(run, run.sensitivities, options, tuple(sources))
 
 
 def open_and_measure(
@@ -184,16 +205,23 @@ def agreement(
     calibration = load_calibration(run)
     require_calibration(calibration, measured.calibration_digest, "sensitivities")
     observations = calibration.observations
-    table = measured
-    if measured.quantizer.needs_moments:
-        # What is measured exactly are nearest codes: the estimator is judged, not the rounding.
-        nearest = QuantizerSpec(measured.quantizer.rules)
-        how = FirstOrder(nearest, measured.widths, measured.probes or None, measured.seed)
-        table = measure_first_order(policy, observations, calibration.digest, how)
-    shown = bar(on_progress, work)
-    compared = compare_with_exact(table, policy, observations, pairs, seed, on_progress=shown)
-    compared = replace(compared, sensitivities_digest=measured.digest)
-    compared.save(run.agreement)
+    options: dict[str, Value] = {
+        "sensitivities": short(measured.digest),
+        "--check-pairs": pairs,
+        "--seed": seed,
+    }
+    record = ArtifactWork(run, run.agreement, options, (run.sensitivities,))
+    with recorded_work(record, on_progress) as hear:
+        table = measured
+        if measured.quantizer.needs_moments:
+            # What is measured exactly are nearest codes: the estimator is judged, not the rounding.
+            nearest = QuantizerSpec(measured.quantizer.rules)
+            how = FirstOrder(nearest, measured.widths, measured.probes or None, measured.seed)
+            table = measure_first_order(policy, observations, calibration.digest, how)
+        shown = bar(hear, work)
+        compared = compare_with_exact(table, policy, observations, pairs, seed, on_progress=shown)
+        compared = replace(compared, sensitivities_digest=measured.digest)
+        compared.save(run.agreement)
     finish(on_progress, work, kept=False)
     return compared
 

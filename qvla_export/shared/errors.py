@@ -6,6 +6,7 @@ QvlaError (ValueError)
 ├── ArtifactError        an artifact is damaged, truncated or of another format
 │   └── ArtifactMismatch two artifacts do not belong together
 │       └── PlanMismatch a bit plan was made for another policy
+├── FinishedWork         what took long would be thrown away
 └── InvalidObservation   an observation breaks the policy's contract
 """
 
@@ -32,6 +33,10 @@ class ArtifactMismatch(ArtifactError):
 
 class PlanMismatch(ArtifactMismatch):
     """A bit plan was made for another policy."""
+
+
+class FinishedWork(QvlaError):
+    """Work that took long would be replaced, which only `--force` does."""
 
 
 class InvalidObservation(QvlaError):

@@ -7,6 +7,7 @@ import typer
 from qvla_export.cli.options import (
     CountOption,
     DatasetOption,
+    ForceOption,
     HeldOutOption,
     NewRunOption,
     SeedOption,
@@ -29,6 +30,7 @@ def calibrate(
         int, typer.Option(min=1, help="Observations of one episode; cumulative sums want many.")
     ] = 2,
     seed: SeedOption = 0,
+    force: ForceOption = False,
 ) -> None:
     """Draw observations from a LeRobot data set, or from simulated expert episodes."""
     from calibration.calibration_set import describe
@@ -37,7 +39,7 @@ def calibrate(
     from qvla_export.pipeline.data_source import open_dataset
     from qvla_export.pipeline.run_folder import RunFolder
 
-    folder = RunFolder(run)
+    folder = RunFolder(run, force)
     opened = open_dataset(dataset, columns) if dataset else None
     request = CalibrationRequest(
         opened, chosen_tasks(None), count, held_out, seed, frames_per_episode, skip_bad_frames

@@ -12,6 +12,7 @@ from rich.table import Table
 from qvla_export.cli.options import (
     CountOption,
     DatasetOption,
+    ForceOption,
     HeldOutOption,
     JsonOption,
     NewRunOption,
@@ -69,6 +70,7 @@ def deploy(
     workers: WorkersOption = 2,
     quantizer: QuantizerOption = "compensated",
     zero_points: ZeroPointsOption = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage: calibration, sensitivities, plans, bundles, judgement, latency, report."""
@@ -85,7 +87,7 @@ def deploy(
     opened_data = open_dataset(dataset, columns) if dataset else None
     played = chosen_tasks(tasks) if dataset is None or episodes else ()
     request = Deployment(
-        run=RunFolder(run),
+        run=RunFolder(run, force),
         source=PolicySource(str(policy), unnorm_key, preset, threads=1),
         settings=tuple(parse_setting(name.strip(), device) for name in settings.split(",")),
         target=target,

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from qvla_export.cli.options import (
+    ForceOption,
     PolicyOption,
     PresetOption,
     RunOption,
@@ -42,6 +43,7 @@ def export(
     accuracy_level: AccuracyOption = 0,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Write the bundle a robot receives: bucketed ONNX, packed weights, golden observations."""
     from engines.targets import find_target
@@ -52,11 +54,11 @@ def export(
     from qvla_export.pipeline.run_folder import RunFolder
 
     device = find_target(target)
-    parsed = parse_setting(setting, device)
+    folder, parsed = RunFolder(run, force), parse_setting(setting, device)
     opened = open_checkpoint(policy, unnorm_key, preset, resident=layers_per_part is None)
     with progress_shown() as on_progress:
         bundle = export_setting(
-            RunFolder(run), parsed, opened, device, layers_per_part, accuracy_level, on_progress
+            folder, parsed, opened, device, layers_per_part, accuracy_level, on_progress
         )
     typer.echo(f"bundle: {bundle.nbytes / 1e6:.2f} MB -> {bundle.path}")
     typer.echo(graph_figures(bundle))

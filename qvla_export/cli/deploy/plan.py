@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qvla_export.cli.options import (
+    ForceOption,
     JsonOption,
     LimitedPolicyOption,
     MaxPredictedOption,
@@ -18,6 +19,7 @@ from qvla_export.cli.options import (
     SettingOption,
     TargetOption,
 )
+from qvla_export.cli.progress import progress_shown
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ def plan(
     rates: RatesOption = None,
     policy: LimitedPolicyOption = None,
     preset: PresetOption = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Allocate bits to channels under a budget, and under a predicted latency if one is given."""
@@ -106,7 +109,7 @@ def plan(
     from qvla_export.pipeline.run_folder import RunFolder
     from qvla_export.quantizer.packed_storage import stored_on
 
-    folder, device = RunFolder(run), find_target(target)
+    folder, device = RunFolder(run, force), find_target(target)
     parsed, measured = parse_setting(setting, device), load_sensitivities(folder)
     words = _AllocationWords(method, gates, widths, budget_by, budget, tuple(regularizers or ()))
     request = words.request(parsed, measured, device)
@@ -115,7 +118,8 @@ def plan(
         place = Device(stored_on(device, measured.quantizer), power_mode, rates)
         limit = latency_limit(max_predicted_ms, place, measured, parsed, policy, preset)
     options = PlanOptions(activations_method, limit, request)
-    planned = plan_setting(folder, parsed, device, measured.policy_digest, options)
+    with progress_shown() as hear:
+        planned = plan_setting(folder, parsed, device, measured.policy_digest, options, hear)
     if planned is None:
         raise QvlaError("the float setting has no plan; choose w4, w8a8, w4-rtn, ...")
     if as_json:

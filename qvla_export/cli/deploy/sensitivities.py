@@ -7,6 +7,7 @@ import typer
 from qvla_export.cli.options import (
     BatchSizeOption,
     DeviceOption,
+    ForceOption,
     MaxMemoryOption,
     PolicyOption,
     PresetOption,
@@ -55,6 +56,7 @@ def sensitivities(
     batch_size: BatchSizeOption = 8,
     max_memory_gb: MaxMemoryOption = None,
     wait_minutes: WaitOption = 60.0,
+    force: ForceOption = False,
 ) -> None:
     """Measure what quantizing each channel to each width does to the action.
 
@@ -67,7 +69,7 @@ def sensitivities(
     from qvla_export.pipeline.run_folder import RunFolder
     from qvla_export.pipeline.sensitivities import SensitivityRequest, open_and_measure
 
-    folder, device_target = RunFolder(run), find_target(target, zero_points)
+    folder, device_target = RunFolder(run, force), find_target(target, zero_points)
     source = PolicySource(str(policy), unnorm_key, preset)
     request = SensitivityRequest(method, quantizer, probes or None, exact_share, seed)
     with (

@@ -4,6 +4,7 @@ import typer
 
 from qvla_export.cli.options import (
     DeviceOption,
+    ForceOption,
     PolicyOption,
     PresetOption,
     RunOption,
@@ -20,6 +21,7 @@ def activations(
     preset: PresetOption = None,
     device: DeviceOption = "auto",
     wait_minutes: WaitOption = 60.0,
+    force: ForceOption = False,
 ) -> None:
     """Record what the layers are fed; settings such as w8a8 take their ranges from it.
 
@@ -30,7 +32,7 @@ def activations(
     from qvla_export.pipeline.resources import joined_resources, open_within
     from qvla_export.pipeline.run_folder import RunFolder
 
-    folder, source = RunFolder(run), PolicySource(str(policy), unnorm_key, preset)
+    folder, source = RunFolder(run, force), PolicySource(str(policy), unnorm_key, preset)
     with (
         joined_resources(device, wait_minutes) as resources,
         progress_shown(silent=resources.world.rank > 0) as on_progress,

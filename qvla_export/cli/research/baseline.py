@@ -8,6 +8,7 @@ import typer
 
 from qvla_export.cli.options import (
     EnvironmentOption,
+    ForceOption,
     JsonOption,
     PolicyOption,
     PresetOption,
@@ -40,6 +41,7 @@ def baseline(
     workers: WorkersOption = 2,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize with a kept library; action error, bytes and success by our own code.
@@ -59,7 +61,7 @@ def baseline(
     config = RolloutConfig(chosen_tasks(None), episodes) if episodes else None
     with progress_shown() as on_progress:
         verdict = judge_baseline(
-            RunFolder(run),
+            RunFolder(run, force),
             request,
             source,
             BaselineEnvironment(environment),

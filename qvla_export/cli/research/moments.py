@@ -7,6 +7,7 @@ import typer
 from qvla_export.cli.options import (
     BatchSizeOption,
     DeviceOption,
+    ForceOption,
     MaxMemoryOption,
     PolicyOption,
     PresetOption,
@@ -34,6 +35,7 @@ def moments(
     batch_size: BatchSizeOption = 8,
     max_memory_gb: MaxMemoryOption = None,
     wait_minutes: WaitOption = 60.0,
+    force: ForceOption = False,
 ) -> None:
     """Measure what layers are fed and what their outputs are worth to the action."""
     from qvla_export.pipeline.moments import moment_demand
@@ -42,7 +44,7 @@ def moments(
     from qvla_export.pipeline.resources import joined_resources, open_within
     from qvla_export.pipeline.run_folder import RunFolder
 
-    folder, source = RunFolder(run), PolicySource(str(policy), unnorm_key, preset)
+    folder, source = RunFolder(run, force), PolicySource(str(policy), unnorm_key, preset)
     with (
         joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources,
         progress_shown(silent=resources.world.rank > 0) as on_progress,

@@ -3,6 +3,7 @@
 import typer
 
 from qvla_export.cli.options import (
+    ForceOption,
     PolicyOption,
     PresetOption,
     RunOption,
@@ -19,6 +20,7 @@ def round_command(
     setting: SettingOption,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Make the codes of a plan whose quantizer compensates errors; qvla export packs them."""
     from qvla_export.allocation.setting import parse_setting
@@ -26,7 +28,7 @@ def round_command(
     from qvla_export.pipeline.round import round_setting
     from qvla_export.pipeline.run_folder import RunFolder
 
-    folder, parsed = RunFolder(run), parse_setting(setting)
+    folder, parsed = RunFolder(run, force), parse_setting(setting)
     opened = open_checkpoint(policy, unnorm_key, preset, resident=False)
     with progress_shown() as on_progress:
         planned = round_setting(folder, parsed, opened, on_progress)

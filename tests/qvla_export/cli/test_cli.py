@@ -202,6 +202,8 @@ def test_the_stages_one_by_one_give_what_deploy_gives(
         assert outcome.code == 0, outcome.err
     ours, theirs = listing(run), listing(deployed[0])
     ours.pop("profile.json")
+    # What it cost is another figure each time.
+    ours = {name: digest for name, digest in ours.items() if not name.endswith(".work")}
     assert ours == {name: theirs[name] for name in ours}
     assert "settings/w4/bundle/manifest.json" in ours
 
