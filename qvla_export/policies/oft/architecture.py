@@ -3,16 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import Dinov2WithRegistersConfig, LlamaConfig, SiglipVisionConfig
+from qvla_export.policies.prismatic.architecture import PrismaticArchitecture
 
 
 @dataclass(frozen=True)
-class OftArchitecture:
+class OftArchitecture(PrismaticArchitecture):
     """Shapes of an OpenVLA-OFT network."""
 
-    dino: Dinov2WithRegistersConfig
-    siglip: SiglipVisionConfig
-    llama: LlamaConfig
     horizon: int
     action_dim: int
     # Length of the proprioceptive state; 0 where the policy takes none.
@@ -21,8 +18,6 @@ class OftArchitecture:
     # Hidden width of the L1 head.
     head_dim: int
     stop_token_id: int
-    # Rows that pad the vocabulary to a round number; the last real ids are action tokens.
-    vocab_padding: int = 0
 
     @property
     def slots(self) -> int:

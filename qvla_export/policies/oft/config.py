@@ -4,19 +4,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qvla_export.policies.prismatic.config import PrismaticConfig
 from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.policy_interface import (
     CONFIG_NAME,
     INTERFACES,
-    PolicyInterface,
     read_policy_config,
     require_preset,
 )
 
 
 @dataclass(frozen=True)
-class OftConfig(PolicyInterface):
+class OftConfig(PrismaticConfig):
     """Inputs, outputs and vocabulary of one OpenVLA-OFT checkpoint.
 
     Upstream chooses these by looking for "libero", "aloha" or "bridge" in the command line
@@ -24,15 +24,8 @@ class OftConfig(PolicyInterface):
     """
 
     head: Literal["l1", "tokens"] = "l1"
-    # Attention heads of the DINOv2 and SigLIP towers: the one shape weights do not show.
-    vision_heads: tuple[int, int] = (16, 16)
-    # Llama-2's beginning, end and empty piece; other vocabularies have others.
-    bos_token_id: int = 1
+    # Llama-2's end; other vocabularies have another.
     stop_token_id: int = 2
-    suffix_token_id: int = 29871
-    # Side of the frames after the JPEG + lanczos step of the training data; 0: no such step.
-    training_image_size: int = 0
-    center_crop: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,7 +65,7 @@ class OftFamily:
         self, checkpoint: Path, output: Path, factors: "Mapping[str, Tensor]", keep_types: bool
     ) -> None:
         """Copy a checkpoint with some parameters multiplied; see `oft.smoothing`."""
-        from qvla_export.policies.oft.smoothing import write_smoothed
+        from qvla_export.policies.prismatic.smoothing import write_smoothed
 
         write_smoothed(checkpoint, output, factors, keep_types)
 

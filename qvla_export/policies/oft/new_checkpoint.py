@@ -10,14 +10,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from qvla_export.policies.oft.architecture import OftArchitecture
-from qvla_export.policies.oft.checkpoint import (
+from qvla_export.policies.oft.checkpoint import save_module
+from qvla_export.policies.oft.config import OftConfig, save_config
+from qvla_export.policies.oft.module import OftModule
+from qvla_export.policies.prismatic.description import (
     llama_config,
-    save_module,
     upstream_config,
     vision_configs,
 )
-from qvla_export.policies.oft.config import OftConfig, save_config
-from qvla_export.policies.oft.module import OftModule
 from qvla_export.shared.artifacts import new_folder, write_json
 
 _SPECIAL = ("<unk>", "<s>", "</s>", "<empty>", "<pad>")

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from qvla_export.latency_model.published_sizes import Geometry
 from qvla_export.policies.oft.architecture import OftArchitecture
-from qvla_export.policies.oft.checkpoint import llama_config, vision_configs
 from qvla_export.policies.oft.config import PRESETS, OftConfig
-from qvla_export.policies.oft.keys import to_upstream
 from qvla_export.policies.oft.module import OftModule
 from qvla_export.policies.oft.new_checkpoint import save_description, train_tokenizer
+from qvla_export.policies.prismatic.description import llama_config, vision_configs
+from qvla_export.policies.prismatic.keys import to_upstream
 from qvla_export.shared.artifacts import new_folder
 
 _PARTS = ("action_head", "proprio_projector")

@@ -20,7 +20,7 @@ from qvla_export.measurement.smoothing import input_maxima, smoothed, smoothing_
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.layers import traced_layers
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
-from qvla_export.policies.oft.smoothing import find_migrations, write_smoothed
+from qvla_export.policies.prismatic.smoothing import find_migrations, write_smoothed
 from qvla_export.policies.smoothing import Migration, smoothed_tensors, smoothing_factors
 from qvla_export.shared.errors import CheckpointError, QvlaError
 from qvla_export.shared.observation import Observation
@@ -37,7 +37,7 @@ def factors_of(
     policy: OftPolicy, observations: list[Observation], strength: float, powers_of_two: bool
 ) -> dict[Migration, Tensor]:
     maxima = input_maxima(policy, observations)
-    migrations = find_migrations(policy.module)
+    migrations = find_migrations(policy.module.arch)
     return smoothing_factors(policy.module, migrations, maxima, strength, powers_of_two)
 
 

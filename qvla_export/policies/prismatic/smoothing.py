@@ -1,4 +1,4 @@
-"""Where an OpenVLA-OFT network can be smoothed, and a smoothed checkpoint of it."""
+"""Where a network can be smoothed, and a smoothed checkpoint of it."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qvla_export.policies.oft.keys import from_upstream, to_upstream
-from qvla_export.policies.oft.module import OftModule
+from qvla_export.policies.prismatic.architecture import PrismaticArchitecture
+from qvla_export.policies.prismatic.keys import from_upstream, to_upstream
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.artifacts import new_folder, read_json, write_json
 from qvla_export.shared.errors import CheckpointError
@@ -16,18 +16,18 @@ from qvla_export.shared.errors import CheckpointError
 _INDEX = "model.safetensors.index.json"
 
 
-def find_migrations(module: OftModule) -> tuple[Migration, ...]:
+def find_migrations(arch: PrismaticArchitecture) -> tuple[Migration, ...]:
     """Return the inputs whose factors something linear before them can take over.
 
     Norms into attention and MLP; value rows into the output projection; the up projection's rows,
     which are a factor of each product, into the down projection. What comes out of a GELU (fc2)
     cannot be scaled before it.
     """
-    return tuple(_decoder(module)) + tuple(_towers(module))
+    return tuple(_decoder(arch)) + tuple(_towers(arch))
 
 
-def _decoder(module: OftModule) -> Iterator[Migration]:
-    llama = module.arch.llama
+def _decoder(arch: PrismaticArchitecture) -> Iterator[Migration]:
+    llama = arch.llama
     for index in range(llama.num_hidden_layers):
         name = f"language_model.model.layers.{index}"
         projections = tuple(f"{name}.self_attn.{part}_proj" for part in "qkv")
@@ -40,8 +40,7 @@ def _decoder(module: OftModule) -> Iterator[Migration]:
             yield Migration(projections[2], (f"{name}.self_attn.o_proj",))
 
 
-def _towers(module: OftModule) -> Iterator[Migration]:
-    arch = module.arch
+def _towers(arch: PrismaticArchitecture) -> Iterator[Migration]:
     dino = ("featurizer.encoder.layer", "norm", "attention", "o_proj")
     siglip = ("fused_featurizer.encoder.layers", "layer_norm", "self_attn", "out_proj")
     depths = {dino: arch.dino.num_hidden_layers, siglip: arch.siglip.num_hidden_layers}

@@ -1,4 +1,4 @@
-"""Upstream checkpoint keys (timm names) <-> `OftModule` parameter names."""
+"""Upstream checkpoint keys (timm names) <-> names of our modules' parameters."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -1,0 +1,23 @@
+"""The noun `PrismaticArchitecture`: shapes of two vision towers and a Llama."""
+
+from dataclasses import dataclass
+
+from transformers import Dinov2WithRegistersConfig, LlamaConfig, SiglipVisionConfig
+
+
+@dataclass(frozen=True)
+class PrismaticArchitecture:
+    """Shapes that every network of the family has."""
+
+    dino: Dinov2WithRegistersConfig
+    siglip: SiglipVisionConfig
+    llama: LlamaConfig
+    # Rows that pad the vocabulary to a round number; the last real ids are action tokens.
+    vocab_padding: int
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image."""
+        patch: int = self.dino.patch_size  # type: ignore[assignment]  # ours is square
+        side: int = self.dino.image_size  # type: ignore[assignment]  # the same
+        return (side // patch) ** 2

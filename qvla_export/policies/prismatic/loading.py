@@ -1,0 +1,113 @@
+"""What is read of a checkpoint folder beside its weights: images, bins, statistics, digest."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qvla_export.policies.prismatic.architecture import PrismaticArchitecture
+from qvla_export.policies.prismatic.config import PrismaticConfig
+from qvla_export.shared.artifacts import sha256_tree
+from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.images import load_image_spec
+from qvla_export.shared.json_documents import FOREIGN, read_json
+from qvla_export.shared.normalization import load_statistics
+from qvla_export.shared.processor import Processor, ProcessorSpec, load_tokenizer
+
+STATISTICS = "dataset_statistics.json"
+_TOKENIZER = "tokenizer.json"
+_PREPROCESSOR = "preprocessor_config.json"
+
+
+def require_folder(checkpoint: Path) -> Path:
+    """Return a checkpoint folder.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"checkpoint folder not found: {checkpoint}")
+    return checkpoint
+
+
+def load_processor(
+    checkpoint: Path,
+    config: PrismaticConfig,
+    arch: PrismaticArchitecture,
+    unnorm_key: str | None,
+    token_centers: Tensor,
+) -> Processor:
+    """Read images' preprocessing, statistics and tokenizer.
+
+    Args:
+        checkpoint: the folder.
+        config: cameras, chunk, dimensions.
+        arch: the network, which must take the images that the folder says it makes.
+        unnorm_key: data set whose statistics to use; may be None where there is one.
+        token_centers: bins of the action tokens, from `load_token_centers`; empty without tokens.
+
+    Raises:
+        CheckpointError, StatisticsError: what is wrong and what is available.
+    """
+    image = load_image_spec(checkpoint / _PREPROCESSOR)
+    if image.size != arch.dino.image_size:
+        raise CheckpointError(
+            f"{checkpoint}: preprocessor makes {image.size} pixel images, "
+            f"the towers take {arch.dino.image_size}"
+        )
+    statistics = load_statistics(
+        checkpoint / STATISTICS,
+        unnorm_key,
+        config.normalization,
+        config.action_dim,
+        config.state_dim,
+    )
+    spec = ProcessorSpec(
+        cameras=config.cameras,
+        image=image,
+        horizon=config.horizon,
+        action_dim=config.action_dim,
+        state_dim=config.state_dim,
+        bos_token_id=config.bos_token_id,
+        suffix_token_id=config.suffix_token_id,
+        training_image_size=config.training_image_size,
+        center_crop=config.center_crop,
+        # The two highest token ids share the lowest bin.
+        action_bins=max(len(token_centers) - 1, 0),
+    )
+    path = checkpoint / _TOKENIZER
+    return Processor(spec, statistics, load_tokenizer(path) if path.is_file() else None)
+
+
+def checkpoint_digest(
+    checkpoint: Path, config: PrismaticConfig, unnorm_key: str, head_files: Iterable[str] = ()
+) -> str:
+    """Return the SHA-256 over all that decides actions: files read, configuration, statistics."""
+    names = [p.name for p in checkpoint.glob("model*.safetensors*")]
+    names += ["config.json", _PREPROCESSOR, STATISTICS, _TOKENIZER, *head_files]
+    files = sha256_tree(checkpoint, [n for n in names if (checkpoint / n).is_file()])
+    identity = {"files": files, "config": asdict(config), "unnorm_key": unnorm_key}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def load_token_centers(checkpoint: Path) -> Tensor:
+    """Return bin centres by token id (openvla `ActionTokenizer`): the top id is the lowest action.
+
+    float32 [bins], the first of the vocabulary's last ids first.
+    """
+    raw = read_json(checkpoint / "config.json", "model configuration", FOREIGN)
+    bins = raw.get("n_action_bins")
+    if type(bins) is not int or not 2 <= bins <= 4096:
+        raise CheckpointError(
+            f"{checkpoint}/config.json: n_action_bins must be a whole number of 2 to 4096, "
+            f"got {bins!r}"
+        )
+    edges = np.linspace(-1, 1, bins)
+    centers = (edges[:-1] + edges[1:]) / 2
+    index = np.clip(np.arange(bins)[::-1], 0, bins - 2)
+    return torch.from_numpy(centers[index].astype(np.float32))

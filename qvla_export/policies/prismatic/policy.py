@@ -1,0 +1,154 @@
+"""What a `Policy` on Prismatic's two towers and Llama does, whatever its head."""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from qvla_export.policies.base import PolicyBatch
+from qvla_export.policies.prismatic.config import PrismaticConfig
+from qvla_export.policies.prismatic.smoothing import find_migrations
+from qvla_export.policies.prismatic.vision import PrismaticModule
+from qvla_export.policies.prismatic.weights import CheckpointWeights
+from qvla_export.policies.smoothing import Migration
+from qvla_export.shared.action import ActionChunk
+from qvla_export.shared.clock import SpanClock
+from qvla_export.shared.observation import Observation
+from qvla_export.shared.processor import Processor
+
+# Fills rows of a ragged batch; what stands there is never attended to.
+IGNORED_TOKEN_ID = 1
+# Present in transformers' modules, absent from timm checkpoints.
+NOT_UPSTREAM = ("vision_backbone.featurizer.embeddings.mask_token",)
+_QUANTIZED_PREFIXES = ("vision_backbone.", "language_model.model.")
+_ROTARY = "language_model.model.rotary_emb."
+_Self = TypeVar("_Self", bound="PrismaticPolicy")  # typing.Self needs Python 3.11
+
+
+@dataclass(frozen=True)
+class PrismaticPolicy(abc.ABC):
+    """A loaded policy; see `Policy` for the meaning of its members."""
+
+    module: PrismaticModule
+    processor: Processor
+    config: PrismaticConfig
+    digest: str
+    # Centre of each action token's bin, ordered by token id.  float32 [256]; empty without tokens.
+    token_centers: Tensor
+    # Where the weights lie if `module` has none of them in memory, else None.
+    on_disk: CheckpointWeights | None = None
+
+    def __repr__(self) -> str:
+        size, config = sum(p.numel() for p in self.module.parameters()), self.config
+        return (
+            f"<{type(self).__name__}: {size / 1e6:.1f} million weights, "
+            f"cameras {', '.join(config.cameras)}, {config.horizon} actions of "
+            f"{config.action_dim} dimensions, {self.digest[:12]}>"
+        )
+
+    def inputs(self, observations: Sequence[Observation]) -> PolicyBatch:
+        """Preprocess observations into one padded batch of model inputs."""
+        pixels = np.stack([self.processor.pixel_values(o) for o in observations])
+        rows = [self.processor.input_ids(o.instruction) for o in observations]
+        lengths = [len(row) for row in rows]
+        ids = np.full((len(rows), max(lengths)), IGNORED_TOKEN_ID, dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        state = None
+        if self.config.state_dim:
+            state = torch.from_numpy(np.stack([self.processor.state(o) for o in observations]))
+        ragged = torch.tensor(lengths) if len(set(lengths)) > 1 else None
+        batch = PolicyBatch(torch.from_numpy(pixels), torch.from_numpy(ids), ragged, state)
+        device = self.module.projector.fc1.weight.device
+        # Where no weights are in memory, parts run on the CPU.
+        return batch if device.type == "meta" else batch.to(device)
+
+    @torch.enable_grad()
+    def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
+        """Return the linear and convolution layers of towers and decoder that reach the action.
+
+        Found by tracing: a layer whose weight gets no gradient from the action is dead.
+        """
+        candidates = {
+            name: layer
+            for name, layer in self.module.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d) and name.startswith(_QUANTIZED_PREFIXES)
+        }
+        weights = [layer.weight for layer in candidates.values()]
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            output = self.probe_output()
+            gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        reached = zip(candidates.items(), gradients, strict=True)
+        return {name: layer for (name, layer), gradient in reached if gradient is not None}
+
+    @torch.no_grad()
+    def infer(self, observation: Observation) -> ActionChunk:
+        """Act on one observation."""
+        clock = SpanClock()
+        with clock.span("preprocess"):
+            batch = self.inputs([observation])
+        with clock.span("engine"):
+            normalized = self.greedy_actions(batch)[0].numpy()
+        return self.processor.chunk(normalized, clock.timing_ms)
+
+    @abc.abstractmethod
+    def greedy_actions(self, batch: PolicyBatch) -> Tensor:
+        """Return the normalized actions the policy executes [B, horizon, dim]."""
+
+    @abc.abstractmethod
+    def probe_output(self) -> Tensor:
+        """Return what the head makes of an empty image and the shortest prompt."""
+
+    @abc.abstractmethod
+    def filled(self, weights: CheckpointWeights) -> PrismaticModule:
+        """Return the network with its weights read."""
+
+    def probe_inputs(self) -> tuple[Tensor, Tensor]:
+        """Return an empty image and the shortest prompt, where the weights are."""
+        side = self.processor.spec.image.size
+        device = self.module.projector.fc1.weight.device
+        pixels = torch.zeros(1, 6 * len(self.config.cameras), side, side, device=device)
+        ids = torch.tensor([[self.config.bos_token_id, self.config.suffix_token_id]], device=device)
+        return pixels, ids
+
+    def read_weight(self, name: str) -> NDArray[np.float32]:
+        """Return a parameter or buffer by name, as float32, from memory or the checkpoint."""
+        if self.on_disk is not None and name in self.on_disk.shapes:
+            tensor = torch.empty(self.on_disk.shapes[name].shape, dtype=torch.float32)
+            self.on_disk.copy_to(name, tensor)
+            return tensor.numpy()
+        if self.on_disk is not None:
+            # What no checkpoint holds follows from the configuration alone.
+            rotary = LlamaRotaryEmbedding(self.module.arch.llama)
+            tensor = rotary.get_buffer(name.removeprefix(_ROTARY))
+        else:
+            tensor = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}[
+                name
+            ]
+        return tensor.detach().numpy()
+
+    def stored_numbers(self) -> int:
+        """Return how many weights the checkpoint holds."""
+        tensors = self.module.state_dict() if self.on_disk is None else self.on_disk.shapes
+        return sum(t.numel() for name, t in tensors.items() if name not in NOT_UPSTREAM)
+
+    def migrations(self) -> tuple[Migration, ...]:
+        """Return where the network can be smoothed."""
+        return find_migrations(self.module.arch)
+
+    def in_memory(self: _Self) -> _Self:
+        """Return the policy with its weights read, if they were left on disk."""
+        if self.on_disk is None:
+            return self
+        return replace(self, module=self.filled(self.on_disk), on_disk=None)

@@ -1,0 +1,160 @@
+"""The tensors of a checkpoint under this project's names, each read on demand."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qvla_export.policies.adapters import require_whole_tensors
+from qvla_export.policies.prismatic.files import INDEX, body_files, read_weight_map
+from qvla_export.policies.prismatic.keys import from_upstream
+from qvla_export.shared.errors import CheckpointError
+
+# safetensors' names of what weights may be stored as.
+_FLOATS = ("BF16", "F16", "F32", "F64")
+# Of a file, mapped at once while a tensor is converted.
+_BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class CheckpointWeights:
+    """Where each tensor of a checkpoint lies; holds none of their numbers."""
+
+    # Our name -> the tensor without its numbers (device "meta").
+    shapes: Mapping[str, Tensor]
+    # Our name -> safetensors file and upstream key.
+    places: Mapping[str, tuple[Path, str]]
+    # Our name -> head file and the part's name, which goes before its keys.
+    parts: Mapping[str, tuple[Path, str]]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor by our name, as stored.
+
+        Raises:
+            CheckpointError: its file was damaged or removed since it was opened.
+        """
+        if name in self.parts:
+            file, part = self.parts[name]
+            return read_state_file(file)[name.removeprefix(f"{part}.")]
+        path, key = self.places[name]
+        return from_upstream({key: _read(path, key)})[name]
+
+    def copy_to(self, name: str, target: Tensor) -> None:
+        """Write a tensor into one of its shape, converted, a block of rows in memory at a time.
+
+        Raises:
+            CheckpointError: as `read`, or a number is NaN or infinite.
+        """
+        path, key = self.places.get(name, (None, name))
+        if path is None or tuple(target.shape) != _shape(path, key) or not target.ndim:
+            target.copy_(_finite(self.read(name), name, self._file(name)))
+            return
+        rows = max(1, _BLOCK_BYTES // (4 * max(1, target[0].numel())))
+        for start in range(0, len(target), rows):
+            block = slice(start, start + rows)
+            target[block] = _finite(_read(path, key, block), name, path)
+
+    def require_finite(self) -> None:
+        """Look at every number, one tensor in memory at a time.
+
+        Raises:
+            CheckpointError: as `copy_to`.
+        """
+        for name in self.shapes:
+            _finite(self.read(name), name, self._file(name))
+
+    def _file(self, name: str) -> Path:
+        return (self.parts if name in self.parts else self.places)[name][0]
+
+
+def stored_tensors(checkpoint: Path) -> list[tuple[Path, str, Tensor]]:
+    """Return file, upstream key and shape of every tensor in `model.safetensors` or its shards.
+
+    Raises:
+        CheckpointError: no weights, a missing or truncated file, quantized, or an adapter's.
+    """
+    index = checkpoint / INDEX
+    found: list[tuple[Path, str, Tensor]] = []
+    for path in body_files(checkpoint):
+        if not path.is_file():
+            raise CheckpointError(f"weights not found: {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # not a dict
+                    shape = file.get_slice(key).get_shape()
+                    _require_float(file.get_slice(key).get_dtype(), path, key)
+                    found.append((path, key, torch.empty(shape, device="meta")))
+        except (SafetensorError, OSError) as error:
+            raise _incomplete(path, error) from error
+    named = read_weight_map(index) if index.is_file() else {}
+    absent = sorted(set(named) - {key for _, key, _ in found})
+    if absent:
+        raise CheckpointError(f"{index} names weights that no shard holds: {absent}")
+    require_whole_tensors(checkpoint, (key for _, key, _ in found))
+    return found
+
+
+def _require_float(dtype: str, path: Path, key: str) -> None:
+    if dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{path}: {key} is stored as {dtype}, quantized by another tool; its scales are not "
+            "applied here: name the checkpoint in float16, bfloat16 or float32 it was made from"
+        )
+
+
+def _finite(tensor: Tensor, name: str, path: Path) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(
+            f"{path}: {name} has weights that are NaN or infinite; the training diverged or the "
+            "file is damaged, name another step"
+        )
+    return tensor
+
+
+def _read(path: Path, key: str, rows: slice = slice(None)) -> Tensor:
+    try:
+        # Opened for these rows alone: an open file keeps every page that was read mapped.
+        with safe_open(path, framework="pt") as file:
+            whole = rows == slice(None)
+            tensor: Tensor = file.get_tensor(key) if whole else file.get_slice(key)[rows]
+    except (SafetensorError, OSError) as error:
+        raise _incomplete(path, error) from error
+    return tensor
+
+
+def _shape(path: Path, key: str) -> tuple[int, ...]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return tuple(file.get_slice(key).get_shape())
+    except (SafetensorError, OSError) as error:
+        raise _incomplete(path, error) from error
+
+
+def _incomplete(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a complete safetensors file ({error}); download it again"
+    )
+
+
+def read_state_file(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a head file by their keys, mapped where its format can be.
+
+    Raises:
+        CheckpointError: it is no state dict, or cannot be loaded without running code.
+    """
+    try:
+        mapped = zipfile.is_zipfile(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be loaded safely: {error}") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(v, Tensor) and v.is_floating_point() for v in state.values()
+    ):
+        raise CheckpointError(f"{path} must hold a state dict of floating point tensors")
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
