@@ -34,7 +34,7 @@ from jetson.errors import RefusedSetting
 from jetson.observers import Watch, open_watch
 from jetson.server_settings import ServerSettings
 from jetson.serving.guard import Guard
-from jetson.serving.policy_contract import PolicyContract
+from jetson.serving.policy_contract import PolicyContract, contract_of
 from jetson.serving.protocols.act import ActEndpoint
 from jetson.serving.protocols.openpi import OpenpiEndpoint
 from jetson.serving.request_queue import RequestQueue
@@ -131,7 +131,7 @@ def _ready(
     warmup: Observation | None,
 ) -> Iterator[tuple["_Server", socket.socket]]:
     """Yield a server that only has to run: addresses held, warmed up, ZMQ open."""
-    service = ActionService(policy, contract)
+    service = ActionService(policy, (contract or contract_of(policy)).named(settings.field_names))
     rate = RateLimit(settings.max_rate_hz)
     gate = Gate(settings.token, (*settings.allowed_hosts, settings.host.lower()), rate)
     with contextlib.ExitStack() as stack:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jetson.errors import RefusedSetting
 from jetson.recording.schemas import Images
+from jetson.serving.field_names import FieldNames
 from jetson.serving.security import TlsFiles, require_token
 from jetson.serving.wire import REPLIES, Reply
 
@@ -42,6 +43,8 @@ class ServerSettings:
     reply: Reply = "auto"
     # Answer every failure as upstream does: HTTP 200 with the body "error".
     strict_compat: bool = False
+    # What clients call the policy's cameras and the pieces of its state.
+    field_names: FieldNames = field(default_factory=FieldNames)
     # Requests answered before the ports open.
     warmup: int = 3
     # Requests that may wait for the engine; more are told to come back (503).

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from jetson.control.chunks import TimedChunk
 from jetson.control.loop_state import LoopState
@@ -83,6 +83,12 @@ class RunResult:
     reason: str
     counters: Mapping[str, int]
     seconds: float
+    # Whether the simulated task was solved; None where nobody can say.
+    solved: bool | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return how the run ended as JSON values."""
+        return {**asdict(self), "state": self.state.value, "ok": self.ok}
 
     @property
     def ok(self) -> bool:

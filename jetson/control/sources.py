@@ -141,6 +141,9 @@ class EpisodeSource:
 class Steppable(Protocol):
     """A simulator that is reset: `calibration.benchmarks.metaworld.simulator.Simulator`."""
 
+    # Whether the task was solved at any moment.
+    success: bool
+
     @property
     def done(self) -> bool:
         """Whether the episode is solved or out of steps."""
@@ -174,6 +177,11 @@ class SimulatedRobot:
     def is_over(self) -> bool:
         """Whether the episode is solved or out of steps."""
         return self._simulator.done
+
+    @property
+    def solved(self) -> bool:
+        """Whether the task was solved at any moment."""
+        return self._simulator.success
 
     def close(self) -> None:
         """Do nothing: the simulator is the caller's."""

@@ -54,26 +54,27 @@ class LatencyComparison:
 
     def save(self, path: Path) -> None:
         """Write `latency.json` whole or not at all."""
+        write_json(path, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `latency.json` holds."""
         deadline = self.deadline
         profiles = [profile.to_json() for profile in self.profiles]
         if deadline is not None:
             for profile, shown in zip(self.profiles, profiles, strict=True):
                 misses = deadline.misses(profile.samples_ms["total"])
                 shown["misses"] = {**asdict(misses), "share": misses.share}
-        write_json(
-            path,
-            {
-                "format": LATENCY_FORMAT,
-                "deadline": None if deadline is None else {**asdict(deadline), "ms": deadline.ms},
-                "ratios": [ratio.to_json() for ratio in self.ratios],
-                "profiles": profiles,
-                "layers": {name: times.to_json() for name, times in self.layers.items()},
-                "cold_starts": {
-                    name: [asdict(start) for start in starts]
-                    for name, starts in self.cold_starts.items()
-                },
+        return {
+            "format": LATENCY_FORMAT,
+            "deadline": None if deadline is None else {**asdict(deadline), "ms": deadline.ms},
+            "ratios": [ratio.to_json() for ratio in self.ratios],
+            "profiles": profiles,
+            "layers": {name: times.to_json() for name, times in self.layers.items()},
+            "cold_starts": {
+                name: [asdict(start) for start in starts]
+                for name, starts in self.cold_starts.items()
             },
-        )
+        }
 
     @classmethod
     def load(cls, path: Path) -> "LatencyComparison":

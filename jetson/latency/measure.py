@@ -89,11 +89,13 @@ def profile_latency(
     samples: int = 200,
     on_progress: OnProgress | None = None,
     deadline: Deadline | None = None,
+    seed: int = 0,
 ) -> LatencyComparison:
     """Measure one or more policies, interleaved action by action; the first is the baseline.
 
-    Each round sends one observation to every policy, in an order that rotates from round to
-    round, so that a slow moment of the machine hits all of them alike.
+    Each round sends one observation to every policy, in an order drawn anew, so that a slow moment
+    of the machine hits all of them alike and none always follows the same other: who comes after
+    whom changes what the caches hold.
 
     Args:
         subjects: name -> policy.
@@ -102,6 +104,7 @@ def profile_latency(
         samples: rounds measured.
         on_progress: called after every action.
         deadline: until when actions are wanted, for the record.
+        seed: of the order.
 
     Raises:
         QvlaError: there is nothing to measure, or an observation does not fit a policy.
@@ -116,7 +119,8 @@ def profile_latency(
     try:
         endpoints = {name: _endpoint(s.policy, opened) for name, s in subjects.items()}
         before = ask_board()
-        taken = _measure(endpoints, observations, warmup + samples, on_progress)
+        turns = _turns(list(endpoints), warmup + samples, seed)
+        taken = _measure(endpoints, observations, turns, on_progress)
         boards = before, ask_board()
     finally:
         for remote in opened:
@@ -126,6 +130,12 @@ def profile_latency(
         for name, endpoint in endpoints.items()
     ]
     return compare_profiles(profiles, deadline)
+
+
+def _turns(names: Sequence[str], rounds: int, seed: int) -> list[list[str]]:
+    """Return each round's order, drawn anew."""
+    order = np.random.default_rng(seed)
+    return [[names[index] for index in order.permutation(len(names))] for _ in range(rounds)]
 
 
 def _endpoint(policy: ActionPolicy | str, opened: list[RemotePolicy]) -> _Endpoint:
@@ -138,25 +148,23 @@ def _endpoint(policy: ActionPolicy | str, opened: list[RemotePolicy]) -> _Endpoi
 def _measure(
     endpoints: Mapping[str, _Endpoint],
     observations: Sequence[Observation],
-    rounds: int,
+    turns: Sequence[Sequence[str]],
     on_progress: OnProgress | None,
 ) -> dict[str, list[_Sample]]:
     """Return each endpoint's actions, one a round."""
-    used = observations[:rounds]
+    used = observations[: len(turns)]
     bodies = {
         name: [encode_request(observation, endpoint.contract) for observation in used]
         for name, endpoint in endpoints.items()
     }
     taken: dict[str, list[_Sample]] = {name: [] for name in endpoints}
-    names = list(endpoints)
-    for index in range(rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
+    for index, names in enumerate(turns):
+        for name in names:
             body = bodies[name][index % len(used)]
             start_ns = time.perf_counter_ns()
             taken[name].append(_Sample(start_ns, endpoints[name].request(body)))
             if on_progress is not None:
-                on_progress(sum(map(len, taken.values())), rounds * len(names))
+                on_progress(sum(map(len, taken.values())), len(turns) * len(names))
     return taken
 
 

@@ -1,13 +1,15 @@
 """What the fields of a request mean to a policy, whichever protocol brought them.
 
-    images       the policy's own camera names; or "image" / "full_image" for the primary camera
-                 and "*wrist*" for the others: left and right by name, else in order
+    images       the policy's own camera names, or their aliases; or "image" / "full_image" for the
+                 primary camera and "*wrist*" for the others: left and right by name, else in order
                                                                              uint8 [h, w, 3]
     instruction  what to do, in words
     state        numbers; ignored where the policy takes none, as upstream does    [n]
+                 or the state fields that the server was given, put together in their order
     unnorm_key   optional; refused where it is not the policy's
 
-Each protocol renames its fields to these and says how it spells an array.
+Aliases and state fields are those of `jetson.serving.field_names`. Each protocol renames its
+fields to these and says how it spells an array.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jetson.serving.camera_sides import match_wrists
+from jetson.serving.field_names import PRIMARY_ROLES
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.errors import InvalidObservation
 from qvla_export.shared.observation import Observation
@@ -43,7 +46,7 @@ def observation_of(
     observation = Observation(
         images={camera: _image(fields[name], name, array) for camera, name in sources.items()},
         instruction=_instruction(fields.get("instruction")),
-        state=_state(fields.get("state"), contract, array),
+        state=_state(fields, contract, array),
     )
     contract.check(observation)
     return observation, sources
@@ -58,15 +61,18 @@ def _check_key(key: Any, contract: PolicyContract) -> None:
 
 
 def _camera_fields(fields: Mapping[str, Any], contract: PolicyContract) -> dict[str, str]:
-    """Return camera -> request field; the policy's own names win over the dialects' roles."""
-    sources = {camera: camera for camera in contract.cameras if camera in fields}
+    """Return camera -> request field: own names, aliases, then what all clients call them."""
     primary, *others = contract.cameras
-    roles = [name for name in ("full_image", "image") if name in fields and name not in sources]
-    given = [*roles, *([primary] if primary in sources else [])]
-    if len(given) > 1:
-        raise InvalidObservation(f"{given} are all the camera {primary!r}; send one of them")
-    if roles:
-        sources[primary] = roles[0]
+    sources: dict[str, str] = {}
+    for camera in contract.cameras:
+        names = [camera, *contract.field_names.aliases_of(camera)]
+        if camera == primary:
+            names += [role for role in PRIMARY_ROLES if role not in contract.cameras]
+        present = [name for name in dict.fromkeys(names) if name in fields]
+        if len(present) > 1:
+            raise InvalidObservation(f"{present} are all the camera {camera!r}; send one of them")
+        if present:
+            sources[camera] = present[0]
     wrists = [name for name in fields if "wrist" in name and name not in sources.values()]
     free = [camera for camera in others if camera not in sources]
     # Upstream ignores wrist images where the policy was trained on the primary one alone.
@@ -81,8 +87,8 @@ def _camera_fields(fields: Mapping[str, Any], contract: PolicyContract) -> dict[
     if missing:
         raise InvalidObservation(
             f"the policy needs images {list(contract.cameras)}, missing {missing}; send them by "
-            "these names, or as 'image' or 'full_image' and '*wrist*'. "
-            f"Got {_named(sorted(fields))}"
+            "these names, or as 'image' or 'full_image' and '*wrist*', or tell the server their "
+            f"names: qvla serve --camera-alias CAMERA=FIELD. Got {_named(sorted(fields))}"
         )
     return {camera: sources[camera] for camera in contract.cameras}
 
@@ -101,26 +107,71 @@ def _image(value: Any, name: str, array: ArrayDecoder) -> NDArray[Any]:
     return image
 
 
-def _state(value: Any, contract: PolicyContract, array: ArrayDecoder) -> NDArray[Any]:
+def _state(
+    fields: Mapping[str, Any], contract: PolicyContract, array: ArrayDecoder
+) -> NDArray[Any]:
     # Upstream, too, ignores the state where the policy takes none.
     if not contract.state_dim:
         return np.zeros(0, np.float32)
-    if value is None:
+    names = contract.field_names.state_fields
+    present = [name for name in names if name in fields]
+    if present:
+        return _joined_state(fields, contract, array)
+    if fields.get("state") is None:
+        pieces = f", or in pieces as {list(names)}" if names else ""
         raise InvalidObservation(
             f"the policy needs a state of {contract.state_dim} numbers; send it as 'state'"
+            f"{pieces}. Got {_named(sorted(fields))}"
+            + ("" if names else "; qvla serve --state-fields NAME,NAME puts pieces together")
         )
+    return _numbers(fields["state"], "state", array)
+
+
+def _joined_state(
+    fields: Mapping[str, Any], contract: PolicyContract, array: ArrayDecoder
+) -> NDArray[np.float32]:
+    """Return the server's state fields put together in their order; a number counts as one."""
+    names = contract.field_names.state_fields
+    if missing := [name for name in names if name not in fields]:
+        raise InvalidObservation(
+            f"the state is put together from {list(names)}, missing {missing}; "
+            f"got {_named(sorted(fields))}"
+        )
+    pieces = [np.atleast_1d(_numbers(fields[name], name, array)) for name in names]
+    shapes = {name: list(piece.shape) for name, piece in zip(names, pieces, strict=True)}
+    if any(piece.ndim > 1 for piece in pieces):
+        raise InvalidObservation(f"pieces of a state are vectors of numbers, got {shapes}")
+    if any(piece.dtype.kind not in "fiu" for piece in pieces):
+        kinds = {name: str(piece.dtype) for name, piece in zip(names, pieces, strict=True)}
+        raise InvalidObservation(f"pieces of a state are numbers, got {kinds}")
+    if sum(piece.size for piece in pieces) != contract.state_dim:
+        raise InvalidObservation(
+            f"the policy needs a state of {contract.state_dim} numbers; {shapes} are "
+            f"{sum(piece.size for piece in pieces)}. Name other fields with --state-fields"
+        )
+    # What overflows float32 becomes infinite here, so that Observation refuses it.
+    with np.errstate(over="ignore"):
+        return np.concatenate([piece.astype(np.float32) for piece in pieces])
+
+
+def _numbers(value: Any, name: str, array: ArrayDecoder) -> NDArray[Any]:
+    """Return a field as an array: a list of numbers, a number, or as its protocol spells one."""
+    if type(value) in (int, float):
+        value = [value]
     if isinstance(value, list) and all(type(item) in (int, float) for item in value):
         try:
-            state = np.array(value, np.float64)
+            numbers = np.array(value, np.float64)
         except OverflowError:
-            raise InvalidObservation("state must be finite, got an integer beyond 1e308") from None
+            raise InvalidObservation(
+                f"{name} must be finite, got an integer beyond 1e308"
+            ) from None
     else:
-        state = array(value, "state")
-    if state.dtype.kind == "f" and state.dtype != np.float32:
+        numbers = array(value, name)
+    if numbers.dtype.kind == "f" and numbers.dtype != np.float32:
         # What overflows float32 becomes infinite here, so that Observation refuses it.
         with np.errstate(over="ignore"):
-            state = state.astype(np.float32)
-    return state
+            numbers = numbers.astype(np.float32)
+    return numbers
 
 
 def _instruction(value: Any) -> str:

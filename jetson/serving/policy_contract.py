@@ -1,12 +1,13 @@
 """The noun `PolicyContract`: what a client must send to a policy and what it gets back."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from jetson.errors import RefusedSetting, WireError
+from jetson.serving.field_names import FieldNames
 from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.errors import InvalidObservation
 from qvla_export.shared.observation import Observation
@@ -36,6 +37,8 @@ class PolicyContract:
     # Digest of the bundle and the target it was exported for; empty where there is none.
     bundle_digest: str = ""
     target: str = ""
+    # What clients may call cameras and pieces of the state, beside the names above.
+    field_names: FieldNames = field(default_factory=FieldNames)
 
     def __post_init__(self) -> None:
         taken = [name for name in self.cameras if name in RESERVED_FIELDS]
@@ -44,6 +47,14 @@ class PolicyContract:
                 f"a policy needs distinct camera names other than {list(RESERVED_FIELDS)}, "
                 f"got {list(self.cameras)}; rename the cameras in the policy's configuration"
             )
+
+    def named(self, names: FieldNames) -> "PolicyContract":
+        """Return the contract with names of clients for its cameras and state.
+
+        Raises:
+            RefusedSetting: they do not fit the policy.
+        """
+        return replace(self, field_names=names.of_policy(self.cameras, self.state_dim))
 
     def check(self, observation: Observation) -> None:
         """Refuse an observation that lacks a camera or whose state has another length.

@@ -64,7 +64,8 @@ def decode_request(body: bytes, contract: PolicyContract, reply: Reply = "auto")
         fields = _object(fields["encoded"])
     observation, sources = observation_of(fields, contract, decode_array)
     if reply == "auto":
-        openvla = list(sources.values()) == ["image"] and "state" not in fields
+        pieces = {"state", *contract.field_names.state_fields} & fields.keys()
+        openvla = list(sources.values()) == ["image"] and not pieces
         reply = "action" if openvla else "chunk"
     return ActRequest(observation, reply, encoded)
 

@@ -41,6 +41,8 @@ class ProfileRequest:
     # Files in trtexec's JSON, of one policy: every action, and every layer.
     export_times: Path | None = None
     export_layers: Path | None = None
+    # Of the order in which policies take turns.
+    seed: int = 0
 
     def require_possible(self) -> None:
         """Refuse what these policies cannot be asked for, before anything is opened.
@@ -63,13 +65,13 @@ class ProfileRequest:
 
 
 def profile_policies(
-    request: ProfileRequest, output: Path, on_progress: OnProgress = ignore
+    request: ProfileRequest, output: Path | None, on_progress: OnProgress = ignore
 ) -> "LatencyComparison":
     """Time decode, preprocess, engine, postprocess and encode, policies interleaved.
 
     Args:
         request: what is measured of which policies.
-        output: latency JSON to write.
+        output: latency JSON to write; None writes none.
         on_progress: hears of every action.
 
     Raises:
@@ -89,6 +91,7 @@ def profile_policies(
             request.samples,
             bar(on_progress, "latency"),
             request.deadline,
+            request.seed,
         )
         if request.layer_passes:
             layers = _layer_times(policies, observations[0], request.layer_passes)
@@ -96,7 +99,8 @@ def profile_policies(
     if request.cold_starts:
         starts = _cold_starts(request.sources, request.cold_starts)
         comparison = replace(comparison, cold_starts=starts)
-    comparison.save(output)
+    if output is not None:
+        comparison.save(output)
     _write_trtexec_files(request, comparison)
     return comparison
 

@@ -5,12 +5,14 @@
     data     {"observation": {"video": {camera: uint8 [1, 1, h, w, 3]},
                               "state": {"state": float [1, 1, n]},
                               "language": {any one key: [[instruction]]}}, "options"}
-             or the same keys flat: "video.<camera>", "state.<name>", and any other for language
+             or the same keys flat: "video.<camera>", "state.<name>", and any other for language;
+             N1.5's clients send the flat keys as "data" itself, with time alone in front
     reply    [{"actions": float32 [1, horizon, dim]}, {"timing_ms": ...}], flat "action.actions";
-             or {"error": reason}
+             to N1.5 {"action.actions": float32 [horizon, dim]}; or {"error": reason}
 
 Clients are REQ sockets; the server is a ROUTER, so that one which leaves blocks nobody.
-Source: Isaac-GR00T `gr00t/policy/server_client.py` and `gr00t_policy.py`, read as a description.
+Sources: Isaac-GR00T `gr00t/policy/server_client.py` and `gr00t_policy.py` (N1.6, N1.7) and
+`gr00t/eval/service.py` (N1.5), read as a description.
 """
 
 import logging
@@ -18,7 +20,7 @@ import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import zmq
 from numpy.typing import NDArray
@@ -45,16 +47,18 @@ _CUT_OFF_FACTOR = 4
 
 @dataclass(frozen=True)
 class Gr00tRequest:
-    """One decoded observation, and whether its keys were flat."""
+    """One decoded observation, and the form of its keys."""
 
     observation: Observation
-    flat: bool
+    form: Literal["nested", "flat", "n1.5"]
 
     def encode(self, chunk: ActionChunk, infer_ms: float) -> bytes:
-        """Return the reply [action, info]."""
+        """Return the reply: [action, info], or for N1.5 the action alone."""
+        if self.form == "n1.5":
+            return pack({"action.actions": _npy(chunk.actions)})
         actions = _npy(chunk.actions[None])
         info = {"timing_ms": {**chunk.timing_ms, "infer": infer_ms}}
-        return pack([{"action.actions" if self.flat else "actions": actions}, info])
+        return pack([{"action.actions" if self.form == "flat" else "actions": actions}, info])
 
 
 def decode_observation(message: Mapping[Any, Any], contract: PolicyContract) -> Gr00tRequest:
@@ -65,15 +69,21 @@ def decode_observation(message: Mapping[Any, Any], contract: PolicyContract) -> 
         InvalidObservation: it does not fit the policy.
     """
     data = _map(message.get("data"), "data")
-    given = _map(data.get("observation"), "observation")
-    flat = "video" not in given
-    observation, _ = observation_of(_fields(_nest(given) if flat else given), contract, _array)
-    return Gr00tRequest(observation, flat)
+    if "observation" not in data and any(str(key).startswith("video.") for key in data):
+        fields = _fields(_nest(data), contract)
+        observation, _ = observation_of(fields, contract, _timed_array)
+        return Gr00tRequest(observation, "n1.5")
+    entries = _map(data.get("observation"), "observation")
+    nested = "video" in entries
+    fields = _fields(entries if nested else _nest(entries), contract)
+    observation, _ = observation_of(fields, contract, _array)
+    return Gr00tRequest(observation, "nested" if nested else "flat")
 
 
 def modality_config(contract: PolicyContract) -> dict[str, Any]:
     """Return what `get_modality_config` answers: the keys and steps a client sends and gets."""
-    keys = {"video": list(contract.cameras), "state": ["state"], "language": ["instruction"]}
+    states = list(contract.field_names.state_fields) or ["state"]
+    keys = {"video": list(contract.cameras), "state": states, "language": ["instruction"]}
     if not contract.state_dim:
         del keys["state"]
     return {
@@ -207,39 +217,65 @@ def _nest(flat: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
     return nested
 
 
-def _fields(observation: Mapping[Any, Any]) -> dict[str, Any]:
+def _fields(observation: Mapping[str, Any], contract: PolicyContract) -> dict[str, Any]:
     """Return the observation by the names of `serving.fields`, batch and time still in front."""
     video = _map(observation.get("video"), "video")
     language = _map(observation.get("language"), "language")
     states = _map(observation.get("state", {}), "state")
-    if any(not isinstance(name, str) for name in video) or {"state", "instruction"} & {*video}:
+    names = [*video, *states]
+    if any(not isinstance(name, str) for name in names) or {"state", "instruction"} & {*video}:
         raise WireError(f"cameras must have names of their own, got {list(video)!r:.200}")
-    if len(language) != 1 or len(states) > 1:
+    if twice := {*video} & {*states}:
+        raise WireError(f"{sorted(twice)} are cameras and states; send each name once")
+    if len(language) != 1:
         raise InvalidObservation(
-            "an observation needs one 'language' entry and at most one 'state', concatenated as "
-            f"the policy was trained; got {list(language)!r:.200} and {list(states)!r:.200}"
+            f"an observation needs one 'language' entry, got {list(language)!r:.200}"
         )
+    pieces = contract.field_names.state_fields
+    if not {*states} & {*pieces} and states:
+        if len(states) > 1 and contract.state_dim:
+            known = f"one of {list(pieces)}" if pieces else "qvla serve --state-fields NAME,NAME"
+            raise InvalidObservation(
+                "several states are put together in the order the server was given; got "
+                f"{list(states)!r:.200}. Name them: {known}"
+            )
+        states = {"state": next(iter(states.values()))}
     (instruction,) = language.values()
     # [[text]]: batch and time; the flat form has no time.
     for _ in range(2):
         if isinstance(instruction, list) and len(instruction) == 1:
             instruction = instruction[0]
-    fields = {**video, "instruction": instruction}
-    return {**fields, "state": next(iter(states.values()))} if states else fields
+    return {**video, **states, "instruction": instruction}
 
 
 def _array(value: Any, name: str) -> NDArray[Any]:
-    if not isinstance(value, dict) or "__ndarray_class__" not in value:
-        raise WireError(
-            f"{name!r} must be an array as np.save writes it, got {type(value).__name__}"
-        )
-    array = decode_npy(value.get("as_npy"), name)
+    array = _stored_array(value, name)
     if array.ndim < 3 or array.shape[:2] != (1, 1):
         raise InvalidObservation(
             f"{name!r} must have batch and time of 1 in front, [1, 1, ...], got {list(array.shape)}"
         )
     observed: NDArray[Any] = array[0, 0]
     return observed
+
+
+def _timed_array(value: Any, name: str) -> NDArray[Any]:
+    """Return an array of N1.5: images [1, h, w, 3], states [1, n], or one more 1 in front."""
+    array = _stored_array(value, name)
+    leading = array.ndim - (1 if array.ndim <= 3 else 3)
+    if leading not in (1, 2) or any(size != 1 for size in array.shape[:leading]):
+        raise InvalidObservation(
+            f"{name!r} must have a time of 1 in front, [1, ...], got {list(array.shape)}"
+        )
+    observed: NDArray[Any] = array.reshape(array.shape[leading:])
+    return observed
+
+
+def _stored_array(value: Any, name: str) -> NDArray[Any]:
+    if not isinstance(value, dict) or "__ndarray_class__" not in value:
+        raise WireError(
+            f"{name!r} must be an array as np.save writes it, got {type(value).__name__}"
+        )
+    return decode_npy(value.get("as_npy"), name)
 
 
 def _npy(array: NDArray[Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`qvla profile`: what an action takes, span by span."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,7 +30,6 @@ def profile(
             help="Bundles or server URLs; first = baseline.", callback=A_BUNDLE_OR_SERVER.require
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", help="Latency JSON to write.")],
     samples: Annotated[int, typer.Option(help="Actions of each policy.")] = 200,
     warmup: Annotated[int, typer.Option(help="Actions before the samples.")] = 10,
     recording: Annotated[
@@ -62,6 +62,11 @@ def profile(
         Path | None,
         typer.Option("--export-profile", "--exportProfile", help="--layers in trtexec's JSON."),
     ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order in which policies take turns.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Latency JSON to write, for compare-latency and the report."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure decode, preprocess, engine, postprocess and encode, policies interleaved."""
@@ -79,14 +84,16 @@ def profile(
         cold_starts=cold_starts,
         export_times=export_times,
         export_layers=export_profile,
+        seed=seed,
     )
     with progress_shown() as on_progress:
         comparison = profile_policies(request, output, on_progress)
     if as_json:
-        typer.echo(output.read_text())
+        typer.echo(json.dumps(comparison.to_json(), indent=1))
     else:
         _print(comparison)
-        typer.echo(f"latency: {output}")
+    if output is not None:
+        typer.echo(f"latency: {output}", err=as_json)
 
 
 def _print(comparison: "LatencyComparison") -> None:

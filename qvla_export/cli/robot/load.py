@@ -20,7 +20,6 @@ _TABLE_WIDTH = 100
 
 def load(
     server: Annotated[str, typer.Argument(help="HOST:PORT of the protocol, or https://HOST:PORT.")],
-    output: Annotated[Path, typer.Option(help="JSON file with every request's times.")],
     protocol: Annotated[
         Literal["act", "openpi", "gr00t"],
         typer.Option(help="POST /act, openpi's websocket, GR00T's ZMQ."),
@@ -59,6 +58,9 @@ def load(
             help="Seconds a reply may take, and late requests are sent after the last was due.",
         ),
     ] = 30,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file to write, with every request's times.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Send observations at a fixed rate and measure from when each request was due.
@@ -75,12 +77,14 @@ def load(
     )
     with progress_shown() as on_progress:
         result = load_server(request, on_progress)
-    result.save(output)
+    if output is not None:
+        result.save(output)
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=1))
     else:
         _print(result)
-        typer.echo(f"load: {len(result.times.due_s)} requests -> {output}")
+        written = "" if output is None else f" -> {output}"
+        typer.echo(f"load: {len(result.times.due_s)} requests{written}")
     if not result.has_reply.any():
         raise typer.Exit(1)
 

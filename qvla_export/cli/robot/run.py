@@ -1,10 +1,12 @@
 """`qvla run`: a policy on a robot."""
 
+import json
 from typing import TYPE_CHECKING
 
 import typer
 
 from qvla_export.cli.options import (
+    JsonOption,
     SeedOption,
     ThreadsOption,
     WeightsOption,
@@ -36,6 +38,7 @@ from qvla_export.cli.robot.run_options import (
     SourceOption,
 )
 from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
+from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
     from jetson.control.records import RunResult
@@ -70,23 +73,31 @@ def run(
     command_joints: CommandJointsOption = "",
     threads: ThreadsOption = None,
     weights: WeightsOption = "packed",
+    as_json: JsonOption = False,
 ) -> None:
     """Run a policy closed loop, on time: safe commands out, whatever is late or broken.
 
     Exits with 0 after a clean stop (end of the source, --seconds, SIGINT, SIGTERM) and with 2
-    after faults. The last command is always the safe action.
+    after faults. The last command is always the safe action. With the simulator it says whether
+    the task was solved.
     """
-    options = dict(locals())  # one option a field
+    options = {name: value for name, value in locals().items() if name != "as_json"}
+    if as_json and commands == "stdout":
+        raise QvlaError("--json and --commands stdout both write to stdout; leave one out")
     from qvla_export.pipeline.robot.control_loop import run_policy
     from qvla_export.pipeline.robot.control_options import RunOptions
 
     result = run_policy(RunOptions(**options))
-    # Not on stdout where the commands are.
-    typer.echo(_summary(result), err=commands == "stdout")
+    # Not on stdout where the commands are, or the one document.
+    typer.echo(_summary(result), err=as_json or commands == "stdout")
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), indent=1))
     if not result.ok:
         raise typer.Exit(2)
 
 
 def _summary(result: "RunResult") -> str:
     counts = ", ".join(f"{name} {count}" for name, count in result.counters.items())
-    return f"run: {result.state.value} after {result.seconds:.1f} s, {result.reason}; {counts}"
+    solved = {None: "", True: "; task solved", False: "; task not solved"}[result.solved]
+    ended = f"run: {result.state.value} after {result.seconds:.1f} s, {result.reason}"
+    return f"{ended}{solved}; {counts}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from qvla_export.cli.options import PresetOption, ThreadsOption, UnnormKeyOption, WeightsOption
 from qvla_export.cli.robot.serve_options import (
     AllowHostOption,
+    CameraAliasOption,
     DeadlineOption,
     Gr00tPortOption,
     HostOption,
@@ -16,6 +17,7 @@ from qvla_export.cli.robot.serve_options import (
     RecordImagesOption,
     ReplyOption,
     ServedPolicyArgument,
+    StateFieldsOption,
     StrictCompatOption,
     TlsCertOption,
     TlsClientCaOption,
@@ -35,6 +37,8 @@ def serve(
     port: PortOption = 8000,
     reply: ReplyOption = "auto",
     strict_compat: StrictCompatOption = False,
+    camera_alias: CameraAliasOption = None,
+    state_fields: StateFieldsOption = None,
     gr00t_port: Gr00tPortOption = None,
     token_file: TokenFileOption = None,
     tls_cert: TlsCertOption = None,
@@ -58,6 +62,7 @@ def serve(
     browser shows what the robot sees and does (password: the token); Prometheus reads /metrics.
     """
     from jetson.server_settings import ServerSettings
+    from jetson.serving.field_names import FieldNames
     from jetson.serving.security import read_token
     from qvla_export.pipeline.policy_source import PolicySource
     from qvla_export.pipeline.robot.serve import serve_policy
@@ -67,6 +72,7 @@ def serve(
         port=port,
         reply=reply,  # type: ignore[arg-type]  # checked there
         strict_compat=strict_compat,
+        field_names=FieldNames.parse(camera_alias, state_fields),
         gr00t_port=gr00t_port,
         token=read_token(token_file),
         tls=_tls(tls_cert, tls_key, tls_client_ca),

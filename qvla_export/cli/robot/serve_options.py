@@ -47,6 +47,19 @@ MaxRateOption = Annotated[
     float, typer.Option(help="Requests a second of one client address; 0: no limit.")
 ]
 MaxBodyOption = Annotated[int, typer.Option(help="Longest request body, MB.")]
+CameraAliasOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="CAMERA=FIELD: what clients call the policy's camera, as full_image=cam_high; repeat."
+    ),
+]
+StateFieldsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Clients' fields that make up the state, in this order: joint_position,"
+        "gripper_position."
+    ),
+]
 WarmupOption = Annotated[int, typer.Option(help="Actions before the port opens.")]
 DeadlineOption = Annotated[
     float | None, typer.Option(help="Slower actions count as missed at /metrics and /.")

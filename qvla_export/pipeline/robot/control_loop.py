@@ -5,6 +5,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,8 @@ def run_policy(
         if wait is not None:
             wait()
         with _signals_to(loop):
-            return loop.run(options.seconds)
+            result = loop.run(options.seconds)
+        return replace(result, solved=getattr(source, "solved", None))
 
 
 def _live_page(

@@ -246,6 +246,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         saved = json.loads(output.read_text())
         assert saved["misses"]["count"] == 0 and saved["answered"] == 20
         assert saved["plan"]["clients"] == 2 and saved["asked_hz"] == pytest.approx(100)
+        unwritten = run_command(address, "--protocol", "act", *quick[:6])
+        assert unwritten.exit_code == 0 and "->" not in unwritten.output
         # From here on the token is in a file.
         monkeypatch.delenv("QVLA_TOKEN")
         key = tmp_path / "token"

@@ -68,9 +68,12 @@ def test_the_reference_policy_opens_the_drawer(tmp_path: Path) -> None:
     record = tmp_path / "run.jsonl"
     run = qvla(
         "run", REFERENCE, "--source", DRAWER, "--rate-hz", 40,
-        "--simulated-time", "--record", record,
+        "--simulated-time", "--record", record, "--json",
     )  # fmt: skip
-    assert run.code == 0 and "the source has ended" in run.out and "faults 0" in run.out
+    assert run.code == 0 and "the source has ended; task solved; " in run.err
+    result = json.loads(run.out)
+    assert (result["state"], result["ok"], result["solved"]) == ("stopped", True, True)
+    assert result["counters"]["faults"] == 0
     lines = lines_of(record)
     assert sum(line["state"] == "running" for line in lines) < 110, "solved before the limit"
     assert lines[-1]["state"] == "stopped" and lines[-1]["action"][:3] == [0, 0, 0]
@@ -85,7 +88,7 @@ def test_a_scripted_policy_in_the_simulator_is_clamped(mode: str) -> None:
         "scripted", DRAWER, 40, mode, execute=4, limits="-1:1", simulated_time=True, seconds=1.0
     )
     result = run_policy(options, policy)
-    assert result.ok and result.state is LoopState.STOPPED
+    assert result.ok and result.state is LoopState.STOPPED and result.solved is False
     # Slot 0 looks, the last is the safe action.
     assert (result.counters["sent"], result.counters["held"]) == (39, 1)
     assert result.counters["clamped_values"] == 39
@@ -108,9 +111,13 @@ def test_a_remote_policy_on_an_episode(episodes: Path, tmp_path: Path) -> None:
             "--limits", "0:10,-1:2,-1:1,-1:1,-1:1,-1:1,-1:1", "--record", record, "--ramp-ms", 0,
             "--max-action-age-ms", 60_000,
         )  # fmt: skip
-        assert run.code == 0 and "the source has ended" in run.out
+        assert run.code == 0 and "the source has ended" in run.out and "solved" not in run.out
         refused = qvla("run", url, "--source", f"episode:{episodes}#1", "--rate-hz", 40)
         assert "--hold last" in refused.error
+        both = qvla(
+            "run", url, "--source", DRAWER, "--rate-hz", 40, "--json", "--commands", "stdout"
+        )
+        assert "leave one out" in both.error
         missing = qvla("run", url, "--source", DRAWER, "--rate-hz", 40, "--hold", "last")
         assert "--limits" in missing.error
     actions = [line["action"] for line in lines_of(record) if line["state"] == "running"]

@@ -76,9 +76,23 @@ def test_policies_take_turns_round_by_round() -> None:
         samples=3,
         on_progress=lambda now, all_: done.append((now, all_)),
     )
-    assert [name for name, _ in asked] == list("abcbcacababc")
+    rounds = [[name for name, _ in asked[i : i + 3]] for i in range(0, 12, 3)]
+    assert all(sorted(names) == list("abc") for names in rounds)
     assert [value for _, value in asked] == [1] * 3 + [2] * 3 + [1] * 3 + [2] * 3
     assert done == [(i, 12) for i in range(1, 13)]
+
+
+def test_no_policy_always_follows_the_same_other() -> None:
+    def order(seed: int) -> str:
+        asked: list[tuple[str, int]] = []
+        policies = {name: ProfileSubject(TimedPolicy(name, [1.0] * 60, asked)) for name in "abc"}
+        profile_latency(policies, [observation(1)], warmup=0, samples=60, seed=seed)
+        return "".join(name for name, _ in asked)
+
+    names = order(0)
+    assert names == order(0) != order(1)
+    before_c = [names[index - 1] for index in range(1, 180) if names[index] == "c"]
+    assert 15 < before_c.count("a") < 45 and 15 < before_c.count("b") < 45
 
 
 def test_warm_up_is_dropped_and_spans_are_the_servers() -> None:

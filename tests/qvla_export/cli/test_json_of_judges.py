@@ -45,6 +45,8 @@ def test_latencies(bundle: Path, tmp_path: Path) -> None:
     profiled = qvla("profile", bundle, "--output", output, "--samples", 3, "--json")
     assert document(profiled) == json.loads(output.read_text())
     assert "latency" in profiled.err
+    unwritten = document(qvla("profile", bundle, "--samples", 3, "--json"))
+    assert unwritten.keys() == document(profiled).keys()
     (change,) = document(qvla("compare-latency", output, output, "--json"))["changes"]
     assert change["slower"] is False
 

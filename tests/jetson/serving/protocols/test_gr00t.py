@@ -120,7 +120,7 @@ VIDEO = IMAGE[None, None]
         ({"video": {"front": edited(VIDEO, b"NUMPY", b"OTHER"), "hand": npy(VIDEO)}}, "np.save"),
         ({"video": {"state": npy(VIDEO)}}, "names of their own"),
         ({"video": [npy(VIDEO)]}, "'video' must be a map"),
-        ({"state": {"a": 1, "b": 2}}, "at most one 'state'"),
+        ({"state": {"a": 1, "b": 2}}, "--state-fields"),
         ({"state": {"state": npy(np.zeros((1, 1, 3)))}}, "8 numbers"),
         ({"state": {"state": npy(np.full((1, 1, 8), np.nan))}}, "NaN"),
         ({"state": None}, "needs a state"),
