@@ -5,18 +5,20 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qvla_export.measurement.layer_groups import LayerNeeds, NeedsOf, layer_needs
+from qvla_export.measurement.torch_arrays import elimination_on
 from qvla_export.policies.layers import Layer, error_rows, layer_shapes, weight_rows
-from qvla_export.quantizer.compensation import round_layer
-from qvla_export.quantizer.moments import LayerMoments, Moments
+from qvla_export.quantizer.compensation import SECTION_CHANNELS, rounded_alone
+from qvla_export.quantizer.elimination import Elimination
+from qvla_export.quantizer.moments import Moments
 from qvla_export.quantizer.quantize import QuantizerSpec
 
-# What compensation takes for each pair of inputs, and for each weight, as float64 for the most
-# part.
-_BYTES_PER_PAIR, _BYTES_PER_ANSWER = 56, 80
+_NOTHING = np.zeros((0, 0), np.float32)
+# What compensation takes for each pair of inputs: while their moments are factored, and then. For
+# each weight, and for each of those that go through the inputs together, in numbers.
+_BYTES_PER_PAIR, _BYTES_PER_FACTORED, _BYTES_PER_WEIGHT, _NUMBERS_PER_ROUNDED = 30, 12, 24, 14
 
 
 def weight_errors(
@@ -45,17 +47,21 @@ def weight_errors(
     Raises:
         QvlaError: moments are needed and there are none of this layer.
     """
-    found = {}
-    for bits in widths:
-        if bits == 0:
-            rows = np.zeros((0, 0), np.float32)
-        elif moments is None:
-            rows = error_rows(layer, bits, quantizer, channels)
-        else:
-            own = moments.of(name, layer_shapes({name: layer})[name])
-            rows = _answered(weight_rows(layer, channels), bits, quantizer, own)
-        found[bits] = torch.from_numpy(rows).to(layer.weight.device)
-    return found
+    if moments is not None:
+        own = moments.of(name, layer_shapes({name: layer})[name])
+        rows = weight_rows(layer, channels)
+        coded = [bits for bits in widths if bits]
+        how = elimination_on(layer.weight.device)
+        # Some of a layer's channels are rounded as all of them are.
+        how = replace(how, blocking=how.blocking_of(len(layer.weight)))
+        made = rounded_alone(rows, coded, quantizer, own, how)
+        errors = {bits: weights - rows for bits, weights in zip(coded, made, strict=True)}
+    else:
+        errors = {bits: error_rows(layer, bits, quantizer, channels) for bits in widths if bits}
+    return {
+        bits: torch.from_numpy(errors.get(bits, _NOTHING)).to(layer.weight.device)
+        for bits in widths
+    }
 
 
 def error_needs(quantizer: QuantizerSpec, widths: tuple[int, ...]) -> NeedsOf:
@@ -78,20 +84,12 @@ def error_needs(quantizer: QuantizerSpec, widths: tuple[int, ...]) -> NeedsOf:
 
 
 def _with_answers(needs: LayerNeeds) -> LayerNeeds:
-    """Add the inputs' moments, their inverse and factors, and the weights on their way."""
-    matrices = _BYTES_PER_PAIR * needs.inputs**2 + 4 * needs.channels**2
+    """Add the inputs' moments, their factors, and the weights on their way."""
+    dtype = np.dtype(Elimination().blocking_of(needs.channels).dtype)
+    together = min(needs.channels, SECTION_CHANNELS) * needs.inputs
+    rounding = _BYTES_PER_FACTORED * needs.inputs**2
+    rounding += _NUMBERS_PER_ROUNDED * dtype.itemsize * together
+    matrices = max(_BYTES_PER_PAIR * needs.inputs**2, rounding) + 4 * needs.channels**2
     return replace(
-        needs, more_bytes=matrices, more_bytes_per_channel=_BYTES_PER_ANSWER * needs.inputs
+        needs, more_bytes=matrices, more_bytes_per_channel=_BYTES_PER_WEIGHT * needs.inputs
     )
-
-
-def _answered(
-    rows: NDArray[np.float32], bits: int, quantizer: QuantizerSpec, own: LayerMoments
-) -> NDArray[np.float32]:
-    alone = quantizer
-    if quantizer.compensation != "none":
-        alone = replace(quantizer, compensation="inputs")
-    widths, order = np.full(len(rows), bits, np.int8), np.arange(rows.shape[1])
-    made = round_layer(rows, widths, alone, own, order)
-    errors: NDArray[np.float32] = made.rows(widths, alone, order) - rows
-    return errors

@@ -8,14 +8,24 @@ as in GPTQ (Frantar et al. 2023) with an action-weighted H, and from channel to 
 that pruned and 2-bit channels are made up for by those that have the levels for it. numpy only.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.quantizer.arrays import Array, Arrays
+from qvla_export.quantizer.elimination import Blocking, Elimination, Levels, eliminate
 from qvla_export.quantizer.moments import LayerMoments
-from qvla_export.quantizer.quantize import QuantizerSpec, at_steps, channel_steps, quantize_channels
+from qvla_export.quantizer.quantize import (
+    QuantizedWeight,
+    QuantizerSpec,
+    at_steps,
+    channel_steps,
+    quantize_channels,
+    with_steps,
+)
 from qvla_export.quantizer.rounding import RoundedLayer
 from qvla_export.quantizer.scale_search import CODE_RANGE, Steps
 
@@ -23,14 +33,11 @@ from qvla_export.quantizer.scale_search import CODE_RANGE, Steps
 # known well where it is small.
 INPUT_DAMPING = 0.01
 CHANNEL_DAMPING = 0.3
-# Channels rounded together, as one step of the elimination.
-_BLOCK_CHANNELS = 16
-# Inputs whose errors those behind them answer together, by one product.
-_BLOCK_INPUTS = 64
+# Channels that do not answer each other and go through the inputs together.
+SECTION_CHANNELS = 512
 _SMALLEST = 1e-30
 _NONE = np.zeros(0, np.int64)
-
-_Matrix = NDArray[np.float64]
+_NUMPY = Elimination()
 
 
 def round_layer(
@@ -40,6 +47,7 @@ def round_layer(
     moments: LayerMoments,
     order: NDArray[np.int64],
     gone: NDArray[np.int64] = _NONE,
+    elimination: Elimination = _NUMPY,
 ) -> RoundedLayer:
     """Round a layer's weights.
 
@@ -52,150 +60,260 @@ def round_layer(
             scale are groups of these. The others are lost.  int64 [kept]
         gone: channels whose outputs leave the graph: whoever reads them answers it, so the layer's
             other channels do not.  int64 [n]
+        elimination: array operations and blocks.
     """
-    everything = np.concatenate([np.setdiff1d(np.arange(rows.shape[1]), order), order])
-    matrix = moments.input_matrix(everything)
-    lost = rows.shape[1] - len(order)
-    work = _Work(rows[:, order], spec, _Inputs.of(matrix[lost:, lost:], spec))
-    targets = rows[:, order].astype(np.float64)
-    if spec.compensation != "none" and lost:
-        # The best answer of the inputs that stay to those that are lost.
-        damped = _with_damping(matrix, INPUT_DAMPING)
-        answer = np.linalg.solve(damped[lost:, lost:], damped[lost:, :lost])
-        targets += rows[:, everything[:lost]].astype(np.float64) @ answer.T
+    inputs = _Inputs.of(moments, order, spec, elimination, len(rows))
+    targets = inputs.put(rows[:, order])
+    lost = np.setdiff1d(np.arange(rows.shape[1]), order)
+    if spec.compensation != "none" and len(lost):
+        targets += inputs.put(rows[:, lost]) @ _answer(moments, order, lost, inputs)
+    work = _Work(rows.shape, spec, inputs, order)
     if spec.compensation == "inputs and channels":
         _eliminate(work, targets, widths, moments, gone)
     else:
         for chosen in _alike(widths):
-            work.round(chosen, targets[chosen], int(widths[chosen[0]]))
-    return work.rounded_layer(rows.shape[1], order)
+            work.round(chosen, targets[inputs.places(chosen)], int(widths[chosen[0]]))
+    return work.rounded_layer()
+
+
+def rounded_alone(
+    rows: NDArray[np.float32],
+    widths: Sequence[int],
+    spec: QuantizerSpec,
+    moments: LayerMoments,
+    elimination: Elimination = _NUMPY,
+) -> Iterator[NDArray[np.float32]]:
+    """Round a layer's channels to one width after another; they do not answer each other.
+
+    Args:
+        rows: float32 [channels, inputs], in the order that the graph stores.
+        widths: of all channels; each gives a result.
+        spec: how.
+        moments: of the layer.
+        elimination: array operations and blocks.
+
+    Yields:
+        The weights an engine computes with.  float32 [channels, inputs]
+    """
+    alone = spec if spec.compensation == "none" else replace(spec, compensation="inputs")
+    order, every = np.arange(rows.shape[1]), np.arange(len(rows))
+    inputs = _Inputs.of(moments, order, alone, elimination, len(rows))
+    targets = inputs.put(rows)
+    for bits in widths:
+        work = _Work(rows.shape, alone, inputs, order)
+        yield inputs.get(work.round(every, targets, bits))
 
 
 @dataclass(frozen=True)
 class _Inputs:
     """Elimination along the inputs."""
 
+    arrays: Arrays
+    blocking: Blocking
     # Diagonal of H: weighs the errors of scales.  float32 [inputs]
     importance: NDArray[np.float32] | None
     # Inputs in the order of elimination; None rounds each weight by itself.  int64 [inputs]
     order: NDArray[np.int64] | None = None
-    # Upper triangle U with H^-1 = U^T U, in that order.
-    upper: _Matrix | None = None
+    # In that order, what an input answers of what is missing before it; see `eliminate`.
+    shares: Array = None
 
     @staticmethod
-    def of(matrix: _Matrix, spec: QuantizerSpec) -> "_Inputs":
-        diagonal = np.diag(_with_damping(matrix, INPUT_DAMPING))
+    def of(
+        moments: LayerMoments,
+        order: NDArray[np.int64],
+        spec: QuantizerSpec,
+        elimination: Elimination,
+        channels: int,
+    ) -> "_Inputs":
+        """Find the order of some inputs and factor their moments.
+
+        Args:
+            moments: of the layer.
+            order: inputs that stay, as the graph stores them.  int64 [kept]
+            spec: how.
+            elimination: array operations and blocks.
+            channels: of the whole layer.
+        """
+        arrays, blocking = elimination.arrays, elimination.blocking_of(channels)
+        diagonal = moments.input_diagonal(order)
+        addition = _damping(diagonal, INPUT_DAMPING)
+        diagonal += addition
         importance = diagonal.astype(np.float32) if spec.weighted_scales else None
         if spec.compensation == "none":
-            return _Inputs(importance)
+            return _Inputs(arrays, blocking, importance)
         # What matters most has the most left to answer it.
-        order = np.argsort(-diagonal, kind="stable")
-        damped = _with_damping(matrix, INPUT_DAMPING)[np.ix_(order, order)]
-        return _Inputs(importance, order, _upper(damped))
+        ranked = np.argsort(-diagonal, kind="stable")
+        damped = moments.input_matrix(order[ranked])
+        _add_to_diagonal(damped, addition)
+        factor = arrays.factor(damped, blocking.dtype)
+        return _Inputs(arrays, blocking, importance, ranked, factor / factor.diagonal())
+
+    def put(self, values: NDArray[Any]) -> Array:
+        """Return values as what is computed with."""
+        return self.arrays.put(values.astype(self.blocking.dtype))
+
+    def places(self, numbers: NDArray[np.int64]) -> Array:
+        """Return numbers of channels as an index."""
+        return self.arrays.put(numbers)
+
+    def get(self, array: Array) -> NDArray[np.float32]:
+        """Return what was computed."""
+        values: NDArray[np.float32] = self.arrays.get(array).astype(np.float32)
+        return values
 
 
 class _Work:
     """A layer's inputs that stay, in stored order, while its channels are rounded."""
 
-    def __init__(self, rows: NDArray[np.float32], spec: QuantizerSpec, inputs: _Inputs) -> None:
-        self.spec = spec
-        self._inputs = inputs
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        spec: QuantizerSpec,
+        inputs: _Inputs,
+        order: NDArray[np.int64],
+    ) -> None:
+        self.inputs = inputs
+        self._spec, self._order = spec, order
         rules = spec.rules.values()
-        groups = max([1, *(rule.groups(rows.shape[1]) for rule in rules)])
-        self.codes = np.zeros(rows.shape, np.int8)
-        self.halves: dict[int, NDArray[np.float16]] = {}
-        self.scales = np.ones((len(rows), groups), np.float32)
+        groups = max([1, *(rule.groups(len(order)) for rule in rules)])
+        # In the natural order of all inputs, those that are lost included.
+        self._codes = np.zeros(shape, np.int8)
+        self._halves: dict[int, NDArray[np.float16]] = {}
+        self._scales = np.ones((shape[0], groups), np.float32)
         pointed = any(rule.zero_points for rule in rules)
-        self.zero_points = np.zeros(self.scales.shape, np.int8) if pointed else None
-        self.weights = np.zeros(rows.shape, np.float32)
+        self._zero_points = np.zeros(self._scales.shape, np.int8) if pointed else None
 
-    def round(self, chosen: NDArray[np.int64], targets: _Matrix, bits: int) -> _Matrix:
-        """Round channels of one width to targets float64 [chosen, inputs]; return the weights."""
-        if bits in CODE_RANGE:
-            wanted = targets.astype(np.float32)
-            steps = channel_steps(wanted, bits, self.spec, self._inputs.importance)
-            if self._inputs.upper is not None:
-                wanted = self._along_inputs(targets, steps, bits)
-            made = at_steps(wanted, bits, self.spec, steps)
-            self.codes[chosen] = made.codes
-            groups = steps.scales.shape[1]
-            self.scales[chosen, :groups] = steps.scales
-            if self.zero_points is not None and steps.zero_points is not None:
-                self.zero_points[chosen, :groups] = steps.zero_points
-            self.weights[chosen] = made.dequantize()
-        elif bits == 16:
-            made = quantize_channels(targets.astype(np.float32), 16, self.spec)
-            self.halves |= dict(zip(chosen.tolist(), made.codes, strict=True))
-            self.weights[chosen] = made.dequantize()
-        return self.weights[chosen].astype(np.float64)
+    def round(
+        self,
+        chosen: NDArray[np.int64],
+        targets: Array,
+        bits: int,
+        channels_factor: Array | None = None,
+    ) -> Array:
+        """Round channels of one width; return their weights as an engine has them.
 
-    def _along_inputs(self, targets: _Matrix, steps: Steps, bits: int) -> NDArray[np.float32]:
-        """Return the channels' rounded weights, input by input in the order of elimination."""
-        order, upper = self._inputs.order, self._inputs.upper
-        assert order is not None and upper is not None
-        spread = steps.by_input(self.spec.rule(bits).group_size, targets.shape[1])
-        scales, zeros = spread.scales[:, order].astype(np.float64), spread.zero_points
-        # Codes less zero points, of each input and channel or of all.
-        low, high = (np.full((len(order), 1), float(code)) for code in CODE_RANGE[bits])
-        if zeros is not None:
-            low, high = (code - zeros[:, order].T.astype(np.float64) for code in (low, high))
-        left = targets[:, order].T.copy()
-        for start in range(0, len(order), _BLOCK_INPUTS):
-            stop = min(start + _BLOCK_INPUTS, len(order))
-            errors = np.empty((stop - start, left.shape[1]))
-            for place in range(start, stop):
-                scale = scales[:, place]
-                rounded = np.clip(np.rint(left[place] / scale), low[place], high[place]) * scale
-                error = (left[place] - rounded) / upper[place, place]
-                left[place] = rounded
-                left[place + 1 : stop] -= np.outer(upper[place, place + 1 : stop], error)
-                errors[place - start] = error
-            left[stop:] -= upper[start:stop, stop:].T @ errors
-        result = np.empty(targets.shape, np.float32)
-        result[:, order] = left.T
-        return result
+        Args:
+            chosen: which.  int64 [chosen]
+            targets: [chosen, inputs]
+            bits: their width.
+            channels_factor: see `elimination.eliminate`; None where they do not answer each other.
+        """
+        rounded = targets * 0
+        step = SECTION_CHANNELS if channels_factor is None else len(chosen)
+        for start in range(0, len(chosen), step):
+            some = slice(start, start + step)
+            if bits == 16:
+                rounded[some] = self._in_halves(chosen[some], targets[some])
+            elif bits:
+                made = self._coded(targets[some], bits, channels_factor)
+                self._keep(chosen[some], made)
+                rounded[some] = self.inputs.put(made.dequantize())
+        return rounded
 
-    def rounded_layer(self, inputs: int, order: NDArray[np.int64]) -> RoundedLayer:
-        """Return the layer in the natural order of all inputs, those that are lost included."""
-        codes = np.zeros((len(self.codes), inputs), np.int8)
-        codes[:, order] = self.codes
-        halves = np.zeros((len(self.halves), inputs), np.float16)
-        if len(halves):
-            halves[:, order] = np.stack([self.halves[c] for c in sorted(self.halves)])
-        return RoundedLayer(codes, halves, self.scales, self.zero_points)
+    def rounded_layer(self) -> RoundedLayer:
+        """Return the layer."""
+        halves = np.zeros((len(self._halves), self._codes.shape[1]), np.float16)
+        for row, channel in zip(halves, sorted(self._halves), strict=True):
+            row[self._order] = self._halves[channel]
+        return RoundedLayer(self._codes, halves, self._scales, self._zero_points)
+
+    def _in_halves(self, chosen: NDArray[np.int64], targets: Array) -> Array:
+        made = quantize_channels(self.inputs.get(targets), 16, self._spec)
+        self._halves |= dict(zip(chosen.tolist(), made.codes, strict=True))
+        return self.inputs.put(made.dequantize())
+
+    def _coded(self, targets: Array, bits: int, channels_factor: Array | None) -> QuantizedWeight:
+        wanted = self.inputs.get(targets)
+        steps = channel_steps(wanted, bits, self._spec, self.inputs.importance)
+        if self.inputs.order is None:
+            return at_steps(wanted, bits, self._spec, steps)
+        codes = self._along_inputs(targets, steps, bits, self.inputs.order, channels_factor)
+        return with_steps(codes, bits, self._spec, steps)
+
+    def _keep(self, chosen: NDArray[np.int64], made: QuantizedWeight) -> None:
+        groups = made.scales.shape[1]
+        self._codes[np.ix_(chosen, self._order)] = made.codes
+        self._scales[chosen, :groups] = made.scales
+        if self._zero_points is not None and made.zero_points is not None:
+            self._zero_points[chosen, :groups] = made.zero_points
+
+    def _along_inputs(
+        self,
+        targets: Array,
+        steps: Steps,
+        bits: int,
+        order: NDArray[np.int64],
+        channels_factor: Array | None,
+    ) -> NDArray[Any]:
+        """Return the codes that elimination gives.  [channels, inputs]"""
+        inputs, (low, high) = self.inputs, map(float, CODE_RANGE[bits])
+        spread = steps.by_input(self._spec.rule(bits).group_size, targets.shape[1])
+        scales = np.ascontiguousarray(spread.scales[:, order].T.astype(inputs.blocking.dtype))
+        levels = Levels(scales, low, high)
+        if spread.zero_points is not None:
+            zeros = np.ascontiguousarray(spread.zero_points[:, order].T.astype(scales.dtype))
+            levels = Levels(scales, low - zeros, high - zeros)
+        ranked = targets[:, inputs.places(order)].T
+        rounded = eliminate(
+            ranked, levels, inputs.shares, channels_factor, inputs.arrays, inputs.blocking
+        )
+        codes = np.empty(targets.shape, np.int8)
+        codes[:, order] = inputs.arrays.get(rounded).T
+        return codes if spread.zero_points is None else codes + spread.zero_points
+
+
+def _answer(
+    moments: LayerMoments, order: NDArray[np.int64], lost: NDArray[np.int64], inputs: _Inputs
+) -> Array:
+    """Return the best answer of the inputs that stay to those that are lost.  [lost, kept]"""
+    damped = moments.input_matrix(order)
+    everything = moments.input_diagonal(np.arange(len(moments.mean)))
+    _add_to_diagonal(damped, _damping(everything, INPUT_DAMPING))
+    across = moments.input_matrix(order, lost)
+    answer = inputs.arrays.solve(inputs.arrays.put(damped), inputs.arrays.put(across))
+    return inputs.put(inputs.arrays.get(answer)).T
 
 
 def _eliminate(
     work: _Work,
-    targets: _Matrix,
+    targets: Array,
     widths: NDArray[np.int8],
     moments: LayerMoments,
     gone: NDArray[np.int64],
 ) -> None:
     """Round blocks of channels from few bits to many; all later ones answer each block's errors."""
+    inputs = work.inputs
     kept = np.setdiff1d(np.arange(len(widths)), gone)
-    damped = _with_damping(moments.channel_matrix(kept), CHANNEL_DAMPING)
-    # Of equal widths the most important first, as along the inputs.
-    places = np.lexsort((-np.diag(damped), widths[kept]))
-    order, upper = kept[places], _upper(damped[np.ix_(places, places)])
-    left = targets[order]
-    for start, stop in _blocks(widths[order]):
-        chosen = order[start:stop]
-        rounded = work.round(chosen, left[start:stop], int(widths[chosen[0]]))
-        error = np.linalg.solve(upper[start:stop, start:stop].T, left[start:stop] - rounded)
-        left[stop:] -= upper[start:stop, stop:].T @ error
+    addition = _damping(moments.channel_diagonal(kept), CHANNEL_DAMPING)
+    for group in moments.channel_groups(kept):
+        # Of equal widths the most important first, as along the inputs.
+        order = group[np.lexsort((-moments.channel_diagonal(group), widths[group]))]
+        damped = moments.channel_matrix(order)
+        _add_to_diagonal(damped, addition)
+        factor = inputs.arrays.factor(damped, inputs.blocking.dtype)
+        ordered = targets[inputs.places(order)]
+        missing = ordered * 0
+        for start, stop in _blocks(widths[order], inputs.blocking.channels):
+            chosen, own = order[start:stop], factor[start:stop, start:stop]
+            wanted = ordered[start:stop]
+            answered = wanted
+            if start:
+                before = factor[:start, start:stop].T @ missing[:start]
+                answered = wanted + inputs.arrays.solve(own.T, before)
+            rounded = work.round(chosen, answered, int(widths[chosen[0]]), own)
+            missing[start:stop] = wanted - rounded
     # Nobody reads them, but a plan has codes of all its channels.
-    for places in _alike(widths[gone]):
-        work.round(gone[places], targets[gone[places]], int(widths[gone[places[0]]]))
+    for some in _alike(widths[gone]):
+        work.round(gone[some], targets[inputs.places(gone[some])], int(widths[gone[some[0]]]))
 
 
-def _blocks(widths: NDArray[np.int8]) -> Iterator[tuple[int, int]]:
-    """Runs of equal sorted widths, of at most `_BLOCK_CHANNELS`; pruned channels are one."""
+def _blocks(widths: NDArray[np.int8], largest: int) -> Iterator[tuple[int, int]]:
+    """Runs of equal sorted widths, of at most `largest`; pruned channels are one."""
     start = 0
     while start < len(widths):
         stop = start + int((widths[start:] == widths[start]).sum())
         if widths[start]:
-            stop = min(stop, start + _BLOCK_CHANNELS)
+            stop = min(stop, start + largest)
         yield start, stop
         start = stop
 
@@ -205,13 +323,10 @@ def _alike(widths: NDArray[np.int8]) -> Iterator[NDArray[np.int64]]:
         yield np.flatnonzero(widths == bits)
 
 
-def _with_damping(matrix: _Matrix, share: float) -> _Matrix:
-    """Return the matrix with a share of its mean diagonal added to the diagonal."""
-    addition = share * float(np.diag(matrix).mean()) + _SMALLEST
-    return matrix + addition * np.eye(len(matrix))
+def _damping(diagonal: NDArray[np.float64], share: float) -> float:
+    """Return what is added to a diagonal: a share of its mean; of none, next to nothing."""
+    return share * float(diagonal.sum()) / max(len(diagonal), 1) + _SMALLEST
 
 
-def _upper(matrix: _Matrix) -> _Matrix:
-    """Return the upper triangle U with matrix^-1 = U^T U."""
-    factor: _Matrix = np.linalg.cholesky(np.linalg.inv(matrix)).T
-    return factor
+def _add_to_diagonal(matrix: NDArray[np.float64], addition: float) -> None:
+    matrix.flat[:: len(matrix) + 1] += addition

@@ -44,18 +44,37 @@ class LayerMoments:
         if not _covers(self.channels, self.channels.shape[0] * self.channels.shape[-1]):
             raise QvlaError(f"blocks must be square, got {list(self.channels.shape)}")
 
-    def input_matrix(self, order: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return H of some inputs int64 [kept], in an order.  float64 [kept, kept]
+    def input_matrix(
+        self, order: NDArray[np.int64], others: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float64]:
+        """Return H of some inputs int64 [kept], in an order, and of others; None for the same.
 
         Blocks are about the mean, which joins all inputs: so no direction becomes negative where
-        blocks leave moments out.
+        blocks leave moments out.  float64 [kept, others]
         """
-        mean = self.mean[order].astype(np.float64)
-        return _submatrix(self.inputs, order) + np.outer(mean, mean)
+        columns = order if others is None else others
+        result = _submatrix(self.inputs, order, columns)
+        mean = self.mean.astype(np.float64)
+        for row, value in zip(result, mean[order], strict=True):
+            row += value * mean[columns]
+        return result
+
+    def input_diagonal(self, order: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the diagonal of H of some inputs int64 [kept].  float64 [kept]"""
+        return _diagonal(self.inputs)[order] + np.square(self.mean[order].astype(np.float64))
 
     def channel_matrix(self, order: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return G of some channels int64 [kept], in an order.  float64 [kept, kept]"""
-        return _submatrix(self.channels, order)
+        return _submatrix(self.channels, order, order)
+
+    def channel_diagonal(self, order: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the diagonal of G of some channels int64 [kept].  float64 [kept]"""
+        return _diagonal(self.channels)[order]
+
+    def channel_groups(self, channels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return the channels int64 [kept] in groups between which G is zero: its blocks."""
+        block = channels // self.channels.shape[1]
+        return [channels[block == number] for number in np.unique(block)]
 
 
 @dataclass(frozen=True)
@@ -131,15 +150,18 @@ def _covers(blocks: NDArray[Any], width: int) -> bool:
     return blocks.shape == (count, size, size) and count * size >= width > (count - 1) * size
 
 
-def _submatrix(blocks: NDArray[np.float32], order: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Rows and columns of the whole matrix in an order; zero outside the blocks."""
+def _diagonal(blocks: NDArray[np.float32]) -> NDArray[np.float64]:
+    return blocks.diagonal(axis1=1, axis2=2).reshape(-1).astype(np.float64)
+
+
+def _submatrix(
+    blocks: NDArray[np.float32], order: NDArray[np.int64], others: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Rows and columns of the whole matrix; zero outside the blocks."""
     size = blocks.shape[1]
-    block, place = np.divmod(order, size)
-    if len(blocks) == 1:
-        whole: NDArray[np.float64] = blocks[0][np.ix_(place, place)].astype(np.float64)
-        return whole
-    result = np.zeros((len(order), len(order)))
+    result = np.zeros((len(order), len(others)))
     for number, values in enumerate(blocks):
-        inside = np.flatnonzero(block == number)
-        result[np.ix_(inside, inside)] = values[np.ix_(place[inside], place[inside])]
+        rows, columns = (np.flatnonzero(some // size == number) for some in (order, others))
+        inside = np.ix_(order[rows] % size, others[columns] % size)
+        result[np.ix_(rows, columns)] = values[inside]
     return result

@@ -251,11 +251,17 @@ def at_steps(
 
     What `QuantizedWeight.dequantize` returned becomes the same codes again.
     """
+    codes = nearest_codes(in_groups(weight, spec.rule(bits).group_size), steps, bits)
+    return with_steps(codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]], bits, spec, steps)
+
+
+def with_steps(
+    codes: NDArray[Any], bits: int, spec: QuantizerSpec, steps: Steps
+) -> QuantizedWeight:
+    """Return codes, whole numbers [channels, inputs], with what they stand for."""
     rule = spec.rule(bits)
-    codes = nearest_codes(in_groups(weight, rule.group_size), steps, bits)
-    kept = codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]]
     stored = steps.scales if rule.scale_bits == 32 else steps.scales.astype(np.float16)
-    integers = np.ascontiguousarray(kept.astype(np.int8))
+    integers = np.ascontiguousarray(codes.astype(np.int8))
     zeros = steps.zero_points if rule.zero_points else None
     return QuantizedWeight(integers, stored, bits, rule.group_size, zeros)
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.quantizer.compensation import round_layer
+from qvla_export.quantizer.elimination import Elimination
 from qvla_export.quantizer.moments import Moments
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import as_rows
@@ -34,6 +35,7 @@ def round_plan(
     plan: BitPlan,
     moments: Moments,
     on_progress: Callable[[int, int], None] | None = None,
+    elimination: Elimination | None = None,
 ) -> BitPlan:
     """Return a plan with the codes of all its layers, made layer by layer.
 
@@ -42,6 +44,7 @@ def round_plan(
         plan: its quantizer says how.
         moments: of this policy, on the plan's calibration set.
         on_progress: called with (layers done, layers in all).
+        elimination: array operations and blocks; None for numpy's.
 
     Raises:
         ArtifactMismatch: the moments are of another policy or calibration set.
@@ -62,6 +65,7 @@ def round_plan(
             moments.of(name, plan.shapes[name]),
             plan.stored_order(name),
             gone.get(name, np.zeros(0, np.int64)),
+            elimination or Elimination(),
         )
         if on_progress is not None:
             on_progress(len(layers), len(plan.widths))

@@ -113,7 +113,7 @@ def _needs(policy: OftPolicy, quantizer: QuantizerSpec) -> dict[str, LayerNeeds]
     return dict(error_needs(quantizer, (0, 2))(layers, moved))
 
 
-@pytest.mark.parametrize("shape", [(96, 512), (512, 96), (300, 700)])
+@pytest.mark.parametrize("shape", [(96, 512), (512, 96), (300, 700), (600, 500)])
 def test_making_errors_takes_no_more_than_is_counted(shape: tuple[int, int]) -> None:
     """numpy's arrays, which tracemalloc sees; the result is counted by itself."""
     channels, inputs = shape

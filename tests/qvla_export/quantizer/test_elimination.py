@@ -1,0 +1,178 @@
+"""The elimination: what one weight after another would give, whatever is rounded together."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from engines.targets import CPU
+from qvla_export.measurement.torch_arrays import TorchArrays
+from qvla_export.quantizer.arrays import NumpyArrays
+from qvla_export.quantizer.compensation import round_layer, rounded_alone
+from qvla_export.quantizer.elimination import Blocking, Elimination, Levels, eliminate
+from qvla_export.quantizer.moments import LayerMoments
+from qvla_export.quantizer.quantize import Compensation, QuantizerSpec, compensated_spec
+
+SMALL = Blocking(8, 3, 4, np.float64)
+FULL = compensated_spec(CPU)
+POINTED = compensated_spec(CPU.with_zero_points())
+
+
+def second_moments(size: int, generator: np.random.Generator) -> NDArray[np.float64]:
+    tokens = generator.standard_normal((size + 5, size)) @ generator.standard_normal((size, size))
+    matrix: NDArray[np.float64] = tokens.T @ tokens / len(tokens) + np.eye(size)
+    return matrix
+
+
+def layer_moments(channels: int, inputs: int, seed: int, blocks: int = 1) -> LayerMoments:
+    """Of correlated inputs and channels, the latter in some blocks."""
+    generator = np.random.default_rng(seed)
+    size = -(-channels // blocks)
+    of_channels = np.stack([second_moments(size, generator) for _ in range(blocks)])
+    return LayerMoments(
+        generator.standard_normal(inputs).astype(np.float32),
+        second_moments(inputs, generator)[None].astype(np.float32),
+        of_channels.astype(np.float32),
+    )
+
+
+def one_by_one(
+    targets: NDArray[np.float64],
+    levels: Levels,
+    of_inputs: NDArray[np.float64],
+    of_channels: NDArray[np.float64],
+    block: int,
+) -> NDArray[np.float64]:
+    """Round a weight, let those behind it in row, column and both answer; then the next.
+
+    Through the factor of the inverse of the Kronecker product of both moments, as in the papers.
+    """
+    count = targets.shape[1]
+    # Channels of a block do not see each other while they are rounded.
+    upper = np.linalg.cholesky(np.linalg.inv(of_inputs)).T
+    across = np.linalg.cholesky(np.linalg.inv(of_channels)).T
+    result, left = np.zeros(targets.shape), targets.copy()
+    for start in range(0, count, block):
+        own = slice(start, min(start + block, count))
+        answered = left[:, own].copy()
+        for place in range(len(targets)):
+            scale = levels.scales[place, own]
+            low, high = (
+                bound if isinstance(bound, float) else bound[place, own]
+                for bound in (levels.low, levels.high)
+            )
+            result[place, own] = np.clip(np.rint(answered[place] / scale), low, high)
+            error = (answered[place] - result[place, own] * scale) / upper[place, place]
+            answered[place:] -= np.outer(upper[place, place:], error)
+        missing = left[:, own] - result[:, own] * levels.scales[:, own]
+        error = np.linalg.solve(across[own, own].T, missing.T)
+        left[:, own.stop :] -= (across[own, own.stop :].T @ error).T
+    return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 30), st.integers(1, 20)),
+    block=st.integers(1, 7),
+    together=st.integers(1, 40),
+    pointed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_waves_round_as_one_weight_after_another(
+    shape: tuple[int, int], block: int, together: int, pointed: bool, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    of_inputs, of_channels = (second_moments(size, generator) for size in shape)
+    targets = generator.standard_normal(shape)
+    low, high = (-2.0, 1.0)
+    zeros = generator.integers(-2, 2, shape).astype(np.float64)
+    bounds = (low - zeros, high - zeros) if pointed else (low, high)
+    levels = Levels(np.exp(generator.standard_normal(shape)), *bounds)
+    arrays = NumpyArrays()
+    factor = arrays.factor(of_inputs, np.float64)
+    np.testing.assert_allclose(factor @ factor.T, of_inputs, rtol=1e-9, atol=1e-9)
+    found = eliminate(
+        targets,
+        levels,
+        factor / factor.diagonal(),
+        arrays.factor(of_channels, np.float64),
+        arrays,
+        Blocking(shape[1], block, together, np.float64),
+    )
+    np.testing.assert_array_equal(found, one_by_one(targets, levels, of_inputs, of_channels, block))
+
+
+def devices() -> list[Any]:
+    absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+    return ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, absent])]
+
+
+@pytest.mark.parametrize("device", devices())
+@settings(max_examples=40, deadline=None)
+@given(
+    widths=st.lists(st.sampled_from((0, 2, 4, 8, 16)), min_size=1, max_size=40),
+    inputs=st.integers(1, 150),
+    lost=st.integers(0, 20),
+    blocks=st.integers(1, 3),
+    compensation=st.sampled_from(("none", "inputs", "inputs and channels")),
+    spec=st.sampled_from((FULL, POINTED)),
+    blocking=st.sampled_from((None, SMALL)),
+    seed=st.integers(0, 99),
+)
+def test_torch_makes_the_codes_that_numpy_makes(
+    device: str,
+    widths: list[int],
+    inputs: int,
+    lost: int,
+    blocks: int,
+    compensation: Compensation,
+    spec: QuantizerSpec,
+    blocking: Blocking | None,
+    seed: int,
+) -> None:
+    generator, bits = np.random.default_rng(seed), np.array(widths, np.int8)
+    rows = generator.standard_normal((len(bits), inputs)).astype(np.float32)
+    moments = layer_moments(len(bits), inputs, seed, min(blocks, len(bits)))
+    order = generator.permutation(inputs)[: max(1, inputs - lost)]
+    gone = np.flatnonzero(bits == 0)[:3]
+    quantizer = replace(spec, compensation=compensation)
+    made = [
+        round_layer(rows, bits, quantizer, moments, order, gone, Elimination(arrays, blocking))
+        for arrays in (NumpyArrays(), TorchArrays(torch.device(device)))
+    ]
+    for field in ("codes", "halves", "scales", "zero_points"):
+        np.testing.assert_array_equal(*(getattr(layer, field) for layer in made))
+
+
+def test_wide_layers_are_rounded_as_well_in_large_blocks_of_float32() -> None:
+    """Scales that are chosen earlier, single precision: hardly more squared error."""
+    channels, inputs = 520, 192
+    moments = layer_moments(channels, inputs, 1)
+    generator, order = np.random.default_rng(2), np.arange(inputs)
+    rows = generator.standard_normal((channels, inputs)).astype(np.float32)
+    widths = generator.choice([0, 2, 4, 8], channels, p=[0.1, 0.3, 0.5, 0.1]).astype(np.int8)
+    found = []
+    for how in (Elimination(), Elimination(blocking=Blocking(16, 16, 64, np.float64))):
+        made = round_layer(rows, widths, FULL, moments, order, elimination=how)
+        errors = made.rows(widths, FULL, order).astype(np.float64) - rows
+        weighed = moments.channel_matrix(np.arange(channels)) @ errors
+        found.append(float((weighed * (errors @ moments.input_matrix(order))).sum()))
+    assert found[0] < 1.03 * found[1]
+
+
+def test_some_channels_alone_are_rounded_as_among_all() -> None:
+    moments = layer_moments(24, 40, 3)
+    rows = np.random.default_rng(4).standard_normal((24, 40)).astype(np.float32)
+    whole = list(rounded_alone(rows, (2, 4, 8), FULL, moments))
+    part = list(rounded_alone(rows[5:11], (2, 4, 8), FULL, moments))
+    alone = replace(FULL, compensation="inputs")
+    for bits, weights, some in zip((2, 4, 8), whole, part, strict=True):
+        np.testing.assert_array_equal(weights[5:11], some)
+        widths = np.full(24, bits, np.int8)
+        made = round_layer(rows, widths, alone, moments, np.arange(40))
+        np.testing.assert_array_equal(weights, made.rows(widths, alone, np.arange(40)))
