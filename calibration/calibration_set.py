@@ -22,9 +22,9 @@ from calibration.demonstrated_actions import (
     names_of,
     pad_following,
 )
-from calibration.frame_draws import Drawable, draw_frames
+from calibration.frame_draws import Drawable, DrawnRows, draw_parts
 from calibration.packed_observations import pack, unpack
-from calibration.sources.base import DataSource
+from calibration.sources.base import DataSource, ReadsAhead
 from calibration.sources.lerobot import KeyMap, LeRobotDataset
 from calibration.sources.lerobot_writer import Episode
 from qvla_export.shared.artifacts import (
@@ -217,19 +217,24 @@ def sample_dataset(
     def observation(episode: int, frame: int) -> Observation:
         return dataset.frame(episode, frame).observation
 
+    ahead = dataset if isinstance(dataset, ReadsAhead) else None
     episodes = (
         Drawable(
-            sizes[int(n)],
-            partial(observation, int(n)),
-            partial(following_actions, dataset, int(n)),
+            n,
+            sizes[n],
+            partial(ahead.check if ahead else dataset.frame, n),
+            partial(observation, n),
+            partial(following_actions, dataset, n),
         )
-        for n in order
+        for n in map(int, order)
     )
     source = {**dataset.identity(), "seed": seed}
     if skip_bad_frames:
         source["bad_frames"] = 0
-    drawn = _draw(episodes, count, held_out, seed, source, frames_per_episode)
-    return _with_names(drawn, lambda dim: names_of(dataset, dim))
+    parts = _draw(episodes, count, held_out, seed, source, frames_per_episode)
+    if ahead:
+        ahead.expect([(d.episode.number, row) for part in parts for d in part for row in d.rows])
+    return _with_names(_read(parts, source), lambda dim: names_of(dataset, dim))
 
 
 def sample_simulator(
@@ -257,11 +262,18 @@ def sample_simulator(
             with Simulator(find_task(name)) as simulator:
                 recorded[name] = [record_episode(simulator, recording, i) for i in range(rounds)]
         ordered = (recorded[name][i] for i in range(rounds) for name in tasks)
-        return (Drawable(len(e), e.observation, partial(_following, e.action)) for e in ordered)
+        return (
+            Drawable(n, len(e), _no_check, e.observation, partial(_following, e.action))
+            for n, e in enumerate(ordered)
+        )
 
-    source = {"simulator": list(tasks), "seed": seed}
-    drawn = _draw(episodes(), count, held_out, seed, source, frames_per_episode)
-    return _with_names(drawn, lambda _: ACTION_NAMES, UNIT_MM)
+    source: dict[str, Any] = {"simulator": list(tasks), "seed": seed}
+    parts = _draw(episodes(), count, held_out, seed, source, frames_per_episode)
+    return _with_names(_read(parts, source), lambda _: ACTION_NAMES, UNIT_MM)
+
+
+def _no_check(frame: int) -> None:
+    """Find nothing wrong with a frame of the simulator."""
 
 
 def _following(actions: NDArray[np.float32], frame: int) -> NDArray[np.float32]:
@@ -291,40 +303,31 @@ def _draw(
     count: int,
     held_out: int,
     seed: int,
-    source: Mapping[str, Any],
+    source: dict[str, Any],
     frames: int,
-) -> CalibrationSet:
-    random = np.random.default_rng((seed, 1))
-    ordered = iter(episodes)
-    skipped: list[int] | None = [] if "bad_frames" in source else None
-    parts = []
-    lengths: list[list[int]] = []
-    for wanted in (count, held_out):
-        drawn: list[Observation] = []
-        actions: list[NDArray[np.float32]] = []
-        lengths.append([])
-        while len(drawn) < wanted:
-            episode = next(ordered, None)
-            if episode is None:
-                raise QvlaError(
-                    f"the episodes are too short for {count} + {held_out} observations, "
-                    f"{frames} of each; ask for fewer or record more"
-                )
-            taken = draw_frames(episode, random, min(frames, wanted - len(drawn)), skipped)
-            drawn.extend(taken.values())
-            if len(lengths) == 2:  # held out
-                actions.extend(map(episode.following, taken))
-            # An episode of bad frames alone gives nothing.
-            lengths[-1].extend([len(taken)] if taken else [])
-        parts.append(tuple(drawn))
-    source = {**source, "count": count, "held_out": held_out}
-    if skipped is not None:
-        source["bad_frames"] = len(skipped)
+) -> list[list[DrawnRows]]:
+    """Choose frames to measure on and to judge by, and say in `source` how."""
+    skip_bad = "bad_frames" in source
+    parts = draw_parts(episodes, (count, held_out), frames, seed, skip_bad)
+    source |= {"count": count, "held_out": held_out}
+    if skip_bad:
+        source["bad_frames"] = sum(drawn.skipped for part in parts for drawn in part)
     if frames != FRAMES_PER_EPISODE:
         source["frames_per_episode"] = frames
-    padded = pad_following(actions)
+    return parts
+
+
+def _read(parts: Sequence[Sequence[DrawnRows]], source: Mapping[str, Any]) -> CalibrationSet:
+    """Read frames that were chosen."""
+    observations, held_out = (
+        tuple(drawn.episode.observation(row) for drawn in part for row in drawn.rows)
+        for part in parts
+    )
+    padded = pad_following([d.episode.following(row) for d in parts[1] for row in d.rows])
+    # An episode of bad frames alone gives nothing.
+    lengths = tuple(len(drawn.rows) for drawn in parts[0] if drawn.rows)
     demonstrations = None if padded is None else Demonstrations(padded)
-    return CalibrationSet(parts[0], parts[1], source, tuple(lengths[0]), demonstrations)
+    return CalibrationSet(observations, held_out, source, lengths, demonstrations)
 
 
 def describe(calibration: CalibrationSet) -> str:

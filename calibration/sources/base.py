@@ -1,9 +1,9 @@
 """The `DataSource` protocol: recorded episodes of any format, read a frame at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,4 +70,26 @@ class DataSource(Protocol):
 
     def close(self) -> None:
         """Close open files; reading again reopens them."""
+        ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A `DataSource` that reads faster what is announced, and looks at frames without pictures."""
+
+    def check(self, episode: int, frame: int) -> None:
+        """Look whether a frame has a usable state and instruction.
+
+        Raises:
+            BadFrame: its state is not finite, or its instruction is empty.
+            ArtifactError: the recording is damaged.
+        """
+        ...
+
+    def expect(self, places: Iterable[tuple[int, int]]) -> None:
+        """Say which frames of which episodes will be read; each may be read once, in any order.
+
+        Raises:
+            ArtifactError: the recording is damaged.
+        """
         ...

@@ -19,6 +19,7 @@ _STATES = (
 )
 _ACTIONS = ("actions",)
 _VISUAL = ("image", "video")
+_CHANNELS = 3
 _REMEDY = (
     "name the columns: --camera NAME=COLUMN for each camera of the policy, --state-column COLUMN "
     "('' for a policy without a state; several, separated by commas, are put one after another), "
@@ -63,7 +64,7 @@ def resolve_columns(keys: KeyMap, features: Mapping[str, Any]) -> KeyMap:
             f"the dataset has no {', '.join(missing) or 'images'}; its keys are "
             f"{', '.join(features)}; {_REMEDY}"
         )
-    _require_pictures(images, kinds)
+    _require_pictures(images, features)
     return KeyMap(MappingProxyType(images), state, action, keys.instruction)
 
 
@@ -98,6 +99,29 @@ def _says_what(stem: str) -> bool:
     return stem not in ("", "action", "actions", "dim", "dimension", "motor", "value", "a")
 
 
+def is_video(feature: Any) -> bool:
+    """Return whether a feature's pictures are in video files."""
+    return _kind(feature) == "video"
+
+
+def picture_size(feature: Any) -> tuple[int, int, int] | None:
+    """Return height, width and 3 as a feature's shape states them; None where it does not."""
+    shape = feature.get("shape") if isinstance(feature, dict) else None
+    if not isinstance(shape, list | tuple) or len(shape) != 3:
+        return None
+    # Either order is written; pictures of 3 pixels are not.
+    sides = shape[1:] if shape[0] == _CHANNELS else shape[:2]
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    return (*sides, _CHANNELS) if whole else None
+
+
+def _is_depth(feature: Mapping[str, Any]) -> bool:
+    # `video_info` is what v2 wrote.
+    notes = [note for key in ("info", "video_info") if isinstance(note := feature.get(key), dict)]
+    keys = ("is_depth_map", "video.is_depth_map")
+    return any(note.get(key) is True for note in notes for key in keys)
+
+
 def _usual(
     name: str | None, usual: str, others: tuple[str, ...], features: Mapping[str, Any]
 ) -> str | None:
@@ -124,7 +148,8 @@ def _all_cameras(kinds: Mapping[str, str]) -> dict[str, str]:
     return dict(zip(names, columns, strict=True))
 
 
-def _require_pictures(images: Mapping[str, str], kinds: Mapping[str, str]) -> None:
+def _require_pictures(images: Mapping[str, str], features: Mapping[str, Any]) -> None:
+    kinds = {key: _kind(feature) for key, feature in features.items()}
     for column, count in Counter(images.values()).items():
         if count > 1:
             names = [name for name, key in images.items() if key == column]
@@ -132,11 +157,10 @@ def _require_pictures(images: Mapping[str, str], kinds: Mapping[str, str]) -> No
                 f"cameras {', '.join(names)} would all show column {column}; "
                 "give each camera a column of its own with --camera NAME=COLUMN"
             )
-    if videos := [key for key in images.values() if kinds[key] == "video"]:
-        raise QvlaError(
-            f"{', '.join(videos)}: video features need a video decoder, which this reader has "
-            "not; name image columns with --camera NAME=COLUMN, or record the dataset with "
-            "images: LeRobotDataset.create(..., use_videos=False)"
-        )
-    if others := [key for key in images.values() if kinds[key] != "image"]:
+    if others := [key for key in images.values() if kinds[key] not in _VISUAL]:
         raise QvlaError(f"{', '.join(others)}: not an image but {kinds[others[0]]}")
+    if depths := [key for key in images.values() if _is_depth(features[key])]:
+        raise QvlaError(
+            f"{', '.join(depths)}: depth, as info.json says, and no RGB picture; name only colour "
+            "cameras with --camera NAME=COLUMN"
+        )

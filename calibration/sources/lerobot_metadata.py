@@ -1,17 +1,18 @@
 """What the `meta` folder of a LeRobotDataset says: v3.0 in parquet, v2.0 and v2.1 in JSON lines."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from calibration.sources.lerobot_videos import VideoPlaces, VideoSpan
 from calibration.sources.lerobot_writer import TASKS_PATH
 from calibration.sources.other_formats import describe_other_format
-from calibration.sources.parquet_rows import read_parquet
+from calibration.sources.parquet_rows import column_names, read_parquet
 from qvla_export.shared.artifacts import require_fields
 from qvla_export.shared.errors import ArtifactError
-from qvla_export.shared.json_documents import FOREIGN, read_json, read_lines
-from qvla_export.shared.json_documents import whole_number as whole_number
+from qvla_export.shared.json_documents import FOREIGN, read_json, read_lines, whole_number
 
 _INFO_FIELDS = ("codebase_version", "fps", "features", "total_episodes", "total_frames")
 _VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -34,6 +35,15 @@ class EpisodeSpan:
     stop: int
     # v2: the episode's own parquet file relative to the dataset's root; v3.0: None.
     file: str | None = None
+    # Column of videos -> where its pictures are.
+    videos: Mapping[str, VideoSpan] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def place(self, root: Path, frame: int, column: str) -> str:
+        """Return a text that says where a value of a dataset is."""
+        return f"{root}, episode {self.index}, frame {frame}, column {column}"
 
 
 def read_info(root: Path) -> dict[str, Any]:
@@ -97,16 +107,19 @@ def read_tasks(root: Path) -> dict[int, str]:
     return tasks
 
 
-def read_episodes(root: Path, info: Mapping[str, Any]) -> tuple[EpisodeSpan, ...]:
-    """Return where the frames of each episode are, in order.
+def read_episodes(
+    root: Path, info: Mapping[str, Any], videos: Sequence[str] = ()
+) -> tuple[EpisodeSpan, ...]:
+    """Return where the frames of each episode are, in order, with the files of columns of videos.
 
     Raises:
         ArtifactError: the files are missing or damaged, or do not fit `info`.
     """
+    places = VideoPlaces(root, info, videos)
     if (root / _EPISODES_JSON).exists() and not (root / "meta/episodes").exists():
-        spans = _spans_of_lines(root, info)
+        spans = _spans_of_lines(root, info, places)
     else:
-        spans = _spans_of_tables(root)
+        spans = _spans_of_tables(root, places)
     counts = (info["total_episodes"], info["total_frames"])
     present = (len(spans), spans[-1].stop if spans else 0)
     if present != counts or not spans:
@@ -116,29 +129,30 @@ def read_episodes(root: Path, info: Mapping[str, Any]) -> tuple[EpisodeSpan, ...
     return tuple(spans)
 
 
-def _spans_of_tables(root: Path) -> list[EpisodeSpan]:
+def _spans_of_tables(root: Path, places: VideoPlaces) -> list[EpisodeSpan]:
     paths = sorted((root / "meta/episodes").glob("chunk-*/file-*.parquet"))
     if not paths:
         raise ArtifactError(f"no episodes found: {root}/meta/episodes/chunk-*/file-*.parquet")
-    rows = []
-    for path in paths:
-        for number, row in enumerate(
-            read_parquet(path, _EPISODE_COLUMNS + _FILE_COLUMNS).to_pylist()
-        ):
-            numbers = {
-                name: whole_number(value, f"{path}, episode {number}, column {name}")
-                for name, value in row.items()
-            }
-            rows.append(tuple(numbers[name] for name in _EPISODE_COLUMNS))
     spans: list[EpisodeSpan] = []
-    for index, start, stop in sorted(rows):
-        if start != (spans[-1].stop if spans else 0) or stop <= start:
-            raise ArtifactError(f"{root}: episode {index} spans {start}..{stop}")
-        spans.append(EpisodeSpan(index, start, stop))
+    columns = _EPISODE_COLUMNS + _FILE_COLUMNS
+    for path in paths:
+        places.require_columns(path, column_names(path))
+        table = read_parquet(path, columns + places.table_columns)
+        for number, row in enumerate(table.to_pylist()):
+            place = f"{path}, episode {number}"
+            numbers = {c: whole_number(row[c], f"{place}, column {c}") for c in columns}
+            index, start, stop = (numbers[name] for name in _EPISODE_COLUMNS)
+            spans.append(EpisodeSpan(index, start, stop, videos=places.of_row(row, place)))
+    spans.sort(key=lambda span: (span.index, span.start))
+    end = 0
+    for span in spans:
+        if span.start != end or span.stop <= span.start:
+            raise ArtifactError(f"{root}: episode {span.index} spans {span.start}..{span.stop}")
+        end = span.stop
     return spans
 
 
-def _spans_of_lines(root: Path, info: Mapping[str, Any]) -> list[EpisodeSpan]:
+def _spans_of_lines(root: Path, info: Mapping[str, Any], places: VideoPlaces) -> list[EpisodeSpan]:
     path = root / _EPISODES_JSON
     chunk = whole_number(info.get("chunks_size", _CHUNK_EPISODES), f"{root}, chunks_size")
     rows = []
@@ -152,6 +166,8 @@ def _spans_of_lines(root: Path, info: Mapping[str, Any]) -> list[EpisodeSpan]:
         start = spans[-1].stop if spans else 0
         if not length:
             raise ArtifactError(f"{root}: episode {index} has no frames")
-        file = f"data/chunk-{index // max(chunk, 1):03d}/episode_{index:06d}.parquet"
-        spans.append(EpisodeSpan(index, start, start + length, file))
+        folder = index // max(chunk, 1)
+        file = f"data/chunk-{folder:03d}/episode_{index:06d}.parquet"
+        videos = places.of_episode(index, folder)
+        spans.append(EpisodeSpan(index, start, start + length, file, videos))
     return spans

@@ -125,6 +125,19 @@ def open_parquet(path: Path) -> Any:
     return file
 
 
+def column_names(path: Path) -> list[str]:
+    """Return the names of a parquet file's columns.
+
+    Raises:
+        ArtifactError: it is missing, truncated or no parquet file.
+    """
+    with open_parquet(path) as file:
+        try:
+            return list(file.schema_arrow.names)
+        except _DAMAGED as error:
+            raise _damage_error(path, error) from None
+
+
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
     """Return a small parquet file as a pyarrow table; all columns by default.
 

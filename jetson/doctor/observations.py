@@ -70,8 +70,8 @@ def check_dataset(facts: DatasetFacts | None) -> BoardFinding:
     if facts.problem:
         return _DATASET.error(
             facts.problem,
-            f"sed -n 1,40p {shlex.quote(str(facts.path))}/meta/info.json; make it anew as a "
-            "LeRobotDataset whose images are images, not videos",
+            f"sed -n 1,40p {shlex.quote(str(facts.path))}/meta/info.json; mend what is "
+            "named, or write it anew as a LeRobotDataset",
         )
     return _DATASET.ok(f"{facts.frames} frames")
 

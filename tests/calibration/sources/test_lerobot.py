@@ -261,7 +261,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "features of no kind": (_edit_info(lambda info: info.update(features=[])), "features must be"),
     "fps of no kind": (_edit_info(lambda info: info.update(fps="fast")), "fps must be a positive"),
-    "videos": (_edit_info(_as_video), "video features need a video decoder"),
+    "videos": (
+        _edit_info(_as_video),
+        r"info.json says that .*front is video, but .* lacks \[.*write dtype image",
+    ),
     "too few episodes": (
         _edit_info(lambda info: info.update(total_episodes=9)),
         r"counts \(9, 15\) episodes and frames, meta/episodes has \(3, 15\)",
