@@ -11,6 +11,7 @@ QvlaError
 ├── ServerBusy          503  too many requests wait for the one engine
 ├── PolicyFailure       500  the policy failed or returned no usable action
 ├── RefusedSetting           a server setting that is unsafe or impossible
+├── CommandNotTaken          the robot's driver has not taken the last command
 └── RemoteError              a remote server cannot be reached, or answered with an error
 """
 
@@ -55,6 +56,10 @@ class RefusedSetting(QvlaError):
 
 class RemoteError(QvlaError):
     """A remote server cannot be reached, or answered with an error."""
+
+
+class CommandNotTaken(QvlaError):
+    """The robot's driver has not taken the last command; the new one is dropped, not queued."""
 
 
 _STATUS: tuple[tuple[type[QvlaError], int], ...] = (

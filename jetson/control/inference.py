@@ -4,8 +4,12 @@ import threading
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jetson.control.loop_clock import LoopClock
 from jetson.control.sources import TimedObservation
+from jetson.policy import UnsafeAction
 from qvla_export.shared.action import ActionChunk, ActionPolicy
 
 
@@ -18,6 +22,23 @@ class InferenceResult:
     error: Exception | None
     # From the request to the end, milliseconds.
     infer_ms: float
+
+    def checked_actions(self, dimensions: int) -> NDArray[np.float32]:
+        """Return the chunk's actions: finite, float32 [steps, dimensions].
+
+        Raises:
+            UnsafeAction: they are not.
+            Exception: whatever kept the engine from answering.
+        """
+        if self.chunk is None:
+            raise self.error or UnsafeAction("the inference returned nothing")
+        actions = np.asarray(self.chunk.actions, np.float32)
+        if actions.ndim != 2 or actions.shape[1] != dimensions or not len(actions):
+            raise UnsafeAction(f"a chunk must be [steps, {dimensions}], got {list(actions.shape)}")
+        if not np.isfinite(actions).all():
+            bad = np.argwhere(~np.isfinite(actions)).tolist()
+            raise UnsafeAction(f"NaN or infinity at [step, dimension] {bad[:4]}")
+        return actions
 
 
 class Inference(Protocol):

@@ -12,19 +12,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 
-import numpy as np
-
 from jetson.control.chunks import ChunkBuffer, CommandTimes, TimedChunk
 from jetson.control.inference import Inference, InferenceResult
 from jetson.control.loop_clock import LoopClock
 from jetson.control.loop_state import LoopState
+from jetson.control.observation_gate import DroppedObservation, ObservationGate
 from jetson.control.records import Counters, Recorder, RunResult, StepRecord
-from jetson.control.safety import ActionSafety, Vector
+from jetson.control.safety import ActionSafety
 from jetson.control.settings import LoopSettings
 from jetson.control.sinks import Command, Sink
 from jetson.control.sources import Source
 from jetson.control.supervisor import Decision, Supervisor
-from jetson.policy import UnsafeAction
+from jetson.errors import CommandNotTaken
 
 _LOG = logging.getLogger(__name__)
 # Inferences whose slowest says when the next chunk is asked for. Few, so that a slow first one
@@ -68,11 +67,11 @@ class ControlLoop:
         self._slot = 0
         # When the policy last moved the robot, or the start.
         self._moved_s = self._start_s
-        # When the observation that was last asked about, or dropped, was taken.
-        self._looked_s = -math.inf
-        # How old the observation was when the policy was last asked: exposure, reading and
-        # decoding a frame, and the wait for the slot.
-        self._capture_ms = 0.0
+        # When the robot last took a command, or the start.
+        self._taken_s = self._start_s
+        # When it was first asked to stop.
+        self._stopped_s = self._start_s
+        self._gate = ObservationGate(settings.max_observation_age_ms)
         self._broken = False
         self._unreachable = False
         self._events: list[str] = []
@@ -95,7 +94,7 @@ class ControlLoop:
             self.stop("the loop itself failed", fault=True)
             while not self.state.terminal:
                 self._clock.sleep_until(self._due_s())
-                self._send(self._supervisor.finish(LoopState.FAULT), self._clock.now_s())
+                self._send(self._supervisor.finish(LoopState.FAULT))
                 self._slot += 1
             raise
         finally:
@@ -105,6 +104,8 @@ class ControlLoop:
 
     def stop(self, reason: str, fault: bool = False) -> None:
         """Ask for the end: from the next slot on, ramp to the safe action. For signal handlers."""
+        if not self.reason:
+            self._stopped_s = self._clock.now_s()
         self.reason = self.reason or reason
         self._broken = self._broken or fault
 
@@ -116,10 +117,10 @@ class ControlLoop:
         now_s = self._clock.now_s()
         self._stop_if_over(now_s)
         decision = self._decide(now_s)
-        sent = self._send(decision, now_s)
+        sent_s = self._send(decision)
         if not self.reason:
             self._look()
-        record = self._record_of(decision, now_s if sent else None, arrived)
+        record = self._record_of(decision, sent_s, arrived)
         self._record(lambda recorder: recorder.on_step(record))
         self._slot += 1
         return record
@@ -141,7 +142,7 @@ class ControlLoop:
             return None
         self._infer_ms.append(arrived.infer_ms)
         try:
-            actions = self._checked_actions(arrived)
+            actions = arrived.checked_actions(self._dimensions)
         except Exception as error:
             # Whatever else an engine that fails has said is not trusted either.
             self._chunks.clear()
@@ -150,8 +151,8 @@ class ControlLoop:
         observed_s = arrived.observation.observed_s
         first = self._sent.count_before(observed_s)
         spans = arrived.chunk.timing_ms if arrived.chunk else {}
-        total_ms = self._capture_ms + arrived.infer_ms
-        timing_ms = {"capture": self._capture_ms, **spans, "total": total_ms}
+        capture_ms = self._gate.capture_ms
+        timing_ms = {"capture": capture_ms, **spans, "total": capture_ms + arrived.infer_ms}
         chunk = TimedChunk(self._chunk_count, actions, observed_s, first, timing_ms)
         self._chunk_count += 1
         self._record(lambda recorder: recorder.on_chunk(chunk))
@@ -165,27 +166,15 @@ class ControlLoop:
             self._events.append(f"chunk {chunk.number} is stale")
         return arrived
 
-    def _checked_actions(self, arrived: InferenceResult) -> Vector:
-        """Return the chunk's actions; raise what kept them from being usable."""
-        if arrived.chunk is None:
-            raise arrived.error or UnsafeAction("the inference returned nothing")
-        actions = np.asarray(arrived.chunk.actions, np.float32)
-        if actions.ndim != 2 or actions.shape[1] != self._dimensions or not len(actions):
-            raise UnsafeAction(
-                f"a chunk must be [steps, {self._dimensions}], got {list(actions.shape)}"
-            )
-        if not np.isfinite(actions).all():
-            bad = np.argwhere(~np.isfinite(actions)).tolist()
-            raise UnsafeAction(f"NaN or infinity at [step, dimension] {bad[:4]}")
-        return actions
-
     def _stop_if_over(self, now_s: float) -> None:
         if self.reason:
             return
         if self._source.is_over:
             self.stop("the source has ended")
         elif now_s - self._moved_s >= self._settings.give_up_s:
-            self.stop(f"no usable action for {self._settings.give_up_s:g} s", fault=True)
+            blocked = self._taken_s <= self._moved_s and self.counters.dropped_commands
+            what = "the driver has taken no command" if blocked else "no usable action"
+            self.stop(f"{what} for {self._settings.give_up_s:g} s", fault=True)
             self.counters.faults += 1
         if self.reason:
             self._events.append(self.reason)
@@ -198,15 +187,31 @@ class ControlLoop:
             self.counters.missed_deadlines += 1
         return self._supervisor.proceed(planned, now_s)
 
-    def _send(self, decision: Decision, now_s: float) -> bool:
-        """Send a decision; return whether anything reached the robot."""
+    def _send(self, decision: Decision) -> float | None:
+        """Send a decision; return when, or None if nothing reached the robot."""
         if decision.action is None:
-            return False
+            return None
+        # Again: the process may have been stopped since the decision.
+        now_s = self._clock.now_s()
         planned = decision.planned
+        if planned and now_s > self._deadline_s(planned.observed_s):
+            self._supervisor.take_back()
+            self._events.append("an action became too old between decision and sending")
+            return None
         observed_s = planned.observed_s if planned else None
-        command = Command(self._slot, decision.action, now_s, observed_s, self.state.value)
+        command = Command(
+            slot=self._slot,
+            action=decision.action,
+            sent_s=now_s,
+            observed_s=observed_s,
+            state=self.state.value,
+            deadline_s=self._deadline_s(now_s if observed_s is None else observed_s),
+        )
         try:
             self._sink.send(command)
+        except CommandNotTaken as error:
+            self._drop(error, now_s)
+            return None
         except Exception as error:
             self._fail("robot", error)
             self.stop(f"the robot cannot be reached: {error}", fault=True)
@@ -214,7 +219,8 @@ class ControlLoop:
             if self._unreachable or self.state.terminal:
                 self._supervisor.abandon()
             self._unreachable = True
-            return False
+            return None
+        self._taken_s = now_s
         if planned is None:
             self.counters.held += 1
         else:
@@ -222,7 +228,20 @@ class ControlLoop:
             self.counters.clamped_values += decision.clamped
             self._sent.add(now_s)
             self._moved_s = now_s
-        return True
+        return now_s
+
+    def _deadline_s(self, from_s: float) -> float:
+        return from_s + self._settings.max_action_age_ms / 1000.0
+
+    def _drop(self, error: CommandNotTaken, now_s: float) -> None:
+        """Note that the robot is where it was; end when it takes nothing for too long."""
+        self._supervisor.take_back()
+        self.counters.dropped_commands += 1
+        self._events.append(str(error))
+        waited_s = now_s - max(self._taken_s, self._stopped_s)
+        if self.reason and waited_s >= self._settings.give_up_s:
+            self._fail("robot", error)
+            self._supervisor.abandon()
 
     def _look(self) -> None:
         """Ask about the newest observation if the next chunk will soon be needed."""
@@ -230,21 +249,17 @@ class ControlLoop:
         if self._inference.busy or not self._chunks.next_due(self._sent.count, now_s, self._lead):
             return
         try:
-            seen = self._source.read()
+            seen = self._gate.admit(self._source.read(), self._clock.now_s())
+        except DroppedObservation as dropped:
+            self.counters.dropped_observations += 1
+            self._events.append(str(dropped))
+            return
         except Exception as error:
             self._fail("source", error)
             return
-        if seen is None or seen.observed_s <= self._looked_s:
-            return
-        self._looked_s = seen.observed_s
-        age_ms = (self._clock.now_s() - seen.observed_s) * 1000.0
-        if age_ms > self._settings.max_observation_age_ms:
-            self.counters.dropped_observations += 1
-            self._events.append(f"dropped an observation {age_ms:.0f} ms old")
-            return
-        self._record(lambda recorder: recorder.on_observation(seen))
-        self._capture_ms = max(0.0, age_ms)
-        self._inference.request(seen)
+        if seen is not None:
+            self._record(lambda recorder: recorder.on_observation(seen))
+            self._inference.request(seen)
 
     @property
     def _lead(self) -> int:

@@ -17,16 +17,25 @@ class LoopClock(Protocol):
         ...
 
 
+def boot_time_s() -> float:
+    """Return seconds since this machine started, those it was suspended included.
+
+    `time.monotonic` stands still while a machine sleeps, so that a picture from before would look
+    fresh afterwards (clock_gettime(2): CLOCK_BOOTTIME against CLOCK_MONOTONIC).
+    """
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class MonotonicClock:
-    """The machine's monotonic clock."""
+    """The machine's clock since it started: never goes back, and counts what it slept."""
 
     def now_s(self) -> float:
-        """Return `time.monotonic()`."""
-        return time.monotonic()
+        """Return `boot_time_s()`."""
+        return boot_time_s()
 
     def sleep_until(self, deadline_s: float) -> None:
         """Sleep until an absolute deadline, so that what a step took never adds up."""
-        while (left_s := deadline_s - time.monotonic()) > 0:
+        while (left_s := deadline_s - boot_time_s()) > 0:
             time.sleep(left_s)
 
 

@@ -5,7 +5,11 @@ With `StreamSink` on the other end the robot's computer runs the policy of anoth
 `ssh board qvla run BUNDLE --source stdin --commands stdout`: authenticated and encrypted by ssh.
 """
 
+import os
+import select
+import socket
 import threading
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from jetson.control.loop_clock import LoopClock
@@ -16,6 +20,7 @@ from jetson.serving.wire import decode_request
 
 # As the server's default.
 _MAX_LINE_BYTES = 32 << 20
+_READ_BYTES = 1 << 16
 
 
 class PipedSource:
@@ -31,14 +36,25 @@ class PipedSource:
         clock: LoopClock,
         max_line_bytes: int = _MAX_LINE_BYTES,
     ) -> None:
+        """Start reading.
+
+        Args:
+            stream: a pipe, socket, terminal or file; read by its descriptor.
+            contract: of the policy.
+            clock: of the loop.
+            max_line_bytes: of one observation.
+        """
         self._stream = stream
         self._contract = contract
         self._clock = clock
         self._max_line_bytes = max_line_bytes
         self._newest = PushedSource(clock)
         self._error: Exception | None = None
-        # A daemon: nothing can wake a thread that waits for a line.
-        threading.Thread(target=self._watch, name="qvla-stdin", daemon=True).start()
+        # Wakes the thread when nothing comes any more: one that still waited for a line when the
+        # interpreter ends would abort the process.
+        self._wake, self._woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._watch, name="qvla-stdin", daemon=True)
+        self._thread.start()
 
     def read(self) -> TimedObservation | None:
         """Return the newest observation; raise, once, what was wrong with a line.
@@ -59,21 +75,45 @@ class PipedSource:
         return self._newest.is_over
 
     def close(self) -> None:
-        """Do nothing: the stream is the caller's."""
+        """End the thread; the stream stays open: it is the caller's."""
+        self._wake.close()
+        self._thread.join()
+        self._woken.close()
 
     def _watch(self) -> None:
         try:
-            while line := self._stream.readline(self._max_line_bytes + 1):
-                arrived_s = self._clock.now_s()
-                if len(line) > self._max_line_bytes:
-                    self._error = RequestTooLarge(
-                        f"a line may have {self._max_line_bytes} bytes; send smaller images"
-                    )
-                    break
-                self._take(line, arrived_s)
-        except (OSError, ValueError) as error:  # closed under the reader
+            for line in self._lines():
+                self._take(line, self._clock.now_s())
+        except (OSError, ValueError, RequestTooLarge) as error:  # or closed under the reader
             self._error = error
         self._newest.end()
+
+    def _lines(self) -> Iterator[bytes]:
+        """Yield whole lines as they come, and what follows the last one; ends when woken."""
+        descriptor, pending = self._stream.fileno(), bytearray()
+        ready = select.poll()
+        ready.register(descriptor, select.POLLIN)
+        ready.register(self._woken, select.POLLIN)
+        while self._woken.fileno() not in dict(ready.poll()):
+            received = os.read(descriptor, _READ_BYTES)
+            start, end = len(pending), 0
+            pending += received
+            while (newline := pending.find(b"\n", max(start, end))) >= 0:
+                yield self._short(pending[end:newline])
+                end = newline + 1
+            del pending[:end]
+            self._short(pending)
+            if not received:
+                if pending:
+                    yield bytes(pending)
+                return
+
+    def _short(self, line: bytearray) -> bytes:
+        if len(line) > self._max_line_bytes:
+            raise RequestTooLarge(
+                f"a line may have {self._max_line_bytes} bytes; send smaller images"
+            )
+        return bytes(line)
 
     def _take(self, line: bytes, arrived_s: float) -> None:
         try:

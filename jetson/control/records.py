@@ -63,8 +63,10 @@ class Counters:
     missed_deadlines: int = 0
     # Slots that passed while the loop itself was kept from running.
     skipped_slots: int = 0
-    # Observations that were too old to be acted on.
+    # Observations that were too old to be acted on, or stamped with no time at all.
     dropped_observations: int = 0
+    # Commands that the robot's driver did not take because the one before still waited.
+    dropped_commands: int = 0
     # Chunks that arrived too late to be used at all.
     stale_chunks: int = 0
     # Values cut to a limit.

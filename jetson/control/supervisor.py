@@ -39,6 +39,7 @@ class Supervisor:
         # Since when there has been no usable action.
         self._missed_s = 0.0
         self._ramp_left = settings.ramp_steps
+        self._before = self._progress
 
     @property
     def has_started(self) -> bool:
@@ -47,6 +48,7 @@ class Supervisor:
 
     def proceed(self, planned: PlannedAction | None, now_s: float) -> Decision:
         """Return what to send: the policy's action, or what holds or ramps without one."""
+        self._before = self._progress
         if planned is not None:
             admitted = self._safety.admit(planned.action, self._last)
             self.state = LoopState.RUNNING
@@ -70,6 +72,7 @@ class Supervisor:
 
     def finish(self, end: LoopState) -> Decision:
         """Return the next command of the way to the safe action; the last one enters `end`."""
+        self._before = self._progress
         if self._last is None:
             self.state = end
             return Decision(None)
@@ -77,6 +80,20 @@ class Supervisor:
         action = self._ramp(self._last)
         self.state = end if np.array_equal(action, target) else LoopState.STOPPING
         return self._remember(AdmittedAction(action, 0))
+
+    def take_back(self) -> None:
+        """Forget the last decision: the robot did not take it, and is where it was.
+
+        The next command is then within one step of the last one that the robot has, and no part
+        of a ramp is left out.
+        """
+        self._last, self._ramp_left, self.displaced_s = self._before
+        if self.state.terminal:
+            self.state = LoopState.STOPPING
+
+    @property
+    def _progress(self) -> tuple[Vector | None, int, float]:
+        return self._last, self._ramp_left, self.displaced_s
 
     def abandon(self) -> None:
         """Enter FAULT at once: the robot cannot be reached any more."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -147,16 +148,22 @@ def test_an_episode_is_played_at_its_own_speed() -> None:
 def test_a_driver_behind_a_pipe_reads_lines() -> None:
     stream = io.StringIO()
     action = np.array([0.5, -1], np.float32)
-    StreamSink(stream).send(Command(3, action, 1.5, None, "holding"))
+    StreamSink(stream).send(Command(3, action, 1.5, 1.25, "running", 2.25))
     assert json.loads(stream.getvalue()) == {
-        "slot": 3, "action": [0.5, -1.0], "sent_s": 1.5, "observed_s": None, "state": "holding",
+        "slot": 3, "action": [0.5, -1.0], "sent_s": 1.5, "observed_s": 1.25, "age_ms": 250.0,
+        "deadline_s": 2.25, "state": "running",
     }  # fmt: skip
 
 
 def piped(*bodies: bytes, limit: int = 1 << 20) -> PipedSource:
-    source = PipedSource(io.BytesIO(b"\n".join(bodies)), OFT, LoopClock(10.0), limit)
-    while not source.is_over:
-        threading.Event().wait(0.001)
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as stream, os.fdopen(writing, "wb", 0) as client:
+        source = PipedSource(stream, OFT, LoopClock(10.0), limit)
+        client.write(b"\n".join(bodies))
+        client.close()
+        while not source.is_over:
+            threading.Event().wait(0.001)
+        source.close()
     return source
 
 

@@ -216,7 +216,7 @@ def test_a_message_that_cannot_be_read_is_one_failure() -> None:
 @pytest.mark.parametrize("joints", [(), JOINTS])
 def test_the_node_publishes_commands_and_the_state(joints: tuple[str, ...]) -> None:
     sink, node = robot(command_joints=joints)
-    sink.send(Command(3, np.array([0.5, 1], np.float32), 50.0, None, "holding"))
+    sink.send(Command(3, np.array([0.5, 1], np.float32), 50.0, None, "holding", 51.0))
     (sent,) = node.published["~/trajectory" if joints else "~/command"]
     assert (sent.points[0].positions if joints else sent.data) == [0.5, 1.0]
     assert [state.data for state in node.published["~/state"]] == ["holding"]
