@@ -13,6 +13,7 @@ from qvla_export.shared.policy_interface import (
     CONFIG_NAME,
     INTERFACES,
     PolicyInterface,
+    fitting_presets,
     load_interface,
 )
 
@@ -44,6 +45,8 @@ class CheckpointFacts:
     keys: tuple[str, ...]
     statistics: Statistics | None
     statistics_problem: str
+    # Dimensions of the actions and of the state that the statistics are of; None if not known.
+    sizes: tuple[int, int | None] | None = None
     # Why the policy cannot be loaded, empty where it can be; None where torch is not installed.
     load_problem: str | None = None
 
@@ -69,7 +72,10 @@ def read_checkpoint(path: Path, key: str | None, preset: str | None = None) -> C
             )
     except (QvlaError, OSError, ValueError, TypeError) as error:
         problem = str(error)
-    return CheckpointFacts(path, key, config, config_problem, keys, statistics, problem)
+    sizes = _sizes(path / FILE_NAME, key)
+    return CheckpointFacts(
+        path, key, config, config_problem, keys, statistics, problem, sizes=sizes
+    )
 
 
 def _keys(path: Path) -> tuple[str, ...]:
@@ -77,6 +83,20 @@ def _keys(path: Path) -> tuple[str, ...]:
         return tuple(sorted(read_statistics(path)[1]))
     except (QvlaError, OSError, ValueError):
         return ()
+
+
+def _sizes(path: Path, key: str | None) -> tuple[int, int | None] | None:
+    """Return the dimensions of the actions and of the state; None where the file says none."""
+    try:
+        table = read_statistics(path)[1]
+        entry = table[next(iter(table)) if key is None else key]
+        action, state = (
+            max((len(v) for v in entry.get(part, {}).values() if isinstance(v, list)), default=None)
+            for part in ("action", "proprio")
+        )
+    except (QvlaError, OSError, ValueError, KeyError, AttributeError):
+        return None
+    return None if action is None else (action, state)
 
 
 def check_bundle(facts: BundleFacts | None) -> BoardFinding:
@@ -143,14 +163,15 @@ def check_stored(facts: CheckpointFacts | None) -> BoardFinding:
     folder = shlex.quote(str(facts.path))
     if facts.load_problem is None:
         return _STORED.unknown(
-            "torch is not installed here", f"on the host: qvla doctor --checkpoint {folder}"
+            "files are right; without torch their numbers were not looked at",
+            f"on the host: qvla doctor --checkpoint {folder}",
         )
     if not facts.load_problem:
         return _STORED.ok("all are used")
     if facts.load_problem in (facts.config_problem, facts.statistics_problem):
         return _STORED.inapplicable("its description or statistics are to be mended first")
     return _STORED.error(
-        facts.load_problem, f"as said there; then look again: qvla doctor --checkpoint {folder}"
+        facts.load_problem, f"as said there; then look again: qvla doctor {folder}"
     )
 
 
@@ -168,7 +189,11 @@ def _key_remedy(facts: CheckpointFacts) -> str:
         # The key is there, its numbers do not fit.
         others = [key for key in facts.keys if key != facts.key]
         other = f"--unnorm-key {shlex.quote(others[0])}, or " if others and facts.key else ""
-        return f"{other}correct action_dim, state_dim and normalization in {folder}/{CONFIG_NAME}"
+        preset = fitting_presets(*facts.sizes) if facts.sizes is not None else ""
+        return (
+            f"{other}correct action_dim, state_dim and normalization in {folder}/{CONFIG_NAME}"
+            f"{preset}"
+        )
     nearest = difflib.get_close_matches(facts.key or "", facts.keys, n=1, cutoff=0.0)[0]
     first = [nearest] if facts.key is not None else []
     shown = [*first, *(key for key in facts.keys if key not in first)]

@@ -28,6 +28,11 @@ def require_merged(checkpoint: Path) -> None:
         raise _unmerged(checkpoint, config)
 
 
+def is_merged_adapter(path: Path) -> bool:
+    """Whether a file, named from its checkpoint's folder, is an adapter that was merged into it."""
+    return path.parent == Path(_FOLDER) and path.stem == "adapter_model"
+
+
 def require_whole_tensors(checkpoint: Path, keys: Iterable[str]) -> None:
     """Refuse stored keys that are an adapter's: low-rank factors beside what they change.
 

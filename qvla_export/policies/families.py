@@ -59,6 +59,14 @@ class Family(Protocol):
         """
         ...
 
+    def check_files(self, checkpoint: Path, preset: str | None) -> None:
+        """Refuse what names and headers of files say `open` would refuse; needs no torch.
+
+        Raises:
+            CheckpointError: as `load_policy`.
+        """
+        ...
+
     def write_smoothed(
         self, checkpoint: Path, output: Path, factors: "Mapping[str, Tensor]", keep_types: bool
     ) -> None:

@@ -91,6 +91,21 @@ def load_interface(checkpoint: Path, preset: str | None = None) -> PolicyInterfa
         raise CheckpointError(f"{path} is not a policy configuration: {error}") from error
 
 
+def fitting_presets(action_dim: int, state_dim: int | None) -> str:
+    """Say which presets have these dimensions, as the end of an error; empty if none has.
+
+    Args:
+        action_dim: dimensions of an action.
+        state_dim: length of the state; None where it is not known.
+    """
+    names = [
+        name
+        for name, interface in INTERFACES.items()
+        if interface.action_dim == action_dim and state_dim in (None, interface.state_dim)
+    ]
+    return f"; --preset {' or '.join(names)} has these" if names else ""
+
+
 def require_preset(preset: str) -> str:
     """Return a preset's name.
 

@@ -139,7 +139,13 @@ def without_template(instruction: str, prompt: str) -> str:
     start, _, end = (part.lower().strip() for part in prompt.partition(_INSTRUCTION))
     text = instruction.strip()
     if start and end and text.lower().startswith(start) and text.lower().endswith(end):
-        return text[len(start) : len(text) - len(end)].strip()
+        bare = text[len(start) : len(text) - len(end)].strip()
+        if not bare:
+            raise InvalidObservation(
+                f"the instruction {instruction!r:.120} is the prompt's template and nothing else; "
+                "send what the robot is to do"
+            )
+        return bare
     # Without "In:", which an instruction may begin with.
     question = start.partition(":")[2].strip() or start
     if question and question in text.lower():

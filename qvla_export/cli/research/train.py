@@ -12,7 +12,11 @@ from qvla_export.cli.progress import progress_shown
 
 def train(
     dataset: Annotated[
-        Path, typer.Argument(help="LeRobotDataset folder.", callback=A_DATASET.require)
+        Path,
+        typer.Argument(
+            help="LeRobotDataset folder.",
+            callback=replace(A_DATASET, remedy="check the path").require,
+        ),
     ],
     output: Annotated[Path, typer.Argument(help="Folder of the training; continued if it exists.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 6000,

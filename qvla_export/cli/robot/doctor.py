@@ -21,12 +21,14 @@ _STYLES = {"error": "red", "warning": "yellow", "unknown": "cyan", "ok": "green"
 
 @with_columns
 def doctor(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder that is to run.")] = None,
+    place: Annotated[
+        Path | None, typer.Argument(help="Bundle folder that is to run, or checkpoint folder.")
+    ] = None,
     engines: Annotated[
         Path | None, typer.Option(help="Folder of its engines; default engines/<target> beside.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder whose statistics are to be checked.")
+        Path | None, typer.Option(help="Checkpoint folder, beside a bundle.")
     ] = None,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
@@ -48,7 +50,14 @@ def doctor(
     Exits with 2 if there is an error (the policy does not run, or acts wrongly), with 0 otherwise.
     """
     from jetson.doctor.examination import DoctorRequest
-    from qvla_export.pipeline.robot.doctor import examine_machine
+    from qvla_export.pipeline.robot.doctor import examine_machine, looks_like_checkpoint
+    from qvla_export.shared.errors import QvlaError
+
+    bundle = place
+    if place is not None and looks_like_checkpoint(place):
+        if checkpoint is not None:
+            raise QvlaError(f"two checkpoints to look at, {place} and {checkpoint}; name one")
+        bundle, checkpoint = None, place
 
     request = DoctorRequest(
         bundle, engines, checkpoint, unnorm_key, preset, libero, host, port, token_file

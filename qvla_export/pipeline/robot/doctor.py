@@ -53,17 +53,31 @@ def examine_machine(
     return Examination(examine(request, subject))
 
 
+def looks_like_checkpoint(place: Path) -> bool:
+    """Whether a folder is a policy's weights, whole or an adapter's, rather than a bundle."""
+    from qvla_export.shared.bundle import MANIFEST
+
+    return not (place / MANIFEST).exists() and any(
+        any(place.glob(pattern)) for pattern in ("*config.json", "*.safetensors*")
+    )
+
+
 def _load_problem(request: "DoctorRequest") -> str | None:
-    """Return why the checkpoint cannot be loaded, empty if it can; None without torch."""
+    """Return why the checkpoint cannot be loaded, empty if it can.
+
+    Without torch files are looked at and their numbers are not: None where nothing is wrong then.
+    """
     from qvla_export.policies.families import recognize
 
     if request.checkpoint is None:
         return None
     try:
         family = recognize(request.checkpoint)
-        family.check(request.checkpoint, request.unnorm_key, request.preset)
-    except ImportError:
-        return None
+        try:
+            family.check(request.checkpoint, request.unnorm_key, request.preset)
+        except ImportError:
+            family.check_files(request.checkpoint, request.preset)
+            return None
     except (QvlaError, OSError) as error:
         return str(error)
     return ""

@@ -14,6 +14,12 @@ from qvla_export.policies.prismatic.description import read_architecture
 from qvla_export.policies.prismatic.keys import check_keys, to_upstream
 from qvla_export.policies.prismatic.policy import NOT_UPSTREAM
 from qvla_export.policies.prismatic.weights import CheckpointWeights
+from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.policy_interface import CONFIG_NAME, fitting_presets
+
+# Rows: dimensions of an action; columns: numbers of the state.
+_ACTIONS = "action_head.model.fc2.weight"
+_STATE = "proprio_projector.fc1.weight"
 
 
 def load_module(checkpoint: Path, config: OftConfig, weights: CheckpointWeights) -> OftModule:
@@ -49,11 +55,26 @@ def empty_module(checkpoint: Path, config: OftConfig, weights: CheckpointWeights
 def _checked_architecture(
     checkpoint: Path, config: OftConfig, weights: CheckpointWeights
 ) -> OftArchitecture:
+    _require_dimensions(checkpoint, config, weights.shapes)
     arch = _architecture(checkpoint, config, weights.shapes)
     with torch.device("meta"):
         expected = OftModule(arch).state_dict()
     check_keys(weights.shapes, expected, NOT_UPSTREAM, str(checkpoint))
     return arch
+
+
+def _require_dimensions(checkpoint: Path, config: OftConfig, weights: Mapping[str, Tensor]) -> None:
+    """Refuse a configuration of other actions or another state than the stored weights'."""
+    head, projector = weights.get(_ACTIONS), weights.get(_STATE)
+    if head is None or (projector is None and config.state_dim):
+        return  # a token head, or a missing file, which is said elsewhere
+    stored = head.shape[0], 0 if projector is None else projector.shape[1]
+    if stored != (config.action_dim, config.state_dim):
+        raise CheckpointError(
+            f"{checkpoint} acts in {stored[0]} dimensions and sees a state of {stored[1]}, the "
+            f"policy's configuration says {config.action_dim} and {config.state_dim}: correct "
+            f"{CONFIG_NAME} or the preset{fitting_presets(*stored)}"
+        )
 
 
 def save_module(module: OftModule, checkpoint: Path, step: int) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import GEOMETRIES, PROMPT_TOKENS, find_geometry
 from qvla_export.policies.oft.config import load_config
+from qvla_export.policies.oft.files import check_files
 from qvla_export.shared.images import load_image_spec
 from qvla_export.shared.json_documents import FOREIGN, read_json
 
@@ -60,6 +61,10 @@ class OftFamily:
         from qvla_export.policies.oft.policy import check_oft_checkpoint
 
         check_oft_checkpoint(checkpoint, unnorm_key, load_config(checkpoint, preset))
+
+    def check_files(self, checkpoint: Path, preset: str | None) -> None:
+        """Refuse a folder by its files' names and headers; see `oft.files.check_files`."""
+        check_files(checkpoint, load_config(checkpoint, preset))
 
     def write_smoothed(
         self, checkpoint: Path, output: Path, factors: "Mapping[str, Tensor]", keep_types: bool

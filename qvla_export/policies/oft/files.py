@@ -1,18 +1,22 @@
 """The files of an OpenVLA-OFT checkpoint folder: those that are read, and those that none reads."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qvla_export.policies.oft.config import OftConfig
-from qvla_export.policies.prismatic.files import body_files, require_all_used
+from qvla_export.policies.prismatic.files import body_files, require_all_used, stored_headers
 from qvla_export.shared.errors import CheckpointError
 
+_FILM = (
+    "FiLM layers and the vision towers fine-tuned with them (use_film=True), without which "
+    "the policy acts wrongly; FiLM is not built here: train with use_film=False"
+)
+# openvla-oft's `FiLMedVisionTransformerBlock`: a block beside its scale and its shift.
+_FILM_KEY = re.compile(r"vision_backbone\..*blocks\.\d+\.(scale|shift|block)\.")
 # Pattern -> what such a file is, and what to do with it.
 _UNUSED: Mapping[str, str] = {
-    "*vision_backbone--*": (
-        "FiLM layers and the vision towers fine-tuned with them (use_film=True), without which "
-        "the policy acts wrongly; FiLM is not built here: train with use_film=False"
-    ),
+    "*vision_backbone--*": _FILM,
     "*noisy_action_projector*": (
         "part of a diffusion head (use_diffusion=True), which is not built here: train with "
         "use_l1_regression=True"
@@ -59,6 +63,29 @@ def require_parts_used(checkpoint: Path, config: OftConfig) -> None:
     for part in part_names(config):
         used |= set(_part_files(checkpoint, part))
     require_all_used(checkpoint, used, _UNUSED)
+
+
+def require_no_film(checkpoint: Path, keys: Iterable[str]) -> None:
+    """Refuse stored keys of FiLM layers, which openvla-oft puts around the blocks of the towers.
+
+    Raises:
+        CheckpointError: naming one of them and what to do.
+    """
+    if film := next((key for key in keys if _FILM_KEY.search(key)), None):
+        raise CheckpointError(f"{checkpoint} stores {film}, one of {_FILM}")
+
+
+def check_files(checkpoint: Path, config: OftConfig) -> None:
+    """Refuse a folder by its files' names and headers alone; needs no torch.
+
+    Raises:
+        CheckpointError: a part that would not be used, a missing or damaged file, FiLM layers,
+            weights that were quantized elsewhere, or an adapter.
+    """
+    require_parts_used(checkpoint, config)
+    require_no_film(checkpoint, (stored.key for stored in stored_headers(checkpoint)))
+    for part in part_names(config):
+        part_file(checkpoint, part)
 
 
 def _part_files(checkpoint: Path, part: str) -> list[Path]:

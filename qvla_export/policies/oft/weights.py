@@ -5,7 +5,12 @@ from pathlib import Path
 from torch import Tensor
 
 from qvla_export.policies.oft.config import OftConfig
-from qvla_export.policies.oft.files import part_file, part_names, require_parts_used
+from qvla_export.policies.oft.files import (
+    part_file,
+    part_names,
+    require_no_film,
+    require_parts_used,
+)
 from qvla_export.policies.prismatic.keys import from_upstream
 from qvla_export.policies.prismatic.weights import (
     CheckpointWeights,
@@ -27,7 +32,9 @@ def open_weights(checkpoint: Path, config: OftConfig) -> CheckpointWeights:
     require_parts_used(checkpoint, config)
     shapes: dict[str, Tensor] = {}
     places: dict[str, tuple[Path, str]] = {}
-    for path, key, stored in stored_tensors(checkpoint):
+    tensors = stored_tensors(checkpoint)
+    require_no_film(checkpoint, (key for _, key, _ in tensors))
+    for path, key, stored in tensors:
         for name, tensor in from_upstream({key: stored}).items():
             if config.head == "l1" and name == _LM_HEAD:
                 continue

@@ -1,14 +1,21 @@
 """The files that hold a network's body, and those of a folder that nothing reads."""
 
 import fnmatch
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
+from qvla_export.policies.adapters import is_merged_adapter, require_whole_tensors
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# safetensors' names of what weights may be stored as.
+_FLOATS = ("BF16", "F16", "F32", "F64")
 _WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".npz", ".gguf")
 # What trainers leave behind; no policy reads it.
 _TRAINING = (
@@ -27,8 +34,22 @@ _UNUSED: Mapping[str, str] = {
     "pytorch_model*.bin": (
         "weights in another format beside those read; move it out if they are the same"
     ),
+    "adapter_model*": (
+        "a low-rank adapter: if it is merged into the weights, move its folder out; if not, merge "
+        "it with vla-scripts/merge_lora_weights_and_save.py of openvla-oft"
+    ),
 }
 _UNKNOWN = "no part of this policy that is known here; move it out if the policy acts without it"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor of the body lies."""
+
+    path: Path
+    # Upstream's name.
+    key: str
+    shape: tuple[int, ...]
 
 
 def body_files(checkpoint: Path) -> tuple[Path, ...]:
@@ -71,16 +92,68 @@ def require_all_used(checkpoint: Path, used: Collection[Path], unused: Mapping[s
     """
     kinds = {**unused, **_UNUSED}
     found = [
-        f"  {path.name}: {_description(path.name, kinds)}"
-        for path in sorted(checkpoint.iterdir())
-        if path.suffix in _WEIGHTS
-        and path not in used
+        f"  {path.relative_to(checkpoint)}: {_description(path.name, kinds)}"
+        for path in _stored_files(checkpoint)
+        if path not in used
         and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _TRAINING)
+        and not is_merged_adapter(path.relative_to(checkpoint))
     ]
     if found:
         raise CheckpointError(
             f"{checkpoint} holds parts of a policy that would not be used:\n" + "\n".join(found)
         )
+
+
+def stored_headers(checkpoint: Path) -> list[StoredTensor]:
+    """Return every tensor of `model.safetensors` or its shards, as their headers say; no torch.
+
+    Raises:
+        CheckpointError: no weights, a missing or truncated file, quantized, or an adapter's.
+    """
+    index = checkpoint / INDEX
+    found: list[StoredTensor] = []
+    for path in body_files(checkpoint):
+        if not path.is_file():
+            raise CheckpointError(f"weights not found: {path}")
+        try:
+            with safe_open(path, framework="np") as file:
+                for key in file.keys():  # noqa: SIM118  # not a dict
+                    stored = file.get_slice(key)
+                    _require_float(stored.get_dtype(), path, key)
+                    found.append(StoredTensor(path, key, tuple(stored.get_shape())))
+        except (SafetensorError, OSError) as error:
+            raise incomplete(path, error) from error
+    named = read_weight_map(index) if index.is_file() else {}
+    absent = sorted(set(named) - {stored.key for stored in found})
+    if absent:
+        raise CheckpointError(f"{index} names weights that no shard holds: {absent}")
+    require_whole_tensors(checkpoint, (stored.key for stored in found))
+    return found
+
+
+def incomplete(path: Path, error: Exception) -> CheckpointError:
+    """Return the error of a safetensors file that cannot be read."""
+    return CheckpointError(
+        f"{path} is not a complete safetensors file ({error}); download it again"
+    )
+
+
+def _require_float(dtype: str, path: Path, key: str) -> None:
+    if dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{path}: {key} is stored as {dtype}, quantized by another tool; its scales are not "
+            "applied here: name the checkpoint in float16, bfloat16 or float32 it was made from"
+        )
+
+
+def _stored_files(checkpoint: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of those in it that weights are stored in, in order."""
+    for folder, folders, names in os.walk(checkpoint):
+        # Caches of downloads and of version control.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if Path(name).suffix in _WEIGHTS:
+                yield Path(folder) / name
 
 
 def _description(name: str, kinds: Mapping[str, str]) -> str:

@@ -11,13 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qvla_export.policies.adapters import require_whole_tensors
-from qvla_export.policies.prismatic.files import INDEX, body_files, read_weight_map
+from qvla_export.policies.prismatic.files import incomplete, stored_headers
 from qvla_export.policies.prismatic.keys import from_upstream
 from qvla_export.shared.errors import CheckpointError
 
-# safetensors' names of what weights may be stored as.
-_FLOATS = ("BF16", "F16", "F32", "F64")
 # Of a file, mapped at once while a tensor is converted.
 _BLOCK_BYTES = 16 << 20
 
@@ -79,33 +76,10 @@ def stored_tensors(checkpoint: Path) -> list[tuple[Path, str, Tensor]]:
     Raises:
         CheckpointError: no weights, a missing or truncated file, quantized, or an adapter's.
     """
-    index = checkpoint / INDEX
-    found: list[tuple[Path, str, Tensor]] = []
-    for path in body_files(checkpoint):
-        if not path.is_file():
-            raise CheckpointError(f"weights not found: {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  # not a dict
-                    shape = file.get_slice(key).get_shape()
-                    _require_float(file.get_slice(key).get_dtype(), path, key)
-                    found.append((path, key, torch.empty(shape, device="meta")))
-        except (SafetensorError, OSError) as error:
-            raise _incomplete(path, error) from error
-    named = read_weight_map(index) if index.is_file() else {}
-    absent = sorted(set(named) - {key for _, key, _ in found})
-    if absent:
-        raise CheckpointError(f"{index} names weights that no shard holds: {absent}")
-    require_whole_tensors(checkpoint, (key for _, key, _ in found))
-    return found
-
-
-def _require_float(dtype: str, path: Path, key: str) -> None:
-    if dtype not in _FLOATS:
-        raise CheckpointError(
-            f"{path}: {key} is stored as {dtype}, quantized by another tool; its scales are not "
-            "applied here: name the checkpoint in float16, bfloat16 or float32 it was made from"
-        )
+    return [
+        (stored.path, stored.key, torch.empty(stored.shape, device="meta"))
+        for stored in stored_headers(checkpoint)
+    ]
 
 
 def _finite(tensor: Tensor, name: str, path: Path) -> Tensor:
@@ -124,7 +98,7 @@ def _read(path: Path, key: str, rows: slice = slice(None)) -> Tensor:
             whole = rows == slice(None)
             tensor: Tensor = file.get_tensor(key) if whole else file.get_slice(key)[rows]
     except (SafetensorError, OSError) as error:
-        raise _incomplete(path, error) from error
+        raise incomplete(path, error) from error
     return tensor
 
 
@@ -133,13 +107,7 @@ def _shape(path: Path, key: str) -> tuple[int, ...]:
         with safe_open(path, framework="pt") as file:
             return tuple(file.get_slice(key).get_shape())
     except (SafetensorError, OSError) as error:
-        raise _incomplete(path, error) from error
-
-
-def _incomplete(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is not a complete safetensors file ({error}); download it again"
-    )
+        raise incomplete(path, error) from error
 
 
 def read_state_file(path: Path) -> dict[str, Tensor]:

@@ -77,7 +77,14 @@ class TestCheckpoint:
         facts = read_checkpoint(folder, "libero_goal_no_noops", "libero")
         assert check_config(facts).severity == "ok"
         # Seven actions, the statistics have four.
-        assert "qvla_policy.json" in check_key(facts).remedy
+        assert check_key(facts).remedy.endswith("qvla_policy.json")
+        table = read_json(folder / "dataset_statistics.json", "statistics")
+        for name in ("q01", "q99", "mask"):
+            table["libero_goal_no_noops"]["action"][name] = [1] * 14
+            table["libero_goal_no_noops"]["proprio"][name] = [1] * 14
+        write_json(folder / "dataset_statistics.json", table)
+        facts = read_checkpoint(folder, "libero_goal_no_noops", "libero")
+        assert check_key(facts).remedy.endswith("; --preset aloha has these")
 
     @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"{}", b'{"a": 1}', b'{"a": {}}'])
     def test_hostile_statistics_are_an_error_with_a_remedy(
@@ -92,11 +99,13 @@ class TestCheckpoint:
 
     def test_it_refuses_what_deploy_refuses(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
         def finding(folder: Path) -> dict[str, str]:
-            done = qvla("doctor", "--checkpoint", folder, "--json")
+            done = qvla("doctor", folder, "--json")
             found = {f["what"]: f for f in json.loads(done.out)["findings"]}
             return dict(found["parts of the checkpoint"])
 
         assert finding(tiny_checkpoint)["severity"] == "ok"
+        both = qvla("doctor", tiny_checkpoint, "--checkpoint", tiny_checkpoint)
+        assert "two checkpoints" in both.error
         folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
         weights = load_file(folder / "model.safetensors")
         weights["projector.fc2.bias"][0] = np.nan

@@ -18,6 +18,7 @@ from engines.targets import CPU
 from engines.verify import judge, verify
 from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.graph.float_graph import ExportError, layer_nodes
+from qvla_export.graph.part_export import RUN_KEY, RUN_NOTE
 from qvla_export.graph.passes.couple import couple_mlps
 from qvla_export.graph.passes.merge import merge_parallel
 from qvla_export.policies.layers import layer_shapes
@@ -49,6 +50,19 @@ def mixed_bundle(
 ) -> Bundle:
     path = tmp_path_factory.mktemp("export") / "mixed"
     return make_bundle(tiny_policy, mixed_plan(tiny_policy), tiny_observations(32, seed=8), path)
+
+
+def test_a_quantized_graph_says_how_others_must_run_it(
+    float_bundle: Bundle, mixed_bundle: Bundle
+) -> None:
+    """ONNX Runtime's own default rounds activations, which moves actions more than weights do."""
+    notes = [
+        ir.load(bundle.path / bundle.parts[0].model).metadata_props.get(RUN_KEY)
+        for bundle in (float_bundle, mixed_bundle)
+    ]
+    assert notes == [None, RUN_NOTE]
+    assert "session.qdq_matmulnbits_accuracy_level" in RUN_NOTE
+    assert mixed_bundle.engine_options["accuracy_level"] == 0
 
 
 def test_float_bundle_equals_torch(float_bundle: Bundle) -> None:

@@ -67,6 +67,9 @@ def test_an_instruction_in_the_template_is_put_there_once(tiny_policy: OftPolicy
     for part in ("What action should the robot take to open the drawer?", f"{whole} now"):
         with pytest.raises(InvalidObservation, match="part of the prompt's template"):
             processor.input_ids(part)
+    for nothing in ("", " "):
+        with pytest.raises(InvalidObservation, match="template and nothing else"):
+            processor.input_ids(OPENVLA_PROMPT.format(instruction=nothing))
 
 
 def test_what_bundles_store_says_neither(checkpoint: Path, tmp_path: Path) -> None:
