@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.sources.base import Frame
+from calibration.sources.hub_cache import name_of_dataset
 from calibration.sources.lerobot_cameras import Cameras, RowOfEpisode
 from calibration.sources.lerobot_columns import KeyMap as KeyMap
 from calibration.sources.lerobot_columns import number_names, resolve_columns, split_columns
@@ -142,7 +143,7 @@ class LeRobotDataset:
         files = (p for p in (self.root / "meta").rglob("*") if p.is_file())
         names = (path.relative_to(self.root).as_posix() for path in files)
         return {
-            "dataset": self.root.resolve().name,
+            "dataset": name_of_dataset(self.root),
             "dataset_digest": sha256_tree(self.root, names),
             "columns": {**self.keys.images, "state": self.keys.state} | texts,
         }

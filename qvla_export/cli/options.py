@@ -48,7 +48,7 @@ _CHECK = "check the path"
 A_RUN = Existing("run folder", "make it first with: qvla calibrate")
 A_CHECKPOINT = Existing("checkpoint folder", "check --policy")
 A_BUNDLE = Existing("bundle folder", "make it first with: qvla export, or qvla deploy")
-A_DATASET = Existing("LeRobotDataset folder", "check --dataset")
+A_DATASET = Existing("LeRobotDataset folder", _CHECK)
 A_RECORDING = Existing(
     "MCAP file", "record it first with: qvla serve --record, or qvla run --record"
 )
@@ -59,6 +59,19 @@ A_CALIBRATION = Existing("calibration set", "make it first with: qvla calibrate"
 A_POLICY = Existing("checkpoint folder, bundle folder or URL of a server", _CHECK, urls=True)
 A_GRAPH = Existing("bundle folder or .onnx file", "make a bundle first with: qvla export")
 A_BUNDLE_OR_SERVER = replace(A_BUNDLE, urls=True)
+
+
+def local_dataset(place: Path | None) -> Path | None:
+    """Return the folder of a data set, one of the Hub's in the local cache too.
+
+    Raises:
+        QvlaError: it is not there.
+    """
+    from calibration.sources.hub_cache import find_dataset
+
+    folder: Path | None = A_DATASET.require(None if place is None else find_dataset(place))
+    return folder
+
 
 # Under torchrun only --run-folder can be written: it takes --run for one of its own.
 RunOption = Annotated[
@@ -112,8 +125,9 @@ DatasetOption = Annotated[
     Path | None,
     typer.Option(
         "--dataset",
-        help="LeRobotDataset folder (v3.0, v2.1, v2.0); without it, the simulator.",
-        callback=A_DATASET.require,
+        help="LeRobotDataset folder (v3.0, v2.1, v2.0), or Hub id of one that is downloaded; "
+        "without it, the simulator.",
+        callback=local_dataset,
     ),
 ]
 # One a field of `ColumnOptions`.

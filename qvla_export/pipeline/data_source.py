@@ -45,12 +45,13 @@ USUAL_COLUMNS = ColumnOptions()
 
 
 def open_dataset(root: Path, columns: ColumnOptions = USUAL_COLUMNS) -> "LeRobotDataset":
-    """Open a LeRobot data set under the policy's own camera names.
+    """Open a LeRobot data set, by its folder or Hub id, under the policy's own camera names.
 
     Raises:
         QvlaError: an option is of another form, or the data set lacks a column.
         ArtifactError: the data set is damaged, or of a format that is not read.
     """
+    from calibration.sources.hub_cache import find_dataset
     from calibration.sources.lerobot import KeyMap, LeRobotDataset
 
     keys = KeyMap(
@@ -59,4 +60,4 @@ def open_dataset(root: Path, columns: ColumnOptions = USUAL_COLUMNS) -> "LeRobot
         columns.action_column or None,
         columns.instruction_column or None,
     )
-    return LeRobotDataset(root, keys)
+    return LeRobotDataset(find_dataset(root), keys)

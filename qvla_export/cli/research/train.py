@@ -6,18 +6,12 @@ from typing import Annotated
 
 import typer
 
-from qvla_export.cli.options import A_DATASET, SeedOption
+from qvla_export.cli.options import SeedOption, local_dataset
 from qvla_export.cli.progress import progress_shown
 
 
 def train(
-    dataset: Annotated[
-        Path,
-        typer.Argument(
-            help="LeRobotDataset folder.",
-            callback=replace(A_DATASET, remedy="check the path").require,
-        ),
-    ],
+    dataset: Annotated[Path, typer.Argument(help="LeRobotDataset folder.", callback=local_dataset)],
     output: Annotated[Path, typer.Argument(help="Folder of the training; continued if it exists.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 6000,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 64,
