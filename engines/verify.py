@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,8 @@ class Verdict:
     thresholds: Thresholds
     # What exceeds its threshold, in words; none if the engine is good.
     breaches: tuple[str, ...]
+    # What the engine answered, normalized.  float32 [n, horizon, dim]
+    actions: NDArray[np.float32] = field(repr=False, compare=False)
 
     @property
     def passed(self) -> bool:
@@ -201,6 +203,7 @@ def judge(
         float_floor,
         reference.thresholds,
         reference.thresholds.breaches(drift),
+        actions,
     )
 
 

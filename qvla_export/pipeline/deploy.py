@@ -1,7 +1,7 @@
 """Every step in order, from a checkpoint to a report."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +13,14 @@ from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate, load_c
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import NumberedSteps, OnProgress, finish, ignore
 from qvla_export.pipeline.quantize import quantize_setting
+from qvla_export.pipeline.recommend.bounds import Tolerance, require_units
+from qvla_export.pipeline.recommend.recommend import (
+    RecommendationRequest,
+    labels_before,
+    recommend,
+    space_of,
+)
+from qvla_export.pipeline.recommend.recommendation import Recommendation
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.pipeline.sensitivities import SensitivityRequest, agreement, sensitivities
 from qvla_export.shared.artifacts import read_json, versions, write_json
@@ -52,6 +60,8 @@ class Deployment:
     zero_points: bool = False
     # What asked for it, for the record.
     command: str = ""
+    # By what a setting is recommended, and what the user says of the action.
+    tolerance: Tolerance = field(default_factory=Tolerance)
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,8 @@ class DeploymentResult:
     # Whether this machine runs the target's engines.
     native: bool
     report: Path
+    # The smallest setting under every bound, if there is one.
+    recommendation: Recommendation
 
     def to_json(self) -> dict[str, Any]:
         """Return what `qvla deploy --json` prints."""
@@ -96,6 +108,7 @@ class DeploymentResult:
             "native": self.native,
             "spearman": None if compared is None else compared.spearman,
             "settings": [{**asdict(row), "bundle": str(row.bundle)} for row in self.rows],
+            "recommendation": self.recommendation.to_json(with_traces=False),
         }
 
 
@@ -113,6 +126,7 @@ def deploy(
     run, target = request.run, find_target(request.target)
     native = runtime_here(target) == target.runtime
     _check_inputs(request, policy)
+    wish = _recommendation_request(request, policy)
     steps = NumberedSteps(on_progress, _count_steps(request, native))
     compared = _measure(request, policy, steps)
     for setting in request.settings:
@@ -124,11 +138,26 @@ def deploy(
     if request.episodes:
         with steps.next("episodes in the simulator") as hear:
             _run_episodes(request, hear)
-    with steps.next("report"):
+    with steps.next("recommendation and report"):
+        recommendation = recommend(wish, policy.processor)
         from qvla_export.report.page import write_report
 
         page = write_report(run.root)
-    return DeploymentResult(run, _rows(run, request.settings), compared, native, page)
+    return DeploymentResult(
+        run, _rows(run, request.settings), compared, native, page, recommendation
+    )
+
+
+def _recommendation_request(request: Deployment, policy: "Policy") -> RecommendationRequest:
+    """Return what is recommended from; a tolerance in unknown units is refused here, first."""
+    run, source = request.run, request.source
+    wish = RecommendationRequest(
+        run, request.settings, request.target, source, request.tolerance, request.command
+    )
+    require_units(
+        space_of(wish, policy.processor, labels_before(run, request.calibration)), wish.tolerance
+    )
+    return wish
 
 
 def _count_steps(request: Deployment, native: bool) -> int:

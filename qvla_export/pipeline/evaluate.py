@@ -18,6 +18,7 @@ from qvla_export.pipeline.calibrate import load_calibration, require_calibration
 from qvla_export.pipeline.plan import load_plan
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
+from qvla_export.pipeline.recommend.held_out_actions import HeldOutActions
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current, require_artifact
 from qvla_export.pipeline.verify import held_out_reference
 from qvla_export.pipeline.work.judgements import error_work, rollout_work
@@ -88,7 +89,10 @@ def action_error(
     runtime = runtime_here(find_target(bundle.target))
     subject = ErrorSubject(setting.name, "bundle", bundle.digest, calibration.digest, runtime)
     earlier = load_error_if_current(path, subject)
-    if earlier is not None:
+    answers = run.held_out_actions(setting)
+    origin = (bundle.digest, calibration.digest, runtime)
+    stored = load_if_current(answers, HeldOutActions.load, lambda old: old.made_from(*origin))
+    if earlier is not None and stored is not None:
         finish(on_progress, "action error", kept=True)
         return earlier
     with recorded_work(error_work(run, path, subject, bundle.path), on_progress):
@@ -99,6 +103,8 @@ def action_error(
         assert drift is not None
         _, horizon, dimensions = reference.actions.shape
         error = held_out_error(subject, drift, horizon * dimensions, verdict.drift.worst)
+        assert reference.full_precision is not None
+        HeldOutActions(*origin, verdict.actions, reference.full_precision).save(answers)
         error.save(path)
     finish(on_progress, "action error", kept=False)
     return error

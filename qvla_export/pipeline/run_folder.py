@@ -107,6 +107,11 @@ class RunFolder:
         return self.root / "latency.json"
 
     @property
+    def recommendation(self) -> Path:
+        """Which setting to take, and why."""
+        return self.root / "recommendation.json"
+
+    @property
     def report(self) -> Path:
         """The page."""
         return self.root / "report.html"
@@ -130,6 +135,10 @@ class RunFolder:
     def action_error(self, setting: Setting) -> Path:
         """Held-out action error of a setting."""
         return self._of(setting) / "action_error.json"
+
+    def held_out_actions(self, setting: Setting) -> Path:
+        """Actions of a setting's engine on the held-out observations."""
+        return self._of(setting) / "held_out_actions.safetensors"
 
     def evaluation(self, setting: Setting) -> Path:
         """Closed-loop evaluation of a setting."""

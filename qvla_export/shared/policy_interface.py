@@ -1,10 +1,12 @@
 """What a policy sees and returns, where its checkpoint does not say so: `qvla_policy.json`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from qvla_export.shared.action_space import DEGREES, END_EFFECTOR
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.normalization import Normalization
@@ -27,6 +29,11 @@ class PolicyInterface:
     action_dim: int
     state_dim: int
     normalization: Normalization
+    # Names of an action's numbers ("x", "left_waist"); empty where nobody says.
+    action_names: tuple[str, ...] = ()
+    # Millimetres of one unit of a translation, degrees of one of a rotation or joint.
+    action_unit_mm: float | None = None
+    action_unit_deg: float | None = None
 
     def __post_init__(self) -> None:
         if not self.cameras or min(self.horizon, self.action_dim) < 1 or self.state_dim < 0:
@@ -35,6 +42,15 @@ class PolicyInterface:
                 f"state_dim >= 0, got {self}"
             )
         self._require_choice("normalization", ("q99", "bounds"))
+        if len(self.action_names) not in (0, self.action_dim):
+            raise CheckpointError(
+                f"action_names must name each of {self.action_dim} numbers of an action, "
+                f"got {len(self.action_names)}: {', '.join(map(str, self.action_names))}"
+            )
+        for name in ("action_unit_mm", "action_unit_deg"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
+                raise CheckpointError(f"{name} must be a number above 0, got {value!r}")
 
     def _require_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
@@ -42,12 +58,31 @@ class PolicyInterface:
 
 
 # Published robots by name, as openvla-oft's `prismatic/vla/constants.py` has them.
+# Units: LIBERO's controller moves 50 mm or 0.5 rad at an action of 1 (robosuite 1.4 OSC_POSE,
+# `output_max`), BridgeData's actions are metres and radians, ALOHA's joints radians.
+_ALOHA_ARM = (
+    "waist",
+    "shoulder",
+    "elbow",
+    "forearm_roll",
+    "wrist_angle",
+    "wrist_rotate",
+    "gripper",
+)
 INTERFACES: Mapping[str, PolicyInterface] = {
-    "libero": PolicyInterface(("full_image", "wrist_image"), 8, 7, 8, "q99"),
-    "aloha": PolicyInterface(
-        ("full_image", "left_wrist_image", "right_wrist_image"), 25, 14, 14, "bounds"
+    "libero": PolicyInterface(
+        ("full_image", "wrist_image"), 8, 7, 8, "q99", END_EFFECTOR, 50.0, 0.5 * DEGREES
     ),
-    "bridge": PolicyInterface(("full_image",), 5, 7, 7, "q99"),
+    "aloha": PolicyInterface(
+        ("full_image", "left_wrist_image", "right_wrist_image"),
+        25,
+        14,
+        14,
+        "bounds",
+        action_names=tuple(f"{side}_{name}" for side in ("left", "right") for name in _ALOHA_ARM),
+        action_unit_deg=DEGREES,
+    ),
+    "bridge": PolicyInterface(("full_image",), 5, 7, 7, "q99", END_EFFECTOR, 1000.0, DEGREES),
 }
 
 

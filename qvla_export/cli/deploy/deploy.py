@@ -1,6 +1,7 @@
 """`qvla deploy`: every stage in order, from a checkpoint to a report."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from qvla_export.cli.deploy.recommendation import (
+    ActionNamesOption,
+    ToleranceDegOption,
+    ToleranceGripperOption,
+    ToleranceMmOption,
+    UnitDegOption,
+    UnitMmOption,
+    names_in,
+    say_recommendation,
+)
 from qvla_export.cli.options import (
     CountOption,
     DatasetOption,
@@ -71,6 +82,12 @@ def deploy(
     quantizer: QuantizerOption = "compensated",
     zero_points: ZeroPointsOption = False,
     force: ForceOption = False,
+    tolerance_mm: ToleranceMmOption = None,
+    tolerance_deg: ToleranceDegOption = None,
+    tolerance_gripper: ToleranceGripperOption = None,
+    action_names: ActionNamesOption = None,
+    unit_mm: UnitMmOption = None,
+    unit_deg: UnitDegOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage: calibration, sensitivities, plans, bundles, judgement, latency, report."""
@@ -81,6 +98,7 @@ def deploy(
     from qvla_export.pipeline.deploy import Deployment
     from qvla_export.pipeline.deploy import deploy as run_steps
     from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
+    from qvla_export.pipeline.recommend.bounds import Tolerance
     from qvla_export.pipeline.run_folder import RunFolder
 
     device = find_target(target, zero_points)
@@ -103,7 +121,11 @@ def deploy(
         workers=workers,
         quantizer=quantizer,
         zero_points=zero_points,
-        command=" ".join(["qvla", *sys.argv[1:]]),
+        command=shlex.join(["qvla", *sys.argv[1:]]),
+        tolerance=Tolerance(
+            *(tolerance_mm, tolerance_deg, tolerance_gripper, names_in(action_names)),
+            *(unit_mm, unit_deg),
+        ),
     )
     opened = open_checkpoint(policy, unnorm_key, preset)
     with progress_shown() as on_progress:
@@ -124,12 +146,11 @@ def _print(result: "DeploymentResult", target: str) -> None:
     if not result.native:
         typer.echo(
             f"this machine cannot run engines for {target}: its graphs are judged on ONNX "
-            "Runtime, latency is not measured; on the device: qvla verify BUNDLE --latency"
+            "Runtime, latency is not measured"
         )
     Console().print(_table(result))
+    say_recommendation(result.recommendation)
     typer.echo(f"report: {result.report}")
-    served = result.rows[-1].bundle.parent.parent
-    typer.echo(f"serve one: qvla serve {served}/<setting>/bundle")
 
 
 def _table(result: "DeploymentResult") -> Table:

@@ -1,0 +1,1 @@
+"""Which setting to take: errors against demonstrations, bounds, the choice, what comes next."""
