@@ -3,7 +3,7 @@
 Only light modules are imported here: what is missing is refused before torch, onnx or numpy load.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from inspect import Parameter, signature
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qvla_export.pipeline.data_source import ColumnOptions
+from qvla_export.pipeline.recommend.tolerance import Tolerance
 from qvla_export.shared.errors import QvlaError
 
 
@@ -159,24 +160,65 @@ _COLUMNS = {
 }
 
 
+# One a field of `Tolerance`.
+_TOLERANCES = {
+    "tolerance_mm": Annotated[
+        float | None,
+        typer.Option(
+            help="Most that a translation may be off float's in nine actions of ten, mm; default: "
+            "a tenth of the float policy's own median error against the demonstrations."
+        ),
+    ],
+    "tolerance_deg": Annotated[
+        float | None, typer.Option(help="The same of rotations and joints, degrees.")
+    ],
+    "tolerance_gripper": Annotated[
+        float | None, typer.Option(help="The same of a gripper, in its own units.")
+    ],
+    "action_names": Annotated[
+        str | None,
+        typer.Option(help="x,y,z,roll,pitch,yaw,gripper; default: the checkpoint's, the data's."),
+    ],
+    "unit_mm": Annotated[
+        float | None, typer.Option(help="Millimetres of one unit of a translation: 1000 for m.")
+    ],
+    "unit_deg": Annotated[
+        float | None, typer.Option(help="Degrees of one unit of a rotation: 57.2958 for radians.")
+    ],
+}
+
+
 def with_columns(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command with the options of `ColumnOptions` in place of its parameter `columns`."""
-    options = [
-        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=_COLUMNS[f.name])
-        for f in fields(ColumnOptions)
+    return _with_fields(command, "columns", ColumnOptions, _COLUMNS)
+
+
+def with_tolerance(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the options of `Tolerance` in place of its parameter `tolerance`."""
+    return _with_fields(command, "tolerance", Tolerance, _TOLERANCES)
+
+
+def _with_fields(
+    command: Callable[..., None], name: str, noun: type[Any], options: Mapping[str, Any]
+) -> Callable[..., None]:
+    """Return a command with an option for each field of a dataclass that it takes whole."""
+    singles = [
+        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=options[f.name])
+        for f in fields(noun)
     ]
 
     @wraps(command)
     def parsed(**values: Any) -> None:
-        columns = {option.name: values.pop(option.name) for option in options}
-        columns["cameras"] = tuple(columns["cameras"] or ())
-        command(**values, columns=ColumnOptions(**columns))
+        parts = {single.name: values.pop(single.name) for single in singles}
+        lists = {single.name for single in singles if isinstance(single.default, tuple)}
+        parts |= {part: tuple(parts[part] or ()) for part in lists}
+        command(**values, **{name: noun(**parts)})
 
     shown = signature(command)
     parameters = []
     for parameter in shown.parameters.values():
         own = [parameter.replace(kind=Parameter.KEYWORD_ONLY)]
-        parameters.extend(options if parameter.name == "columns" else own)
+        parameters.extend(singles if parameter.name == name else own)
     parsed.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     parsed.__dict__["__signature__"] = shown.replace(parameters=parameters)
     return parsed

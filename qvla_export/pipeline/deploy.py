@@ -1,7 +1,7 @@
 """Every step in order, from a checkpoint to a report."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,7 @@ from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate, load_c
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import NumberedSteps, OnProgress, finish, ignore
 from qvla_export.pipeline.quantize import quantize_setting
-from qvla_export.pipeline.recommend.bounds import Tolerance, require_units
+from qvla_export.pipeline.recommend.bounds import require_units
 from qvla_export.pipeline.recommend.recommend import (
     RecommendationRequest,
     labels_before,
@@ -21,6 +21,7 @@ from qvla_export.pipeline.recommend.recommend import (
     space_of,
 )
 from qvla_export.pipeline.recommend.recommendation import Recommendation
+from qvla_export.pipeline.recommend.tolerance import USUAL_TOLERANCE, Tolerance
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.pipeline.sensitivities import SensitivityRequest, agreement, sensitivities
 from qvla_export.shared.artifacts import read_json, versions, write_json
@@ -61,7 +62,7 @@ class Deployment:
     # What asked for it, for the record.
     command: str = ""
     # By what a setting is recommended, and what the user says of the action.
-    tolerance: Tolerance = field(default_factory=Tolerance)
+    tolerance: Tolerance = USUAL_TOLERANCE
 
 
 @dataclass(frozen=True)

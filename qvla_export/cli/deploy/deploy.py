@@ -10,16 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qvla_export.cli.deploy.recommendation import (
-    ActionNamesOption,
-    ToleranceDegOption,
-    ToleranceGripperOption,
-    ToleranceMmOption,
-    UnitDegOption,
-    UnitMmOption,
-    names_in,
-    say_recommendation,
-)
 from qvla_export.cli.options import (
     CountOption,
     DatasetOption,
@@ -38,15 +28,18 @@ from qvla_export.cli.options import (
     WorkersOption,
     ZeroPointsOption,
     with_columns,
+    with_tolerance,
 )
 from qvla_export.cli.progress import progress_shown
 from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
+from qvla_export.pipeline.recommend.tolerance import USUAL_TOLERANCE, Tolerance
 
 if TYPE_CHECKING:
     from qvla_export.pipeline.deploy import DeployedSetting, DeploymentResult
 
 
 @with_columns
+@with_tolerance
 def deploy(
     policy: PolicyOption = Path("checkpoints/reference"),
     run: NewRunOption = Path("runs/demo"),
@@ -82,12 +75,7 @@ def deploy(
     quantizer: QuantizerOption = "compensated",
     zero_points: ZeroPointsOption = False,
     force: ForceOption = False,
-    tolerance_mm: ToleranceMmOption = None,
-    tolerance_deg: ToleranceDegOption = None,
-    tolerance_gripper: ToleranceGripperOption = None,
-    action_names: ActionNamesOption = None,
-    unit_mm: UnitMmOption = None,
-    unit_deg: UnitDegOption = None,
+    tolerance: Tolerance = USUAL_TOLERANCE,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage: calibration, sensitivities, plans, bundles, judgement, latency, report."""
@@ -98,7 +86,6 @@ def deploy(
     from qvla_export.pipeline.deploy import Deployment
     from qvla_export.pipeline.deploy import deploy as run_steps
     from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
-    from qvla_export.pipeline.recommend.bounds import Tolerance
     from qvla_export.pipeline.run_folder import RunFolder
 
     device = find_target(target, zero_points)
@@ -122,10 +109,7 @@ def deploy(
         quantizer=quantizer,
         zero_points=zero_points,
         command=shlex.join(["qvla", *sys.argv[1:]]),
-        tolerance=Tolerance(
-            *(tolerance_mm, tolerance_deg, tolerance_gripper, names_in(action_names)),
-            *(unit_mm, unit_deg),
-        ),
+        tolerance=tolerance,
     )
     opened = open_checkpoint(policy, unnorm_key, preset)
     with progress_shown() as on_progress:
@@ -137,6 +121,8 @@ def deploy(
 
 
 def _print(result: "DeploymentResult", target: str) -> None:
+    from qvla_export.pipeline.recommend.sentences import recommendation_lines
+
     compared = result.agreement
     if compared is not None:
         typer.echo(
@@ -149,7 +135,8 @@ def _print(result: "DeploymentResult", target: str) -> None:
             "Runtime, latency is not measured"
         )
     Console().print(_table(result))
-    say_recommendation(result.recommendation)
+    for line in recommendation_lines(result.recommendation):
+        typer.echo(line)
     typer.echo(f"report: {result.report}")
 
 

@@ -1,12 +1,11 @@
 """The noun `Bound`: how much a setting may add to the action, in the robot's own units."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from qvla_export.pipeline.recommend.open_loop import OpenLoopError
-from qvla_export.shared.action_space import ActionLabels, ActionSpace, Group
+from qvla_export.pipeline.recommend.tolerance import Tolerance
+from qvla_export.shared.action_space import ActionSpace, Group
 from qvla_export.shared.errors import QvlaError
 
 Quantile = Literal["median", "p90"]
@@ -18,54 +17,8 @@ _OPTIONS: dict[Group, str] = {
     "joints": "--tolerance-deg",
     "gripper": "--tolerance-gripper",
 }
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What a user allows quantization to add, and says of the action; None where not said.
-
-    Raises:
-        QvlaError: a number is not above zero.
-    """
-
-    # Of translations; of rotations and joints; of a gripper, in its own units.
-    mm: float | None = None
-    deg: float | None = None
-    gripper: float | None = None
-    # Names of the action's numbers, and what one of them is in millimetres or degrees.
-    names: tuple[str, ...] = ()
-    unit_mm: float | None = None
-    unit_deg: float | None = None
-
-    def __post_init__(self) -> None:
-        numbers = {
-            "--tolerance-mm": self.mm,
-            "--tolerance-deg": self.deg,
-            "--tolerance-gripper": self.gripper,
-            "--unit-mm": self.unit_mm,
-            "--unit-deg": self.unit_deg,
-        }
-        for option, value in numbers.items():
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise QvlaError(f"{option} must be a number above 0, got {value:g}")
-
-    @property
-    def labels(self) -> ActionLabels:
-        """Return what the user says of the action."""
-        options = ["--action-names"] * bool(self.names)
-        options += ["--unit-mm"] * (self.unit_mm is not None)
-        options += ["--unit-deg"] * (self.unit_deg is not None)
-        return ActionLabels(", ".join(options), self.names, self.unit_mm, self.unit_deg)
-
-    def of(self, group: Group) -> float | None:
-        """Return what is allowed in a group; None where nothing is said."""
-        amounts: dict[Group, float | None] = {
-            "translation": self.mm,
-            "rotation": self.deg,
-            "joints": self.deg,
-            "gripper": self.gripper,
-        }
-        return amounts.get(group)
+_STATE_MM = "state its millimetres with --unit-mm (1000 for metres, 50 for LIBERO's controller)"
+_STATE_DEG = "state its degrees with --unit-deg (57.2958 for radians)"
 
 
 @dataclass(frozen=True)
@@ -124,27 +77,20 @@ def require_units(space: ActionSpace, tolerance: Tolerance) -> None:
     Raises:
         QvlaError: the action has no such numbers, or nothing says what one of them is.
     """
-    said = f"the action's numbers are {', '.join(space.names)} ({space.names_source})"
-    checks: Sequence[tuple[str, float | None, tuple[Group, ...], float | None, str, str]] = (
-        ("--tolerance-mm", tolerance.mm, ("translation",), space.unit_mm, "--unit-mm", "mm"),
-        (
-            *("--tolerance-deg", tolerance.deg, ("rotation", "joints")),
-            *(space.unit_deg, "--unit-deg", "degrees"),
-        ),
-        ("--tolerance-gripper", tolerance.gripper, ("gripper",), 1.0, "", ""),
-    )
-    for option, value, groups, unit, unit_option, words in checks:
-        if value is None:
-            continue
+    own = f"the action's numbers are {', '.join(space.names)} ({space.names_source})"
+    bounded: dict[str, list[Group]] = {}
+    for group, option in _OPTIONS.items():
+        if tolerance.of(group) is not None:
+            bounded.setdefault(option, []).append(group)
+    for option, groups in bounded.items():
         if not set(groups) & set(space.groups):
             raise QvlaError(
-                f"{option} bounds {' and '.join(groups)}, of which the action has none: {said}; "
+                f"{option} bounds {' and '.join(groups)}, of which the action has none: {own}; "
                 "name its numbers with --action-names, such as x,y,z,roll,pitch,yaw,gripper"
             )
-        if unit is None:
-            example = "1000 for metres, 50 for LIBERO's controller"
-            example = example if unit_option == "--unit-mm" else "57.2958 for radians"
-            raise QvlaError(
-                f"{option} needs to know how many {words} one unit of the action is, and nothing "
-                f"says it; state it with {unit_option} ({example})"
-            )
+    for option, unit, remedy in (
+        ("--tolerance-mm", space.unit_mm, _STATE_MM),
+        ("--tolerance-deg", space.unit_deg, _STATE_DEG),
+    ):
+        if option in bounded and unit is None:
+            raise QvlaError(f"{option}: nothing says how much one unit of the action is; {remedy}")

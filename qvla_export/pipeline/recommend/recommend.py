@@ -1,7 +1,7 @@
 """The step that recommends a setting of a run, from what was measured of all of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline.calibrate import CalibrationRequest, load_calibration
 from qvla_export.pipeline.policy_source import PolicySource
-from qvla_export.pipeline.recommend.bounds import Tolerance, form_bounds, require_units
+from qvla_export.pipeline.recommend.bounds import form_bounds, require_units
 from qvla_export.pipeline.recommend.held_out_actions import HeldOutActions
 from qvla_export.pipeline.recommend.next_commands import NextCommand, next_commands
 from qvla_export.pipeline.recommend.open_loop import (
@@ -26,6 +26,7 @@ from qvla_export.pipeline.recommend.recommendation import (
     choose,
 )
 from qvla_export.pipeline.recommend.sentences import choice_sentences, doubts
+from qvla_export.pipeline.recommend.tolerance import USUAL_TOLERANCE, Tolerance
 from qvla_export.pipeline.recommend.traces import traces
 from qvla_export.pipeline.run_folder import RunFolder, require_artifact
 from qvla_export.shared.action_space import ActionLabels, ActionSpace, action_space
@@ -52,7 +53,7 @@ class RecommendationRequest:
     target: str
     # The checkpoint, which may name its actions.
     source: PolicySource
-    tolerance: Tolerance = field(default_factory=Tolerance)
+    tolerance: Tolerance = USUAL_TOLERANCE
     # The command that this came from; empty where there was none.
     command: str = ""
 

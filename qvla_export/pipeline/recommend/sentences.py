@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from qvla_export.pipeline.recommend.bounds import Bound
 from qvla_export.pipeline.recommend.next_commands import with_settings
-from qvla_export.pipeline.recommend.recommendation import Candidate, exceeded
+from qvla_export.pipeline.recommend.open_loop import GroupError
+from qvla_export.pipeline.recommend.recommendation import Candidate, Recommendation, exceeded
 from qvla_export.shared.action_space import ActionSpace, Group
 
 _COUNTED = {"median": "at the median", "p90": "in nine actions of ten"}
@@ -75,6 +76,39 @@ def doubts(
     if space.names_source.startswith("assumed"):
         sentences.append(f"Names of the action's numbers are {space.names_source}.")
     return tuple(sentences)
+
+
+def recommendation_lines(result: Recommendation) -> Iterator[str]:
+    """Yield what a terminal is told: errors, bounds, the choice and the commands that follow."""
+    yield "open loop on held-out observations, median (and nine in ten): error against the"
+    yield "demonstrations; distance from the float policy"
+    rows = [
+        ("float policy", result.float_error),
+        *((c.setting, c.error) for c in result.candidates),
+    ]
+    groups = result.space.present()
+    table = [["", *(f"{group}, {result.space.unit(group)[0]}" for group in groups)]]
+    table += [[name, *(error_text(error.groups[g]) for g in groups)] for name, error in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        yield "  " + "  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip()
+    yield "recommendation"
+    for text in (*bound_sentences(result.bounds), *result.sentences):
+        yield f"  {text}"
+    for text in result.warnings:
+        yield f"  doubt: {text}"
+    for place, heading in (("here", "next, here"), ("robot", f"then, on the {result.target}")):
+        commands = [command for command in result.commands if command.where == place]
+        yield from [heading] * bool(commands)
+        yield from (f"  {command.line}  # {command.purpose}" for command in commands)
+
+
+def error_text(error: GroupError) -> str:
+    """Return a group's figures: median and nine in ten, against demonstrations where there are."""
+    shift = f"{error.shift.median:.2g} ({error.shift.p90:.2g})"
+    if error.error is None:
+        return shift
+    return f"{error.error.median:.3g} ({error.error.p90:.3g}); {shift}"
 
 
 def bound_sentences(bounds: Sequence[Bound]) -> tuple[str, ...]:

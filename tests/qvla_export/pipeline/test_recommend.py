@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engines.targets import TARGETS
 from qvla_export.cli.app import app
-from qvla_export.pipeline.recommend.bounds import Bound, Tolerance, form_bounds, require_units
+from qvla_export.pipeline.recommend.bounds import Bound, form_bounds, require_units
 from qvla_export.pipeline.recommend.next_commands import next_commands, with_settings
 from qvla_export.pipeline.recommend.open_loop import (
     Actions,
@@ -23,6 +23,7 @@ from qvla_export.pipeline.recommend.open_loop import (
 )
 from qvla_export.pipeline.recommend.recommendation import Candidate, choose, exceeded
 from qvla_export.pipeline.recommend.sentences import choice_sentences, doubts
+from qvla_export.pipeline.recommend.tolerance import Tolerance
 from qvla_export.shared.action_space import ActionLabels, ActionSpace, action_space
 from qvla_export.shared.errors import QvlaError
 
@@ -133,8 +134,8 @@ def test_without_demonstrated_actions_a_tolerance_is_asked_for() -> None:
     assert "no bound for translation and rotation and gripper" in text
     assert "nothing was recorded" in text and "--tolerance-mm" in text
     # A tolerance of some groups is not enough for the others.
-    assert choose(candidates, bounds_of(actions, Tolerance(mm=5.0))) is None
-    everything = Tolerance(mm=5.0, deg=5.0, gripper=0.1)
+    assert choose(candidates, bounds_of(actions, Tolerance(tolerance_mm=5.0))) is None
+    everything = Tolerance(tolerance_mm=5.0, tolerance_deg=5.0, tolerance_gripper=0.1)
     assert choose(candidates, bounds_of(actions, everything)) is candidates[1]
 
 
@@ -184,7 +185,7 @@ def test_a_gripper_that_flips_and_a_recording_of_something_else_are_doubted() ->
     said = doubts(space_in(), strange, bounds_of(turned), plain)
     assert len(said) == 3 and "another frame, unit or sign" in said[0]
     # A stated bound does not rest on the recording.
-    tolerance = Tolerance(mm=1.0, deg=1.0, gripper=0.1)
+    tolerance = Tolerance(tolerance_mm=1.0, tolerance_deg=1.0, tolerance_gripper=0.1)
     assert not doubts(space_in(), strange, bounds_of(turned, tolerance), plain)
     flipped = actions.float_policy.copy()
     flipped[0, :2, 6] += 1.2
@@ -196,11 +197,15 @@ def test_a_gripper_that_flips_and_a_recording_of_something_else_are_doubted() ->
 @pytest.mark.parametrize(
     ("tolerance", "space", "words"),
     [
-        (Tolerance(mm=1.0), space_in(mm=None), "--unit-mm .1000 for metres, 50 for LIBERO"),
-        (Tolerance(deg=1.0), space_in(deg=None), "--unit-deg .57.2958 for radians"),
-        (Tolerance(mm=1.0), action_space(2, np.ones(2, bool), ()), "--action-names"),
         (
-            Tolerance(gripper=1.0),
+            Tolerance(tolerance_mm=1.0),
+            space_in(mm=None),
+            "--unit-mm .1000 for metres",
+        ),
+        (Tolerance(tolerance_deg=1.0), space_in(deg=None), "--unit-deg .57.2958 for radians"),
+        (Tolerance(tolerance_mm=1.0), action_space(2, np.ones(2, bool), ()), "--action-names"),
+        (
+            Tolerance(tolerance_gripper=1.0),
             action_space(1, np.ones(1, bool), (ActionLabels("it", ("x",)),)),
             "bounds gripper, of which the action has none: the action's numbers are x .it.",
         ),
@@ -214,7 +219,7 @@ def test_a_tolerance_in_unknown_units_is_refused(
 
 
 def test_a_stated_unit_is_enough() -> None:
-    stated = Tolerance(mm=1.0, unit_mm=50.0)
+    stated = Tolerance(tolerance_mm=1.0, unit_mm=50.0)
     labels = (stated.labels, ActionLabels("the data", NAMES))
     require_units(action_space(7, np.ones(7, bool), labels), stated)
 
@@ -222,7 +227,7 @@ def test_a_stated_unit_is_enough() -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_tolerance_is_a_number_above_zero(value: float) -> None:
     with pytest.raises(QvlaError, match="--tolerance-mm must be a number above 0"):
-        Tolerance(mm=value)
+        Tolerance(tolerance_mm=value)
 
 
 def parse(line: str) -> None:
