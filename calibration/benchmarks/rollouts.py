@@ -20,7 +20,7 @@ from calibration.benchmarks.evaluation import (
     load_evaluation,
     result_from_json,
 )
-from calibration.benchmarks.metaworld.simulator import CAMERA, Simulator
+from calibration.benchmarks.metaworld.simulator import Simulator
 from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
 from calibration.benchmarks.workers import leave_with_parent
 from qvla_export.shared.action import ActionChunk, ActionPolicy
@@ -144,8 +144,8 @@ def _ignore(done: int, total: int) -> None:
 
 
 def _blank_out(observation: Observation) -> Observation:
-    blank = np.full_like(observation.images[CAMERA], _BLANK)
-    return replace(observation, images={CAMERA: blank})
+    blank = {name: np.full_like(image, _BLANK) for name, image in observation.images.items()}
+    return replace(observation, images=blank)
 
 
 def _usable(chunk: ActionChunk) -> ActionChunk:

@@ -14,6 +14,7 @@ import torch
 from calibration.sources.lerobot import LeRobotDataset
 from calibration.training.trainer import REFERENCE_CONFIG, Trainer, TrainingConfig
 from calibration.training.training_data import load_frames
+from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.oft.new_checkpoint import OftSize, save_checkpoint
 from qvla_export.shared.artifacts import versions, write_bytes, write_json
 from qvla_export.shared.errors import ArtifactError
@@ -30,6 +31,7 @@ def train_policy(
     config: TrainingConfig,
     data_name: str,
     on_progress: Callable[[int, int], None] | None = None,
+    policy: OftConfig = REFERENCE_CONFIG,
 ) -> Path:
     """Train on a LeRobot data set; returns the checkpoint folder `output/checkpoint`.
 
@@ -43,14 +45,15 @@ def train_policy(
         config: how it is trained.
         data_name: key of the data's statistics in the checkpoint.
         on_progress: called with (steps done, steps in all).
+        policy: what it sees and does.
 
     Raises:
         QvlaError: the data do not fit the network or the batch.
         ArtifactMismatch: `output` holds a training with other settings, network or data.
     """
     _LOG.info("reading the demonstrations in %s", root)
-    frames = load_frames(LeRobotDataset(root), REFERENCE_CONFIG, data_name, size.vocab_size)
-    trainer = Trainer(frames, size, config)
+    frames = load_frames(LeRobotDataset(root), policy, data_name, size.vocab_size)
+    trainer = Trainer(frames, size, config, policy)
     state_path, log_path = output / "training_state.pt", output / "training_log.jsonl"
     if state_path.exists():
         trainer.load_state_dict(_load_state(state_path))
@@ -88,7 +91,7 @@ def _save(
     save_checkpoint(
         output / "checkpoint",
         trainer.averaged,
-        REFERENCE_CONFIG,
+        trainer.policy,
         trainer.frames.tokenizer,
         trainer.frames.statistics,
         trainer.step,

@@ -87,14 +87,21 @@ class Trainer:
         QvlaError: there are fewer frames than a batch takes, or they are not of the network's size.
     """
 
-    def __init__(self, frames: TrainingFrames, size: OftSize, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        frames: TrainingFrames,
+        size: OftSize,
+        config: TrainingConfig,
+        policy: OftConfig = REFERENCE_CONFIG,
+    ) -> None:
         _require_fits(frames, size, config)
         self.frames = frames
         self.size = size
         self.config = config
+        self.policy = policy
         self._data = frames.digest
-        self.module = new_module(size, REFERENCE_CONFIG, config.seed).train()
-        self.averaged = new_module(size, REFERENCE_CONFIG, config.seed).requires_grad_(False)
+        self.module = new_module(size, policy, config.seed).train()
+        self.averaged = new_module(size, policy, config.seed).requires_grad_(False)
         for part in (self.module.arch.dino, self.module.arch.siglip, self.module.arch.llama):
             # Torch's fused CPU attention is slower than plain products at these lengths in bf16.
             part._attn_implementation = "eager"

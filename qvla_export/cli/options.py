@@ -232,7 +232,12 @@ SkipBadFramesOption = Annotated[
     ),
 ]
 TasksOption = Annotated[
-    str | None, typer.Option("--tasks", help="Comma-separated task names; all by default.")
+    str | None,
+    typer.Option(
+        "--tasks",
+        help="Comma-separated task names, or precise for those; the eight of large objects by "
+        "default.",
+    ),
 ]
 CountOption = Annotated[int, typer.Option(help="Observations to measure on.")]
 HeldOutOption = Annotated[int, typer.Option(help="Observations to judge by.")]

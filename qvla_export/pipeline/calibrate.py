@@ -145,13 +145,11 @@ def require_calibration(calibration: "CalibrationSet", digest: str, what: str) -
 
 
 def chosen_tasks(names: str | None) -> tuple[str, ...]:
-    """Return the tasks named in a comma-separated text; all where it is None.
+    """Return the simulator's tasks that an option names; see `choose_tasks`.
 
     Raises:
         QvlaError: a name is unknown.
     """
-    from calibration.benchmarks.metaworld.tasks import TASKS, find_task
+    from calibration.benchmarks.metaworld.tasks import choose_tasks
 
-    if names is None:
-        return tuple(TASKS)
-    return tuple(find_task(name.strip()).name for name in names.split(","))
+    return choose_tasks(names)

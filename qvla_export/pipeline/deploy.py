@@ -215,7 +215,8 @@ def _check_inputs(request: Deployment, policy: "Policy") -> None:
             policy.processor.feeds(observation)
         except InvalidObservation as error:
             raise InvalidObservation(
-                f"the simulator does not fit this policy: {error}; use --dataset and --episodes 0"
+                f"the simulator does not fit this policy: {error}; an object-state policy takes "
+                "--tasks precise, one of another robot --dataset and --episodes 0"
             ) from error
 
 

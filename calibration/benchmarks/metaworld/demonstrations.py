@@ -9,15 +9,16 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.benchmarks.metaworld.experts import Disturbance, Expert
-from calibration.benchmarks.metaworld.simulator import CAMERA, CONTROL_HZ, IMAGE_SIZE, Simulator
+from calibration.benchmarks.metaworld.disturbance import Disturbance
+from calibration.benchmarks.metaworld.experts import Expert
+from calibration.benchmarks.metaworld.simulator import CONTROL_HZ, IMAGE_SIZE, Simulator
 from calibration.benchmarks.metaworld.tasks import Task
 from calibration.benchmarks.workers import leave_with_parent
 from calibration.sources.image_codec import encode_png
@@ -43,7 +44,8 @@ class Recording:
 
     seed: int = 0
     image_size: int = IMAGE_SIZE
-    disturbance: Disturbance = field(default_factory=Disturbance)
+    # None for each task's own.
+    disturbance: Disturbance | None = None
 
 
 def record_demonstrations(
@@ -124,7 +126,7 @@ def _attempt(
 ) -> Episode | None:
     task = simulator.task
     expert = Expert(task)
-    disturb = recording.disturbance.begin(random)
+    disturb = (recording.disturbance or task.disturbance).begin(random)
     instruction = str(random.choice(task.instructions))
     observation = simulator.reset(int(random.integers(1 << 31)), instruction)
     pictures: list[bytes] = []
@@ -132,7 +134,7 @@ def _attempt(
     actions: list[NDArray[np.float32]] = []
     tail = _TAIL
     while tail > 0:
-        pictures.append(encode_png(observation.images[CAMERA]))
+        pictures.append(encode_png(observation.images[task.camera]))
         states.append(observation.state)
         actions.append(expert.act(simulator.full_state))
         simulator.step(actions[-1] if simulator.success else disturb(actions[-1]))
@@ -141,7 +143,7 @@ def _attempt(
         elif simulator.steps >= task.steps:
             return None
         observation = simulator.observe()
-    return Episode(instruction, {CAMERA: pictures}, np.stack(states), np.stack(actions))
+    return Episode(instruction, {task.camera: pictures}, np.stack(states), np.stack(actions))
 
 
 def _record_all(
@@ -210,11 +212,12 @@ def _require_settings(folder: Path, path: Path, settings: dict[str, Any]) -> Non
 
 
 def _pack(episode: Episode) -> bytes:
-    pictures = episode.images[CAMERA]
+    ((camera, pictures),) = episode.images.items()
     buffer = io.BytesIO()
     np.savez(
         buffer,
         instruction=np.array(episode.instruction),
+        camera=np.array(camera),
         lengths=np.array([len(png) for png in pictures]),
         pictures=np.frombuffer(b"".join(pictures), dtype=np.uint8),
         state=episode.state,
@@ -230,8 +233,8 @@ def _load(path: Path) -> Episode:
             data = arrays["pictures"].tobytes()
             pairs = zip(ends - arrays["lengths"], ends, strict=True)
             pictures = [data[start:end] for start, end in pairs]
-            return Episode(
-                str(arrays["instruction"]), {CAMERA: pictures}, arrays["state"], arrays["action"]
-            )
+            images = {str(arrays["camera"]): pictures}
+            instruction = str(arrays["instruction"])
+            return Episode(instruction, images, arrays["state"], arrays["action"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{path} is damaged ({error}); remove it and record again") from None

@@ -1,15 +1,18 @@
 """One task of the simulator: seeded episodes, control steps, pictures on demand."""
 
 import atexit
+import itertools
 import os
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.benchmarks.metaworld.tasks import Task
+from calibration.benchmarks.metaworld.object_state import OBJECT_STATE, encode_object_state
+from calibration.benchmarks.metaworld.tasks import Task, draw_placement
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
@@ -27,7 +30,6 @@ ACTION_NAMES = ("x", "y", "z", "gripper")
 # Of an action of 1: the simulator moves the hand's target by 10 mm (`action_scale`) at each step.
 UNIT_MM = 10.0 * ACTION_REPEAT
 STATE_DIM = 4
-CAMERA = "image"
 PACKAGES = "libegl1 libgl1 libgles2 libegl-mesa0 libosmesa6"
 
 # Links that cost most of the vertices and would only hide what the hand does.
@@ -36,6 +38,10 @@ _ARM += "right_l4_2 right_l5 right_l6"
 _STAND = "controller_box pedestal_feet pedestal torso head screen"
 _HIDDEN_BODIES = frozenset(_ARM.split()) | frozenset(_STAND.split())
 _HIDDEN_GROUP = 5
+# Numbers of a placement of object and goal.
+_WITH_GOAL = 6
+# Placements that a reset asks for: two, from environments that do not draw again.
+_DRAWS = 8
 _VISIBLE_GROUPS = (1, 1, 0, 0, 0, 0)
 
 
@@ -43,7 +49,8 @@ class Simulator:
     """A Meta-World scene behind the nouns of this project.
 
     The same task, seed and actions give the same states and the same picture bytes, whatever the
-    object was used for before.  Rendering happens only in `observe` and `reset`.
+    object was used for before.  Rendering happens only in `observe` and `reset`, and not at all
+    where the task shows its object state instead of a picture.
     """
 
     def __init__(self, task: Task, image_size: int = IMAGE_SIZE) -> None:
@@ -99,14 +106,18 @@ class Simulator:
         return self.success or self.steps >= self.task.steps
 
     def reset(self, seed: int, instruction: str | None = None) -> Observation:
-        """Start the episode of that seed; say another instruction than the canonical one."""
+        """Start the episode of that seed; say another instruction than the canonical one.
+
+        Raises:
+            QvlaError: object and goal are drawn closer than this environment allows.
+        """
         random = np.random.default_rng(seed)
-        placement = random.uniform(*self.task.placement)
+        placement = draw_placement(self.task, random)
         hand = random.uniform(*self.task.hand)
         fraction = random.uniform()
         environment = self._environment
         self._restore_placements()
-        environment._last_rand_vec = placement
+        environment._get_state_rand_vec = _frozen_draw(self.task, placement)
         environment.hand_init_pos = hand
         environment.reset()
         if (start := self.task.start) is not None:
@@ -136,8 +147,12 @@ class Simulator:
         return self.success
 
     def observe(self) -> Observation:
-        """Render the scene and return what the policy sees now."""
-        return Observation({CAMERA: self.render()}, self.instruction, self.state)
+        """Return what the policy sees now; the scene is rendered where it sees a picture."""
+        if self.task.camera == OBJECT_STATE:
+            image = encode_object_state(self._full_state, self.placement[3:6])
+        else:
+            image = self.render()
+        return Observation({self.task.camera: image}, self.instruction, self.state)
 
     def render(self) -> NDArray[np.uint8]:
         """Return the picture of the fixed camera.  uint8 [image_size, image_size, 3]"""
@@ -158,6 +173,26 @@ class Simulator:
         # An episode moves bodies in the model itself; the next one must not start among them.
         model = self._environment.model
         model.body_pos[:], model.site_pos[:] = self._pristine
+
+
+def _frozen_draw(task: Task, placement: NDArray[np.float64]) -> Callable[[], NDArray[np.float64]]:
+    """Return what Meta-World is to draw an episode's placement with: always the same.
+
+    Some of its environments draw again until object and goal are far enough apart, with a frozen
+    draw for ever.
+    """
+    draws = itertools.count(1)
+
+    def draw() -> NDArray[np.float64]:
+        if next(draws) > _DRAWS:
+            raise QvlaError(
+                f"{task.environment} refuses the placement {placement.round(3).tolist()} of "
+                f"{task.name}: object and goal lie too close on the table, and the task allows "
+                f"{task.apart} m; raise its `apart`"
+            )
+        return placement
+
+    return draw
 
 
 def _load_mujoco() -> Any:
@@ -194,11 +229,19 @@ def _build_environment(task: Task) -> Any:
     environment._partially_observable = False
     # The space cached while the goal was hidden would clip the goal to zero.
     environment.__dict__.pop("sawyer_observation_space", None)
-    environment._freeze_rand_vec = True
+    if len(task.placement[0]) == _WITH_GOAL:
+        # What experts see of the goal is clipped to this; placements are wider than Meta-World's.
+        environment.goal_space = _unclipped()
     environment._set_task_called = True
     # The step limit is ours (in control steps), not Meta-World's.
     environment.max_path_length = 1 << 62
     return environment
+
+
+def _unclipped() -> Any:
+    from gymnasium.spaces import Box
+
+    return Box(-1.0, 1.0, (3,), np.float64)
 
 
 def _make_cheap_to_draw(model: Any, image_size: int) -> None:

@@ -1,13 +1,25 @@
-"""The language-named tasks: scenes, phrasings and how widely each scene is randomized."""
+"""The language-named tasks: scenes, phrasings and how widely each scene is randomized.
+
+Eight of large objects and drawn pictures, which forgive small errors, and six precise ones, where
+millimetres of a grasp or an insertion decide, shown as object state.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Final, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.benchmarks.metaworld.disturbance import Disturbance
+from calibration.benchmarks.metaworld.object_state import OBJECT_STATE
 from qvla_export.shared.errors import QvlaError
 
 Bounds = tuple[tuple[float, ...], tuple[float, ...]]
 
+# Name of the camera that draws.
+CAMERA: Final = "image"
 # Where the hand may start: low and high corner, metres, in front of and above every object.
 _HAND: Bounds = ((-0.2, 0.45, 0.15), (0.2, 0.6, 0.3))
 
@@ -44,6 +56,12 @@ class Task:
     start: Joint | None = None
     # Low and high corner of the hand's start position, metres.
     hand: Bounds = _HAND
+    # Object and goal start at least this far apart on the table, metres.
+    apart: float = 0.0
+    # What the policy is shown: a drawn picture, or `OBJECT_STATE`, for which nothing is drawn.
+    camera: Literal["image", "object_state"] = CAMERA
+    # What happens to an expert's actions while it demonstrates.
+    disturbance: Disturbance = field(default_factory=Disturbance)
 
     @property
     def instruction(self) -> str:
@@ -52,6 +70,8 @@ class Task:
 
 
 _STEPS = 120
+# Placements drawn before one far enough apart is given up.
+_REJECTIONS = 1000
 _DRAWER: Bounds = ((-0.3, 0.78, 0.0), (0.3, 0.92, 0.0))
 _DRAWER_START = Joint("goal_slidey", -0.12, -0.08)
 _WINDOW: Bounds = ((-0.3, 0.7, 0.16), (0.15, 0.9, 0.16))
@@ -133,6 +153,85 @@ _TASKS = (
 # Task name -> task, in a fixed order.
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _TASKS})
 
+# Where the hand starts above every object.
+_ABOVE: Bounds = ((-0.1, 0.5, 0.2), (0.1, 0.6, 0.3))
+# The puck where it comes to rest; the marker so high that under it and at it are different places.
+_PUCK: Bounds = ((-0.2, 0.55, 0.0194, -0.2, 0.75, 0.15), (0.2, 0.75, 0.0194, 0.2, 0.9, 0.28))
+_NUT: Bounds = ((-0.15, 0.55, 0.02, -0.15, 0.72, 0.1), (0.15, 0.7, 0.02, 0.15, 0.88, 0.1))
+_HOLE: Bounds = ((-0.2, 0.55, 0.05, -0.04, 0.8, -0.02), (0.2, 0.75, 0.05, 0.04, 0.88, -0.02))
+_PEG: Bounds = ((0.0, 0.55, 0.02, -0.35, 0.4, 0.0), (0.2, 0.7, 0.02, -0.25, 0.7, 0.0))
+_STICK: Bounds = ((-0.2, 0.5, 0.0, 0.399, 0.55, 0.132), (0.0, 0.7, 0.0, 0.401, 0.6, 0.132))
+# More of it and experts drop what they hold.
+_GENTLE = Disturbance(noise=0.21, kicks=0.012)
+
+
+def _precise(
+    name: str, scene: str, placement: Bounds, apart: float, instructions: tuple[str, ...]
+) -> Task:
+    return Task(
+        name,
+        f"{name}-v3",
+        scene,
+        instructions,
+        placement,
+        _STEPS,
+        hand=_ABOVE,
+        apart=apart,
+        camera=OBJECT_STATE,
+        disturbance=_GENTLE,
+    )
+
+
+_PRECISE = (
+    _precise(
+        "pick-place",
+        "puck",
+        _PUCK,
+        0.15,
+        ("lift the puck to the marker", "pick the puck up to the marker", "raise the puck"),
+    ),
+    _precise(
+        "push",
+        "puck",
+        _PUCK,
+        0.15,
+        ("push the puck under the marker", "slide the puck below the marker", "shove the puck"),
+    ),
+    _precise(
+        "assembly",
+        "nut",
+        _NUT,
+        0.1,
+        ("put the ring over the peg", "hang the ring on the peg", "assemble ring and peg"),
+    ),
+    _precise(
+        "hand-insert",
+        "hole",
+        _HOLE,
+        0.15,
+        ("put the block into the hole", "lower the block into the hole", "sink the block"),
+    ),
+    _precise(
+        "peg-insert-side",
+        "peg",
+        _PEG,
+        0.1,
+        ("insert the peg from the side", "slide the peg into the box", "plug the peg in"),
+    ),
+    _precise(
+        "stick-push",
+        "stick",
+        _STICK,
+        0.1,
+        ("push the bottle with the stick", "take the stick to the bottle", "use the stick"),
+    ),
+)
+# The same of the precise ones.
+PRECISE_TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _PRECISE})
+# What --tasks takes for all of them.
+PRECISE = "precise"
+_ALL = {**TASKS, **PRECISE_TASKS}
+
 
 def find_task(name: str) -> Task:
     """Return the task of that name.
@@ -140,11 +239,45 @@ def find_task(name: str) -> Task:
     Raises:
         QvlaError: there is none; the message lists the names.
     """
-    if name not in TASKS:
-        raise QvlaError(f"no task is called {name!r}; choose from {', '.join(TASKS)}")
-    return TASKS[name]
+    if name not in _ALL:
+        raise QvlaError(f"no task is called {name!r}; choose from {', '.join(_ALL)}")
+    return _ALL[name]
+
+
+def draw_placement(task: Task, random: np.random.Generator) -> NDArray[np.float64]:
+    """Draw where an episode's object (and goal) is put, metres.  float64 [3 or 6]
+
+    Placements with object and goal closer than `task.apart` are rejected here: Meta-World would
+    draw again itself, and with a seeded, frozen placement for ever.
+
+    Raises:
+        QvlaError: next to none of the task's placements is far enough apart.
+    """
+    for _ in range(_REJECTIONS):
+        placement: NDArray[np.float64] = random.uniform(*task.placement)
+        if not task.apart or np.linalg.norm(placement[:2] - placement[3:5]) >= task.apart:
+            return placement
+    raise QvlaError(
+        f"no placement of {task.name} in {_REJECTIONS} draws had object and goal {task.apart} m "
+        f"apart; widen {task.placement} or lower `apart`"
+    )
+
+
+def choose_tasks(names: str | None) -> tuple[str, ...]:
+    """Return the tasks named in a comma-separated text; "precise" names the six precise ones.
+
+    None names the eight of large objects.
+
+    Raises:
+        QvlaError: a name is unknown.
+    """
+    if names is None:
+        return tuple(TASKS)
+    if names.strip() == PRECISE:
+        return tuple(PRECISE_TASKS)
+    return tuple(find_task(name.strip()).name for name in names.split(","))
 
 
 def scene_siblings(task: Task) -> tuple[Task, ...]:
     """Return the other tasks that share the task's scene (the wrong-instruction control)."""
-    return tuple(other for other in TASKS.values() if other.scene == task.scene and other != task)
+    return tuple(other for other in _ALL.values() if other.scene == task.scene and other != task)

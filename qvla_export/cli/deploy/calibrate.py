@@ -12,6 +12,7 @@ from qvla_export.cli.options import (
     NewRunOption,
     SeedOption,
     SkipBadFramesOption,
+    TasksOption,
     with_columns,
 )
 from qvla_export.cli.progress import progress_shown
@@ -24,6 +25,7 @@ def calibrate(
     dataset: DatasetOption = None,
     columns: ColumnOptions = USUAL_COLUMNS,
     skip_bad_frames: SkipBadFramesOption = False,
+    tasks: TasksOption = None,
     count: CountOption = 64,
     held_out: HeldOutOption = 64,
     frames_per_episode: Annotated[
@@ -42,7 +44,7 @@ def calibrate(
     folder = RunFolder(run, force)
     opened = open_dataset(dataset, columns) if dataset else None
     request = CalibrationRequest(
-        opened, chosen_tasks(None), count, held_out, seed, frames_per_episode, skip_bad_frames
+        opened, chosen_tasks(tasks), count, held_out, seed, frames_per_episode, skip_bad_frames
     )
     with progress_shown() as on_progress:
         drawn = draw_observations(folder, request, on_progress)

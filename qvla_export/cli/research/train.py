@@ -13,23 +13,39 @@ from qvla_export.cli.progress import progress_shown
 def train(
     dataset: Annotated[Path, typer.Argument(help="LeRobotDataset folder.", callback=local_dataset)],
     output: Annotated[Path, typer.Argument(help="Folder of the training; continued if it exists.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 6000,
-    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 64,
-    precision: Annotated[str, typer.Option(help="bf16 (AVX512-BF16 CPUs) or fp32.")] = "bf16",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="pictures: the reference policy. object-state: a small policy of the precise "
+            "tasks that sees no picture but where things are, in numbers."
+        ),
+    ] = "pictures",
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; the recipe's by default.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples a step; the recipe's by default.")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="bf16 (AVX512-BF16 CPUs) or fp32; the recipe's by default."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     seed: SeedOption = 0,
 ) -> None:
     """Train a small OpenVLA-OFT policy from demonstrations by imitation."""
     import torch
 
-    from calibration.training.train import OftSize, TrainingConfig, train_policy
+    from calibration.training.recipes import find_recipe
+    from calibration.training.train import train_policy
     from qvla_export.pipeline.progress import bar
 
     torch.set_num_threads(threads)
-    config = replace(
-        TrainingConfig(), steps=steps, batch_size=batch_size, precision=precision, seed=seed
-    )
+    chosen = find_recipe(recipe)
+    named = {"steps": steps, "batch_size": batch_size, "precision": precision, "seed": seed}
+    config = replace(chosen.training, **{k: v for k, v in named.items() if v is not None})  # type: ignore[arg-type]  # by name
     with progress_shown() as on_progress:
         tell = bar(on_progress, "training")
-        checkpoint = train_policy(dataset, output, OftSize(), config, "metaworld_scripted", tell)
+        name, size = chosen.data_name, chosen.size
+        checkpoint = train_policy(dataset, output, size, config, name, tell, chosen.policy)
     typer.echo(f"trained: {checkpoint}")

@@ -32,8 +32,8 @@ from calibration.benchmarks.evaluation import (
     load_evaluation,
     wilson_interval,
 )
-from calibration.benchmarks.metaworld.simulator import CAMERA, Simulator
-from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
+from calibration.benchmarks.metaworld.simulator import Simulator
+from calibration.benchmarks.metaworld.tasks import CAMERA, find_task, scene_siblings
 from calibration.benchmarks.rollouts import RolloutJob, evaluate, run_episode
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch, QvlaError
 

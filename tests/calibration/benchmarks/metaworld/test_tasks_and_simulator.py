@@ -11,8 +11,8 @@ import pytest
 from places import ROOT
 
 from calibration.benchmarks.metaworld.experts import Expert, solve
-from calibration.benchmarks.metaworld.simulator import CAMERA, Simulator
-from calibration.benchmarks.metaworld.tasks import TASKS, Task, find_task, scene_siblings
+from calibration.benchmarks.metaworld.simulator import Simulator
+from calibration.benchmarks.metaworld.tasks import CAMERA, TASKS, Task, find_task, scene_siblings
 from qvla_export.shared.errors import QvlaError
 
 PAIRS = [(task, other) for task in TASKS.values() for other in scene_siblings(task)]
