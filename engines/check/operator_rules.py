@@ -75,6 +75,8 @@ def check_operators(graph: CheckedGraph, target: Target) -> None:
         _check_equal_types(graph, node, type_groups(node, schema))
         if is_tensorrt(target) and (operator := OPERATORS.get(node.op_type)) is not None:
             _check_operator(graph, node, operator, target)
+        if is_tensorrt(target) and node.op_type == "Attention":
+            _check_attention(graph, node)
         typed = all(dtype_name(value) for value in node.inputs if value is not None)
         if typed and not any(dtype_name(value) for value in node.outputs):
             graph.add(
@@ -82,6 +84,27 @@ def check_operators(graph: CheckedGraph, target: Target) -> None:
                 node,
                 f"ONNX infers no type for {node.outputs[0].name!r}; check the node's inputs",
             )
+
+
+def _check_attention(graph: CheckedGraph, node: "ir.Node") -> None:
+    """Refuse queries, keys and values that are not three or four dimensions alike (ONNX 23).
+
+    TensorRT-RTX 1.7.1.116 refuses them too, but for scalars, which end its process (measured
+    2026-11); of 38 operators with scalars for inputs no other one does.
+    """
+    ranks = [
+        None if value is None or value.shape is None else len(value.shape)
+        for value in node.inputs[:3]
+    ]
+    stated = {rank for rank in ranks if rank is not None}
+    if stated - {3, 4} or len(stated) > 1:
+        scalar = "; on a scalar TensorRT-RTX's parser crashes" if 0 in stated else ""
+        graph.add(
+            "operator.limit",
+            node,
+            "Attention takes queries, keys and values of 3 or of 4 dimensions, got "
+            f"{ranks}{scalar}; reshape them to [batch, heads, tokens, size]",
+        )
 
 
 def _find_schema(

@@ -1,5 +1,9 @@
 """Graphs of other tools: for the RTX 4070 an error is what its parser and builder refuse."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx_ir as ir
@@ -73,3 +77,52 @@ def test_the_reported_files_themselves(tmp_path: Path) -> None:
     assert len(paths) == 30
     for path in paths:
         assert bool(errors(check_model(path, RTX))) == (not builds(path)), path.name
+
+
+def attention(path: Path, *shapes: tuple[int, ...]) -> Path:
+    tape = ir.tape.Tape()
+    inputs = [ir.val(name, ir.DataType.FLOAT, s) for name, s in zip("qkv", shapes, strict=True)]
+    output = tape.op("Attention", inputs, name="attention")
+    output.name, output.dtype = "y", ir.DataType.FLOAT
+    graph = ir.Graph(inputs, [output], nodes=tape.nodes, opset_imports={"": 23}, name="g")
+    ir.save(ir.Model(graph, ir_version=10), path)
+    return path
+
+
+def ends_in_the_parser(path: Path) -> int:
+    """Parse in a process of its own; return how that ended, negative for a signal."""
+    script = (
+        "import sys; from pathlib import Path; from rtx_parser import parses\n"
+        "sys.exit(0 if parses(Path(sys.argv[1])) else 3)"
+    )
+    helpers = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
+    environment = {**os.environ, "PYTHONPATH": helpers}
+    command = [sys.executable, "-W", "ignore", "-c", script, str(path)]
+    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+
+
+def test_attention_that_ends_the_parser_s_process_is_an_error(tmp_path: Path) -> None:
+    """TensorRT-RTX 1.7.1 runs into a segmentation fault where queries are scalars."""
+    pytest.importorskip("tensorrt_rtx")
+    path = attention(tmp_path / "scalar.onnx", (), (), ())
+    assert ends_in_the_parser(path) == -signal.SIGSEGV
+    found = errors(check_model(path, RTX))
+    assert [finding.rule for finding in found] == ["operator.limit"]
+    assert "crashes" in found[0].message
+
+
+@pytest.mark.parametrize(
+    ("shapes", "is_parsed"),
+    [
+        (((1, 4, 8, 16),) * 3, True),
+        (((8, 16),) * 3, False),
+        (((1, 1, 4, 8, 16),) * 3, False),
+        (((1, 4, 8, 16), (1, 8, 64), (1, 8, 64)), False),
+    ],
+)
+def test_attention_s_dimensions(
+    shapes: tuple[tuple[int, ...], ...], is_parsed: bool, tmp_path: Path
+) -> None:
+    path = attention(tmp_path / "case.onnx", *shapes)
+    rules = {finding.rule for finding in errors(check_model(path, RTX))}
+    assert ("operator.limit" not in rules) == is_parsed
