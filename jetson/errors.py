@@ -8,6 +8,7 @@ QvlaError
 ├── RequestTooSlow      408  the body did not arrive in time
 ├── RequestTooLarge     413  the body is longer than the server accepts
 ├── RateLimited         429  one peer asks more often than the server allows
+├── ClientLeft          400  nobody waits for the action any more
 ├── ServerBusy          503  too many requests wait for the one engine
 ├── PolicyFailure       500  the policy failed or returned no usable action
 ├── RefusedSetting           a server setting that is unsafe or impossible
@@ -42,6 +43,10 @@ class RateLimited(QvlaError):
     """One peer asks more often than the server allows."""
 
 
+class ClientLeft(QvlaError):
+    """Nobody waits for the action any more: it is not computed."""
+
+
 class ServerBusy(QvlaError):
     """Too many requests wait for the one engine."""
 
@@ -70,6 +75,7 @@ _STATUS: tuple[tuple[type[QvlaError], int], ...] = (
     (RequestTooSlow, 408),
     (RequestTooLarge, 413),
     (RateLimited, 429),
+    (ClientLeft, 400),
     (ServerBusy, 503),
 )
 

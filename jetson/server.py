@@ -20,6 +20,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -32,8 +33,12 @@ from starlette.routing import Route
 
 from jetson.errors import RefusedSetting
 from jetson.observers import Watch, open_watch
+from jetson.repeated_warning import RepeatedWarning
 from jetson.server_settings import ServerSettings
+from jetson.serving.byte_budget import ByteBudget
+from jetson.serving.connections import Connections, connection_limit
 from jetson.serving.guard import Guard
+from jetson.serving.http_protocol import HttpConnection
 from jetson.serving.policy_contract import PolicyContract, contract_of
 from jetson.serving.protocols.act import ActEndpoint
 from jetson.serving.protocols.openpi import OpenpiEndpoint
@@ -45,12 +50,14 @@ from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.observation import Observation
 
 _LOG = logging.getLogger(__name__)
+# Largest bodies that the memory may hold at the same time.
+_BODIES_AT_ONCE = 4
 # A robot that pauses between actions keeps its connection.
 _KEEP_ALIVE_S = 300
 
 
 def create_app(
-    queue: RequestQueue, settings: ServerSettings, gate: Gate, watch: Watch
+    queue: RequestQueue, settings: ServerSettings, gate: Gate, watch: Watch, budget: ByteBudget
 ) -> Starlette:
     """Return the ASGI application: HTTP, behind its guard."""
     contract = queue.service.contract.to_json()
@@ -63,7 +70,7 @@ def create_app(
 
     return Starlette(
         routes=[
-            Route("/act", ActEndpoint(queue, settings).act, methods=["POST"]),
+            Route("/act", ActEndpoint(queue, settings, budget).act, methods=["POST"]),
             Route("/healthz", healthz, methods=["GET"]),
             Route("/metadata", metadata, methods=["GET"]),
             *watch.routes,
@@ -144,11 +151,15 @@ def _ready(
         gate.on_refusal = watch.on_refusal
         if settings.token and settings.tls is None and not settings.on_loopback:
             _LOG.warning("the token travels readable; give --tls-cert and --tls-key to encrypt")
+        budget = ByteBudget(_BODIES_AT_ONCE * settings.max_body_bytes)
         threads = stack.enter_context(
             WebsocketThreads(
                 OpenpiEndpoint(queue, rate),
                 gate,
-                settings.max_connections,
+                Connections(
+                    settings.max_connections, settings.max_connections, "websocket clients"
+                ),
+                budget,
                 settings.max_body_bytes,
             )
         )
@@ -157,7 +168,7 @@ def _ready(
             from jetson.serving.protocols.gr00t import Gr00tEndpoint
 
             stack.enter_context(Gr00tEndpoint(queue, settings, rate))
-        app = create_app(queue, settings, gate, watch)
+        app = create_app(queue, settings, gate, watch, budget)
         yield _Server(_configuration(app, threads, settings), queue, threads), bound
 
 
@@ -170,11 +181,23 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._queue = queue
         self._threads = threads
+        self._failures = RepeatedWarning(_LOG)
         self.on_open: Callable[[], None] = lambda: None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_failure)
         await super().startup(sockets)
         self.on_open()
+
+    def _on_loop_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log what no task handles; a machine without descriptors says so once a minute.
+
+        asyncio stops accepting for a second then, and clients wait in the backlog.
+        """
+        if "socket.accept()" in str(context.get("message")):
+            self._failures.warn(f"no connection can be accepted: {context.get('exception')}")
+        else:
+            loop.default_exception_handler(context)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
@@ -203,6 +226,8 @@ async def _own_failure(request: Request, error: Exception) -> Response:
 def _configuration(
     app: Starlette, threads: WebsocketThreads, settings: ServerSettings
 ) -> uvicorn.Config:
+    limit = connection_limit()
+    connections = Connections(limit, max(1, limit // 4), "HTTP connections")
     tls: dict[str, Any] = {}
     if settings.tls is not None:
         tls = {"ssl_certfile": settings.tls.certificate, "ssl_keyfile": settings.tls.key}
@@ -211,7 +236,7 @@ def _configuration(
             tls["ssl_cert_reqs"] = ssl.CERT_REQUIRED
     return uvicorn.Config(
         app,
-        http="h11",
+        http=partial(HttpConnection, connections=connections),  # type: ignore[arg-type]  # as ws
         loop="asyncio",
         ws=threads.protocol,  # type: ignore[arg-type]  # uvicorn calls it as it calls a class
         lifespan="off",

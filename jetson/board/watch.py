@@ -1,9 +1,13 @@
 """The board's state, sampled at a low rate beside the robot's work and never on a request."""
 
+import logging
 import threading
 from collections.abc import Callable
 
 from jetson.board import BoardState, read_board_state
+from jetson.repeated_warning import RepeatedWarning
+
+_LOG = logging.getLogger(__name__)
 
 
 class BoardWatch:
@@ -15,6 +19,7 @@ class BoardWatch:
         self._read = read
         self._period_s = period_s
         self._state = read()
+        self._failures = RepeatedWarning(_LOG)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="qvla-board", daemon=True)
 
@@ -34,4 +39,7 @@ class BoardWatch:
 
     def _watch(self) -> None:
         while not self._ended.wait(self._period_s):
-            self._state = self._read()
+            try:
+                self._state = self._read()
+            except Exception as error:  # out of descriptors, a driver reloaded: the next may do
+                self._failures.warn(f"the board cannot be read: {error}")

@@ -4,7 +4,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jetson.errors import Unauthorized, http_status
+from jetson.errors import RateLimited, Unauthorized, WireError, http_status
 from jetson.serving.security import Gate
 from qvla_export.shared.errors import QvlaError
 
@@ -24,6 +24,7 @@ class Guard:
             connection = HTTPConnection(scope)
             peer = connection.client.host if connection.client else "unknown"
             try:
+                _check_framing(scope)
                 self._gate.check(connection.headers, peer, scope["path"] in _PUBLIC_PATHS)
             except QvlaError as error:
                 # Browsers ask people for the token if told to; programs are not asked.
@@ -33,9 +34,22 @@ class Guard:
         await self._app(scope, receive, send)
 
 
+def _check_framing(scope: Scope) -> None:
+    """Refuse a request that says its length in two ways: proxies would read two requests.
+
+    Raises:
+        WireError: it does (RFC 9112, section 6.1); the connection is closed.
+    """
+    names = {name for name, _ in scope["headers"]}
+    if {b"content-length", b"transfer-encoding"} <= names:
+        raise WireError("a request has Content-Length or Transfer-Encoding, not both")
+
+
 def _refusal(error: QvlaError, scheme: str) -> JSONResponse:
     # The body has not been read, and will not be.
     headers = {"connection": "close"}
+    if isinstance(error, RateLimited):
+        headers["retry-after"] = "1"
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = scheme
     reason = {"error": str(error), "kind": type(error).__name__}

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from jetson.errors import ServerBusy
@@ -29,7 +29,7 @@ class RequestQueue:
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """Hold a place from before the body is read, or decoded, until the reply is sent.
+        """Hold a place from when the body is there, undecoded, until the reply is sent.
 
         Raises:
             ServerBusy: there is none left, or the server shuts down.
@@ -54,10 +54,10 @@ class RequestQueue:
         self.service.observers.on_request(ServedRequest(None, None, {}, error))
         return error
 
-    async def answer(self, body: bytes, decode: Decoder) -> Answer:
+    async def answer(self, body: bytes, decode: Decoder, wanted: Callable[[], bool]) -> Answer:
         """Await the answer to a request without holding up the event loop."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self.service.answer, body, decode)
+        return await loop.run_in_executor(self._thread, self.service.answer, body, decode, wanted)
 
     async def drain(self, limit_s: float) -> None:
         """Refuse new requests and wait, at most so long, until those under way are answered."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jetson.errors import PolicyFailure, http_status
+from jetson.errors import ClientLeft, PolicyFailure, http_status
 from jetson.serving.policy_contract import PolicyContract, contract_of
 from jetson.serving.request_observer import Observers, ServedRequest
 from jetson.serving.wire import decode_request, encode_request
@@ -76,10 +76,17 @@ class ActionService:
         # Engines are not re-entrant, and two at once would spoil each other's latency.
         self._lock = threading.Lock()
 
-    def act(self, observation: Observation) -> ActionChunk:
+    def act(
+        self, observation: Observation, wanted: Callable[[], bool] = lambda: True
+    ) -> ActionChunk:
         """Return the next actions: finite, float32 [horizon, dim].
 
+        Args:
+            observation: what the client sees.
+            wanted: asked once the engine is free; False where nobody waits any more.
+
         Raises:
+            ClientLeft: nobody waits for the action any more.
             InvalidObservation: the observation does not fit the policy.
             PolicyFailure: the policy failed, or returned something that is no such action.
         """
@@ -87,8 +94,10 @@ class ActionService:
         start_ns = time.perf_counter_ns()
         try:
             with self._lock:
+                if not wanted():
+                    raise ClientLeft("the client left while others were answered")
                 chunk = self._policy.infer(observation)
-        except InvalidObservation:
+        except (InvalidObservation, ClientLeft):
             raise
         except Exception as error:
             raise PolicyFailure(
@@ -99,7 +108,12 @@ class ActionService:
         timing_ms = {name: float(ms) for name, ms in chunk.timing_ms.items()}
         return ActionChunk(chunk.actions, chunk.normalized, timing_ms or {"infer": infer_ms})
 
-    def answer(self, body: Any, decode: Decoder = decode_request) -> Answer:
+    def answer(
+        self,
+        body: Any,
+        decode: Decoder = decode_request,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> Answer:
         """Return the reply to one request; never raises for what a body holds.
 
         What is the client's fault is for the protocol to log, which knows the client.
@@ -114,7 +128,7 @@ class ActionService:
             request = decode(body, self.contract)
             marks_ns.append(time.perf_counter_ns())
             seen = request.observation
-            chunk = self.act(seen)
+            chunk = self.act(seen, wanted)
             marks_ns.append(time.perf_counter_ns())
             spans_ms = chunk.timing_ms
             content = request.encode(chunk, (marks_ns[2] - marks_ns[1]) / 1e6)

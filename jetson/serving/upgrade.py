@@ -10,7 +10,6 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from websockets.datastructures import Headers
@@ -18,6 +17,8 @@ from websockets.http11 import Request
 from websockets.server import ServerProtocol
 
 from jetson.errors import Forbidden, ServerBusy, Unauthorized, http_status
+from jetson.serving.byte_budget import ByteBudget
+from jetson.serving.connections import Connection, Connections
 from jetson.serving.security import Gate
 from jetson.serving.websocket import RESTART, ConnectionOver, WebsocketConnection
 from qvla_export.shared.errors import QvlaError
@@ -38,11 +39,26 @@ class WebsocketThreads:
     """Runs a handler for each client on a thread of its own. A context manager."""
 
     def __init__(
-        self, handler: WebsocketHandler, gate: Gate, max_connections: int, max_bytes: int
+        self,
+        handler: WebsocketHandler,
+        gate: Gate,
+        connections: Connections,
+        budget: ByteBudget,
+        max_bytes: int,
     ) -> None:
+        """Serve nobody yet.
+
+        Args:
+            handler: talks to a client.
+            gate: who may come in.
+            connections: of websocket clients.
+            budget: bytes of messages of all clients.
+            max_bytes: longest message.
+        """
         self._handler = handler
         self._gate = gate
-        self._max_connections = max_connections
+        self._connections = connections
+        self._budget = budget
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._running: dict[threading.Thread, WebsocketConnection] = {}
@@ -50,7 +66,7 @@ class WebsocketThreads:
 
     def protocol(self, **_: Any) -> asyncio.Protocol:
         """Return what uvicorn lets take over a connection; its own arguments are not needed."""
-        return _Handshake(self.check, self.start)
+        return _Handshake(self)
 
     def check(self, headers: Headers, peer: str) -> None:
         """Let a client in.
@@ -62,19 +78,25 @@ class WebsocketThreads:
             if len(headers.get_all(name)) > 1:
                 raise Forbidden(f"the header {name} is there more than once")
         self._gate.check(headers, peer)
-        with self._lock:
-            if self._ending or len(self._running) >= self._max_connections:
-                raise ServerBusy(
-                    f"{len(self._running)} websocket clients are connected, the limit is "
-                    f"{self._max_connections}; close one or raise the server's limit"
-                )
+        if self._ending:
+            raise ServerBusy("the server is shutting down; come back once it is up again")
 
-    def start(self, stream: socket.socket, greeting: bytes, peer: str) -> None:
-        """Serve a client that was let in; `greeting` completes the handshake."""
-        connection = WebsocketConnection(stream, self._max_bytes)
+    def admit(self, place: Connection) -> None:
+        """Give a client that was let in a place.
+
+        Raises:
+            ServerBusy: all are in use.
+        """
+        self._connections.admit(place)
+
+    def start(self, stream: socket.socket, greeting: bytes, place: Connection) -> None:
+        """Serve a client that has a place; `greeting` completes the handshake."""
+        peer = place.peer
+        connection = WebsocketConnection(stream, self._max_bytes, self._budget, place)
+        place.close = connection.wake
         thread = threading.Thread(
             target=self._serve,
-            args=(connection, stream, greeting, peer),
+            args=(connection, stream, greeting, place),
             name=f"qvla-websocket-{peer}",
             daemon=True,
         )
@@ -83,8 +105,13 @@ class WebsocketThreads:
         thread.start()
 
     def _serve(
-        self, connection: WebsocketConnection, stream: socket.socket, greeting: bytes, peer: str
+        self,
+        connection: WebsocketConnection,
+        stream: socket.socket,
+        greeting: bytes,
+        place: Connection,
     ) -> None:
+        peer = place.peer
         try:
             stream.sendall(greeting)
             self._handler.serve(connection, peer)
@@ -94,6 +121,7 @@ class WebsocketThreads:
             _LOG.exception("websocket client %s: a failure of the server's own", peer)
         finally:
             connection.close(RESTART if self._ending else 1011)
+            self._connections.remove(place)
             with self._lock:
                 del self._running[threading.current_thread()]
 
@@ -117,13 +145,10 @@ class WebsocketThreads:
 class _Handshake(asyncio.Protocol):
     """Answers the upgrade request; then pumps if the connection is encrypted."""
 
-    def __init__(
-        self,
-        check: Callable[[Headers, str], None],
-        start: Callable[[socket.socket, bytes, str], None],
-    ) -> None:
-        self._check = check
-        self._start = start
+    def __init__(self, threads: WebsocketThreads) -> None:
+        self._threads = threads
+        self._writable = asyncio.Event()
+        self._writable.set()
         self._pumped: socket.socket | None = None
         self._sending: asyncio.Task[None] | None = None
 
@@ -145,18 +170,22 @@ class _Handshake(asyncio.Protocol):
         peer = str((self._transport.get_extra_info("peername") or ("unknown",))[0])
         response = server.accept(request)
         if response.status_code == 101:
+            place = Connection(peer, self._transport.abort)
             try:
-                self._check(request.headers, peer)
+                self._threads.check(request.headers, peer)
+                self._threads.admit(place)
             except QvlaError as error:
                 _LOG.warning("websocket client %s: %s", peer, error)
                 reason = {"error": str(error), "kind": type(error).__name__}
                 response = server.reject(http_status(error), json.dumps(reason))
                 del response.headers["Content-Type"]
                 response.headers["Content-Type"] = "application/json"
+                if isinstance(error, ServerBusy):
+                    response.headers["Retry-After"] = "1"
                 if isinstance(error, Unauthorized):
                     response.headers["WWW-Authenticate"] = "Bearer"
             else:
-                self._start(self._take_socket(), response.serialize(), peer)
+                self._threads.start(self._take_socket(), response.serialize(), place)
                 return
         self._transport.write(response.serialize())
         self._transport.close()
@@ -184,11 +213,21 @@ class _Handshake(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         try:
             while data := await loop.sock_recv(pumped, 1 << 16):
+                # A client that does not read fills no memory of ours: the thread waits for it.
+                await self._writable.wait()
                 self._transport.write(data)
         except OSError as error:
             _LOG.info("a websocket client left: %s", error)
         finally:
             self._transport.close()
+
+    def pause_writing(self) -> None:
+        """Stop taking from the thread while the client does not read."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        self._writable.set()
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._pumped is not None:

@@ -7,17 +7,31 @@ sees them; no extensions.
 
 import socket
 import struct
+import time
 from contextlib import suppress
 
 import numpy as np
 
+from jetson.errors import ServerBusy
+from jetson.serving.byte_budget import ByteBudget, HeldBytes
+from jetson.serving.connections import Connection
+
 _CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 _FINAL, _MASKED = 0x80, 0x80
 _MAX_CONTROL_BYTES = 125
+# Beyond it a message is a chain of nothing.
+_MAX_FRAMES = 64
+# How much is made ready at once for a payload: it grows with what arrives.
+_BLOCK_BYTES = 1 << 20
 # How long a client may take to read a reply, and to answer the closing of a connection.
 _SEND_S = 30
+# How long a message may take to arrive; how often a silent client is asked whether it is there.
+_MESSAGE_S = 30.0
+_PING_S = 20.0
+_LOOK_S = 5
 _CLOSING_S = 2.0
-PROTOCOL_ERROR, TOO_BIG, INTERNAL_ERROR, RESTART = 1002, 1009, 1011, 1012
+PROTOCOL_ERROR, POLICY_VIOLATION, TOO_BIG, INTERNAL_ERROR = 1002, 1008, 1009, 1011
+RESTART, TRY_AGAIN = 1012, 1013
 
 
 class ConnectionOver(Exception):
@@ -30,14 +44,31 @@ class WebsocketConnection:
     Args:
         stream: a connected socket; closed by `close`.
         max_bytes: longest message, fragments together.
+        budget: bytes of messages of all clients.
+        connection: what others know of it.
     """
 
-    def __init__(self, stream: socket.socket, max_bytes: int) -> None:
+    def __init__(
+        self,
+        stream: socket.socket,
+        max_bytes: int,
+        budget: ByteBudget,
+        connection: Connection,
+    ) -> None:
         self._stream = stream
         self._max_bytes = max_bytes
+        self._budget = budget
+        self._connection = connection
+        self._held: HeldBytes | None = None
         self._close_sent = False
+        # When the message that is arriving began; None between messages.
+        self._began_s: float | None = None
+        # When the client last said anything, and when it was asked since.
+        self._heard_s = time.monotonic()
+        self._asked_s: float | None = None
         stream.setblocking(True)
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _SEND_S, 0))
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", _LOOK_S, 0))
 
     def receive(self) -> bytearray | str:
         """Return the next message; answers pings on the way.
@@ -45,11 +76,19 @@ class WebsocketConnection:
         Raises:
             ConnectionOver: the client left or broke the protocol.
         """
-        kind, parts, size = None, [], 0
+        self._connection.finish()
+        self._began_s = None
+        self._release()
+        kind: int | None = None
+        parts: list[bytearray] = []
+        size = 0
+        self._held = held = self._budget.hold(self.wake)
         while True:
             opcode, final, payload = self._frame(self._max_bytes - size)
             if opcode >= _CLOSE:
                 self._control(opcode, payload)
+                if not parts:  # it is no beginning of a message
+                    self._began_s = None
                 continue
             if (opcode == _CONTINUATION) != (kind is not None):
                 raise self._violation(PROTOCOL_ERROR, "fragments out of order")
@@ -57,8 +96,12 @@ class WebsocketConnection:
             parts.append(payload)
             size += len(payload)
             if final:
+                held.complete()
+                self._connection.begin()
                 whole = parts[0] if len(parts) == 1 else bytearray().join(parts)
                 return whole if kind == _BINARY else whole.decode("utf-8", "replace")
+            if len(parts) >= _MAX_FRAMES:
+                raise self._violation(TOO_BIG, f"a message may have {_MAX_FRAMES} frames")
 
     def send(self, message: bytes | str) -> None:
         """Send a binary or a text message.
@@ -73,6 +116,7 @@ class WebsocketConnection:
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Say why unless that is said, wait shortly for the client to have read it, and close."""
+        self._release()
         with suppress(ConnectionOver, OSError):
             self._send_close(struct.pack("!H", code) + reason.encode()[:100])
             self._stream.shutdown(socket.SHUT_WR)
@@ -88,8 +132,25 @@ class WebsocketConnection:
         with suppress(OSError):
             self._stream.shutdown(socket.SHUT_RD)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the client has closed the connection; takes nothing from it."""
+        try:
+            return not self._stream.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._budget.release(self._held)
+            self._held = None
+
     def _frame(self, left_bytes: int) -> tuple[int, bool, bytearray]:
         first, second = self._read(2)
+        if self._began_s is None:
+            self._began_s = time.monotonic()
         opcode, size = first & 0x0F, second & 0x7F
         if first & 0x70 or not second & _MASKED or _BINARY < opcode < _CLOSE or opcode > _PONG:
             raise self._violation(PROTOCOL_ERROR, "not a masked frame without extensions")
@@ -117,17 +178,59 @@ class WebsocketConnection:
         return ConnectionOver(f"closed with {code}: {reason}")
 
     def _read(self, size: int) -> bytearray:
-        data = bytearray(size)
-        view, got = memoryview(data), 0
+        data = bytearray(min(size, _BLOCK_BYTES))
+        got = 0
         while got < size:
-            try:
-                count = self._stream.recv_into(view[got:], 0, socket.MSG_WAITALL)
-            except OSError as error:
-                raise ConnectionOver(f"the connection broke: {error}") from None
-            if not count:
-                raise ConnectionOver("the client left")
+            if got == len(data):
+                data += bytes(min(size - got, len(data)))
+            with memoryview(data) as view:
+                count = self._receive_into(view[got:])
             got += count
+            if count > _MAX_CONTROL_BYTES:
+                self._count(count)
         return data
+
+    def _receive_into(self, view: memoryview) -> int:
+        """Return how many bytes came; 0 if none did for a while, which may go on only so long."""
+        count = 0
+        try:
+            count = self._stream.recv_into(view, 0, socket.MSG_WAITALL)
+        except BlockingIOError:  # SO_RCVTIMEO passed
+            self._check_silence()
+            return 0
+        except OSError as error:
+            raise ConnectionOver(f"the connection broke: {error}") from None
+        if not count:
+            raise ConnectionOver("the client left, or had to make room for others")
+        self._heard_s, self._asked_s = time.monotonic(), None
+        self._check_pace()
+        return count
+
+    def _count(self, size: int) -> None:
+        """Count bytes of a message with everybody's."""
+        if self._held is None:
+            return
+        try:
+            self._held.add(size)
+        except ServerBusy as error:
+            raise self._violation(TRY_AGAIN, str(error)) from None
+
+    def _check_silence(self) -> None:
+        """Ask a client that says nothing whether it is there; give it up if it does not answer."""
+        self._check_pace()
+        now_s = time.monotonic()
+        if self._asked_s is not None and now_s - self._asked_s > _PING_S:
+            raise ConnectionOver(f"the client was silent for {now_s - self._heard_s:.0f} s")
+        if self._asked_s is None and now_s - self._heard_s > _PING_S:
+            self._asked_s = now_s
+            self._send(_PING, b"")
+
+    def _check_pace(self) -> None:
+        began_s = self._began_s
+        if began_s is not None and time.monotonic() - began_s > _MESSAGE_S:
+            raise self._violation(
+                POLICY_VIOLATION, f"a message must arrive within {_MESSAGE_S:g} s"
+            )
 
     def _send_close(self, payload: bytes | bytearray) -> None:
         if not self._close_sent:

@@ -7,14 +7,16 @@ the body says why, unless `strict_compat` asks for upstream's form.
 import asyncio
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from jetson.errors import RequestTooLarge, RequestTooSlow, WireError
+from jetson.errors import RequestTooLarge, RequestTooSlow, ServerBusy, WireError
 from jetson.server_settings import ServerSettings
+from jetson.serving.byte_budget import ByteBudget, HeldBytes
+from jetson.serving.connections import Connection
 from jetson.serving.request_queue import RequestQueue
 from jetson.serving.service import Answer
 from jetson.serving.wire import REPLIES, Reply, decode_request
@@ -27,8 +29,9 @@ _NOT_A_TOKEN = re.compile(r"[^A-Za-z0-9_.-]")
 class ActEndpoint:
     """Answers `POST /act`."""
 
-    def __init__(self, queue: RequestQueue, settings: ServerSettings) -> None:
+    def __init__(self, queue: RequestQueue, settings: ServerSettings, budget: ByteBudget) -> None:
         self._queue = queue
+        self._budget = budget
         self._settings = settings
 
     async def act(self, request: Request) -> Response:
@@ -43,6 +46,8 @@ class ActEndpoint:
             answer = Answer.of_error(error)
             # The body may not have been read to its end, and will not be.
             headers = {"connection": "close"}
+            if isinstance(error, ServerBusy):
+                headers["retry-after"] = "1"
         else:
             if answer.error is not None:
                 _LOG.warning("no action: %s", answer.error)
@@ -53,9 +58,20 @@ class ActEndpoint:
 
     async def _answer(self, request: Request) -> Answer:
         reply = _reply(request, self._settings)
-        with self._queue.place():
-            body = await _read_body(request, self._settings)
-            return await self._queue.answer(body, partial(decode_request, reply=reply))
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        with self._budget.hold(lambda: loop.call_soon_threadsafe(task.cancel)) as held:
+            try:
+                body = await _read_body(request, self._settings, held)
+            except asyncio.CancelledError:
+                if held.evicted:
+                    raise held.reason() from None
+                raise
+            # A place is for a request that is there: one that dawdles keeps nobody waiting.
+            with self._queue.place():
+                decode = partial(decode_request, reply=reply)
+                return await self._queue.answer(body, decode, _wanted(request))
 
 
 def _reply(request: Request, settings: ServerSettings) -> Reply:
@@ -66,7 +82,13 @@ def _reply(request: Request, settings: ServerSettings) -> Reply:
     raise WireError(f"reply must be one of {list(REPLIES)}, got {asked!r:.40}")
 
 
-async def _read_body(request: Request, settings: ServerSettings) -> bytes:
+def _wanted(request: Request) -> Callable[[], bool]:
+    """Return what says whether the client is still there."""
+    connection: Connection | None = getattr(request.state, "connection", None)
+    return lambda: connection is None or not connection.is_gone
+
+
+async def _read_body(request: Request, settings: ServerSettings, held: HeldBytes) -> bytes:
     limit = settings.max_body_bytes
     too_large = RequestTooLarge(
         f"the body may have {limit} bytes; send smaller images or raise the server's limit"
@@ -81,7 +103,9 @@ async def _read_body(request: Request, settings: ServerSettings) -> bytes:
             size += len(part)
             if size > limit:
                 raise too_large
+            held.add(len(part))
             parts.append(part)
+        held.complete()
         return b"".join(parts)
 
     try:

@@ -116,7 +116,7 @@ class OpenpiEndpoint:
         self._rate.take(peer)
         with self._queue.place():
             decode = partial(decode_observation, prev_total_ms=prev_total_ms)
-            answer = self._queue.service.answer(body, decode)
+            answer = self._queue.service.answer(body, decode, lambda: not connection.is_gone)
             if answer.error is not None:
                 raise answer.error
             connection.send(answer.body)

@@ -1,0 +1,96 @@
+"""HTTP connections that are waited for only so long, and only so many of them.
+
+uvicorn waits without end for the head of a request, and takes every connection. Here a head must
+be whole within ten seconds of its first byte, or of the connection; connections are counted, and
+one that has asked for nothing makes room for another.
+"""
+
+import asyncio
+import json
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from jetson.errors import ServerBusy
+from jetson.serving.connections import Connection, Connections
+
+HEAD_TIMEOUT_S = 10.0
+
+
+class HttpConnection(H11Protocol):
+    """One HTTP connection; `state.connection` of its requests is what is known of it."""
+
+    def __init__(self, *arguments: Any, connections: Connections, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._connections = connections
+        self._connection: Connection | None = None
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take the connection, or say that there are too many."""
+        super().connection_made(transport)
+        peer = self.client[0] if self.client else "unknown"
+        connection = Connection(peer, lambda: self.loop.call_soon_threadsafe(transport.abort))
+        try:
+            self._connections.admit(connection)
+        except ServerBusy as error:
+            transport.write(_refusal(error))
+            transport.close()
+            return
+        self._connection = connection
+        self.app_state = {**self.app_state, "connection": connection}
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection; its request, if one waits, is not answered any more."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes, as long as they are a request in time."""
+        if self._connection is None:
+            return
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._await_head()
+        else:
+            self._stop_waiting()
+        cycle = self.cycle
+        if cycle is not None and not cycle.more_body and not cycle.response_complete:
+            self._connection.begin()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hand the connection over; it counts as a websocket client from here on."""
+        self._forget()
+        super().handle_websocket_upgrade(event)
+
+    def on_response_complete(self) -> None:
+        """Note that the request is answered."""
+        super().on_response_complete()
+        if self._connection is not None:
+            self._connection.finish()
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _forget(self) -> None:
+        self._stop_waiting()
+        if self._connection is not None:
+            self._connection.is_gone = True
+            self._connections.remove(self._connection)
+
+
+def _refusal(error: ServerBusy) -> bytes:
+    body = json.dumps({"error": str(error), "kind": type(error).__name__}).encode()
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + body
