@@ -1,12 +1,12 @@
 """Where observations come from: this machine's cameras, and a data set's columns."""
 
-import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from jetson.doctor.bundle_facts import BundleFacts
+from jetson.doctor.column_proposals import Proposal, propose_columns
 from jetson.doctor.finding import BoardFinding, Check
 from jetson.doctor.machine import Machine
 from jetson.doctor.statistics import CheckpointFacts
@@ -16,6 +16,8 @@ _DATASET = Check("data set", "sensitivities are measured on its observations")
 _COLUMNS = Check(
     "data set's cameras", "a camera under another name is refused", "the policy's names"
 )
+# Stands for a column that only the user knows.
+_COLUMN = "COLUMN"
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,9 @@ def check_columns(facts: DatasetFacts | None, needs: Needs | None) -> BoardFindi
         return _COLUMNS.inapplicable(f"no policy given; it has {_list_cameras(facts.cameras)}")
     missing = [name for name in needs.cameras if name not in facts.cameras]
     if missing:
-        columns = _proposed_columns(needs.cameras, facts.cameras)
-        options = " ".join(f"--camera {shlex.quote(f'{n}={c}')}" for n, c in columns.items())
         return _COLUMNS.warning(
             _list_cameras(facts.cameras),
-            f"where it is used: --dataset {shlex.quote(str(facts.path))} {options}",
+            _proposal(facts.path, propose_columns(needs.cameras, facts.cameras)),
             wanted=", ".join(needs.cameras),
         )
     sizes, wanted = (facts.state_dim, facts.action_dim), (needs.state_dim, needs.action_dim)
@@ -102,27 +102,17 @@ def check_columns(facts: DatasetFacts | None, needs: Needs | None) -> BoardFindi
     return _COLUMNS.ok(_list_cameras(facts.cameras))
 
 
-def _proposed_columns(needed: Sequence[str], present: Mapping[str, str]) -> dict[str, str]:
-    """Return a column for each camera that a policy needs, none of them twice.
-
-    A camera of the same name keeps its column. Of the unused columns, one goes to a camera where
-    it is the only one left for it, or the only one that shares a word of the name, such as wrist;
-    otherwise all that are left are listed.
-    """
-    columns = {name: present[name] for name in needed if name in present}
-    free = [column for name, column in present.items() if name not in needed]
-    missing = [name for name in needed if name not in present]
-    for name in sorted(missing, key=lambda name: not _alike(name, free)):
-        candidates = _alike(name, free) or free
-        columns[name] = "|".join(candidates) or "COLUMN"
-        if len(candidates) == 1:
-            free.remove(candidates[0])
-    return {name: columns[name] for name in needed}
-
-
-def _alike(name: str, columns: Sequence[str]) -> list[str]:
-    words = set(re.split(r"[._/]", name.lower())) - {"image", "images", "observation", "rgb"}
-    return [c for c in columns if words & set(re.split(r"[._/]", c.lower()))]
+def _proposal(path: Path, proposal: Proposal) -> str:
+    columns = proposal.columns
+    options = " ".join(
+        f"--camera {shlex.quote(f'{name}={columns[name] or _COLUMN}')}" for name in columns
+    )
+    remedy = f"where it is used: --dataset {shlex.quote(str(path))} {options}"
+    if all(columns.values()):
+        return remedy
+    if not proposal.unused:
+        return f"{remedy}; the data set has no column left for {_COLUMN}"
+    return f"{remedy}; {_COLUMN} is one of {', '.join(proposal.unused)}: names do not say which"
 
 
 def _list_cameras(cameras: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from small_datasets import write_small_dataset
 
 from jetson.board.state import UNKNOWN, ClockState
+from jetson.doctor.column_proposals import propose_columns
 from jetson.doctor.finding import BoardFinding
 from jetson.doctor.libero import check_libero
 from jetson.doctor.machine import Machine
@@ -140,6 +141,58 @@ class TestDataset:
             "--camera full_image=full_image --camera wrist_image=hand"
         )
         assert "--state-column" in check_columns(replace(facts, state_dim=9), needs).remedy
+
+    @pytest.mark.parametrize(
+        ("needed", "present", "columns", "unused"),
+        [
+            (["full_image", "wrist_image"], ["image", "wrist_image"], ["image", "wrist_image"], []),
+            (
+                ["full_image", "left_wrist_image", "right_wrist_image"],
+                ["cam_right_wrist", "cam_left_wrist", "cam_high"],
+                ["cam_high", "cam_left_wrist", "cam_right_wrist"],
+                [],
+            ),
+            (["full_image", "wrist"], ["hand", "agentview"], ["agentview", "hand"], []),
+            (
+                ["full_image", "wrist_image"],
+                ["exterior_1_left", "exterior_2_left", "wrist_left"],
+                [None, "wrist_left"],
+                ["exterior_1_left", "exterior_2_left"],
+            ),
+            # A left camera is never a right one, and order says nothing.
+            (["left_wrist"], ["right_wrist"], [None], ["right_wrist"]),
+            (["left", "right"], ["cam0", "cam1"], [None, None], ["cam0", "cam1"]),
+            (["left", "right"], ["cam0", "cam_right"], ["cam0", "cam_right"], []),
+            (["a", "b"], ["a"], ["a", None], []),
+        ],
+    )
+    def test_each_missing_camera_gets_a_column_of_its_own(
+        self,
+        needed: list[str],
+        present: list[str],
+        columns: list[str | None],
+        unused: list[str],
+    ) -> None:
+        for names in (present, present[::-1]):
+            proposal = propose_columns(needed, {name: f"images.{name}" for name in names})
+            expected = [column and f"images.{column}" for column in columns]
+            assert list(proposal.columns.items()) == list(zip(needed, expected, strict=True))
+            assert sorted(proposal.unused) == [f"images.{name}" for name in unused]
+
+    def test_what_names_do_not_say_is_left_to_the_user(self) -> None:
+        facts = DatasetFacts(Path("d"), frames=3, cameras={"cam0": "c.0", "cam1": "c.1"})
+        remedy = check_columns(facts, Needs(("left", "right"), 4, 4)).remedy
+        assert "--camera left=COLUMN --camera right=COLUMN; COLUMN is one of c.0, c.1: " in remedy
+        facts = replace(facts, cameras={"a": "c.a"})
+        remedy = check_columns(facts, Needs(("a", "b"), 4, 4)).remedy
+        assert "--camera a=c.a --camera b=COLUMN; the data set has no column left" in remedy
+
+    def test_columns_are_named_as_everywhere(self, tmp_path: Path) -> None:
+        write_small_dataset(tmp_path / "data", [3])
+        command = ("doctor", "--dataset", tmp_path / "data", "--json")
+        named = qvla(*command, "--camera", "wrist=observation.images.image")
+        assert "wrist (observation.images.image)" in named.out
+        assert "no nowhere; its keys are" in qvla(*command, "--state-column", "nowhere").out
 
     def test_it_is_read_where_its_library_is(self, tmp_path: Path, tiny_checkpoint: Path) -> None:
         write_small_dataset(tmp_path / "data", [3])
