@@ -25,7 +25,8 @@ from calibration.demonstrated_actions import (
 from calibration.frame_draws import Drawable, DrawnRows, draw_parts
 from calibration.packed_observations import pack, unpack
 from calibration.sources.base import DataSource, ReadsAhead
-from calibration.sources.lerobot import KeyMap, LeRobotDataset
+from calibration.sources.formats import open_source
+from calibration.sources.lerobot_columns import KeyMap
 from calibration.sources.lerobot_writer import Episode
 from qvla_export.shared.artifacts import (
     new_folder,
@@ -72,10 +73,10 @@ class CalibrationSet:
         state_column: str | None = "observation.state",
         frames_per_episode: int = FRAMES_PER_EPISODE,
     ) -> "CalibrationSet":
-        """Draw observations from a LeRobotDataset; held-out ones come from other episodes.
+        """Draw observations from a data set of any format; held-out ones come from other episodes.
 
         Args:
-            root: folder of the data set.
+            root: folder or file of the data set.
             cameras: the policy's name of a camera -> the data set's column,
                 {"full_image": "observation.images.front"}.
             count: observations to measure on.
@@ -87,7 +88,7 @@ class CalibrationSet:
         Raises:
             QvlaError: the data set lacks a column or has too few episodes.
         """
-        dataset = LeRobotDataset(Path(root), KeyMap(dict(cameras), state_column))
+        dataset = open_source(Path(root), KeyMap(dict(cameras), state_column))
         return sample_dataset(dataset, count, held_out, seed, frames_per_episode)
 
     @staticmethod

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -10,6 +11,10 @@ from qvla_export.shared.errors import ArtifactError
 
 # Modes of more than 8 bits a channel, which `convert` would clip to white.
 _DEEP = ("I", "F")
+# Other decoders of Pillow are for documents, and some start programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_MOST_PIXELS = 64_000_000
+_JPEG = b"\xff\xd8"
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
@@ -26,7 +31,8 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
         ArtifactError: the bytes are not a whole image, or have more than 8 bits a channel.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            _require_few_pixels(image.width, image.height)
             if image.mode.startswith(_DEEP):
                 raise ArtifactError(
                     f"an image in the dataset is no RGB picture but of mode {image.mode}, as "
@@ -39,3 +45,32 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
         raise
     except ValueError as error:
         raise ArtifactError(f"an image in the dataset is damaged: {error}") from None
+
+
+def decode_as_tensorflow(data: bytes) -> NDArray[np.uint8]:
+    """Return the RGB picture that TensorFlow decodes, whose JPEG steps are the fast integer ones.
+
+    Policies that were trained from RLDS saw these pixels; Pillow's differ by a few levels.
+
+    Raises:
+        ArtifactError: as `decode_png`.
+    """
+    if not data.startswith(_JPEG):
+        return decode_png(data)
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        _require_few_pixels(width, height)
+        decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", fastdct=True)
+    except ValueError as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"an image in the dataset is damaged: {error}") from None
+    return decoded
+
+
+def _require_few_pixels(width: int, height: int) -> None:
+    if width * height > _MOST_PIXELS:
+        raise ArtifactError(
+            f"an image in the dataset has {width} x {height} pixels, at most {_MOST_PIXELS} are "
+            "read; make the pictures smaller"
+        )

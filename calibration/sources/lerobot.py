@@ -140,13 +140,14 @@ class LeRobotDataset:
     def identity(self) -> dict[str, Any]:
         """Return name, digest of the metadata and the columns used."""
         texts = {"instruction": self.keys.instruction} if self.keys.instruction else {}
+        said = {"instruction": self.keys.one_instruction} if self.keys.one_instruction else {}
         files = (p for p in (self.root / "meta").rglob("*") if p.is_file())
         names = (path.relative_to(self.root).as_posix() for path in files)
         return {
             "dataset": name_of_dataset(self.root),
             "dataset_digest": sha256_tree(self.root, names),
             "columns": {**self.keys.images, "state": self.keys.state} | texts,
-        }
+        } | said
 
     def episode(self, episode: int) -> Episode:
         """Return one episode whole, its images still compressed."""
@@ -195,6 +196,8 @@ class LeRobotDataset:
         return state, self._instructions(row.table, row.span, row.frame)[0]
 
     def _instructions(self, table: Any, span: EpisodeSpan, first: int) -> list[str]:
+        if self.keys.one_instruction:
+            return [self.keys.one_instruction] * len(table)
         column = self.keys.instruction or _TASK
         tasks = None if self.keys.instruction else self.tasks
         place = self._places(span, first)

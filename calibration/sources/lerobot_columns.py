@@ -42,6 +42,8 @@ class KeyMap:
     action: str | None = ACTION_KEY
     # A column of texts; None for the task that `task_index` names.
     instruction: str | None = None
+    # What to do in every frame, in words, whatever the recording says.
+    one_instruction: str | None = None
 
 
 def resolve_columns(keys: KeyMap, features: Mapping[str, Any]) -> KeyMap:
@@ -65,7 +67,7 @@ def resolve_columns(keys: KeyMap, features: Mapping[str, Any]) -> KeyMap:
             f"{', '.join(features)}; {_REMEDY}"
         )
     _require_pictures(images, features)
-    return KeyMap(MappingProxyType(images), state, action, keys.instruction)
+    return KeyMap(MappingProxyType(images), state, action, keys.instruction, keys.one_instruction)
 
 
 def split_columns(text: str | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from calibration.sources.lerobot_videos import VideoPlaces, VideoSpan
 from calibration.sources.lerobot_writer import TASKS_PATH
-from calibration.sources.other_formats import describe_other_format
+from calibration.sources.other_formats import describe_other, known_format
 from calibration.sources.parquet_rows import column_names, read_parquet
 from qvla_export.shared.artifacts import require_fields
 from qvla_export.shared.errors import ArtifactError
@@ -53,10 +53,14 @@ def read_info(root: Path) -> dict[str, Any]:
         ArtifactError: it is missing, damaged or of another version, or `root` of another format.
     """
     path = root / "meta/info.json"
-    if not path.exists() and (other := describe_other_format(root)):
-        raise ArtifactError(other)
-    if root.is_file():
-        raise ArtifactError(f"LeRobot dataset info not found: {root} is a file, not a folder")
+    if not path.exists():
+        if name := known_format(root):
+            raise ArtifactError(
+                f"{root} is {name}, where a LeRobotDataset is needed; qvla calibrate and qvla "
+                "deploy read it"
+            )
+        if other := describe_other(root):
+            raise ArtifactError(other)
     info = read_json(path, "LeRobot dataset info", FOREIGN)
     if not isinstance(info, dict):
         raise ArtifactError(f"{path} holds no JSON object")

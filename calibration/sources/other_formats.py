@@ -1,35 +1,54 @@
-"""Formats of recordings that are not read, known by their files and refused by name."""
+"""Which format a recording is of, known by its files' names."""
 
 from pathlib import Path
 
-# What a file's name ends with, what that is, and what to do.
-_WRITE = "write its episodes as a LeRobotDataset with images"
-_FORMATS = (
-    ("*.hdf5", "HDF5, as LIBERO and ALOHA record", _WRITE),
-    ("*.h5", "HDF5, as LIBERO and ALOHA record", _WRITE),
-    ("episode_*.npz", "CALVIN, one npz file a frame", _WRITE),
-    ("*.tfrecord*", "RLDS, TFRecord files of tensorflow-datasets", _WRITE),
-    (
-        "*calib*.jsonl",
-        "calib.jsonl of the official QVLA code",
-        "give the dataset it was drawn from",
-    ),
-    ("dataset_info.json", "RLDS, metadata of tensorflow-datasets", _WRITE),
-    ("*.mcap", "MCAP, a recording", "`qvla replay` reads it; " + _WRITE),
+# What shows a format, and how it is called; the first that matches.
+_READ = (
+    (("*.tfrecord*", "*/*.tfrecord*", "dataset_info.json", "*/dataset_info.json"), "RLDS"),
+    (("episode_*.npz", "ep_start_end_ids.npy"), "CALVIN"),
+    (("*.hdf5", "*.h5"), "HDF5"),
+    (("frames.jsonl", "frames.json", "*calib*.jsonl"), "list of pictures"),
+    (("*.mcap",), "MCAP"),
 )
-# Below a folder that was given, as TFRecord files lie in NAME/VERSION.
-_DEPTHS = ("", "*/", "*/*/")
+# Of formats that are known by name only.
+_OTHERS = (
+    ("*.bag", "a ROS 1 bag"),
+    ("*.db3", "a ROS 2 bag"),
+    ("*.zarr", "a Zarr store"),
+    ("*.pkl", "a pickle, which is never loaded"),
+)
+# Below a folder that was given: organisation and name, or name and version.
+_BELOW = ("*/", "*/*/")
+_SHOWN = ("episode_*.npz", "*.hdf5", "*.h5", "*.mcap", "*.tfrecord*")
+_FORMATS = (
+    "LeRobotDataset, RLDS (TFRecord), LIBERO and ALOHA HDF5, CALVIN npz, lists of pictures "
+    "(calib.jsonl, frames.json) and MCAP recordings of qvla"
+)
 
 
-def describe_other_format(root: Path) -> str | None:
-    """Return what a place without LeRobot's metadata is, and the remedy; None if unknown."""
+def known_format(root: Path) -> str | None:
+    """Return the name of the format, other than LeRobot's, that is read here; None for others."""
+    names = (name for patterns, name in _READ if any(_matches(root, p) for p in patterns))
+    return next(names, None)
+
+
+def describe_other(root: Path) -> str | None:
+    """Return what a place is that holds no recording, and the remedy; None if unknown."""
     if root.is_dir():
-        inner = (path for depth in _DEPTHS[1:] for path in root.glob(depth + "meta/info.json"))
-        if (dataset := next(inner, None)) is not None:
-            return f"{root} holds datasets and is none; give one of them, {dataset.parents[1]}"
-    for pattern, name, remedy in _FORMATS:
-        places = [root] if root.is_file() else []
-        places += [path for depth in _DEPTHS for path in root.glob(depth + pattern)]
-        if same := [path for path in places if path.match(pattern)]:
-            return f"{same[0]} is {name}, which is not read; {remedy}"
-    return None
+        inner = [
+            path.parents[1] for below in _BELOW for path in root.glob(below + "meta/info.json")
+        ]
+        for pattern in _SHOWN:
+            inner += [path.parent for below in _BELOW for path in root.glob(below + pattern)]
+        if inner:
+            return f"{root} holds datasets and is none; give one of them, {inner[0]}"
+    for pattern, name in _OTHERS:
+        if _matches(root, pattern):
+            return f"{root} is {name}, which is not read; these are: {_FORMATS}"
+    return f"{root} is no recording that is read; these are: {_FORMATS}" if root.is_file() else None
+
+
+def _matches(root: Path, pattern: str) -> bool:
+    if root.is_file():
+        return root.match(pattern)
+    return next(root.glob(pattern), None) is not None

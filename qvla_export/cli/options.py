@@ -49,7 +49,7 @@ _CHECK = "check the path"
 A_RUN = Existing("run folder", "make it first with: qvla calibrate")
 A_CHECKPOINT = Existing("checkpoint folder", "check --policy")
 A_BUNDLE = Existing("bundle folder", "make it first with: qvla export, or qvla deploy")
-A_DATASET = Existing("LeRobotDataset folder", _CHECK)
+A_DATASET = Existing("data set", _CHECK)
 A_RECORDING = Existing(
     "MCAP file", "record it first with: qvla serve --record, or qvla run --record"
 )
@@ -126,8 +126,9 @@ DatasetOption = Annotated[
     Path | None,
     typer.Option(
         "--dataset",
-        help="LeRobotDataset folder (v3.0, v2.1, v2.0), or Hub id of one that is downloaded; "
-        "without it, the simulator.",
+        help="Demonstrations of any format that is read (LeRobot, RLDS, LIBERO or ALOHA HDF5, "
+        "CALVIN, a list of pictures, MCAP), or Hub id of a downloaded LeRobotDataset; without it, "
+        "the simulator.",
         callback=local_dataset,
     ),
 ]
@@ -156,6 +157,10 @@ _COLUMNS = {
     "instruction_column": Annotated[
         str | None,
         typer.Option(help="Data set column of instructions; else the task that a row names."),
+    ],
+    "instruction": Annotated[
+        str | None,
+        typer.Option(help="What to do in every frame, for recordings that do not say."),
     ],
 }
 
@@ -202,9 +207,12 @@ def _with_fields(
     command: Callable[..., None], name: str, noun: type[Any], options: Mapping[str, Any]
 ) -> Callable[..., None]:
     """Return a command with an option for each field of a dataclass that it takes whole."""
+    shown = signature(command)
+    # An option of that name which the command has itself is its own affair.
     singles = [
         Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=options[f.name])
         for f in fields(noun)
+        if f.name not in shown.parameters
     ]
 
     @wraps(command)
@@ -214,7 +222,6 @@ def _with_fields(
         parts |= {part: tuple(parts[part] or ()) for part in lists}
         command(**values, **{name: noun(**parts)})
 
-    shown = signature(command)
     parameters = []
     for parameter in shown.parameters.values():
         own = [parameter.replace(kind=Parameter.KEYWORD_ONLY)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
-    from calibration.sources.lerobot import LeRobotDataset
+    from calibration.sources.base import DataSource
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class ColumnOptions:
     action_column: str = "action"
     # A column of texts; None for the task that a row names.
     instruction_column: str | None = None
+    # What to do in every frame, in words, whatever the recording says.
+    instruction: str | None = None
 
     def columns_of_cameras(self) -> dict[str, str]:
         """Return the column of each camera that is named.
@@ -44,20 +46,22 @@ class ColumnOptions:
 USUAL_COLUMNS = ColumnOptions()
 
 
-def open_dataset(root: Path, columns: ColumnOptions = USUAL_COLUMNS) -> "LeRobotDataset":
-    """Open a LeRobot data set, by its folder or Hub id, under the policy's own camera names.
+def open_dataset(root: Path, columns: ColumnOptions = USUAL_COLUMNS) -> "DataSource":
+    """Open a data set of any format, or one of the Hub's, under the policy's own camera names.
 
     Raises:
         QvlaError: an option is of another form, or the data set lacks a column.
         ArtifactError: the data set is damaged, or of a format that is not read.
     """
+    from calibration.sources.formats import open_source
     from calibration.sources.hub_cache import find_dataset
-    from calibration.sources.lerobot import KeyMap, LeRobotDataset
+    from calibration.sources.lerobot_columns import KeyMap
 
     keys = KeyMap(
         columns.columns_of_cameras(),
         columns.state_column or None,
         columns.action_column or None,
         columns.instruction_column or None,
+        columns.instruction or None,
     )
-    return LeRobotDataset(find_dataset(root), keys)
+    return open_source(find_dataset(root), keys)

@@ -5,7 +5,7 @@ from qvla_export.shared.errors import QvlaError
 # Top-level package -> extra of the distribution `qvla`.
 EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "onnxscript"), "host"),
-    **dict.fromkeys(("scipy", "matplotlib", "jinja2", "pyarrow", "ml_dtypes"), "host"),
+    **dict.fromkeys(("scipy", "matplotlib", "jinja2", "pyarrow", "ml_dtypes", "h5py"), "host"),
     **dict.fromkeys(("mujoco", "metaworld", "gymnasium", "OpenGL"), "sim"),
 }
 

@@ -33,6 +33,7 @@ FLOORS = (
 # Installed by the extras `host` and `sim` only.
 HOST_ONLY = {
     "gymnasium",
+    "h5py",
     "jinja2",
     "matplotlib",
     "metaworld",

@@ -14,7 +14,7 @@ from qvla_export.shared.target import Target
 
 if TYPE_CHECKING:
     from calibration.benchmarks.evaluation import Control, RolloutConfig
-    from calibration.sources.lerobot import LeRobotDataset
+    from calibration.sources.base import DataSource
     from qvla_export.policies.base import Policy
 
 _FIRST_EPISODE = 1_000_000
@@ -36,7 +36,7 @@ class ComparisonJob:
     # Names of those that run episodes, in this order; float first.
     with_episodes: tuple[str, ...]
     seeds: tuple[int, ...]
-    dataset: "LeRobotDataset | None"
+    dataset: "DataSource | None"
     tasks: tuple[str, ...]
     # Observations to measure on and to judge by.
     count: int

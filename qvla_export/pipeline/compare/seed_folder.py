@@ -22,7 +22,7 @@ from qvla_export.shared.target import Target
 
 if TYPE_CHECKING:
     from calibration.calibration_set import CalibrationSet
-    from calibration.sources.lerobot import LeRobotDataset
+    from calibration.sources.base import DataSource
     from qvla_export.policies.base import Policy
 
 T = TypeVar("T")
@@ -188,7 +188,7 @@ def _stamp(artifact: Path) -> tuple[int, int] | None:
 
 def cumulative_ranks(
     folder: SeedFolder,
-    dataset: "LeRobotDataset | None",
+    dataset: "DataSource | None",
     tasks: Sequence[str],
     count: int,
     on_progress: OnProgress = ignore,

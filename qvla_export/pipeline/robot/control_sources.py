@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,16 +56,17 @@ def _episode(options: RunOptions, contract: "PolicyContract", clock: "LoopClock"
     root, _, number = options.place.partition("#")
     if not number.isdecimal():
         raise QvlaError(f"say which episode: episode:{root}#0, got {options.source!r}")
-    dataset = open_dataset(Path(root), options.columns)
-    if int(number) >= len(dataset.episodes):
-        raise QvlaError(f"{root} has episodes 0 to {len(dataset.episodes) - 1}, got {number}")
-    span = dataset.episodes[int(number)]
-    contract.check(dataset[span.start].observation)
+    columns = replace(options.columns, instruction=options.instruction)
+    dataset = open_dataset(Path(root), columns)
+    lengths = dataset.episode_lengths
+    if int(number) >= len(lengths):
+        raise QvlaError(f"{root} has episodes 0 to {len(lengths) - 1}, got {number}")
+    contract.check(dataset.frame(int(number), 0).observation)
     # By frame number: timestamps of data sets are float32, and some start anywhere.
-    timestamps = [frame / dataset.fps for frame in range(span.stop - span.start)]
+    timestamps = [frame / dataset.fps for frame in range(lengths[int(number)])]
 
     def load(frame: int) -> Any:
-        return dataset[span.start + frame].observation
+        return dataset.frame(int(number), frame).observation
 
     return EpisodeSource(timestamps, load, clock, options.instruction)
 

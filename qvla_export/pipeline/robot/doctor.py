@@ -88,14 +88,20 @@ def _dataset_facts(path: Path, columns: ColumnOptions) -> "DatasetFacts":
     from jetson.doctor.observations import DatasetFacts
 
     try:
+        from calibration.sources.frame_source import FrameSource
+        from calibration.sources.lerobot import LeRobotDataset
+
         dataset = open_dataset(path, columns)
-        return DatasetFacts(
-            path,
-            frames=len(dataset),
-            cameras=dict(dataset.keys.images),
-            state_dim=dataset.width(dataset.keys.state),
-            action_dim=dataset.width(dataset.keys.action),
-        )
+        frames = sum(dataset.episode_lengths)
+        if isinstance(dataset, LeRobotDataset):
+            state, action = dataset.width(dataset.keys.state), dataset.width(dataset.keys.action)
+            return DatasetFacts(path, "", "", frames, dict(dataset.keys.images), state, action)
+        first = dataset.frame(0, 0)
+        state, action = len(first.observation.state), len(first.action)
+        images = {name: name for name in dataset.cameras}
+        if isinstance(dataset, FrameSource):
+            images = dict(dataset.columns.images)
+        return DatasetFacts(path, "", "", frames, images, state, action)
     except ImportError as error:
         return DatasetFacts(path, f"{error.name} is not installed", "pip install 'qvla[host]'")
     except (QvlaError, OSError, KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Recordings of formats that are not read are refused by the format's own name."""
+"""Where a LeRobotDataset is needed, recordings of other formats are refused by name."""
 
 import shutil
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from small_datasets import write_small_dataset
 
+from calibration.sources.formats import open_source
 from calibration.sources.lerobot import LeRobotDataset
 from qvla_export.shared.errors import ArtifactError
 
@@ -13,29 +14,33 @@ from qvla_export.shared.errors import ArtifactError
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("episode_0.hdf5", "is HDF5, as LIBERO and ALOHA record, which is not read; write its"),
+        ("episode_0.hdf5", "is HDF5, where a LeRobotDataset is needed; qvla calibrate"),
         ("episode_0000001.npz", "is CALVIN"),
-        ("1.0.0/libero-train.tfrecord-00000-of-00016", "is RLDS, TFRecord files"),
-        ("1.0.0/dataset_info.json", "is RLDS, metadata of tensorflow-datasets"),
-        ("calib.jsonl", "of the official QVLA code, which is not read; give the dataset"),
-        ("run.mcap", "is MCAP, a recording"),
-        ("notes.txt", "info not found"),
+        ("1.0.0/libero-train.tfrecord-00000-of-00016", "is RLDS"),
+        ("1.0.0/dataset_info.json", "is RLDS"),
+        ("calib.jsonl", "is list of pictures"),
+        ("run.mcap", "is MCAP"),
+        ("notes.bag", "is a ROS 1 bag, which is not read"),
+        ("notes.txt", "info not found|is no recording that is read"),
     ],
 )
 def test_a_format_is_named(tmp_path: Path, file: str, message: str) -> None:
     path = tmp_path / file
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"")
-    with pytest.raises(ArtifactError, match=message):
-        LeRobotDataset(tmp_path)
-    with pytest.raises(ArtifactError, match=message):
-        LeRobotDataset(path)
+    for place in (tmp_path, path):
+        with pytest.raises(ArtifactError, match=message):
+            LeRobotDataset(place)
+        # Empty files of formats that are read are damaged.
+        with pytest.raises(ArtifactError):
+            open_source(place)
 
 
 def test_a_folder_of_data_sets_names_one_of_them(tmp_path: Path) -> None:
     inner = tmp_path / "parent/organisation/name"
     shutil.copytree(write_small_dataset(tmp_path / "demos", [2]), inner)
-    with pytest.raises(
-        ArtifactError, match=f"holds datasets and is none; give one of them, {inner}"
-    ):
-        LeRobotDataset(tmp_path / "parent")
+    for opener in (LeRobotDataset, open_source):
+        with pytest.raises(
+            ArtifactError, match=f"holds datasets and is none; give one of them, {inner}"
+        ):
+            opener(tmp_path / "parent")

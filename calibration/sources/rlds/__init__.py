@@ -1,0 +1,1 @@
+"""RLDS: tensorflow-datasets' TFRecord files, read without TensorFlow."""
