@@ -34,7 +34,7 @@ def calibrate(
     seed: SeedOption = 0,
     force: ForceOption = False,
 ) -> None:
-    """Draw observations from a LeRobot data set, or from simulated expert episodes."""
+    """Draw observations from demonstrations, or from simulated expert episodes."""
     from calibration.calibration_set import describe
     from qvla_export.pipeline.calibrate import CalibrationRequest, chosen_tasks
     from qvla_export.pipeline.calibrate import calibrate as draw_observations

@@ -33,7 +33,7 @@ def doctor(
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
     dataset: Annotated[
-        Path | None, typer.Option(help="LeRobotDataset folder whose columns are checked.")
+        Path | None, typer.Option(help="Demonstrations whose columns are checked.")
     ] = None,
     columns: ColumnOptions = USUAL_COLUMNS,
     libero: Annotated[
