@@ -87,7 +87,7 @@ def measure_moments(
     total = sums.total()
     sums.values.clear()
     return Moments(
-        layers={name: _moments(total, name) for name in layers},
+        layers={name: layer_moments(total, name) for name in layers},
         samples=len(observations),
         probes=settings.probes,
         seed=settings.seed,
@@ -101,11 +101,11 @@ def _add_batch(
 ) -> None:
     """Add a batch's moments to the sums; with a stream, the weights come from disk."""
     if stream is None:
-        _add_pass(probed_pass(policy, layers, batch), sums)
+        add_pass(probed_pass(policy, layers, batch), sums)
         return
     for _, passes in stream.passes(batch):
         for item in passes:
-            _add_pass(item, sums)
+            add_pass(item, sums)
             del item  # the next pass is made before the name is bound anew
 
 
@@ -134,7 +134,7 @@ def layer_tokens(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> Tensor:
     return patches.transpose(1, 2)
 
 
-def _add_pass(probed: Pass, sums: _Sums) -> None:
+def add_pass(probed: Pass, sums: _Sums) -> None:
     """Add the moments of recorded layers to the sums."""
     layers, inputs = probed.recorded.layers, probed.recorded.inputs
     # Layer name -> |g|^2 of each token, mean over probes.  [N * tokens]
@@ -168,7 +168,7 @@ def _add_products(blocks: NDArray[np.float64], left: Tensor, right: Tensor) -> N
         block[:inside, :inside] += (one.T @ other).double().cpu().numpy()
 
 
-def _moments(sums: dict[str, NDArray[np.float64]], name: str) -> LayerMoments:
+def layer_moments(sums: dict[str, NDArray[np.float64]], name: str) -> LayerMoments:
     """Mean and central moments of a layer's sums, which are used up; without effect zeros."""
     tokens, worth = float(sums[f"{name}/tokens"][0]), float(sums[f"{name}/weight"][0])
     mean = sums.pop(f"{name}/weighted") / (worth or 1.0)

@@ -6,7 +6,7 @@ one for each probe, the same that a pass over the whole policy would bring there
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,17 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvla_export.measurement.backward import (
-    Deviations,
     Pass,
     ProbedBatch,
     Recorded,
     WeightChanges,
-    deviations,
     recording,
 )
 from qvla_export.measurement.layer_groups import NeedsOf, Piece, fitting_groups, too_small
 from qvla_export.measurement.part_needs import PartNeeds, part_needs
 from qvla_export.measurement.peak_memory import give_back
+from qvla_export.measurement.whole_deviations import WholeDeviations
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers
 from qvla_export.shared.errors import QvlaError
@@ -64,10 +63,16 @@ class Stream:
     # Layers of each part, in groups that are measured together.
     groups: Sequence[Sequence[Sequence[Piece]]]
 
-    def passes(self, batch: ProbedBatch) -> Iterator[tuple[Sequence[Piece], Iterator[Pass]]]:
+    def passes(
+        self, batch: ProbedBatch, chosen: Collection[str] | None = None
+    ) -> "Generator[tuple[Sequence[Piece], GroupPasses]]":
         """Run a batch forward, then back; yield each group with a pass of every observation.
 
-        The passes are in the order of the observations.
+        The passes are in the order of the observations, and have to be gone through once at least.
+
+        Args:
+            batch: observations and probes.
+            chosen: layers to stop at, names; None for all.
         """
         runs = [_Run(_feeds(self.policy, item, self.device)) for item in batch.observations]
         for needs in self.needs:
@@ -81,18 +86,18 @@ class Stream:
             shape = run.values[last].shape
             run.gradients[last] = [probe[number].reshape(shape) for probe in probes]
         weights = [weight] * len(probes)
-        for needs, groups in zip(reversed(self.needs), reversed(self.groups), strict=True):
+        parts = [_some(groups, chosen) for groups in self.groups]
+        first = next((number for number, groups in enumerate(parts) if any(groups)), len(parts))
+        if chosen is None:
+            first = 0
+        for needs, groups in list(zip(self.needs, parts, strict=True))[first:][::-1]:
             with weights_in_memory(self.policy, needs.reads, self.device):
-                for number, group in enumerate(groups):
-                    layers = {piece.layer: self.layers[piece.layer] for piece in group}
-                    channels = {piece.layer: piece.channels for piece in group}
-                    yield (
-                        group,
-                        (
-                            run.back(needs, layers, channels, weights, hand_on=number == 0)
-                            for run in runs
-                        ),
-                    )
+                for number, group in enumerate(groups or [()]):
+                    passes = GroupPasses(self.layers, needs, group, runs, weights, number == 0)
+                    if chosen is not None and not group:
+                        passes.hand_on_only()
+                    else:
+                        yield group, passes
             for run in runs:
                 del run.values[needs.part.output], run.gradients[needs.part.output]
 
@@ -100,31 +105,46 @@ class Stream:
         self, batch: ProbedBatch, changes_of: ChangesOf, sums: Mapping[str, NDArray[np.float64]]
     ) -> None:
         """Add the squared deviations of all layers on a batch to sums; see `backward.add_batch`."""
-        # Layer name -> observation -> the deviations of its channels so far.
-        open_layers: dict[str, list[list[Deviations]]] = {}
+        whole = WholeDeviations(self.layers, batch, sums)
         for group, passes in self.passes(batch):
-            moved = _measured(group, passes, changes_of)
-            for piece in group:
-                name, count = piece.layer, len(self.layers[piece.layer].weight)
-                pieces = open_layers.setdefault(name, [[] for _ in batch.observations])
-                for of_observation, each in zip(pieces, moved, strict=True):
-                    of_observation.append(each[name])
-                if piece.stop == count:
-                    whole = [Deviations.joined(one) for one in open_layers.pop(name)]
-                    sampled = batch.probes.count is not None
-                    Deviations.of_batch(whole).add_to(sums, name, sampled)
+            whole.add(group, passes, changes_of(group))
 
 
-def _measured(
-    group: Sequence[Piece], passes: Iterator[Pass], changes_of: ChangesOf
-) -> list[dict[str, Deviations]]:
-    """Return what each observation's pass says about the layers of a group."""
-    changes = changes_of(group)
-    moved = []
-    for item in passes:
-        moved.append(deviations(item, changes))
-        del item  # the next pass is made before the name is bound anew
-    return moved
+def _some(
+    groups: Sequence[Sequence[Piece]], chosen: Collection[str] | None
+) -> list[Sequence[Piece]]:
+    """Return groups of chosen layers, the others left out."""
+    if chosen is None:
+        return list(groups)
+    kept = [[piece for piece in group if piece.layer in chosen] for group in groups]
+    return [group for group in kept if group]
+
+
+@dataclass
+class GroupPasses:
+    """A pass of each observation of a batch through a part; each iteration runs them anew."""
+
+    layers: Layers
+    needs: PartNeeds
+    group: Sequence[Piece]
+    runs: "Sequence[_Run]"
+    weights: Sequence[float]
+    # Whether the gradients of what earlier parts made are still to be kept.
+    hand_on: bool
+
+    def __iter__(self) -> Iterator[Pass]:
+        """Yield the passes, one after another."""
+        layers = {piece.layer: self.layers[piece.layer] for piece in self.group}
+        channels = {piece.layer: piece.channels for piece in self.group}
+        hand_on, self.hand_on = self.hand_on, False
+        for run in self.runs:
+            yield run.back(self.needs, layers, channels, self.weights, hand_on)
+
+    def hand_on_only(self) -> None:
+        """Run the passes for the sake of earlier parts."""
+        for item in self:
+            for number in range(len(self.weights)):
+                item.gradients(number)
 
 
 @dataclass
@@ -188,6 +208,7 @@ def open_stream(
     observations: Sequence[Observation],
     limits: StreamLimits,
     device: torch.device,
+    needs: Sequence[PartNeeds] = (),
 ) -> Stream:
     """Find what every part needs and cut its layers into groups that fit.
 
@@ -201,13 +222,14 @@ def open_stream(
         observations: all; the longest prompt counts.
         limits: what goes through at once, and the bound of memory.
         device: where to compute.
+        needs: of the parts, where they were found before.
 
     Raises:
         QvlaError: a part, or a small piece of one of its layers, needs more than the bound.
     """
     longest = max(observations, key=lambda o: len(policy.processor.input_ids(o.instruction)))
     feeds = _feeds(policy, longest, torch.device("cpu"))
-    needs = part_needs(policy, layers, feeds)
+    needs = needs or part_needs(policy, layers, feeds)
     probes = limits.probes
     if probes is None:
         probes = policy.processor.spec.horizon * policy.processor.spec.action_dim

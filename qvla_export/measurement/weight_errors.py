@@ -10,15 +10,12 @@ from torch import Tensor
 from qvla_export.measurement.layer_groups import LayerNeeds, NeedsOf, layer_needs
 from qvla_export.measurement.torch_arrays import elimination_on
 from qvla_export.policies.layers import Layer, error_rows, layer_shapes, weight_rows
-from qvla_export.quantizer.compensation import SECTION_CHANNELS, rounded_alone
-from qvla_export.quantizer.elimination import Elimination
+from qvla_export.quantizer.compensation import rounded_alone
 from qvla_export.quantizer.moments import Moments
 from qvla_export.quantizer.quantize import QuantizerSpec
+from qvla_export.quantizer.rounding_costs import alone_bytes, alone_bytes_per_weight
 
 _NOTHING = np.zeros((0, 0), np.float32)
-# What compensation takes for each pair of inputs: while their moments are factored, and then. For
-# each weight, and for each of those that go through the inputs together, in numbers.
-_BYTES_PER_PAIR, _BYTES_PER_FACTORED, _BYTES_PER_WEIGHT, _NUMBERS_PER_ROUNDED = 30, 12, 24, 14
 
 
 def weight_errors(
@@ -85,11 +82,9 @@ def error_needs(quantizer: QuantizerSpec, widths: tuple[int, ...]) -> NeedsOf:
 
 def _with_answers(needs: LayerNeeds) -> LayerNeeds:
     """Add the inputs' moments, their factors, and the weights on their way."""
-    dtype = np.dtype(Elimination().blocking_of(needs.channels).dtype)
-    together = min(needs.channels, SECTION_CHANNELS) * needs.inputs
-    rounding = _BYTES_PER_FACTORED * needs.inputs**2
-    rounding += _NUMBERS_PER_ROUNDED * dtype.itemsize * together
-    matrices = max(_BYTES_PER_PAIR * needs.inputs**2, rounding) + 4 * needs.channels**2
+    matrices = alone_bytes(needs.channels, needs.inputs) + 4 * needs.channels**2
     return replace(
-        needs, more_bytes=matrices, more_bytes_per_channel=_BYTES_PER_WEIGHT * needs.inputs
+        needs,
+        more_bytes=matrices,
+        more_bytes_per_channel=alone_bytes_per_weight() * needs.inputs,
     )

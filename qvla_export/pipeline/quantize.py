@@ -112,7 +112,7 @@ def quantize_setting(
     from engines.load import runtime_here
 
     plan(run, setting, target, policy.digest)
-    round_setting(run, setting, policy, on_progress)
+    round_setting(run, setting, policy, on_progress=on_progress)
     bundle = export(run, setting, policy, target, on_progress=on_progress)
     require_no_errors(check_bundle(bundle, target))
     native = runtime_here(target) == target.runtime

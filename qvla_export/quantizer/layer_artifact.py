@@ -63,10 +63,12 @@ class LayerArtifact(TensorArtifact):
         require_fields(value, ("layers", *keys.values()), f"{kind.what} {path}")
         try:
             stored = StoredLayers(tensors, value["layers"], kind.layer)
-            # Made once, so that what is wrong with a layer is said here.
-            layers = {name: stored[name] for name in stored}
             own = {name: value[key] for name, key in keys.items()}
-            return cls(layers=stored if kind.stays_on_disk else layers, **own)
+            if not kind.stays_on_disk:
+                return cls(layers={name: stored[name] for name in stored}, **own)
+            for name in stored:
+                stored[name]  # made once, so that what is wrong with a layer is said here
+            return cls(layers=stored, **own)
         except (KeyError, TypeError, ValueError, QvlaError) as error:
             raise ArtifactError(
                 f"{kind.what} {path}: the file is damaged: {error}; {kind.remedy}"

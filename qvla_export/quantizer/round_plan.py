@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qvla_export.quantizer.compensation import round_layer
 from qvla_export.quantizer.elimination import Elimination
-from qvla_export.quantizer.moments import Moments
+from qvla_export.quantizer.moments import LayerMoments, Moments
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import as_rows
 from qvla_export.quantizer.rounding import RoundedLayer, Rounding
@@ -54,22 +54,37 @@ def round_plan(
         "policy and plan", plan.policy_digest, policy.digest, "Make the plan of this policy."
     )
     moments.require_of(policy.digest, plan.calibration_digest)
-    gone = {name: c.constant_units for c in plan.couplings.values() for name in c.producers}
     layers: dict[str, RoundedLayer] = {}
-    for name, widths in plan.widths.items():
-        rows = as_rows(policy.read_weight(f"{name}.weight"))
-        layers[name] = round_layer(
-            rows,
-            widths,
-            plan.quantizer,
-            moments.of(name, plan.shapes[name]),
-            plan.stored_order(name),
-            gone.get(name, np.zeros(0, np.int64)),
-            elimination or Elimination(),
-        )
+    for name in plan.widths:
+        fed = moments.of(name, plan.shapes[name])
+        layers[name] = round_plan_layer(policy, plan, name, fed, elimination or Elimination())
         if on_progress is not None:
             on_progress(len(layers), len(plan.widths))
     return with_rounding(plan, Rounding(layers, plan.digest, moments.digest))
+
+
+def round_plan_layer(
+    policy: WeightSource, plan: BitPlan, name: str, fed: LayerMoments, elimination: Elimination
+) -> RoundedLayer:
+    """Return the codes of one of a plan's layers.
+
+    Args:
+        policy: the layer's weights are read from it.
+        plan: its quantizer says how.
+        name: of the layer.
+        fed: the layer's moments.
+        elimination: array operations and blocks.
+    """
+    gone = [c.constant_units for c in plan.couplings.values() if name in c.producers]
+    return round_layer(
+        as_rows(policy.read_weight(f"{name}.weight")),
+        plan.widths[name],
+        plan.quantizer,
+        fed,
+        plan.stored_order(name),
+        gone[-1] if gone else np.zeros(0, np.int64),
+        elimination,
+    )
 
 
 def with_rounding(plan: BitPlan, rounding: Rounding) -> BitPlan:

@@ -86,9 +86,12 @@ class RoundedLayer:
 
 @dataclass(frozen=True)
 class Rounding(LayerArtifact):
-    """Codes of all layers of a plan."""
+    """Codes of all layers of a plan.
 
-    kind = FileKind("qvla-rounding-2", "rounding", "make it anew: qvla round", RoundedLayer)
+    Those of a layer lie in memory only while someone uses them, where they were read from a file.
+    """
+
+    kind = FileKind("qvla-rounding-2", "rounding", "make it anew: qvla round", RoundedLayer, True)
 
     # Layer name -> its codes, in forward order.
     layers: Mapping[str, RoundedLayer]

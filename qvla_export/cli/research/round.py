@@ -31,7 +31,7 @@ def round_command(
     folder, parsed = RunFolder(run, force), parse_setting(setting)
     opened = open_checkpoint(policy, unnorm_key, preset, resident=False)
     with progress_shown() as on_progress:
-        planned = round_setting(folder, parsed, opened, on_progress)
+        planned = round_setting(folder, parsed, opened, on_progress=on_progress)
     if planned is None or planned.rounding is None:
         raise QvlaError(
             f"the plan of {setting} takes the nearest codes, nothing is to be made; for others: "

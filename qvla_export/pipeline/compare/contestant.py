@@ -126,7 +126,9 @@ def _plan_setting(folder: SeedFolder, setting: Setting, on_progress: OnProgress)
     if folder.compensated:
         name = f"{setting.name}: rounding"
         folder.time_stage(
-            name, run.rounding(setting), lambda: round_setting(run, setting, policy, on_progress)
+            name,
+            run.rounding(setting),
+            lambda: round_setting(run, setting, policy, on_progress=on_progress),
         )
         names.append(name)
     return names

@@ -1,0 +1,167 @@
+"""Layers a span at a time: moments are measured from weights on disk, used and dropped.
+
+A span are layers whose moments are in memory together: those of one part where all observations go
+through the policy at once, else as many parts as fit. All observations at once are one sweep, from
+the last span to the first; of more batches, every span takes sweeps of its own.
+"""
+
+import itertools
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qvla_export.measurement.backward import Pass, ProbedBatch, Probes
+from qvla_export.measurement.layer_groups import Piece
+from qvla_export.measurement.measure_moments import add_pass, layer_moments
+from qvla_export.measurement.moment_bounds import MomentSettings, moment_sums
+from qvla_export.measurement.peak_memory import available_bytes
+from qvla_export.measurement.streamed import GroupPasses, Stream, StreamLimits, open_stream
+from qvla_export.policies.base import Policy
+from qvla_export.policies.layers import Layers, traced_layers
+from qvla_export.quantizer.moments import LayerMoments
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.observation import Observation
+
+# Of the memory that this machine has left, where no bound is set; of a bound, for a span's sums.
+_SHARE_OF_FREE, _SHARE_OF_SUMS = 0.8, 1 / 3
+
+
+class SpanSweeps:
+    """Batches on their way through a policy, and the spans at which they stop.
+
+    To be closed: between two spans the weights of a part are in memory.
+    """
+
+    def __init__(
+        self, stream: Stream, batches: Sequence[ProbedBatch], spans: Sequence[Sequence[str]]
+    ) -> None:
+        self.stream, self.batches, self.spans = stream, batches, spans
+        self._sweep: Generator[tuple[Sequence[Piece], GroupPasses]] | None = None
+
+    def close(self) -> None:
+        """Leave the sweep that goes on from span to span; the policy is as before."""
+        if self._sweep is not None:
+            self._sweep.close()
+            self._sweep = None
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all observations go through the policy together."""
+        return len(self.batches) == 1
+
+    def groups(
+        self, number: int, todo: Sequence[int]
+    ) -> Iterator[tuple[ProbedBatch, Sequence[Piece], GroupPasses]]:
+        """Yield the groups of a span's layers, with the passes of each batch.
+
+        Args:
+            number: of the span.
+            todo: numbers of the spans that are asked for, from this one on and in this order; the
+                same in every call but for those before.
+        """
+        layers = set(self.spans[number])
+        if not self.at_once:
+            for batch in self.batches:
+                for group, passes in self.stream.passes(batch, layers):
+                    yield batch, group, passes
+            return
+        if self._sweep is None:
+            chosen = {name for other in todo for name in self.spans[other]}
+            self._sweep = self.stream.passes(self.batches[0], chosen)
+        count = sum(
+            any(piece.layer in layers for piece in group)
+            for groups in self.stream.groups
+            for group in groups
+        )
+        for group, passes in itertools.islice(self._sweep, count):
+            yield self.batches[0], group, passes
+
+    def moments(
+        self, number: int, todo: Sequence[int], settings: MomentSettings
+    ) -> Iterator[tuple[str, LayerMoments]]:
+        """Yield each of a span's layers with its moments, in forward order."""
+        layers = {name: self.stream.layers[name] for name in self.spans[number]}
+        sums = moment_sums(layers, settings)
+        for _, _, passes in self.groups(number, todo):
+            add_passes(passes, sums)
+        for name in layers:
+            yield name, layer_moments(sums, name)
+
+
+def add_passes(
+    passes: Iterator[Pass] | GroupPasses, sums: Mapping[str, NDArray[np.float64]]
+) -> None:
+    """Add what passes say about the moments of their layers."""
+    for item in passes:
+        add_pass(item, sums)
+        del item  # the next pass is made before the name is bound anew
+
+
+def open_sweeps(
+    policy: Policy,
+    observations: Sequence[Observation],
+    limits: StreamLimits,
+    settings: MomentSettings,
+    device: torch.device,
+) -> SpanSweeps:
+    """Find out how many observations go through a policy at once, and where they stop.
+
+    Args:
+        policy: its weights were left on disk.
+        observations: at least one.
+        limits: observations that run together where not all of them fit, probes, what is held
+            beside a span's sums; the bound, or None for most of what this machine has left.
+        settings: blocks of moments, seed of probes.
+        device: where to compute.
+
+    Raises:
+        QvlaError: what is needed exceeds the bound.
+    """
+    layers, count, bound = traced_layers(policy), len(observations), limits.max_bytes
+    if bound is None and (left := available_bytes()) is not None:
+        bound = int(_SHARE_OF_FREE * left)
+    free = open_stream(policy, layers, observations, replace(limits, max_bytes=None), device)
+    parts = [[piece.layer for group in part for piece in group] for part in free.groups]
+    spans: list[Sequence[str]] = [list(dict.fromkeys(names)) for names in reversed(parts) if names]
+    taken = [_sum_bytes(layers, names, settings) for names in spans]
+
+    def opened(size: int, sum_bytes: int) -> Stream:
+        held = limits.held_bytes + sum_bytes
+        here = replace(limits, batch_size=size, held_bytes=held, max_bytes=bound)
+        return open_stream(policy, layers, observations, here, device, free.needs)
+
+    try:
+        stream, size = opened(count, max(taken)), count
+    except QvlaError:
+        if bound is None or limits.batch_size >= count:
+            raise
+        size, room = limits.batch_size, max(*taken, int(bound * _SHARE_OF_SUMS))
+        stream, spans = opened(size, room), _joined(spans, taken, room)
+    probes = Probes(limits.probes, settings.seed)
+    batches = [
+        ProbedBatch(observations[start : start + size], probes, number)
+        for number, start in enumerate(range(0, count, size))
+    ]
+    return SpanSweeps(stream, batches, spans)
+
+
+def _joined(spans: Sequence[Sequence[str]], taken: Sequence[int], room: int) -> list[Sequence[str]]:
+    """Join spans that follow each other as far as their sums fit."""
+    joined: list[list[str]] = []
+    left = 0
+    for names, nbytes in zip(spans, taken, strict=True):
+        if not joined or nbytes > left:
+            joined.append([])
+            left = room
+        # Forward order within a span.
+        joined[-1] = [*names, *joined[-1]]
+        left -= nbytes
+    return list(joined)
+
+
+def _sum_bytes(layers: Layers, names: Collection[str], settings: MomentSettings) -> int:
+    some = {name: layers[name] for name in names}
+    return sum(array.nbytes for array in moment_sums(some, settings).values())
