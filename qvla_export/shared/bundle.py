@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from qvla_export.shared.artifacts import read_json, require_fields, sha256_file
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
+from qvla_export.shared.external_data import external_tensors
 from qvla_export.shared.part import Part, TensorSpec, part_from_json, specs_from_json
 from qvla_export.shared.processor import Processor, load_tokenizer, processor_from_json
 from qvla_export.shared.program import Program, ProgramError, program_from_json
@@ -159,6 +160,8 @@ class Bundle:
         try:
             parts = tuple(part_from_json(value) for value in manifest["stages"])
             _verify_files(path, manifest["files"], {part.model for part in parts})
+            for part in parts:
+                _verify_external_data(path, part.model, manifest["files"])
             tokenizer = load_tokenizer(path / TOKENIZER)
             bundle = Bundle(
                 path=path,
@@ -207,6 +210,12 @@ def _program(manifest: Mapping[str, Any], parts: Sequence[Part]) -> Program:
 def _verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], models: set[str]) -> None:
     if missing := sorted({TOKENIZER, GOLDEN, *models} - set(files)):
         raise ArtifactError(f"the manifest of {folder} does not list {missing}; {_REMEDY}")
+    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    if extra := sorted(present - set(files)):
+        raise ArtifactError(
+            f"{folder} holds {[name[:80] for name in extra[:8]]}, which its manifest does not "
+            "list; move them elsewhere, or copy the bundle again"
+        )
     for name, entry in files.items():
         parts = PurePosixPath(name).parts
         if "\\" in name or len(parts) != 1 or parts[0] in ("..", "/"):
@@ -217,9 +226,34 @@ def _verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], models: 
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise ArtifactError(f"bundle file {path} is missing or a link; {_REMEDY}")
+        if path.stat().st_size != entry["bytes"]:
+            raise ArtifactMismatch(
+                f"{path} is damaged: expected {entry['bytes']} bytes, found "
+                f"{path.stat().st_size}; {_REMEDY}"
+            )
         found = sha256_file(path)
         if found != entry["sha256"]:
             raise ArtifactMismatch(_damage_message(path, str(entry["sha256"]), found))
+
+
+def _verify_external_data(folder: Path, model: str, files: Mapping[str, Any]) -> None:
+    """Refuse a graph that reads another file than those that the manifest vouches for.
+
+    Raises:
+        ArtifactError: it does, or reads behind a file's end.
+    """
+    for tensor in external_tensors(folder / model):
+        entry = files.get(tensor.location)
+        if entry is None or tensor.location == MANIFEST:
+            raise ArtifactError(
+                f"the graph {folder / model} reads weights from {tensor.location!r:.200}, which "
+                "its manifest does not list; do not use this bundle"
+            )
+        if tensor.offset + tensor.length > int(entry["bytes"]):
+            raise ArtifactError(
+                f"the graph {folder / model} reads {tensor.name!r:.80} behind the end of "
+                f"{tensor.location}; {_REMEDY}"
+            )
 
 
 def _damage_message(path: Path, expected: str, found: str) -> str:

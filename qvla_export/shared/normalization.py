@@ -16,6 +16,8 @@ Normalization = Literal["q99", "bounds"]
 
 # OpenVLA-OFT `NormalizationType`: BOUNDS_Q99 uses the 1 % and 99 % quantiles, BOUNDS min and max.
 _LIMIT_NAMES: Mapping[str, tuple[str, str]] = {"q99": ("q01", "q99"), "bounds": ("min", "max")}
+# No metre, radian or encoder count of an arm is beyond it.
+_MOST_PHYSICAL = 1e6
 _EPSILON = 1e-8  # openvla-oft adds it to the range on both sides; plain OpenVLA does not
 
 
@@ -134,13 +136,26 @@ def _bounds(
         )
     # What the mask leaves out passes unchanged, whatever is written there: null for a gripper.
     low, high = (np.where(mask | np.isfinite(limit), limit, 0.0) for limit in (low, high))
-    wrong = mask & ~(np.isfinite(low) & np.isfinite(high) & (high >= low))
-    if wrong.any():
+    bounds = Bounds(low, high, mask)
+    require_limits(bounds, f"{where}: {part!r}")
+    return bounds
+
+
+def require_limits(bounds: Bounds, where: str) -> None:
+    """Refuse limits that no robot can have: what is un-normalized by them would move it wrongly.
+
+    Raises:
+        StatisticsError: some that the mask maps are not finite, not ordered or beyond a million.
+    """
+    low, high = bounds.low, bounds.high
+    sane = np.isfinite(low) & np.isfinite(high) & (high >= low)
+    sane &= np.maximum(np.abs(low), np.abs(high)) <= _MOST_PHYSICAL
+    if (wrong := np.flatnonzero(bounds.mask & ~sane)).size:
         raise StatisticsError(
-            f"{where}: {part!r} limits must be finite and ordered, dimensions "
-            f"{np.flatnonzero(wrong).tolist()} are not"
+            f"{where} limits must be finite, ordered and within {_MOST_PHYSICAL:,.0f} in the "
+            f"robot's units, dimensions {wrong.tolist()} are {low[wrong].tolist()} to "
+            f"{high[wrong].tolist()}; make the statistics anew from the demonstrations"
         )
-    return Bounds(low, high, mask)
 
 
 def _numbers(values: Any, where: str) -> NDArray[np.float64]:

@@ -15,10 +15,12 @@ from tokenizers import Tokenizer
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import ArtifactError, CheckpointError, InvalidObservation
 from qvla_export.shared.images import ImageSpec, center_crop, pixel_values, resize_like_training
-from qvla_export.shared.normalization import Bounds, Statistics
+from qvla_export.shared.normalization import Bounds, Statistics, require_limits
 from qvla_export.shared.observation import Observation
 
 _INSTRUCTION = "{instruction}"
+# Of a horizon, an action or a state.
+_MOST_SIZE = 4096
 OPENVLA_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
 
@@ -199,7 +201,8 @@ def processor_from_json(value: Any, tokenizer: Tokenizer | None) -> Processor:
     """Rebuild a processor from a manifest.
 
     Raises:
-        ArtifactError: a field is missing or of the wrong kind.
+        ArtifactError: a field is missing, of the wrong kind or none that a policy can have.
+        StatisticsError: limits are not finite and ordered.
     """
     try:
         image = ImageSpec(**{k: _tuples(v) for k, v in value["spec"]["image"].items()})
@@ -211,7 +214,41 @@ def processor_from_json(value: Any, tokenizer: Tokenizer | None) -> Processor:
         statistics = Statistics(stored["key"], _bounds_from_json(stored["action"]), state)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the manifest's processor is not readable: {error!r}") from error
-    return Processor(spec, statistics, tokenizer)
+    processor = Processor(spec, statistics, tokenizer)
+    _require_consistent(processor)
+    return processor
+
+
+def _require_consistent(processor: Processor) -> None:
+    """Refuse what a checkpoint would be refused for.
+
+    Raises:
+        ArtifactError: sizes, cameras, prompt or limits are none that a policy can have.
+    """
+    spec, statistics = processor.spec, processor.statistics
+    sizes = {"horizon": spec.horizon, "action_dim": spec.action_dim, "state_dim": spec.state_dim}
+    for name, size in sizes.items():
+        if type(size) is not int or not (name != "state_dim") <= size <= _MOST_SIZE:
+            raise ArtifactError(
+                f"the manifest's {name} must be a whole number up to {_MOST_SIZE}, got {size!r:.40}"
+            )
+    cameras = spec.cameras
+    texts = isinstance(cameras, tuple) and all(isinstance(name, str) for name in cameras)
+    if not texts or not cameras or len(set(cameras)) != len(cameras):
+        raise ArtifactError(f"the manifest needs cameras of different names, got {cameras!r:.200}")
+    if not isinstance(spec.prompt, str) or spec.prompt.count(_INSTRUCTION) != 1:
+        raise ArtifactError(f"a prompt holds {_INSTRUCTION} once, got {spec.prompt!r:.120}")
+    if set(spec.prompt.replace(_INSTRUCTION, "")) & {*"{}"}:
+        raise ArtifactError(f"a prompt has no other braces, got {spec.prompt!r:.120}")
+    parts: dict[str, tuple[Bounds | None, int]] = {"action": (statistics.action, spec.action_dim)}
+    if spec.state_dim or statistics.state is not None:
+        parts["state"] = (statistics.state, spec.state_dim)
+    for name, (bounds, size) in parts.items():
+        if bounds is None or not bounds.low.shape == bounds.high.shape == bounds.mask.shape == (
+            size,
+        ):
+            raise ArtifactError(f"the manifest's limits of {name} must have {size} entries")
+        require_limits(bounds, f"the manifest: {name}")
 
 
 def _tuples(value: Any) -> Any:
