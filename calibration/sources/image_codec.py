@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.picture_bounds import picture_fault
 
 # Modes of more than 8 bits a channel, which `convert` would clip to white.
 _DEEP = ("I", "F")
 # Other decoders of Pillow are for documents, and some start programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-_MOST_PIXELS = 64_000_000
 _JPEG = b"\xff\xd8"
 
 
@@ -32,7 +32,7 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _require_few_pixels(image.width, image.height)
+            _require_picture(image.width, image.height)
             if image.mode.startswith(_DEEP):
                 raise ArtifactError(
                     f"an image in the dataset is no RGB picture but of mode {image.mode}, as "
@@ -59,7 +59,7 @@ def decode_as_tensorflow(data: bytes) -> NDArray[np.uint8]:
         return decode_png(data)
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        _require_few_pixels(width, height)
+        _require_picture(width, height)
         decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", fastdct=True)
     except ValueError as error:
         if isinstance(error, ArtifactError):
@@ -68,9 +68,6 @@ def decode_as_tensorflow(data: bytes) -> NDArray[np.uint8]:
     return decoded
 
 
-def _require_few_pixels(width: int, height: int) -> None:
-    if width * height > _MOST_PIXELS:
-        raise ArtifactError(
-            f"an image in the dataset has {width} x {height} pixels, at most {_MOST_PIXELS} are "
-            "read; make the pictures smaller"
-        )
+def _require_picture(width: int, height: int) -> None:
+    if fault := picture_fault(width, height):
+        raise ArtifactError(f"an image in the dataset is no camera's: {fault}")

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from jetson.control.sources import TimedObservation
 from qvla_export.shared.errors import InvalidObservation
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.picture_bounds import picture_fault
 
 # Encoding -> bytes a channel and where red, green and blue are in a pixel
 # (sensor_msgs/image_encodings.hpp).
@@ -35,8 +36,6 @@ _ENCODINGS: Mapping[str, tuple[int, int, tuple[int, int, int]]] = MappingProxyTy
         "mono16": (2, 1, (0, 0, 0)),
     }
 )
-# A compressed image says its own size; nobody's camera has more.
-_MAX_PIXELS = 64_000_000
 
 
 def image_of(message: Any) -> NDArray[np.uint8]:
@@ -78,10 +77,8 @@ def compressed_image_of(message: Any) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(io.BytesIO(bytes(message.data)), formats=("JPEG", "PNG")) as picture:
-            if picture.width * picture.height > _MAX_PIXELS:
-                raise InvalidObservation(
-                    f"an image may have {_MAX_PIXELS} pixels, got {picture.width}x{picture.height}"
-                )
+            if fault := picture_fault(picture.width, picture.height):
+                raise InvalidObservation(fault)
             return np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidObservation(

@@ -23,12 +23,12 @@ from jetson.serving.field_names import PRIMARY_ROLES
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.errors import InvalidObservation
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.picture_bounds import picture_fault
 
 # (value, name of the field for the errors) -> array
 ArrayDecoder = Callable[[Any, str], NDArray[Any]]
 
-# Beyond these a request is a mistake or an attack; JPEG's own limit is 65535.
-_MAX_IMAGE_SIDE = 8192
+# Beyond it a request is a mistake or an attack; the policy bounds the tokens.
 _MAX_INSTRUCTION_CHARACTERS = 2000
 
 
@@ -99,11 +99,8 @@ def _named(names: list[str]) -> str:
 
 def _image(value: Any, name: str, array: ArrayDecoder) -> NDArray[Any]:
     image = array(value, name)
-    if max(image.shape, default=0) > _MAX_IMAGE_SIDE:
-        raise InvalidObservation(
-            f"image {name!r} must have sides of at most {_MAX_IMAGE_SIDE} pixels, "
-            f"got {list(image.shape)}"
-        )
+    if image.ndim == 3 and (fault := picture_fault(image.shape[1], image.shape[0])):
+        raise InvalidObservation(f"image {name!r}: {fault}")
     return image
 
 

@@ -22,13 +22,16 @@ from jetson.serving.arrays import decode_array, encode_array
 from jetson.serving.fields import observation_of
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.action import ActionChunk
+from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.json_documents import JsonLimits, parse_document
 from qvla_export.shared.observation import Observation
 
 Reply = Literal["auto", "action", "chunk", "full"]
 REPLIES: tuple[Reply, ...] = get_args(Reply)
 
-# Not json.loads: a process that called json_numpy.patch() has replaced it.
-_DECODER = json.JSONDecoder()
+# An observation of four cameras has fewer than 64 values in four levels; a state may be a list of
+# numbers, and an instruction has commas.
+_LIMITS = JsonLimits(values=4096, depth=8, digits=512)
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,9 @@ def decode_reply(body: bytes) -> ActionChunk:
 
 def _object(text: bytes | str) -> dict[str, Any]:
     try:
-        value = _DECODER.decode(text.decode() if isinstance(text, bytes) else text)
-    except (ValueError, RecursionError) as error:  # JSON, UTF-8 or nesting
-        raise WireError(f"the body must be JSON in UTF-8: {error}") from None
+        value = parse_document(text, "the body must be JSON in UTF-8", _LIMITS)
+    except ArtifactError as error:
+        raise WireError(str(error)) from None
     if not isinstance(value, dict):
         raise WireError(f"the body must be a JSON object, got {type(value).__name__}")
     return value

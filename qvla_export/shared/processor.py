@@ -41,6 +41,9 @@ class ProcessorSpec:
     # Token that must end the prompt: 29871 with the Llama-2 vocabulary.
     suffix_token_id: int
     prompt: str = OPENVLA_PROMPT
+    # Tokens that a prompt may have, from BOS to the suffix: a longer one costs time and memory, and
+    # no policy was trained on one.
+    max_prompt_tokens: int = 256
     # Side in pixels of the JPEG + lanczos step applied to frames of another size; 0 for none.
     training_image_size: int = 0
     # Crop the central 90 % of the area, for policies trained with random crops.
@@ -94,16 +97,23 @@ class Processor:
 
         Raises:
             CheckpointError: the policy has no tokenizer.
-            InvalidObservation: the instruction holds part of the prompt's template.
+            InvalidObservation: the instruction holds part of the prompt's template, or is longer
+                than any that a policy was trained on.
         """
         if self.tokenizer is None:
             raise CheckpointError("the checkpoint has no tokenizer.json; add it beside config.json")
         bare = without_template(instruction.lower(), self.spec.prompt)
         text = self.spec.prompt.format(instruction=bare)
-        ids = self.tokenizer.encode(text).ids
-        if not ids or ids[0] != self.spec.bos_token_id:
-            ids = [self.spec.bos_token_id, *ids]
-        return with_suffix(np.asarray(ids, dtype=np.int64), self.spec.suffix_token_id)
+        words = self.tokenizer.encode(text).ids
+        if not words or words[0] != self.spec.bos_token_id:
+            words = [self.spec.bos_token_id, *words]
+        ids = with_suffix(np.asarray(words, dtype=np.int64), self.spec.suffix_token_id)
+        if len(ids) > self.spec.max_prompt_tokens:
+            raise InvalidObservation(
+                f"the prompt may have {self.spec.max_prompt_tokens} tokens, {len(ids)} came of "
+                f"the instruction {instruction!r:.60}; say it in fewer words"
+            )
+        return ids
 
     def state(self, observation: Observation) -> NDArray[np.float32]:
         """Return the normalized, clipped state.  float32 [n]"""
@@ -226,7 +236,12 @@ def _require_consistent(processor: Processor) -> None:
         ArtifactError: sizes, cameras, prompt or limits are none that a policy can have.
     """
     spec, statistics = processor.spec, processor.statistics
-    sizes = {"horizon": spec.horizon, "action_dim": spec.action_dim, "state_dim": spec.state_dim}
+    sizes = {
+        "horizon": spec.horizon,
+        "action_dim": spec.action_dim,
+        "state_dim": spec.state_dim,
+        "max_prompt_tokens": spec.max_prompt_tokens,
+    }
     for name, size in sizes.items():
         if type(size) is not int or not (name != "state_dim") <= size <= _MOST_SIZE:
             raise ArtifactError(

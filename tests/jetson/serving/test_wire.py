@@ -207,7 +207,7 @@ def test_the_order_never_decides_between_left_and_right(
         ({"full_image": IMAGE.astype(np.float32)}, "uint8"),
         ({"full_image": IMAGE[..., :2]}, "h, w, 3"),
         ({"full_image": IMAGE[None]}, "h, w, 3"),
-        ({"full_image": IMAGE[:0]}, "h, w, 3"),
+        ({"full_image": IMAGE[:0]}, "one pixel"),
         ({"full_image": np.zeros((9000, 1, 3), np.uint8)}, "8192"),
         ({"full_image": IMAGE.tolist()}, "patch"),
         ({"state": None}, "state"),

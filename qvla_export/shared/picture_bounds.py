@@ -1,0 +1,23 @@
+"""What no camera's picture is like: refused by its size alone, before a pixel is decoded."""
+
+# Twice a 4K frame; decoded, 50 MB.
+MOST_PIXELS = 16_777_216
+# JPEG's own limit is 65,535.
+MOST_SIDE = 8192
+# Resizing a strip to a square would enlarge it without end; panoramic cameras have 4.
+MOST_RATIO = 8
+
+
+def picture_fault(width: int, height: int) -> str | None:
+    """Return why no picture may have this size, with the rule and the remedy; None if it may."""
+    size = f"got {width} x {height}"
+    if min(width, height) < 1:
+        return f"a picture has at least one pixel, {size}"
+    if max(width, height) > MOST_SIDE or width * height > MOST_PIXELS:
+        return (
+            f"a picture may have {MOST_PIXELS:,} pixels and sides of {MOST_SIDE}, {size}; "
+            "make it smaller"
+        )
+    if max(width, height) > MOST_RATIO * min(width, height):
+        return f"the sides of a picture may be 1 to {MOST_RATIO}, {size}; cut it"
+    return None

@@ -1,0 +1,133 @@
+"""What a request costs is bounded before it is paid: structure, pictures, words."""
+
+import json
+from typing import Any
+
+import json_numpy
+import msgpack
+import numpy as np
+import pytest
+from echo_policy import IMAGE, OFT, oft_fields
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jetson.errors import WireError
+from jetson.serving import message_pack
+from jetson.serving.message_pack import text_field, unpack_map, unpack_message
+from jetson.serving.wire import decode_request
+from qvla_export.shared.errors import InvalidObservation
+from qvla_export.shared.picture_bounds import picture_fault
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=80)
+    | st.binary(max_size=400)
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=20) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=40,
+)
+
+
+@given(VALUES)
+def test_what_msgpack_packs_is_walked_to_its_end_and_unpacked_equal(value: Any) -> None:
+    assert unpack_message(msgpack.packb(value)) == value
+
+
+@given(st.binary(max_size=300))
+def test_whatever_bytes_come_they_are_a_message_or_refused(body: bytes) -> None:
+    try:
+        unpack_message(body)
+        text_field(body, "api_token")
+    except WireError as error:
+        assert "must be msgpack" in str(error)
+
+
+@given(
+    st.dictionaries(st.text(max_size=12), VALUES, max_size=8),
+    st.text(max_size=40),
+    st.integers(0, 8),
+)
+def test_a_token_is_found_without_unpacking_the_rest(
+    fields: dict[str, Any], token: str, place: int
+) -> None:
+    items = [item for item in fields.items() if item[0] != "api_token"]
+    message = dict([*items[:place], ("api_token", token), *items[place:]])
+    assert text_field(msgpack.packb(message), "api_token") == token
+    assert text_field(msgpack.packb(dict(items)), "api_token") is None
+    # One that is deeper down is not the client's own.
+    assert text_field(msgpack.packb({"data": message}), "api_token") is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\xdc\xff\xff" + b"\x90" * 65535,
+        b"\xdd\x01\x00\x00\x00" + b"\x80" * (1 << 24),
+        b"\x91" * 1000 + b"\xc0",
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        msgpack.packb([[0] * 600, [0] * 600]),
+        msgpack.packb({"a": msgpack.ExtType(1, b"x")}),
+        msgpack.packb({}) + b"\x00",
+    ],
+)
+def test_structure_is_refused_before_objects_are_made(
+    body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpack(*_: object, **__: object) -> None:
+        raise AssertionError("it was unpacked")
+
+    monkeypatch.setattr(message_pack.msgpack, "unpackb", unpack)
+    with pytest.raises(WireError):
+        unpack_map(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" + b"{}," * (8 << 20) + b"{}]",
+        b'{"a":' * 5000 + b"1" + b"}" * 5000,
+        b'{"a": [[[[[[[[[[1]]]]]]]]]]}',
+        json.dumps({"encoded": "[" * 9000}).encode(),
+        b'{"instruction": ' + b"7" * 5000 + b"}",
+        b'{"instruction": "a", "instruction": "b"}',
+    ],
+)
+def test_json_of_many_values_is_refused(body: bytes) -> None:
+    with pytest.raises(WireError, match="must be JSON"):
+        decode_request(body, OFT)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "fault"),
+    [
+        (1, 8192, "1 to 8"),
+        (9, 1, "1 to 8"),
+        (8192, 8192, "16,777,216"),
+        (8193, 2000, "sides of 8192"),
+        (0, 5, "one pixel"),
+        (2160, 3840, None),
+        (1, 8, None),
+    ],
+)
+def test_pictures_that_no_camera_takes(height: int, width: int, fault: str | None) -> None:
+    found = picture_fault(width, height)
+    assert (found is None) == (fault is None) and (fault or "") in (found or "")
+
+
+def test_a_strip_is_refused_by_its_name() -> None:
+    strip = np.zeros((1, 8192, 3), np.uint8)
+    body = json_numpy.dumps(oft_fields(wrist_image=strip)).encode()
+    with pytest.raises(InvalidObservation, match=r"wrist_image.*1 to 8"):
+        decode_request(body, OFT)
+    assert (
+        decode_request(json_numpy.dumps(oft_fields()).encode(), OFT)
+        .observation.images["hand"]
+        .shape
+        == IMAGE.shape
+    )
