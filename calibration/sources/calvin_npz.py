@@ -64,8 +64,8 @@ class CalvinNpz(FrameSource):
         return self._spans[moment.episode][2]
 
     def files(self) -> Iterable[Path]:
-        """Return the frames' files and what says which belong together."""
-        paths = [self.root / _ENDS, self.root / ANNOTATIONS, *self.root.glob("episode_*.npz")]
+        """Return what says which frames belong together, and the first frame: of millions."""
+        paths = (self.root / _ENDS, self.root / ANNOTATIONS, self._path(self._spans[0][0]))
         return [path for path in paths if path.is_file()]
 
     def _path(self, frame: int) -> Path:

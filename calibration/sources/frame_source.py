@@ -19,8 +19,9 @@ from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.observation import Observation
 
 _SKIP = "mend it, or leave such frames out with --skip-bad-frames"
-# Files up to this size are metadata and count by content in a digest, larger ones by their size.
-_SMALL_BYTES = 1 << 20
+# Files that say what the data are count by content in a digest, others by their size: what is
+# drawn of those is compared frame by frame.
+_METADATA = (".json", ".jsonl", ".npy")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class FrameSource(ABC):
         return np.stack(rows) if rows else np.zeros((0, 0), np.float32)
 
     def identity(self) -> Mapping[str, Any]:
-        """Return format, name, digest of names, sizes and metadata, and the columns used."""
+        """Return name, format, digest of the files' names, sizes and metadata, columns used."""
         columns = self.columns
         said = {"instruction": columns.one_instruction} if columns.one_instruction else {}
         return {
@@ -214,6 +215,6 @@ def _digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         size = path.stat().st_size
-        content = sha256_file(path) if size <= _SMALL_BYTES else ""
+        content = sha256_file(path) if path.suffix in _METADATA else ""
         digest.update(f"{path.name}\0{size} {content}\n".encode())
     return digest.hexdigest()

@@ -13,6 +13,8 @@ from calibration.sources.lerobot_columns import KeyMap
 from calibration.sources.source_columns import Offer, choose_columns
 from qvla_export.shared.errors import ArtifactError
 
+# In one episode; the same group may be in a file under many names.
+_MOST_NAMES = 10_000
 _ENDINGS = (".hdf5", ".h5")
 
 
@@ -91,7 +93,12 @@ class Hdf5Source(FrameSource):
     def arrays_of(self, file: Hdf5File, group: str) -> dict[str, int]:
         """Return an episode's arrays by path, and how many dimensions each has."""
         found = {}
-        for name in _walk(file, group, depth=3):
+        for count, name in enumerate(_walk(file, group, depth=3)):
+            if count > _MOST_NAMES:
+                raise ArtifactError(
+                    f"{file.path}, {group or 'episode'}: more than {_MOST_NAMES:,} groups and "
+                    "arrays; write the file anew"
+                )
             full = _join(group, name)
             if file.is_array(full):
                 found[name] = len(file.shape(full))

@@ -95,6 +95,8 @@ class ParquetRows:
             _require_at_most(_MOST_GROUP_BYTES, size, self._root / str(self._name), "a row group")
             try:
                 self._table = self._file.read_row_group(group, columns=self._columns)
+                # Texts that are no UTF-8 would be found where they are used.
+                self._table.validate(full=True)
             except _DAMAGED as error:
                 self._group = None
                 raise _damage_error(self._root / str(self._name), error) from None
@@ -154,7 +156,9 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
             size = sum(file.metadata.row_group(i).total_byte_size for i in groups)
             if columns is None:
                 _require_at_most(_MOST_TABLE_BYTES, size, path, "a table of metadata")
-            return file.read(columns=None if columns is None else list(columns))
+            table = file.read(columns=None if columns is None else list(columns))
+            table.validate(full=True)
+            return table
         except _DAMAGED as error:
             raise _damage_error(path, error) from None
 

@@ -48,6 +48,9 @@ class VideoFile:
             self.close()
             raise ArtifactError(f"{path} holds no video; {_COPY}")
         self._stream = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            self.close()
+            raise ArtifactError(f"{path} is of a codec that FFmpeg does not know; {_COPY}")
         _make_strict(self._stream.codec_context)
         self._tick = float(self._stream.time_base or 0)
         self._reformatter = av.video.reformatter.VideoReformatter()

@@ -72,8 +72,7 @@ def check_dataset(facts: DatasetFacts | None) -> BoardFinding:
     if facts.problem:
         return _DATASET.error(
             facts.problem,
-            f"sed -n 1,40p {shlex.quote(str(facts.path))}/meta/info.json; mend what is "
-            "named, or write it anew as a LeRobotDataset",
+            f"{_look_into(facts.path)}; mend what is named, or write it anew as a LeRobotDataset",
         )
     return _DATASET.ok(f"{facts.frames} frames")
 
@@ -95,11 +94,18 @@ def check_columns(facts: DatasetFacts | None, needs: Needs | None) -> BoardFindi
     if wanted[0] and sizes != wanted:
         return _COLUMNS.warning(
             f"state {sizes[0]}, action {sizes[1]}",
-            "name the column of the policy's state: --state-column COLUMN, one of the features in "
-            f"{shlex.quote(str(facts.path))}/meta/info.json",
+            "name the column of the policy's state: --state-column COLUMN, one of what is there: "
+            f"{_look_into(facts.path)}",
             wanted=f"state {wanted[0]}, action {wanted[1]}",
         )
     return _COLUMNS.ok(_list_cameras(facts.cameras))
+
+
+def _look_into(path: Path) -> str:
+    """Return the command that shows what a data set holds, or at least which files."""
+    info = path / "meta/info.json"
+    place = shlex.quote(str(info if info.is_file() else path))
+    return f"sed -n 1,40p {place}" if info.is_file() else f"ls {place}"
 
 
 def _proposal(path: Path, proposal: Proposal) -> str:

@@ -120,16 +120,18 @@ def write_version_2(root: Path) -> Path:
 
 
 def _copied(name: str) -> Callable[[Path], Path]:
-    return lambda root: Path(shutil.copytree(WRITTEN / name, root))
+    return lambda root: Path(shutil.copytree(WRITTEN.parent / name, root))
 
 
 _META = ("meta/*", "meta/**/*")
 _WRITERS: dict[str, tuple[Callable[[Path], Path], KeyMap, tuple[str, ...]]] = {
     "lerobot-v3.0": (lambda r: write_small_dataset(r, [3] * 4, side=8), KeyMap(), _META),
     "lerobot-v2.1": (write_version_2, KeyMap(), _META),
-    "rlds": (_copied("rlds/libero_tiny"), KeyMap(), ("*.json",)),
-    "libero": (_copied("libero"), KeyMap(), ("*",)),
-    "aloha": (_copied("aloha"), KeyMap(one_instruction="fold it"), ("*",)),
+    "video-v3.0": (_copied("videos/h264_v30"), KeyMap(), _META),
+    "video-v2.1": (_copied("videos/mixed_v21"), KeyMap(), _META),
+    "rlds": (_copied("sources/rlds/libero_tiny"), KeyMap(), ("*.json",)),
+    "libero": (_copied("sources/libero"), KeyMap(), ("*",)),
+    "aloha": (_copied("sources/aloha"), KeyMap(one_instruction="fold it"), ("*",)),
     "calvin": (write_calvin, KeyMap(), ("*.json",)),
     "calvin-whole": (write_calvin, KeyMap(one_instruction="play"), ("*.npy",)),
     "list": (write_list, KeyMap(), ("*.json",)),

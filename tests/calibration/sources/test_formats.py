@@ -10,10 +10,12 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from command_runs import qvla
+from small_datasets import write_small_dataset
 from small_recordings import served
 from small_sources import WRITTEN, write_calib, write_calvin, write_list, write_recordings
 
-from calibration.calibration_set import sample_dataset
+from calibration.calibration_set import CalibrationSet, sample_dataset
 from calibration.sources.base import BadFrame
 from calibration.sources.formats import open_source
 from calibration.sources.frame_source import FrameSource
@@ -434,6 +436,40 @@ def test_recordings_are_demonstrations(tmp_path: Path) -> None:
     assert joined.frame(0, 0).observation.instruction == "fold the towel"
     drawn = sample_dataset(source, 2, 2, 0)
     assert len(drawn.observations) == 2
+
+
+def test_rows_without_state_or_instruction_are_named_or_left_out(tmp_path: Path) -> None:
+    root = write_list(tmp_path / "list")
+    rows = json.loads((root / "frames.json").read_text())
+    rows[0]["state"] = None
+    rows[2]["state"][1] = None
+    rows[4]["instruction"] = " "
+    (root / "frames.json").write_text(json.dumps(rows))
+    source = open_source(root)
+    for episode, message in enumerate(
+        ("column state: number 0 .* nan", "column state: number 1 .* nan", "instruction is empty")
+    ):
+        with pytest.raises(BadFrame, match=f"episode {episode}, frame 0, .*{message}"):
+            source.frame(episode, 0)
+    drawn = sample_dataset(source, 1, 1, 0, 1, skip_bad_frames=True)
+    assert all(np.isfinite(o.state).all() for o in (*drawn.observations, *drawn.held_out))
+    rows[1]["state"] = "none"
+    (root / "frames.json").write_text(json.dumps(rows))
+    with pytest.raises(ArtifactError, match=r"frames.json, \[1\].state: a list of numbers"):
+        open_source(root).frame(0, 1)
+
+
+def test_one_instruction_holds_for_every_frame(tmp_path: Path) -> None:
+    place = ("--dataset", WRITTEN / "aloha", "--count", 2, "--held-out", 2)
+    refused = qvla("calibrate", "--run", tmp_path / "run", *place)
+    assert refused.code == 2 and "say it with --instruction TEXT" in refused.err
+    done = qvla("calibrate", "--run", tmp_path / "run", *place, "--instruction", "fold it")
+    assert done.code == 0, done.err
+    drawn = CalibrationSet.load(tmp_path / "run/calibration")
+    assert {o.instruction for o in (*drawn.observations, *drawn.held_out)} == {"fold it"}
+    lerobot = open_source(write_small_dataset(tmp_path / "demos", [2, 2]), FOLD)
+    assert lerobot.frame(1, 1).observation.instruction == "fold the towel"
+    assert lerobot.identity()["instruction"] == "fold the towel"
 
 
 def test_a_format_that_is_not_read_is_named(tmp_path: Path) -> None:
