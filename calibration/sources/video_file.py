@@ -12,6 +12,8 @@ from qvla_export.shared.errors import ArtifactError, QvlaError
 
 # A picture this near to the time that is asked for is the nearest: no camera takes 10 kHz.
 _EXACT_S = 1e-4
+# Of a picture that a file announces, which is allocated before it shows whether that is true.
+_LIMITS = {"max_pixels": str(1 << 26)}
 _COPY = "copy or download the data set anew, with its videos"
 _LFS = b"version https://git-lfs"
 
@@ -48,11 +50,11 @@ class VideoFile:
             self.close()
             raise ArtifactError(f"{path} holds no video; {_COPY}")
         self._stream = self._container.streams.video[0]
-        if self._stream.codec_context is None:
-            self.close()
-            raise ArtifactError(f"{path} is of a codec that FFmpeg does not know; {_COPY}")
-        _make_strict(self._stream.codec_context)
         self._tick = float(self._stream.time_base or 0)
+        if self._stream.codec_context is None or not self._tick:
+            self.close()
+            raise ArtifactError(f"{path} is of a codec or times that FFmpeg does not know; {_COPY}")
+        _make_strict(self._stream.codec_context)
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._keys = self._read_keys()
         self._frames: Iterator[Any] | None = None
@@ -61,11 +63,16 @@ class VideoFile:
         self._before: _Decoded | None = None
 
     @property
+    def start(self) -> float:
+        """Seconds at which the first picture begins, as the file's header says."""
+        return float(self._stream.start_time or 0) * self._tick
+
+    @property
     def end(self) -> float | None:
         """Seconds at which the last picture ends; None if the file's header does not say."""
         if self._stream.duration is None:
             return None
-        return float((self._stream.start_time or 0) + self._stream.duration) * self._tick
+        return self.start + float(self._stream.duration) * self._tick
 
     def picture(self, seconds: float, tolerance: float) -> NDArray[np.uint8]:
         """Return the RGB picture whose presentation time is nearest.  uint8 [h, w, 3]
@@ -146,7 +153,10 @@ class VideoFile:
             return False
         if frame.pts is None:
             raise ValueError("a picture without a presentation timestamp")
-        self._before, self._last = self._last, _Decoded(frame.pts * float(frame.time_base), frame)
+        decoded = _Decoded(frame.pts * self._tick, frame)
+        if decoded.seconds <= self._last_seconds():
+            raise ValueError("presentation timestamps that go back")
+        self._before, self._last = self._last, decoded
         return True
 
     def _rgb(self, frame: Any) -> NDArray[np.uint8]:
@@ -173,9 +183,9 @@ def _make_strict(codec: Any) -> None:
     guess in more than one thread, whatever they are told.
     """
     if codec.name == "libdav1d":
-        codec.options = {"strict": "strict"}
+        codec.options = {"strict": "strict", **_LIMITS}
     else:
-        codec.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+        codec.options = {"err_detect": "crccheck+bitstream+buffer+explode", **_LIMITS}
         codec.thread_count = 1
 
 

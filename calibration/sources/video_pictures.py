@@ -69,6 +69,11 @@ class VideoPictures:
     def _decode(self, picture: VideoPicture) -> NDArray[np.uint8]:
         try:
             video = self._video(picture)
+            if abs(video.start) > self._tolerance:
+                raise ArtifactError(
+                    f"{picture.file} begins at {video.start:.6f} s, not at 0: its rows' pictures "
+                    "would be others; write the video anew"
+                )
             if video.end is not None and picture.last > video.end - self._tolerance:
                 raise ArtifactError(
                     f"{picture.file} ends at {video.end:.6f} s, but the episode's last row is at "

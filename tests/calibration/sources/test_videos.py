@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -193,13 +194,16 @@ def test_bad_frames_are_left_out_before_anything_is_decoded(
     assert all(len(times) == len(set(times)) for times in decoded.values())
 
 
-def write_video(path: Path, pictures: list[Picture], fps: int = 30) -> None:
+def write_video(path: Path, pictures: list[Picture], fps: int = 30, first: int = 0) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "yuv420p"
-        for image in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        stream.codec_context.time_base = Fraction(1, fps)
+        for number, image in enumerate(pictures, first):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, fps)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
@@ -317,6 +321,11 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "h264_v30",
         lambda r: keep_only(r, 15),
         r"ends at 0\.500000 s, but the episode's last row is at 0\.533333 s: the video is shorter",
+    ),
+    "later start": (
+        "mixed_v21",
+        lambda r: write_video(top(r), decode(top(r)), first=2),
+        r"begins at 0\.06\d+ s, not at 0: its rows' pictures would be others",
     ),
     "shorter in metadata": (
         "h264_v30",
