@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
+from calibration.benchmarks.motion import Motion, MotionSummary, summarize_motion
 from qvla_export.shared.artifacts import read_json, require_fields, write_json
 from qvla_export.shared.errors import ArtifactError, QvlaError
 
@@ -71,6 +72,8 @@ class EpisodeResult:
     steps: int
     # ||A - A*||^2 of each decision, normalized units; empty without a reference policy.
     deviations: tuple[float, ...]
+    # How the arm moved; None in evaluations of earlier versions.
+    motion: Motion | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,13 @@ class Evaluation:
         """Return the Wilson 95 % interval of the overall success."""
         return wilson_interval(sum(r.success for r in self.results), len(self.results))
 
+    def motion(self) -> MotionSummary | None:
+        """Return how the arm moved; None where an episode has no record of it."""
+        motions = [r.motion for r in self.results if r.motion is not None]
+        if len(motions) < len(self.results):
+            return None
+        return summarize_motion(motions, [r.steps for r in self.results if r.success])
+
     def cumulative_deviation(self) -> list[float]:
         """Return the mean over episodes of the running sum of deviations, by decision (eq. 5).
 
@@ -113,12 +123,14 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Write JSON atomically, with the summary a reader looks for first."""
         low, high = self.interval()
+        motion = self.motion()
         summary = {
             "success": self.success(),
             "wilson_95": [low, high],
             "episodes": len(self.results),
             "by_task": {task: self.success(task) for task in self.config.tasks},
             "cumulative_deviation": self.cumulative_deviation(),
+            "motion": None if motion is None else asdict(motion),
         }
         write_json(path, {"summary": summary, **asdict(self)})
 
@@ -143,7 +155,10 @@ def load_evaluation(path: Path) -> Evaluation:
 
 def result_from_json(row: dict[str, Any]) -> EpisodeResult:
     """Read one episode as `dataclasses.asdict` wrote it."""
-    return EpisodeResult(**{**row, "deviations": tuple(row["deviations"])})
+    motion = row.get("motion")
+    if motion is not None:
+        motion = Motion(**{**motion, "seam_jumps_mm": tuple(motion["seam_jumps_mm"])})
+    return EpisodeResult(**{**row, "deviations": tuple(row["deviations"]), "motion": motion})
 
 
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:

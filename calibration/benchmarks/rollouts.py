@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calibration.benchmarks.evaluation import (
     CONTROLS,
@@ -20,8 +21,9 @@ from calibration.benchmarks.evaluation import (
     load_evaluation,
     result_from_json,
 )
-from calibration.benchmarks.metaworld.simulator import Simulator
+from calibration.benchmarks.metaworld.simulator import CONTROL_HZ, UNIT_MM, Simulator
 from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
+from calibration.benchmarks.motion import measure_motion
 from calibration.benchmarks.workers import leave_with_parent
 from qvla_export.shared.action import ActionChunk, ActionPolicy
 from qvla_export.shared.artifacts import versions, write_bytes
@@ -124,19 +126,27 @@ def run_episode(
         instruction = siblings[seed % len(siblings)].instruction
     observation = simulator.reset(seed, instruction)
     deviations: list[float] = []
+    positions = [simulator.hand]
+    actions: list[NDArray[np.float32]] = []
+    seams: list[int] = []
     while not simulator.done:
         seen = _blank_out(observation) if config.control == "blank-image" else observation
         chunk = _usable(policy.infer(seen))
         if reference is not None:
             deviations.append(_deviation(chunk, _usable(reference.infer(seen))))
+        if actions:
+            seams.append(len(actions))
         for action in chunk.actions[: config.execute]:
             simulator.step(action)
+            actions.append(np.clip(action, -1.0, 1.0))
+            positions.append(simulator.hand)
             if simulator.done:
                 break
         else:
             observation = simulator.observe()
-    task = simulator.task.name
-    return EpisodeResult(task, seed, simulator.success, simulator.steps, tuple(deviations))
+    motion = measure_motion(np.stack(positions), np.stack(actions), seams, CONTROL_HZ, UNIT_MM)
+    result = simulator.task.name, seed, simulator.success, simulator.steps
+    return EpisodeResult(*result, tuple(deviations), motion)
 
 
 def _ignore(done: int, total: int) -> None:

@@ -38,9 +38,9 @@ _OBJECT_STATE = Recipe(
         heads=2,
     ),
     TrainingConfig(
-        steps=4000,
-        batch_size=128,
-        learning_rate=2e-3,
+        steps=3000,
+        learning_rate=1.5e-3,
+        warmup_steps=100,
         state_dropout=0.0,
         goal_weight=0.1,
         color_jitter=0.0,

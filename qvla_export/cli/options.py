@@ -57,6 +57,7 @@ SOME_RATES = Existing("file of rates", "measure them first with: qvla bench rate
 A_LATENCY = Existing("file of latencies", "measure them first with: qvla profile")
 A_FILE = Existing("file", _CHECK)
 A_CALIBRATION = Existing("calibration set", "make it first with: qvla calibrate")
+AN_EVALUATION = Existing("evaluation", "make it first with: qvla evaluate")
 A_POLICY = Existing("checkpoint folder, bundle folder or URL of a server", _CHECK, urls=True)
 A_GRAPH = Existing("bundle folder or .onnx file", "make a bundle first with: qvla export")
 A_BUNDLE_OR_SERVER = replace(A_BUNDLE, urls=True)

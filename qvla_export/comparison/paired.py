@@ -1,7 +1,8 @@
 """Two policies on the same episodes: the difference of their success, with an interval."""
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from qvla_export.shared.errors import QvlaError
@@ -14,8 +15,9 @@ class PairedDifference:
     """Success of a policy minus that of a reference on the same episodes.
 
     The interval is Newcombe's for paired proportions (Statistics in Medicine 17, 1998, method 10):
-    two Wilson intervals, squared and added, less what pairing makes them share. p is of McNemar's
-    exact test.
+    two Wilson intervals, squared and added, less what pairing makes them share; wider by the root
+    of the design effect where episodes share a scene. p is of McNemar's exact test, which takes
+    episodes for independent.
     """
 
     episodes: int
@@ -25,6 +27,8 @@ class PairedDifference:
     low: float
     high: float
     p_value: float
+    # Variance of the difference over that of independent episodes, 1 at least (Kish 1965).
+    design_effect: float = 1.0
 
     @property
     def value(self) -> float:
@@ -32,12 +36,18 @@ class PairedDifference:
         return (self.gained - self.lost) / self.episodes
 
 
-def paired_difference(solved: Sequence[bool], reference: Sequence[bool]) -> PairedDifference:
+def paired_difference(
+    solved: Sequence[bool],
+    reference: Sequence[bool],
+    clusters: Sequence[Hashable] | None = None,
+) -> PairedDifference:
     """Compare episode by episode.
 
     Args:
         solved: of the policy, at least one.
         reference: of the reference, of the same episodes in the same order.
+        clusters: what each episode shares with others, such as its scene; None for independent
+            ones.
 
     Raises:
         QvlaError: there are none, or not as many of both.
@@ -60,14 +70,28 @@ def paired_difference(solved: Sequence[bool], reference: Sequence[bool]) -> Pair
         return math.sqrt(max(mine**2 - 2 * shared * mine * other + other**2, 0.0))
 
     difference = ours - theirs
+    effect = 1.0 if clusters is None else _design_effect(pairs, clusters)
+    widened = math.sqrt(effect)
     return PairedDifference(
         episodes=count,
         gained=gained,
         lost=lost,
-        low=max(difference - reach(ours - our_low, their_high - theirs), -1.0),
-        high=min(difference + reach(our_high - ours, theirs - their_low), 1.0),
+        low=max(difference - widened * reach(ours - our_low, their_high - theirs), -1.0),
+        high=min(difference + widened * reach(our_high - ours, theirs - their_low), 1.0),
         p_value=_mcnemar(gained, lost),
+        design_effect=effect,
     )
+
+
+def _design_effect(pairs: Sequence[tuple[bool, bool]], clusters: Sequence[Hashable]) -> float:
+    """Variance of the mean difference with sums over clusters, over that of single episodes."""
+    differences = [int(ours) - int(theirs) for ours, theirs in pairs]
+    mean = sum(differences) / len(differences)
+    sums: dict[Hashable, float] = defaultdict(float)
+    for cluster, difference in zip(clusters, differences, strict=True):
+        sums[cluster] += difference - mean
+    single = sum((difference - mean) ** 2 for difference in differences)
+    return max(1.0, sum(total**2 for total in sums.values()) / single) if single else 1.0
 
 
 def wilson_95(solved: int, episodes: int) -> tuple[float, float]:

@@ -101,6 +101,11 @@ class Simulator:
         return self._full_state[:STATE_DIM].astype(np.float32)
 
     @property
+    def hand(self) -> NDArray[np.float64]:
+        """Hand position, metres.  float64 [3]"""
+        return self._full_state[:3].copy()
+
+    @property
     def done(self) -> bool:
         """Whether the episode is solved or out of steps."""
         return self.success or self.steps >= self.task.steps

@@ -1,5 +1,7 @@
 """`qvla evaluate`: a policy in closed loop."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +9,7 @@ import typer
 
 from qvla_export.cli.options import (
     A_POLICY,
+    AN_EVALUATION,
     JsonOption,
     PresetOption,
     TasksOption,
@@ -36,24 +39,36 @@ def evaluate(
             callback=A_POLICY.require,
         ),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another policy's evaluation of the same episodes; the paired difference is "
+            "printed.",
+            callback=AN_EVALUATION.require,
+        ),
+    ] = None,
     workers: WorkersOption = 2,
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run closed-loop episodes in the simulator; success with its Wilson 95 % interval."""
-    from calibration.benchmarks.evaluation import RolloutConfig
+    from calibration.benchmarks.evaluation import RolloutConfig, load_evaluation
     from qvla_export.pipeline.calibrate import chosen_tasks
     from qvla_export.pipeline.evaluate import evaluate_policy
+    from qvla_export.pipeline.paired_evaluations import pair_evaluations
     from qvla_export.pipeline.policy_source import PolicySource
 
     config = RolloutConfig(chosen_tasks(tasks), episodes, seed, execute, control)  # type: ignore[arg-type]  # checked there
     source = PolicySource(policy, unnorm_key, preset, threads=1)
     other = None if reference is None else PolicySource(reference, unnorm_key, preset, threads=1)
+    earlier = None if against is None else load_evaluation(against)
     with progress_shown() as on_progress:
         evaluation = evaluate_policy(source, config, output, other, workers, on_progress)
+    pair = None if earlier is None else pair_evaluations(evaluation, earlier)
     if as_json:
-        typer.echo(output.read_text())
+        beside = {} if pair is None else {"against": asdict(pair)}
+        typer.echo(json.dumps({**json.loads(output.read_text()), **beside}))
         return
     for task in evaluation.config.tasks:
         typer.echo(f"  {task}: {evaluation.success(task):.0%}")
@@ -62,3 +77,8 @@ def evaluate(
         f"success {evaluation.success():.1%} [{low:.1%}, {high:.1%}] of "
         f"{len(evaluation.results)} episodes -> {output}"
     )
+    motion = evaluation.motion()
+    if motion is not None:
+        typer.echo(f"  {motion}")
+    if pair is not None:
+        typer.echo(f"against {against}: {pair}")

@@ -1,0 +1,55 @@
+"""Two policies' evaluations side by side: the same episodes, success and motion."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qvla_export.comparison.paired import PairedDifference, paired_difference
+from qvla_export.shared.errors import ArtifactMismatch
+
+if TYPE_CHECKING:
+    from calibration.benchmarks.evaluation import Evaluation
+    from calibration.benchmarks.motion import MotionSummary
+
+
+@dataclass(frozen=True)
+class EvaluationPair:
+    """A policy's episodes beside another's of the same scenes."""
+
+    success: PairedDifference
+    # Different scenes among the episodes; the interval takes episodes of one scene together.
+    scenes: int
+    # None in evaluations of earlier versions.
+    motion: "MotionSummary | None"
+    other_motion: "MotionSummary | None"
+
+    def __str__(self) -> str:
+        low, high = 100 * self.success.low, 100 * self.success.high
+        return (
+            f"{100 * self.success.value:+.1f} points [{low:+.1f}, {high:+.1f}] of "
+            f"{self.success.episodes} paired episodes in {self.scenes} scenes"
+            + ("" if self.other_motion is None else f"; there {self.other_motion}")
+        )
+
+
+def pair_evaluations(evaluation: "Evaluation", other: "Evaluation") -> EvaluationPair:
+    """Compare two evaluations episode by episode.
+
+    Tasks of one scene are put in the same places by the same seed, so their episodes count as one
+    cluster.
+
+    Raises:
+        ArtifactMismatch: they are not of the same episodes, executed alike.
+    """
+    from calibration.benchmarks.metaworld.tasks import find_task
+
+    if evaluation.config != other.config:
+        raise ArtifactMismatch(
+            f"paired evaluations must be of the same episodes, got {evaluation.config} and "
+            f"{other.config}; evaluate both with the same --tasks, --episodes, --seed, --execute "
+            "and --control"
+        )
+    scenes = [(find_task(row.task).scene, row.seed) for row in evaluation.results]
+    difference = paired_difference(
+        [row.success for row in evaluation.results], [row.success for row in other.results], scenes
+    )
+    return EvaluationPair(difference, len(set(scenes)), evaluation.motion(), other.motion())
