@@ -233,9 +233,11 @@ def _run_episodes(request: Deployment, on_progress: OnProgress) -> None:
 
 
 def _describe(request: Deployment, policy: "Policy") -> None:
+    from engines.load import runtime_here
+    from engines.targets import find_target
     from jetson.board import read_board_state
 
-    board = read_board_state()
+    board, target = read_board_state(), find_target(request.target)
     write_json(
         request.run.description,
         {
@@ -243,6 +245,12 @@ def _describe(request: Deployment, policy: "Policy") -> None:
             "policy_digest": policy.digest,
             "target": request.target,
             "settings": [setting.name for setting in request.settings],
+            # What the report misses where it is not there.
+            "stages": {
+                "agreement": request.check_pairs > 0,
+                "episodes": request.episodes > 0,
+                "latency": runtime_here(target) == target.runtime,
+            },
             "command": request.command,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),

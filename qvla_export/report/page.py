@@ -7,10 +7,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from qvla_export.report import estimators, figures, result_figures, tables
+from qvla_export.report import estimators, figures, recommendation, result_figures, tables
 from qvla_export.report.missing import missing_artifacts
 from qvla_export.report.run_data import RunData, read_run
 from qvla_export.report.svg import style
+from qvla_export.report.traces import draw_traces
 from qvla_export.shared.artifacts import write_bytes
 
 REPORT = "report.html"
@@ -55,7 +56,9 @@ def render(data: RunData) -> str:
         drawings = list(_drawings(data))
     return environment.get_template("report.html.j2").render(
         data=data,
+        contents=_contents(data),
         summary=tables.summary(data),
+        open_loop=data.recommendation and recommendation.open_loop_table(data.recommendation),
         comparison=tables.comparison(data),
         controls=tables.controls(data),
         dimensions=tables.dimensions(data),
@@ -70,8 +73,24 @@ def render(data: RunData) -> str:
     )
 
 
+def _contents(data: RunData) -> dict[str, str]:
+    """Return the page's sections: anchor -> heading."""
+    sections = {
+        "recommendation": "Recommendation",
+        "comparison": "Float against quantized",
+        "results": "What comes out",
+        "sensitivities": "What the channels do to the action",
+        "widths": "Widths",
+        "reading": "Reading this page",
+    }
+    if data.recommendation is None:
+        del sections["recommendation"]
+    return sections
+
+
 def _drawings(data: RunData) -> Iterator[Drawing]:
     """Yield the figures that the run has data for, in the page's order."""
+    yield from _trace_drawings(data)
     yield from _result_drawings(data)
     measured = data.sensitivities
     origin = f"{measured.method}, {measured.samples} observations"
@@ -108,16 +127,34 @@ def _drawings(data: RunData) -> Iterator[Drawing]:
     yield from _plan_drawings(data)
 
 
+def _trace_drawings(data: RunData) -> Iterator[Drawing]:
+    found = data.recommendation
+    if found is None:
+        return
+    quantized = [s.name for s in data.settings if s.plan is not None]
+    # The recommended one first, then the smallest.
+    sizes = {s.name: s.layer_bytes for s in data.settings}
+    quantized.sort(key=lambda name: (name != found.setting, sizes[name]))
+    yield _drawing(
+        "traces",
+        "Action traces",
+        "Every step of the chunk on some of the held-out observations: what was demonstrated, what "
+        f"the float policy does and what quantized ones do. {found.named_by}.",
+        f"One row for each number of the action: {', '.join(found.names)}.",
+        lambda: draw_traces(found.traces, quantized, result_figures.looks_of(data)),
+    )
+
+
 def _result_drawings(data: RunData) -> Iterator[Drawing]:
     judged = [s for s in data.settings if s.rollouts is not None]
-    if any(s.action_error is not None or s.rollouts is not None for s in data.settings):
+    if judged or any(s.plan is not None and s.action_error is not None for s in data.settings):
         yield _drawing(
             "trade-off",
             "Size, error and success",
-            "Action error on held-out observations and closed-loop success against the stored "
-            "bytes of the quantized layers. The float engine, exact up to its drift, has no place "
-            "on the logarithmic axis.",
-            "Two scatter plots over size: action error above, success below. Values: the table.",
+            f"Action error on held-out observations{' and closed-loop success' * bool(judged)} "
+            "against the stored bytes of the quantized layers. The float engine, exact up to its "
+            "drift, has no place on the logarithmic axis.",
+            "Scatter plots over size. Values: the table.",
             lambda: result_figures.draw_trade_off(data, data.settings),
         )
     if judged:

@@ -1,6 +1,7 @@
 """Figures of what came out: error over time, success, latency, the trade-off."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,20 +10,24 @@ from qvla_export.report.axes import label_deviations, legend_above, name_point
 from qvla_export.report.measured import Latency, Share
 from qvla_export.report.run_data import RunData, SettingResult
 from qvla_export.report.svg import (
-    DASHES,
-    MARKERS,
     MUTED,
     PAPER,
     STAGE_COLORS,
+    Look,
     log_axis,
     new_figure,
-    setting_colors,
+    setting_looks,
     short,
     to_svg,
 )
 from qvla_export.shared.clock import whole_spans
 
 _NORMAL_95 = 1.96
+# Of the axes' diagonal, between two markers of a curve; and columns of a legend.
+_MARK_EVERY = 0.18
+_COLUMNS = 4
+# Points that have their names beside them.
+_MOST_NAMES = 7
 _EXACT = 1e-8  # a sum below is rounding: the float engine beside the float policy
 
 
@@ -30,7 +35,7 @@ def draw_deviation(data: RunData, settings: Sequence[SettingResult]) -> str:
     """Draw the mean cumulative deviation along episodes with a 95 % band (Fig. 3)."""
     figure = new_figure(3.3)
     axes = figure.subplots()
-    colors = _colors(data)
+    looks = looks_of(data)
     drifting = [s for s in settings if s.rollouts and s.rollouts.cumulative[:, -1].mean() > _EXACT]
     for setting in drifting or settings:
         assert setting.rollouts is not None
@@ -40,19 +45,21 @@ def draw_deviation(data: RunData, settings: Sequence[SettingResult]) -> str:
         spread = np.zeros_like(mean)
         if len(sums) > 1:
             spread = _NORMAL_95 * sums.std(axis=0, ddof=1) / np.sqrt(len(sums))
-        color = colors[setting.name]
+        look = looks[setting.name]
         # A logarithmic axis cannot show a band that reaches zero.
         low = np.maximum(mean - spread, mean / 10)
-        axes.fill_between(decisions, low, mean + spread, color=color, alpha=0.2, linewidth=0)
+        axes.fill_between(decisions, low, mean + spread, color=look.color, alpha=0.2, linewidth=0)
         axes.plot(
             decisions,
             mean,
-            color=color,
-            dashes=_dashes(data, setting.name),
+            color=look.color,
+            dashes=look.dashes,
+            marker=look.marker,
+            markevery=_MARK_EVERY,
             label=short(setting.name),
         )
     label_deviations(axes, logarithmic=bool(drifting))
-    axes.legend(loc="lower right")
+    legend_above(axes, _COLUMNS)
     return to_svg(figure, "deviation")
 
 
@@ -85,51 +92,95 @@ def draw_latency(data: RunData, settings: Sequence[SettingResult]) -> str:
     rows = {**rows, **data.other_latencies}
     figure = new_figure(3.4 + 0.5 + 0.3 * len(rows))
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 0.5 + 0.3 * len(rows)])
-    colors = _colors(data, tuple(data.other_latencies))
+    looks = looks_of(data)
     for name, latency in rows.items():
         total = np.sort(latency.samples_ms["total"])
         share = 100 * np.arange(1, len(total) + 1) / len(total)
+        look = looks[name]
         upper.step(
-            total, share, where="post", color=colors[name], dashes=_dashes(data, name), label=name
+            total,
+            share,
+            where="post",
+            color=look.color,
+            dashes=look.dashes,
+            marker=look.marker,
+            markevery=_MARK_EVERY,
+            label=short(name),
         )
     upper.set_ylim(0, 101)
     upper.set_ylabel("actions at most this slow, %")
     upper.set_xlabel("milliseconds from request to action")
-    upper.legend(loc="lower right")
+    legend_above(upper, 3)
     _span_bars(lower, rows)
     return to_svg(figure, "latency")
 
 
 def draw_trade_off(data: RunData, settings: Sequence[SettingResult]) -> str:
-    """Draw action error and success against the bytes of the quantized layers."""
-    figure = new_figure(5.0)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    colors = _colors(data)
+    """Draw action error and success against the bytes of the quantized layers.
+
+    What no setting was judged by has no panel.
+    """
+    judged = [s for s in settings if s.plan is not None and s.action_error is not None]
+    played = [s for s in settings if s.rollouts is not None]
+    drawn = [(_errors_by_size, judged), (_success_by_size, played)]
+    panels = [(draw, those) for draw, those in drawn if those]
+    figure = new_figure(0.6 + 2.2 * len(panels))
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (draw, those) in zip(rows, panels, strict=True):
+        draw(axes, data, those)
+    if len(settings) > _MOST_NAMES:
+        legend_above(rows[0], _COLUMNS)
+    rows[-1].set_xlabel("bytes of the quantized layers, % of float16 (scales included)")
+    rows[-1].set_xlim(left=0)
+    return to_svg(figure, "trade-off")
+
+
+def _errors_by_size(axes: Axes, data: RunData, settings: Sequence[SettingResult]) -> None:
     for i, setting in enumerate(settings):
-        size = 100 * setting.layer_bytes / data.float16_bytes
-        look = {"color": colors[setting.name], "marker": _marker(data, setting.name)}
+        assert setting.action_error is not None
+        size, error = _size(setting, data), setting.action_error.rms
+        axes.plot(size, error, ls="none", ms=7, mec=PAPER, mew=0.6, **_point_look(data, setting))
         # Names of neighbours at alternating heights do not cover each other.
         above = (0, 8 if i % 2 == 0 else -13)
-        if setting.plan is not None and setting.action_error is not None:
-            error = setting.action_error.rms
-            upper.plot(size, error, ls="none", ms=7, mec=PAPER, mew=0.6, **look)
-            name_point(upper, setting.name, (size, error), above, "center", 8)
-        if setting.rollouts is not None:
-            share = setting.rollouts.success
-            bars = [[100 * (share.value - share.low)], [100 * (share.high - share.value)]]
-            lower.errorbar(
-                size, 100 * share.value, yerr=bars, ls="none", ms=7, mec=PAPER, mew=0.6,
-                capsize=2, elinewidth=1.2, **look,
-            )  # fmt: skip
-            name_point(lower, setting.name, (size, 100 * share.value), (7, 4), "left", 8)
-    upper.set_ylabel("action error,\nRMS (normalized)")
-    if any(s.plan is not None and s.action_error is not None for s in settings):
-        upper.margins(x=0.12, y=0.25)
-        log_axis(upper, "y")
-    lower.set_ylabel("solved episodes, %")
-    lower.set_xlabel("bytes of the quantized layers, % of float16 (scales included)")
-    lower.set_xlim(left=0)
-    return to_svg(figure, "trade-off")
+        _name_among_few(axes, data, setting.name, (size, error), above, "center")
+    axes.set_ylabel("action error,\nRMS (normalized)")
+    axes.margins(x=0.12, y=0.25)
+    log_axis(axes, "y")
+
+
+def _success_by_size(axes: Axes, data: RunData, settings: Sequence[SettingResult]) -> None:
+    for setting in settings:
+        assert setting.rollouts is not None
+        size, share = _size(setting, data), setting.rollouts.success
+        bars = [[100 * (share.value - share.low)], [100 * (share.high - share.value)]]
+        axes.errorbar(
+            size, 100 * share.value, yerr=bars, ls="none", ms=7, mec=PAPER, mew=0.6,
+            capsize=2, elinewidth=1.2, **_point_look(data, setting),
+        )  # fmt: skip
+        _name_among_few(axes, data, setting.name, (size, 100 * share.value), (7, 4), "left")
+    axes.set_ylabel("solved episodes, %")
+
+
+def _size(setting: SettingResult, data: RunData) -> float:
+    return 100 * setting.layer_bytes / data.float16_bytes
+
+
+def _point_look(data: RunData, setting: SettingResult) -> dict[str, Any]:
+    look = looks_of(data)[setting.name]
+    return {"color": look.color, "marker": look.marker, "label": short(setting.name)}
+
+
+def _name_among_few(
+    axes: Axes,
+    data: RunData,
+    name: str,
+    at: tuple[float, float],
+    offset: tuple[float, float],
+    align: str,
+) -> None:
+    """Write a name beside its point, unless there are so many that a legend names them."""
+    if len(data.settings) <= _MOST_NAMES:
+        name_point(axes, name, at, offset, align, 8)
 
 
 def _interval_dots(
@@ -144,8 +195,8 @@ def _interval_dots(
         # Rounding may put an interval's end a hair inside the value.
         xerr=np.maximum([low, high], 0),
         ls="none",
-        color=_colors(data)[name],
-        marker=_marker(data, name),
+        color=looks_of(data)[name].color,
+        marker=looks_of(data)[name].marker,
         ms=4.5,
         elinewidth=1.1,
         label=short(name),
@@ -176,19 +227,7 @@ def _span_bars(axes: Axes, rows: dict[str, Latency]) -> None:
         legend_above(axes, 5)
 
 
-def _colors(data: RunData, more: tuple[str, ...] = ()) -> dict[str, str]:
+def looks_of(data: RunData) -> dict[str, Look]:
+    """Return how each setting, and each profile of no setting, is drawn."""
     float_names = [s.name for s in data.settings if s.plan is None]
-    return setting_colors([*(s.name for s in data.settings), *more], float_names)
-
-
-def _place(data: RunData, name: str) -> int:
-    names = [*(s.name for s in data.settings), *data.other_latencies]
-    return names.index(name)
-
-
-def _marker(data: RunData, name: str) -> str:
-    return MARKERS[_place(data, name) % len(MARKERS)]
-
-
-def _dashes(data: RunData, name: str) -> tuple[float, ...]:
-    return DASHES[_place(data, name) % len(DASHES)]
+    return setting_looks([*(s.name for s in data.settings), *data.other_latencies], float_names)

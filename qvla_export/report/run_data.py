@@ -1,7 +1,7 @@
 """A run folder -> `RunData`, everything the page shows, checked to belong together."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from qvla_export.report.measured import (
     read_object,
     read_rollouts,
 )
+from qvla_export.report.recommendation import Recommended, read_recommendation
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.artifacts import require_same, sha256_file
 from qvla_export.shared.bundle import Bundle
@@ -27,6 +28,10 @@ from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
 _T = TypeVar("_T")
 
 CONTROLS = ("blank-image", "wrong-instruction")
+_INFO_FIELDS = (
+    *("policy", "policy_digest", "target", "command", "created", "versions", "machine"),
+    "settings",
+)
 _REMEDY = "Run `qvla deploy` on this run folder again."
 
 
@@ -43,6 +48,8 @@ class RunInfo:
     machine: Mapping[str, str]
     # Folder names below settings/, in the order shown.
     settings: tuple[str, ...]
+    # Of "agreement", "episodes", "latency": whether this run makes them; without what is not known.
+    stages: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,8 @@ class RunData:
     settings: tuple[SettingResult, ...]
     # By name, of those in `CONTROLS` that were run.
     controls: Mapping[str, Rollouts]
+    # What `qvla deploy` recommends; None where it was not run to its end.
+    recommendation: Recommended | None
     # Latency profiles of no setting, by name: bundles that were reached through a server.
     other_latencies: Mapping[str, Latency]
 
@@ -134,8 +143,23 @@ def read_run(run: Path) -> RunData:
         estimators=estimators_of(run, sensitivities),
         settings=settings,
         controls=controls,
+        recommendation=_read_recommended(run / "recommendation.json", settings, sensitivities),
         other_latencies={n: v for n, v in latencies.items() if n not in info.settings},
     )
+
+
+def _read_recommended(
+    path: Path, settings: Sequence[SettingResult], sensitivities: Sensitivities
+) -> Recommended | None:
+    chosen = _if_there(path, read_recommendation)
+    if chosen is not None:
+        made_for = sensitivities.calibration_digest
+        _require("recommendation and calibration set", made_for, chosen.calibration_digest)
+        for setting in settings:
+            digest = chosen.bundles.get(setting.name, setting.bundle_digest)
+            what = f"recommendation and bundle {setting.name}"
+            _require(what, setting.bundle_digest, digest)
+    return chosen
 
 
 def estimators_of(run: Path, sensitivities: Sensitivities) -> ComparedEstimators | None:
@@ -178,8 +202,10 @@ def _require_judged_alike(
 
 
 def _read_info(path: Path) -> RunInfo:
-    value = read_object(path, "run description", tuple(RunInfo.__dataclass_fields__))
+    value = read_object(path, "run description", _INFO_FIELDS)
     with damage_named(path, "run description"):
+        # Runs described before stages were do not have them.
+        stages = {str(k): v is True for k, v in dict(value.get("stages", {})).items()}
         settings = tuple(value["settings"])
         info = RunInfo(
             policy=str(value["policy"]),
@@ -190,6 +216,7 @@ def _read_info(path: Path) -> RunInfo:
             versions=_texts(value["versions"]),
             machine=_texts(value["machine"]),
             settings=settings,
+            stages=stages,
         )
     if not settings or len(set(settings)) != len(settings):
         raise ArtifactError(f"{path} must list settings, none twice; {_REMEDY}")

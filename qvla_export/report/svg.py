@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -24,8 +25,16 @@ _SERIES = ("#1f78b8", "#d55e00", "#0a9a73", "#c46a9c", "#b58900", "#6f6fd6", "#a
 # The spans of an action; other hues than the first settings have.
 STAGE_COLORS = ("#c46a9c", "#b58900", "#8a97a3", "#6f6fd6", "#a0522d")
 FLOAT_COLOR = "#7d7d7d"
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (2, 1.2), (6, 1.5, 1.5, 1.5))
+# Colours, markers and dashes repeat after 8, 12 and 5, so that the first 40 settings differ in
+# colour or dash, and the first 24 in colour or marker.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
+DASHES: tuple[tuple[float, ...], ...] = (
+    (),
+    (5, 1.5),
+    (2, 1.2),
+    (6, 1.5, 1.5, 1.5),
+    (8, 1.5, 1.5, 1.5, 1.5, 1.5),
+)
 # Ordered by lightness, so that widths can be told apart without seeing hue.
 WIDTH_COLORS = {0: "#b9b9b4", 2: "#dcb63c", 4: "#4ba589", 8: "#3079ad", 16: "#5a3f94"}
 # Inches; on a phone one figure spans the screen at about its natural size.
@@ -71,6 +80,27 @@ def setting_colors(names: Sequence[str], float_names: Sequence[str]) -> dict[str
     quantized = [name for name in names if name not in float_names]
     colors = {name: _SERIES[i % len(_SERIES)] for i, name in enumerate(quantized)}
     return {name: colors.get(name, FLOAT_COLOR) for name in names}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a setting is drawn, in every figure alike."""
+
+    color: str
+    marker: str
+    # Lengths of dashes and gaps, in line widths; empty for a solid line.
+    dashes: tuple[float, ...]
+
+
+def setting_looks(names: Sequence[str], float_names: Sequence[str]) -> dict[str, Look]:
+    """Return each setting's look: float grey, solid and round, the others' in their order."""
+    colors = setting_colors(names, float_names)
+    looks = {name: Look(FLOAT_COLOR, MARKERS[0], DASHES[0]) for name in float_names}
+    for i, name in enumerate(name for name in names if name not in float_names):
+        # Float has the first of each.
+        marker, dashes = MARKERS[(i + 1) % len(MARKERS)], DASHES[(i + 1) % len(DASHES)]
+        looks[name] = Look(colors[name], marker, dashes)
+    return looks
 
 
 @contextmanager

@@ -24,18 +24,25 @@ _COLUMNS = (
 
 
 def comparison(data: RunData) -> Table:
-    """Return the table of all settings."""
-    return Table(_COLUMNS, tuple(_setting_row(setting, data) for setting in data.settings))
+    """Return the table of all settings, without columns that no setting has a value in."""
+    rows = [_setting_row(setting, data) for setting in data.settings]
+    filled = [i for i in range(len(_COLUMNS)) if any(row[i].text != NONE for row in rows)]
+    return Table(
+        tuple(_COLUMNS[i] for i in filled), tuple(tuple(row[i] for i in filled) for row in rows)
+    )
 
 
 def summary(data: RunData) -> str:
-    """Return one sentence about the smallest planned setting, from its numbers."""
+    """Return one sentence about the recommended setting, or the smallest planned one."""
     planned = [s for s in data.settings if s.measured_widths] or [
         s for s in data.settings if s.plan is not None
     ]
     if not planned:
         return "Only the float policy is in this run folder; nothing is quantized yet."
     chosen = min(planned, key=lambda setting: setting.layer_bytes)
+    if data.recommendation is not None:
+        name = data.recommendation.setting
+        chosen = next((s for s in data.settings if s.plan and s.name == name), chosen)
     assert chosen.plan is not None
     share = chosen.layer_bytes / data.float16_bytes
     clauses = [
@@ -80,7 +87,10 @@ def dimensions(data: RunData) -> Table:
             ("largest, normalized", e.max_abs_normalized),
         )
     )
-    return Table(("Setting", "|ΔA|", *(f"Dimension {i}" for i in range(count))), rows)
+    names = tuple(f"Dimension {i}" for i in range(count))
+    if data.recommendation is not None and len(data.recommendation.names) == count:
+        names = data.recommendation.names
+    return Table(("Setting", "|ΔA|", *names), rows)
 
 
 def tasks(data: RunData) -> Table:
@@ -231,17 +241,9 @@ def _ratio(latency: Latency | None) -> Cell:
 def _error_clause(chosen: SettingResult, data: RunData) -> str:
     assert chosen.action_error is not None
     text = f"its action error is {chosen.action_error.rms:.3g} RMS"
-    uniform = [
-        s
-        for s in data.settings
-        if s.plan is not None and not s.measured_widths and s.action_error is not None
-    ]
-    if not uniform or not chosen.measured_widths:
-        return text
-    # The fair rival is the one of most nearly the same bytes.
-    rival = min(uniform, key=lambda s: abs(s.layer_bytes - chosen.layer_bytes))
-    assert rival.action_error is not None
-    if rival.action_error.rms == 0:
+    # Only round-to-nearest at the same bits is a fair rival.
+    rival = next((s for s in data.settings if s.name == f"{chosen.name}-rtn"), None)
+    if rival is None or rival.action_error is None or rival.action_error.rms == 0:
         return text
     times = chosen.action_error.rms / rival.action_error.rms
     return f"{text}, {times:.2f}× that of round-to-nearest ({rival.name})"

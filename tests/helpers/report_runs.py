@@ -14,6 +14,13 @@ from jetson.board import read_board_state
 from jetson.latency.comparison import compare_profiles
 from jetson.latency.profile import LatencyProfile
 from qvla_export.allocation.allocate import Budget, allocate_bits
+from qvla_export.pipeline.recommend.bounds import form_bounds
+from qvla_export.pipeline.recommend.next_commands import next_commands
+from qvla_export.pipeline.recommend.open_loop import Actions, open_loop_error
+from qvla_export.pipeline.recommend.recommendation import Candidate, Recommendation, choose
+from qvla_export.pipeline.recommend.sentences import choice_sentences
+from qvla_export.pipeline.recommend.tolerance import USUAL_TOLERANCE
+from qvla_export.pipeline.recommend.traces import traces
 from qvla_export.policies.layers import layer_shapes, traced_layers
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.plan import BitPlan
@@ -22,6 +29,7 @@ from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.sensitivity.agreement import Agreement
 from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 from qvla_export.sensitivity.sensitivities import Sensitivities
+from qvla_export.shared.action_space import ActionLabels, action_space
 from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.latency_statistics import Deadline
@@ -30,6 +38,7 @@ from qvla_export.shared.observation import Observation
 SETTINGS = ("float", "w8", "w4", "w4-rtn")
 TASKS = ("drawer-open", "drawer-close")
 EPISODES = 5
+NAMES = ("x", "y", "z", "gripper")
 
 
 def make_report_run(policy: OftPolicy, seen: list[Observation], run: Path) -> Path:
@@ -96,10 +105,12 @@ def _write_run_wide(run: Path, bundles: dict[str, Bundle], measured: Sensitiviti
             "versions": {"python": "3"},
             "machine": {"cores": 2},
             "settings": list(SETTINGS),
+            "stages": {"agreement": True, "episodes": True, "latency": True},
         },
     )
     drawn = {"digest": measured.calibration_digest, "calibration": 2, "held_out": 7, "source": {}}
     write_json(run / "calibration" / "calibration.json", drawn)
+    _write_recommendation(run, bundles, measured.calibration_digest)
     layer = next(iter(measured.values))
     Agreement(
         spearman=0.9876,
@@ -139,6 +150,40 @@ def _write_run_wide(run: Path, bundles: dict[str, Bundle], measured: Sensitiviti
     for control in ("blank-image", "wrong-instruction"):
         name = f"float, {control}"
         _evaluation(name, bundles["float"].digest, control).save(run / f"controls/{control}.json")
+
+
+def _write_recommendation(run: Path, bundles: dict[str, Bundle], calibration_digest: str) -> None:
+    """Recommend on invented actions of four numbers: the fewer bits, the noisier."""
+    random = np.random.default_rng(5)
+    space = action_space(4, np.ones(4, bool), (ActionLabels("the test", NAMES, 20.0),))
+    target = np.cumsum(random.normal(0, 0.1, (7, 8, 4)), axis=1)
+    own = target + random.normal(0, 0.05, target.shape)
+    actions = Actions(own, target, np.ones(4))
+    noises = {"float": 1e-6, "w8": 1e-4, "w4": 1e-3, "w4-rtn": 0.1}
+    answers = {n: own + random.normal(0, sigma, own.shape) for n, sigma in noises.items()}
+    candidates = tuple(
+        Candidate(n, n == "float", bundles[n].digest, bundles[n].nbytes, error)
+        for n, answer in answers.items()
+        for error in (open_loop_error(space, actions, answer),)
+    )
+    float_error = open_loop_error(space, actions, own)
+    bounds = form_bounds(space, float_error, USUAL_TOLERANCE, "")
+    chosen = choose(candidates, bounds)
+    assert chosen is not None and chosen.setting == "w4"
+    found = Recommendation(
+        "cpu",
+        calibration_digest,
+        space,
+        float_error,
+        bounds,
+        candidates,
+        chosen.setting,
+        choice_sentences(chosen, candidates, bounds, "qvla deploy --policy tiny"),
+        ("A doubt.",),
+        next_commands(CPU, "w4", run / "settings/w4/bundle", native=True),
+        traces(target, {"float policy": own, **answers}),
+    )
+    write_json(run / "recommendation.json", found.to_json())
 
 
 def edit_json(path: Path, **changes: Any) -> None:

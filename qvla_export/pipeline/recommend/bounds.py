@@ -11,6 +11,7 @@ from qvla_export.shared.errors import QvlaError
 Quantile = Literal["median", "p90"]
 # Of the float policy's own median error against the demonstrations.
 SHARE = 0.1
+_COUNTED: dict[Quantile, str] = {"median": "at the median", "p90": "in nine actions of ten"}
 _OPTIONS: dict[Group, str] = {
     "translation": "--tolerance-mm",
     "rotation": "--tolerance-deg",
@@ -34,6 +35,14 @@ class Bound:
     quantile: Quantile
     # Where it comes from, or why there is none, in words.
     source: str
+
+    @property
+    def text(self) -> str:
+        """Return it as a sentence, with where it comes from."""
+        if self.value is None:
+            return f"{self.group}: no bound, {self.source}"
+        counted = _COUNTED[self.quantile]
+        return f"{self.group}: at most {self.value:.3g} {self.unit} added {counted} ({self.source})"
 
     def allows(self, error: OpenLoopError) -> bool:
         """Whether a policy's errors stay under it."""

@@ -85,12 +85,17 @@ class Recommendation:
             "sentences": list(self.sentences),
             "warnings": list(self.warnings),
             "commands": [asdict(command) for command in self.commands],
-            "action": asdict(self.space),
+            "action": {**asdict(self.space), "units": self._units()},
             "float_policy": self.float_error.to_json(),
-            "bounds": [asdict(bound) for bound in self.bounds],
+            "bounds": [{**asdict(bound), "text": bound.text} for bound in self.bounds],
             "settings": [self._candidate_json(c) for c in self.candidates],
             **traces,
         }
+
+    def _units(self) -> list[dict[str, Any]]:
+        """Return each number's unit, and what one unit of the action is in it."""
+        units = [self.space.unit(group) for group in self.space.groups]
+        return [{"unit": unit, "scale": scale} for unit, scale in units]
 
     def _candidate_json(self, candidate: Candidate) -> dict[str, Any]:
         return {

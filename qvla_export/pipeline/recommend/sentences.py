@@ -8,7 +8,6 @@ from qvla_export.pipeline.recommend.open_loop import GroupError
 from qvla_export.pipeline.recommend.recommendation import Candidate, Recommendation, exceeded
 from qvla_export.shared.action_space import ActionSpace, Group
 
-_COUNTED = {"median": "at the median", "p90": "in nine actions of ten"}
 # Of a bound: a recommended setting below it has room for fewer bits.
 _ROOM = 0.5
 _FLIPS = 0.01
@@ -93,7 +92,7 @@ def recommendation_lines(result: Recommendation) -> Iterator[str]:
     for row in table:
         yield "  " + "  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip()
     yield "recommendation"
-    for text in (*bound_sentences(result.bounds), *result.sentences):
+    for text in (*(bound.text for bound in result.bounds), *result.sentences):
         yield f"  {text}"
     for text in result.warnings:
         yield f"  doubt: {text}"
@@ -109,16 +108,6 @@ def error_text(error: GroupError) -> str:
     if error.error is None:
         return shift
     return f"{error.error.median:.3g} ({error.error.p90:.3g}); {shift}"
-
-
-def bound_sentences(bounds: Sequence[Bound]) -> tuple[str, ...]:
-    """Return each bound with where it comes from."""
-    return tuple(
-        f"{b.group}: no bound, {b.source}"
-        if b.value is None
-        else f"{b.group}: at most {b.value:.3g} {b.unit} added {_COUNTED[b.quantile]} ({b.source})"
-        for b in bounds
-    )
 
 
 def _chosen(

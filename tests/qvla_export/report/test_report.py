@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from report_runs import SETTINGS, Outline
 from qvla_export.quantizer.layer_names import label_of, module_of
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.report.page import write_report
+from qvla_export.report.run_data import read_run
+from qvla_export.report.tables import summary
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +44,10 @@ def test_page_is_self_contained_and_valid_enough(page: str) -> None:
 def test_every_setting_figure_and_section_is_there(page: str) -> None:
     for name in (*SETTINGS, "w4 served", "blank-image", "wrong-instruction", "qvla deploy"):
         assert name in page
-    assert page.count("<figure") == 10  # four results, two + one sensitivities, shares, two plans
-    assert page.count('role="img"') == page.count("<svg") == 10
+    assert (
+        page.count("<figure") == 11
+    )  # traces, four results, two + one sensitivities, shares, two plans
+    assert page.count('role="img"') == page.count("<svg") == 11
     assert "Nothing on this page was run on a GPU" in page
     assert "Not in this run" not in page
 
@@ -54,7 +59,8 @@ def test_numbers_in_the_table_are_those_of_the_artifacts(
     latency = json.loads((pristine_report_run / "latency.json").read_text())
     for index, name in enumerate(SETTINGS):
         folder = pristine_report_run / "settings" / name
-        row = page[page.index(f"<span>{name}</span>") :].split("</tr>")[0]
+        row = page[page.index(f"<span>{name}</span>", page.index('id="comparison"')) :]
+        row = row.split("</tr>")[0]
         error = json.loads((folder / "action_error.json").read_text())
         assert f"{error['rms']:.3g} RMS" in row and "engine drift 8.7e-07" in row
         done = json.loads((folder / "evaluation.json").read_text())["summary"]
@@ -79,11 +85,20 @@ def test_numbers_in_the_table_are_those_of_the_artifacts(
 
 
 def test_summary_sentence_is_computed(page: str) -> None:
-    sentence = re.search(r'<p class="lead">(.*?)</p>', page.replace("\u00a0", " "))
+    sentence = re.search(r"<p>(At [^<]*mean bits.*?)</p>", page.replace("\u00a0", " "))
     assert sentence is not None
     assert "mean bits per channel (w4)" in sentence[1]
     assert "of 10 episodes (float:" in sentence[1]
     assert "that of round-to-nearest (w4-rtn)" in sentence[1]
+
+
+def test_only_equal_bits_are_compared(pristine_report_run: Path) -> None:
+    data = read_run(pristine_report_run)
+    assert "that of round-to-nearest (w4-rtn)" in summary(data)
+    # Without w4, the uniform one of half the bits is no rival of w8.
+    others = tuple(setting for setting in data.settings if setting.name != "w4")
+    text = summary(replace(data, settings=others, recommendation=None))
+    assert "(w8)" in text and "round-to-nearest" not in text
 
 
 def test_equal_runs_give_equal_bytes(pristine_report_run: Path, page: str) -> None:
@@ -111,7 +126,7 @@ def test_chromium_draws_the_page(page: str, tmp_path: Path) -> None:
             chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
             "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}",
-            "--window-size=1280,3000", f"--screenshot={picture}",
+            "--window-size=1280,5000", f"--screenshot={picture}",
             written.as_uri(),
         ],
         check=True, capture_output=True, timeout=60,

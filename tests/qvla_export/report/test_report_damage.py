@@ -42,11 +42,12 @@ def test_missing_pieces_are_named_with_their_command(run: Path) -> None:
         (run / "settings" / name / "evaluation.json").unlink()
         (run / "settings" / name / "action_error.json").unlink()
     (run / "calibration/calibration.json").unlink()
+    (run / "recommendation.json").unlink()
     written = html.unescape(write_report(run).read_text())
     for command in (
         f"qvla sensitivities --run {run} --policy <checkpoint> --check-pairs",
-        f"qvla evaluate {run}/settings/w4/bundle --reference <checkpoint> --output",
-        f"qvla evaluate {run}/settings/float/bundle --control wrong-instruction --output",
+        f"qvla evaluate {run}/settings/float/bundle --reference <checkpoint> --output",
+        f"qvla evaluate {run}/settings/float/bundle --control blank-image --output",
         f"qvla deploy --policy <checkpoint> --run {run}",
         f"qvla calibrate --run {run}",
     ):
