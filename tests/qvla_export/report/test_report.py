@@ -129,7 +129,7 @@ def test_chromium_draws_the_page(page: str, tmp_path: Path) -> None:
             "--window-size=1280,5000", f"--screenshot={picture}",
             written.as_uri(),
         ],
-        check=True, capture_output=True, timeout=60,
+        check=True, capture_output=True, timeout=240,
     )  # fmt: skip
     with Image.open(picture) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
