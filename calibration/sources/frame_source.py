@@ -107,7 +107,7 @@ class FrameSource(ABC):
     def identity(self) -> Mapping[str, Any]:
         """Return name, format, digest of the files' names, sizes and metadata, columns used."""
         columns = self.columns
-        said = {"instruction": columns.one_instruction} if columns.one_instruction else {}
+        phrase = {"instruction": columns.one_instruction} if columns.one_instruction else {}
         return {
             "dataset": name_of_dataset(self.root),
             "format": self.format_name,
@@ -117,7 +117,7 @@ class FrameSource(ABC):
                 "state": ",".join(columns.state),
                 "instruction": columns.instruction or "",
             },
-            **said,
+            **phrase,
         }
 
     def _moment(self, episode: int, frame: int) -> Moment:

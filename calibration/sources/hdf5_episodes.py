@@ -92,7 +92,7 @@ class Hdf5Source(FrameSource):
 
     def arrays_of(self, file: Hdf5File, group: str) -> dict[str, int]:
         """Return an episode's arrays by path, and how many dimensions each has."""
-        found = {}
+        ranks = {}
         for count, name in enumerate(_walk(file, group, depth=3)):
             if count > _MOST_NAMES:
                 raise ArtifactError(
@@ -101,16 +101,16 @@ class Hdf5Source(FrameSource):
                 )
             full = _join(group, name)
             if file.is_array(full):
-                found[name] = len(file.shape(full))
-        return found
+                ranks[name] = len(file.shape(full))
+        return ranks
 
     def _episodes_of(self, path: Path) -> Iterator[EpisodePlace]:
         file = self._open(path)
         columns = self.columns
-        used = [*columns.images.values(), *columns.state, *columns.action]
+        names = [*columns.images.values(), *columns.state, *columns.action]
         for group in self.groups_of(file):
             lengths = {}
-            for name in used:
+            for name in names:
                 shape = file.shape(_join(group, name))
                 lengths[name] = shape[0] if shape else 0
             if len(set(lengths.values())) != 1 or not all(lengths.values()):

@@ -53,12 +53,12 @@ class Hdf5File:
     def members(self, group: str) -> list[str]:
         """Return the names in a group, sorted; empty where there is no such group."""
         with self._reading(group):
-            found = self._object(group)
-            if not isinstance(found, h5py.Group):
+            node = self._object(group)
+            if not isinstance(node, h5py.Group):
                 return []
-            if len(found) > _MOST_MEMBERS:
-                raise ValueError(f"{len(found)} members, at most {_MOST_MEMBERS} are read")
-            return sorted(str(name) for name in found)
+            if len(node) > _MOST_MEMBERS:
+                raise ValueError(f"{len(node)} members, at most {_MOST_MEMBERS} are read")
+            return sorted(str(name) for name in node)
 
     def is_array(self, name: str) -> bool:
         """Whether there is an array of this name."""
@@ -69,11 +69,6 @@ class Hdf5File:
         """Return an array's shape."""
         with self._reading(name):
             return tuple(int(side) for side in self._array(name).shape)
-
-    def is_text(self, name: str) -> bool:
-        """Whether an array holds texts, or bytes of any length."""
-        with self._reading(name):
-            return self._array(name).dtype.kind in "SO"
 
     def row(self, name: str, number: int) -> Any:
         """Return one row of an array: numbers, or the bytes of a file."""
@@ -88,27 +83,23 @@ class Hdf5File:
         """Return an attribute "group@name", or an array of one text; None where there is none."""
         group, at, attribute = name.partition("@")
         with self._reading(name):
-            found = self._object(group)
+            node = self._object(group)
             if at:
-                if found is None or attribute not in found.attrs:
+                if node is None or attribute not in node.attrs:
                     return None
-                stored = h5py.h5a.open(found.id, attribute.encode())
-                if stored.get_storage_size() > _MOST_ATTRIBUTE_BYTES or stored.shape not in (
+                handle = h5py.h5a.open(node.id, attribute.encode())
+                if handle.get_storage_size() > _MOST_ATTRIBUTE_BYTES or handle.shape not in (
                     (),
                     (1,),
                 ):
-                    raise ValueError(f"an attribute of shape {stored.shape} is no text")
-                value = found.attrs[attribute]
-            elif isinstance(found, h5py.Dataset) and math.prod(self._array(group).shape) == 1:
-                value = found[()]
+                    raise ValueError(f"an attribute of shape {handle.shape} is no text")
+                value = node.attrs[attribute]
+            elif isinstance(node, h5py.Dataset) and math.prod(self._array(group).shape) == 1:
+                value = node[()]
             else:
                 return None
             value = value.reshape(-1)[0] if isinstance(value, np.ndarray) else value
             return value.decode() if isinstance(value, bytes) else str(value)
-
-    def flag(self, name: str) -> bool:
-        """Whether an attribute "group@name" is there and true."""
-        return self.text(name) in ("True", "1")
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[None]:
@@ -127,18 +118,18 @@ class Hdf5File:
 
     def _object(self, name: str) -> Any:
         """Return what a path leads to; None where it leads nowhere."""
-        found: Any = self._file
+        node: Any = self._file
         for part in filter(None, name.split("/")):
-            if not isinstance(found, h5py.Group) or part not in found:
+            if not isinstance(node, h5py.Group) or part not in node:
                 return None
-            link = found.get(part, getlink=True)
+            link = node.get(part, getlink=True)
             if not isinstance(link, h5py.HardLink):
                 raise ArtifactError(
                     f"{self.path}, {name}: {part} is a link, to elsewhere or by name, which is not "
                     "followed; write the file with its data inside: h5repack --merge"
                 )
-            found = found[part]
-        return found
+            node = node[part]
+        return node
 
     def _array(self, name: str) -> Any:
         """Return an array that is safe to read a row of."""

@@ -140,14 +140,14 @@ class LeRobotDataset:
     def identity(self) -> dict[str, Any]:
         """Return name, digest of the metadata and the columns used."""
         texts = {"instruction": self.keys.instruction} if self.keys.instruction else {}
-        said = {"instruction": self.keys.one_instruction} if self.keys.one_instruction else {}
+        phrase = {"instruction": self.keys.one_instruction} if self.keys.one_instruction else {}
         files = (p for p in (self.root / "meta").rglob("*") if p.is_file())
         names = (path.relative_to(self.root).as_posix() for path in files)
         return {
             "dataset": name_of_dataset(self.root),
             "dataset_digest": sha256_tree(self.root, names),
             "columns": {**self.keys.images, "state": self.keys.state} | texts,
-        } | said
+        } | phrase
 
     def episode(self, episode: int) -> Episode:
         """Return one episode whole, its images still compressed."""

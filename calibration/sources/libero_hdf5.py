@@ -66,14 +66,14 @@ class LiberoHdf5(Hdf5Source):
         file, place = self.place_of(moment)
         if self.columns.instruction:
             return file.text(f"{place.group}/{self.columns.instruction}") or ""
-        stored = file.text(f"{_DATA}@problem_info")
-        if stored is None:
+        problem = file.text(f"{_DATA}@problem_info")
+        if problem is None:
             return instruction_of_name(file.path)
         where = f"{file.path}, attribute problem_info"
-        info = Node(parse_document(stored, f"{where} is not valid JSON", FOREIGN), where)
-        said = info.field("language_instruction")
+        info = Node(parse_document(problem, f"{where} is not valid JSON", FOREIGN), where)
+        task = info.field("language_instruction")
         # Some releases wrap it in a list.
-        parts = said.elements() if isinstance(said.value, list) else [said]
+        parts = task.elements() if isinstance(task.value, list) else [task]
         return "".join(part.text() for part in parts)
 
 

@@ -36,7 +36,7 @@ _WRONG = (LookupError, TypeError, ValueError, AttributeError)
 
 
 @dataclass
-class _Seen:
+class _Sight:
     """One observation: where its pictures are, and what was done."""
 
     path: Path
@@ -75,43 +75,43 @@ class McapRecordings(FrameSource):
 
     def picture(self, moment: Moment, column: str) -> Any:
         """Return pixels uint8 [h, w, 3]."""
-        seen = self._seen(moment)
-        key = (seen.path, seen.time_ns)
+        sight = self._sight(moment)
+        key = (sight.path, sight.time_ns)
         if self._pictures is None or self._pictures[0] != key:
-            self._pictures = (key, _read_pictures(seen))
+            self._pictures = (key, _read_pictures(sight))
         if column not in self._pictures[1]:
             raise ArtifactError(f"{moment.column(column)}: no such picture was recorded")
         return self._pictures[1][column]
 
     def vector(self, moment: Moment, column: str) -> Any:
         """Return the state, or the first action of a chunk."""
-        seen = self._seen(moment)
-        return seen.state.numbers(non_finite=True) if column == _STATE else seen.action
+        sight = self._sight(moment)
+        return sight.state.numbers(non_finite=True) if column == _STATE else sight.action
 
     def instruction(self, moment: Moment) -> str:
         """Return what was said with the observation."""
-        return self._seen(moment).instruction
+        return self._sight(moment).instruction
 
     def files(self) -> Iterable[Path]:
         """Return the recordings."""
         return self._paths
 
-    def _seen(self, moment: Moment) -> _Seen:
+    def _sight(self, moment: Moment) -> _Sight:
         return self._episodes[moment.episode][moment.frame]
 
 
-def _read_index(path: Path) -> list[_Seen]:
+def _read_index(path: Path) -> list[_Sight]:
     """Return the observations of a file in the order in which they were seen."""
     topics: dict[int, str] = {}
     places: dict[int, dict[str, int]] = {}
-    seen: dict[int, _Seen] = {}
-    begun = False
+    sights: dict[int, _Sight] = {}
+    is_ours = False
     for offset, record in read_records(path):
         if isinstance(record, Metadata) and record.name == ABOUT:
-            begun = begun or record.metadata.get("format") == FORMAT
+            is_ours = is_ours or record.metadata.get("format") == FORMAT
         elif isinstance(record, Channel):
             topics[record.id] = record.topic
-        elif isinstance(record, Message) and begun:
+        elif isinstance(record, Message) and is_ours:
             topic = topics.get(record.channel_id, "")
             try:
                 if topic.startswith(CAMERA):
@@ -121,24 +121,24 @@ def _read_index(path: Path) -> list[_Seen]:
                     pictures = places.pop(record.log_time, {})
                     one = _observation(path, record, pictures)
                     one.topics = topics
-                    seen[record.log_time] = one
+                    sights[record.log_time] = one
                 elif topic == ACTION:
-                    _add_action(read_message(record.data), seen)
+                    _add_action(read_message(record.data), sights)
             except _WRONG as error:
                 raise ArtifactError(
                     f"{path}: a message on {topic!r} contradicts its schema: {error!r:.200}"
                 ) from None
-    if not begun:
+    if not is_ours:
         raise ArtifactError(
             f"{path} is not a recording of format {FORMAT!r}; other MCAP files are not read"
         )
-    return [seen[time_ns] for time_ns in sorted(seen)]
+    return [sights[time_ns] for time_ns in sorted(sights)]
 
 
-def _observation(path: Path, record: Message, pictures: Mapping[str, int]) -> _Seen:
+def _observation(path: Path, record: Message, pictures: Mapping[str, int]) -> _Sight:
     message = Node(read_message(record.data), f"{path}, {OBSERVATION}")
     cameras = [camera.text() for camera in message.field("cameras").elements()]
-    return _Seen(
+    return _Sight(
         path,
         record.log_time,
         message.field("instruction").text(),
@@ -149,15 +149,15 @@ def _observation(path: Path, record: Message, pictures: Mapping[str, int]) -> _S
     )
 
 
-def _add_action(message: Mapping[str, Any], seen: Mapping[int, _Seen]) -> None:
-    about = seen.get(message["observation_ns"])
+def _add_action(message: Mapping[str, Any], sights: Mapping[int, _Sight]) -> None:
+    about = sights.get(message["observation_ns"])
     if about is not None and not message["error"]:
         about.action = action_of(message).actions[0]
 
 
-def _cut(seen: list[_Seen]) -> list[list[_Seen]]:
-    episodes: list[list[_Seen]] = []
-    for one in seen:
+def _cut(sights: list[_Sight]) -> list[list[_Sight]]:
+    episodes: list[list[_Sight]] = []
+    for one in sights:
         before = episodes[-1][-1] if episodes else None
         if (
             before is None
@@ -170,25 +170,25 @@ def _cut(seen: list[_Seen]) -> list[list[_Seen]]:
     return episodes
 
 
-def _rate(episodes: list[list[_Seen]]) -> float:
+def _rate(episodes: list[list[_Sight]]) -> float:
     """Return observations a second, of the usual distance in time."""
     times = [np.diff([one.time_ns for one in episode]) for episode in episodes]
     steps = np.concatenate([np.zeros(0), *times])
     return float(np.clip(1e9 / max(np.median(steps), 1.0), 0.1, 1e4)) if len(steps) else 1.0
 
 
-def _read_pictures(seen: _Seen) -> dict[str, Any]:
+def _read_pictures(sight: _Sight) -> dict[str, Any]:
     pictures: dict[str, Any] = {}
-    for offset in sorted(set(seen.places.values())):
-        for record in _at(seen.path, offset):
-            if isinstance(record, Message) and record.log_time == seen.time_ns:
-                topic = seen.topics.get(record.channel_id, "")
+    for offset in sorted(set(sight.places.values())):
+        for record in _at(sight.path, offset):
+            if isinstance(record, Message) and record.log_time == sight.time_ns:
+                topic = sight.topics.get(record.channel_id, "")
                 if topic.startswith(CAMERA):
                     try:
                         pictures[topic.removeprefix(CAMERA)] = read_picture(record.data)
                     except _WRONG as error:
                         raise ArtifactError(
-                            f"{seen.path}: a message on {topic!r} contradicts its schema: {error}"
+                            f"{sight.path}: a message on {topic!r} contradicts its schema: {error}"
                         ) from None
     return pictures
 

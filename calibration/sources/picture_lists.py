@@ -92,13 +92,13 @@ def list_file(root: Path) -> Path:
     """
     if root.is_file():
         return root
-    found = [path for pattern in LISTS for path in sorted(root.glob(pattern))]
-    if len(found) != 1:
+    paths = [path for pattern in LISTS for path in sorted(root.glob(pattern))]
+    if len(paths) != 1:
         raise ArtifactError(
-            f"{root} holds {len(found)} lists of pictures; give one of them: "
-            f"{', '.join(map(str, found)) or ', '.join(LISTS)}"
+            f"{root} holds {len(paths)} lists of pictures; give one of them: "
+            f"{', '.join(map(str, paths)) or ', '.join(LISTS)}"
         )
-    return found[0]
+    return paths[0]
 
 
 def _nodes(path: Path) -> Iterable[Node]:

@@ -68,12 +68,12 @@ def choose_columns(keys: KeyMap, offer: Offer, source: str) -> Columns:
                 f"cameras {', '.join(names)} would all show column {column}; "
                 "give each camera a column of its own with --camera NAME=COLUMN"
             )
-    said = keys.instruction or _usual(offer.instructions, offer.others)
+    phrases = keys.instruction or _usual(offer.instructions, offer.others)
     return Columns(
         MappingProxyType(images),
         _vectors(keys.state, _NO_CHOICE.state, offer.states, offer, source),
         _vectors(keys.action, _NO_CHOICE.action, offer.actions, offer, source),
-        _find(said, offer.others, source) if said else None,
+        _find(phrases, offer.others, source) if phrases else None,
         keys.one_instruction,
     )
 
@@ -81,8 +81,8 @@ def choose_columns(keys: KeyMap, offer: Offer, source: str) -> Columns:
 def _vectors(
     name: str | None, usual: str | None, names: Sequence[str], offer: Offer, source: str
 ) -> tuple[str, ...]:
-    chosen = _usual(names, offer.others) if name == usual else name
-    return tuple(_find(column, offer.others, source) for column in split_columns(chosen))
+    columns = _usual(names, offer.others) if name == usual else name
+    return tuple(_find(column, offer.others, source) for column in split_columns(columns))
 
 
 def _usual(names: Sequence[str], present: Sequence[str]) -> str | None:

@@ -25,7 +25,7 @@ _INSTRUCTIONS = (
     "language_instruction_1",
 )
 # Features that every step has one of; the first there tells how many steps there are.
-_COUNTED = ("is_first", "is_last", "is_terminal")
+_STEP_MARKERS = ("is_first", "is_last", "is_terminal")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class RldsDataset(FrameSource):
         others = [name for name, picture in names.items() if not picture]
         offer = Offer(pictures, others, _STATES, ("action",), _INSTRUCTIONS)
         self.columns = choose_columns(keys or KeyMap(), offer, str(root))
-        counted = next((name for name in _COUNTED if name in names), None)
-        self._counted = counted or next(iter(self.columns.images.values()))
+        marker = next((name for name in _STEP_MARKERS if name in names), None)
+        self._step_marker = marker or next(iter(self.columns.images.values()))
         self._places = [place for path in self._paths for place in self._episodes_of(path)]
         self.episode_lengths = tuple(place.length for place in self._places)
 
@@ -116,12 +116,12 @@ class RldsDataset(FrameSource):
         for record in range(len(file)):
             features = _read_features(file, record)
             place = f"{path}, record {record}"
-            if self._counted not in features:
+            if self._step_marker not in features:
                 raise ArtifactError(
-                    f"{place} lacks the column {self._counted}; it has {', '.join(features)}"
+                    f"{place} lacks the column {self._step_marker}; it has {', '.join(features)}"
                 )
-            listed = features[self._counted]
-            length = len(listed) if len(listed) != 1 else len(_values_of(listed, place))
+            marks = features[self._step_marker]
+            length = len(marks) if len(marks) != 1 else len(_values_of(marks, place))
             if not length:
                 raise ArtifactError(f"{place} is an episode of no steps; write the data set anew")
             yield _EpisodePlace(path, record, length)
@@ -183,8 +183,8 @@ def record_files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
-    found = {folder: sorted(folder.glob("*.tfrecord*")) for folder in folders}
-    present = [folder for folder, paths in found.items() if paths]
+    files = {folder: sorted(folder.glob("*.tfrecord*")) for folder in folders}
+    present = [folder for folder, paths in files.items() if paths]
     if len(present) > 1:
         raise ArtifactError(
             f"{root} holds several data sets or versions; give one of them: "
@@ -195,7 +195,7 @@ def record_files(root: Path) -> list[Path]:
             f"{root} is RLDS, but no TFRecord files lie in it (NAME-train.tfrecord-00000-of-00001);"
             " download the data set whole, or write it with tfds build --file_format=tfrecord"
         )
-    return found[present[0]]
+    return files[present[0]]
 
 
 def _read_features(file: TfRecordFile, record: int) -> dict[str, list[memoryview]]:
@@ -208,12 +208,12 @@ def _read_features(file: TfRecordFile, record: int) -> dict[str, list[memoryview
             f"{place} is no tf.train.Example: {error}; copy the file again"
         ) from None
     stepwise = any(name.startswith(_STEPS) for name in features)
-    if not stepwise and not any(len(listed) > 1 for listed in features.values()):
+    if not stepwise and not any(len(messages) > 1 for messages in features.values()):
         raise ArtifactError(
             f"{place} holds no episode: no column begins with {_STEPS}; RLDS has one episode a "
             f"record, this has {', '.join(features) or 'nothing'}"
         )
-    return {name.removeprefix(_STEPS): listed for name, listed in features.items()}
+    return {name.removeprefix(_STEPS): messages for name, messages in features.items()}
 
 
 def _values_of(features: list[memoryview], place: str) -> Values:

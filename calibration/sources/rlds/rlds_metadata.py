@@ -51,10 +51,10 @@ def read_metadata(folder: Path) -> RldsMetadata:
     sizes: dict[str, int] = {}
     if (folder / _INFO).exists():
         info = _document(folder / _INFO)
-        stored = info.field("fileFormat").text() if info.has("fileFormat") else "tfrecord"
-        if stored != "tfrecord":
+        file_format = info.field("fileFormat").text() if info.has("fileFormat") else "tfrecord"
+        if file_format != "tfrecord":
             raise ArtifactError(
-                f"{folder} is stored as {stored}, this reads tfrecord; write it anew with "
+                f"{folder} is stored as {file_format}, this reads tfrecord; write it anew with "
                 "tfds build --file_format=tfrecord"
             )
         for split in info.field("splits").elements() if info.has("splits") else []:

@@ -33,8 +33,8 @@ def example_features(record: memoryview) -> dict[str, list[memoryview]]:
             for name, feature in _map_entries(value):
                 features[name] = [feature]
         elif number == 2:
-            for name, listed in _map_entries(value):
-                features[name] = [feature for n, feature in _messages(listed) if n == 1]
+            for name, entries in _map_entries(value):
+                features[name] = [feature for n, feature in _messages(entries) if n == 1]
     return features
 
 
@@ -113,8 +113,8 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
     raise ValueError("a number is cut short or too long")
 
 
-def _varints(packed: memoryview) -> Iterator[int]:
+def _varints(numbers: memoryview) -> Iterator[int]:
     at = 0
-    while at < len(packed):
-        value, at = _varint(packed, at)
+    while at < len(numbers):
+        value, at = _varint(numbers, at)
         yield value

@@ -51,8 +51,8 @@ class TfRecordFile:
             ArtifactError: they differ.
         """
         start, length = self._places[number]
-        stored = self._view[start + length : start + length + _CHECKSUM_BYTES]
-        if int.from_bytes(stored, "little") != masked_crc32c(self.record(number)):
+        checksum = self._view[start + length : start + length + _CHECKSUM_BYTES]
+        if int.from_bytes(checksum, "little") != masked_crc32c(self.record(number)):
             raise ArtifactError(
                 f"{self.path}, record {number}: the checksum is wrong, the file is damaged; copy "
                 "it again"
@@ -74,8 +74,8 @@ class TfRecordFile:
             head = bytes(self._view[at : at + _HEAD_BYTES])
             length = int.from_bytes(head[:_LENGTH_BYTES], "little")
             stop = at + _HEAD_BYTES + length + _CHECKSUM_BYTES
-            stored = int.from_bytes(head[_LENGTH_BYTES:], "little")
-            if len(head) < _HEAD_BYTES or stored != masked_crc32c(head[:_LENGTH_BYTES]):
+            checksum = int.from_bytes(head[_LENGTH_BYTES:], "little")
+            if len(head) < _HEAD_BYTES or checksum != masked_crc32c(head[:_LENGTH_BYTES]):
                 raise ArtifactError(
                     f"{self.path}, byte {at}: no TFRecord begins here; the file is damaged, "
                     "compressed or of another format; copy it again"

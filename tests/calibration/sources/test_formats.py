@@ -352,10 +352,10 @@ def test_calvins_stretches_have_their_instructions(tmp_path: Path) -> None:
 
 def test_calvins_pickle_is_never_loaded_and_its_conversion_runs(tmp_path: Path) -> None:
     root = write_calvin(tmp_path / "calvin")
-    made = (root / "lang_annotations.json").read_text()
+    written = (root / "lang_annotations.json").read_text()
     (root / "lang_annotations.json").unlink()
     (root / "lang_annotations").mkdir()
-    rows = json.loads(made)
+    rows = json.loads(written)
     pickled: Any = {
         "language": {"ann": [row["instruction"] for row in rows]},
         "info": {"indx": [(row["start"], row["end"]) for row in rows]},
