@@ -1,7 +1,7 @@
 """Everything that watches a server: metrics, the live page, the board and the recorder."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ class Watch:
 
     observers: Observers
     routes: list[BaseRoute]
+    # Returns what of it does not work, in words.
+    faults: Callable[[], list[str]]
 
     def on_refusal(self, error: QvlaError) -> None:
         """Note a request that was turned away unread."""
@@ -54,7 +56,7 @@ def open_watch(
             if recorder is None:
                 return None
             counts = {"written": recorder.written, "dropped": recorder.dropped}
-            return {"file": recorder.path.name, **counts}
+            return {"file": recorder.path.name, **counts, "failure": recorder.failure}
 
         processor = processor_of(policy)
         metrics = Metrics(
@@ -62,6 +64,7 @@ def open_watch(
             lambda: board.state,
             settings.deadline_ms,
             lambda: 0 if recorder is None else recorder.dropped,
+            recording_up=None if recorder is None else (lambda: recorder.failure is None),
         )
         feed = LiveFeed(
             contract,
@@ -73,4 +76,11 @@ def open_watch(
         observers: tuple[Observer, ...] = (metrics, feed)
         if recorder is not None:
             observers = (*observers, recorder)
-        yield Watch(Observers(observers), live_routes(feed, metrics))
+
+        def faults() -> list[str]:
+            found = [] if board.is_sampling else ["the board is not sampled any more"]
+            if recorder is not None and recorder.failure is not None:
+                found.append("nothing is recorded any more")
+            return found
+
+        yield Watch(Observers(observers), live_routes(feed, metrics), faults)

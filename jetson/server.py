@@ -3,7 +3,7 @@
     port         HTTP and websockets on Starlette and uvicorn
                  POST /act        OpenVLA and OpenVLA-OFT      jetson.serving.protocols.act
                  websocket        openpi                       jetson.serving.protocols.openpi
-                 GET /healthz, GET /metadata, GET /metrics
+                 GET /healthz (alive), GET /readyz (able to act), GET /metadata, GET /metrics
                  GET /            the live page                jetson.live
     gr00t port   ZMQ, if asked for                             jetson.serving.protocols.gr00t
 
@@ -65,6 +65,12 @@ def create_app(
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("OK\n")
 
+    async def readyz(request: Request) -> Response:
+        faults = [*filter(None, (queue.fault,)), *watch.faults()]
+        if not faults:
+            return PlainTextResponse("ready\n")
+        return JSONResponse({"not_ready": faults}, 503, {"retry-after": "1"})
+
     async def metadata(request: Request) -> Response:
         return JSONResponse(contract)
 
@@ -72,6 +78,7 @@ def create_app(
         routes=[
             Route("/act", ActEndpoint(queue, settings, budget).act, methods=["POST"]),
             Route("/healthz", healthz, methods=["GET"]),
+            Route("/readyz", readyz, methods=["GET"]),
             Route("/metadata", metadata, methods=["GET"]),
             *watch.routes,
         ],
@@ -138,7 +145,8 @@ def _ready(
     warmup: Observation | None,
 ) -> Iterator[tuple["_Server", socket.socket]]:
     """Yield a server that only has to run: addresses held, warmed up, ZMQ open."""
-    service = ActionService(policy, (contract or contract_of(policy)).named(settings.field_names))
+    named = (contract or contract_of(policy)).named(settings.field_names)
+    service = ActionService(policy, named, settings.infer_timeout_s)
     rate = RateLimit(settings.max_rate_hz)
     gate = Gate(settings.token, (*settings.allowed_hosts, settings.host.lower()), rate)
     with contextlib.ExitStack() as stack:
@@ -212,7 +220,7 @@ async def _not_served(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     reason = (
         f"{request.method} {request.url.path} is not served; "
-        "use POST /act, GET /healthz, /metadata, /metrics, / or openpi's websocket"
+        "use POST /act, GET /healthz, /readyz, /metadata, /metrics, / or openpi's websocket"
     )
     headers = error.headers if isinstance(error, HTTPException) else None
     return JSONResponse({"error": reason, "kind": "NotServed"}, status, headers)

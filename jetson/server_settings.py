@@ -8,6 +8,7 @@ from jetson.errors import RefusedSetting
 from jetson.recording.schemas import Images
 from jetson.serving.field_names import FieldNames
 from jetson.serving.security import TlsFiles, require_token
+from jetson.serving.service import INFER_TIMEOUT_S
 from jetson.serving.wire import REPLIES, Reply
 
 
@@ -49,6 +50,9 @@ class ServerSettings:
     warmup: int = 3
     # Requests that may wait for the engine; more are told to come back (503).
     max_pending: int = 16
+    # Seconds after which an inference counts as stuck: the server is not ready any more, and
+    # requests are told so.
+    infer_timeout_s: float = INFER_TIMEOUT_S
     # Seconds within which a request body must have arrived.
     body_timeout_s: float = 30.0
     # Whole seconds that requests under way may take after SIGTERM.
@@ -65,6 +69,7 @@ class ServerSettings:
         lowest = {
             "port": 0, "gr00t_port": 1, "max_rate_hz": 0, "max_body_bytes": 1,
             "max_connections": 1, "warmup": 0, "max_pending": 1, "body_timeout_s": 0.001,
+            "infer_timeout_s": 0.001,
             "drain_s": 0, "deadline_ms": 0.001,
         }  # fmt: skip
         for name, low in lowest.items():

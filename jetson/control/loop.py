@@ -302,6 +302,6 @@ class ControlLoop:
         try:
             keep(self._recorder)
         except Exception as error:
-            # A full disk must not stop a robot in the middle of a movement.
-            self._recorder = None
+            # A full disk must not stop a robot in the middle of a movement. It says so once, and
+            # counts what comes later.
             self._fail("recorder, the rest is not recorded", error)

@@ -1,6 +1,7 @@
 """What a run says of itself: a record of every slot, counters, the result, and who keeps them."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Protocol, TextIO
 from jetson.control.chunks import TimedChunk
 from jetson.control.loop_state import LoopState
 from jetson.control.sources import TimedObservation
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,15 @@ class RunResult:
 
 
 class Recorder(Protocol):
-    """Keeps a run. Called from the control thread: must not wait."""
+    """Keeps a run. Called from the control thread: must not wait.
+
+    One that cannot go on raises once; what it is told afterwards it drops and counts.
+    """
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is kept any more; None while it is."""
+        ...
 
     def on_observation(self, observation: TimedObservation) -> None:
         """Take an observation that the policy is asked about."""
@@ -123,6 +134,9 @@ class JsonlRecorder:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.failure: str | None = None
+        # Slots that were not kept.
+        self.dropped = 0
         self._file: TextIO = path.open("w", encoding="utf-8")
 
     def on_observation(self, observation: TimedObservation) -> None:
@@ -132,11 +146,28 @@ class JsonlRecorder:
         """Do nothing: the commands that come of it are enough here."""
 
     def on_step(self, record: StepRecord) -> None:
-        """Append one line."""
+        """Append one line.
+
+        Raises:
+            OSError: once, where the disk takes no more.
+        """
+        if self.failure is not None:
+            self.dropped += 1
+            return
         value = {**asdict(record), "state": record.state.value}
         value["age_ms"], value["late_ms"] = record.age_ms, record.late_ms
-        self._file.write(json.dumps(value, allow_nan=False) + "\n")
+        try:
+            self._file.write(json.dumps(value, allow_nan=False) + "\n")
+        except OSError as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            self.dropped += 1
+            raise
 
     def close(self) -> None:
-        """Flush and close the file."""
-        self._file.close()
+        """Flush and close the file; what a full disk did not take is logged as lost."""
+        try:
+            self._file.close()
+        except OSError as error:
+            self.failure = self.failure or f"{type(error).__name__}: {error}"
+        if self.failure is not None:
+            _LOG.error("the rest of the run was not recorded: %s", self.failure)

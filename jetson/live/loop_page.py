@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,26 @@ class LoopWatch:
         if self._recorder is not None:
             self._recorder.on_step(record)
 
+    @property
+    def failure(self) -> str | None:
+        """Why the recorder behind it keeps nothing any more."""
+        return None if self._recorder is None else self._recorder.failure
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether there is a recorder behind it."""
+        return self._recorder is not None
+
+    def recording(self) -> dict[str, Any] | None:
+        """Return what the page says of the recording; None where there is none."""
+        recorder = self._recorder
+        if recorder is None:
+            return None
+        counts = {name: getattr(recorder, name, 0) for name in ("written", "dropped")}
+        return {"file": getattr(recorder, "path", Path("run")).name, **counts} | {
+            "failure": recorder.failure
+        }
+
     def close(self) -> None:
         """Close the recorder behind it."""
         if self._recorder is not None:
@@ -114,10 +135,17 @@ def live_page(
         raise RefusedSetting(f"the live page's address is PORT or HOST:PORT, got {address!r}")
     settings = ServerSettings(host.strip("[]") or "127.0.0.1", int(port), token=token)
     with BoardWatch() as board, _listening(settings) as bound:
-        metrics = Metrics(contract, lambda: board.state, counters=lambda: asdict(watch.counters))
+        metrics = Metrics(
+            contract,
+            lambda: board.state,
+            counters=lambda: asdict(watch.counters),
+            recording_up=(lambda: watch.failure is None) if watch.is_recorded else None,
+        )
         low, high = safety.low.astype(np.float64), safety.high.astype(np.float64)
         limits = Bounds(low, high, np.ones(low.size, bool))
-        feed = LiveFeed(contract, lambda: board.state, limits, loop=watch.snapshot)
+        feed = LiveFeed(
+            contract, lambda: board.state, limits, recording=watch.recording, loop=watch.snapshot
+        )
         watch.observers = Observers((metrics, feed))
         gate = Gate(token, (settings.host.lower(),), RateLimit(settings.max_rate_hz))
         app = Starlette(

@@ -56,6 +56,15 @@ class DropQueue:
             self._closed = True
             self._changed.notify()
 
+    def fail(self, lost: int) -> None:
+        """Take nothing more; count what waits, and what was taken and is lost, as dropped."""
+        with self._changed:
+            self._closed = True
+            self.dropped += lost + len(self._waiting)
+            self._waiting.clear()
+            self._nbytes = 0
+            self._changed.notify()
+
     @property
     def is_done(self) -> bool:
         """Whether it is closed and everything was taken."""

@@ -75,6 +75,8 @@ class Recording:
             raise ArtifactError(f"{path} does not say which policy acted: {error}") from None
         # Events written and dropped; None where the recorder was killed. Known after `moments`.
         self.counts: dict[str, int] | None = None
+        # "complete", or why the recorder stopped; None where it was killed. Known likewise.
+        self.ended: str | None = None
 
     @property
     def lossless(self) -> bool:
@@ -95,6 +97,7 @@ class Recording:
                 topics[record.id] = record.topic
             elif isinstance(record, Metadata) and record.name == END:
                 counts = record.metadata.items()
+                self.ended = record.metadata.get("ended", "complete")
                 self.counts = {k: int(v) for k, v in counts if v.isdecimal() and len(v) < 20}
             elif isinstance(record, Message):
                 topic, time_ns = topics.get(record.channel_id, ""), record.log_time

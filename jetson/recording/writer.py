@@ -85,6 +85,7 @@ class McapRecorder:
         self._board = board
         self._queue = DropQueue(max_pending_bytes)
         self._failure: Exception | None = None
+        self._told = False
         self._last_ns = 0
         self._time_lock = threading.Lock()
         self._channels: dict[str, int] = {}
@@ -96,8 +97,15 @@ class McapRecorder:
 
     @property
     def dropped(self) -> int:
-        """Events that were not recorded because the disk could not follow."""
+        """Events that were not recorded because the disk could not follow, or failed."""
         return self._queue.dropped
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is recorded any more; None while it is."""
+        if self._failure is not None:
+            return f"{type(self._failure).__name__}: {self._failure}"
+        return None if self._thread.is_alive() else "the recorder has ended"
 
     def on_request(self, served: ServedRequest) -> None:
         """Keep one request of a server: what was seen and what came of it, both or neither."""
@@ -121,6 +129,7 @@ class McapRecorder:
         self._observed = observation.observed_s, seen_ns
         seen = observation.observation
         self._put(lambda: self._write_observation(seen, seen_ns), seen)
+        self._say_once()
 
     def on_chunk(self, chunk: "TimedChunk") -> None:
         """Keep the actions that came of one."""
@@ -129,6 +138,7 @@ class McapRecorder:
         self._put(
             lambda: self._write_action(now_ns, origin, chunk.actions, None, chunk.timing_ms, "")
         )
+        self._say_once()
 
     def on_step(self, record: "StepRecord") -> None:
         """Keep the record of a slot."""
@@ -136,6 +146,7 @@ class McapRecorder:
         value = {**asdict(record), "state": record.state.value}
         value["age_ms"], value["late_ms"] = record.age_ms, record.late_ms
         self._put(lambda: self._write(STEP, STEP, now_ns, value))
+        self._say_once()
 
     def close(self) -> None:
         """Write what is waiting and complete the file."""
@@ -181,14 +192,19 @@ class McapRecorder:
             return self._last_ns
 
     def _put(self, write: Callable[[], None], observation: Observation | None = None) -> None:
-        if self._failure is not None:
-            raise self._failure
         images = () if observation is None else observation.images.values()
         self._queue.put(QueuedWrite(write, _EVENT_BYTES + sum(image.nbytes for image in images)))
+
+    def _say_once(self) -> None:
+        """Let the control loop hear of a failure once; what comes later is counted."""
+        if self._failure is not None and not self._told:
+            self._told = True
+            raise self._failure
 
     def _work(self) -> None:
         flushed_s = time.monotonic()
         sampled_s = flushed_s - _BOARD_S
+        event: QueuedWrite | None = None
         try:
             while True:
                 event = self._queue.take(_FLUSH_S)
@@ -199,21 +215,30 @@ class McapRecorder:
                 if event is not None:
                     event.write()
                     self.written += 1
+                    event = None
                 elif self._queue.is_done:
                     break
                 if now_s - flushed_s >= _FLUSH_S:
                     flushed_s = now_s
                     self._mcap.flush()  # type: ignore[no-untyped-call]  # of mcap
-            counts = {"written": str(self.written), "dropped": str(self.dropped)}
-            self._mcap.add_metadata(END, counts)
-            self._mcap.finish()  # type: ignore[no-untyped-call]  # of mcap
+            self._end("complete")
         except Exception as error:  # whatever a disk or an encoder says, the robot goes on
             _LOG.error("%s: the rest is not recorded: %s", self.path, error)
             self._failure = error
+            self._queue.fail(int(event is not None))
+            # There may be room for a last word, or the failure was not the disk's.
+            with suppress(Exception):
+                self._end(f"{type(error).__name__}: {error}")
         finally:
             # Closing flushes, and fails again where the disk is full.
             with suppress(OSError):
                 self._file.close()
+
+    def _end(self, how: str) -> None:
+        """Complete the file with a record of how it ended."""
+        counts = {"written": str(self.written), "dropped": str(self.dropped), "ended": how}
+        self._mcap.add_metadata(END, counts)
+        self._mcap.finish()  # type: ignore[no-untyped-call]  # of mcap
 
     def _write_observation(self, observation: Observation, seen_ns: int) -> None:
         for name, image in observation.images.items():

@@ -8,8 +8,8 @@ from jetson.errors import RateLimited, Unauthorized, WireError, http_status
 from jetson.serving.security import Gate
 from qvla_export.shared.errors import QvlaError
 
-# Says that the server lives and nothing else, to monitors that hold no token.
-_PUBLIC_PATHS = ("/healthz",)
+# Say whether the server lives and could act, to monitors that hold no token.
+_PUBLIC_PATHS = ("/healthz", "/readyz")
 
 
 class Guard:

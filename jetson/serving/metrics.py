@@ -5,6 +5,7 @@
     qvla_errors_total{kind}      requests answered with a reason instead
     qvla_deadline_misses_total   actions that took longer than the deadline, if there is one
     qvla_drops_total{what}       "request": turned away unread; "recording": not recorded
+    qvla_recording_up            1 while the recording is written, 0 once it failed
     qvla_loop_*_total            counts of a control loop (`qvla run`)
     qvla_board_*                 the board, as sampled by `BoardWatch`
     process_*                    memory, CPU time and open files of the process
@@ -17,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
@@ -46,6 +47,7 @@ class Metrics:
         deadline_ms: float | None = None,
         recording_drops: Callable[[], int] = lambda: 0,
         counters: Callable[[], Mapping[str, int]] | None = None,
+        recording_up: Callable[[], bool] | None = None,
     ) -> None:
         """Register everything.
 
@@ -55,6 +57,7 @@ class Metrics:
             deadline_ms: what an action may take; None counts no misses.
             recording_drops: returns how much was not recorded so far.
             counters: returns the counts of a control loop, where there is one.
+            recording_up: returns whether the recording is written, where there is one.
         """
         self._registry = CollectorRegistry()
         self._deadline_ms = deadline_ms
@@ -85,6 +88,9 @@ class Metrics:
         self._registry.register(_BoardCollector(board))
         if counters is not None:
             self._registry.register(_LoopCollector(counters))
+        if recording_up is not None:
+            up = Gauge("qvla_recording_up", "Whether events are recorded", registry=self._registry)
+            up.set_function(lambda: float(recording_up()))
         ProcessCollector(registry=self._registry)
 
     def on_request(self, served: ServedRequest) -> None:

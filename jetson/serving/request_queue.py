@@ -15,6 +15,8 @@ from jetson.errors import ServerBusy
 from jetson.serving.request_observer import ServedRequest
 from jetson.serving.service import ActionService, Answer, Decoder
 
+_LOOK_S = 1.0
+
 
 class RequestQueue:
     """Admits requests while there is room for them. A context manager."""
@@ -34,6 +36,8 @@ class RequestQueue:
         Raises:
             ServerBusy: there is none left, or the server shuts down.
         """
+        if fault := self.service.fault:
+            raise self._busy(fault)
         with self._lock:
             if self._draining:
                 raise self._busy("the server is shutting down; ask again once it is back")
@@ -49,6 +53,11 @@ class RequestQueue:
             with self._lock:
                 self._pending -= 1
 
+    @property
+    def fault(self) -> str | None:
+        """Why requests are refused; None while they are not."""
+        return "the server is shutting down" if self._draining else self.service.fault
+
     def _busy(self, reason: str) -> ServerBusy:
         error = ServerBusy(reason)
         self.service.observers.on_request(ServedRequest(None, None, {}, error))
@@ -57,7 +66,11 @@ class RequestQueue:
     async def answer(self, body: bytes, decode: Decoder, wanted: Callable[[], bool]) -> Answer:
         """Await the answer to a request without holding up the event loop."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self.service.answer, body, decode, wanted)
+        answered = loop.run_in_executor(self._thread, self.service.answer, body, decode, wanted)
+        while not (await asyncio.wait({answered}, timeout=_LOOK_S))[0]:
+            # One that waits behind an engine that does not come back is told so.
+            self.service.require_alive()
+        return answered.result()
 
     async def drain(self, limit_s: float) -> None:
         """Refuse new requests and wait, at most so long, until those under way are answered."""

@@ -4,17 +4,19 @@ A request body goes decode -> act -> encode; `act` lets nothing through that is 
 action of the promised shape. Protocols differ in decoding and encoding only.
 """
 
+import contextlib
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from jetson.errors import ClientLeft, PolicyFailure, http_status
+from jetson.errors import ClientLeft, PolicyFailure, ServerBusy, http_status
+from jetson.repeated_warning import RepeatedWarning
 from jetson.serving.policy_contract import PolicyContract, contract_of
 from jetson.serving.request_observer import Observers, ServedRequest
 from jetson.serving.wire import decode_request, encode_request
@@ -23,6 +25,9 @@ from qvla_export.shared.errors import InvalidObservation, QvlaError
 from qvla_export.shared.observation import Observation
 
 _LOG = logging.getLogger(__name__)
+# No inference of a robot takes so long; one that does will not end.
+INFER_TIMEOUT_S = 30.0
+_LOOK_S = 1.0
 
 
 class Request(Protocol):
@@ -68,13 +73,47 @@ class Answer:
 class ActionService:
     """Answers requests with the actions of one policy, one inference at a time."""
 
-    def __init__(self, policy: ActionPolicy, contract: PolicyContract | None = None) -> None:
+    def __init__(
+        self,
+        policy: ActionPolicy,
+        contract: PolicyContract | None = None,
+        infer_timeout_s: float = INFER_TIMEOUT_S,
+    ) -> None:
+        """Take a policy.
+
+        Args:
+            policy: one inference of it runs at a time.
+            contract: what it needs; by default its processor's.
+            infer_timeout_s: after which an inference counts as stuck.
+        """
         self.contract = contract_of(policy) if contract is None else contract
+        self._stuck = RepeatedWarning(_LOG)
         # Who is told of every request; set once the policy is warm.
         self.observers = Observers()
         self._policy = policy
         # Engines are not re-entrant, and two at once would spoil each other's latency.
         self._lock = threading.Lock()
+        self._infer_timeout_s = infer_timeout_s
+        # When the inference under way began; None between inferences.
+        self._began_s: float | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """Why no action can be expected: the engine does not come back; None while it does."""
+        began_s = self._began_s
+        if began_s is None or (stuck_s := time.monotonic() - began_s) < self._infer_timeout_s:
+            return None
+        return f"an inference has not ended for {stuck_s:.0f} s; restart the server"
+
+    def require_alive(self) -> None:
+        """Refuse work that would only wait behind a stuck engine.
+
+        Raises:
+            ServerBusy: the engine does not come back.
+        """
+        if fault := self.fault:
+            self._stuck.warn(fault)
+            raise ServerBusy(fault)
 
     def act(
         self, observation: Observation, wanted: Callable[[], bool] = lambda: True
@@ -87,17 +126,18 @@ class ActionService:
 
         Raises:
             ClientLeft: nobody waits for the action any more.
+            ServerBusy: an inference before this one does not end.
             InvalidObservation: the observation does not fit the policy.
             PolicyFailure: the policy failed, or returned something that is no such action.
         """
         self.contract.check(observation)
         start_ns = time.perf_counter_ns()
         try:
-            with self._lock:
+            with self._engine():
                 if not wanted():
                     raise ClientLeft("the client left while others were answered")
                 chunk = self._policy.infer(observation)
-        except (InvalidObservation, ClientLeft):
+        except (InvalidObservation, ClientLeft, ServerBusy):
             raise
         except Exception as error:
             raise PolicyFailure(
@@ -107,6 +147,22 @@ class ActionService:
         self._check_chunk(chunk)
         timing_ms = {name: float(ms) for name, ms in chunk.timing_ms.items()}
         return ActionChunk(chunk.actions, chunk.normalized, timing_ms or {"infer": infer_ms})
+
+    @contextlib.contextmanager
+    def _engine(self) -> Iterator[None]:
+        """Hold the engine; give up where it is stuck.
+
+        Raises:
+            ServerBusy: somebody else's inference does not end.
+        """
+        while not self._lock.acquire(timeout=_LOOK_S):
+            self.require_alive()
+        self._began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began_s = None
+            self._lock.release()
 
     def answer(
         self,

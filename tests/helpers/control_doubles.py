@@ -148,6 +148,7 @@ class Notes:
     observations: list[TimedObservation] = field(default_factory=list)
     chunks: list[TimedChunk] = field(default_factory=list)
     records: list[StepRecord] = field(default_factory=list)
+    failure: str | None = None
 
     def on_observation(self, observation: TimedObservation) -> None:
         self.observations.append(observation)

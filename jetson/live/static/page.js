@@ -134,7 +134,8 @@ function show(now) {
   else if (latest.age_s < IDLE_S) status("good", "Live");
   else status("warn", `Idle ${ago(latest.age_s)}`);
   const failing = now.failed && (!latest || now.failed.age_s < latest.age_s);
-  trouble(failing ? `No action: ${now.failed.message}` : "");
+  const lost = now.recording?.failure && `Nothing is recorded any more: ${now.recording.failure}`;
+  trouble(failing ? `No action: ${now.failed.message}` : lost || "");
   showLatency(now);
   showCounts(now);
   if (!latest || latest.number === shown) return;

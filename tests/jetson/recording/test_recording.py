@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import zstandard
 from command_runs import qvla
+from control_doubles import Bench
 from echo_policy import OFT, EchoPolicy, oft_fields, post
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
@@ -30,6 +31,7 @@ from places import HELPERS, ROOT
 from small_recordings import recorder, served
 
 from jetson.board import read_board_state
+from jetson.control.loop_state import LoopState
 from jetson.errors import PolicyFailure, RefusedSetting
 from jetson.recording.queue import DropQueue, QueuedWrite
 from jetson.recording.reader import Moment, Recording
@@ -147,6 +149,53 @@ def test_a_disk_that_does_not_follow_drops_and_never_blocks(tmp_path: Path) -> N
         f"push {index} é" for index in range(5)
     ]
     assert recording.counts == {"written": 5, "dropped": 7}
+
+
+def failing_recorder(path: Path) -> tuple[McapRecorder, threading.Event]:
+    """A recorder whose disk is full at the first board sample, once the event is set."""
+    gate = threading.Event()
+
+    def full() -> Any:
+        gate.wait(20)
+        raise OSError(28, "No space left on device")
+
+    return McapRecorder(path, OFT, full, "serve"), gate
+
+
+def test_a_recorder_that_died_says_so_and_counts_what_is_lost(tmp_path: Path) -> None:
+    writing, gate = failing_recorder(tmp_path / "run.mcap")
+    assert writing.failure is None
+    for index in range(3):
+        writing.on_request(served(index))
+    gate.set()
+    writing._thread.join(20)
+    for index in range(4):
+        writing.on_request(served(index))
+    assert writing.dropped == 7 and writing.written == 0
+    assert writing.failure is not None and "No space left" in writing.failure
+    writing.close()
+    recording = Recording(writing.path)
+    assert list(recording.moments()) == []
+    assert recording.ended is not None and "No space left" in recording.ended
+    assert recording.counts == {"written": 0, "dropped": 3}
+
+
+def test_the_control_loop_hears_of_it_once(tmp_path: Path) -> None:
+    writing, gate = failing_recorder(tmp_path / "run.mcap")
+    gate.set()
+    writing._thread.join(20)
+    bench = Bench()
+    bench.loop._recorder = writing
+    bench.ticks(20)
+    assert bench.loop.counters.faults == 1 and writing.dropped > 10
+    assert bench.loop.state is LoopState.RUNNING
+
+
+def test_a_recording_that_ended_well_says_so(tmp_path: Path) -> None:
+    recording = recorded(tmp_path / "run.mcap", [served(0)])
+    assert recording.ended is None, "not known before it was read"
+    list(recording.moments())
+    assert recording.ended == "complete"
 
 
 @given(st.lists(st.one_of(st.integers(1, 60), st.none()), max_size=40), st.integers(1, 100))
