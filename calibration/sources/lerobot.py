@@ -47,6 +47,8 @@ class LeRobotDataset:
         self._states = split_columns(self.keys.state)
         self._actions = split_columns(self.keys.action)
         columns = [*self._cameras.stored, *self._actions, *self._states, *_COUNTERS]
+        # Rows that were announced and not read yet, by episode and frame.
+        self._ahead: dict[tuple[int, int], RowOfEpisode] = {}
         self._rows = EpisodeRows(root, [*columns, self.keys.instruction or _TASK])
 
     def __len__(self) -> int:
@@ -90,7 +92,8 @@ class LeRobotDataset:
             IndexError: there is no such episode or frame.
             ArtifactError: the dataset is damaged.
         """
-        return self._frame(self._row(episode, frame))
+        place = (episode, frame)
+        return self._frame(self._ahead.pop(place) if place in self._ahead else self._row(*place))
 
     def check(self, episode: int, frame: int) -> None:
         """Look whether a frame has a usable state and instruction, without decoding pictures.
@@ -108,7 +111,8 @@ class LeRobotDataset:
             ArtifactError: the dataset is damaged, or a video ends before its rows.
         """
         if self._cameras.videos:
-            self._cameras.expect(self._row(*place) for place in sorted(places))
+            self._ahead = {place: self._row(*place).alone() for place in sorted(set(places))}
+            self._cameras.expect(self._ahead.values())
 
     def frames(self, episode: int) -> Iterator[Frame]:
         """Yield the frames of one episode in order."""
@@ -168,6 +172,7 @@ class LeRobotDataset:
         """Close open files; reading again reopens them."""
         self._rows.close()
         self._cameras.close()
+        self._ahead.clear()
 
     def _span(self, episode: int) -> EpisodeSpan:
         if not 0 <= episode < len(self.episodes):

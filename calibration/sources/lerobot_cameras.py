@@ -25,6 +25,10 @@ class RowOfEpisode:
     span: EpisodeSpan
     frame: int
 
+    def alone(self) -> "RowOfEpisode":
+        """Return a copy that keeps none of the table's other rows in memory."""
+        return RowOfEpisode(self.table.take([self.row]), 0, self.span, self.frame)
+
 
 class Cameras:
     """Reads the pictures that rows have or point to, each camera's of one size."""

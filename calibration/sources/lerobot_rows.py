@@ -27,11 +27,10 @@ class EpisodeRows:
         Raises:
             ArtifactError: a file is missing or damaged, or a row is missing or of another episode.
         """
-        frames = range(start, stop)
         if span.file is None:
-            places = [self._places.of_index(span.start + frame) for frame in frames]
+            places = self._places.of_indices(span.start + start, span.start + stop)
         else:
-            places = [self._places.of_frame(span.file, frame) for frame in frames]
+            places = self._places.of_frames(span.file, start, stop)
         table = self._rows.read_places(places)
         for row, value in enumerate(table[_EPISODE].to_pylist()):
             place = span.place(self._root, start + row, _EPISODE)

@@ -27,24 +27,42 @@ class RowPlaces:
         # File and column -> its values sorted, and the row of each.
         self._sorted: dict[tuple[str, str], tuple[NDArray[Any], NDArray[np.int64]]] = {}
 
-    def of_index(self, index: int) -> tuple[str, int]:
-        """Return file and row of a global frame number.
+    def of_indices(self, start: int, stop: int) -> list[tuple[str, int]]:
+        """Return files and rows of the global frame numbers [start, stop).
 
         Raises:
-            ArtifactError: no row or several rows have it, or a file is damaged.
+            ArtifactError: no row or several rows have one, or a file is damaged.
         """
         if self._ranges is None:
             self._ranges = self._read_ranges()
-        files = [name for name, (low, high) in self._ranges.items() if low <= index <= high]
+        ranges = self._ranges.items()
+        files = [name for name, (low, high) in ranges if low < stop and high >= start]
+        together = self._run(files[0], _INDEX, start, stop) if len(files) == 1 else None
+        return together or [self._of_index(index, files) for index in range(start, stop)]
+
+    def of_frames(self, file: str, start: int, stop: int) -> list[tuple[str, int]]:
+        """Return file and rows of frames [start, stop) of the one episode that a file holds.
+
+        Raises:
+            ArtifactError: no row or several rows have one, or the file is damaged.
+        """
+        together = self._run(file, _FRAME, start, stop)
+        return together or [self._of_frame(file, frame) for frame in range(start, stop)]
+
+    def _run(self, name: str, column: str, start: int, stop: int) -> list[tuple[str, int]] | None:
+        """Return the rows of numbers in one look, where the file has each of them once."""
+        values, rows = self._column(name, column)
+        numbers = np.arange(start, stop)
+        first, last = (np.searchsorted(values, numbers, side) for side in ("left", "right"))
+        if not (last - first == 1).all():
+            return None
+        return [(name, row) for row in rows[first].tolist()]
+
+    def _of_index(self, index: int, files: list[str]) -> tuple[str, int]:
         places = [(name, row) for name in files for row in self._rows(name, _INDEX, index)]
         return self._only(places, f"{self._root / 'data'}", f"index {index}")
 
-    def of_frame(self, file: str, frame: int) -> tuple[str, int]:
-        """Return file and row of a frame of the one episode that a file holds.
-
-        Raises:
-            ArtifactError: no row or several rows have it, or the file is damaged.
-        """
+    def _of_frame(self, file: str, frame: int) -> tuple[str, int]:
         places = [(file, row) for row in self._rows(file, _FRAME, frame)]
         return self._only(places, f"{self._root / file}", f"frame_index {frame}")
 
