@@ -7,7 +7,7 @@ from types import MappingProxyType
 from calibration.benchmarks.metaworld import object_state
 from calibration.training.trainer import REFERENCE_CONFIG, TrainingConfig
 from qvla_export.policies.oft.config import OftConfig
-from qvla_export.policies.oft.new_checkpoint import OftSize
+from qvla_export.policies.prismatic.new_checkpoint import NetworkSize
 from qvla_export.shared.errors import QvlaError
 
 
@@ -16,18 +16,20 @@ class Recipe:
     """What decides a policy apart from its demonstrations."""
 
     policy: OftConfig
-    size: OftSize
+    size: NetworkSize
     training: TrainingConfig
     # Key of the demonstrations' statistics in the checkpoint.
     data_name: str
 
 
-_PICTURES = Recipe(REFERENCE_CONFIG, OftSize(), TrainingConfig(steps=6000), "metaworld_scripted")
+_PICTURES = Recipe(
+    REFERENCE_CONFIG, NetworkSize(), TrainingConfig(steps=6000), "metaworld_scripted"
+)
 # No picture: patches are object state, which one linear map embeds. A tower of depth 1 runs no
 # block, since the last one of a tower is never used.
 _OBJECT_STATE = Recipe(
     replace(REFERENCE_CONFIG, cameras=(object_state.OBJECT_STATE,)),
-    OftSize(
+    NetworkSize(
         image_size=object_state.IMAGE_SIZE,
         patch_size=object_state.PATCH_SIZE,
         vision_dim=32,

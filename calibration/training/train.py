@@ -15,11 +15,12 @@ from calibration.sources.lerobot import LeRobotDataset
 from calibration.training.trainer import REFERENCE_CONFIG, Trainer, TrainingConfig
 from calibration.training.training_data import load_frames
 from qvla_export.policies.oft.config import OftConfig
-from qvla_export.policies.oft.new_checkpoint import OftSize, save_checkpoint
+from qvla_export.policies.oft.new_checkpoint import save_checkpoint
+from qvla_export.policies.prismatic.new_checkpoint import NetworkSize
 from qvla_export.shared.artifacts import versions, write_bytes, write_json
 from qvla_export.shared.errors import ArtifactError
 
-__all__ = ["REFERENCE_CONFIG", "OftSize", "TrainingConfig", "train_policy"]
+__all__ = ["REFERENCE_CONFIG", "NetworkSize", "TrainingConfig", "train_policy"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 def train_policy(
     root: Path,
     output: Path,
-    size: OftSize,
+    size: NetworkSize,
     config: TrainingConfig,
     data_name: str,
     on_progress: Callable[[int, int], None] | None = None,

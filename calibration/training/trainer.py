@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from calibration.training.training_data import POSITION_DIM, TrainingFrames
 from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.oft.module import OftModule
-from qvla_export.policies.oft.new_checkpoint import (
+from qvla_export.policies.oft.new_checkpoint import new_module
+from qvla_export.policies.prismatic.new_checkpoint import (
     BOS_ID,
     IMAGE_MEANS,
     IMAGE_STDS,
     STOP_ID,
     SUFFIX_ID,
-    OftSize,
-    new_module,
+    NetworkSize,
 )
 from qvla_export.shared.errors import ArtifactMismatch, QvlaError
 
@@ -90,7 +90,7 @@ class Trainer:
     def __init__(
         self,
         frames: TrainingFrames,
-        size: OftSize,
+        size: NetworkSize,
         config: TrainingConfig,
         policy: OftConfig = REFERENCE_CONFIG,
     ) -> None:
@@ -238,7 +238,7 @@ def _jitter(images: Tensor, amount: float, random: torch.Generator) -> Tensor:
     return centered.clamp(0, 255).round()
 
 
-def _require_fits(frames: TrainingFrames, size: OftSize, config: TrainingConfig) -> None:
+def _require_fits(frames: TrainingFrames, size: NetworkSize, config: TrainingConfig) -> None:
     shape = tuple(frames.images.shape[1:])
     if shape != (size.image_size, size.image_size, 3):
         raise QvlaError(

@@ -15,7 +15,7 @@ from calibration.sources.image_codec import decode_png
 from calibration.sources.lerobot import LeRobotDataset
 from calibration.sources.lerobot_writer import Episode
 from qvla_export.policies.oft.config import OftConfig
-from qvla_export.policies.oft.new_checkpoint import PAD_ID, train_tokenizer
+from qvla_export.policies.prismatic.new_checkpoint import PAD_ID, train_tokenizer
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.normalization import Bounds
 from qvla_export.shared.processor import OPENVLA_PROMPT, with_suffix

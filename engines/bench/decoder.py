@@ -112,7 +112,7 @@ def trace_decoder(stack: DecoderStack, target: Target) -> ir.Model:
     example = torch.zeros(1, _EXAMPLE_TOKENS, stack.geometry.width)
     tokens = {1: "prompt"}
     part = PolicyPart(
-        "decoder", _PartModule(stack).eval(), {INPUT: example}, "output", {INPUT: tokens}, tokens
+        "decoder", _PartModule(stack).eval(), {INPUT: example}, {"output": tokens}, {INPUT: tokens}
     )
     return export_part(cast(Policy, policy), part, stack.layers, target)
 

@@ -131,6 +131,7 @@ def of_model(model: "ir.Model", part: str) -> CheckedGraph:
             )
             value.shape = None  # or nothing at all would be inferred
     stated = {value: value.type for value in model.graph.outputs}
+    shapes = {value: value.shape for value in model.graph.outputs}
     for node in model.graph:
         for value in node.outputs:
             value.type = None
@@ -145,7 +146,22 @@ def of_model(model: "ir.Model", part: str) -> CheckedGraph:
                 f"output {value.name!r} is stated as {kind.dtype.name} and computed as "
                 f"{dtype_name(value)}; insert a Cast",
             )
+    for value, shape in shapes.items():
+        value.shape = _told(value.shape, shape)
     return graph
+
+
+def _told(inferred: "ir.Shape | None", stated: "ir.Shape | None") -> "ir.Shape | None":
+    """Return an output's inferred shape, with the stated sizes where inference cannot tell.
+
+    The last row of any number of them is one row, which inference does not see.
+    """
+    import onnx_ir
+
+    if inferred is None or stated is None or len(inferred) != len(stated):
+        return inferred
+    pairs = zip(inferred, stated, strict=True)
+    return onnx_ir.Shape([size if isinstance(size, int) else told for size, told in pairs])
 
 
 def _check_weights(graph: CheckedGraph) -> None:

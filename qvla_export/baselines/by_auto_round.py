@@ -147,12 +147,13 @@ def _inputs_of(calibration: Calibration, blocks: list[str]) -> dict[str, list[_I
 
         return hook
 
+    batch = policy.batch(calibration.observations)
     handles = [
         policy.module.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
         for name in blocks
     ]
     try:
-        policy.normalized_actions(policy.batch(calibration.observations))
+        policy.normalized_actions(batch)
     finally:
         for handle in handles:
             handle.remove()

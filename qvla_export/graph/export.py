@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qvla_export.graph.bundle_writer import BundleContents, write_bundle
 from qvla_export.graph.float_graph import POLICY_KEY, TARGET_KEY, ExportError
-from qvla_export.graph.golden import golden_actions, golden_actions_in_parts
+from qvla_export.graph.golden import CutPolicy, golden_actions, golden_actions_in_parts
 from qvla_export.graph.graph_figures import GraphFigures
 from qvla_export.graph.part_export import (
     ExportedPart,
@@ -27,7 +27,6 @@ from qvla_export.quantizer.plan import BitPlan
 from qvla_export.shared.artifacts import read_json, require_same, versions, write_json
 from qvla_export.shared.bundle import PLAN, Bundle, Golden
 from qvla_export.shared.observation import Observation
-from qvla_export.shared.program import Program
 from qvla_export.shared.target import Target
 
 # Arithmetic of ONNX Runtime's MatMulNBits: 0 keeps activations in float32. 4 rounds them to 8 bits
@@ -40,8 +39,9 @@ _LOGGER = logging.getLogger(__name__)
 class ExportOptions:
     """How a policy becomes a bundle, beside its plan and its target."""
 
-    # Result of `export_float(policy, target)`, to share it between plans; None traces anew.
-    float_graph: ir.Model | None = None
+    # Result of `export_float(policy, target)`, to share it between plans; parts that are not in it
+    # are traced.
+    float_graphs: Mapping[str, ir.Model] = field(default_factory=dict)
     # Stored in the manifest and obeyed by the engine.
     engine_options: Mapping[str, Any] = field(default_factory=lambda: FLOAT_ACTIVATIONS)
     # Decoder blocks a part; None makes one graph of the whole policy.
@@ -83,8 +83,8 @@ def export_bundle(
     if plan is not None:
         require_same("plan and target", plan.target, target.name, "Make the plan for this target.")
         plan.require_fits(layer_shapes(layers), policy.digest)
-    graph, layers_per_part = options.float_graph, options.layers_per_part
-    if graph is not None:
+    graphs, layers_per_part = options.float_graphs, options.layers_per_part
+    for graph in graphs.values():
         _require_traced_from(graph, policy, target)
     parts = policy.parts(layers_per_part)
     with _unfinished(path, _identity(policy, plan, target, layers_per_part)) as folder:
@@ -92,7 +92,7 @@ def export_bundle(
         for number, part in enumerate(parts):
             exported.append(
                 finished_part(folder, part.name)
-                or write_part(policy, part, layers, plan, target, folder, graph)
+                or write_part(policy, part, layers, plan, target, folder, graphs.get(part.name))
             )
             if on_progress is not None:
                 on_progress(number + 1, len(parts))
@@ -101,8 +101,9 @@ def export_bundle(
             golden = golden_actions(policy, plan, observations)
         else:
             reads = {item.part.name: item.weights for item in exported}
-            golden = golden_actions_in_parts(policy, plan, observations, parts, reads)
-        contents = _contents(policy, plan, target, exported, golden, options.engine_options)
+            cut = CutPolicy(policy, parts, policy.program(layers_per_part), reads)
+            golden = golden_actions_in_parts(cut, plan, observations)
+        contents = _contents(policy, plan, target, exported, golden, options)
         bundle = write_bundle(path, contents, lambda new: _take_over(folder, new, exported, plan))
     _LOGGER.info("bundle %s: %d bytes, %s", path, bundle.nbytes, dict(contents.weight_bytes))
     return bundle
@@ -114,23 +115,25 @@ def _contents(
     target: Target,
     exported: Sequence[ExportedPart],
     golden: Golden,
-    engine_options: Mapping[str, Any],
+    options: ExportOptions,
 ) -> BundleContents:
-    parts = tuple(item.part for item in exported)
-    outputs = {spec.name for part in parts for spec in part.outputs}
+    parts, program = tuple(item.part for item in exported), policy.program(options.layers_per_part)
+    outputs = {spec.name: spec for part in parts for spec in part.outputs}
     inputs = {spec.name: spec for part in parts for spec in part.inputs}
+    # What a part hands on, under its own name or another.
+    inside = {*outputs, *(name for run in program.runs for name in run.start)}
     return BundleContents(
         target=target.name,
         processor=policy.processor,
-        inputs=tuple(spec for name, spec in inputs.items() if name not in outputs),
-        outputs=parts[-1].outputs,
+        inputs=tuple(spec for name, spec in inputs.items() if name not in inside),
+        outputs=(outputs["actions"],),
         parts=parts,
-        program=Program.straight(part.name for part in parts),
+        program=program,
         golden=golden,
         policy_digest=policy.digest,
         weight_bytes=total_bytes(exported),
         plan=None if plan is None else _summary(plan, total_figures(exported)),
-        engine_options=engine_options,
+        engine_options=options.engine_options,
     )
 
 

@@ -43,21 +43,26 @@ class ExportError(QvlaError):
     """A policy or plan cannot be turned into a graph."""
 
 
-def export_float(policy: Policy, target: Target) -> ir.Model:
-    """Trace a whole policy into one float32 graph for a target's operator set.
+def export_float(policy: Policy, target: Target) -> dict[str, ir.Model]:
+    """Trace a policy into float32 graphs for a target's operator set, as few as its program needs.
 
-    Inputs `pixel_values` float32 [1, 6 * images, S, S], `input_ids` int64 [1, prompt] (any length
-    from 2), `state` float32 [1, n] where the policy takes one; output `actions` float32
-    [1, horizon, dim], normalized. Layers that cannot reach the action are not in it.
+    Bundle's inputs are `pixel_values` float32 [1, 6 * images, S, S], `input_ids` int64 [1, prompt]
+    (any length from 2), `state` float32 [1, n] where the policy takes one; its output is `actions`
+    float32 [1, horizon, dim], normalized. Layers that cannot reach the action are in no graph.
+
+    Returns:
+        Part name -> graph, in order.
 
     Raises:
-        ExportError: a layer of the policy is not in the graph exactly once.
+        ExportError: a layer of the policy is not in the graphs exactly once.
     """
-    (part,) = policy.parts()
-    model = export_part(policy, part, policy.layers(), target)
-    if missing := sorted(set(policy.layers()) - set(layer_nodes(model))):
-        raise ExportError(f"layers not found in the exported graph: {missing}")
-    return model
+    layers = policy.layers()
+    models = {part.name: export_part(policy, part, layers, target) for part in policy.parts()}
+    found = [name for model in models.values() for name in layer_nodes(model)]
+    if sorted(found) != sorted(layers):
+        odd = sorted(name for name in layers if found.count(name) != 1)
+        raise ExportError(f"layers must be in the exported graphs once, these are not: {odd}")
+    return models
 
 
 def export_part(
@@ -85,7 +90,7 @@ def export_part(
             dynamo=True,
             opset_version=_EXPORT_OPSET,
             input_names=list(part.inputs),
-            output_names=[part.output],
+            output_names=list(part.outputs),
             # One entry for *inputs, the forward's only parameter.
             dynamic_shapes=(tuple(dynamic.get(name, {}) for name in part.inputs),),
             verbose=False,
@@ -222,18 +227,20 @@ def _tagged_layers(model: ir.Model, layers: Mapping[str, nn.Module]) -> dict[str
 
 def _dimensions(sizes: Mapping[int, str]) -> dict[int, Any]:
     """Sizes that may vary, for the tracer, which takes identifiers only."""
-    return {axis: torch.export.Dim(f"size_{axis}", min=2) for axis in sizes}
+    return {
+        axis: torch.export.Dim(name.replace("+", "_plus_"), min=2) for axis, name in sizes.items()
+    }
 
 
 def _fix_signature(model: ir.Model, policy: Policy, part: PolicyPart) -> None:
     """State the sizes that the exporter leaves symbolic, under their own names."""
-    (output,) = model.graph.outputs
-    output.dtype = ir.DataType.FLOAT
     spec = policy.processor.spec
-    if part.output == "actions":
-        output.shape = ir.Shape((1, spec.horizon, spec.action_dim))
-    named = {**part.dynamic, part.output: part.dynamic_output}
-    for value in (*model.graph.inputs, output):
+    for output in model.graph.outputs:
+        output.dtype = output.dtype or ir.DataType.FLOAT
+        if output.name == "actions":
+            output.shape = ir.Shape((1, spec.horizon, spec.action_dim))
+    named = {**part.dynamic, **part.outputs}
+    for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.shape is not None
         sizes = named.get(str(value.name), {})
         value.shape = ir.Shape([sizes.get(axis, size) for axis, size in enumerate(value.shape)])
@@ -249,6 +256,8 @@ def _quiet_exporter() -> Iterator[None]:
         with warnings.catch_warnings():
             # torch.export copies its own tree specifications through a deprecated class.
             warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)
+            # Axes that have one name are one size; the exporter says so of each but the first.
+            warnings.filterwarnings("ignore", r".*shares the same shape constraints", UserWarning)
             yield
     finally:
         registry.setLevel(level)

@@ -1,6 +1,7 @@
 """What torch computes for held-out observations: the actions that every engine is held against."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,11 @@ from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import as_rows
 from qvla_export.shared.bundle import Golden
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.program import PartRuns, Program, run_program
 
 _Feeds = Mapping[str, NDArray[Any]]
+# One tensor for each observation.
+_Values = list[Tensor]
 
 
 def golden_actions(
@@ -35,67 +39,79 @@ def golden_actions(
     return Golden(_feeds(policy, observations), reference, full_precision)
 
 
+@dataclass(frozen=True)
+class CutPolicy:
+    """A policy and the parts that it runs in; its weights may have been left on disk."""
+
+    policy: Policy
+    parts: Sequence[PolicyPart]
+    program: Program
+    # Part name -> parameters and buffers of the policy that it reads.
+    reads: Mapping[str, Sequence[str]]
+
+
 def golden_actions_in_parts(
-    policy: Policy,
-    plan: BitPlan | None,
-    observations: Sequence[Observation],
-    parts: Sequence[PolicyPart],
-    weights: Mapping[str, Sequence[str]],
+    cut: CutPolicy, plan: BitPlan | None, observations: Sequence[Observation]
 ) -> Golden:
     """Return the same as `golden_actions`, holding one part's weights at a time.
 
     Args:
-        policy: may have left its weights on disk.
+        cut: the policy and its parts.
         plan: None for the float policy.
         observations: the held-out ones.
-        parts: of the policy, in order.
-        weights: part name -> parameters and buffers it reads.
     """
-    feeds = _feeds(policy, observations)
-    full_precision = _actions_in_parts(policy, None, feeds, parts, weights)
+    feeds = _feeds(cut.policy, observations)
+    full_precision = _actions_in_parts(cut, None, feeds)
     reference = full_precision
     if plan is not None:
-        reference = _actions_in_parts(policy, plan, feeds, parts, weights)
+        reference = _actions_in_parts(cut, plan, feeds)
     return Golden(feeds, reference, full_precision)
 
 
-def _actions_in_parts(
-    policy: Policy,
-    plan: BitPlan | None,
-    feeds: Sequence[_Feeds],
-    parts: Sequence[PolicyPart],
-    weights: Mapping[str, Sequence[str]],
-) -> NDArray[np.float32]:
-    runs = [{name: torch.from_numpy(value) for name, value in item.items()} for item in feeds]
-    for part in parts:
-        _run_part(policy, part, weights[part.name], plan, runs)
-    return np.concatenate([run["actions"].numpy() for run in runs])
-
-
 @torch.no_grad()
-def _run_part(
-    policy: Policy,
-    part: PolicyPart,
-    weights: Sequence[str],
-    plan: BitPlan | None,
-    runs: Sequence[dict[str, Tensor]],
-) -> None:
-    """Add a part's output to the values of every observation."""
+def _actions_in_parts(
+    cut: CutPolicy, plan: BitPlan | None, feeds: Sequence[_Feeds]
+) -> NDArray[np.float32]:
+    """Run the program on all observations side by side: a part's weights are read once a call.
+
+    A part that repeats by itself keeps them.
+    """
+    parts = {part.name: part for part in cut.parts}
+    held: dict[str, dict[str, Tensor]] = {}
+
+    def call(run: PartRuns, name: str, inputs: dict[str, _Values]) -> dict[str, _Values]:
+        if name not in held:
+            held.clear()
+            held[name] = _parameters(cut.policy, cut.reads[name], plan)
+        part = parts[name]
+        found = []
+        for values in zip(*(inputs[source] for source in part.inputs), strict=True):
+            output = torch.func.functional_call(part.module, held[name], values)
+            found.append(output if isinstance(output, tuple) else (output,))
+        by_output = zip(*found, strict=True)
+        return {name: list(values) for name, values in zip(part.outputs, by_output, strict=True)}
+
+    start = {name: [torch.from_numpy(item[name]) for item in feeds] for name in feeds[0]}
+    reads = {part.name: list(part.inputs) for part in cut.parts}
+    activations = None if plan is None else plan.activations
+    couplings = {} if plan is None else plan.couplings
+    removed = {name: coupling.constant_units for name, coupling in couplings.items()}
+    with rounded_inputs(traced_layers(cut.policy), activations, removed):
+        values = run_program(cut.program, reads, start, call)
+    return np.concatenate([actions.numpy() for actions in values["actions"]])
+
+
+def _parameters(policy: Policy, names: Sequence[str], plan: BitPlan | None) -> dict[str, Tensor]:
+    """Weights by their names in a part's module, as the plan's engine computes with them."""
     parameters = {}
-    for name in weights:
+    for name in names:
         values = policy.read_weight(name)
         layer = name.removesuffix(".weight")
         if plan is not None and layer in plan.widths:
             rows = planned_rows(layer, as_rows(values), plan)
             values = rows.reshape(values.shape)
         parameters[f"module.{name}"] = torch.from_numpy(np.ascontiguousarray(values))
-    activations = None if plan is None else plan.activations
-    couplings = {} if plan is None else plan.couplings
-    removed = {name: coupling.constant_units for name, coupling in couplings.items()}
-    with rounded_inputs(traced_layers(policy), activations, removed):
-        for run in runs:
-            inputs = tuple(run[name] for name in part.inputs)
-            run[part.output] = torch.func.functional_call(part.module, parameters, inputs)
+    return parameters
 
 
 @torch.no_grad()

@@ -245,8 +245,10 @@ def recorded_pass(
     Raises:
         QvlaError: a layer is called more than once.
     """
+    # Before anything is recorded: a policy that decodes chooses its tokens here.
+    batch = policy.batch(observations)
     with recording(layers) as (inputs, outputs), torch.enable_grad():
-        actions = policy.normalized_actions(policy.batch(observations))
+        actions = policy.normalized_actions(batch)
     return actions, inputs, outputs
 
 

@@ -197,10 +197,11 @@ def _moved_numbers(
 
         return layers[name].register_forward_hook(count)
 
+    batch = policy.batch(observations)
     handles = [counter(name) for name in layers]
     try:
         with torch.no_grad():
-            policy.normalized_actions(policy.batch(observations))
+            policy.normalized_actions(batch)
     finally:
         for handle in handles:
             handle.remove()

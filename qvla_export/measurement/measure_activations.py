@@ -1,6 +1,7 @@
 """Histograms of what a policy's quantizable layers are fed, by forward hooks."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from qvla_export.measurement.distributed import Alone, World
 from qvla_export.policies.base import Policy
-from qvla_export.policies.layers import traced_layers
+from qvla_export.policies.layers import Layers, traced_layers
 from qvla_export.quantizer.activation_statistics import BINS, ActivationStatistics, Histogram
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
@@ -49,6 +50,17 @@ class _Recorder:
             add_numbers(self.histograms.setdefault(group, Histogram()), inputs, name)
 
         return record
+
+
+@contextlib.contextmanager
+def _hooked(layers: Layers, recorder: _Recorder) -> Iterator[None]:
+    """Record what layers are fed while the block runs, and not while tokens are chosen."""
+    handles = [layer.register_forward_pre_hook(recorder.hook(n)) for n, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def add_numbers(histogram: Histogram, values: Tensor, name: str) -> None:
@@ -114,16 +126,12 @@ def measure_activations(
         )
     layers = traced_layers(policy)
     recorder = _Recorder()
-    handles = [layer.register_forward_pre_hook(recorder.hook(n)) for n, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            for number in range(world.rank, len(observations), world.size):
-                policy.normalized_actions(policy.batch([observations[number]]))
-                if on_progress is not None:
-                    on_progress(min(number + world.size, len(observations)), len(observations))
-    finally:
-        for handle in handles:
-            handle.remove()
+    for number in range(world.rank, len(observations), world.size):
+        batch = policy.batch([observations[number]])
+        with _hooked(layers, recorder), torch.no_grad():
+            policy.normalized_actions(batch)
+        if on_progress is not None:
+            on_progress(min(number + world.size, len(observations)), len(observations))
     recorded = {name for members in recorder.groups.values() for name in members}
     if missing := sorted(set(layers) - recorded):
         raise QvlaError(f"layers that no observation runs have no activations: {missing}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qvla_export.measurement.measure_activations import measure_activations
-from qvla_export.policies.base import Policy
+from qvla_export.policies.base import Policy, PolicyBatch
 from qvla_export.policies.layers import fake_quantized, layer_shapes, traced_layers
 from qvla_export.policies.smoothing import Migration, smoothed_tensors
 from qvla_export.quantizer.activations import DEFAULT_METHOD
@@ -49,6 +49,7 @@ def input_maxima(
     try:
         with torch.no_grad():
             for number, observation in enumerate(observations, 1):
+                # A policy that decodes feeds its layers the same numbers while it chooses tokens.
                 policy.normalized_actions(policy.batch([observation]))
                 if on_progress is not None:
                     on_progress(number, len(observations))
@@ -91,16 +92,17 @@ def smoothing_error(
         target: gives the weights' containers and scales.
     """
     plan = uniform_plan(layer_shapes(traced_layers(policy)), 8, target, policy.digest)
-    wanted = _actions(policy, observations)
+    batches = [policy.batch([observation]) for observation in observations]
+    wanted = _actions(policy, batches)
     with smoothed(policy.module, factors):
         fed = measure_activations(policy, observations, calibration_digest)
         ranges = fed.ranges(8, DEFAULT_METHOD)
         rounded = replace(plan, activations=ranges, calibration_digest=calibration_digest)
         with fake_quantized(policy, rounded):
-            found = _actions(policy, observations)
+            found = _actions(policy, batches)
     return float((found - wanted).square().mean().sqrt())
 
 
-def _actions(policy: Policy, observations: Sequence[Observation]) -> Tensor:
+def _actions(policy: Policy, batches: Sequence[PolicyBatch]) -> Tensor:
     with torch.no_grad():
-        return torch.cat([policy.normalized_actions(policy.batch([o])) for o in observations])
+        return torch.cat([policy.normalized_actions(batch) for batch in batches])

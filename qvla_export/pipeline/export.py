@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
     from qvla_export.shared.bundle import Bundle
 
-# Policy digest and target -> float graph.
+# Policy digest and target -> float graphs by part.
 _GRAPHS: dict[tuple[str, str], Any] = {}
 
 
@@ -80,14 +80,14 @@ def export(
     with recorded_work(record, on_progress) as hear:
         shown = bar(hear, work)
         shown(0, len(parts))
-        graph = _float_graph(policy, target) if layers_per_part is None else None
+        graphs = _float_graphs(policy, target) if layers_per_part is None else {}
         bundle = export_bundle(
             policy,
             planned,
             target,
             golden,
             path,
-            ExportOptions(graph, options, layers_per_part),
+            ExportOptions(graphs, options, layers_per_part),
             on_progress=shown,
         )
     finish(on_progress, work, kept=False)
@@ -119,7 +119,7 @@ def graph_figures(bundle: "Bundle") -> str:
     )
 
 
-def _float_graph(policy: "Policy", target: Target) -> Any:
+def _float_graphs(policy: "Policy", target: Target) -> Any:
     """Trace the policy once for all settings of a run."""
     from qvla_export.graph.float_graph import export_float
 

@@ -1,7 +1,7 @@
 """The interface the method is written against: a loaded policy and a batch of its inputs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.processor import Processor
+from qvla_export.shared.program import Program
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class PolicyBatch:
     prompt_lengths: Tensor | None
     # Normalized state; None where the policy takes none.  float32 [B, n]
     state: Tensor | None
+    # Action tokens that the policy chose with the weights it had when the batch was made; None
+    # where it does not decode.  int64 [B, n]
+    tokens: Tensor | None = None
 
     def __len__(self) -> int:
         return self.pixel_values.shape[0]
@@ -38,6 +42,7 @@ class PolicyBatch:
             self.input_ids.to(device),
             None if self.prompt_lengths is None else self.prompt_lengths.to(device),
             None if self.state is None else self.state.to(device),
+            None if self.tokens is None else self.tokens.to(device),
         )
 
 
@@ -46,16 +51,22 @@ class PolicyPart:
     """A piece of a policy that is traced by itself; its inputs may be earlier parts' outputs."""
 
     name: str
-    # Takes the inputs in their order and returns one tensor. Parameters are named as the policy's,
-    # behind "module.".
+    # Takes the inputs in their order and returns its output, or a tuple of several. Parameters are
+    # named as the policy's, behind "module.".
     module: nn.Module
     # Input name -> example, batch size 1.
     inputs: Mapping[str, Tensor]
-    output: str
-    # Input name -> axis -> name of a size that may vary: "prompt" (tokens) or "prompt+N".
+    # Output name -> axis -> name of a size that may vary.
+    outputs: Mapping[str, Mapping[int, str]]
+    # Input name -> axis -> name of a size that may vary: "prompt" (tokens) or "prompt+N"; within a
+    # program's loop also another, which then is the same wherever the part names it.
     dynamic: Mapping[str, Mapping[int, str]]
-    # The same of the output.
-    dynamic_output: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def output(self) -> str:
+        """Name of the only output."""
+        (name,) = self.outputs
+        return name
 
 
 class Policy(Protocol):
@@ -80,13 +91,18 @@ class Policy(Protocol):
         ...
 
     def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
-        """Preprocess observations into one padded batch."""
+        """Preprocess observations into one padded batch.
+
+        A policy that decodes also notes the tokens it chooses now, with the weights it has:
+        `normalized_actions` is teacher-forced on them, whatever happens to the weights later.
+        """
         ...
 
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
         """Return normalized actions [B, horizon, dim], differentiable in weights and activations.
 
-        Token policies return the expected bin centre under the softmax over action tokens.
+        Token policies return the expected bin centre under the softmax over action tokens, given
+        the batch's tokens before it.
         """
         ...
 
@@ -101,8 +117,13 @@ class Policy(Protocol):
     def parts(self, layers_per_part: int | None = None) -> Sequence[PolicyPart]:
         """Return the parts of the executed policy, from model inputs to "actions".
 
-        None gives one part; a number cuts the decoder into runs of that many blocks.
+        None gives as few parts as the program needs; a number cuts the decoder into runs of that
+        many blocks.
         """
+        ...
+
+    def program(self, layers_per_part: int | None = None) -> Program:
+        """Return how the parts of `parts(layers_per_part)` run for one action."""
         ...
 
     def read_weight(self, name: str) -> NDArray[np.float32]:

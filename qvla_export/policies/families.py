@@ -11,6 +11,7 @@ from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import find_geometry
 from qvla_export.policies.adapters import require_merged
 from qvla_export.policies.oft.family import OftFamily
+from qvla_export.policies.openvla.family import OpenVlaFamily
 from qvla_export.shared.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (OftFamily(),)
+FAMILIES: tuple[Family, ...] = (OftFamily(), OpenVlaFamily())
 
 
 def recognize(checkpoint: Path) -> Family:
@@ -118,7 +119,7 @@ def recognize(checkpoint: Path) -> Family:
     for family in FAMILIES:
         if family.recognizes(checkpoint):
             return family
-    types = " or ".join(repr(family.model_type) for family in FAMILIES)
+    types = " or ".join(repr(name) for name in dict.fromkeys(f.model_type for f in FAMILIES))
     raise CheckpointError(f"{checkpoint}/config.json is of no known model_type; known: {types}")
 
 

@@ -9,9 +9,11 @@ from typing import Any
 from qvla_export.shared.action_space import DEGREES, END_EFFECTOR
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
-from qvla_export.shared.normalization import Normalization
+from qvla_export.shared.normalization import Normalization, read_statistics
 
 CONFIG_NAME = "qvla_policy.json"
+# Value of `head` of a policy whose tokens come one after the other, each given those before.
+AUTOREGRESSIVE = "autoregressive"
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,63 @@ def read_policy_config(checkpoint: Path) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
 
 
+def decodes_tokens(checkpoint: Path) -> bool:
+    """Say whether a policy of OpenVLA's model type decodes its action token by token.
+
+    `head` of its `qvla_policy.json` says so. Without one, it does if no file beside the body holds
+    a head or a projector of its own, and no chunk or state is configured.
+
+    Raises:
+        ArtifactError, CheckpointError: the file is malformed.
+    """
+    config: dict[str, Any] = {}
+    if (checkpoint / CONFIG_NAME).is_file():
+        config = read_policy_config(checkpoint)
+    if "head" in config:
+        return bool(config["head"] == AUTOREGRESSIVE)
+    parts = any(checkpoint.glob("*--*checkpoint*"))
+    return not parts and config.get("horizon", 1) == 1 and not config.get("state_dim")
+
+
+def token_interface(checkpoint: Path) -> PolicyInterface:
+    """Return what a policy that decodes tokens sees and returns: OpenVLA's, as it was published.
+
+    One camera, one action of as many dimensions as the statistics have, no state. What
+    `qvla_policy.json` says instead goes first.
+
+    Raises:
+        CheckpointError: the statistics do not tell the dimensions, or the file is malformed.
+    """
+    values: dict[str, Any] = {
+        "cameras": ("full_image",),
+        "horizon": 1,
+        "state_dim": 0,
+        "normalization": "q99",
+    }
+    if (checkpoint / CONFIG_NAME).is_file():
+        values |= read_policy_config(checkpoint)
+    if "action_dim" not in values:
+        values["action_dim"] = _stated_dimensions(checkpoint)
+    names = {field.name for field in fields(PolicyInterface)}
+    return PolicyInterface(**{name: value for name, value in values.items() if name in names})
+
+
+def _stated_dimensions(checkpoint: Path) -> int:
+    """Dimensions of an action: equal in all data sets of the statistics."""
+    path, table = read_statistics(checkpoint / "dataset_statistics.json")
+    sizes = set()
+    for entry in table.values():
+        action = entry.get("action") if isinstance(entry, dict) else None
+        limit = action.get("q01") if isinstance(action, dict) else None
+        sizes.add(len(limit) if isinstance(limit, list) else 0)
+    if len(sizes) != 1 or 0 in sizes:
+        raise CheckpointError(
+            f"{path} must state actions of one size, got {sorted(sizes)}; write action_dim into "
+            f"{checkpoint / CONFIG_NAME}"
+        )
+    return sizes.pop()
+
+
 def load_interface(checkpoint: Path, preset: str | None = None) -> PolicyInterface:
     """Return what a checkpoint's policy sees and returns, whatever its family.
 
@@ -117,6 +176,8 @@ def load_interface(checkpoint: Path, preset: str | None = None) -> PolicyInterfa
     """
     if preset is not None:
         return INTERFACES[require_preset(preset)]
+    if decodes_tokens(checkpoint):
+        return token_interface(checkpoint)
     raw = read_policy_config(checkpoint)
     known = {field.name: raw[field.name] for field in fields(PolicyInterface) if field.name in raw}
     try:

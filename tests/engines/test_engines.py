@@ -172,7 +172,7 @@ def test_kernels_that_round_activations_are_judged_as_such(
             CPU,
             tiny_observations(4),
             tmp_path / str(level),
-            ExportOptions(float_graph(tiny_policy), {"accuracy_level": level}),
+            ExportOptions({"policy": float_graph(tiny_policy)}, {"accuracy_level": level}),
         )
         with OrtEngine(bundle, threads=1) as engine:
             verdicts[level] = judge(bundle, engine)

@@ -1,9 +1,9 @@
 """A policy and a training of it that take a second; a process that is killed uses them too."""
 
 from calibration.training.train import TrainingConfig
-from qvla_export.policies.oft.new_checkpoint import OftSize
+from qvla_export.policies.prismatic.new_checkpoint import NetworkSize
 
-SIZE = OftSize(
+SIZE = NetworkSize(
     image_size=28,
     patch_size=14,
     vision_dim=64,

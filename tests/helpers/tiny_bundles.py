@@ -17,14 +17,14 @@ from qvla_export.quantizer.quantize import spec_for
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.observation import Observation
 
-_GRAPHS: dict[str, ir.Model] = {}
+_GRAPHS: dict[str, dict[str, ir.Model]] = {}
 
 
 def float_graph(policy: Policy) -> ir.Model:
     """Return the policy's float graph; tracing takes seconds, so it is kept."""
     if policy.digest not in _GRAPHS:
         _GRAPHS[policy.digest] = export_float(policy, CPU)
-    return _GRAPHS[policy.digest]
+    return _GRAPHS[policy.digest]["policy"]
 
 
 def mixed_plan(policy: Policy, seed: int = 0) -> BitPlan:
@@ -55,7 +55,7 @@ def make_bundle(
     path: Path,
 ) -> Bundle:
     bundle = export_bundle(
-        policy, plan, CPU, observations, path, ExportOptions(float_graph(policy))
+        policy, plan, CPU, observations, path, ExportOptions({"policy": float_graph(policy)})
     )
     require_clean(bundle)
     return bundle

@@ -3,17 +3,16 @@
 from pathlib import Path
 
 from qvla_export.policies.oft.config import OftConfig
-from qvla_export.policies.oft.new_checkpoint import (
+from qvla_export.policies.oft.new_checkpoint import new_module, save_checkpoint
+from qvla_export.policies.prismatic.new_checkpoint import (
     BOS_ID,
     STOP_ID,
     SUFFIX_ID,
-    OftSize,
-    new_module,
-    save_checkpoint,
+    NetworkSize,
     train_tokenizer,
 )
 
-TINY_SIZE = OftSize(
+TINY_SIZE = NetworkSize(
     image_size=28,
     patch_size=14,
     vision_dim=64,
@@ -40,7 +39,7 @@ TINY_INSTRUCTIONS = ("push the button", "open the small drawer slowly", "close t
 
 
 def write_tiny_checkpoint(
-    path: Path, seed: int = 0, config: OftConfig = TINY_CONFIG, size: OftSize = TINY_SIZE
+    path: Path, seed: int = 0, config: OftConfig = TINY_CONFIG, size: NetworkSize = TINY_SIZE
 ) -> Path:
     """Write a whole checkpoint folder; the same seed gives the same bytes."""
     tokenizer = train_tokenizer(TINY_INSTRUCTIONS, size.vocab_size)

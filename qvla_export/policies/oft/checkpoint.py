@@ -11,8 +11,8 @@ from qvla_export.policies.oft.architecture import OftArchitecture
 from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.oft.module import OftModule
 from qvla_export.policies.prismatic.description import read_architecture
-from qvla_export.policies.prismatic.keys import check_keys, to_upstream
-from qvla_export.policies.prismatic.policy import NOT_UPSTREAM
+from qvla_export.policies.prismatic.keys import to_upstream
+from qvla_export.policies.prismatic.network import load_network
 from qvla_export.policies.prismatic.weights import CheckpointWeights
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.policy_interface import CONFIG_NAME, fitting_presets
@@ -22,45 +22,18 @@ _ACTIONS = "action_head.model.fc2.weight"
 _STATE = "proprio_projector.fc1.weight"
 
 
-def load_module(checkpoint: Path, config: OftConfig, weights: CheckpointWeights) -> OftModule:
-    """Build the network of a checkpoint and load its weights as float32.
+def load_module(
+    checkpoint: Path, config: OftConfig, weights: CheckpointWeights, resident: bool = True
+) -> OftModule:
+    """Build the network of a checkpoint, with its weights as float32 or (device "meta") without.
 
     Raises:
         CheckpointError: keys do not fit; the message lists every missing, unexpected and misshapen
             key.
     """
-    return filled_module(_checked_architecture(checkpoint, config, weights), weights)
-
-
-def filled_module(arch: OftArchitecture, weights: CheckpointWeights) -> OftModule:
-    """Build a network and read its weights, which have its shapes, as float32."""
-    module = OftModule(arch)
-    for name, tensor in module.state_dict().items():
-        if name in weights.shapes:
-            weights.copy_to(name, tensor)
-    return module.eval().requires_grad_(False)
-
-
-def empty_module(checkpoint: Path, config: OftConfig, weights: CheckpointWeights) -> OftModule:
-    """Build the network of a checkpoint without memory for its weights (device "meta").
-
-    Raises:
-        CheckpointError: as `load_module`.
-    """
-    with torch.device("meta"):
-        module = OftModule(_checked_architecture(checkpoint, config, weights))
-    return module.eval().requires_grad_(False)
-
-
-def _checked_architecture(
-    checkpoint: Path, config: OftConfig, weights: CheckpointWeights
-) -> OftArchitecture:
     _require_dimensions(checkpoint, config, weights.shapes)
     arch = _architecture(checkpoint, config, weights.shapes)
-    with torch.device("meta"):
-        expected = OftModule(arch).state_dict()
-    check_keys(weights.shapes, expected, NOT_UPSTREAM, str(checkpoint))
-    return arch
+    return load_network(checkpoint, lambda: OftModule(arch), weights, resident)
 
 
 def _require_dimensions(checkpoint: Path, config: OftConfig, weights: Mapping[str, Tensor]) -> None:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import GEOMETRIES, PROMPT_TOKENS, find_geometry
+from qvla_export.policies.model_type import read_model_type
 from qvla_export.policies.oft.config import load_config
 from qvla_export.policies.oft.files import check_files
 from qvla_export.shared.images import load_image_spec
-from qvla_export.shared.json_documents import FOREIGN, read_json
+from qvla_export.shared.policy_interface import decodes_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,12 +23,11 @@ class OftFamily:
 
     name = "oft"
     model_type = "openvla"
-    sizes = tuple(GEOMETRIES)
+    sizes = tuple(name for name, size in GEOMETRIES.items() if not size.inputs.autoregressive)
 
     def recognizes(self, checkpoint: Path) -> bool:
-        """Whether config.json is an OpenVLA's."""
-        raw = read_json(checkpoint / "config.json", "model configuration", FOREIGN)
-        return isinstance(raw, dict) and raw.get("model_type") == self.model_type
+        """Whether config.json is an OpenVLA's, and its tokens, if any, come all at once."""
+        return read_model_type(checkpoint) == self.model_type and not decodes_tokens(checkpoint)
 
     def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
         """Return what decides the rows of the layers; reads no weights."""

@@ -5,29 +5,23 @@ memory passes through it part by part.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qvla_export.policies.base import PolicyPart
 from qvla_export.policies.oft.module import OftModule
+from qvla_export.policies.prismatic.parts import (
+    PartModule,
+    device_of,
+    example_patches,
+    example_pixels,
+    projector_part,
+    tower_part,
+)
 from qvla_export.shared.processor import ProcessorSpec
 
 _PROMPT = {"input_ids": {1: "prompt"}}
-
-
-class _PartModule(nn.Module):
-    """A function of the network's modules; parameters keep their names behind "module."."""
-
-    def __init__(self, module: OftModule, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.module = module
-        self._function = function
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Run the part."""
-        return self._function(*inputs)
 
 
 def whole_part(
@@ -44,8 +38,8 @@ def whole_part(
     def run(pixel_values: Tensor, input_ids: Tensor, state: Tensor | None = None) -> Tensor:
         return act(module(pixel_values, input_ids, state))
 
-    inputs = {**_pixels(module, spec), **_text(module, spec)}
-    return PolicyPart("policy", _PartModule(module, run).eval(), inputs, "actions", _PROMPT)
+    inputs = {**example_pixels(module, spec), **_text(module, spec)}
+    return PolicyPart("policy", PartModule(module, run).eval(), inputs, {"actions": {}}, _PROMPT)
 
 
 def cut_parts(
@@ -59,32 +53,10 @@ def cut_parts(
     starts = range(0, blocks, layers_per_part)
     runs = [(first, min(first + layers_per_part, blocks)) for first in starts]
     names = [f"decoder_{i:02d}" for i in range(len(runs))] if len(runs) > 1 else ["decoder"]
-    parts = [_tower(module, spec, "dino"), _tower(module, spec, "siglip")]
-    parts += [_projector(module, spec)]
+    parts = [tower_part(module, spec, "dino"), tower_part(module, spec, "siglip")]
+    parts += [projector_part(module, spec)]
     parts += [_decoder(module, spec, name, run) for name, run in zip(names, runs, strict=True)]
     return (*parts, _head(module, spec, act))
-
-
-def _tower(module: OftModule, spec: ProcessorSpec, name: Literal["dino", "siglip"]) -> PolicyPart:
-    def run(pixel_values: Tensor) -> Tensor:
-        return module.vision_backbone.features(pixel_values, name)
-
-    part = _PartModule(module, run).eval()
-    return PolicyPart(name, part, _pixels(module, spec), f"{name}_features", {})
-
-
-def _projector(module: OftModule, spec: ProcessorSpec) -> PolicyPart:
-    def run(dino_features: Tensor, siglip_features: Tensor) -> Tensor:
-        patches: Tensor = module.projector(torch.cat([dino_features, siglip_features], dim=-1))
-        return patches
-
-    tokens = _patches(module, spec).shape[1]
-    towers = (("dino", module.arch.dino), ("siglip", module.arch.siglip))
-    inputs = {
-        f"{name}_features": torch.zeros(1, tokens, tower.hidden_size, device=_device(module))
-        for name, tower in towers
-    }
-    return PolicyPart("projector", _PartModule(module, run).eval(), inputs, "patches", {})
 
 
 def _decoder(
@@ -102,13 +74,13 @@ def _decoder(
         return run(module.embed(patches, input_ids, state))
 
     if first == 0:
-        inputs = {"patches": _patches(module, spec), **_text(module, spec)}
+        inputs = {"patches": example_patches(module, spec), **_text(module, spec)}
         return PolicyPart(
-            name, _PartModule(module, run_first).eval(), inputs, name_out, _PROMPT, sequence
+            name, PartModule(module, run_first).eval(), inputs, {name_out: sequence}, _PROMPT
         )
     tokens = {f"hidden_{first:02d}": sequence}
     inputs = {f"hidden_{first:02d}": _hidden(module, spec)}
-    return PolicyPart(name, _PartModule(module, run).eval(), inputs, name_out, tokens, sequence)
+    return PolicyPart(name, PartModule(module, run).eval(), inputs, {name_out: sequence}, tokens)
 
 
 def _head(module: OftModule, spec: ProcessorSpec, act: Callable[[Tensor], Tensor]) -> PolicyPart:
@@ -119,44 +91,27 @@ def _head(module: OftModule, spec: ProcessorSpec, act: Callable[[Tensor], Tensor
         return act(module.act(module.action_hidden(hidden, hidden[..., 0])))
 
     inputs = {source: _hidden(module, spec)}
-    part = _PartModule(module, run).eval()
+    part = PartModule(module, run).eval()
     sizes = {source: {1: _sequence(module, spec)}}
-    return PolicyPart("head", part, inputs, "actions", sizes)
-
-
-def _device(module: OftModule) -> torch.device:
-    return module.projector.fc1.weight.device
-
-
-def _pixels(module: OftModule, spec: ProcessorSpec) -> dict[str, Tensor]:
-    side = spec.image.size
-    shape = (1, 6 * len(spec.cameras), side, side)
-    return {"pixel_values": torch.zeros(shape, device=_device(module))}
+    return PolicyPart("head", part, inputs, {"actions": {}}, sizes)
 
 
 def _text(module: OftModule, spec: ProcessorSpec) -> dict[str, Tensor]:
     prompt = [[spec.bos_token_id] * 5 + [spec.suffix_token_id]]
-    inputs = {"input_ids": torch.tensor(prompt, device=_device(module))}
+    inputs = {"input_ids": torch.tensor(prompt, device=device_of(module))}
     if spec.state_dim:
-        inputs["state"] = torch.zeros(1, spec.state_dim, device=_device(module))
+        inputs["state"] = torch.zeros(1, spec.state_dim, device=device_of(module))
     return inputs
-
-
-def _patches(module: OftModule, spec: ProcessorSpec) -> Tensor:
-    patch_size = int(module.arch.dino.patch_size)  # type: ignore[arg-type]  # ours is square
-    patches = len(spec.cameras) * (spec.image.size // patch_size) ** 2
-    shape = (1, patches, module.arch.llama.hidden_size)
-    return torch.zeros(shape, device=_device(module))
 
 
 def _sequence(module: OftModule, spec: ProcessorSpec) -> str:
     """Length of the decoder's sequence: prompt, patches, state, action slots, stop."""
-    fixed = _patches(module, spec).shape[1] + bool(spec.state_dim) + module.arch.slots + 1
+    fixed = example_patches(module, spec).shape[1] + bool(spec.state_dim) + module.arch.slots + 1
     return f"prompt+{fixed}"
 
 
 def _hidden(module: OftModule, spec: ProcessorSpec) -> Tensor:
     """Any number of tokens, larger than what one would specialize on."""
-    tokens = _patches(module, spec).shape[1] + module.arch.slots + 8
+    tokens = example_patches(module, spec).shape[1] + module.arch.slots + 8
     shape = (1, tokens, module.arch.llama.hidden_size)
-    return torch.zeros(shape, device=_device(module))
+    return torch.zeros(shape, device=device_of(module))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qvla_export.policies.base import PolicyBatch, PolicyPart
-from qvla_export.policies.oft.checkpoint import empty_module, filled_module, load_module
+from qvla_export.policies.oft.checkpoint import load_module
 from qvla_export.policies.oft.config import OftConfig, load_config
 from qvla_export.policies.oft.files import part_file, part_names
 from qvla_export.policies.oft.module import OftModule
@@ -20,10 +20,12 @@ from qvla_export.policies.prismatic.loading import (
     load_token_centers,
     require_folder,
 )
+from qvla_export.policies.prismatic.network import fill_network
 from qvla_export.policies.prismatic.policy import PrismaticPolicy
 from qvla_export.policies.prismatic.weights import CheckpointWeights
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.program import Program
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,6 +65,10 @@ class OftPolicy(PrismaticPolicy):
             raise CheckpointError(f"layers_per_part must be at least 1, got {layers_per_part}")
         return cut_parts(self.module, spec, self._executed_actions, layers_per_part)
 
+    def program(self, layers_per_part: int | None = None) -> Program:
+        """Return the program that runs every part once, in order."""
+        return Program.straight(part.name for part in self.parts(layers_per_part))
+
     def probe_output(self) -> Tensor:
         """Return what the head makes of an empty image and the shortest prompt."""
         pixels, ids = self.probe_inputs()
@@ -73,7 +79,7 @@ class OftPolicy(PrismaticPolicy):
 
     def filled(self, weights: CheckpointWeights) -> OftModule:
         """Return the network with its weights read."""
-        return filled_module(self.module.arch, weights)
+        return fill_network(lambda: OftModule(self.module.arch), weights)
 
     def _executed_actions(self, output: Tensor) -> Tensor:
         """The head's output [B, H, D] or logits [B, H, D, vocab] -> executed actions [B, H, D]."""
@@ -129,7 +135,7 @@ def check_oft_checkpoint(checkpoint: Path, unnorm_key: str | None, config: OftCo
 
 def _load(checkpoint: Path, unnorm_key: str | None, config: OftConfig, resident: bool) -> OftPolicy:
     weights = open_weights(checkpoint, config)
-    module = (load_module if resident else empty_module)(checkpoint, config, weights)
+    module = load_module(checkpoint, config, weights, resident)
     token_centers = torch.zeros(0) if config.head == "l1" else load_token_centers(checkpoint)
     processor = load_processor(checkpoint, config, module.arch, unnorm_key, token_centers)
     head_files = [part_file(checkpoint, part).name for part in part_names(config)]

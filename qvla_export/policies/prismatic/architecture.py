@@ -18,6 +18,5 @@ class PrismaticArchitecture:
     @property
     def patches(self) -> int:
         """Patches of one image."""
-        patch: int = self.dino.patch_size  # type: ignore[assignment]  # ours is square
-        side: int = self.dino.image_size  # type: ignore[assignment]  # the same
-        return (side // patch) ** 2
+        patch, side = self.dino.patch_size, self.dino.image_size
+        return (int(side) // int(patch)) ** 2  # type: ignore[arg-type]  # ours are square

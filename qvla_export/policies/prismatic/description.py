@@ -53,8 +53,23 @@ def read_architecture(
         dino=dino,
         siglip=siglip,
         llama=llama_config(text),
-        vocab_padding=int(raw.get("pad_to_multiple_of", 0)),
+        vocab_padding=read_vocab_padding(checkpoint),
     )
+
+
+def read_vocab_padding(checkpoint: Path) -> int:
+    """Return how many rows fill the vocabulary up to a round number, behind its last id.
+
+    Raises:
+        CheckpointError: config.json does not say it as a number.
+    """
+    raw = read_json(checkpoint / "config.json", "model configuration", FOREIGN)
+    padding = raw.get("pad_to_multiple_of", 0)
+    if type(padding) is not int or padding < 0:
+        raise CheckpointError(
+            f"{checkpoint}/config.json: pad_to_multiple_of must be a whole number, got {padding!r}"
+        )
+    return padding
 
 
 def llama_config(text: Mapping[str, Any]) -> LlamaConfig:

@@ -107,6 +107,11 @@ def load_token_centers(checkpoint: Path) -> Tensor:
             f"{checkpoint}/config.json: n_action_bins must be a whole number of 2 to 4096, "
             f"got {bins!r}"
         )
+    return token_centers(bins)
+
+
+def token_centers(bins: int) -> Tensor:
+    """Return the centres of so many action tokens' bins; see `load_token_centers`."""
     edges = np.linspace(-1, 1, bins)
     centers = (edges[:-1] + edges[1:]) / 2
     index = np.clip(np.arange(bins)[::-1], 0, bins - 2)

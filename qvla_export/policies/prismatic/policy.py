@@ -128,6 +128,9 @@ class PrismaticPolicy(abc.ABC):
             tensor = torch.empty(self.on_disk.shapes[name].shape, dtype=torch.float32)
             self.on_disk.copy_to(name, tensor)
             return tensor.numpy()
+        if name == "token_centers":
+            centers: NDArray[np.float32] = self.token_centers.numpy()
+            return centers
         if self.on_disk is not None:
             # What no checkpoint holds follows from the configuration alone.
             rotary = LlamaRotaryEmbedding(self.module.arch.llama)

@@ -3,7 +3,7 @@
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class CheckpointWeights:
     places: Mapping[str, tuple[Path, str]]
     # Our name -> head file and the part's name, which goes before its keys.
     parts: Mapping[str, tuple[Path, str]]
+    # Our name -> the rows that are read, where not all are; `shapes` has these alone.
+    rows: Mapping[str, slice] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by our name, as stored.
@@ -40,7 +42,7 @@ class CheckpointWeights:
             file, part = self.parts[name]
             return read_state_file(file)[name.removeprefix(f"{part}.")]
         path, key = self.places[name]
-        return from_upstream({key: _read(path, key)})[name]
+        return from_upstream({key: _read(path, key)})[name][self.rows.get(name, slice(None))]
 
     def copy_to(self, name: str, target: Tensor) -> None:
         """Write a tensor into one of its shape, converted, a block of rows in memory at a time.
@@ -49,13 +51,16 @@ class CheckpointWeights:
             CheckpointError: as `read`, or a number is NaN or infinite.
         """
         path, key = self.places.get(name, (None, name))
-        if path is None or tuple(target.shape) != _shape(path, key) or not target.ndim:
+        stored = () if path is None else _shape(path, key)
+        taken = range(*self.rows.get(name, slice(None)).indices(stored[0])) if stored else range(0)
+        if path is None or not target.ndim or (len(taken), *stored[1:]) != tuple(target.shape):
             target.copy_(_finite(self.read(name), name, self._file(name)))
             return
-        rows = max(1, _BLOCK_BYTES // (4 * max(1, target[0].numel())))
-        for start in range(0, len(target), rows):
-            block = slice(start, start + rows)
-            target[block] = _finite(_read(path, key, block), name, path)
+        step = max(1, _BLOCK_BYTES // (4 * max(1, target[0].numel())))
+        for start in range(0, len(target), step):
+            stop = min(start + step, len(target))
+            rows = _read(path, key, slice(taken.start + start, taken.start + stop))
+            target[start:stop] = _finite(rows, name, path)
 
     def require_finite(self) -> None:
         """Look at every number, one tensor in memory at a time.

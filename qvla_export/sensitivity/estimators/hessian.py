@@ -213,10 +213,11 @@ def _measured(
     In batches of several, padding would count.
     """
     moments = {name: InputMoment(layer) for name, layer in layers.items()}
-    with torch.no_grad(), _hooked(layers, moments):
-        for number, observation in enumerate(question.observations, 1):
-            question.policy.normalized_actions(question.policy.batch([observation]))
-            tell(number)
+    for number, observation in enumerate(question.observations, 1):
+        batch = question.policy.batch([observation])
+        with torch.no_grad(), _hooked(layers, moments):
+            question.policy.normalized_actions(batch)
+        tell(number)
     return moments
 
 

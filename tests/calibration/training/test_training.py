@@ -21,8 +21,8 @@ from calibration.sources.lerobot import LeRobotDataset
 from calibration.training.train import REFERENCE_CONFIG, train_policy
 from calibration.training.trainer import Trainer, normalize_pixels
 from calibration.training.training_data import load_frames
-from qvla_export.policies.oft.new_checkpoint import PAD_ID, SUFFIX_ID
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
+from qvla_export.policies.prismatic.new_checkpoint import PAD_ID, SUFFIX_ID
 from qvla_export.shared.artifacts import sha256_tree
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch, QvlaError
 from qvla_export.shared.images import pixel_values

@@ -22,8 +22,9 @@ from qvla_export.graph.part_export import RUN_KEY, RUN_NOTE
 from qvla_export.graph.passes.couple import couple_mlps
 from qvla_export.graph.passes.merge import merge_parallel
 from qvla_export.policies.layers import layer_shapes
-from qvla_export.policies.oft.new_checkpoint import new_module, save_checkpoint, train_tokenizer
+from qvla_export.policies.oft.new_checkpoint import new_module, save_checkpoint
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
+from qvla_export.policies.prismatic.new_checkpoint import train_tokenizer
 from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import ArtifactMismatch, PlanMismatch
@@ -240,11 +241,11 @@ def test_float_graph_of_another_policy_is_refused(
     tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
 ) -> None:
     other = dataclasses.replace(tiny_policy, digest="1" * 64)
-    graph = float_graph(tiny_policy)
+    options = ExportOptions({"policy": float_graph(tiny_policy)})
     with pytest.raises(ArtifactMismatch, match="1111"):
-        export_bundle(other, None, CPU, tiny_observations(1), tmp_path / "b", ExportOptions(graph))
+        export_bundle(other, None, CPU, tiny_observations(1), tmp_path / "b", options)
     with pytest.raises(ExportError, match="at least one golden observation"):
-        export_bundle(tiny_policy, None, CPU, [], tmp_path / "b", ExportOptions(graph))
+        export_bundle(tiny_policy, None, CPU, [], tmp_path / "b", options)
 
 
 def test_layer_missing_from_the_graph_is_refused(
@@ -265,5 +266,5 @@ def test_layer_missing_from_the_graph_is_refused(
             CPU,
             tiny_observations(1),
             tmp_path / "b",
-            ExportOptions(float_graph(tiny_policy)),
+            ExportOptions({"policy": float_graph(tiny_policy)}),
         )

@@ -1,0 +1,1 @@
+"""OpenVLA: two vision towers and a Llama that decodes an action token by token."""

@@ -1,0 +1,87 @@
+"""OpenVLA as a `Family`: how its checkpoints are recognized, opened and written anew."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qvla_export.latency_model.network_shape import PolicyInputs
+from qvla_export.latency_model.published_sizes import GEOMETRIES, PROMPT_TOKENS, find_geometry
+from qvla_export.policies.model_type import read_model_type
+from qvla_export.policies.openvla.config import load_config
+from qvla_export.policies.openvla.files import check_files
+from qvla_export.shared.images import load_image_spec
+from qvla_export.shared.policy_interface import decodes_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qvla_export.policies.openvla.policy import OpenVlaPolicy
+
+
+class OpenVlaFamily:
+    """See `Family` for the meaning of its members; torch is imported where a checkpoint is."""
+
+    name = "openvla"
+    model_type = "openvla"
+    sizes = tuple(name for name, size in GEOMETRIES.items() if size.inputs.autoregressive)
+
+    def recognizes(self, checkpoint: Path) -> bool:
+        """Whether config.json is an OpenVLA's and no head of its own lies beside the weights."""
+        return read_model_type(checkpoint) == self.model_type and decodes_tokens(checkpoint)
+
+    def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
+        """Return what decides the rows of the layers; reads no weights."""
+        config = load_config(checkpoint, preset)
+        image = load_image_spec(checkpoint / "preprocessor_config.json")
+        return PolicyInputs(
+            images=len(config.cameras),
+            image_size=image.size,
+            prompt_tokens=PROMPT_TOKENS,
+            horizon=config.horizon,
+            action_dim=config.action_dim,
+            head="tokens",
+            autoregressive=True,
+        )
+
+    def can_stay_on_disk(self, checkpoint: Path, preset: str | None) -> bool:
+        """Whether weights can be left on disk: no, what is measured needs the chosen tokens."""
+        return False
+
+    def open(
+        self, checkpoint: Path, unnorm_key: str | None, preset: str | None, resident: bool
+    ) -> "OpenVlaPolicy":
+        """Load a checkpoint folder; see `load_openvla_policy`."""
+        from qvla_export.policies.openvla.policy import load_openvla_policy
+
+        config = load_config(checkpoint, preset)
+        return load_openvla_policy(checkpoint, unnorm_key, config, resident)
+
+    def check(self, checkpoint: Path, unnorm_key: str | None, preset: str | None) -> None:
+        """Refuse what `open` would refuse; see `check_openvla_checkpoint`."""
+        from qvla_export.policies.openvla.policy import check_openvla_checkpoint
+
+        check_openvla_checkpoint(checkpoint, unnorm_key, load_config(checkpoint, preset))
+
+    def check_files(self, checkpoint: Path, preset: str | None) -> None:
+        """Refuse a folder by its files' names and headers; see `openvla.files.check_files`."""
+        load_config(checkpoint, preset)
+        check_files(checkpoint)
+
+    def write_smoothed(
+        self, checkpoint: Path, output: Path, factors: "Mapping[str, Tensor]", keep_types: bool
+    ) -> None:
+        """Copy a checkpoint with some parameters multiplied; see `prismatic.smoothing`."""
+        from qvla_export.policies.prismatic.smoothing import write_smoothed
+
+        write_smoothed(checkpoint, output, factors, keep_types)
+
+    def write_random_checkpoint(
+        self,
+        output: Path,
+        size: str,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write a checkpoint of a published size with random weights."""
+        from qvla_export.policies.openvla.random_checkpoint import write_random_checkpoint
+
+        write_random_checkpoint(output, find_geometry(size), on_progress=on_progress)

@@ -1,0 +1,148 @@
+"""OpenVLA as a `Policy`: load a checkpoint, decode tokens, act."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qvla_export.policies.base import PolicyBatch, PolicyPart
+from qvla_export.policies.openvla.checkpoint import load_module
+from qvla_export.policies.openvla.config import OpenVlaConfig, load_config
+from qvla_export.policies.openvla.module import OpenVlaModule
+from qvla_export.policies.openvla.parts import cut_parts, program_of, whole_parts
+from qvla_export.policies.prismatic.loading import (
+    checkpoint_digest,
+    load_processor,
+    load_token_centers,
+    require_folder,
+)
+from qvla_export.policies.prismatic.network import fill_network
+from qvla_export.policies.prismatic.policy import PrismaticPolicy
+from qvla_export.policies.prismatic.weights import CheckpointWeights
+from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.observation import Observation
+from qvla_export.shared.program import Program
+
+
+@dataclass(frozen=True, repr=False)
+class OpenVlaPolicy(PrismaticPolicy):
+    """A loaded OpenVLA policy; see `Policy` for the meaning of its members."""
+
+    module: OpenVlaModule
+    config: OpenVlaConfig
+
+    def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
+        """Preprocess observations into one padded batch, with the tokens the policy chooses now."""
+        return self.with_tokens(self.inputs(observations))
+
+    def with_tokens(self, batch: PolicyBatch) -> PolicyBatch:
+        """Return a batch with the tokens that the policy chooses now.
+
+        Raises:
+            CheckpointError: its weights were left on disk.
+        """
+        if self.on_disk is not None:
+            raise CheckpointError(
+                "a policy that decodes token by token must be in memory to choose them; open it "
+                "whole"
+            )
+        return replace(batch, tokens=self._decoded(batch))
+
+    def action_logits(self, batch: PolicyBatch) -> Tensor:
+        """Return logits of the action tokens [B, dim, tokens], given the batch's tokens."""
+        tokens = batch.tokens if batch.tokens is not None else self._decoded(batch)
+        logits: Tensor = self.module(
+            batch.pixel_values, batch.input_ids, tokens, batch.prompt_lengths
+        )
+        return logits
+
+    def normalized_actions(self, batch: PolicyBatch) -> Tensor:
+        """Return expected bin centres [B, 1, dim], teacher-forced on the batch's tokens."""
+        weights = self.action_logits(batch).softmax(dim=-1)
+        return (weights @ self.token_centers.to(weights))[:, None]
+
+    @torch.no_grad()
+    def greedy_actions(self, batch: PolicyBatch) -> Tensor:
+        """Return the normalized actions of greedy decoding [B, 1, dim]."""
+        tokens = self._decoded(batch)
+        return self.token_centers.to(tokens.device)[tokens][:, None]
+
+    def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
+        """Return prefix and decoder, or both cut into smaller parts."""
+        if layers_per_part is None:
+            return whole_parts(self.module, self.processor.spec)
+        if layers_per_part < 1:
+            raise CheckpointError(f"layers_per_part must be at least 1, got {layers_per_part}")
+        return cut_parts(self.module, self.processor.spec, layers_per_part)
+
+    def program(self, layers_per_part: int | None = None) -> Program:
+        """Return the program: one pass over the prompt, then one for each token after the first."""
+        return program_of(self.parts(layers_per_part), self.module.arch)
+
+    def probe_output(self) -> Tensor:
+        """Return the logits of an empty image and the shortest prompt."""
+        pixels, ids = self.probe_inputs()
+        shape = (1, self.config.action_dim)
+        output: Tensor = self.module(
+            pixels, ids, torch.zeros(shape, dtype=torch.int64, device=ids.device)
+        )
+        return output
+
+    def filled(self, weights: CheckpointWeights) -> OpenVlaModule:
+        """Return the network with its weights read."""
+        arch = self.module.arch
+        return fill_network(lambda: OpenVlaModule(arch, self.token_centers), weights)
+
+    def _decoded(self, batch: PolicyBatch) -> Tensor:
+        tokens: Tensor = self.module.decode(
+            batch.pixel_values, batch.input_ids, batch.prompt_lengths
+        )
+        return tokens
+
+
+def load_openvla_policy(
+    checkpoint: Path,
+    unnorm_key: str | None = None,
+    config: OpenVlaConfig | None = None,
+    resident: bool = True,
+) -> OpenVlaPolicy:
+    """Load an OpenVLA checkpoint folder in the published layout.
+
+    Args:
+        checkpoint: folder with config.json, weights, tokenizer, statistics (or those of
+            config.json).
+        unnorm_key: data set whose statistics un-normalize actions; may be None if only one.
+        config: explicit inputs; None reads `qvla_policy.json`, or takes OpenVLA's own.
+        resident: False leaves the weights on disk: the policy can be exported part by part, in
+            the memory of one part, but not run by torch as a whole.
+
+    Raises:
+        CheckpointError, StatisticsError: what is wrong and what is available.
+    """
+    config = config or load_config(require_folder(checkpoint))
+    module, weights = load_module(require_folder(checkpoint), config, resident)
+    centers = load_token_centers(checkpoint)
+    processor = load_processor(checkpoint, config, module.arch, unnorm_key, centers)
+    return OpenVlaPolicy(
+        module,
+        processor,
+        config,
+        checkpoint_digest(checkpoint, config, processor.statistics.key),
+        centers,
+        None if resident else weights,
+    )
+
+
+def check_openvla_checkpoint(
+    checkpoint: Path, unnorm_key: str | None, config: OpenVlaConfig
+) -> None:
+    """Refuse what `load_openvla_policy` would refuse, in the memory of one tensor.
+
+    Raises:
+        CheckpointError, StatisticsError: as `load_openvla_policy`.
+    """
+    policy = load_openvla_policy(checkpoint, unnorm_key, config, resident=False)
+    if policy.on_disk is not None:
+        policy.on_disk.require_finite()
