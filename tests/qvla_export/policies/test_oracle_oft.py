@@ -194,5 +194,5 @@ def test_wrong_dimensions_list_the_keys() -> None:
     case = Case(CASES[0])
     config = case.policy.config
     wrong = replace(config, head="l1", action_dim=config.action_dim + 1)
-    with pytest.raises(CheckpointError, match=r"action_head\.model\.fc2\.weight|entries"):
+    with pytest.raises(CheckpointError, match=r"acts in \d+ dimensions|entries"):
         load_with(CASES[0].parent / "checkpoint", wrong)
