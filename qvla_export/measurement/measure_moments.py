@@ -5,9 +5,7 @@ in memory throughout: 8 bytes for each number of the blocks.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +69,7 @@ def measure_moments(
         "policy_digest": policy.digest,
         "calibration_digest": calibration_digest,
         "observations": len(observations),
-        "settings": _stated(settings),
+        "settings": settings.stated(),
     }
     sums = ShardedSums(moment_sums(layers, settings), identity, progress_file, world)
     size = settings.batch_size
@@ -107,13 +105,6 @@ def _add_batch(
         for item in passes:
             add_pass(item, sums)
             del item  # the next pass is made before the name is bound anew
-
-
-def _stated(settings: MomentSettings) -> dict[str, Any]:
-    """Return the settings that tell sums apart; the bound of memory shows in the blocks."""
-    stated = asdict(settings)
-    del stated["max_bytes"]
-    return stated
 
 
 def layer_tokens(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """How moments are measured, what that takes, and blocks that fit into a bound of memory."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,12 @@ class MomentSettings:
     def __post_init__(self) -> None:
         if min(self.probes, self.batch_size, self.largest_block) < 1:
             raise QvlaError(f"probes, batch size and block must be at least 1, got {self}")
+
+    def stated(self) -> dict[str, Any]:
+        """Return what tells sums apart, as JSON; the bound of memory shows in the blocks."""
+        stated = asdict(self)
+        del stated["max_bytes"]
+        return stated
 
 
 DEFAULT_MOMENTS = MomentSettings()

@@ -94,7 +94,7 @@ def round_spans(work: SpanRounding, on_progress: OnProgress | None = None) -> Ro
         with contextlib.closing(sweeps):
             todo = [n for n, names in enumerate(sweeps.spans) if not finished.issuperset(names)]
             for number in todo:
-                for name, fed in sweeps.moments(number, todo, settings):
+                for name, fed in sweeps.moments(number, todo):
                     if name in finished:
                         continue
                     made = round_plan_layer(

@@ -5,6 +5,7 @@ through the policy at once, else as many parts as fit. All observations at once 
 the last span to the first; of more batches, every span takes sweeps of its own.
 """
 
+import contextlib
 import itertools
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from qvla_export.measurement.backward import Pass, ProbedBatch, Probes
 from qvla_export.measurement.layer_groups import Piece
 from qvla_export.measurement.measure_moments import add_pass, layer_moments
-from qvla_export.measurement.moment_bounds import MomentSettings, moment_sums
+from qvla_export.measurement.moment_bounds import SMALLEST_BLOCK, MomentSettings, moment_sums
 from qvla_export.measurement.peak_memory import available_bytes
 from qvla_export.measurement.streamed import GroupPasses, Stream, StreamLimits, open_stream
 from qvla_export.policies.base import Policy
@@ -36,9 +37,13 @@ class SpanSweeps:
     """
 
     def __init__(
-        self, stream: Stream, batches: Sequence[ProbedBatch], spans: Sequence[Sequence[str]]
+        self,
+        stream: Stream,
+        batches: Sequence[ProbedBatch],
+        spans: Sequence[Sequence[str]],
+        settings: MomentSettings,
     ) -> None:
-        self.stream, self.batches, self.spans = stream, batches, spans
+        self.stream, self.batches, self.spans, self.settings = stream, batches, spans, settings
         self._sweep: Generator[tuple[Sequence[Piece], GroupPasses]] | None = None
 
     def close(self) -> None:
@@ -79,12 +84,10 @@ class SpanSweeps:
         for group, passes in itertools.islice(self._sweep, count):
             yield self.batches[0], group, passes
 
-    def moments(
-        self, number: int, todo: Sequence[int], settings: MomentSettings
-    ) -> Iterator[tuple[str, LayerMoments]]:
+    def moments(self, number: int, todo: Sequence[int]) -> Iterator[tuple[str, LayerMoments]]:
         """Yield each of a span's layers with its moments, in forward order."""
         layers = {name: self.stream.layers[name] for name in self.spans[number]}
-        sums = moment_sums(layers, settings)
+        sums = moment_sums(layers, self.settings)
         for _, _, passes in self.groups(number, todo):
             add_passes(passes, sums)
         for name in layers:
@@ -114,12 +117,28 @@ def open_sweeps(
         observations: at least one.
         limits: observations that run together where not all of them fit, probes, what is held
             beside a span's sums; the bound, or None for most of what this machine has left.
-        settings: blocks of moments, seed of probes.
+        settings: blocks of moments, halved until they fit; seed of probes.
         device: where to compute.
 
     Raises:
         QvlaError: what is needed exceeds the bound.
     """
+    while True:
+        try:
+            return _open(policy, observations, limits, settings, device)
+        except QvlaError:
+            if settings.largest_block <= SMALLEST_BLOCK:
+                raise
+            settings = replace(settings, largest_block=settings.largest_block // 2)
+
+
+def _open(
+    policy: Policy,
+    observations: Sequence[Observation],
+    limits: StreamLimits,
+    settings: MomentSettings,
+    device: torch.device,
+) -> SpanSweeps:
     layers, count, bound = traced_layers(policy), len(observations), limits.max_bytes
     if bound is None and (left := available_bytes()) is not None:
         bound = int(_SHARE_OF_FREE * left)
@@ -133,19 +152,25 @@ def open_sweeps(
         here = replace(limits, batch_size=size, held_bytes=held, max_bytes=bound)
         return open_stream(policy, layers, observations, here, device, free.needs)
 
-    try:
-        stream, size = opened(count, max(taken)), count
-    except QvlaError:
-        if bound is None or limits.batch_size >= count:
-            raise
-        size, room = limits.batch_size, max(*taken, int(bound * _SHARE_OF_SUMS))
-        stream, spans = opened(size, room), _joined(spans, taken, room)
+    least, size = max(taken), min(limits.batch_size, count)
+    tries = [(count, least)]
+    if bound is not None and size < count:
+        tries += [(size, max(least, int(bound * _SHARE_OF_SUMS))), (size, least)]
+    for size, room in tries[:-1]:
+        with contextlib.suppress(QvlaError):
+            stream = opened(size, room)
+            break
+    else:
+        size, room = tries[-1]
+        stream = opened(size, room)
+    if size < count:
+        spans = _joined(spans, taken, room)
     probes = Probes(limits.probes, settings.seed)
     batches = [
         ProbedBatch(observations[start : start + size], probes, number)
         for number, start in enumerate(range(0, count, size))
     ]
-    return SpanSweeps(stream, batches, spans)
+    return SpanSweeps(stream, batches, spans, settings)
 
 
 def _joined(spans: Sequence[Sequence[str]], taken: Sequence[int], room: int) -> list[Sequence[str]]:

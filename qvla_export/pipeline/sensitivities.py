@@ -168,9 +168,18 @@ def compensated_question(
     resources: "Resources | None" = None,
     on_progress: OnProgress = ignore,
 ) -> "Question":
-    """Return a question about the compensating quantizer instead of the nearest codes."""
-    from qvla_export.pipeline.moments import moments
+    """Return a question about the compensating quantizer instead of the nearest codes.
 
+    Of a policy whose weights were left on disk, moments are measured on the way, used and dropped,
+    unless the run has them.
+    """
+    from qvla_export.measurement.moment_bounds import MomentSettings
+    from qvla_export.pipeline.moments import moments
+    from qvla_export.policies.layers import weights_on_disk
+
+    if weights_on_disk(question.policy) and not run.moments.is_file():
+        spec = compensated_spec(target)
+        return replace(question, quantizer=spec, span_moments=MomentSettings())
     fed = moments(run, question.policy, resources, on_progress=on_progress)
     return replace(question, quantizer=compensated_spec(target), moments=fed)
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.measurement.distributed import Alone, World
+from qvla_export.measurement.moment_bounds import MomentSettings
 from qvla_export.measurement.sharded_sums import OnProgress, remove_journals
 from qvla_export.policies.base import Policy
 from qvla_export.quantizer.moments import Moments
@@ -50,6 +51,8 @@ class Question:
     batch_size: int = 8
     # Where the quantizer needs them; estimators of first order take them.
     moments: Moments | None = None
+    # Or how they measure them on the way: of a policy whose weights were left on disk.
+    span_moments: MomentSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.observations or self.batch_size < 1:

@@ -8,6 +8,7 @@ vectors. Neither the norm product of eq. 6 nor the isotropic noise of appendix G
 can be had for comparison.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,7 +26,10 @@ from qvla_export.measurement.backward import (
 )
 from qvla_export.measurement.distributed import Alone, World
 from qvla_export.measurement.layer_groups import Piece, layer_groups
+from qvla_export.measurement.moment_bounds import MomentSettings
 from qvla_export.measurement.sharded_sums import OnProgress, ShardedSums
+from qvla_export.measurement.span_deviations import Fed, add_spans
+from qvla_export.measurement.span_sweeps import SpanSweeps, open_sweeps
 from qvla_export.measurement.standard_error import WHOLE, empty_sums, empty_whole, standard_error
 from qvla_export.measurement.streamed import Stream, StreamLimits, open_stream
 from qvla_export.measurement.weight_errors import error_needs, weight_errors
@@ -74,9 +78,12 @@ class FirstOrder:
     max_bytes: int | None = None
     # Where the quantizer needs them.
     moments: Moments | None = None
+    # Or how they are measured on the way, used and dropped: of a policy on disk.
+    span_moments: MomentSettings | None = None
 
     def __post_init__(self) -> None:
-        if (self.moments is not None) != self.quantizer.needs_moments:
+        sources = [self.moments, self.span_moments]
+        if sum(source is not None for source in sources) != self.quantizer.needs_moments:
             raise QvlaError("moments belong to a quantizer that needs them: qvla moments")
         if self.batch_size < 1 or (self.probes is not None and self.probes < 1):
             raise QvlaError(
@@ -130,6 +137,7 @@ class FirstOrderEstimator:
                 contraction=self.contraction,
                 max_bytes=self.max_bytes,
                 moments=question.moments,
+                span_moments=question.span_moments,
             ),
             work.progress_file,
             work.on_progress,
@@ -179,19 +187,30 @@ def measure_first_order(
     needs_of = error_needs(settings.quantizer, settings.widths)
     empty = empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths)
     empty[WHOLE] = empty_whole(settings.probes, count, widths)
-    stream = None
+    stream = sweeps = None
+    groups: Sequence[Sequence[str]] = [list(layers)]
     if weights_on_disk(policy):
         held = sum(array.nbytes for array in empty.values())
         limits = StreamLimits(size, settings.probes, needs_of, held, settings.max_bytes)
-        stream = open_stream(policy, layers, observations, limits, (world or Alone()).device)
-        groups = [list(layers)]
+        device = (world or Alone()).device
+        if settings.span_moments is None:
+            stream = open_stream(policy, layers, observations, limits, device)
+        else:
+            how = replace(settings.span_moments, seed=settings.seed)
+            sweeps = open_sweeps(policy, observations, limits, how, device)
+            stream, groups = sweeps.stream, sweeps.spans
     else:
         first = observations[:size]
         groups = layer_groups(policy, layers, first, needs_of, settings.max_bytes)
     identity = _identity(policy, count, calibration_digest, settings, groups, stream)
+    if sweeps is not None:
+        identity |= {"batches": len(sweeps.batches), "blocks": sweeps.settings.largest_block}
     sums = ShardedSums(empty, identity, progress_file, world)
     work = _Work(policy, layers, groups, observations, settings, sums, on_progress, stream)
-    work.add()
+    if sweeps is None:
+        work.add()
+    else:
+        work.add_spans(sweeps)
     total = sums.total()
     return Sensitivities(
         values={name: (total[name] / count).astype(np.float32) for name in layers},
@@ -240,6 +259,17 @@ class _Work:
                 self.sums.mark(unit)
                 self._tell()
 
+    def add_spans(self, sweeps: SpanSweeps) -> None:
+        """Add this process's share, with moments that are measured on the way."""
+
+        def changes_of(pieces: Sequence[Piece], fed: Fed) -> WeightChanges:
+            count, probes = len(self.observations), self.settings.probes or 0
+            moments = Moments(fed, count, probes, self.settings.seed, self.policy.digest, "")
+            return self._changes(pieces, moments)
+
+        with contextlib.closing(sweeps):
+            add_spans(sweeps, changes_of, self.sums, self.on_progress)
+
     def _add(self, number: int, group: Layers, changes: WeightChanges) -> None:
         size = self.settings.batch_size
         observations = self.observations[number * size : (number + 1) * size]
@@ -252,7 +282,7 @@ class _Work:
         else:
             self.stream.add_batch(batch, self._changes, sums)
 
-    def _changes(self, pieces: Sequence[Piece]) -> WeightChanges:
+    def _changes(self, pieces: Sequence[Piece], moments: Moments | None = None) -> WeightChanges:
         """Return what each width adds to the weights of layers, or of channels of them."""
         settings = self.settings
         errors = {
@@ -261,7 +291,7 @@ class _Work:
                 self.layers[piece.layer],
                 settings.widths,
                 settings.quantizer,
-                settings.moments,
+                moments or settings.moments,
                 piece.channels,
             )
             for piece in pieces
@@ -287,6 +317,8 @@ def _identity(
     stated = {field.name: getattr(settings, field.name) for field in fields(settings)}
     stated["quantizer"] = settings.quantizer.to_json()
     stated["moments"] = None if settings.moments is None else settings.moments.digest
+    if settings.span_moments is not None:
+        stated["span_moments"] = settings.span_moments.stated()
     # It shows in the groups, or changes nothing.
     del stated["max_bytes"]
     return {

@@ -15,25 +15,31 @@ from tiny_bundles import mixed_plan
 from calibration.calibration_set import CalibrationSet
 from engines.targets import CPU
 from qvla_export.allocation.setting import parse_setting
+from qvla_export.measurement.layer_groups import NeedsOf
 from qvla_export.measurement.measure_moments import measure_moments
 from qvla_export.measurement.moment_bounds import MomentSettings, moment_needs, moment_sums
 from qvla_export.measurement.round_spans import SpanRounding, round_spans
 from qvla_export.measurement.span_sweeps import SpanSweeps, open_sweeps
+from qvla_export.measurement.standard_error import empty_sums, empty_whole
 from qvla_export.measurement.streamed import StreamLimits, open_stream
+from qvla_export.measurement.weight_errors import error_needs
 from qvla_export.pipeline.plan import plan as plan_setting
 from qvla_export.pipeline.progress import Progress
 from qvla_export.pipeline.round import round_setting
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
+from qvla_export.policies.layers import traced_layers
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.quantizer.moments import LayerMoments, Moments
 from qvla_export.quantizer.quantize import compensated_spec
 from qvla_export.quantizer.round_plan import round_plan
+from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 from qvla_export.shared.errors import ArtifactError, QvlaError
 from qvla_export.shared.observation import Observation
 
 Make = Callable[..., list[Observation]]
 HOW = MomentSettings(batch_size=2, probes=2)
+MOMENTS = partial(moment_needs, settings=HOW)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +48,7 @@ def stored(tiny_checkpoint: Path) -> OftPolicy:
 
 
 def sweeps_of(policy: OftPolicy, observations: list[Observation], bound: int | None) -> SpanSweeps:
-    limits = StreamLimits(
-        HOW.batch_size, HOW.probes, lambda some, moved: moment_needs(some, moved, HOW), 0, bound
-    )
+    limits = StreamLimits(HOW.batch_size, HOW.probes, MOMENTS, 0, bound)
     return open_sweeps(policy, observations, limits, HOW, torch.device("cpu"))
 
 
@@ -68,19 +72,18 @@ def test_spans_have_the_moments_of_the_whole(
         whole = measure_moments(tiny_policy, observations, "c", replace(HOW, batch_size=size))
         todo = list(range(1, len(sweeps.spans)))  # as if the first were done
         with closing(sweeps):
-            found = {n: fed for span in todo for n, fed in sweeps.moments(span, todo, HOW)}
+            found = {n: fed for span in todo for n, fed in sweeps.moments(span, todo)}
         assert set(found) == set(whole.layers) - set(sweeps.spans[0])
         for name, fed in found.items():
             assert_close(fed, whole.layers[name])
 
 
-def _bound_of_two(sweeps: SpanSweeps) -> int:
+def _bound_of_two(sweeps: SpanSweeps, needs_of: NeedsOf = MOMENTS, beside: int = 0) -> int:
     """Return a bound that two observations keep to and three do not."""
     stream, (batch,) = sweeps.stream, sweeps.batches
     layers, device = stream.layers, torch.device("cpu")
-    needs_of = partial(moment_needs, settings=HOW)
     sums = [moment_sums({n: layers[n] for n in names}, HOW) for names in sweeps.spans]
-    held = max(sum(array.nbytes for array in of_span.values()) for of_span in sums)
+    held = beside + max(sum(array.nbytes for array in of_span.values()) for of_span in sums)
 
     def fits(count: int, bound: int) -> bool:
         limits = StreamLimits(count, HOW.probes, needs_of, held, bound)
@@ -95,6 +98,52 @@ def _bound_of_two(sweeps: SpanSweeps) -> int:
     return three - 2048
 
 
+@pytest.mark.parametrize("together", [2, 3])
+def test_sensitivities_with_moments_on_the_way_are_those_with_moments_before(
+    stored: OftPolicy,
+    tiny_policy: OftPolicy,
+    tiny_observations: Make,
+    together: int,
+    tmp_path: Path,
+) -> None:
+    """In one sweep and in batches; a killed run goes on at the span it was in."""
+    observations, spec = tiny_observations(3), compensated_spec(CPU)
+    max_bytes = None
+    if together == 2:
+        channels = {name: len(layer.weight) for name, layer in traced_layers(stored).items()}
+        sums = {**empty_sums(channels, 2), "": empty_whole(HOW.probes, 3, 2)}
+        beside = sum(array.nbytes for array in sums.values())
+        sweeps = sweeps_of(stored, observations, None)
+        max_bytes = _bound_of_two(sweeps, error_needs(spec, (0, 4)), beside)
+    moments = measure_moments(tiny_policy, observations, "c", replace(HOW, batch_size=together))
+    how = FirstOrder(spec, (0, 4), HOW.probes, HOW.seed, together, moments=moments)
+    expected = measure_first_order(tiny_policy, observations, "c", how)
+    own = replace(how, moments=None, span_moments=HOW, batch_size=2, max_bytes=max_bytes)
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if done == 3:
+            raise Killed
+
+    journal = tmp_path / "progress"
+    with pytest.raises(Killed):
+        measure_first_order(stored, observations, "c", own, journal, kill)
+    calls: list[tuple[int, int]] = []
+    found = measure_first_order(
+        stored, observations, "c", own, journal, lambda *done: calls.append(done)
+    )
+    total = calls[0][1]
+    assert [done for done, _ in calls] == list(range(4, total + 1))
+    for name, values in expected.values.items():
+        scale = float(values.max())
+        # Of moments that differ in their last digits, few codes differ.
+        np.testing.assert_allclose(
+            found.values[name].sum(), values.sum(), rtol=0.02, atol=1e-5 * scale
+        )
+
+
 def test_codes_are_those_of_the_moments_and_a_killed_run_keeps_its_layers(
     stored: OftPolicy, tiny_policy: OftPolicy, tiny_observations: Make, tmp_path: Path
 ) -> None:
@@ -104,7 +153,7 @@ def test_codes_are_those_of_the_moments_and_a_killed_run_keeps_its_layers(
     sweeps = sweeps_of(stored, tiny_observations(3), None)
     todo = range(len(sweeps.spans))
     with closing(sweeps):
-        fed = {name: own for span in todo for name, own in sweeps.moments(span, todo, HOW)}
+        fed = {name: own for span in todo for name, own in sweeps.moments(span, todo)}
     moments = Moments(fed, 3, HOW.probes, HOW.seed, stored.digest, "c")
     expected = round_plan(stored, plan, moments).rounding
     assert expected is not None
