@@ -171,6 +171,13 @@ def fitting_groups(
     return groups
 
 
+def group_bytes(layers: Mapping[str, LayerNeeds], group: Sequence[Piece]) -> int:
+    """Return what a group of layers takes while it is measured."""
+    counts = [(layers[piece.layer], piece.stop - piece.start) for piece in group]
+    kept = sum(needs.kept_bytes(count) for needs, count in counts)
+    return kept + max((needs.passing_bytes(count) for needs, count in counts), default=0)
+
+
 def _too_small(name: str, need: int, max_bytes: int, beside: int) -> QvlaError:
     rest = f", {beside / 1e9:.3g} GB of them weights, activations and sums" if beside else ""
     return QvlaError(f"layer {name} needs {need / 1e9:.4g} GB{rest}; {too_small(need, max_bytes)}")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from qvla_export.measurement.distributed import Alone, World
 from qvla_export.measurement.layer_groups import LayerNeeds
 from qvla_export.measurement.streamed import Stream, StreamLimits, open_stream
+from qvla_export.measurement.weight_placement import WeightPlacement
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers, layer_shapes, traced_layers
 from qvla_export.quantizer.moments import block_size
@@ -91,7 +92,7 @@ def open_moment_stream(
         settings.max_bytes,
         cut=False,
     )
-    return open_stream(policy, layers, observations, limits, world.device)
+    return open_stream(policy, layers, observations, limits, WeightPlacement.on(world.device))
 
 
 def fitting_block(

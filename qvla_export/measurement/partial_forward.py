@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvla_export.measurement.raised_weights import restore_forward
 from qvla_export.policies.base import Policy, PolicyBatch
 from qvla_export.policies.layers import Layers, apply_rows, as_tokens
 from qvla_export.shared.errors import QvlaError
@@ -134,7 +135,7 @@ def recorded(policy: Policy, layers: Layers, batch: PolicyBatch) -> Iterator[Par
     """Run a batch and yield what runs it partially; the policy is as before when the block ends.
 
     Args:
-        policy: float32; called without gradients.
+        policy: computes in float32; called without gradients.
         layers: whose channels may be changed.
         batch: of any size; leads the tensors between modules.
 
@@ -143,21 +144,21 @@ def recorded(policy: Policy, layers: Layers, batch: PolicyBatch) -> Iterator[Par
     """
     forward = PartialForward(policy, layers, batch)
     names = {module: name for name, module in layers.items()}
-    replaced: list[Any] = []
+    replaced: list[tuple[Any, Any]] = []
     try:
         for name, module in policy.module.named_modules():
             # Without parameters there is little to save, and tables of positions have no batch.
             if module is policy.module or next(module.parameters(), None) is None:
                 continue
-            stand_in = forward.stand_in(names.get(module, name), module)
-            module.forward = stand_in
-            replaced.append(module)
+            before = vars(module).get("forward")
+            module.forward = forward.stand_in(names.get(module, name), module)
+            replaced.append((module, before))
         with torch.no_grad():
             forward.record()
             yield forward
     finally:
-        for module in replaced:
-            del module.forward  # the class's own forward shows again
+        for module, before in replaced:
+            restore_forward(module, before)
 
 
 def _changed(layer: nn.Linear | nn.Conv2d, known: _Recorded, change: _Change) -> Tensor:

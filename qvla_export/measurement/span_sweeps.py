@@ -20,6 +20,7 @@ from qvla_export.measurement.measure_moments import add_pass, layer_moments
 from qvla_export.measurement.moment_bounds import SMALLEST_BLOCK, MomentSettings, moment_sums
 from qvla_export.measurement.peak_memory import available_bytes
 from qvla_export.measurement.streamed import GroupPasses, Stream, StreamLimits, open_stream
+from qvla_export.measurement.weight_placement import WeightPlacement
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers, traced_layers
 from qvla_export.quantizer.moments import LayerMoments
@@ -142,7 +143,8 @@ def _open(
     layers, count, bound = traced_layers(policy), len(observations), limits.max_bytes
     if bound is None and (left := available_bytes()) is not None:
         bound = int(_SHARE_OF_FREE * left)
-    free = open_stream(policy, layers, observations, replace(limits, max_bytes=None), device)
+    placement, unbounded = WeightPlacement.on(device), replace(limits, max_bytes=None)
+    free = open_stream(policy, layers, observations, unbounded, placement)
     parts = [[piece.layer for group in part for piece in group] for part in free.groups]
     spans: list[Sequence[str]] = [list(dict.fromkeys(names)) for names in reversed(parts) if names]
     taken = [_sum_bytes(layers, names, settings) for names in spans]
@@ -150,7 +152,7 @@ def _open(
     def opened(size: int, sum_bytes: int) -> Stream:
         held = limits.held_bytes + sum_bytes
         here = replace(limits, batch_size=size, held_bytes=held, max_bytes=bound)
-        return open_stream(policy, layers, observations, here, device, free.needs)
+        return open_stream(policy, layers, observations, here, placement, free.needs)
 
     least, size = max(taken), min(limits.batch_size, count)
     tries = [(count, least)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from qvla_export.measurement.backward import (
     Pass,
@@ -21,9 +21,18 @@ from qvla_export.measurement.backward import (
     WeightChanges,
     recording,
 )
-from qvla_export.measurement.layer_groups import NeedsOf, Piece, fitting_groups, too_small
+from qvla_export.measurement.layer_groups import (
+    NeedsOf,
+    Piece,
+    fitting_groups,
+    group_bytes,
+    too_small,
+)
 from qvla_export.measurement.part_needs import PartNeeds, part_needs
+from qvla_export.measurement.part_reader import PartReader, Weights
 from qvla_export.measurement.peak_memory import give_back
+from qvla_export.measurement.raised_weights import put_weight
+from qvla_export.measurement.weight_placement import WeightPlacement
 from qvla_export.measurement.whole_deviations import WholeDeviations
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers
@@ -58,10 +67,12 @@ class Stream:
 
     policy: Policy
     layers: Layers
-    device: torch.device
+    placement: WeightPlacement
     needs: Sequence[PartNeeds]
     # Layers of each part, in groups that are measured together.
     groups: Sequence[Sequence[Sequence[Piece]]]
+    # Of each part, whether it fits beside what a neighbour takes: it is read while that computes.
+    ahead: Sequence[bool]
 
     def passes(
         self, batch: ProbedBatch, chosen: Collection[str] | None = None
@@ -74,32 +85,52 @@ class Stream:
             batch: observations and probes.
             chosen: layers to stop at, names; None for all.
         """
-        runs = [_Run(_feeds(self.policy, item, self.device)) for item in batch.observations]
+        device = self.placement.device
+        runs = [_Run(_feeds(self.policy, item, device)) for item in batch.observations]
+        parts = [_some(groups, chosen) for groups in self.groups]
+        first = next((number for number, groups in enumerate(parts) if any(groups)), len(parts))
+        if chosen is None:
+            first = 0
+        back = list(zip(self.needs, parts, strict=True))[first:][::-1]
+        with self.placement.computing(self.policy), self._reader(first) as reader:
+            self._forward(runs, reader)
+            weights = self._draw(batch, runs)
+            for needs, groups in back:
+                with weights_in_memory(self.policy, reader.take(), device):
+                    for number, group in enumerate(groups or [()]):
+                        passes = GroupPasses(self.layers, needs, group, runs, weights, number == 0)
+                        if chosen is not None and not group:
+                            passes.hand_on_only()
+                        else:
+                            yield group, passes
+                for run in runs:
+                    del run.values[needs.part.output], run.gradients[needs.part.output]
+
+    def _reader(self, first: int) -> PartReader:
+        """Return what reads all parts forward, then back to the first that is asked for."""
+        # A part may be read while its neighbour is in memory.
+        order = [*self.needs, *self.needs[first:][::-1]]
+        ahead = [*self.ahead, *self.ahead[first:][::-1]]
+        read = self.placement.reader(self.policy)
+        return PartReader(read, [needs.reads for needs in order], ahead)
+
+    def _forward(self, runs: "Sequence[_Run]", reader: PartReader) -> None:
+        """Run every observation through all parts, without a graph."""
         for needs in self.needs:
-            with weights_in_memory(self.policy, needs.reads, self.device), torch.no_grad():
+            weights = reader.take()
+            with weights_in_memory(self.policy, weights, self.placement.device), torch.no_grad():
                 for run in runs:
                     run.values[needs.part.output] = run.through(needs)
+
+    def _draw(self, batch: ProbedBatch, runs: "Sequence[_Run]") -> list[float]:
+        """Draw the probes, which are what the gradients begin with; return their weights."""
         last = self.needs[-1].part.output
         flat = torch.cat([run.values[last].reshape(1, -1) for run in runs])
         probes, weight = batch.draw(flat)
         for number, run in enumerate(runs):
             shape = run.values[last].shape
             run.gradients[last] = [probe[number].reshape(shape) for probe in probes]
-        weights = [weight] * len(probes)
-        parts = [_some(groups, chosen) for groups in self.groups]
-        first = next((number for number, groups in enumerate(parts) if any(groups)), len(parts))
-        if chosen is None:
-            first = 0
-        for needs, groups in list(zip(self.needs, parts, strict=True))[first:][::-1]:
-            with weights_in_memory(self.policy, needs.reads, self.device):
-                for number, group in enumerate(groups or [()]):
-                    passes = GroupPasses(self.layers, needs, group, runs, weights, number == 0)
-                    if chosen is not None and not group:
-                        passes.hand_on_only()
-                    else:
-                        yield group, passes
-            for run in runs:
-                del run.values[needs.part.output], run.gradients[needs.part.output]
+        return [weight] * len(probes)
 
     def add_batch(
         self, batch: ProbedBatch, changes_of: ChangesOf, sums: Mapping[str, NDArray[np.float64]]
@@ -207,21 +238,21 @@ def open_stream(
     layers: Layers,
     observations: Sequence[Observation],
     limits: StreamLimits,
-    device: torch.device,
+    placement: WeightPlacement,
     needs: Sequence[PartNeeds] = (),
 ) -> Stream:
     """Find what every part needs and cut its layers into groups that fit.
 
     At any time there are: what is held throughout; what goes from part to part, of a batch; the
     gradients of each probe there; one part's weights; of one observation, all that the part
-    makes; what a group of its layers needs.
+    makes; what a group of its layers needs. Where there is room, also the next part's weights.
 
     Args:
         policy: its weights were left on disk.
         layers: of the policy.
         observations: all; the longest prompt counts.
         limits: what goes through at once, and the bound of memory.
-        device: where to compute.
+        placement: where to compute, and the type of the weights there.
         needs: of the parts, where they were found before.
 
     Raises:
@@ -237,7 +268,7 @@ def open_stream(
     between = sum(n.output_bytes for n in needs) + 2 * probes * largest
     between += sum(tensor.nbytes for tensor in feeds.values())
     held, bound = limits.held_bytes + limits.batch_size * between, limits.max_bytes
-    groups = []
+    groups, taken = [], []
     for n in needs:
         beside = held + n.weight_bytes + n.pass_bytes
         if bound is not None and beside > bound:
@@ -246,34 +277,36 @@ def open_stream(
                 f"{n.weight_bytes / 1e9:.3g}, activations {n.pass_bytes / 1e9:.3g}, sums and what "
                 f"goes between parts {held / 1e9:.3g}; {too_small(beside, bound)}"
             )
-        groups.append(fitting_groups(limits.needs_of(layers, n.moved), bound, beside, limits.cut))
-    return Stream(policy, layers, device, needs, groups)
+        of_layers = limits.needs_of(layers, n.moved)
+        groups.append(fitting_groups(of_layers, bound, beside, limits.cut))
+        taken.append(beside + max((group_bytes(of_layers, g) for g in groups[-1]), default=0))
+    ahead = [bound is None or _fits_beside(needs, taken, k, bound) for k in range(len(needs))]
+    return Stream(policy, layers, placement, needs, groups, ahead)
+
+
+def _fits_beside(needs: Sequence[PartNeeds], taken: Sequence[int], number: int, bound: int) -> bool:
+    """Whether a part's weights fit beside all that either neighbour takes while it computes."""
+    beside = [taken[k] for k in (number - 1, number + 1) if 0 <= k < len(taken)]
+    return max(beside, default=0) + needs[number].weight_bytes <= bound
 
 
 @contextlib.contextmanager
-def weights_in_memory(policy: Policy, names: Sequence[str], device: torch.device) -> Iterator[None]:
-    """Hold some weights of a policy in memory, as float32, while the block runs.
+def weights_in_memory(policy: Policy, weights: Weights, device: torch.device) -> Iterator[None]:
+    """Hold some weights of a policy in memory while the block runs.
 
     Args:
         policy: its weights were left on disk.
-        names: of parameters and buffers.
+        weights: parameters and buffers by name; used up, so that none is there twice.
         device: where to put them.
     """
-    replaced: list[tuple[nn.Module, str, Tensor]] = []
+    replaced: list[tuple[str, Tensor]] = []
     try:
-        for name in names:
-            parent, _, leaf = name.rpartition(".")
-            module = policy.module.get_submodule(parent)
-            empty = getattr(module, leaf)
-            value = torch.from_numpy(np.ascontiguousarray(policy.read_weight(name))).to(device)
-            is_parameter = isinstance(empty, nn.Parameter)
-            setattr(module, leaf, nn.Parameter(value, False) if is_parameter else value)
-            replaced.append((module, leaf, empty))
-            del value  # the last one would stay until the end
+        for name in list(weights):
+            replaced.append((name, put_weight(policy.module, name, weights.pop(name).to(device))))
         yield
     finally:
-        for module, leaf, empty in replaced:
-            setattr(module, leaf, empty)
+        for name, empty in replaced:
+            put_weight(policy.module, name, empty)
         give_back()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from qvla_export.measurement.distributed import Alone, DeviceChoice, World, joined_world
 from qvla_export.measurement.layer_groups import NeedsOf
 from qvla_export.measurement.peak_memory import available_bytes
+from qvla_export.measurement.weight_placement import WeightPlacement
 from qvla_export.measurement.whole_policy import room_beside_whole
 from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
 from qvla_export.policies.base import Policy
@@ -22,6 +23,8 @@ _LOG = logging.getLogger(__name__)
 # buffers that torch and numpy's LAPACK take at their first use, free lists, a calibration set.
 # Measured on the reference policy: 0.05 GB, with compensated codes 0.1 GB.
 _UNCOUNTED_BYTES = 128_000_000
+# Published checkpoints are stored in bfloat16; and what of a GPU weights may take, beside a pass.
+_STORED_BYTES, _GPU_SHARE = 2, 0.6
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,18 @@ def open_within(resources: Resources, source: PolicySource, demand: Demand | Non
     Raises:
         QvlaError: there is no bound, and this machine has less memory than that takes.
     """
-    bound, device = resources.max_bytes, resources.world.device
+    bound, placement = resources.max_bytes, WeightPlacement.on(resources.world.device)
     place = Path(source.place), source.unnorm_key, source.preset
-    if demand is None or not _can_stay_on_disk(source):
+    if not _can_stay_on_disk(source):
         loaded = open_checkpoint(*place)
-        loaded.module.to(device)
+        loaded.module.to(placement.device)
         return Opened(loaded, bound)
     stored = open_checkpoint(*place, resident=False)
+    if demand is None:
+        return Opened(placement.resident(stored), bound)
+    if _exceeds_gpu(stored, placement):
+        _LOG.info("the policy exceeds the GPU's memory: its weights are read stage by stage")
+        return Opened(stored, bound)
     held = demand.held_of(traced_layers(stored))
     room = None
     if bound is None:
@@ -111,9 +119,18 @@ def open_within(resources: Resources, source: PolicySource, demand: Demand | Non
         if room is None:
             _LOG.info("the policy exceeds --max-memory-gb: its weights are read stage by stage")
             return Opened(stored, bound)
-    loaded = stored.in_memory()
-    loaded.module.to(device)
-    return Opened(loaded, room)
+    return Opened(placement.resident(stored), room)
+
+
+def _exceeds_gpu(stored: Policy, placement: WeightPlacement) -> bool:
+    """Whether a policy's weights, as stored, leave too little of the GPU for a pass."""
+    if placement.device.type != "cuda":
+        return False
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(placement.device)
+    weights = _STORED_BYTES * sum(t.numel() for t in stored.module.state_dict().values())
+    return bool(weights > _GPU_SHARE * free)
 
 
 def _require_memory(policy: Policy, held: int) -> None:

@@ -1,6 +1,6 @@
 """The interface the method is written against: a loaded policy and a batch of its inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -128,6 +128,21 @@ class Policy(Protocol):
 
     def read_weight(self, name: str) -> NDArray[np.float32]:
         """Return a parameter or buffer of `module` by name, as float32."""
+        ...
+
+    def stored_weight(self, name: str) -> Tensor:
+        """Return a parameter or buffer of `module` by name, in host memory, as it is stored."""
+        ...
+
+    def as_stored(self, device: torch.device, kept: Collection[str]) -> "Policy":
+        """Return the policy with its weights read to a device, some as they are stored.
+
+        It computes only where these are raised, see `measurement.raised_weights`.
+
+        Args:
+            device: where to put the weights.
+            kept: names of the parameters that keep their type; the others become float32.
+        """
         ...
 
     def stored_numbers(self) -> int:

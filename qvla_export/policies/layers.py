@@ -118,17 +118,16 @@ def replaced_weights(layers: Layers, rows: Mapping[str, NDArray[np.float32]]) ->
         layers: by name.
         rows: layer name -> float32 [channels, inputs]; layers not named keep their weights.
     """
-    kept = {name: layers[name].weight.detach().clone() for name in rows}
+    before = {name: layers[name].weight for name in rows}
     try:
-        with torch.no_grad():
-            for name, values in rows.items():
-                weight = layers[name].weight
-                weight.copy_(torch.from_numpy(values).reshape(weight.shape))
+        for name, values in rows.items():
+            # In float32 whatever the weights are stored as.
+            weight = torch.tensor(values, device=before[name].device).reshape(before[name].shape)
+            layers[name].weight = nn.Parameter(weight, requires_grad=False)
         yield
     finally:
-        with torch.no_grad():
-            for name, weight in kept.items():
-                layers[name].weight.copy_(weight)
+        for name, parameter in before.items():
+            layers[name].weight = parameter
 
 
 def planned_rows(

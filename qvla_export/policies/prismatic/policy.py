@@ -1,7 +1,8 @@
 """What a `Policy` on Prismatic's two towers and Llama does, whatever its head."""
 
 import abc
-from collections.abc import Sequence
+import copy
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -139,7 +140,32 @@ class PrismaticPolicy(abc.ABC):
             tensor = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}[
                 name
             ]
-        return tensor.detach().numpy()
+        values: NDArray[np.float32] = tensor.detach().float().cpu().numpy()
+        return values
+
+    def stored_weight(self, name: str) -> Tensor:
+        """Return a parameter or buffer by name, in host memory, as it is stored."""
+        if self.on_disk is not None and name in self.on_disk.shapes:
+            return self.on_disk.read_finite(name)
+        return torch.from_numpy(np.ascontiguousarray(self.read_weight(name)))
+
+    def as_stored(self: _Self, device: torch.device, kept: Collection[str]) -> _Self:
+        """Return the policy with its weights read to a device, those of `kept` as stored."""
+        if self.on_disk is None:
+            self.module.to(device)
+            return self
+        module = copy.deepcopy(self.module)
+        for name, empty in [*self.module.named_parameters(), *self.module.named_buffers()]:
+            parent, _, leaf = name.rpartition(".")
+            if name in self.on_disk.shapes or name.startswith(_ROTARY):
+                value = self.stored_weight(name)
+                value = value.to(device, value.dtype if name in kept else torch.float32)
+            else:  # transformers' own; nothing here reads it
+                value = torch.zeros(empty.shape, dtype=empty.dtype, device=device)
+            is_parameter = isinstance(empty, nn.Parameter)
+            placed = nn.Parameter(value, requires_grad=False) if is_parameter else value
+            setattr(module.get_submodule(parent), leaf, placed)
+        return replace(self, module=module, on_disk=None)
 
     def stored_numbers(self) -> int:
         """Return how many weights the checkpoint holds."""

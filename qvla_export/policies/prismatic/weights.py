@@ -44,6 +44,14 @@ class CheckpointWeights:
         path, key = self.places[name]
         return from_upstream({key: _read(path, key)})[name][self.rows.get(name, slice(None))]
 
+    def read_finite(self, name: str) -> Tensor:
+        """Return a tensor by our name, as stored.
+
+        Raises:
+            CheckpointError: as `copy_to`.
+        """
+        return _finite(self.read(name), name, self._file(name))
+
     def copy_to(self, name: str, target: Tensor) -> None:
         """Write a tensor into one of its shape, converted, a block of rows in memory at a time.
 
@@ -54,7 +62,7 @@ class CheckpointWeights:
         stored = () if path is None else _shape(path, key)
         taken = range(*self.rows.get(name, slice(None)).indices(stored[0])) if stored else range(0)
         if path is None or not target.ndim or (len(taken), *stored[1:]) != tuple(target.shape):
-            target.copy_(_finite(self.read(name), name, self._file(name)))
+            target.copy_(self.read_finite(name))
             return
         step = max(1, _BLOCK_BYTES // (4 * max(1, target[0].numel())))
         for start in range(0, len(target), step):
@@ -69,7 +77,7 @@ class CheckpointWeights:
             CheckpointError: as `copy_to`.
         """
         for name in self.shapes:
-            _finite(self.read(name), name, self._file(name))
+            self.read_finite(name)
 
     def _file(self, name: str) -> Path:
         return (self.parts if name in self.parts else self.places)[name][0]

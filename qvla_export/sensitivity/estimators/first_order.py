@@ -33,6 +33,7 @@ from qvla_export.measurement.span_sweeps import SpanSweeps, open_sweeps
 from qvla_export.measurement.standard_error import WHOLE, empty_sums, empty_whole, standard_error
 from qvla_export.measurement.streamed import Stream, StreamLimits, open_stream
 from qvla_export.measurement.weight_errors import error_needs, weight_errors
+from qvla_export.measurement.weight_placement import WeightPlacement
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers, layer_shapes, traced_layers, weights_on_disk
 from qvla_export.quantizer.moments import Moments
@@ -194,7 +195,7 @@ def measure_first_order(
         limits = StreamLimits(size, settings.probes, needs_of, held, settings.max_bytes)
         device = (world or Alone()).device
         if settings.span_moments is None:
-            stream = open_stream(policy, layers, observations, limits, device)
+            stream = open_stream(policy, layers, observations, limits, WeightPlacement.on(device))
         else:
             how = replace(settings.span_moments, seed=settings.seed)
             sweeps = open_sweeps(policy, observations, limits, how, device)

@@ -23,6 +23,7 @@ from qvla_export.measurement.span_sweeps import SpanSweeps, open_sweeps
 from qvla_export.measurement.standard_error import empty_sums, empty_whole
 from qvla_export.measurement.streamed import StreamLimits, open_stream
 from qvla_export.measurement.weight_errors import error_needs
+from qvla_export.measurement.weight_placement import WeightPlacement
 from qvla_export.pipeline.plan import plan as plan_setting
 from qvla_export.pipeline.progress import Progress
 from qvla_export.pipeline.round import round_setting
@@ -81,14 +82,14 @@ def test_spans_have_the_moments_of_the_whole(
 def _bound_of_two(sweeps: SpanSweeps, needs_of: NeedsOf = MOMENTS, beside: int = 0) -> int:
     """Return a bound that two observations keep to and three do not."""
     stream, (batch,) = sweeps.stream, sweeps.batches
-    layers, device = stream.layers, torch.device("cpu")
+    layers, placement = stream.layers, WeightPlacement.on(torch.device("cpu"))
     sums = [moment_sums({n: layers[n] for n in names}, HOW) for names in sweeps.spans]
     held = beside + max(sum(array.nbytes for array in of_span.values()) for of_span in sums)
 
     def fits(count: int, bound: int) -> bool:
         limits = StreamLimits(count, HOW.probes, needs_of, held, bound)
         with suppress(QvlaError):
-            open_stream(stream.policy, layers, batch.observations, limits, device, stream.needs)
+            open_stream(stream.policy, layers, batch.observations, limits, placement, stream.needs)
             return True
         return False
 

@@ -134,7 +134,10 @@ def test_every_stage_reads_its_own_weights_and_all_layers_are_in_one(
 
 def test_weights_leave_memory_even_on_an_error(stored: OftPolicy) -> None:
     name = "projector.fc1.weight"
-    with pytest.raises(ZeroDivisionError), weights_in_memory(stored, [name], CPU):
+    with (
+        pytest.raises(ZeroDivisionError),
+        weights_in_memory(stored, {name: torch.from_numpy(stored.read_weight(name))}, CPU),
+    ):
         weight = stored.module.get_parameter(name)
         np.testing.assert_array_equal(weight.numpy(), stored.read_weight(name))
         assert not weight.requires_grad
