@@ -5,6 +5,7 @@ import logging
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, cast
 
 import lz4.frame
 import zstandard
@@ -49,8 +50,10 @@ def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, McapRecord]]
         raise ArtifactError(f"the recording {path} cannot be read: {error}") from None
     with file:
         file.seek(start)
+        # A length inside a record may lie as one outside may, which the library bounds.
+        bounded = cast(IO[bytes], _BoundedReads(file))
         reader = StreamReader(
-            file, skip_magic=start > 0, emit_chunks=True, record_size_limit=_MOST_BYTES
+            bounded, skip_magic=start > 0, emit_chunks=True, record_size_limit=_MOST_BYTES
         )
         records = iter(reader.records)
         while True:
@@ -67,6 +70,19 @@ def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, McapRecord]]
                 if one is None:
                     return
                 yield offset, one
+
+
+class _BoundedReads:
+    """A file whose `read` refuses what would be allocated before it is known to be there."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, length: int) -> bytes:
+        """Return at most so many bytes."""
+        if length > _MOST_BYTES:
+            raise ValueError(f"a field of {length} bytes, at most {_MOST_BYTES} are read")
+        return self._file.read(length)
 
 
 def unpack_chunk(chunk: Chunk) -> list[McapRecord]:

@@ -389,6 +389,19 @@ def test_chunks_of_other_writers_are_read(
         same(moment, served(index))
 
 
+def test_a_length_inside_a_record_is_not_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.mcap"
+    recorded(path, [served(0)])
+    data = path.read_bytes()
+    # The compression's name, and the length of the chunk's bytes after it.
+    at = data.index(b"zstd") + 4
+    path.write_bytes(data[:at] + (1 << 34).to_bytes(8, "little") + data[at + 8 :])
+    assert list(Recording(path).moments()) == []
+    assert "a field of 17179869184 bytes" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["zstd", "lz4"])
 def test_a_chunk_that_unpacks_to_more_than_it_says_is_not_unpacked(kind: str) -> None:
     data = bytes(1 << 20)
