@@ -210,16 +210,18 @@ def _with_fields(
     """Return a command with an option for each field of a dataclass that it takes whole."""
     shown = signature(command)
     # An option of that name which the command has itself is its own affair.
+    members = [f for f in fields(noun) if f.name not in shown.parameters]
+    # A list that is not given has no default to show.
+    lists = {f.name for f in members if isinstance(f.default, tuple)}
+    defaults = {f.name: None if f.name in lists else f.default for f in members}
     singles = [
-        Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=options[f.name])
-        for f in fields(noun)
-        if f.name not in shown.parameters
+        Parameter(part, Parameter.KEYWORD_ONLY, default=default, annotation=options[part])
+        for part, default in defaults.items()
     ]
 
     @wraps(command)
     def parsed(**values: Any) -> None:
         parts = {single.name: values.pop(single.name) for single in singles}
-        lists = {single.name for single in singles if isinstance(single.default, tuple)}
         parts |= {part: tuple(parts[part] or ()) for part in lists}
         command(**values, **{name: noun(**parts)})
 

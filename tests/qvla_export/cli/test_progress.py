@@ -19,7 +19,7 @@ STEPS = [
     "w4: plan, bundle, engine, action error",
     "w4-rtn: plan, bundle, engine, action error",
     "latency, in process and served over HTTP",
-    "report",
+    "recommendation and report",
 ]
 
 
