@@ -175,7 +175,7 @@ def _ready(
             # Not imported where nobody asks for it: it takes longer than all the rest.
             from jetson.serving.protocols.gr00t import Gr00tEndpoint
 
-            stack.enter_context(Gr00tEndpoint(queue, settings, rate))
+            stack.enter_context(Gr00tEndpoint(queue, settings, rate, budget))
         app = create_app(queue, settings, gate, watch, budget)
         yield _Server(_configuration(app, threads, settings), queue, threads), bound
 

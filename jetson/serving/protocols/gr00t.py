@@ -16,21 +16,25 @@ Sources: Isaac-GR00T `gr00t/policy/server_client.py` and `gr00t_policy.py` (N1.6
 """
 
 import logging
-import socket
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import zmq
 from numpy.typing import NDArray
 
-from jetson.errors import Forbidden, RefusedSetting, RequestTooLarge, WireError
+from jetson.errors import Forbidden, RefusedSetting, WireError
 from jetson.server_settings import ServerSettings
 from jetson.serving.arrays import decode_npy, encode_npy
+from jetson.serving.byte_budget import ByteBudget
+from jetson.serving.connections import Connections
 from jetson.serving.fields import observation_of
 from jetson.serving.message_pack import pack, text_field, unpack_map
 from jetson.serving.policy_contract import PolicyContract
+from jetson.serving.protocols.zmtp_relay import RelayLimits, ZmtpRelay
 from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import RateLimit, check_token
 from qvla_export.shared.action import ActionChunk
@@ -41,8 +45,6 @@ _LOG = logging.getLogger(__name__)
 ENDPOINTS = ("get_action", "ping", "reset", "get_modality_config")
 # How often the thread looks whether it should end; requests do not wait for it.
 _POLL_MS = 100
-# libzmq cuts off a longer message without a word; up to there the client is told why.
-_CUT_OFF_FACTOR = 4
 
 
 @dataclass(frozen=True)
@@ -95,39 +97,48 @@ def modality_config(contract: PolicyContract) -> dict[str, Any]:
 class Gr00tEndpoint:
     """Serves ZMQ clients on a thread of its own. A context manager; the port is open inside."""
 
-    def __init__(self, queue: RequestQueue, settings: ServerSettings, rate: RateLimit) -> None:
+    def __init__(
+        self, queue: RequestQueue, settings: ServerSettings, rate: RateLimit, budget: ByteBudget
+    ) -> None:
         self._queue = queue
         self._settings = settings
-        self._rate = rate
+        connections = Connections(settings.max_connections, settings.max_connections, "ZMQ clients")
+        self._limits = RelayLimits(settings.max_body_bytes, connections, budget, rate)
         self._ending = threading.Event()
         self._modalities = modality_config(queue.service.contract)
         self._thread = threading.Thread(target=self._serve, name="qvla-gr00t", daemon=True)
 
     def __enter__(self) -> "Gr00tEndpoint":
-        address = _address(self._settings.host, self._settings.gr00t_port)
+        settings = self._settings
+        assert settings.gr00t_port is not None
+        # Only this user can reach what is in it.
+        self._folder = tempfile.TemporaryDirectory(prefix="qvla-zmq-")
+        behind = Path(self._folder.name) / "socket"
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         options = {
-            zmq.IPV6: int("[" in address),
             zmq.LINGER: 1000,
-            zmq.MAXMSGSIZE: _CUT_OFF_FACTOR * self._settings.max_body_bytes,
-            zmq.RCVHWM: self._settings.max_pending,
-            zmq.SNDHWM: self._settings.max_pending,
+            zmq.MAXMSGSIZE: settings.max_body_bytes,
+            zmq.RCVHWM: settings.max_pending,
+            zmq.SNDHWM: settings.max_pending,
             # A peer that vanished is forgotten, as its memory would not be.
             zmq.HEARTBEAT_IVL: 10_000,
             zmq.HEARTBEAT_TIMEOUT: 30_000,
         }
         for option, value in options.items():
             self._socket.setsockopt(option, value)
+        self._socket.bind(f"ipc://{behind}")
+        host, port = settings.host or "0.0.0.0", settings.gr00t_port
         try:
-            self._socket.bind(address)
-        except zmq.ZMQError as error:
+            self._relay = ZmtpRelay(host, port, behind, self._limits, _refusal).__enter__()
+        except OSError as error:
             self._context.destroy(linger=0)
+            self._folder.cleanup()
             raise RefusedSetting(
-                f"cannot listen on {address}: {error}; stop what uses it or choose another "
+                f"cannot listen on {host}:{port}: {error}; stop what uses it or choose another "
                 "--gr00t-port"
             ) from None
-        _LOG.info("serving GR00T's protocol on %s", address)
+        _LOG.info("serving GR00T's protocol on %s:%d", host, port)
         self._thread.start()
         return self
 
@@ -136,6 +147,8 @@ class Gr00tEndpoint:
         self._thread.join()
         self._socket.close()
         self._context.term()
+        self._relay.__exit__(None, None, None)
+        self._folder.cleanup()
 
     def _serve(self) -> None:
         # Once it should end, what has arrived is still answered: with the reason, mostly.
@@ -154,19 +167,11 @@ class Gr00tEndpoint:
 
     def _answer(self, frame: zmq.Frame) -> bytes:
         try:
-            self._rate.take(str(frame.get("Peer-Address")))
-            limit = self._settings.max_body_bytes
-            if len(frame) > limit:
-                raise RequestTooLarge(
-                    f"a message may have {limit} bytes, got {len(frame)}; send smaller images or "
-                    "raise the server's limit"
-                )
             # Who has no token makes the server unpack nothing.
             check_token(text_field(frame.buffer, "api_token"), self._settings.token)
             return self._dispatch(unpack_map(frame.bytes))
         except QvlaError as error:
-            _LOG.warning("no action: %s", error)
-            return pack({"error": f"{type(error).__name__}: {error}"})
+            return _refusal(error)
         except Exception as error:  # the one thread that serves all ZMQ clients does not end
             _LOG.exception("a failure of the server's own")
             return pack({"error": f"the server failed: {type(error).__name__}"})
@@ -190,14 +195,10 @@ class Gr00tEndpoint:
         raise WireError(f"endpoint must be one of {list(ENDPOINTS)}, got {endpoint!r:.80}")
 
 
-def _address(host: str, port: int | None) -> str:
-    """Return a ZMQ address; libzmq does not resolve the names that it listens on."""
-    try:
-        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise RefusedSetting(f"cannot listen on {host!r}: {error}; name an address") from None
-    numeric = str(found[0][4][0])
-    return f"tcp://[{numeric}]:{port}" if ":" in numeric else f"tcp://{numeric}:{port}"
+def _refusal(error: QvlaError) -> bytes:
+    """Return the reply that says why there is no action."""
+    _LOG.warning("no action: %s", error)
+    return pack({"error": f"{type(error).__name__}: {error}"})
 
 
 def _map(value: Any, name: str) -> dict[Any, Any]:

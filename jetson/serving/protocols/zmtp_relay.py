@@ -1,0 +1,277 @@
+"""Before libzmq: messages of strangers are bounded in parts, bytes and time, and so are they.
+
+libzmq bounds a part but takes any number of them, for anybody, before it hands a message over: 600
+MB without a token. The relay takes the connections, reads the heads of ZMTP's frames and lets a
+message through to libzmq, which listens on a socket that only this user can reach, if it is one
+of a REQ client: an empty delimiter and a body within the limit, and the next after the reply.
+Source: ZMTP 3.1, https://rfc.zeromq.org/spec/37 (3.0 frames its messages alike).
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jetson.errors import RequestTooLarge
+from jetson.serving.byte_budget import ByteBudget, HeldBytes
+from jetson.serving.connections import Connection, Connections
+from jetson.serving.security import RateLimit
+from qvla_export.shared.errors import QvlaError
+
+_LOG = logging.getLogger(__name__)
+_MORE, _LONG, _COMMAND = 0x01, 0x02, 0x04
+_GREETING_BYTES, _GREETING_S, _VERSION_AT = 64, 10.0, 10
+_MAX_COMMAND_BYTES = 4096
+_MESSAGE_S = 30.0
+_CLOSING_S = 1.0
+_BLOCK_BYTES = 1 << 16
+# So much beyond the limit is read, and thrown away, that the client hears why it is refused.
+_PATIENCE_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class RelayLimits:
+    """What one message, and all of them, may cost."""
+
+    max_bytes: int
+    connections: Connections
+    budget: ByteBudget
+    rate: RateLimit
+
+
+class _Ended(Exception):
+    """The connection is over, and why."""
+
+
+class ZmtpRelay:
+    """Relays from a port to libzmq on a thread of its own. A context manager."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        behind: Path,
+        limits: RelayLimits,
+        refusal: Callable[[QvlaError], bytes],
+    ) -> None:
+        """Listen nowhere yet.
+
+        Args:
+            host: address to listen on.
+            port: TCP port.
+            behind: Unix socket that libzmq listens on.
+            limits: of messages and connections.
+            refusal: returns the body of a reply that says why there is none.
+        """
+        self._address = host, port
+        self._behind = behind
+        self._limits = limits
+        self._refusal = refusal
+        self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="qvla-zmtp", daemon=True
+        )
+
+    def __enter__(self) -> "ZmtpRelay":
+        """Open the port.
+
+        Raises:
+            OSError: it is taken.
+        """
+        starting = asyncio.start_server(self._relay, *self._address, backlog=128)
+        try:
+            self._server = self._loop.run_until_complete(starting)
+        except OSError:
+            self._loop.close()
+            raise
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        self._server.close()
+        # libzmq is closed by now: what it said last is on its way out.
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_CLOSING_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        peer = str((writer.get_extra_info("peername") or ("unknown",))[0])
+        close = self._loop.call_soon_threadsafe
+        place = Connection(peer, lambda: close(writer.transport.abort))
+        try:
+            self._limits.connections.admit(place)
+            back = await asyncio.open_unix_connection(str(self._behind))
+            client = _Client(reader, writer, *back, place, self._limits, self._refusal)
+            await client.talk()
+        except (_Ended, QvlaError) as ended:
+            _LOG.info("ZMQ client %s: %s", peer, ended)
+        except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, asyncio.CancelledError):
+            pass  # it left, or the server ends
+        finally:
+            self._limits.connections.remove(place)
+            writer.close()  # what was said last is still sent
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(writer.wait_closed(), _CLOSING_S)
+            writer.transport.abort()
+            self._tasks.discard(task)
+
+
+class _Client:
+    """One connection, and the one behind it."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        back_reader: asyncio.StreamReader,
+        back_writer: asyncio.StreamWriter,
+        place: Connection,
+        limits: RelayLimits,
+        refusal: Callable[[QvlaError], bytes],
+    ) -> None:
+        self._reader, self._writer = reader, writer
+        self._back_reader, self._back_writer = back_reader, back_writer
+        self._place = place
+        self._limits = limits
+        self._refusal = refusal
+        # Set while no message waits for its reply.
+        self._answered = asyncio.Event()
+        self._answered.set()
+        # A frame to the client is never written inside another.
+        self._speaking = asyncio.Lock()
+
+    async def talk(self) -> None:
+        """Relay both ways until one side is over."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._back_writer.transport.abort)
+            ways = [asyncio.ensure_future(way()) for way in (self._inwards, self._outwards)]
+            stack.push_async_callback(_cancel, ways)
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            for way in ways:
+                if way.done():
+                    way.result()
+
+    async def _inwards(self) -> None:
+        await asyncio.wait_for(_greet(self._reader, self._back_writer), _GREETING_S)
+        while True:
+            flags, size, head = await _frame(self._reader)
+            if flags & _COMMAND:
+                await self._command(head, size)
+            elif flags != _MORE or size:
+                raise _Ended("it sends other messages than a REQ socket")
+            else:
+                # The next message waits, unread, until this one is answered.
+                await self._answered.wait()
+                with self._limits.budget.hold(self._writer.transport.abort) as held:
+                    await asyncio.wait_for(self._body(head, held), _MESSAGE_S)
+                    held.complete()
+                    await self._answered.wait()
+
+    async def _command(self, head: bytes, size: int) -> None:
+        if size > _MAX_COMMAND_BYTES:
+            raise _Ended(f"a command of {size} bytes")
+        self._back_writer.write(head + await self._reader.readexactly(size))
+        await self._back_writer.drain()
+
+    async def _body(self, delimiter: bytes, held: HeldBytes) -> None:
+        """Let the one part of a message through that follows the delimiter, or say why not."""
+        flags, size, head = await _frame(self._reader)
+        if flags & (_MORE | _COMMAND):
+            raise _Ended("it sends other messages than a REQ socket")
+        try:
+            self._limits.rate.take(self._place.peer)
+            if size > self._limits.max_bytes:
+                raise RequestTooLarge(
+                    f"a message may have {self._limits.max_bytes} bytes, got {size}; send smaller "
+                    "images or raise the server's limit"
+                )
+        except QvlaError as error:
+            await self._refuse(error, size)
+            return
+        self._back_writer.write(delimiter + head)
+        async for block in _blocks(self._reader, size):
+            held.add(len(block))
+            self._back_writer.write(block)
+            await self._back_writer.drain()
+        self._answered.clear()
+        self._place.begin()
+
+    async def _refuse(self, error: QvlaError, size: int) -> None:
+        """Say why a message is refused, once its bytes are passed over."""
+        if size > _PATIENCE_FACTOR * self._limits.max_bytes:
+            raise error
+        async for _ in _blocks(self._reader, size):
+            pass
+        body = self._refusal(error)
+        async with self._speaking:
+            self._writer.write(bytes([_MORE, 0, _LONG]) + len(body).to_bytes(8, "big") + body)
+            await self._writer.drain()
+
+    async def _outwards(self) -> None:
+        await _greet(self._back_reader, self._writer)
+        while True:
+            flags, size, head = await _frame(self._back_reader)
+            async with self._speaking:
+                self._writer.write(head)
+                async for block in _blocks(self._back_reader, size):
+                    self._writer.write(block)
+                    await self._writer.drain()
+                await self._writer.drain()
+            if not flags & (_MORE | _COMMAND):
+                self._place.finish()
+                self._answered.set()
+
+
+async def _cancel(ways: list["asyncio.Task[None]"]) -> None:
+    for way in ways:
+        way.cancel()
+    await asyncio.gather(*ways, return_exceptions=True)
+
+
+async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Pass a greeting on as it comes: each side waits for the other's first bytes."""
+    greeting = b""
+    while len(greeting) < _GREETING_BYTES:
+        part = await reader.read(_GREETING_BYTES - len(greeting))
+        if not part:
+            raise _Ended("it left before it had greeted")
+        greeting += part
+        if greeting[_VERSION_AT : _VERSION_AT + 1] in (b"\0", b"\1", b"\2"):
+            raise _Ended("it speaks ZMTP before 3.0")
+        writer.write(part)
+        await writer.drain()
+
+
+async def _frame(reader: asyncio.StreamReader) -> tuple[int, int, bytes]:
+    """Return flags, size and the bytes of the head of the next frame."""
+    first = await reader.readexactly(1)
+    flags = first[0]
+    if flags & ~(_MORE | _LONG | _COMMAND):
+        raise _Ended(f"a frame with the flags {flags:#x}")
+    length = await reader.readexactly(8 if flags & _LONG else 1)
+    return flags, int.from_bytes(length, "big"), first + length
+
+
+async def _blocks(reader: asyncio.StreamReader, size: int) -> AsyncIterator[bytes]:
+    """Yield the bytes of a frame as they come."""
+    while size:
+        block = await reader.read(min(size, _BLOCK_BYTES))
+        if not block:
+            raise _Ended("it left in the middle of a message")
+        size -= len(block)
+        yield block
