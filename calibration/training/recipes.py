@@ -40,7 +40,7 @@ _OBJECT_STATE = Recipe(
         heads=2,
     ),
     TrainingConfig(
-        steps=3000,
+        steps=1400,
         learning_rate=1.5e-3,
         warmup_steps=100,
         state_dropout=0.0,
