@@ -9,6 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from calibration.sources.hdf5_heaps import require_sound_heaps
 from qvla_export.shared.errors import ArtifactError
 
 # What h5py raises over damaged bytes, depending on where they are.
@@ -76,6 +77,8 @@ class Hdf5File:
             array = self._array(name)
             if not 0 <= number < array.shape[0]:
                 raise ValueError(f"no row {number} of {array.shape[0]}")
+            if array.dtype.hasobject:
+                require_sound_heaps(self.path)
             value = array[number]
             return value.tobytes() if _is_bytes(array.dtype) and array.ndim == 1 else value
 
@@ -83,6 +86,7 @@ class Hdf5File:
         """Return an attribute "group@name", or an array of one text; None where there is none."""
         group, at, attribute = name.partition("@")
         with self._reading(name):
+            require_sound_heaps(self.path)
             node = self._object(group)
             if at:
                 if node is None or attribute not in node.attrs:

@@ -321,6 +321,18 @@ def test_what_an_hdf5_file_leads_to_elsewhere_is_not_followed(
         open_source(path).frame(0, 0)
 
 
+@pytest.mark.parametrize("length", [0, 8, 1 << 40, (1 << 64) - 24])
+def test_a_heap_that_hdf5_would_walk_for_ever_is_refused(tmp_path: Path, length: int) -> None:
+    path = copied("aloha", tmp_path) / "episode_2.hdf5"
+    data = bytearray(path.read_bytes())
+    heap = data.index(b"GCOL")
+    # The first object becomes free space of a length that leads nowhere.
+    data[heap + 16 : heap + 32] = bytes(8) + length.to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=f"the heap of texts at byte {heap} is damaged"):
+        open_source(path, FOLD).frame(0, 0)
+
+
 def test_aloha_says_nothing_of_the_task(tmp_path: Path) -> None:
     root = copied("aloha", tmp_path)
     with pytest.raises(BadFrame, match=r"episode 0, frame 0, column instruction: .*--instruction"):
