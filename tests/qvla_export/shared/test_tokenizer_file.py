@@ -78,3 +78,11 @@ def test_what_bundles_store_says_neither(checkpoint: Path, tmp_path: Path) -> No
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     stored = json.loads((tmp_path / "tokenizer.json").read_text())
     assert stored["truncation"] is None and stored["padding"] is None
+
+
+@pytest.mark.parametrize("words", ["open the drawer " * 200, "\N{GRINNING FACE}" * 2000])
+def test_a_prompt_has_so_many_tokens(tiny_policy: OftPolicy, words: str) -> None:
+    """Two thousand emoji took half a minute, and gigabytes that did not come back."""
+    with pytest.raises(InvalidObservation, match=r"may have 256 tokens, \d+ came of"):
+        tiny_policy.processor.input_ids(words)
+    assert len(tiny_policy.processor.input_ids("open the drawer")) < 256
