@@ -89,13 +89,18 @@ class CachedDecoder(nn.Module):
         logits: Tensor = self.lm_head(self.model.norm(hidden))
         return logits
 
-    def empty_cache(self, batch: int, room: int) -> LayerCache:
-        """Return a block's cache of nothing, with room for some positions."""
+    def empty_cache(self, hidden: Tensor, room: int) -> LayerCache:
+        """Return a block's cache of nothing, with room for some positions.
+
+        Args:
+            hidden: [B, N, hidden]; the cache is of its batch, type and device.
+            room: positions.
+        """
         llama = self.model.config
         heads = int(llama.num_key_value_heads or llama.num_attention_heads)
         size = int(llama.head_dim or llama.hidden_size // llama.num_attention_heads)
-        weight = self.lm_head.weight
-        zeros = torch.zeros(batch, heads, room, size, dtype=weight.dtype, device=weight.device)
+        shape = (hidden.shape[0], heads, room, size)
+        zeros = torch.zeros(shape, dtype=hidden.dtype, device=hidden.device)
         return LayerCache(zeros, zeros)
 
 

@@ -63,7 +63,7 @@ class OpenVlaModule(PrismaticModule):
         """
         decoder, dim = self.language_model, self.arch.action_dim
         hidden, length = self.embed(self.patches(pixel_values), input_ids, prompt_lengths)
-        empty = decoder.empty_cache(len(hidden), hidden.shape[1] + dim - 1)
+        empty = decoder.empty_cache(hidden, hidden.shape[1] + dim - 1)
         depth, tokens = len(decoder.model.layers), []
         caches = [empty] * depth
         for _ in range(dim):

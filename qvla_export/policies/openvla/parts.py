@@ -90,7 +90,7 @@ def _begin(module: OpenVlaModule, patches: Tensor, input_ids: Tensor) -> tuple[T
     arch = module.arch
     sequence, length = module.embed(patches, input_ids)
     room = sequence.shape[1] + arch.action_dim - 1
-    empty = module.language_model.empty_cache(1, room).keys
+    empty = module.language_model.empty_cache(sequence, room).keys
     every = torch.arange(arch.action_tokens, device=input_ids.device)
     # Of what the graph computes: a constant would be an output that no node makes.
     nothing = empty[0, 0, 0, 0].expand(1, 1, arch.action_dim)
@@ -125,11 +125,12 @@ def _decoder(module: OpenVlaModule, name: str, blocks: tuple[int, int]) -> Polic
         return *_choose(module, hidden, length, *rest[len(cached) :]), *kept
 
     device, width = device_of(module), module.arch.llama.hidden_size
+    rows = torch.zeros(1, _EXAMPLE_ROWS, width, device=device)
     inputs = {
-        source: torch.zeros(1, _EXAMPLE_ROWS, width, device=device),
+        source: rows,
         "length": torch.full((1,), _EXAMPLE_ROWS, dtype=torch.int64, device=device),
         # A tensor each: the tracer takes one object for one input.
-        **{name: decoder.empty_cache(1, _EXAMPLE_ROOM).keys for name in cached},
+        **{name: decoder.empty_cache(rows, _EXAMPLE_ROOM).keys for name in cached},
     }
     dynamic: dict[str, Mapping[int, str]] = {source: _ROWS, **dict.fromkeys(cached, _ROOM)}
     outputs: dict[str, Mapping[int, str]] = {f"hidden_{last:02d}": _ROWS}

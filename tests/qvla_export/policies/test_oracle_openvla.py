@@ -28,7 +28,7 @@ def cached_logits(policy: OpenVlaPolicy, case: Case) -> torch.Tensor:
     module, batch = policy.module, case.batch()
     decoder, depth = module.language_model, len(module.language_model.model.layers)
     hidden, length = module.embed(module.patches(batch.pixel_values), batch.input_ids)
-    caches: Sequence[LayerCache] = [decoder.empty_cache(1, hidden.shape[1] + 6)] * depth
+    caches: Sequence[LayerCache] = [decoder.empty_cache(hidden, hidden.shape[1] + 6)] * depth
     found = []
     for _ in range(7):
         hidden, caches = decoder.blocks(hidden, length, caches, 0, depth)
