@@ -2,6 +2,7 @@
 
 import math
 import tokenize
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -92,7 +93,10 @@ def _array(file: IO[bytes]) -> NDArray[Any]:
     }
     if version not in headers:
         raise ValueError(f"a .npy file of version {version}, 1.0 and 2.0 are read")
-    shape, fortran, dtype = headers[version](file)
+    with warnings.catch_warnings():
+        # Of names of types that went out of use; what they mean is read or refused.
+        warnings.simplefilter("ignore")
+        shape, fortran, dtype = headers[version](file)
     if dtype.hasobject:
         raise ValueError("it holds pickled objects, which are never loaded")
     count = math.prod(int(side) for side in shape)
