@@ -30,11 +30,6 @@ class Blocking:
     # Of the elimination; matrices are factored in float64.
     dtype: Float
 
-    @property
-    def is_single(self) -> bool:
-        """Whether weights are eliminated in single precision."""
-        return self.dtype is np.float32
-
 
 # Layers of no more channels are rounded finely: scales for 16 channels at a time, in float64. On
 # 520 and more, random and strongly correlated, coarse blocks and float32 cost up to 2 % of the

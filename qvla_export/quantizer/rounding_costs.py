@@ -1,16 +1,38 @@
-"""What making compensated codes of a layer takes: memory, products, disk. numpy only."""
+"""What making compensated codes of a layer takes: memory, arithmetic, disk. numpy only."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from qvla_export.quantizer.arrays import NumpyArrays
 from qvla_export.quantizer.compensation import SECTION_CHANNELS
-from qvla_export.quantizer.elimination import Elimination
+from qvla_export.quantizer.elimination import Blocking, Elimination, Levels, eliminate
 from qvla_export.quantizer.moments import block_size
+from qvla_export.quantizer.scale_search import searched_steps
 
-# For each pair of inputs, or of channels: while their moments are factored, and then.
-_BYTES_PER_PAIR, _BYTES_PER_FACTORED = 30, 12
-# For each weight of channels that answer each other, and of some that do not; of those that go
-# through the inputs together, in numbers.
-_BYTES_PER_WEIGHT, _BYTES_PER_WEIGHT_ALONE, _NUMBERS_PER_ROUNDED = 32, 24, 14
+# For each pair of inputs, or of channels, while their moments are factored; for each pair of inputs
+# afterwards, where channels do not answer each other.
+_BYTES_PER_PAIR, _BYTES_PER_FACTORED = 22, 12
+_BYTES_PER_PAIR_ALONE = 30
+# For each weight of channels that do not answer each other; of those that go through the inputs
+# together, in numbers.
+_BYTES_PER_WEIGHT_ALONE, _NUMBERS_PER_ROUNDED = 24, 14
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast one core is at what rounding is made of."""
+
+    # Multiply-adds of float32 in products, of float64 in Cholesky factors.
+    products_per_s: float
+    factors_per_s: float
+    # Steps of the loop over inputs, on 256 channels.
+    steps_per_s: float
+    # Weights whose scales are searched.
+    weights_per_s: float
 
 
 @dataclass(frozen=True)
@@ -24,8 +46,19 @@ class RoundingCost:
     # Multiply-adds in products of float32, and in factors of float64.
     products: float
     factors: float
-    # Steps of the loop over inputs, each of a few small array operations.
+    # Steps of the loop over inputs.
     steps: float
+    # Weights whose scales are searched.
+    weights: int
+
+    def cpu_s(self, rates: Rates) -> float:
+        """Return the CPU seconds of one core."""
+        return (
+            self.products / rates.products_per_s
+            + self.factors / rates.factors_per_s
+            + self.steps / rates.steps_per_s
+            + self.weights / rates.weights_per_s
+        )
 
 
 def rounding_cost(
@@ -39,19 +72,48 @@ def rounding_cost(
         largest_block: of its moments.
         group_size: inputs that share a scale; None for one scale a channel.
     """
-    size = block_size(channels, largest_block)
-    blocks, blocking = -(-channels // size), Elimination().blocking_of(channels)
-    of_channels = _BYTES_PER_FACTORED * inputs**2 + _BYTES_PER_PAIR * size**2
-    memory = max(alone_bytes(channels, inputs), of_channels)
+    size, blocking = block_size(channels, largest_block), Elimination().blocking_of(channels)
+    blocks, weights, number = -(-channels // size), channels * inputs, _itemsize(channels)
+    # The weights, and what they are to be; moments of the inputs, then of the channels, factored.
+    both, answers = (4 + number) * weights, number * inputs**2
+    together = _NUMBERS_PER_ROUNDED * blocking.channels * inputs + 2 * size * inputs + size**2
+    memory = max(
+        both + _BYTES_PER_PAIR * inputs**2,
+        both + answers + _BYTES_PER_PAIR * size**2,
+        both + answers + weights + number * together,
+    )
     moments = 4 * (inputs * block_size(inputs, largest_block) + channels * size)
     groups = 1 if group_size is None else -(-inputs // group_size)
     waits = min(size, blocking.channels) // blocking.block - 1
     return RoundingCost(
-        memory + _BYTES_PER_WEIGHT * channels * inputs + moments,
+        memory + moments,
         channels * (inputs + 4 * groups),
-        channels * inputs * (inputs + size) / 2,
+        weights * (inputs + size) / 2,
         inputs**3 / 3 + blocks * size**3 / 3,
         channels / blocking.channels * inputs * (1 + waits / blocking.inputs),
+        weights,
+    )
+
+
+def measured_rates() -> Rates:
+    """Measure this machine's rates: half a second, in CPU time of one thread's work."""
+    generator, arrays = np.random.default_rng(0), NumpyArrays()
+    matrix = generator.standard_normal((1024, 1024), dtype=np.float32)
+    positive = (matrix @ matrix.T).astype(np.float64) + 1024 * np.eye(1024)
+    groups = matrix[:256].reshape(256, -1, 64)
+    levels = Levels(np.ones((256, 256), np.float32), -8.0, 7.0)
+    upper = np.triu(matrix[:256, :256] / 1024) + np.eye(256, dtype=np.float32)
+    blocking = Blocking(256, 16, 64, np.float32)
+
+    def step() -> Any:
+        return eliminate(matrix[:256, :256], levels, upper, upper, arrays, blocking)
+
+    return Rates(
+        1024**3 / _cpu_s(lambda: matrix @ matrix),
+        1024**3 / 3 / _cpu_s(lambda: arrays.factor(positive, np.float64)),
+        # Of 256 inputs, 64 at a time, 16 blocks of channels.
+        4 * (64 + 15) / _cpu_s(step),
+        groups.size / _cpu_s(lambda: searched_steps(groups, 4, 16, None, False)),
     )
 
 
@@ -60,12 +122,26 @@ def alone_bytes(channels: int, inputs: int) -> int:
 
     Moments and factors of the inputs, and the channels on their way.
     """
-    itemsize = 4 if Elimination().blocking_of(channels).is_single else 8
     together = min(channels, SECTION_CHANNELS) * inputs
-    rounding = _BYTES_PER_FACTORED * inputs**2 + _NUMBERS_PER_ROUNDED * itemsize * together
-    return max(_BYTES_PER_PAIR * inputs**2, rounding)
+    rounding = _NUMBERS_PER_ROUNDED * _itemsize(channels) * together
+    pairs = inputs**2
+    return max(_BYTES_PER_PAIR_ALONE * pairs, _BYTES_PER_FACTORED * pairs + rounding)
 
 
 def alone_bytes_per_weight() -> int:
     """Return what each weight of channels that do not answer each other takes on its way."""
     return _BYTES_PER_WEIGHT_ALONE
+
+
+def _itemsize(channels: int) -> int:
+    return np.dtype(Elimination().blocking_of(channels).dtype).itemsize
+
+
+def _cpu_s(run: Callable[[], Any]) -> float:
+    """Return the CPU seconds of one run, the least of three."""
+    taken = []
+    for _ in range(3):
+        began = time.process_time()
+        run()
+        taken.append(time.process_time() - began)
+    return max(min(taken), 1e-9)
