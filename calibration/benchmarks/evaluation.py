@@ -31,11 +31,15 @@ class RolloutConfig:
     execute: int = 8
     # What is taken from the policy to see whether it needs it.
     control: Control = "none"
+    # Control steps that pass between a look and its chunk; 0 stops time while the policy thinks.
+    delay_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or self.execute < 1 or not self.tasks or self.seed < 0:
+        least = min(self.episodes - 1, self.execute - 1, self.seed, self.delay_steps)
+        if least < 0 or not self.tasks:
             raise QvlaError(
-                f"a rollout needs tasks, episodes >= 1, execute >= 1 and seed >= 0, got {self}"
+                "a rollout needs tasks, episodes >= 1, execute >= 1, seed >= 0 and "
+                f"delay_steps >= 0, got {self}"
             )
         if self.control not in CONTROLS:
             raise QvlaError(f"control must be one of {CONTROLS}, got {self.control!r}")
@@ -155,6 +159,7 @@ def load_evaluation(path: Path) -> Evaluation:
 
 def result_from_json(row: dict[str, Any]) -> EpisodeResult:
     """Read one episode as `dataclasses.asdict` wrote it."""
+    row = dict(row)  # what is none fails here, as the callers expect
     motion = row.get("motion")
     if motion is not None:
         motion = Motion(**{**motion, "seam_jumps_mm": tuple(motion["seam_jumps_mm"])})

@@ -1,6 +1,6 @@
 """How an arm moved in an episode: jerk, gripper flips, jumps where one chunk follows another."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +55,7 @@ class MotionSummary:
 def measure_motion(
     positions: NDArray[np.float64],
     actions: NDArray[np.float32],
-    seams: Sequence[int],
+    seams: Iterable[int],
     rate_hz: float,
     unit_mm: float,
 ) -> Motion:

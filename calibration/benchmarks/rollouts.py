@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.benchmarks.delay import CommandQueue
 from calibration.benchmarks.evaluation import (
     CONTROLS,
     Control,
@@ -119,7 +120,10 @@ def run_episode(
     seed: int,
     reference: ActionPolicy | None = None,
 ) -> EpisodeResult:
-    """Run one episode: look, act for `execute` control steps, look again."""
+    """Run one episode: look, act for `execute` control steps, look again.
+
+    Time passes while the policy thinks if the configuration says so, see `CommandQueue`.
+    """
     instruction = None
     if config.control == "wrong-instruction":
         siblings = scene_siblings(simulator.task)
@@ -128,22 +132,23 @@ def run_episode(
     deviations: list[float] = []
     positions = [simulator.hand]
     actions: list[NDArray[np.float32]] = []
-    seams: list[int] = []
+    chunks: list[int] = []
+    queue = CommandQueue(config.execute, config.delay_steps)
     while not simulator.done:
         seen = _blank_out(observation) if config.control == "blank-image" else observation
         chunk = _usable(policy.infer(seen))
         if reference is not None:
             deviations.append(_deviation(chunk, _usable(reference.infer(seen))))
-        if actions:
-            seams.append(len(actions))
-        for action in chunk.actions[: config.execute]:
-            simulator.step(action)
-            actions.append(np.clip(action, -1.0, 1.0))
+        for step in queue.steps(chunk.actions):
+            simulator.step(step.action)
+            actions.append(np.clip(step.action, -1.0, 1.0))
+            chunks.append(step.chunk)
             positions.append(simulator.hand)
             if simulator.done:
                 break
         else:
             observation = simulator.observe()
+    seams = np.flatnonzero(np.diff(chunks)) + 1
     motion = measure_motion(np.stack(positions), np.stack(actions), seams, CONTROL_HZ, UNIT_MM)
     result = simulator.task.name, seed, simulator.success, simulator.steps
     return EpisodeResult(*result, tuple(deviations), motion)

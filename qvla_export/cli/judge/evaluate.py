@@ -31,6 +31,9 @@ def evaluate(
         1_000_000
     ),
     execute: Annotated[int, typer.Option(help="Actions executed before looking again.")] = 8,
+    delay_steps: Annotated[
+        int, typer.Option(min=0, help="Control steps that pass while the policy thinks.")
+    ] = 0,
     control: Annotated[str, typer.Option(help="none, blank-image or wrong-instruction.")] = "none",
     reference: Annotated[
         str | None,
@@ -59,7 +62,8 @@ def evaluate(
     from qvla_export.pipeline.paired_evaluations import pair_evaluations
     from qvla_export.pipeline.policy_source import PolicySource
 
-    config = RolloutConfig(chosen_tasks(tasks), episodes, seed, execute, control)  # type: ignore[arg-type]  # checked there
+    chosen = chosen_tasks(tasks)
+    config = RolloutConfig(chosen, episodes, seed, execute, control, delay_steps)  # type: ignore[arg-type]  # checked there
     source = PolicySource(policy, unnorm_key, preset, threads=1)
     other = None if reference is None else PolicySource(reference, unnorm_key, preset, threads=1)
     earlier = None if against is None else load_evaluation(against)
