@@ -100,7 +100,7 @@ def open_within(resources: Resources, source: PolicySource, demand: Demand | Non
     """
     bound, placement = resources.max_bytes, WeightPlacement.on(resources.world.device)
     place = Path(source.place), source.unnorm_key, source.preset
-    if not _can_stay_on_disk(source):
+    if not can_stay_on_disk(source):
         loaded = open_checkpoint(*place)
         loaded.module.to(placement.device)
         return Opened(loaded, bound)
@@ -145,7 +145,8 @@ def _require_memory(policy: Policy, held: int) -> None:
         )
 
 
-def _can_stay_on_disk(source: PolicySource) -> bool:
+def can_stay_on_disk(source: PolicySource) -> bool:
+    """Say whether a checkpoint's policy can be measured with its weights left on disk."""
     place = Path(source.place)
     # What is no checkpoint at all is refused when it is opened.
     return (place / "config.json").is_file() and recognize(place).can_stay_on_disk(

@@ -24,12 +24,14 @@ def round_command(
 ) -> None:
     """Make the codes of a plan whose quantizer compensates errors; qvla export packs them."""
     from qvla_export.allocation.setting import parse_setting
-    from qvla_export.pipeline.policy_source import open_checkpoint
+    from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
+    from qvla_export.pipeline.resources import can_stay_on_disk
     from qvla_export.pipeline.round import round_setting
     from qvla_export.pipeline.run_folder import RunFolder
 
     folder, parsed = RunFolder(run, force), parse_setting(setting)
-    opened = open_checkpoint(policy, unnorm_key, preset, resident=False)
+    stays = can_stay_on_disk(PolicySource(str(policy), unnorm_key, preset))
+    opened = open_checkpoint(policy, unnorm_key, preset, resident=not stays)
     with progress_shown() as on_progress:
         planned = round_setting(folder, parsed, opened, on_progress=on_progress)
     if planned is None or planned.rounding is None:
