@@ -74,6 +74,7 @@ class ControlLoop:
         self._gate = ObservationGate(settings.max_observation_age_ms)
         self._broken = False
         self._unreachable = False
+        self._recorder_failed = False
         self._events: list[str] = []
         self._last_failure = ""
 
@@ -302,6 +303,7 @@ class ControlLoop:
         try:
             keep(self._recorder)
         except Exception as error:
-            # A full disk must not stop a robot in the middle of a movement. It says so once, and
-            # counts what comes later.
-            self._fail("recorder, the rest is not recorded", error)
+            # A full disk must not stop a robot in the middle of a movement; it is one failure.
+            if not self._recorder_failed:
+                self._fail("recorder, the rest is not recorded", error)
+            self._recorder_failed = True

@@ -31,7 +31,7 @@ REPLIES: tuple[Reply, ...] = get_args(Reply)
 
 # An observation of four cameras has fewer than 64 values in four levels; a state may be a list of
 # numbers, and an instruction has commas.
-_LIMITS = JsonLimits(values=4096, depth=8, digits=512)
+_LIMITS = JsonLimits(values=4096, depth=8, digits=512, non_finite=True)
 
 
 @dataclass(frozen=True)

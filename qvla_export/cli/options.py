@@ -71,7 +71,7 @@ def local_dataset(place: Path | None) -> Path | None:
     """
     from calibration.sources.hub_cache import find_dataset
 
-    folder: Path | None = A_DATASET.require(None if place is None else find_dataset(place))
+    folder: Path | None = A_DATASET.require(None if place is None else find_dataset(Path(place)))
     return folder
 
 

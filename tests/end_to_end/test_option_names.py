@@ -16,13 +16,14 @@ from qvla_export.cli.app import app
 from qvla_export.shared.errors import QvlaError
 
 # Options of other programs that the texts name: pip, rsync, systemctl, ROS, torchrun, trtexec,
-# docker, tegrastats, jetson_clocks, ps, du, venv; and of openvla-oft's script.
+# docker, tegrastats, jetson_clocks, ps, du, venv, hf, h5repack, tfds; of openvla-oft's script.
 _OF_OTHERS = {
     *("--delete", "--checksum", "--list-devices", "--lock", "--system-site-packages"),
     *("--no-deps", "--nproc-per-node", "--property", "--show", "--quiet", "--ros-args", "--now"),
     *("--verbose", "--value", "--gpus", "--runtime", "--timing-cache", "--noDataTransfers"),
     *("--interval", "--fan", "--sort", "--max-depth"),
     *("--base_checkpoint", "--lora_finetuned_checkpoint_dir"),
+    *("--repo-type", "--merge", "--file_format"),
 }
 _OPTION = re.compile(r"(?<![\w/-])(--[a-zA-Z][\w-]*)")
 # Variables of a page's style look like options: var(--ink), --ink: black; so does a file's name.

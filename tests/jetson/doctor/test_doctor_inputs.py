@@ -40,6 +40,9 @@ class TestCheckpoint:
         folder.mkdir()
         for name in ("config.json", "qvla_policy.json", "dataset_statistics.json"):
             shutil.copy(tiny_checkpoint / name, folder)
+        # Without a head it would be OpenVLA's, which needs no description.
+        for head in tiny_checkpoint.glob("action_head--*"):
+            shutil.copy(head, folder)
         table = read_json(folder / "dataset_statistics.json", "statistics")
         both = {"libero_goal_no_noops": table["tiny"], "libero_spatial_no_noops": table["tiny"]}
         write_json(folder / "dataset_statistics.json", both)
