@@ -7,6 +7,7 @@ import typer
 
 from qvla_export.cli.bench.allocation import allocation
 from qvla_export.cli.bench.engines import engines
+from qvla_export.cli.bench.gpu import gpu
 from qvla_export.cli.bench.rates import rates
 from qvla_export.cli.bench.server import server
 from qvla_export.cli.bench.size import size
@@ -52,7 +53,7 @@ PANELS: dict[str, tuple[Command, ...]] = {
         *(round_command, activations, train, demonstrations),
     ),
 }
-BENCH: tuple[Command, ...] = (engines, allocation, server, size, rates)
+BENCH: tuple[Command, ...] = (engines, allocation, server, size, rates, gpu)
 
 
 def _print_version(is_asked_for: bool) -> None:
