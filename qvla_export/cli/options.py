@@ -3,10 +3,8 @@
 Only light modules are imported here: what is missing is refused before torch, onnx or numpy load.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import wraps
-from inspect import Parameter, signature
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +13,7 @@ import typer
 from qvla_export.pipeline.data_source import ColumnOptions
 from qvla_export.pipeline.recommend.tolerance import Tolerance
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.field_parameters import with_fields
 
 
 @dataclass(frozen=True)
@@ -196,42 +195,12 @@ _TOLERANCES = {
 
 def with_columns(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command with the options of `ColumnOptions` in place of its parameter `columns`."""
-    return _with_fields(command, "columns", ColumnOptions, _COLUMNS)
+    return with_fields(command, "columns", ColumnOptions, _COLUMNS)
 
 
 def with_tolerance(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command with the options of `Tolerance` in place of its parameter `tolerance`."""
-    return _with_fields(command, "tolerance", Tolerance, _TOLERANCES)
-
-
-def _with_fields(
-    command: Callable[..., None], name: str, noun: type[Any], options: Mapping[str, Any]
-) -> Callable[..., None]:
-    """Return a command with an option for each field of a dataclass that it takes whole."""
-    shown = signature(command)
-    # An option of that name which the command has itself is its own affair.
-    members = [f for f in fields(noun) if f.name not in shown.parameters]
-    # A list that is not given has no default to show.
-    lists = {f.name for f in members if isinstance(f.default, tuple)}
-    defaults = {f.name: None if f.name in lists else f.default for f in members}
-    singles = [
-        Parameter(part, Parameter.KEYWORD_ONLY, default=default, annotation=options[part])
-        for part, default in defaults.items()
-    ]
-
-    @wraps(command)
-    def parsed(**values: Any) -> None:
-        parts = {single.name: values.pop(single.name) for single in singles}
-        parts |= {part: tuple(parts[part] or ()) for part in lists}
-        command(**values, **{name: noun(**parts)})
-
-    parameters = []
-    for parameter in shown.parameters.values():
-        own = [parameter.replace(kind=Parameter.KEYWORD_ONLY)]
-        parameters.extend(singles if parameter.name == name else own)
-    parsed.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    parsed.__dict__["__signature__"] = shown.replace(parameters=parameters)
-    return parsed
+    return with_fields(command, "tolerance", Tolerance, _TOLERANCES)
 
 
 SkipBadFramesOption = Annotated[
