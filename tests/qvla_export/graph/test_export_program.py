@@ -15,7 +15,7 @@ from openvla_cases import (
     openvla_observations,
     write_tiny_openvla,
 )
-from rtx_parser import parses
+from rtx_parser import builds
 from tiny_bundles import mixed_plan
 
 from engines.ort import OrtEngine
@@ -161,4 +161,9 @@ def test_tensorrt_targets_take_every_part(policy: OpenVlaPolicy, tmp_path: Path)
         bundle = export_bundle(policy, plan, target, seen, tmp_path / name, options)
         for checked in ("rtx4070", "orin-jp7", "orin-jp6"):
             require_clean(bundle, find_target(checked))
-        assert all(parses(bundle.model_path(part)) for part in bundle.parts)
+        prefix, decoder = bundle.parts
+        assert builds(bundle.model_path(prefix), [{"input_ids": 20}])
+        # One engine for both: 20 tokens behind 4 patches, then one at a time with room for 6 more.
+        caches = {spec.name: 30 for spec in decoder.inputs if "room" in spec.shape}
+        both = [{**caches, "hidden": rows} for rows in (24, 1)]
+        assert builds(bundle.model_path(decoder), both)
