@@ -16,6 +16,7 @@ BROWSER := chromium
 POLICY ?= checkpoints/reference
 TARGET ?= cpu
 RUN ?= runs/demo
+SETTINGS ?= float,w8,w8a8,w4,w4-rtn,w2,w2-rtn
 
 # Processes that run tests, of one thread each; see tests/conftest.py.
 WORKERS ?= 2
@@ -85,7 +86,7 @@ system:
 	done
 
 demo: system install
-	@$(BIN)/qvla deploy --policy $(POLICY) --target $(TARGET) --run $(RUN)
+	@$(BIN)/qvla deploy --policy $(POLICY) --target $(TARGET) --run $(RUN) --settings $(SETTINGS)
 
 test: system install
 	@$(PYTEST) -m 'not slow'

@@ -206,8 +206,7 @@ def sample_dataset(
         QvlaError: the data set has too few episodes, or nothing is asked for.
     """
     _require_counts(count, held_out, frames_per_episode)
-    sizes = dataset.episode_lengths
-    order = np.random.default_rng(seed).permutation(len(sizes))
+    sizes, order = dataset.episode_lengths, drawing_order(dataset, seed)
     needed = -(-count // frames_per_episode) - (-held_out // frames_per_episode)
     if needed > len(order):
         raise QvlaError(
@@ -236,6 +235,12 @@ def sample_dataset(
     if ahead:
         ahead.expect([(d.episode.number, row) for part in parts for d in part for row in d.rows])
     return _with_names(_read(parts, source), lambda dim: names_of(dataset, dim))
+
+
+def drawing_order(dataset: DataSource, seed: int) -> list[int]:
+    """Return the numbers of a recording's episodes in the order they are drawn from."""
+    order = np.random.default_rng(seed).permutation(len(dataset.episode_lengths))
+    return [int(number) for number in order]
 
 
 def sample_simulator(

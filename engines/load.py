@@ -15,6 +15,7 @@ def load_engine(
     weights: Literal["packed", "unpacked"] = "packed",
     runtime: Runtime | None = None,
     engines: Path | None = None,
+    keep_loaded: bool = True,
 ) -> Engine:
     """Return an engine that runs a bundle on this machine.
 
@@ -26,6 +27,7 @@ def load_engine(
         runtime: None for the target's own; "ort" runs any bundle on a CPU, to check its graphs
             where the device is not.
         engines: folder of built TensorRT engines; None for the one beside the bundle.
+        keep_loaded: False holds one part at a time in memory, on ONNX Runtime; see `OrtEngine`.
 
     Raises:
         UnknownTarget: the bundle is for a target this version does not know.
@@ -42,7 +44,7 @@ def load_engine(
         from engines.trt.engine import TensorRtEngine
 
         return TensorRtEngine(bundle, engines)
-    return _load_ort(bundle, target, threads, weights, runtime)
+    return _load_ort(bundle, target, threads, weights, runtime, keep_loaded)
 
 
 def runtime_here(target: Target) -> Runtime:
@@ -71,6 +73,7 @@ def _load_ort(
     threads: int | None,
     weights: Literal["packed", "unpacked"],
     runtime: Runtime,
+    keep_loaded: bool,
 ) -> Engine:
     try:
         from engines.ort import OrtEngine  # only the runtime of this target need be installed
@@ -86,4 +89,4 @@ def _load_ort(
     provider: Literal["CUDAExecutionProvider", "CPUExecutionProvider"] = (
         "CUDAExecutionProvider" if runtime == "ort-cuda" else "CPUExecutionProvider"
     )
-    return OrtEngine(bundle, threads, weights, provider=provider)
+    return OrtEngine(bundle, threads, weights, keep_loaded, provider)

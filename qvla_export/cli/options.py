@@ -248,7 +248,16 @@ MaxMemoryOption = Annotated[
         "--max-memory-gb",
         help="Bound of what a process takes above the interpreter, in 10^9 bytes. Layers go in "
         "groups; first-order methods and moments also read weights that do not fit from disk, "
-        "stage by stage. Default: none.",
+        "stage by stage. Default: none; qvla deploy: 80 % of what is free.",
+    ),
+]
+LayersPerPartOption = Annotated[
+    int | None,
+    typer.Option(
+        "--layers-per-part",
+        min=1,
+        help="Decoder blocks a part of a bundle: for a policy that does not fit into memory. "
+        "Default: one graph of the whole policy.",
     ),
 ]
 WaitOption = Annotated[
@@ -257,10 +266,20 @@ WaitOption = Annotated[
 ]
 WorkersOption = Annotated[int, typer.Option("--workers", help="Processes, one a core.")]
 QuantizerOption = Annotated[
-    Literal["nearest", "compensated"],
+    Literal["nearest", "compensated"] | None,
     typer.Option(
         "--quantizer",
-        help="Of plans: nearest codes, or codes that make up for each other (qvla round).",
+        help="Of plans: nearest codes, or codes that make up for each other (qvla round). Default: "
+        "compensated where the method is of first order, else nearest.",
+    ),
+]
+FramesPerEpisodeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--frames-per-episode",
+        min=1,
+        help="Observations of one episode; cumulative sums want many. Default: 2, more where the "
+        "episodes are few.",
     ),
 ]
 ProbesOption = Annotated[

@@ -1,6 +1,7 @@
 """The step that draws the calibration set, from a data set or the simulator."""
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ from qvla_export.shared.artifacts import require_same
 
 if TYPE_CHECKING:
     from calibration.calibration_set import CalibrationSet
+    from calibration.draw_size import DrawSize
     from calibration.sources.base import DataSource
 
+_LOG = logging.getLogger(__name__)
 _WORK = "calibration"
 _MEASURE_AGAIN = "Measure and plan again on this set: qvla sensitivities, qvla plan."
 
@@ -77,7 +80,34 @@ def _draw(request: CalibrationRequest) -> "CalibrationSet":
     frames = request.frames_per_episode or FRAMES_PER_EPISODE
     if request.dataset is None:
         return sample_simulator(list(request.tasks), *how, frames)
-    return sample_dataset(request.dataset, *how, frames, request.skip_bad_frames)
+    size = _fitting(request, request.dataset)
+    return sample_dataset(
+        request.dataset,
+        size.count,
+        size.held_out,
+        request.seed,
+        size.frames,
+        request.skip_bad_frames,
+    )
+
+
+def _fitting(request: CalibrationRequest, dataset: "DataSource") -> "DrawSize":
+    """Return how much is drawn of a data set: of a small one what it has, with a warning."""
+    from calibration.calibration_set import FRAMES_PER_EPISODE, drawing_order
+    from calibration.draw_size import DrawSize, fitting_size
+
+    said = request.frames_per_episode
+    wish = DrawSize(request.count, request.held_out, said or FRAMES_PER_EPISODE)
+    lengths = [dataset.episode_lengths[number] for number in drawing_order(dataset, request.seed)]
+    size = fitting_size(lengths, wish, frames_fixed=said is not None)
+    if size != wish:
+        _LOG.warning(
+            "%s has %d episodes: %d + %d observations, up to %d of one episode, are drawn instead "
+            "of %d + %d, %d of one; figures of few episodes are less certain",
+            *(dataset.root, len(lengths), size.count, size.held_out, size.frames),
+            *(wish.count, wish.held_out, wish.frames),
+        )
+    return size
 
 
 def _simulator_source(request: CalibrationRequest) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from qvla_export.pipeline.recommend.recommendation import Recommendation
 from qvla_export.pipeline.recommend.tolerance import USUAL_TOLERANCE, Tolerance
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.pipeline.sensitivities import SensitivityRequest, agreement, sensitivities
+from qvla_export.pipeline.sizing.holding import IN_MEMORY, Holding
 from qvla_export.shared.artifacts import read_json, versions, write_json
 from qvla_export.shared.errors import InvalidObservation
 
@@ -47,14 +48,16 @@ class Deployment:
     # Meta-World tasks of simulated episodes, and episodes of each and of each setting; 0 for none.
     tasks: tuple[str, ...] = ()
     episodes: int = 0
-    # (channel, width) pairs compared with exact measurement; 0 for none.
-    check_pairs: int = 500
+    # (channel, width) pairs compared with exact measurement; 0 for none, None for a minute's.
+    check_pairs: int | None = None
     # Actions of each latency profile, and CPU threads of its engine.
     samples: int = 200
     threads: int | None = 1
     seed: int = 0
     # Processes of episodes.
     workers: int = 2
+    # Random probes an observation; None takes the whole Jacobian.
+    probes: int | None = 4
     # Codes of planned settings.
     quantizer: Literal["nearest", "compensated"] = "compensated"
     # Whether they have zero points.
@@ -63,6 +66,8 @@ class Deployment:
     command: str = ""
     # By what a setting is recommended, and what the user says of the action.
     tolerance: Tolerance = USUAL_TOLERANCE
+    # How the policy is held; see `pipeline.sizing.holding.open_held`.
+    holding: Holding = IN_MEMORY
 
 
 @dataclass(frozen=True)
@@ -128,12 +133,18 @@ def deploy(
     native = runtime_here(target) == target.runtime
     _check_inputs(request, policy)
     wish = _recommendation_request(request, policy)
-    steps = NumberedSteps(on_progress, _count_steps(request, native))
+    request.holding.require_whole_for(_whole_work(request))
+    timed = native and request.holding.resident
+    steps = NumberedSteps(on_progress, _count_steps(request, timed))
+    if request.holding.resident:
+        policy.module.to(request.holding.device)
     compared = _measure(request, policy, steps)
+    if request.holding.resident:
+        policy.module.to("cpu")  # graphs are traced there
     for setting in request.settings:
         with steps.next(f"{setting.name}: plan, bundle, engine, action error") as hear:
-            quantize_setting(run, setting, policy, target, hear)
-    if native:
+            quantize_setting(run, setting, policy, target, request.holding, hear)
+    if timed:
         with steps.next("latency, in process and served over HTTP") as hear:
             judging.latency(run, request.settings, request.samples, request.threads, hear)
     if request.episodes:
@@ -161,10 +172,25 @@ def _recommendation_request(request: Deployment, policy: "Policy") -> Recommenda
     return wish
 
 
-def _count_steps(request: Deployment, native: bool) -> int:
+def _count_steps(request: Deployment, timed: bool) -> int:
     rounded = any(setting.activation_bits for setting in request.settings)
-    parts = (request.check_pairs, rounded, native, request.episodes)
+    parts = (_checks(request), rounded, timed, request.episodes)
     return 3 + len(request.settings) + sum(map(bool, parts))
+
+
+def _checks(request: Deployment) -> bool:
+    """Whether sensitivities are compared with exact ones: part by part, none takes a minute."""
+    return request.holding.resident and request.check_pairs != 0
+
+
+def _whole_work(request: Deployment) -> dict[str, bool]:
+    """Options that take the whole policy in memory -> whether they are used."""
+    rounded = [setting.name for setting in request.settings if setting.activation_bits]
+    return {
+        f"--settings {','.join(rounded)}": bool(rounded),
+        f"--check-pairs {request.check_pairs}": bool(request.check_pairs),
+        f"--episodes {request.episodes}": bool(request.episodes),
+    }
 
 
 def _measure(request: Deployment, policy: "Policy", steps: NumberedSteps) -> "Agreement | None":
@@ -182,10 +208,13 @@ def _measure(request: Deployment, policy: "Policy", steps: NumberedSteps) -> "Ag
         _describe(request, policy)
     with steps.next("sensitivities of every channel and width") as hear:
         target = find_target(request.target, request.zero_points)
-        how = SensitivityRequest(quantizer=request.quantizer, seed=request.seed)
-        measured = sensitivities(run, policy, target, how, on_progress=hear)
+        how = SensitivityRequest(
+            quantizer=request.quantizer, probes=request.probes, seed=request.seed
+        )
+        resources = request.holding.resources()
+        measured = sensitivities(run, policy, target, how, resources, hear)
         estimators_of(run.root, measured)  # what the report would refuse at the end
-    if request.check_pairs:
+    if _checks(request):
         with steps.next("agreement with exact measurement") as hear:
             compared = agreement(run, policy, request.check_pairs, request.seed, hear)
     if any(setting.activation_bits for setting in request.settings):
@@ -253,6 +282,7 @@ def _describe(request: Deployment, policy: "Policy") -> None:
             },
             "command": request.command,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "holding": request.holding.to_json(),
             "versions": versions(),
             "machine": {"cpu_model": board.cpu_model, "cores": board.cores},
         },

@@ -79,6 +79,7 @@ def action_error(
     from engines.load import load_engine, runtime_here
     from engines.targets import find_target
     from engines.verify import verify
+    from qvla_export.policies.layers import weights_on_disk
 
     bundle, path = load_bundle(run, setting), run.action_error(setting)
     calibration = load_calibration(run)
@@ -97,7 +98,8 @@ def action_error(
         return earlier
     with recorded_work(error_work(run, path, subject, bundle.path), on_progress):
         reference = held_out_reference(bundle, policy, plan, calibration.held_out)
-        with load_engine(bundle, runtime=runtime) as engine:
+        kept = not weights_on_disk(policy)
+        with load_engine(bundle, runtime=runtime, keep_loaded=kept) as engine:
             verdict = verify(bundle, engine, reference)
         drift = verdict.action_error
         assert drift is not None

@@ -15,6 +15,7 @@ from qvla_export.pipeline.progress import NumberedSteps, OnProgress, ignore
 from qvla_export.pipeline.round import round_setting
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
+from qvla_export.pipeline.sizing.holding import IN_MEMORY, Holding
 
 if TYPE_CHECKING:
     from calibration.calibration_set import CalibrationSet
@@ -89,7 +90,7 @@ def quantize(
         with steps.next("activations of every layer") as hear:
             activations(folder, policy, on_progress=hear)
     with steps.next(f"{setting.name}: plan, bundle, engine, action error") as hear:
-        bundle, error = quantize_setting(folder, setting, policy, device, hear)
+        bundle, error = quantize_setting(folder, setting, policy, device, on_progress=hear)
     planned = load_plan(folder, setting)
     assert planned is not None  # only the float setting has none
     return QuantizationResult(folder, setting, measured, planned, bundle, error)
@@ -100,9 +101,12 @@ def quantize_setting(
     setting: Setting,
     policy: "Policy",
     target: "Target",
+    holding: Holding = IN_MEMORY,
     on_progress: OnProgress = ignore,
 ) -> "tuple[Bundle, HeldOutError]":
     """Make one setting's plan, codes, bundle and engine, and measure its held-out action error.
+
+    The policy is held as `holding` says: one that is read part by part gives a bundle in parts.
 
     Raises:
         QvlaError: see the steps; the bundle breaks a rule of its target, or its engine drifts.
@@ -112,8 +116,9 @@ def quantize_setting(
     from engines.load import runtime_here
 
     plan(run, setting, target, policy.digest)
-    round_setting(run, setting, policy, on_progress=on_progress)
-    bundle = export(run, setting, policy, target, on_progress=on_progress)
+    round_setting(run, setting, policy, holding.resources(), on_progress)
+    parts = holding.layers_per_part
+    bundle = export(run, setting, policy, target, parts, on_progress=on_progress)
     require_no_errors(check_bundle(bundle, target))
     native = runtime_here(target) == target.runtime
     if target.runtime == "tensorrt_rtx" or (native and target.runtime == "tensorrt"):

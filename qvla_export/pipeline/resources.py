@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 # Of a bound: what is not counted one by one, such as modules of the network without weights,
 # buffers that torch and numpy's LAPACK take at their first use, free lists, a calibration set.
 # Measured on the reference policy: 0.05 GB, with compensated codes 0.1 GB.
-_UNCOUNTED_BYTES = 128_000_000
+UNCOUNTED_BYTES = 128_000_000
 # Published checkpoints are stored in bfloat16; and what of a GPU weights may take, beside a pass.
 _STORED_BYTES, _GPU_SHARE = 2, 0.6
 
@@ -67,10 +67,10 @@ def joined_resources(
         )
     max_bytes = None
     if max_memory_gb is not None:
-        max_bytes = int(max_memory_gb * 1e9) - _UNCOUNTED_BYTES
+        max_bytes = int(max_memory_gb * 1e9) - UNCOUNTED_BYTES
         if max_bytes <= 0:
             raise QvlaError(
-                f"--max-memory-gb must be above {_UNCOUNTED_BYTES / 1e9}, which what is "
+                f"--max-memory-gb must be above {UNCOUNTED_BYTES / 1e9}, which what is "
                 f"not counted one by one takes, got {max_memory_gb}; raise it"
             )
     with joined_world(device, timedelta(minutes=wait_minutes)) as world:

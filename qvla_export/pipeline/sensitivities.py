@@ -30,8 +30,9 @@ class SensitivityRequest:
 
     # See `qvla_export.sensitivity.estimators.registry`.
     method: str = "first-order"
-    # Of the plans that they are for: the nearest codes, or codes that make up for each other.
-    quantizer: Quantizer = "nearest"
+    # Of the plans that they are for: the nearest codes, or codes that make up for each other; None
+    # for the latter where the method can say what they do.
+    quantizer: Quantizer | None = None
     # Random probes an observation; None takes the whole Jacobian.
     probes: int | None = 4
     # Of all channels: measured exactly by two-stage.
@@ -43,6 +44,11 @@ class SensitivityRequest:
             raise QvlaError(
                 f"sensitivities of compensated codes are of first order, got --method {self.method}"
             )
+
+    @property
+    def codes(self) -> Quantizer:
+        """Return the quantizer: compensated by default where the method is of first order."""
+        return self.quantizer or ("compensated" if self.method == "first-order" else "nearest")
 
     def estimator(self, max_bytes: int | None = None) -> "Estimator":
         """Return what measures so, within a bound of memory.
@@ -76,7 +82,7 @@ def sensitivities(
     request, means = request or SensitivityRequest(), resources or Resources()
     estimator = request.estimator(means.max_bytes)
     question = new_question(run, policy, target, request.seed, means.batch_size)
-    if request.quantizer == "compensated":
+    if request.codes == "compensated":
         question = compensated_question(run, question, target, means, on_progress)
     journal = run.sensitivities.with_suffix(".progress")
     measured = load_if_current(
@@ -105,7 +111,7 @@ def _work(
         "calibration set": short(question.calibration_digest),
         "--target": target.name,
         "--zero-points": any(rule.zero_points for rule in question.quantizer.rules.values()),
-        "--quantizer": request.quantizer,
+        "--quantizer": request.codes,
         "--method": request.method,
         "--probes": request.probes,
         "--seed": request.seed,
@@ -122,7 +128,7 @@ def open_and_measure(
     target: Target,
     request: SensitivityRequest,
     resources: "Resources",
-    check_pairs: int = 0,
+    check_pairs: int | None = 0,
     on_progress: OnProgress = ignore,
 ) -> "tuple[Sensitivities, Agreement | None]":
     """Open a checkpoint within the bound of memory and measure its sensitivities.
@@ -134,7 +140,7 @@ def open_and_measure(
 
     request.estimator(resources.max_bytes)  # says what is wrong before much is read
     streams = request.method in STREAMED and not check_pairs
-    demand = _demand(target, request.quantizer == "compensated") if streams else None
+    demand = first_order_demand(target, request.codes == "compensated") if streams else None
     opened = open_within(resources, source, demand)
     within = replace(resources, max_bytes=opened.max_bytes)
     measured = sensitivities(run, opened.policy, target, request, within, on_progress)
@@ -187,25 +193,37 @@ def compensated_question(
 def agreement(
     run: RunFolder,
     policy: "Policy",
-    pairs: int,
+    pairs: int | None,
     seed: int = 0,
     on_progress: OnProgress = ignore,
 ) -> "Agreement":
     """Compare the sensitivities with exact ones on sampled channels and widths.
 
+    Args:
+        run: has sensitivities of this policy.
+        policy: in memory.
+        pairs: (channel, width) pairs; None for as many as take about a minute, at most 500.
+        seed: draws them.
+        on_progress: hears of every pair.
+
     Raises:
         QvlaError: sensitivities are missing, or of another policy or calibration set.
     """
-    from qvla_export.sensitivity.agreement import Agreement, compare_with_exact
+    from qvla_export.sensitivity.agreement import (
+        Agreement,
+        compare_with_exact,
+        pairs_in_a_minute,
+    )
     from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 
     work, measured = "agreement with exact", load_sensitivities(run, policy.digest)
-    count = min(pairs, _pairs_in_all(measured))
+    count = None if pairs is None else min(pairs, _pairs_in_all(measured))
     compared = load_if_current(
         run.agreement,
         Agreement.load,
         lambda old: (
-            (old.sensitivities_digest, old.seed, len(old.pairs)) == (measured.digest, seed, count)
+            (old.sensitivities_digest, old.seed) == (measured.digest, seed)
+            and count in (None, len(old.pairs))
         ),
     )
     if compared is not None:
@@ -216,7 +234,7 @@ def agreement(
     observations = calibration.observations
     options: dict[str, Value] = {
         "sensitivities": short(measured.digest),
-        "--check-pairs": pairs,
+        "--check-pairs": pairs or "a minute's",
         "--seed": seed,
     }
     record = ArtifactWork(run, run.agreement, options, (run.sensitivities,))
@@ -227,6 +245,8 @@ def agreement(
             nearest = QuantizerSpec(measured.quantizer.rules)
             how = FirstOrder(nearest, measured.widths, measured.probes or None, measured.seed)
             table = measure_first_order(policy, observations, calibration.digest, how)
+        if pairs is None:
+            pairs = pairs_in_a_minute(table, policy, observations, seed)
         shown = bar(hear, work)
         compared = compare_with_exact(table, policy, observations, pairs, seed, on_progress=shown)
         compared = replace(compared, sensitivities_digest=measured.digest)
@@ -258,7 +278,7 @@ def _answers(measured: Sensitivities, question: "Question", estimator: "Estimato
     ) and stored in (now, {**now, "max_standard_error": None})
 
 
-def _demand(target: Target, compensated: bool) -> "Demand":
+def first_order_demand(target: Target, compensated: bool) -> "Demand":
     """Return what measuring to first order takes of memory, with the moments that it may need."""
     from qvla_export.measurement.standard_error import empty_sums
     from qvla_export.measurement.weight_errors import error_needs

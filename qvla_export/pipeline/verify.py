@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from engines.verify import Reference, Verdict
     from qvla_export.policies.base import Policy
     from qvla_export.quantizer.plan import BitPlan
-    from qvla_export.shared.bundle import Bundle
+    from qvla_export.shared.bundle import Bundle, Golden
     from qvla_export.shared.observation import Observation
 
 GOLDEN = "golden"
@@ -153,11 +153,30 @@ def held_out_reference(
 ) -> "Reference":
     """Return torch's actions on held-out observations, which the bundle itself preprocesses."""
     from engines.verify import torch_reference
-    from qvla_export.graph.golden import golden_actions
 
-    golden = golden_actions(policy, plan, observations)
+    golden = _golden(policy, plan, observations)
     feeds = tuple(bundle.processor.feeds(observation) for observation in observations)
     return torch_reference(bundle, replace(golden, feeds=feeds), "held-out")
+
+
+def _golden(
+    policy: "Policy", plan: "BitPlan | None", observations: "Sequence[Observation]"
+) -> "Golden":
+    """Return torch's actions; of a policy whose weights lie on disk, part by part."""
+    import torch
+
+    from qvla_export.graph.golden import golden_actions, golden_actions_in_parts
+    from qvla_export.measurement.part_needs import part_needs
+    from qvla_export.policies.layers import traced_layers, weights_on_disk
+
+    if not weights_on_disk(policy):
+        return golden_actions(policy, plan, observations)
+    feeds = policy.processor.feeds(observations[0])
+    example = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    needs = part_needs(policy, traced_layers(policy), example)
+    reads = {need.part.name: need.reads for need in needs}
+    parts = [need.part for need in needs]
+    return golden_actions_in_parts(policy, plan, observations, parts, reads)
 
 
 def _held_out(place: str) -> "tuple[Observation, ...] | None":

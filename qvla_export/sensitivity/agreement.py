@@ -19,6 +19,12 @@ from qvla_export.shared.artifacts import read_json, require_fields, write_json
 from qvla_export.shared.errors import ArtifactError, QvlaError
 from qvla_export.shared.observation import Observation
 
+# Of a check: about how long it may take, and pairs that say what one takes.
+_CHECK_SECONDS = 60.0
+_TIMED_PAIRS = 6
+# More do not move the rank correlation.
+_MOST_PAIRS = 500
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -128,6 +134,36 @@ def compare_with_exact(
             for p, e, x in zip(sample, estimated, exact, strict=True)
         ],
     )
+
+
+def pairs_in_a_minute(
+    sensitivities: Sensitivities,
+    policy: Policy,
+    observations: Sequence[Observation],
+    seed: int = 0,
+    batch_size: int = 8,
+) -> int:
+    """Return how many pairs are measured exactly in about a minute: 3 to 500, after a few of them.
+
+    Args:
+        sensitivities: of this policy.
+        policy: the float policy.
+        observations: for the exact side.
+        seed: draws the pairs that are timed.
+        batch_size: observations that run together.
+    """
+    question = Question(
+        policy,
+        observations,
+        sensitivities.calibration_digest,
+        sensitivities.quantizer,
+        batch_size=batch_size,
+    )
+    sample = _sample(sensitivities, _TIMED_PAIRS, seed)
+    started = time.perf_counter()
+    ExactEstimator().of_pairs(question, sample, Work())
+    pair_seconds = (time.perf_counter() - started) / len(sample)
+    return int(min(_MOST_PAIRS, max(3, _CHECK_SECONDS / pair_seconds)))
 
 
 def _sample(sensitivities: Sensitivities, count: int, seed: int) -> list[ChannelWidth]:

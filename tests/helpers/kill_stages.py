@@ -37,6 +37,7 @@ from qvla_export.report.page import write_report
 from qvla_export.shared.artifacts import sha256_file, versions, write_json
 
 _OPERATIONS = ("fsync", "replace", "rename", "unlink", "rmdir")
+_TWO_PROBES = SensitivityRequest(quantizer="nearest", probes=2)
 W4, FLOAT = parse_setting("w4"), parse_setting("float")
 
 
@@ -69,7 +70,9 @@ def all_stages(checkpoint: Path, dataset: Path, policy: OftPolicy) -> list[Stage
         ),
         Stage(
             "sensitivities",
-            lambda r: sensitivities(r, policy, CPU, SensitivityRequest(probes=2)),
+            lambda r: sensitivities(
+                r, policy, CPU, SensitivityRequest(quantizer="nearest", probes=2)
+            ),
             ("sensitivities.safetensors",),
         ),
         Stage(

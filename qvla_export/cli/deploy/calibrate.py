@@ -1,13 +1,12 @@
 """`qvla calibrate`: the observations that everything is measured on and judged by."""
 
-from typing import Annotated
-
 import typer
 
 from qvla_export.cli.options import (
     CountOption,
     DatasetOption,
     ForceOption,
+    FramesPerEpisodeOption,
     HeldOutOption,
     NewRunOption,
     SeedOption,
@@ -28,9 +27,7 @@ def calibrate(
     tasks: TasksOption = None,
     count: CountOption = 64,
     held_out: HeldOutOption = 64,
-    frames_per_episode: Annotated[
-        int, typer.Option(min=1, help="Observations of one episode; cumulative sums want many.")
-    ] = 2,
+    frames_per_episode: FramesPerEpisodeOption = None,
     seed: SeedOption = 0,
     force: ForceOption = False,
 ) -> None:

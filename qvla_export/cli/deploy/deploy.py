@@ -13,12 +13,17 @@ from rich.table import Table
 from qvla_export.cli.options import (
     CountOption,
     DatasetOption,
+    DeviceOption,
     ForceOption,
+    FramesPerEpisodeOption,
     HeldOutOption,
     JsonOption,
+    LayersPerPartOption,
+    MaxMemoryOption,
     NewRunOption,
     PolicyOption,
     PresetOption,
+    ProbesOption,
     QuantizerOption,
     SeedOption,
     SkipBadFramesOption,
@@ -45,14 +50,19 @@ def deploy(
     run: NewRunOption = Path("runs/demo"),
     target: TargetOption = "cpu",
     settings: Annotated[
-        str, typer.Option(help="Comma-separated: float, w<mean bits>, w<bits>-rtn.")
-    ] = "float,w8,w8a8,w4,w4-rtn,w2,w2-rtn",
+        str,
+        typer.Option(
+            help="Comma-separated: float, w<mean bits>, w<bits>-rtn. The default is the setting "
+            "that is recommended first, and what it is held against."
+        ),
+    ] = "float,w4",
     dataset: DatasetOption = None,
     columns: ColumnOptions = USUAL_COLUMNS,
     skip_bad_frames: SkipBadFramesOption = False,
     tasks: TasksOption = None,
     count: CountOption = 64,
     held_out: HeldOutOption = 64,
+    frames_per_episode: FramesPerEpisodeOption = None,
     episodes: Annotated[
         int | None,
         typer.Option(
@@ -61,9 +71,14 @@ def deploy(
         ),
     ] = None,
     check_pairs: Annotated[
-        int,
-        typer.Option(min=0, help="(channel, width) pairs compared with exact measurement."),
-    ] = 500,
+        int | None,
+        typer.Option(
+            min=0,
+            help="(channel, width) pairs compared with exact measurement. Default: as many as take "
+            "about a minute, at most 500; none where the policy is read part by part.",
+        ),
+    ] = None,
+    probes: ProbesOption = 4,
     samples: Annotated[int, typer.Option(min=1, help="Actions of each latency profile.")] = 200,
     threads: Annotated[
         int, typer.Option(min=1, help="CPU threads of each engine in the latency profile.")
@@ -72,8 +87,15 @@ def deploy(
     preset: PresetOption = None,
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
-    quantizer: QuantizerOption = "compensated",
+    quantizer: QuantizerOption = None,
     zero_points: ZeroPointsOption = False,
+    device: DeviceOption = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Observations that run together. Default: 8, or as fit."),
+    ] = None,
+    max_memory_gb: MaxMemoryOption = None,
+    layers_per_part: LayersPerPartOption = None,
     force: ForceOption = False,
     tolerance: Tolerance = USUAL_TOLERANCE,
     as_json: JsonOption = False,
@@ -85,19 +107,21 @@ def deploy(
     from qvla_export.pipeline.data_source import open_dataset
     from qvla_export.pipeline.deploy import Deployment
     from qvla_export.pipeline.deploy import deploy as run_steps
-    from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
+    from qvla_export.pipeline.policy_source import PolicySource
     from qvla_export.pipeline.run_folder import RunFolder
+    from qvla_export.pipeline.sizing.hold import hold
+    from qvla_export.pipeline.sizing.holding import HoldingOptions
 
-    device = find_target(target, zero_points)
+    found = find_target(target, zero_points)
     opened_data = open_dataset(dataset, columns) if dataset else None
     played = chosen_tasks(tasks) if dataset is None or episodes else ()
     request = Deployment(
         run=RunFolder(run, force),
         source=PolicySource(str(policy), unnorm_key, preset, threads=1),
-        settings=tuple(parse_setting(name.strip(), device) for name in settings.split(",")),
+        settings=tuple(parse_setting(name.strip(), found) for name in settings.split(",")),
         target=target,
         calibration=CalibrationRequest(
-            opened_data, played, count, held_out, seed, skip_bad_frames=skip_bad_frames
+            opened_data, played, count, held_out, seed, frames_per_episode, skip_bad_frames
         ),
         tasks=played,
         episodes=(20 if dataset is None else 0) if episodes is None else episodes,
@@ -106,18 +130,26 @@ def deploy(
         threads=threads,
         seed=seed,
         workers=workers,
-        quantizer=quantizer,
+        probes=probes or None,
+        quantizer=quantizer or "compensated",
         zero_points=zero_points,
         command=shlex.join(["qvla", *sys.argv[1:]]),
         tolerance=tolerance,
     )
-    opened = open_checkpoint(policy, unnorm_key, preset)
+    options = HoldingOptions(device, max_memory_gb, batch_size, layers_per_part)
+    request, opened = hold(request, options)
+    _say(request.holding.describe())
     with progress_shown() as on_progress:
         result = run_steps(request, opened, on_progress)
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=1))
     else:
-        _print(result, device.name)
+        _print(result, found.name)
+
+
+def _say(text: str) -> None:
+    """Print a line beside the progress, on stderr, whole."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def _print(result: "DeploymentResult", target: str) -> None:

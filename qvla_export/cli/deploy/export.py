@@ -6,6 +6,7 @@ import typer
 
 from qvla_export.cli.options import (
     ForceOption,
+    LayersPerPartOption,
     PolicyOption,
     PresetOption,
     RunOption,
@@ -15,14 +16,6 @@ from qvla_export.cli.options import (
 )
 from qvla_export.cli.progress import progress_shown
 
-LayersPerPartOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Decoder blocks a part: for a policy that does not fit into memory. Default: "
-        "one graph of the whole policy.",
-    ),
-]
 AccuracyOption = Annotated[
     int,
     typer.Option(

@@ -42,7 +42,7 @@ def sensitivities(
     policy: PolicyOption,
     target: TargetOption = "cpu",
     method: MethodOption = "first-order",
-    quantizer: QuantizerOption = "nearest",
+    quantizer: QuantizerOption = None,
     zero_points: ZeroPointsOption = False,
     probes: ProbesOption = 4,
     exact_share: ShareOption = 0.02,
@@ -93,7 +93,8 @@ def sensitivities(
 
 def _described(measured: "Sensitivities") -> str:
     channels = sum(v.shape[1] for v in measured.values.values())
-    return f"{channels} channels, {measured.method}, {measured.samples} observations"
+    codes = "compensated" if measured.quantizer.needs_moments else "nearest"
+    return f"{channels} channels, {measured.method}, {codes} codes, {measured.samples} observations"
 
 
 def _standard_error(measured: "Sensitivities") -> str:

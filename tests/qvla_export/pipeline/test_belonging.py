@@ -19,7 +19,7 @@ from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.shared.errors import ArtifactMismatch
 from qvla_export.shared.observation import Observation
 
-TWO_PROBES = SensitivityRequest(probes=2)
+TWO_PROBES = SensitivityRequest(quantizer="nearest", probes=2)
 FLOAT, W4 = parse_setting("float"), parse_setting("w4")
 
 

@@ -92,7 +92,7 @@ def test_another_process_makes_the_same_bytes(
 ) -> None:
     run, setting = RunFolder(tmp_path / "run"), parse_setting("w4")
     calibrate(run, CalibrationRequest(LeRobotDataset(work.parent / "demos"), (), 12, 8))
-    sensitivities(run, tiny_policy, CPU, SensitivityRequest(probes=2))
+    sensitivities(run, tiny_policy, CPU, SensitivityRequest(quantizer="nearest", probes=2))
     plan_setting(run, setting, CPU, tiny_policy.digest)
     exporting.export(run, setting, tiny_policy, CPU)
     theirs = work / "export"

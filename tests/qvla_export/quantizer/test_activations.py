@@ -295,7 +295,7 @@ def test_from_calibration_to_an_engine(
     run, setting = RunFolder(tmp_path / "run"), parse_setting("w8a8-rtn")
     drawn = tuple(tiny_observations(8))
     CalibrationSet(drawn[:4], drawn[4:], {"test": 1}).save(run.calibration)
-    sensitivities(run, tiny_policy, CPU, SensitivityRequest(probes=2))
+    sensitivities(run, tiny_policy, CPU, SensitivityRequest(quantizer="nearest", probes=2))
     with pytest.raises(ArtifactError, match="qvla activations"):
         plan_setting(run, setting, CPU, tiny_policy.digest)
     record_activations(run, tiny_policy)

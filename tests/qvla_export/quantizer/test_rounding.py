@@ -281,7 +281,7 @@ def test_a_run_rounds_its_plan_and_packs_the_codes(
     run, w4 = RunFolder(tmp_path), parse_setting("w4")
     drawn = tuple(tiny_observations(12))
     CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(run.calibration)
-    request = SensitivityRequest(probes=2)
+    request = SensitivityRequest(quantizer="nearest", probes=2)
     plain = sensitivities(run, tiny_policy, CPU, request)
     measured = sensitivities(run, tiny_policy, CPU, replace(request, quantizer="compensated"))
     assert measured.quantizer == compensated_spec(CPU) != plain.quantizer

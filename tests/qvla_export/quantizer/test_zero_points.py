@@ -245,7 +245,7 @@ def test_a_run_measures_plans_and_packs_zero_points(
     run, wanted = RunFolder(tmp_path), parse_setting("w4a8")
     drawn = tuple(tiny_observations(12))
     CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(run.calibration)
-    request = SensitivityRequest(probes=2)
+    request = SensitivityRequest(quantizer="nearest", probes=2)
     measured = sensitivities(run, tiny_policy, POINTED, request)
     assert measured.quantizer == spec_for(POINTED)
     record_activations(run, tiny_policy)
