@@ -1,6 +1,5 @@
 """Every step in order, from a checkpoint to a report."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,6 +9,7 @@ from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline import evaluate as judging
 from qvla_export.pipeline.activations import activations
 from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate, load_calibration
+from qvla_export.pipeline.deployment.rows import DeployedSetting, deployed_settings
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import NumberedSteps, OnProgress, finish, ignore
 from qvla_export.pipeline.quantize import quantize_setting
@@ -25,7 +25,7 @@ from qvla_export.pipeline.recommend.tolerance import USUAL_TOLERANCE, Tolerance
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.pipeline.sensitivities import SensitivityRequest, agreement, sensitivities
 from qvla_export.pipeline.sizing.holding import IN_MEMORY, Holding
-from qvla_export.shared.artifacts import read_json, versions, write_json
+from qvla_export.shared.artifacts import versions, write_json
 from qvla_export.shared.errors import InvalidObservation
 
 if TYPE_CHECKING:
@@ -68,26 +68,6 @@ class Deployment:
     tolerance: Tolerance = USUAL_TOLERANCE
     # How the policy is held; see `pipeline.sizing.holding.open_held`.
     holding: Holding = IN_MEMORY
-
-
-@dataclass(frozen=True)
-class DeployedSetting:
-    """One row of the table of float against quantized."""
-
-    setting: str
-    bundle: Path
-    bundle_bytes: int
-    # Bytes of the planned layers, of those in float16.
-    layer_ratio: float
-    # Held-out RMS of normalized actions against the float policy's.
-    action_rms: float
-    # Of simulated episodes, with its Wilson 95 % interval; None where none were run.
-    success: float | None
-    success_interval: tuple[float, float] | None
-    # Latency: the median, and the p99 or, of few samples, the max; None where it was not measured.
-    p50_ms: float | None
-    tail: Literal["p99", "max"] | None
-    tail_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -156,7 +136,7 @@ def deploy(
 
         page = write_report(run.root)
     return DeploymentResult(
-        run, _rows(run, request.settings), compared, native, page, recommendation
+        run, deployed_settings(run, request.settings), compared, native, page, recommendation
     )
 
 
@@ -287,54 +267,3 @@ def _describe(request: Deployment, policy: "Policy") -> None:
             "machine": {"cpu_model": board.cpu_model, "cores": board.cores},
         },
     )
-
-
-def _rows(run: RunFolder, settings: Sequence[Setting]) -> tuple[DeployedSetting, ...]:
-    from qvla_export.shared.bundle import Bundle
-
-    latency = _latencies(run)
-    rows = []
-    for setting in settings:
-        bundle = Bundle.load(run.bundle(setting))
-        layers = sum(n for part, n in bundle.weight_bytes.items() if part != "rest")
-        error = read_json(run.action_error(setting), "action error")
-        success, interval = _success(run, setting)
-        p50, tail, tail_ms = latency.get(setting.name, (None, None, None))
-        row = DeployedSetting(
-            setting.name,
-            bundle.path,
-            bundle.nbytes,
-            1.0 if bundle.plan is None else layers / bundle.plan["float16_bytes"],
-            error["rms"],
-            success,
-            interval,
-            p50,
-            tail,
-            tail_ms,
-        )
-        rows.append(row)
-    return tuple(rows)
-
-
-def _success(
-    run: RunFolder, setting: Setting
-) -> tuple[float, tuple[float, float]] | tuple[None, None]:
-    path = run.evaluation(setting)
-    if not path.is_file():
-        return None, None
-    summary = read_json(path, "evaluation")["summary"]
-    low, high = summary["wilson_95"]
-    return summary["success"], (low, high)
-
-
-def _latencies(run: RunFolder) -> dict[str, tuple[float, Any, float]]:
-    """Setting -> p50, and the name and value of its tail; empty where no latency was measured."""
-    from jetson.latency.comparison import LatencyComparison
-    from qvla_export.shared.latency_statistics import tail
-
-    if not run.latency.is_file():
-        return {}
-    return {
-        profile.name: (profile.percentile_ms(50), *tail(profile.samples_ms["total"]))
-        for profile in LatencyComparison.load(run.latency).profiles
-    }

@@ -40,7 +40,8 @@ from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
 from qvla_export.pipeline.recommend.tolerance import USUAL_TOLERANCE, Tolerance
 
 if TYPE_CHECKING:
-    from qvla_export.pipeline.deploy import DeployedSetting, DeploymentResult
+    from qvla_export.pipeline.deploy import DeploymentResult
+    from qvla_export.pipeline.deployment.rows import DeployedSetting
 
 
 @with_columns
