@@ -12,6 +12,7 @@ import typer
 
 from qvla_export.pipeline.data_source import ColumnOptions
 from qvla_export.pipeline.recommend.tolerance import Tolerance
+from qvla_export.pipeline.sizing.holding import HoldingOptions
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.field_parameters import with_fields
 
@@ -201,6 +202,18 @@ def with_columns(command: Callable[..., None]) -> Callable[..., None]:
 def with_tolerance(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command with the options of `Tolerance` in place of its parameter `tolerance`."""
     return with_fields(command, "tolerance", Tolerance, _TOLERANCES)
+
+
+def with_holding(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the options of `HoldingOptions` in place of its parameter `options`."""
+    batch = typer.Option(min=1, help="Observations that run together. Default: 8, or as fit.")
+    singles = {
+        "device": DeviceOption,
+        "max_memory_gb": MaxMemoryOption,
+        "batch_size": Annotated[int | None, batch],
+        "layers_per_part": LayersPerPartOption,
+    }
+    return with_fields(command, "options", HoldingOptions, singles)
 
 
 SkipBadFramesOption = Annotated[

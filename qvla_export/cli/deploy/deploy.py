@@ -13,13 +13,10 @@ from rich.table import Table
 from qvla_export.cli.options import (
     CountOption,
     DatasetOption,
-    DeviceOption,
     ForceOption,
     FramesPerEpisodeOption,
     HeldOutOption,
     JsonOption,
-    LayersPerPartOption,
-    MaxMemoryOption,
     NewRunOption,
     PolicyOption,
     PresetOption,
@@ -33,11 +30,13 @@ from qvla_export.cli.options import (
     WorkersOption,
     ZeroPointsOption,
     with_columns,
+    with_holding,
     with_tolerance,
 )
 from qvla_export.cli.progress import progress_shown
 from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
 from qvla_export.pipeline.recommend.tolerance import USUAL_TOLERANCE, Tolerance
+from qvla_export.pipeline.sizing.holding import USUAL_HOLDING, HoldingOptions
 
 if TYPE_CHECKING:
     from qvla_export.pipeline.deploy import DeploymentResult
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
 
 
 @with_columns
+@with_holding
 @with_tolerance
 def deploy(
     policy: PolicyOption = Path("checkpoints/reference"),
@@ -90,13 +90,7 @@ def deploy(
     workers: WorkersOption = 2,
     quantizer: QuantizerOption = None,
     zero_points: ZeroPointsOption = False,
-    device: DeviceOption = "auto",
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Observations that run together. Default: 8, or as fit."),
-    ] = None,
-    max_memory_gb: MaxMemoryOption = None,
-    layers_per_part: LayersPerPartOption = None,
+    options: HoldingOptions = USUAL_HOLDING,
     force: ForceOption = False,
     tolerance: Tolerance = USUAL_TOLERANCE,
     as_json: JsonOption = False,
@@ -111,33 +105,25 @@ def deploy(
     from qvla_export.pipeline.policy_source import PolicySource
     from qvla_export.pipeline.run_folder import RunFolder
     from qvla_export.pipeline.sizing.hold import hold
-    from qvla_export.pipeline.sizing.holding import HoldingOptions
 
     found = find_target(target, zero_points)
     opened_data = open_dataset(dataset, columns) if dataset else None
     played = chosen_tasks(tasks) if dataset is None or episodes else ()
+    played_times = (20 if dataset is None else 0) if episodes is None else episodes
     request = Deployment(
-        run=RunFolder(run, force),
-        source=PolicySource(str(policy), unnorm_key, preset, threads=1),
-        settings=tuple(parse_setting(name.strip(), found) for name in settings.split(",")),
-        target=target,
-        calibration=CalibrationRequest(
+        RunFolder(run, force),
+        PolicySource(str(policy), unnorm_key, preset, threads=1),
+        tuple(parse_setting(name.strip(), found) for name in settings.split(",")),
+        target,
+        CalibrationRequest(
             opened_data, played, count, held_out, seed, frames_per_episode, skip_bad_frames
         ),
-        tasks=played,
-        episodes=(20 if dataset is None else 0) if episodes is None else episodes,
-        check_pairs=check_pairs,
-        samples=samples,
-        threads=threads,
-        seed=seed,
-        workers=workers,
-        probes=probes or None,
+        *(played, played_times, check_pairs, samples, threads, seed, workers, probes or None),
         quantizer=quantizer or "compensated",
         zero_points=zero_points,
         command=shlex.join(["qvla", *sys.argv[1:]]),
         tolerance=tolerance,
     )
-    options = HoldingOptions(device, max_memory_gb, batch_size, layers_per_part)
     request, opened = hold(request, options)
     _say(request.holding.describe())
     with progress_shown() as on_progress:

@@ -35,6 +35,10 @@ class HoldingOptions:
     layers_per_part: int | None = None
 
 
+# What no option changes.
+USUAL_HOLDING = HoldingOptions()
+
+
 @dataclass(frozen=True)
 class Holding:
     """How a policy is held, and why."""
@@ -104,7 +108,7 @@ class HoldingRequest:
     target: "Target"
     # Whether plans' codes make up for each other's errors, which takes moments.
     compensated: bool = True
-    options: HoldingOptions = HoldingOptions()
+    options: HoldingOptions = USUAL_HOLDING
     # What an interrupted run recorded: "policy_digest" and "holding".
     recorded: Mapping[str, Any] | None = None
     # One that the policy takes; None for a blank one.

@@ -13,6 +13,7 @@ from calibration.calibration_set import CalibrationSet
 from calibration.draw_size import DrawSize, fitting_size
 from engines.targets import CPU
 from qvla_export.allocation.setting import parse_setting
+from qvla_export.measurement.streamed import StreamLimits
 from qvla_export.pipeline.action_error import HeldOutError
 from qvla_export.pipeline.deploy import Deployment, deploy
 from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
@@ -72,22 +73,23 @@ def test_a_policy_that_fits_is_held_in_memory_and_another_part_by_part(
 
 
 def test_fewer_observations_go_together_where_memory_is_short(
-    inputs: Inputs, free_bytes: Callable[[int], None]
+    inputs: Inputs, free_bytes: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = open_checkpoint(inputs.checkpoint, resident=False)
-    sizes = {}
-    for count in range(24_000_000, 18_000_000, -200_000):
-        free_bytes(count)
-        try:
-            sizes[count] = choose_holding(asked(inputs), stored).batch_size
-        except QvlaError as error:
-            assert "--max-memory-gb" in str(error)  # either is right
-            sizes[count] = 0
-    assert sorted(sizes.values(), reverse=True) == list(sizes.values())
-    assert {8, 0} < {*sizes.values()} <= {8, 4, 2, 1, 0}
     free_bytes(1_000_000)
     with pytest.raises(QvlaError, match="raise it by"):
         choose_holding(asked(inputs), stored)
+
+    def two_fit(*given: object) -> None:
+        limits = given[3]
+        assert isinstance(limits, StreamLimits)
+        if limits.batch_size > 2:
+            raise QvlaError("run fewer observations together")
+
+    monkeypatch.setattr("qvla_export.measurement.streamed.open_stream", two_fit)
+    assert choose_holding(asked(inputs), stored).batch_size == 2
+    with pytest.raises(QvlaError, match="fewer"):
+        choose_holding(asked(inputs, batch_size=4), stored)
 
 
 def test_an_interrupted_run_goes_on_as_it_was_held(
