@@ -256,9 +256,9 @@ def _describe(request: Deployment, policy: "Policy") -> None:
             "settings": [setting.name for setting in request.settings],
             # What the report misses where it is not there.
             "stages": {
-                "agreement": request.check_pairs > 0,
+                "agreement": _checks(request),
                 "episodes": request.episodes > 0,
-                "latency": runtime_here(target) == target.runtime,
+                "latency": runtime_here(target) == target.runtime and request.holding.resident,
             },
             "command": request.command,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

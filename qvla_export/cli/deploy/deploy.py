@@ -40,7 +40,6 @@ from qvla_export.pipeline.sizing.holding import USUAL_HOLDING, HoldingOptions
 
 if TYPE_CHECKING:
     from qvla_export.pipeline.deploy import DeploymentResult
-    from qvla_export.pipeline.deployment.rows import DeployedSetting
 
 
 @with_columns
@@ -160,6 +159,8 @@ def _print(result: "DeploymentResult", target: str) -> None:
 
 
 def _table(result: "DeploymentResult") -> Table:
+    from qvla_export.pipeline.deployment.stage_lines import success_text, tail_text
+
     table = Table(title="float against quantized")
     for column in ("setting", "layers / FP16", "bundle", "action RMS", "success", "p50", "p99"):
         table.add_column(column, justify="left" if column == "setting" else "right")
@@ -169,21 +170,8 @@ def _table(result: "DeploymentResult") -> Table:
             f"{row.layer_ratio:.3f}",
             f"{row.bundle_bytes / 1e6:.2f} MB",
             f"{row.action_rms:.5f}",
-            _success(row),
+            success_text(row),
             "not run" if row.p50_ms is None else f"{row.p50_ms:.2f} ms",
-            _tail(row),
+            tail_text(row),
         )
     return table
-
-
-def _success(row: "DeployedSetting") -> str:
-    if row.success is None or row.success_interval is None:
-        return "not run"
-    low, high = row.success_interval
-    return f"{row.success:.1%} [{low:.1%}, {high:.1%}]"
-
-
-def _tail(row: "DeployedSetting") -> str:
-    if row.tail_ms is None:
-        return ""
-    return f"{row.tail_ms:.2f} ms" if row.tail == "p99" else f"{row.tail} {row.tail_ms:.2f} ms"

@@ -1,6 +1,6 @@
 """`qvla sensitivities`: what quantizing a channel does to the action."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,9 +22,6 @@ from qvla_export.cli.options import (
     ZeroPointsOption,
 )
 from qvla_export.cli.progress import progress_shown
-
-if TYPE_CHECKING:
-    from qvla_export.sensitivity.sensitivities import Sensitivities
 
 MethodOption = Annotated[
     str,
@@ -64,6 +61,7 @@ def sensitivities(
     torchrun --nproc-per-node 2 -m qvla_export sensitivities ...
     """
     from engines.targets import find_target
+    from qvla_export.pipeline.deployment.stage_lines import sensitivity_lines
     from qvla_export.pipeline.policy_source import PolicySource
     from qvla_export.pipeline.resources import joined_resources
     from qvla_export.pipeline.run_folder import RunFolder
@@ -81,32 +79,10 @@ def sensitivities(
         )
     if resources.world.rank:
         return  # process 0 speaks for all
-    typer.echo(f"sensitivities: {_described(measured)} -> {folder.sensitivities}")
-    if measured.standard_error is not None:
-        typer.echo(_standard_error(measured))
+    for line in sensitivity_lines(measured, folder.sensitivities):
+        typer.echo(line)
     if compared is not None:
         typer.echo(
             f"agreement with exact: Spearman {compared.spearman:.4f} on {len(compared.pairs)} "
             f"pairs, time ratio {compared.time_ratio:.5f} -> {folder.agreement}"
         )
-
-
-def _described(measured: "Sensitivities") -> str:
-    channels = sum(v.shape[1] for v in measured.values.values())
-    codes = "compensated" if measured.quantizer.needs_moments else "nearest"
-    return f"{channels} channels, {measured.method}, {codes} codes, {measured.samples} observations"
-
-
-def _standard_error(measured: "Sensitivities") -> str:
-    """Lines for a terminal; the report has a table."""
-    error = measured.standard_error
-    if error is None or error.median is None or error.median_by_probes is None:
-        return "standard error: unknown"
-    by_probes = (error.median_by_probes / error.median) ** 2 if error.median else 0.0
-    whole = zip(measured.widths, error.by_width["all layers"].error, strict=True)
-    by_width = ", ".join(f"{share:.0%} at {bits} bits" for bits, share in whole)
-    return (
-        f"standard error: {error.median:.1%} of the median layer and width, probes make "
-        f"{by_probes:.0%} of its square; {error.layers:.0%} of the worst, {error.channels:.0%} of "
-        f"the median channel; of all layers together {by_width}"
-    )

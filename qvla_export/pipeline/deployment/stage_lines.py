@@ -1,0 +1,48 @@
+"""What a stage says when it has ended, in lines for a terminal."""
+
+from pathlib import Path
+
+from qvla_export.pipeline.deployment.rows import DeployedSetting
+from qvla_export.sensitivity.sensitivities import Sensitivities
+
+
+def sensitivity_lines(measured: Sensitivities, path: Path) -> list[str]:
+    """Return what was measured how, and how certain it is where the method says."""
+    lines = [f"sensitivities: {_described(measured)} -> {path}"]
+    return lines if measured.standard_error is None else [*lines, _standard_error(measured)]
+
+
+def success_text(row: DeployedSetting) -> str:
+    """Return a setting's success with its interval, for a table."""
+    if row.success is None or row.success_interval is None:
+        return "not run"
+    low, high = row.success_interval
+    return f"{row.success:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def tail_text(row: DeployedSetting) -> str:
+    """Return the tail of a setting's latency, for a table; empty where it was not measured."""
+    if row.tail_ms is None:
+        return ""
+    return f"{row.tail_ms:.2f} ms" if row.tail == "p99" else f"{row.tail} {row.tail_ms:.2f} ms"
+
+
+def _described(measured: Sensitivities) -> str:
+    channels = sum(v.shape[1] for v in measured.values.values())
+    codes = "compensated" if measured.quantizer.needs_moments else "nearest"
+    return f"{channels} channels, {measured.method}, {codes} codes, {measured.samples} observations"
+
+
+def _standard_error(measured: Sensitivities) -> str:
+    """Lines for a terminal; the report has a table."""
+    error = measured.standard_error
+    if error is None or error.median is None or error.median_by_probes is None:
+        return "standard error: unknown"
+    by_probes = (error.median_by_probes / error.median) ** 2 if error.median else 0.0
+    whole = zip(measured.widths, error.by_width["all layers"].error, strict=True)
+    by_width = ", ".join(f"{share:.0%} at {bits} bits" for bits, share in whole)
+    return (
+        f"standard error: {error.median:.1%} of the median layer and width, probes make "
+        f"{by_probes:.0%} of its square; {error.layers:.0%} of the worst, {error.channels:.0%} of "
+        f"the median channel; of all layers together {by_width}"
+    )
