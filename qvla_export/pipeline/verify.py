@@ -165,7 +165,7 @@ def _golden(
     """Return torch's actions; of a policy whose weights lie on disk, part by part."""
     import torch
 
-    from qvla_export.graph.golden import golden_actions, golden_actions_in_parts
+    from qvla_export.graph.golden import CutPolicy, golden_actions, golden_actions_in_parts
     from qvla_export.measurement.part_needs import part_needs
     from qvla_export.policies.layers import traced_layers, weights_on_disk
 
@@ -175,8 +175,8 @@ def _golden(
     example = {name: torch.from_numpy(value) for name, value in feeds.items()}
     needs = part_needs(policy, traced_layers(policy), example)
     reads = {need.part.name: need.reads for need in needs}
-    parts = [need.part for need in needs]
-    return golden_actions_in_parts(policy, plan, observations, parts, reads)
+    cut = CutPolicy(policy, policy.parts(1), policy.program(1), reads)
+    return golden_actions_in_parts(cut, plan, observations)
 
 
 def _held_out(place: str) -> "tuple[Observation, ...] | None":

@@ -242,6 +242,7 @@ def _fitting(request: HoldingRequest, stored: "Policy", demand: "Demand", cut: H
     import torch
 
     from qvla_export.measurement.streamed import StreamLimits, open_stream
+    from qvla_export.measurement.weight_placement import WeightPlacement
     from qvla_export.pipeline.sensitivities import first_order_demand
     from qvla_export.policies.layers import traced_layers
 
@@ -249,11 +250,11 @@ def _fitting(request: HoldingRequest, stored: "Policy", demand: "Demand", cut: H
     # Moments take the blocks that fit; sensitivities only have sums of their own beside a part.
     held = first_order_demand(request.target, compensated=False).held_of(layers)
     observation = request.observation or blank_observation(stored)
-    size = cut.batch_size
+    size, placement = cut.batch_size, WeightPlacement.on(torch.device(cut.device))
     while True:
         limits = StreamLimits(size, 1, demand.needs_of, held, cut.max_bytes)
         try:
-            open_stream(stored, layers, [observation], limits, torch.device("cpu"))
+            open_stream(stored, layers, [observation], limits, placement)
         except QvlaError:
             if size == 1 or request.options.batch_size is not None:
                 raise
