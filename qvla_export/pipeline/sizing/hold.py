@@ -1,7 +1,8 @@
 """Opening the policy of a deployment as its size and this machine want it."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qvla_export.pipeline.run_folder import load_if_current
 from qvla_export.pipeline.sizing.holding import HoldingOptions, HoldingRequest, open_held
@@ -33,8 +34,11 @@ def holding_request(request: "Deployment", options: HoldingOptions) -> HoldingRe
         find_target(request.target, request.zero_points),
         request.quantizer == "compensated",
         options,
-        load_if_current(
-            request.run.description, lambda path: dict(read_json(path, "run description"))
-        ),
+        load_if_current(request.run.description, _description, bool),
         None if dataset is None else dataset.frame(0, 0).observation,
     )
+
+
+def _description(path: Path) -> dict[str, Any]:
+    value = read_json(path, "run description")
+    return value if isinstance(value, dict) else {}
