@@ -267,7 +267,10 @@ def numbers(root: "ir.Value") -> NDArray[Any]:
 def _constant(value: "ir.Value") -> "ir.TensorProtocol | None":
     from onnx_ir import convenience
 
-    return convenience.get_const_tensor(value)
+    try:
+        return convenience.get_const_tensor(value)
+    except ValueError:  # a Constant without its one value, or with another's attribute
+        return None
 
 
 def consumers(value: "ir.Value") -> "list[tuple[ir.Node, int]]":

@@ -159,6 +159,12 @@ def test_no_graph_stops_the_check(data: st.DataObject) -> None:
     assert all(finding.rule in RULES for finding in check(model(build), target))
 
 
+@pytest.mark.parametrize("settings", [{}, {"axis": 0}])
+def test_a_constant_without_a_value_stops_no_check(settings: dict[str, int]) -> None:
+    graph = model(lambda g: g.op("Add", g.x, g.op("Constant", **settings)))
+    assert all(finding.rule in RULES for finding in check(graph, "rtx4070"))
+
+
 def test_what_the_real_parser_rejects_is_found(tiny_policy: OftPolicy, tmp_path: Path) -> None:
     """One input of one node of a real policy gets another type, a dozen times."""
     path, generator = tmp_path / "cast.onnx", np.random.default_rng(0)
