@@ -15,6 +15,8 @@ from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import load_oft_policy
 from qvla_export.quantizer.uniform_plan import uniform_plan
 
+# Three scenes, for what need not be seen in all of them.
+SOME = ("pick-place", "assembly", "hand-insert")
 CHECKPOINT = ROOT / "checkpoints/object-state"
 
 
@@ -36,8 +38,8 @@ def test_it_solves_the_precise_tasks(tmp_path: Path) -> None:
 
 
 def test_it_needs_the_object_state_and_the_words(tmp_path: Path) -> None:
-    blank = play(tmp_path / "blank.json", tuple(PRECISE_TASKS), "blank-image")
-    assert blank.success() <= 1 / 6
+    blank = play(tmp_path / "blank.json", SOME, "blank-image")
+    assert blank.success() == 0
     wrong = play(tmp_path / "wrong.json", ("pick-place", "push"), "wrong-instruction")
     assert wrong.success() == 0
 
@@ -46,6 +48,6 @@ def test_two_bits_round_to_nearest_cost_it_most_of_its_success(tmp_path: Path) -
     policy = load_oft_policy(CHECKPOINT)
     plan = uniform_plan(layer_shapes(policy.layers()), 2, CPU, policy.digest)
     rough = partial(FakeQuantizedPolicy, policy, plan)
-    config = RolloutConfig(tuple(PRECISE_TASKS), episodes=1, seed=1_000_000)
+    config = RolloutConfig(SOME, episodes=1, seed=1_000_000)
     job = RolloutJob("2 bits", "digest", rough, config)
-    assert evaluate(job, tmp_path / "rough.json", workers=1).success() <= 0.5
+    assert evaluate(job, tmp_path / "rough.json", workers=1).success() <= 1 / 3
