@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Runtime
 
 if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
+    from qvla_export.shared.action import ActionPolicy
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PolicySource:
             "(manifest.json) nor the URL of a server"
         )
 
-    def __call__(self) -> ActionPolicy:
+    def __call__(self) -> "ActionPolicy":
         """Open the policy."""
         kind = self.kind
         if kind == "server":
@@ -62,7 +62,7 @@ class PolicySource:
             torch.set_num_threads(self.threads)
         return load_policy(Path(self.place), self.unnorm_key, self.preset, self.resident)
 
-    def digest(self, policy: ActionPolicy) -> str:
+    def digest(self, policy: "ActionPolicy") -> str:
         """Return the digest of the checkpoint or bundle behind an opened policy."""
         if self.kind == "server":
             from jetson.serving.policy_contract import contract_of

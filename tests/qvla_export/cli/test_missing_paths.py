@@ -17,13 +17,16 @@ from qvla_export.cli.app import BENCH, PANELS, name_of
 from qvla_export.cli.options import Existing
 
 HEAVY = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
+DATA_SET_COMMANDS = ("deploy", "calibrate", "compare", "train")
 # Paths that a command writes, or reports on where they are missing.
 MAY_BE_MISSING = {
     *("output", "work", "timing_cache", "environment", "export_times", "export_profile"),
     *("record", "modelopt", "engines"),
     *(f"{command} run" for command in ("deploy", "calibrate", "compare")),
     # They say in their own words what is missing.
-    *(f"doctor {name}" for name in ("bundle", "checkpoint", "dataset", "token_file")),
+    *(f"doctor {name}" for name in ("place", "bundle", "checkpoint", "dataset", "token_file")),
+    # It may be an id of the Hub: see the test of data sets.
+    *(f"{command} dataset" for command in DATA_SET_COMMANDS),
 }
 RUN = """
 import json, sys
@@ -107,6 +110,21 @@ def test_a_missing_path_is_refused_before_heavy_imports(
     assert parameter.existing is not None
     said = f"{parameter.existing.what} not found: {missing}; {parameter.existing.remedy}"
     assert line == f"error: {said}"
+
+
+@pytest.mark.parametrize("command", DATA_SET_COMMANDS)
+def test_a_data_set_that_is_nowhere_is_refused_before_heavy_imports(
+    command: str, tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "missing")
+    place = [missing, "out"] if command == "train" else ["--dataset", missing]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN.replace("{heavy}", str(set(HEAVY))), command, *place],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [2, []], done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: data set not found: {missing}; ")
 
 
 def test_importing_the_command_imports_nothing_heavy() -> None:
