@@ -86,6 +86,7 @@ NewRunOption = Annotated[
     Path,
     typer.Option("--run", "--run-folder", help="Run folder; an existing one continues."),
 ]
+PlanOnlyOption = Annotated[bool, typer.Option("--plan-only", help="Foretell costs; write nothing.")]
 ForceOption = Annotated[
     bool,
     typer.Option(

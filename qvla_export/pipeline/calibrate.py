@@ -80,7 +80,7 @@ def _draw(request: CalibrationRequest) -> "CalibrationSet":
     frames = request.frames_per_episode or FRAMES_PER_EPISODE
     if request.dataset is None:
         return sample_simulator(list(request.tasks), *how, frames)
-    size = _fitting(request, request.dataset)
+    size = fitting_draw(request, request.dataset)
     return sample_dataset(
         request.dataset,
         size.count,
@@ -91,7 +91,7 @@ def _draw(request: CalibrationRequest) -> "CalibrationSet":
     )
 
 
-def _fitting(request: CalibrationRequest, dataset: "DataSource") -> "DrawSize":
+def fitting_draw(request: CalibrationRequest, dataset: "DataSource") -> "DrawSize":
     """Return how much is drawn of a data set: of a small one what it has, with a warning."""
     from calibration.calibration_set import FRAMES_PER_EPISODE, drawing_order
     from calibration.draw_size import DrawSize, fitting_size

@@ -111,9 +111,9 @@ def deploy(
 
     run, target = request.run, find_target(request.target)
     native = runtime_here(target) == target.runtime
-    _check_inputs(request, policy)
+    check_inputs(request, policy)
     wish = _recommendation_request(request, policy)
-    request.holding.require_whole_for(_whole_work(request))
+    request.holding.require_whole_for(whole_work(request))
     timed = native and request.holding.resident
     steps = NumberedSteps(on_progress, _count_steps(request, timed))
     if request.holding.resident:
@@ -154,16 +154,16 @@ def _recommendation_request(request: Deployment, policy: "Policy") -> Recommenda
 
 def _count_steps(request: Deployment, timed: bool) -> int:
     rounded = any(setting.activation_bits for setting in request.settings)
-    parts = (_checks(request), rounded, timed, request.episodes)
+    parts = (compares_exactly(request), rounded, timed, request.episodes)
     return 3 + len(request.settings) + sum(map(bool, parts))
 
 
-def _checks(request: Deployment) -> bool:
+def compares_exactly(request: Deployment) -> bool:
     """Whether sensitivities are compared with exact ones: part by part, none takes a minute."""
     return request.holding.resident and request.check_pairs != 0
 
 
-def _whole_work(request: Deployment) -> dict[str, bool]:
+def whole_work(request: Deployment) -> dict[str, bool]:
     """Options that take the whole policy in memory -> whether they are used."""
     rounded = [setting.name for setting in request.settings if setting.activation_bits]
     return {
@@ -194,7 +194,7 @@ def _measure(request: Deployment, policy: "Policy", steps: NumberedSteps) -> "Ag
         resources = request.holding.resources()
         measured = sensitivities(run, policy, target, how, resources, hear)
         estimators_of(run.root, measured)  # what the report would refuse at the end
-    if _checks(request):
+    if compares_exactly(request):
         with steps.next("agreement with exact measurement") as hear:
             compared = agreement(run, policy, request.check_pairs, request.seed, hear)
     if any(setting.activation_bits for setting in request.settings):
@@ -203,7 +203,7 @@ def _measure(request: Deployment, policy: "Policy", steps: NumberedSteps) -> "Ag
     return compared
 
 
-def _check_inputs(request: Deployment, policy: "Policy") -> None:
+def check_inputs(request: Deployment, policy: "Policy") -> None:
     """Refuse data and simulator that do not fit the policy, before the first step."""
     from calibration.benchmarks.metaworld.simulator import Simulator
     from calibration.benchmarks.metaworld.tasks import find_task
@@ -256,7 +256,7 @@ def _describe(request: Deployment, policy: "Policy") -> None:
             "settings": [setting.name for setting in request.settings],
             # What the report misses where it is not there.
             "stages": {
-                "agreement": _checks(request),
+                "agreement": compares_exactly(request),
                 "episodes": request.episodes > 0,
                 "latency": runtime_here(target) == target.runtime and request.holding.resident,
             },

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from qvla_export.quantizer.arrays import NumpyArrays
-from qvla_export.quantizer.compensation import SECTION_CHANNELS
+from qvla_export.quantizer.compensation import SECTION_CHANNELS, round_layer
 from qvla_export.quantizer.elimination import Blocking, Elimination, Levels, eliminate
-from qvla_export.quantizer.moments import block_size
+from qvla_export.quantizer.moments import LayerMoments, block_size
+from qvla_export.quantizer.quantize import QuantizerSpec, WidthRule
 from qvla_export.quantizer.scale_search import searched_steps
 
 # For each pair of inputs, or of channels, while their moments are factored; for each pair of inputs
@@ -20,6 +21,8 @@ _BYTES_PER_PAIR_ALONE = 30
 # For each weight of channels that do not answer each other; of those that go through the inputs
 # together, in numbers.
 _BYTES_PER_WEIGHT_ALONE, _NUMBERS_PER_ROUNDED = 24, 14
+# Of wide layers, whose steps are timed.
+_WIDE_BLOCKING = Elimination().blocking_of(4096)
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Rates:
     # Multiply-adds of float32 in products, of float64 in Cholesky factors.
     products_per_s: float
     factors_per_s: float
-    # Steps of the loop over inputs, on 256 channels.
+    # Steps of the loop over inputs, on 256 channels; of narrow layers, all else included.
     steps_per_s: float
+    narrow_steps_per_s: float
     # Weights whose scales are searched.
     weights_per_s: float
 
@@ -46,13 +50,16 @@ class RoundingCost:
     # Multiply-adds in products of float32, and in factors of float64.
     products: float
     factors: float
-    # Steps of the loop over inputs.
+    # Steps of the loop over inputs, and whether they are of a narrow layer.
     steps: float
+    narrow: bool
     # Weights whose scales are searched.
     weights: int
 
     def cpu_s(self, rates: Rates) -> float:
         """Return the CPU seconds of one core."""
+        if self.narrow:
+            return self.steps / rates.narrow_steps_per_s
         return (
             self.products / rates.products_per_s
             + self.factors / rates.factors_per_s
@@ -91,30 +98,50 @@ def rounding_cost(
         weights * (inputs + size) / 2,
         inputs**3 / 3 + blocks * size**3 / 3,
         channels / blocking.channels * inputs * (1 + waits / blocking.inputs),
+        blocking.channels < _WIDE_BLOCKING.channels,
         weights,
     )
 
 
 def measured_rates() -> Rates:
-    """Measure this machine's rates: half a second, in CPU time of one thread's work."""
+    """Measure this machine's rates: a second, in CPU time of one thread's work."""
     generator, arrays = np.random.default_rng(0), NumpyArrays()
     matrix = generator.standard_normal((1024, 1024), dtype=np.float32)
     positive = (matrix @ matrix.T).astype(np.float64) + 1024 * np.eye(1024)
     groups = matrix[:256].reshape(256, -1, 64)
-    levels = Levels(np.ones((256, 256), np.float32), -8.0, 7.0)
-    upper = np.triu(matrix[:256, :256] / 1024) + np.eye(256, dtype=np.float32)
-    blocking = Blocking(256, 16, 64, np.float32)
-
-    def step() -> Any:
-        return eliminate(matrix[:256, :256], levels, upper, upper, arrays, blocking)
-
     return Rates(
         1024**3 / _cpu_s(lambda: matrix @ matrix),
         1024**3 / 3 / _cpu_s(lambda: arrays.factor(positive, np.float64)),
-        # Of 256 inputs, 64 at a time, 16 blocks of channels.
-        4 * (64 + 15) / _cpu_s(step),
+        _wide_steps_per_s(matrix[:256, :256]),
+        _narrow_steps_per_s(matrix[:256, :256]),
         groups.size / _cpu_s(lambda: searched_steps(groups, 4, 16, None, False)),
     )
+
+
+def _wide_steps_per_s(rows: Any) -> float:
+    """Return the steps of a CPU second in the loop over 256 inputs.  rows float32 [256, 256]"""
+    levels = Levels(np.ones((256, 256), np.float32), -8.0, 7.0)
+    upper = np.triu(rows / 1024) + np.eye(256, dtype=np.float32)
+    blocking = Blocking(256, 16, 64, np.float32)
+    # Of 256 inputs, 64 at a time, 16 blocks of channels.
+    run = _cpu_s(lambda: eliminate(rows, levels, upper, upper, NumpyArrays(), blocking))
+    return 4 * (64 + 15) / run
+
+
+def _narrow_steps_per_s(rows: Any) -> float:
+    """Return the steps of a CPU second of a whole layer, whose blocks cost more than their steps.
+
+    Args:
+        rows: float32 [256, 256].
+    """
+    spec = QuantizerSpec(
+        {4: WidthRule(64, "mse", 16)}, weighted_scales=True, compensation="inputs and channels"
+    )
+    square = (rows @ rows.T / 256 + np.eye(256, dtype=np.float32))[None]
+    moments = LayerMoments(np.zeros(256, np.float32), square, square)
+    widths, order = np.full(256, 4, np.int8), np.arange(256)
+    run = _cpu_s(lambda: round_layer(rows, widths, spec, moments, order))
+    return rounding_cost(256, 256, 256, 64).steps / run
 
 
 def alone_bytes(channels: int, inputs: int) -> int:

@@ -18,6 +18,7 @@ from qvla_export.cli.options import (
     HeldOutOption,
     JsonOption,
     NewRunOption,
+    PlanOnlyOption,
     PolicyOption,
     PresetOption,
     ProbesOption,
@@ -92,6 +93,7 @@ def deploy(
     options: HoldingOptions = USUAL_HOLDING,
     force: ForceOption = False,
     tolerance: Tolerance = USUAL_TOLERANCE,
+    plan_only: PlanOnlyOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every stage: calibration, sensitivities, plans, bundles, judgement, latency, report."""
@@ -103,6 +105,7 @@ def deploy(
     from qvla_export.pipeline.deploy import deploy as run_steps
     from qvla_export.pipeline.policy_source import PolicySource
     from qvla_export.pipeline.run_folder import RunFolder
+    from qvla_export.pipeline.sizing.forecast import forecast
     from qvla_export.pipeline.sizing.hold import hold
 
     found = find_target(target, zero_points)
@@ -125,6 +128,9 @@ def deploy(
     )
     request, opened = hold(request, options)
     _say(request.holding.describe())
+    if plan_only:
+        typer.echo(forecast(request, opened).text(as_json))
+        return
     with progress_shown() as on_progress:
         result = run_steps(request, opened, on_progress)
     if as_json:

@@ -1,6 +1,7 @@
 """What rounding is said to take: memory that is enough, seconds that add up."""
 
 import tracemalloc
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -39,9 +40,13 @@ def test_rounding_takes_no_more_memory_than_is_said_and_not_much_less(
 
 def test_seconds_are_those_of_what_is_done() -> None:
     rates = measured_rates()
-    assert min(rates.products_per_s, rates.factors_per_s, rates.steps_per_s) > 0
+    assert min(asdict(rates).values()) > 0
     cost = rounding_cost(11008, 4096, 4096, 128)
     # Blocks of 3670 channels: the products of whole rows of G are left out.
     assert cost.products == 11008 * 4096 * (4096 + 3670) / 2
-    assert cost.cpu_s(Rates(cost.products, cost.factors, cost.steps, cost.weights)) == 4
+    assert cost.cpu_s(Rates(cost.products, cost.factors, cost.steps, 1.0, cost.weights)) == 4
+    narrow = rounding_cost(512, 256, 4096, 64)
+    assert narrow.narrow
+    assert not cost.narrow
+    assert narrow.cpu_s(Rates(1.0, 1.0, 1.0, narrow.steps, 1.0)) == 1
     assert cost.cpu_s(rates) > rounding_cost(4096, 4096, 4096, 128).cpu_s(rates) > 0

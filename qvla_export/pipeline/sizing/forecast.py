@@ -1,0 +1,191 @@
+"""What a deployment will take of this machine, said before anything starts or is written."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from qvla_export.measurement.peak_memory import high_water_bytes
+from qvla_export.pipeline.calibrate import fitting_draw, load_calibration
+from qvla_export.pipeline.deploy import Deployment, check_inputs, compares_exactly, whole_work
+from qvla_export.pipeline.sizing import step_costs as costs
+from qvla_export.pipeline.sizing.machine_rates import MachineRates, cpu_seconds, measure_machine
+from qvla_export.pipeline.sizing.policy_costs import PolicyCosts, policy_costs
+from qvla_export.pipeline.sizing.step_costs import StepCosts, Work
+
+if TYPE_CHECKING:
+    from qvla_export.policies.base import Policy
+
+_FORMAT = "qvla.forecast/1"
+_MOST_PAIRS, _PAIRS_S = 500, 60.0
+# Of libraries that only later steps load, and of the report with its figures.
+_LIBRARY_BYTES, _REPORT_BYTES = 150_000_000, 320_000
+_NOTES = (
+    "Work of the run folder that is up to date already is not subtracted. Not foretold (-): "
+    "drawing from the simulator and simulated episodes; starting up takes some seconds more."
+)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What every step is going to take."""
+
+    # How the policy is held, in one line, and by what rates this was computed.
+    holding: str
+    rates: MachineRates
+    steps: tuple[StepCosts, ...]
+
+    @property
+    def cpu_s(self) -> float:
+        """Return the CPU seconds of all steps that are foretold."""
+        return sum(step.cpu_s or 0.0 for step in self.steps)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Return the bytes of the run folder."""
+        return sum(step.disk_bytes for step in self.steps)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Return the peak of resident memory."""
+        return max(step.memory_bytes for step in self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `qvla deploy --plan-only --json` prints."""
+        total = {n: getattr(self, n) for n in ("cpu_s", "memory_bytes", "disk_bytes")}
+        return {
+            "format": _FORMAT,
+            "holding": self.holding,
+            "rates": asdict(self.rates),
+            "steps": [asdict(step) for step in self.steps],
+            "total": total,
+        }
+
+    def text(self, as_json: bool = False) -> str:
+        """Return a table for a person, or the JSON document."""
+        if as_json:
+            return json.dumps(self.to_json(), indent=1)
+        total = StepCosts("all", self.cpu_s, self.memory_bytes, self.disk_bytes)
+        rows = [("step", "CPU s", "peak memory", "disk"), *map(_row, (*self.steps, total))]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join(
+                text.rjust(width) if column else text.ljust(width)
+                for column, (text, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        return "\n".join([*lines, _NOTES])
+
+
+def forecast(request: Deployment, policy: "Policy", rates: MachineRates | None = None) -> Forecast:
+    """Say what a deployment takes; nothing is written.
+
+    Args:
+        request: as `deploy` takes it.
+        policy: held as the request says.
+        rates: of this machine; None measures them, which takes about two seconds.
+
+    Raises:
+        QvlaError: data and policy do not fit, or what `deploy` refuses before its first step.
+    """
+    check_inputs(request, policy)
+    request.holding.require_whole_for(whole_work(request))
+    size = policy_costs(request.source, policy)
+    usual, batch = size.usual_layer, request.holding.batch_size
+    rates = rates or measure_machine(batch * usual.tokens, usual.inputs, usual.channels)
+    work = _work(request, size, rates)
+    before = high_water_bytes() + _LIBRARY_BYTES
+    steps = [
+        StepCosts(s.name, s.cpu_s, s.memory_bytes + before, s.disk_bytes)
+        for s in _steps(request, policy, work)
+    ]
+    return Forecast(request.holding.describe(), rates, tuple(steps))
+
+
+def _work(request: Deployment, size: PolicyCosts, rates: MachineRates) -> Work:
+    count, held_out = _observations(request)
+    return Work(
+        size,
+        rates,
+        count,
+        held_out,
+        request.holding.batch_size,
+        request.probes or size.action_numbers,
+        request.quantizer == "compensated",
+        request.holding.resident,
+        request.holding.max_bytes,
+    )
+
+
+def _observations(request: Deployment) -> tuple[int, int]:
+    drawn = request.calibration
+    if drawn is None:
+        stored = load_calibration(request.run)
+        return len(stored.observations), len(stored.held_out)
+    if drawn.dataset is None:
+        return drawn.count, drawn.held_out
+    fitting = fitting_draw(drawn, drawn.dataset)
+    return fitting.count, fitting.held_out
+
+
+def _steps(request: Deployment, policy: "Policy", work: Work) -> list[StepCosts]:
+    from engines.load import runtime_here
+    from engines.targets import find_target
+
+    found, planned = find_target(request.target), [s for s in request.settings if s.kind != "float"]
+    steps = [_calibration(request, policy, work)]
+    if work.compensated and work.resident:
+        steps.append(costs.moment_costs(work))
+    steps.append(costs.sensitivity_costs(work))
+    if compares_exactly(request):
+        steps.append(_agreement(request, work))
+    for number, setting in enumerate(request.settings):
+        if setting in planned:
+            steps.append(costs.plan_costs(work, setting))
+        if setting.kind == "planned" and work.compensated:
+            steps.append(costs.rounding_costs(work, setting))
+        steps.append(costs.export_costs(work, setting, first=number == 0))
+        steps.append(costs.error_costs(work, setting))
+    if runtime_here(found) == found.runtime and work.resident:
+        steps.append(costs.latency_costs(work, len(request.settings), request.samples))
+    if request.episodes:
+        steps.append(StepCosts("episodes", None, 0, 0))
+    steps.append(StepCosts("report", 1.0, 0, _REPORT_BYTES))
+    return steps
+
+
+def _calibration(request: Deployment, policy: "Policy", work: Work) -> StepCosts:
+    """Return what drawing takes: the time of one frame, as many times; pictures lie as pixels."""
+    drawn, number = request.calibration, work.count + work.held_out
+    if drawn is None:
+        return StepCosts("calibration", 0.0, 0, 0)
+    spec = policy.processor.spec
+    dataset = drawn.dataset
+    if dataset is None:
+        pixels, taken = len(spec.cameras) * 3 * spec.image.size**2, None
+    else:
+        images = dataset.frame(0, 0).observation.images
+        pixels = sum(images[name].nbytes for name in spec.cameras)
+        # Read once to draw, and once more where a finished set is compared.
+        taken = number * cpu_seconds(lambda: dataset.frame(0, 0))
+    # Beside pictures: state, instruction, demonstrated actions.
+    beside = 4 * (spec.state_dim + 2 * work.policy.action_numbers) + 16
+    disk = number * (pixels + beside)
+    return StepCosts("calibration", taken, 2 * disk, disk)
+
+
+def _agreement(request: Deployment, work: Work) -> StepCosts:
+    """Return what comparing with exact sensitivities takes: every pair acts on all observations."""
+    acts = work.passes_s(work.count, 0)
+    pairs = _MOST_PAIRS if request.check_pairs is None else request.check_pairs
+    taken = acts * pairs
+    if request.check_pairs is None:
+        taken = min(taken, _PAIRS_S)
+    table = costs.sensitivity_costs(work)
+    return StepCosts("agreement with exact", taken, table.memory_bytes, 90 * pairs)
+
+
+def _row(step: StepCosts) -> tuple[str, str, str, str]:
+    taken = "-" if step.cpu_s is None else f"{step.cpu_s:,.1f}"
+    memory, disk = f"{step.memory_bytes / 1e9:.2f} GB", f"{step.disk_bytes / 1e6:,.2f} MB"
+    return step.name, taken, memory, disk

@@ -1,0 +1,153 @@
+"""What `qvla deploy --plan-only` says before anything is done, against what is then done."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_runs import Inputs, Outcome, qvla
+
+from qvla_export.allocation.setting import parse_setting
+from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
+from qvla_export.pipeline.sizing import step_costs
+from qvla_export.pipeline.sizing.machine_rates import MachineRates
+from qvla_export.pipeline.sizing.policy_costs import PolicyCosts, policy_costs
+from qvla_export.pipeline.sizing.step_costs import StepCosts, Work
+from qvla_export.policies.layers import layer_shapes, traced_layers
+from qvla_export.quantizer.rounding_costs import Rates
+
+# Of no machine: what is compared are forecasts.
+RATES = MachineRates(Rates(4e10, 1e10, 2e4, 5e4, 2e7), 4e10, 4e8, 1e9)
+W4 = parse_setting("w4")
+
+
+@pytest.fixture(scope="module")
+def tiny_costs(tiny_checkpoint: Path) -> PolicyCosts:
+    source = PolicySource(str(tiny_checkpoint))
+    return policy_costs(source, open_checkpoint(tiny_checkpoint))
+
+
+@pytest.fixture
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes these rates for the machine's, which take seconds to measure."""
+    monkeypatch.setattr("qvla_export.pipeline.sizing.forecast.measure_machine", lambda *_: RATES)
+
+
+def work_of(costs: PolicyCosts, count: int = 16, **changes: Any) -> Work:
+    work = Work(costs, RATES, count, 8, 8, 4, True, True, None)
+    return replace(work, **changes)
+
+
+def all_steps(work: Work) -> list[StepCosts]:
+    return [
+        step_costs.moment_costs(work),
+        step_costs.sensitivity_costs(work),
+        step_costs.plan_costs(work, W4),
+        step_costs.rounding_costs(work, W4),
+        step_costs.export_costs(work, W4, first=True),
+        step_costs.error_costs(work, W4),
+    ]
+
+
+def totals(document: str) -> Mapping[str, float]:
+    value = json.loads(document)
+    assert value["format"] == "qvla.forecast/1"
+    total: Mapping[str, float] = value["total"]
+    assert total["disk_bytes"] == sum(step["disk_bytes"] for step in value["steps"])
+    assert total["memory_bytes"] == max(step["memory_bytes"] for step in value["steps"])
+    return total
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.usefixtures("known_rates")
+def test_bytes_on_disk_are_those_of_the_run(
+    inputs: Inputs, deployed: tuple[Path, Outcome], tmp_path: Path
+) -> None:
+    run, outcome = deployed
+    assert outcome.code == 0
+    told = inputs.deploy(tmp_path / "run", "--plan-only", "--json")
+    assert told.code == 0, told.err
+    # The report and what tells of steps have figures of their own, whatever the policy's size.
+    assert totals(told.out)["disk_bytes"] == pytest.approx(bytes_of(run), rel=0.25)
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_written(inputs: Inputs, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = inputs.deploy(tmp_path / "run", "--plan-only")
+    assert told.code == 0, told.err
+    assert list(tmp_path.iterdir()) == []
+    lines = told.out.splitlines()
+    assert lines[0].split() == ["step", "CPU", "s", "peak", "memory", "disk"]
+    names = [line.split("  ")[0] for line in lines[1:-1]]
+    assert names[:3] == ["calibration", "moments", "sensitivities"]
+    assert {"w4: rounding", "w4: bundle", "w4-rtn: bundle"} < set(names)
+    assert "w4-rtn: rounding" not in names
+    assert names[-1] == "all"
+
+
+@pytest.mark.usefixtures("known_rates")
+def test_part_by_part_is_foretold_within_the_bound(inputs: Inputs, tmp_path: Path) -> None:
+    told = inputs.deploy(
+        *(tmp_path / "run", "--plan-only", "--json", "--check-pairs", 0),
+        *("--max-memory-gb", 0.15),
+    )
+    assert told.code == 0, told.err
+    value = json.loads(told.out)
+    names = [step["name"] for step in value["steps"]]
+    assert "part by part" in value["holding"]
+    # Moments are measured on the way and never lie on disk; latency is not measured.
+    assert "moments" not in names
+    assert "latency" not in names
+
+
+def test_what_deploy_refuses_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    told = qvla(
+        *("deploy", "--policy", inputs.checkpoint, "--dataset", inputs.dataset, "--plan-only"),
+        *("--run", tmp_path / "run", "--camera", "image=nowhere"),
+    )
+    assert "nowhere" in told.error
+
+
+def test_costs_grow_with_observations_and_layers(tiny_costs: PolicyCosts) -> None:
+    few, many = work_of(tiny_costs, 16), work_of(tiny_costs, 160)
+    numbers = 3 * tiny_costs.graph_numbers
+    deep = work_of(replace(tiny_costs, parts=tiny_costs.parts * 3, graph_numbers=numbers))
+    for name, less, more, deeper in zip(
+        ("moments", "sensitivities", "plan", "rounding", "bundle", "action error"),
+        *map(all_steps, (few, many, deep)),
+        strict=True,
+    ):
+        assert less.cpu_s is not None
+        assert more.cpu_s is not None
+        assert deeper.cpu_s is not None
+        assert deeper.cpu_s > less.cpu_s, name
+        if name in ("moments", "sensitivities"):
+            assert more.cpu_s > 2 * less.cpu_s
+        else:
+            assert more.cpu_s == less.cpu_s
+        assert more.disk_bytes == less.disk_bytes
+        assert deeper.disk_bytes >= less.disk_bytes
+
+
+def test_part_by_part_takes_the_memory_of_one_part(tiny_costs: PolicyCosts) -> None:
+    whole = work_of(replace(tiny_costs, parts=tiny_costs.parts * 8))
+    parts = replace(whole, resident=False)
+    for name, one, other in zip(range(6), all_steps(whole), all_steps(parts), strict=True):
+        assert other.memory_bytes <= one.memory_bytes, name
+    bound = replace(parts, max_bytes=1000)
+    assert step_costs.sensitivity_costs(bound).memory_bytes == 1000
+
+
+def test_a_policy_is_sized_as_it_is(tiny_costs: PolicyCosts, tiny_checkpoint: Path) -> None:
+    policy = open_checkpoint(tiny_checkpoint)
+    shapes = layer_shapes(traced_layers(policy))
+    assert {x.name: (x.channels, x.inputs) for x in tiny_costs.layers} == shapes
+    assert tiny_costs.stored_numbers >= tiny_costs.graph_numbers
+    assert tiny_costs.graph_numbers > sum(x.weights for x in tiny_costs.layers)
+    assert tiny_costs.usual_layer in tiny_costs.layers
