@@ -133,10 +133,7 @@ def deploy(
         return
     with progress_shown() as on_progress:
         result = run_steps(request, opened, on_progress)
-    if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=1))
-    else:
-        _print(result, found.name)
+    _print(result, found.name, as_json)
 
 
 def _say(text: str) -> None:
@@ -144,9 +141,12 @@ def _say(text: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
-def _print(result: "DeploymentResult", target: str) -> None:
+def _print(result: "DeploymentResult", target: str, as_json: bool) -> None:
     from qvla_export.pipeline.recommend.sentences import recommendation_lines
 
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), indent=1))
+        return
     compared = result.agreement
     if compared is not None:
         typer.echo(

@@ -10,7 +10,7 @@ from qvla_export.pipeline.deploy import Deployment, check_inputs, compares_exact
 from qvla_export.pipeline.sizing import step_costs as costs
 from qvla_export.pipeline.sizing.machine_rates import MachineRates, cpu_seconds, measure_machine
 from qvla_export.pipeline.sizing.policy_costs import PolicyCosts, policy_costs
-from qvla_export.pipeline.sizing.step_costs import StepCosts, Work
+from qvla_export.pipeline.sizing.step_costs import StepCosts, Workload
 
 if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
@@ -102,9 +102,9 @@ def forecast(request: Deployment, policy: "Policy", rates: MachineRates | None =
     return Forecast(request.holding.describe(), rates, tuple(steps))
 
 
-def _work(request: Deployment, size: PolicyCosts, rates: MachineRates) -> Work:
+def _work(request: Deployment, size: PolicyCosts, rates: MachineRates) -> Workload:
     count, held_out = _observations(request)
-    return Work(
+    return Workload(
         size,
         rates,
         count,
@@ -128,7 +128,7 @@ def _observations(request: Deployment) -> tuple[int, int]:
     return fitting.count, fitting.held_out
 
 
-def _steps(request: Deployment, policy: "Policy", work: Work) -> list[StepCosts]:
+def _steps(request: Deployment, policy: "Policy", work: Workload) -> list[StepCosts]:
     from engines.load import runtime_here
     from engines.targets import find_target
 
@@ -154,7 +154,7 @@ def _steps(request: Deployment, policy: "Policy", work: Work) -> list[StepCosts]
     return steps
 
 
-def _calibration(request: Deployment, policy: "Policy", work: Work) -> StepCosts:
+def _calibration(request: Deployment, policy: "Policy", work: Workload) -> StepCosts:
     """Return what drawing takes: the time of one frame, as many times; pictures lie as pixels."""
     drawn, number = request.calibration, work.count + work.held_out
     if drawn is None:
@@ -174,7 +174,7 @@ def _calibration(request: Deployment, policy: "Policy", work: Work) -> StepCosts
     return StepCosts("calibration", taken, 2 * disk, disk)
 
 
-def _agreement(request: Deployment, work: Work) -> StepCosts:
+def _agreement(request: Deployment, work: Workload) -> StepCosts:
     """Return what comparing with exact sensitivities takes: every pair acts on all observations."""
     acts = work.passes_s(work.count, 0)
     pairs = _MOST_PAIRS if request.check_pairs is None else request.check_pairs

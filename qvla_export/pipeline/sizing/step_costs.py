@@ -37,7 +37,7 @@ class StepCosts:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What is done, as the costs depend on it."""
 
     policy: PolicyCosts
@@ -83,7 +83,7 @@ class Work:
         return largest + min(self.count, size) * between
 
 
-def moment_costs(work: Work) -> StepCosts:
+def moment_costs(work: Workload) -> StepCosts:
     """Return what measuring moments takes."""
     layers = work.policy.layers
     disk = sum(4 * (_moment_numbers(layer) + layer.inputs) for layer in layers)
@@ -92,7 +92,7 @@ def moment_costs(work: Work) -> StepCosts:
     return StepCosts("moments", _moments_s(work), memory, disk if work.resident else 0)
 
 
-def sensitivity_costs(work: Work) -> StepCosts:
+def sensitivity_costs(work: Workload) -> StepCosts:
     """Return what sensitivities of first order take; part by part, with moments on the way."""
     layers, rates = work.policy.layers, work.rates
     moved = sum(layer.tokens * layer.channels for layer in layers)
@@ -116,7 +116,7 @@ def sensitivity_costs(work: Work) -> StepCosts:
     return StepCosts("sensitivities", taken, work.bounded(memory), disk)
 
 
-def plan_costs(work: Work, setting: Setting) -> StepCosts:
+def plan_costs(work: Workload, setting: Setting) -> StepCosts:
     """Return what drawing up a plan takes."""
     channels = sum(layer.channels for layer in work.policy.layers)
     disk = int(_CHANNEL_BYTES * channels)
@@ -124,7 +124,7 @@ def plan_costs(work: Work, setting: Setting) -> StepCosts:
     return StepCosts(f"{setting.name}: plan", steps, 100 * channels, disk)
 
 
-def rounding_costs(work: Work, setting: Setting) -> StepCosts:
+def rounding_costs(work: Workload, setting: Setting) -> StepCosts:
     """Return what codes that make up for each other take; part by part, moments on the way."""
     layers = work.policy.layers
     costs = [rounding_cost(layer.channels, layer.inputs, _LARGEST_BLOCK, 64) for layer in layers]
@@ -140,7 +140,7 @@ def rounding_costs(work: Work, setting: Setting) -> StepCosts:
     return StepCosts(f"{setting.name}: rounding", taken, work.bounded(memory), disk)
 
 
-def export_costs(work: Work, setting: Setting, first: bool) -> StepCosts:
+def export_costs(work: Workload, setting: Setting, first: bool) -> StepCosts:
     """Return what a bundle takes.
 
     Args:
@@ -167,7 +167,7 @@ def export_costs(work: Work, setting: Setting, first: bool) -> StepCosts:
     return StepCosts(f"{setting.name}: bundle", taken, memory, int(disk))
 
 
-def error_costs(work: Work, setting: Setting) -> StepCosts:
+def error_costs(work: Workload, setting: Setting) -> StepCosts:
     """Return what acting on the held-out observations takes: torch's policy, and the engine."""
     passes = _FLOAT_PASSES if setting.kind == "float" else _CODED_PASSES
     taken = _OPENING_S + _ALONE * passes * work.passes_s(work.held_out, 0)
@@ -178,13 +178,13 @@ def error_costs(work: Work, setting: Setting) -> StepCosts:
     return StepCosts(f"{setting.name}: action error", taken, memory, disk)
 
 
-def latency_costs(work: Work, settings: int, samples: int) -> StepCosts:
+def latency_costs(work: Workload, settings: int, samples: int) -> StepCosts:
     """Return what timing every setting in process and over HTTP takes."""
     taken = settings * (2 * _OPENING_S + _ALONE * work.passes_s(2 * samples, 0))
     return StepCosts("latency", taken, 2 * settings * work.policy.weight_bytes, 13_000 * settings)
 
 
-def _moments_s(work: Work) -> float:
+def _moments_s(work: Workload) -> float:
     layers, rates = work.policy.layers, work.rates
     products = sum(
         layer.tokens
@@ -204,7 +204,7 @@ def _moments_s(work: Work) -> float:
     return passed + work.count * each + added / rates.numbers_per_s + 2 * work.reads_s()
 
 
-def _searched_s(work: Work) -> float:
+def _searched_s(work: Workload) -> float:
     weights = sum(layer.weights for layer in work.policy.layers)
     return _SEARCHED * weights / work.rates.rounding.weights_per_s
 
@@ -219,7 +219,7 @@ def _alone_s(layer: LayerCosts, rates: MachineRates) -> float:
     )
 
 
-def _error_bytes(layer: LayerCosts, work: Work) -> int:
+def _error_bytes(layer: LayerCosts, work: Workload) -> int:
     answers = alone_bytes(layer.channels, layer.inputs) if work.compensated else 0
     moved = layer.numbers_in + (2 + _WIDTHS) * layer.tokens * layer.channels
     return answers + 4 * (_CODED * layer.weights + work.batch_size * moved)

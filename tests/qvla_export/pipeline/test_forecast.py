@@ -14,7 +14,7 @@ from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
 from qvla_export.pipeline.sizing import step_costs
 from qvla_export.pipeline.sizing.machine_rates import MachineRates
 from qvla_export.pipeline.sizing.policy_costs import PolicyCosts, policy_costs
-from qvla_export.pipeline.sizing.step_costs import StepCosts, Work
+from qvla_export.pipeline.sizing.step_costs import StepCosts, Workload
 from qvla_export.policies.layers import layer_shapes, traced_layers
 from qvla_export.quantizer.rounding_costs import Rates
 
@@ -35,12 +35,12 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvla_export.pipeline.sizing.forecast.measure_machine", lambda *_: RATES)
 
 
-def work_of(costs: PolicyCosts, count: int = 16, **changes: Any) -> Work:
-    work = Work(costs, RATES, count, 8, 8, 4, True, True, None)
+def work_of(costs: PolicyCosts, count: int = 16, **changes: Any) -> Workload:
+    work = Workload(costs, RATES, count, 8, 8, 4, True, True, None)
     return replace(work, **changes)
 
 
-def all_steps(work: Work) -> list[StepCosts]:
+def all_steps(work: Workload) -> list[StepCosts]:
     return [
         step_costs.moment_costs(work),
         step_costs.sensitivity_costs(work),
