@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qvla_export.pipeline.progress import OnProgress, Progress
 from qvla_export.pipeline.run_folder import RECORD_SUFFIX, RunFolder, record_file
 from qvla_export.shared.artifacts import read_json, write_json
-from qvla_export.shared.errors import ArtifactError, FinishedWork
+from qvla_export.shared.errors import ArtifactError, FinishedWork, QvlaError
 
 if TYPE_CHECKING:
     from qvla_export.measurement.distributed import World
@@ -109,22 +109,33 @@ def recorded_work(
         return
     now_s = cpu_now_s or _cpu_now_s
     earlier = _read(work.record)
-    before_s = earlier.cpu_s if earlier is not None and not _changes(earlier, work) else 0.0
+    same = earlier is not None and not _changes(earlier, work)
+    before_s = earlier.cpu_s if earlier is not None and same else 0.0
     began_s, noted_s = now_s(), 0.0
-    _forget_dependents(work)
-    _write(work, before_s)
+
+    def note() -> None:
+        nonlocal noted_s
+        if not same and not noted_s:
+            _forget_dependents(work)
+        noted_s = now_s() - began_s
+        _write(work, before_s + noted_s)
 
     def hear(progress: Progress) -> None:
-        nonlocal noted_s
         if now_s() - began_s - noted_s > _NOTE_EVERY_S:
-            noted_s = now_s() - began_s
-            _write(work, before_s + noted_s)
+            note()
         on_progress(progress)
 
     try:
         yield hear
-    finally:
-        _write(work, before_s + now_s() - began_s)
+    except QvlaError:
+        # Refused before it began: what was there, and its records, are as they were.
+        if noted_s:
+            note()
+        raise
+    except BaseException:
+        note()
+        raise
+    note()
 
 
 def _refusal(work: ArtifactWork) -> str | None:
