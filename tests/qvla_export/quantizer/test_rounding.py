@@ -20,7 +20,7 @@ from engines.targets import CPU
 from engines.verify import judge
 from qvla_export.allocation.setting import parse_setting
 from qvla_export.graph.export import ExportOptions, export_bundle
-from qvla_export.graph.golden import golden_actions, golden_actions_in_parts
+from qvla_export.graph.golden import CutPolicy, golden_actions, golden_actions_in_parts
 from qvla_export.measurement.backward import Probes, recorded_pass
 from qvla_export.measurement.measure_moments import layer_tokens, measure_moments
 from qvla_export.measurement.moment_bounds import MomentSettings
@@ -270,7 +270,8 @@ def test_parts_compute_the_same(
         stage: [n.removeprefix("module.module.") for n in found] for stage, found in reads.items()
     }
     assert {n for found in weights.values() for n in found} <= names
-    staged = golden_actions_in_parts(tiny_policy, plan, observations, parts, weights)
+    cut = CutPolicy(tiny_policy, parts, tiny_policy.program(1), weights)
+    staged = golden_actions_in_parts(cut, plan, observations)
     whole = golden_actions(tiny_policy, plan, observations)
     np.testing.assert_allclose(staged.reference, whole.reference, atol=1e-4)
 
