@@ -129,7 +129,7 @@ def test_a_chain_of_fragments_has_an_end(payload: bytes) -> None:
     with ExitStack() as stack:
         url = stack.enter_context(open_server(EchoPolicy(OFT), ServerSettings(port=0)))
         client = websocket_client(url, stack)
-        for index in range(70):
+        for index in range(64):
             opcode = Opcode.CONT if index else Opcode.BINARY
             frame = Frame(opcode, payload, fin=False)
             client.socket.sendall(frame.serialize(mask=True))
