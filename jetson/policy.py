@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.base import Engine, EngineError
 from engines.load import load_engine
@@ -15,9 +14,6 @@ from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.clock import SpanClock, inner_span
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.target import Runtime
-
-# Largest normalized value that is acted on: policies learn from values cut to 1.
-MOST_NORMALIZED = 3.0
 
 
 class UnsafeAction(EngineError):
@@ -40,8 +36,7 @@ class EnginePolicy:
 
         Raises:
             InvalidObservation: a camera is missing or the state has another length.
-            UnsafeAction: the engine put out NaN or infinity, or what is far outside the limits;
-                nothing is returned to act on.
+            UnsafeAction: the engine put out NaN or infinity; nothing is returned to act on.
         """
         processor = self.bundle.processor
         clock = SpanClock()
@@ -58,25 +53,7 @@ class EnginePolicy:
                     f"the engine put out NaN or infinity at [step, dimension] {bad[:8]}; "
                     "no action was taken. Run qvla verify on this bundle."
                 )
-            self._require_near_limits(normalized)
             return processor.chunk(normalized, clock.timing_ms)
-
-    def _require_near_limits(self, normalized: NDArray[np.float32]) -> None:
-        """Refuse actions far outside what the policy was trained on; its limits are -1 and 1.
-
-        Raises:
-            UnsafeAction: one is.
-        """
-        far = np.abs(normalized) > MOST_NORMALIZED
-        far &= self.bundle.processor.statistics.action.mask
-        if far.any():
-            step, dimension = np.argwhere(far)[0].tolist()
-            raise UnsafeAction(
-                f"the engine put out {normalized[step, dimension]:.3g} at [step, dimension] "
-                f"{[step, dimension]}, where 1 is the limit of the demonstrations and "
-                f"{MOST_NORMALIZED:g} the most that is served; no action was taken. Run qvla "
-                "verify on this bundle."
-            )
 
     def close(self) -> None:
         """Free what the engine holds."""

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jetson.errors import ClientLeft, PolicyFailure, ServerBusy, http_status
+from jetson.guarded_policy import guarded
 from jetson.repeated_warning import RepeatedWarning
 from jetson.serving.policy_contract import PolicyContract, contract_of
 from jetson.serving.request_observer import Observers, ServedRequest
@@ -90,7 +91,7 @@ class ActionService:
         self._stuck = RepeatedWarning(_LOG)
         # Who is told of every request; set once the policy is warm.
         self.observers = Observers()
-        self._policy = policy
+        self._policy = guarded(policy)
         # Engines are not re-entrant, and two at once would spoil each other's latency.
         self._lock = threading.Lock()
         self._infer_timeout_s = infer_timeout_s

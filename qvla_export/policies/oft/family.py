@@ -69,7 +69,7 @@ class OftFamily:
     def write_smoothed(
         self, checkpoint: Path, output: Path, factors: "Mapping[str, Tensor]", keep_types: bool
     ) -> None:
-        """Copy a checkpoint with some parameters multiplied; see `oft.smoothing`."""
+        """Copy a checkpoint with some parameters multiplied; see `prismatic.smoothing`."""
         from qvla_export.policies.prismatic.smoothing import write_smoothed
 
         write_smoothed(checkpoint, output, factors, keep_types)

@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_bundles import make_bundle, mixed_plan
 
-from jetson.policy import MOST_NORMALIZED, EnginePolicy, UnsafeAction
+from jetson.errors import PolicyFailure
+from jetson.guarded_policy import MOST_NORMALIZED, guarded
+from jetson.policy import EnginePolicy, UnsafeAction
+from jetson.serving.service import ActionService
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.bundle import Bundle, manifest_digest
@@ -183,7 +186,11 @@ def test_actions_far_outside_the_limits_are_not_served(
 ) -> None:
     observation = tiny_observations(1)[0]
     near = EnginePolicy(original, Scaled(original, MOST_NORMALIZED))  # type: ignore[arg-type]
-    assert np.isfinite(near.infer(observation).actions).all()
+    assert np.isfinite(guarded(near).infer(observation).actions).all()
     far = EnginePolicy(original, Scaled(original, -MOST_NORMALIZED - 0.01))  # type: ignore[arg-type]
     with pytest.raises(UnsafeAction, match=r"-3\.01 at \[step, dimension\] \[0, 0\]"):
-        far.infer(observation)
+        guarded(far).infer(observation)
+    with pytest.raises(PolicyFailure, match=r"UnsafeAction.*-3\.01"):
+        ActionService(far).act(observation)
+    # A simulator counts what an absurd action does; it does not end the evaluation.
+    assert np.isfinite(far.infer(observation).actions).all()
