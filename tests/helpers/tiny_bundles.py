@@ -1,7 +1,9 @@
 """Bundles of the tiny policy, made once for all test files that want them."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +16,7 @@ from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import spec_for
-from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.bundle import MANIFEST, Bundle, manifest_digest
 from qvla_export.shared.observation import Observation
 
 _GRAPHS: dict[str, dict[str, ir.Model]] = {}
@@ -59,3 +61,12 @@ def make_bundle(
     )
     require_clean(bundle)
     return bundle
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a bundle's manifest as someone would who also mends its digest."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    manifest.pop("digest")
+    manifest["digest"] = manifest_digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))

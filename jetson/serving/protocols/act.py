@@ -52,6 +52,8 @@ class ActEndpoint:
             if answer.error is not None:
                 _LOG.warning("no action: %s", answer.error)
             headers = {"server-timing": _server_timing(answer.timing_ms)}
+            if isinstance(answer.error, ServerBusy):
+                headers["retry-after"] = "1"
         if answer.error is not None and self._settings.strict_compat:
             return JSONResponse("error", headers=headers)
         return Response(answer.body, answer.status, headers, "application/json")

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jetson.errors import WireError
+from jetson.errors import ServerBusy, WireError
 from jetson.serving.arrays import decode_packed, encode_packed
 from jetson.serving.fields import observation_of
 from jetson.serving.message_pack import pack, unpack_map
 from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import RateLimit
-from jetson.serving.websocket import INTERNAL_ERROR, WebsocketConnection
+from jetson.serving.websocket import INTERNAL_ERROR, TRY_AGAIN, WebsocketConnection
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
@@ -100,7 +100,8 @@ class OpenpiEndpoint:
             except QvlaError as error:
                 _LOG.warning("no action for %s: %s", peer, error)
                 connection.send(f"{type(error).__name__}: {error}")
-                connection.close(INTERNAL_ERROR, type(error).__name__)
+                code = TRY_AGAIN if isinstance(error, ServerBusy) else INTERNAL_ERROR
+                connection.close(code, type(error).__name__)
                 return
             prev_total_ms = (time.perf_counter_ns() - start_ns) / 1e6
 

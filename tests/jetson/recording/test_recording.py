@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,30 @@ def test_the_control_loop_hears_of_it_once(tmp_path: Path) -> None:
     bench.ticks(20)
     assert bench.loop.counters.faults == 1 and writing.dropped > 10
     assert bench.loop.state is LoopState.RUNNING
+
+
+def test_a_recording_cut_anywhere_replays_up_to_the_cut(tmp_path: Path) -> None:
+    path = tmp_path / "whole.mcap"
+    with McapRecorder(path, OFT, read_board_state, "serve") as writing:
+        for index in range(4):
+            writing.on_request(served(index))
+            while writing.written <= index:
+                time.sleep(0.001)
+            writing._mcap.flush()  # a chunk each, as a second each would be
+    whole, content = list(Recording(path).moments()), path.read_bytes()
+    cut, lengths = tmp_path / "cut.mcap", []
+    for size in np.linspace(0, len(content), 60).astype(int).tolist():
+        cut.write_bytes(content[:size])
+        try:
+            moments = list(Recording(cut).moments())
+        except ArtifactError as error:
+            assert "is not a recording" in str(error) and size < 4096, "only the head is needed"
+            continue
+        lengths.append(len(moments))
+        assert [m.observation.instruction for m in moments] == [
+            m.observation.instruction for m in whole[: len(moments)]
+        ]
+    assert lengths == sorted(lengths) and {0, 1, 2, 3, 4} <= {*lengths}
 
 
 def test_a_recording_that_ended_well_says_so(tmp_path: Path) -> None:

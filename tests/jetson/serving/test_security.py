@@ -5,6 +5,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -28,6 +29,7 @@ from jetson.clients.protocol_clients import Endpoint, open_client
 from jetson.errors import Forbidden, RateLimited, RefusedSetting, RemoteError, Unauthorized
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
+from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.security import (
     RateLimit,
     TlsFiles,
@@ -305,6 +307,30 @@ def test_client_certificates_open_https_and_websockets(
                 client.send(message)
                 reply = msgpack_numpy.unpackb(client.recv(timeout=20))
                 assert reply["actions"].shape == (4, 7)
+
+
+def test_an_encrypted_client_that_does_not_read_fills_no_memory(certificates: Path) -> None:
+    """What waits for it waits in its own thread, not in the event loop."""
+    policy = EchoPolicy(PolicyContract(("front", "hand"), 4096, 64, 8, "tiny"))
+    calls: list[None] = []
+    infer = policy.infer
+    policy.infer = lambda observation: (calls.append(None), infer(observation))[1]  # type: ignore[method-assign]
+    files = TlsFiles(certificates / "server.pem", certificates / "server.key")
+    context = ssl.create_default_context(cafile=certificates / "ca.pem")
+    message = msgpack_numpy.packb(oft_fields())
+    with open_server(policy, ServerSettings(port=0, tls=files)) as url:
+        before = len(calls)
+        with connect(
+            url.replace("https", "wss"), ssl=context, proxy=None, max_size=None, max_queue=1
+        ) as client:
+            client.recv(timeout=20)
+            for _ in range(80):  # two megabytes of reply each
+                client.send(message)
+            while len(calls) - before < 2:
+                time.sleep(0.01)
+            time.sleep(1.0)
+            assert len(calls) - before < 40
+            client.socket.shutdown(socket.SHUT_RDWR)
 
 
 def test_tls_files_must_fit(certificates: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -14,6 +16,7 @@ import pytest
 import requests
 from echo_policy import OFT, EchoPolicy, oft_fields, post
 from openpi_client import msgpack_numpy
+from places import ROOT
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 from websockets.sync.client import ClientConnection, connect
@@ -313,3 +316,64 @@ def test_images_arrive_whole_in_growing_buffers() -> None:
             client.send(iter(parts)) if pieces > 1 else client.send(message)
             reply = msgpack_numpy.unpackb(client.recv(timeout=60))
             assert reply["actions"][0, 0] == large[0, 0, 0]
+
+
+_WITHOUT_DESCRIPTORS = """
+import logging, os, resource, socket, sys, time
+sys.path[:0] = ["tests/helpers"]
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+logging.basicConfig(stream=sys.stdout)
+from echo_policy import OFT, EchoPolicy
+from jetson.server import open_server
+from jetson.server_settings import ServerSettings
+with open_server(EchoPolicy(OFT), ServerSettings(port=0)) as url:
+    host, port = url.removeprefix("http://").split(":")
+    client, spent = socket.socket(), []
+    try:
+        while True:
+            spent.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        client.connect((host, int(port)))
+    client.sendall(b"GET /healthz HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
+    time.sleep(2.5)
+    for descriptor in spent:
+        os.close(descriptor)
+    client.settimeout(20)
+    print("answer", client.recv(100).split()[1])
+    client.close()
+"""
+
+
+def test_without_descriptors_accepting_pauses_and_says_so_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_DESCRIPTORS], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "answer b'200'" in done.stdout, "and the client that waited is served"
+    assert done.stdout.count("no connection can be accepted") == 1, done.stdout
+
+
+def test_a_busy_server_tells_websocket_clients_to_try_again() -> None:
+    gate, asked = threading.Event(), threading.Event()
+
+    class Gated(EchoPolicy):
+        def infer(self, observation: Observation) -> ActionChunk:
+            asked.set()
+            gate.wait(20)
+            return super().infer(observation)
+
+    with ExitStack() as stack:
+        settings = ServerSettings(port=0, warmup=0, max_pending=1)
+        url = stack.enter_context(open_server(Gated(OFT), settings))
+        stack.callback(gate.set)
+        first = threading.Thread(target=post, args=(url, oft_fields()))
+        first.start()
+        assert asked.wait(20)
+        client = websocket_client(url, stack)
+        client.send(msgpack_numpy.packb(oft_fields()))
+        assert "ServerBusy" in client.recv(timeout=20)
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(timeout=20)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1013
+        gate.set()
+        first.join(20)

@@ -6,17 +6,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from places import ROOT
-from tiny_bundles import make_bundle, mixed_plan
+from tiny_bundles import change_manifest, make_bundle, mixed_plan
 
 from engines.load import load_engine
 from engines.targets import UnknownTarget
 from qvla_export.policies.oft.policy import OftPolicy
-from qvla_export.shared import bundle as bundle_module
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
@@ -45,15 +43,6 @@ def original(
 @pytest.fixture
 def copied(original: Bundle, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original.path, tmp_path / "bundle"))
-
-
-def rewrite_manifest(folder: Path, **changes: Any) -> None:
-    """Change fields as someone would who also mends the digest."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest = {**manifest, **changes}
-    manifest.pop("digest")
-    manifest["digest"] = bundle_module.manifest_digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_round_trip(
@@ -110,7 +99,7 @@ def test_foreign_manifest(copied: Path, value: object) -> None:
 
 @pytest.mark.parametrize("field", ["files", "processor", "inputs"])
 def test_manifest_without_a_field(copied: Path, field: str) -> None:
-    rewrite_manifest(copied, **{field: None})
+    change_manifest(copied, lambda m: m.update({field: None}))
     with pytest.raises(ArtifactError, match="manifest"):
         Bundle.load(copied)
 
@@ -118,7 +107,9 @@ def test_manifest_without_a_field(copied: Path, field: str) -> None:
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "a\\b", "..", ""])
 def test_file_outside_the_folder_is_refused(copied: Path, name: str) -> None:
     files = json.loads((copied / "manifest.json").read_text())["files"]
-    rewrite_manifest(copied, files={**files, name: {"sha256": "0" * 64, "bytes": 1}})
+    change_manifest(
+        copied, lambda m: m.update(files={**files, name: {"sha256": "0" * 64, "bytes": 1}})
+    )
     with pytest.raises(ArtifactError, match="must lie in its folder"):
         Bundle.load(copied)
 
@@ -136,7 +127,7 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
 
 
 def test_unknown_target(copied: Path) -> None:
-    rewrite_manifest(copied, target="orion")
+    change_manifest(copied, lambda m: m.update(target="orion"))
     with pytest.raises(UnknownTarget, match=r"'orion' is unknown; there are \[.*'cpu'"):
         load_engine(Bundle.load(copied))
 

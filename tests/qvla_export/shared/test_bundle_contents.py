@@ -1,7 +1,6 @@
 """What a bundle says and names is checked as a checkpoint is: limits, names, files, weights."""
 
 import copy
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_bundles import make_bundle, mixed_plan
+from tiny_bundles import change_manifest, make_bundle, mixed_plan
 
 from jetson.errors import PolicyFailure
 from jetson.guarded_policy import MOST_NORMALIZED, guarded
@@ -20,7 +19,7 @@ from jetson.policy import EnginePolicy, UnsafeAction
 from jetson.serving.service import ActionService
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.artifacts import sha256_file
-from qvla_export.shared.bundle import Bundle, manifest_digest
+from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import ArtifactError, QvlaError
 from qvla_export.shared.external_data import external_tensors
 from qvla_export.shared.observation import Observation
@@ -41,15 +40,6 @@ def original(
 @pytest.fixture
 def copied(original: Bundle, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original.path, tmp_path / "bundle"))
-
-
-def change_manifest(folder: Path, change: Change) -> None:
-    """Change it as someone would who also mends the digest."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    manifest.pop("digest")
-    manifest["digest"] = manifest_digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def change_file(folder: Path, name: str, content: bytes) -> None:
