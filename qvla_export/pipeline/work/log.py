@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvla_export.pipeline.progress import OnProgress, Progress
 from qvla_export.pipeline.run_folder import RECORD_SUFFIX, RunFolder, record_file
-from qvla_export.shared.artifacts import read_json, write_json
+from qvla_export.shared.artifacts import read_json, write_bytes, write_json
 from qvla_export.shared.errors import ArtifactError, FinishedWork, QvlaError
 
 if TYPE_CHECKING:
@@ -111,12 +111,10 @@ def recorded_work(
     earlier = _read(work.record)
     same = earlier is not None and not _changes(earlier, work)
     before_s = earlier.cpu_s if earlier is not None and same else 0.0
-    began_s, noted_s = now_s(), 0.0
+    began_s, noted_s, was = now_s(), 0.0, _records_before(work, same)
 
     def note() -> None:
         nonlocal noted_s
-        if not same and not noted_s:
-            _forget_dependents(work)
         noted_s = now_s() - began_s
         _write(work, before_s + noted_s)
 
@@ -125,17 +123,38 @@ def recorded_work(
             note()
         on_progress(progress)
 
+    # Before the block: whoever is killed once the artifact stands leaves its record with it.
+    _write(work, before_s)
+    for path in was:
+        if path != work.record:
+            path.unlink(missing_ok=True)
     try:
         yield hear
     except QvlaError:
-        # Refused before it began: what was there, and its records, are as they were.
         if noted_s:
             note()
+        else:
+            # Refused before it began: what was there, and its records, are as they were.
+            _restore(work, was)
         raise
     except BaseException:
         note()
         raise
     note()
+
+
+def _records_before(work: ArtifactWork, same: bool) -> dict[Path, bytes]:
+    """Return the record's bytes, and those of what will be out of date: replaced without a word."""
+    of_it = [] if same else [replace(work, path=work.run.root / r.name) for r in _dependents(work)]
+    files = [work.record, *(dependent.record for dependent in of_it)]
+    return {path: path.read_bytes() for path in files if path.is_file()}
+
+
+def _restore(work: ArtifactWork, was: Mapping[Path, bytes]) -> None:
+    if work.record not in was:
+        work.record.unlink(missing_ok=True)
+    for path, content in was.items():
+        write_bytes(path, content)
 
 
 def _refusal(work: ArtifactWork) -> str | None:
@@ -176,13 +195,6 @@ def _dependents(work: ArtifactWork) -> list[_Record]:
         found += more
         names |= {record.name for record in more}
     return [record for record in found if record.name != work.name]
-
-
-def _forget_dependents(work: ArtifactWork) -> None:
-    """Remove the records of what is out of date now: it may be replaced without a word."""
-    for record in _dependents(work):
-        path = work.run.root / record.name
-        replace(work, path=path).record.unlink(missing_ok=True)
 
 
 def _write(work: ArtifactWork, cpu_s: float) -> None:
