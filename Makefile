@@ -20,7 +20,8 @@ SETTINGS ?= float,w8,w8a8,w4,w4-rtn,w2,w2-rtn
 
 # Processes that run tests, of one thread each; see tests/conftest.py.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS)
+# A module stays in one process, so that what its tests share is made once.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
 
 .ONESHELL:
 .SHELLFLAGS := -euc
