@@ -31,6 +31,8 @@ class CheckpointWeights:
     parts: Mapping[str, tuple[Path, str]]
     # Our name -> the rows that are read, where not all are; `shapes` has these alone.
     rows: Mapping[str, slice] = field(default_factory=dict)
+    # False where a stored tensor is one of ours as it is, whatever it is called.
+    renamed: bool = True
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by our name, as stored.
@@ -42,7 +44,10 @@ class CheckpointWeights:
             file, part = self.parts[name]
             return read_state_file(file)[name.removeprefix(f"{part}.")]
         path, key = self.places[name]
-        return from_upstream({key: _read(path, key)})[name][self.rows.get(name, slice(None))]
+        stored = _read(path, key)
+        if self.renamed:
+            stored = from_upstream({key: stored})[name]
+        return stored[self.rows.get(name, slice(None))]
 
     def read_finite(self, name: str) -> Tensor:
         """Return a tensor by our name, as stored.

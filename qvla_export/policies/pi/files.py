@@ -1,0 +1,15 @@
+"""The files of a pi0 or pi0.5 checkpoint folder that hold weights; others are refused."""
+
+from pathlib import Path
+
+from qvla_export.policies.prismatic.files import body_files, require_all_used
+
+
+def require_weights_alone(checkpoint: Path) -> None:
+    """Refuse a folder with stored parts that the policy would act without.
+
+    Raises:
+        CheckpointError: naming every such file, what it is and what to do.
+    """
+    used = [*body_files(checkpoint), *checkpoint.glob("policy_*processor*.safetensors")]
+    require_all_used(checkpoint, used, {})
