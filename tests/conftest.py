@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from places import DATA, ROOT
+from oracles import ReadingReport, oracle_root, watch_reading
 from tiny_policy import TINY_INSTRUCTIONS, write_tiny_checkpoint
 
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
@@ -25,6 +25,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A change is judged on the same examples every time; new ones are sought where people work.
 settings.register_profile("qvla", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("qvla")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say at the end which golden files were read."""
+    watch_reading()
+    config.pluginmanager.register(ReadingReport())
 
 
 def pytest_runtest_setup() -> None:
@@ -98,11 +104,5 @@ def deployed(inputs: "Inputs", tmp_path_factory: pytest.TempPathFactory) -> "tup
 
 @pytest.fixture(scope="session")
 def oracles() -> Path:
-    """Folder of golden data: `QVLA_ORACLES`, else ../shared/oracles, else the committed subset."""
-    committed = DATA / "oracles"
-    shared = ROOT.parent / "shared" / "oracles"
-    named = os.environ.get("QVLA_ORACLES")
-    for folder in (Path(named) if named else shared, committed):
-        if folder.is_dir():
-            return folder
-    pytest.skip(f"no oracle folder at {named or shared} nor at {committed}")
+    """Folder of golden data: see `oracle_root`."""
+    return oracle_root()

@@ -1,13 +1,12 @@
 """Golden cases of upstream OpenVLA, wherever they lie, and tiny checkpoints of the same family."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from places import DATA, ROOT
+from oracles import oracle_root
 from safetensors.torch import load_file
 
 from qvla_export.policies.base import PolicyBatch
@@ -37,18 +36,12 @@ _SIZE = NetworkSize(
 INSTRUCTIONS = ("push the button", "open the small drawer slowly", "close the window")
 
 
-def _root() -> Path:
-    committed, shared = DATA / "oracles", ROOT.parent / "shared" / "oracles"
-    named = os.environ.get("QVLA_ORACLES")
-    return next(f for f in (Path(named) if named else shared, committed) if f.is_dir())
-
-
 def _is_case(path: Path) -> bool:
     with np.load(path) as archive:
         return {"pixel_values", "generated_token_ids"} <= set(archive.files)
 
 
-FOLDER = _root()
+FOLDER = oracle_root()
 # Folders, sizes and names vary: a case is what holds inputs and tokens.
 CASES = sorted(p for p in FOLDER.glob("openvla*/*.npz") if _is_case(p))
 CASE_IDS = [f"{case.parent.name}-{case.stem}" for case in CASES]

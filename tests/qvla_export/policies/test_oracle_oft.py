@@ -1,7 +1,6 @@
 """Golden data of upstream OpenVLA-OFT: every intermediate result and the actions."""
 
 import json
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from places import DATA, ROOT
+from oracles import oracle_root
 
 from qvla_export.policies.base import PolicyBatch
 from qvla_export.policies.oft.config import OftConfig
@@ -20,20 +19,13 @@ from qvla_export.shared.observation import Observation
 TOLERANCE = 1e-4  # absolute, float32: the oracles' READMEs
 
 
-def _oracle_root() -> Path:
-    committed = DATA / "oracles"
-    shared = ROOT.parent / "shared" / "oracles"
-    named = os.environ.get("QVLA_ORACLES")
-    return next(f for f in (Path(named) if named else shared, committed) if f.is_dir())
-
-
 def _is_case(path: Path) -> bool:
     with np.load(path) as archive:
         return {"pixel_values", "input_ids_with_29871", "actions"} <= set(archive.files)
 
 
 # Folders, sizes, image counts and names vary: a case is what holds inputs and actions.
-CASES = sorted(p for p in _oracle_root().glob("openvla_oft*/*.npz") if _is_case(p))
+CASES = sorted(p for p in oracle_root().glob("openvla_oft*/*.npz") if _is_case(p))
 CASE_IDS = [f"{case.parent.name}-{case.stem}" for case in CASES]
 
 
