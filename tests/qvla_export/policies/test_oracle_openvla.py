@@ -120,6 +120,15 @@ def test_bins_are_upstreams() -> None:
 
 
 @torch.no_grad()
+def test_tokens_stand_for_upstreams_actions() -> None:
+    with np.load(FOLDER / "preprocess" / "action_tokenizer.npz") as archive:
+        golden = dict(archive)
+    centers = token_centers(len(golden["bins"])).numpy()
+    # The id before the first of the action tokens, which the vocabulary ends with.
+    tokens = golden["token_ids"] - int(golden["action_token_begin_idx"]) - 1
+    np.testing.assert_allclose(centers[tokens], golden["decoded"], rtol=0, atol=ACTIONS)
+
+
 def test_prompts_of_other_lengths_do_not_disturb_each_other() -> None:
     """Two cases in one batch choose the tokens that each chooses alone."""
     cases = [Case(path) for path in CASES if path.parent == CASES[0].parent]
