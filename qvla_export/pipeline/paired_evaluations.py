@@ -1,6 +1,6 @@
 """Two policies' evaluations side by side: the same episodes, success and motion."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qvla_export.comparison.paired import PairedDifference, paired_difference
@@ -32,24 +32,32 @@ class EvaluationPair:
 
 
 def pair_evaluations(evaluation: "Evaluation", other: "Evaluation") -> EvaluationPair:
-    """Compare two evaluations episode by episode.
+    """Compare two evaluations episode by episode, over the episodes that both have.
 
     Tasks of one scene are put in the same places by the same seed, so their episodes count as one
     cluster.
 
     Raises:
-        ArtifactMismatch: they are not of the same episodes, executed alike.
+        ArtifactMismatch: their episodes are not the same or not executed alike.
     """
     from calibration.benchmarks.metaworld.tasks import find_task
 
-    if evaluation.config != other.config:
+    shared = min(evaluation.config.episodes, other.config.episodes)
+    if replace(evaluation.config, episodes=shared) != replace(other.config, episodes=shared):
         raise ArtifactMismatch(
             f"paired evaluations must be of the same episodes, got {evaluation.config} and "
-            f"{other.config}; evaluate both with the same --tasks, --episodes, --seed, --execute "
-            "and --control"
+            f"{other.config}; evaluate both with the same --tasks, --seed, --execute and --control"
         )
-    scenes = [(find_task(row.task).scene, row.seed) for row in evaluation.results]
+    ours, theirs = _first(evaluation, shared), _first(other, shared)
+    scenes = [(find_task(row.task).scene, row.seed) for row in ours.results]
     difference = paired_difference(
-        [row.success for row in evaluation.results], [row.success for row in other.results], scenes
+        [row.success for row in ours.results], [row.success for row in theirs.results], scenes
     )
-    return EvaluationPair(difference, len(set(scenes)), evaluation.motion(), other.motion())
+    return EvaluationPair(difference, len(set(scenes)), ours.motion(), theirs.motion())
+
+
+def _first(evaluation: "Evaluation", episodes: int) -> "Evaluation":
+    """Return the first episodes of each task of an evaluation."""
+    last = evaluation.config.seed + episodes
+    results = tuple(row for row in evaluation.results if row.seed < last)
+    return replace(evaluation, results=results)

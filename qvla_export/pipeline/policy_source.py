@@ -1,6 +1,6 @@
-"""Open a policy of any kind: a checkpoint, a bundle, a running server."""
+"""Open a policy of any kind: a checkpoint, a bundle, a baseline, a running server."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class PolicySource:
     """Where a policy is; picklable, so that worker processes open it themselves."""
 
-    # Checkpoint folder, bundle folder, or URL of `qvla serve`.
+    # Checkpoint folder, bundle folder, folder of a `qvla baseline`, or URL of `qvla serve`.
     place: str
     unnorm_key: str | None = None
     preset: str | None = None
@@ -28,19 +28,23 @@ class PolicySource:
     runtime: Runtime | None = None
     # Of a checkpoint: False leaves its weights on disk; it can be exported only.
     resident: bool = True
+    # Of a baseline: the checkpoint that it quantizes.
+    checkpoint: str | None = None
 
     @property
     def kind(self) -> str:
-        """ "server", "bundle" or "checkpoint"."""
+        """ "server", "bundle", "checkpoint" or "baseline"."""
         if self.place.startswith(("http://", "https://")):
             return "server"
         if (Path(self.place) / "manifest.json").is_file():
             return "bundle"
         if (Path(self.place) / "config.json").is_file():
             return "checkpoint"
+        if (Path(self.place) / "baseline.json").is_file():
+            return "baseline"
         raise QvlaError(
             f"{self.place!r} is neither a checkpoint folder (config.json), a bundle folder "
-            "(manifest.json) nor the URL of a server"
+            "(manifest.json), a baseline (baseline.json) nor the URL of a server"
         )
 
     def __call__(self) -> "ActionPolicy":
@@ -54,6 +58,8 @@ class PolicySource:
             from jetson.policy import open_bundle
 
             return open_bundle(self.place, self.threads, self.weights, self.runtime)
+        if kind == "baseline":
+            return self._open_baseline()
         import torch
 
         from qvla_export.policies.families import load_policy
@@ -72,7 +78,24 @@ class PolicySource:
             from qvla_export.shared.bundle import Bundle
 
             return Bundle.load(Path(self.place)).digest
+        if self.kind == "baseline":
+            from qvla_export.baselines.baseline import Baseline
+
+            return Baseline.load(Path(self.place)).digest
         return str(getattr(policy, "digest"))  # noqa: B009  # not part of the ActionPolicy protocol
+
+    def _open_baseline(self) -> "ActionPolicy":
+        from qvla_export.baselines.applied import BaselineSource
+
+        if self.checkpoint is None:
+            raise QvlaError(
+                f"{self.place} is a baseline, which runs in the policy that it quantizes: "
+                "qvla evaluate takes it with --checkpoint"
+            )
+        quantized = replace(self, place=self.checkpoint, checkpoint=None)
+        if quantized.kind != "checkpoint":
+            raise QvlaError(f"{self.checkpoint} must be a checkpoint, it is a {quantized.kind}")
+        return BaselineSource(quantized, Path(self.place))()
 
 
 def open_checkpoint(

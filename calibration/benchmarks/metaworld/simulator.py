@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.benchmarks.metaworld.lean_environment import make_lean
 from calibration.benchmarks.metaworld.object_state import OBJECT_STATE, encode_object_state
 from calibration.benchmarks.metaworld.tasks import Task, draw_placement
 from qvla_export.shared.errors import QvlaError
@@ -63,6 +64,7 @@ class Simulator:
         self.success = False
         self._mujoco = _load_mujoco()
         self._environment = _build_environment(task)
+        make_lean(self._environment)
         _make_cheap_to_draw(self._environment.model, image_size)
         self._pristine = self._copy_placements()
         self._renderer: Any = None

@@ -1,13 +1,14 @@
 """`qvla evaluate`: a policy in closed loop."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qvla_export.cli.options import (
+    A_CHECKPOINT,
     A_POLICY,
     AN_EVALUATION,
     JsonOption,
@@ -22,7 +23,10 @@ from qvla_export.cli.progress import progress_shown
 def evaluate(
     policy: Annotated[
         str,
-        typer.Argument(help="Checkpoint, bundle, or URL of a server.", callback=A_POLICY.require),
+        typer.Argument(
+            help="Checkpoint, bundle, URL of a server, or baseline (with --checkpoint).",
+            callback=A_POLICY.require,
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", help="Evaluation JSON to write.")],
     tasks: TasksOption = None,
@@ -42,11 +46,18 @@ def evaluate(
             callback=A_POLICY.require,
         ),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="What a baseline quantizes.",
+            callback=replace(A_CHECKPOINT, remedy="check --checkpoint").require,
+        ),
+    ] = None,
     against: Annotated[
         Path | None,
         typer.Option(
-            help="Another policy's evaluation of the same episodes; the paired difference is "
-            "printed.",
+            help="Another policy's evaluation of the same episodes, or of more or fewer of them; "
+            "the paired difference is printed.",
             callback=AN_EVALUATION.require,
         ),
     ] = None,
@@ -64,7 +75,8 @@ def evaluate(
 
     chosen = chosen_tasks(tasks)
     config = RolloutConfig(chosen, episodes, seed, execute, control, delay_steps)  # type: ignore[arg-type]  # checked there
-    source = PolicySource(policy, unnorm_key, preset, threads=1)
+    quantized = None if checkpoint is None else str(checkpoint)
+    source = PolicySource(policy, unnorm_key, preset, threads=1, checkpoint=quantized)
     other = None if reference is None else PolicySource(reference, unnorm_key, preset, threads=1)
     earlier = None if against is None else load_evaluation(against)
     with progress_shown() as on_progress:

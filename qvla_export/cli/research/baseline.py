@@ -15,6 +15,7 @@ from qvla_export.cli.options import (
     RunOption,
     SeedOption,
     TargetOption,
+    TasksOption,
     UnnormKeyOption,
     WorkersOption,
 )
@@ -36,6 +37,7 @@ def baseline(
     environment: EnvironmentOption = Path(".baselines"),
     target: TargetOption = "cpu",
     iterations: Annotated[int, typer.Option(help="Steps of auto-round, each block.")] = 200,
+    tasks: TasksOption = None,
     episodes: Annotated[int, typer.Option(help="Episodes of each task; 0 for none.")] = 0,
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
@@ -58,7 +60,7 @@ def baseline(
 
     request = request_for(find_target(target), method, bits, activation_bits, seed, iterations)
     source = PolicySource(str(policy), unnorm_key, preset)
-    config = RolloutConfig(chosen_tasks(None), episodes) if episodes else None
+    config = RolloutConfig(chosen_tasks(tasks), episodes) if episodes else None
     with progress_shown() as on_progress:
         verdict = judge_baseline(
             RunFolder(run, force),

@@ -127,6 +127,16 @@ def test_evaluations_of_other_episodes_are_not_paired() -> None:
         pair_evaluations(evaluation_of([True, True]), evaluation_of([True, True], seed=7))
 
 
+def test_the_episodes_that_both_have_are_paired() -> None:
+    few = evaluation_of([True, True, False, False])
+    many = evaluation_of([True, False, True, False, True, True])
+    here, there = pair_evaluations(few, many), pair_evaluations(many, few)
+    assert here.success.episodes == there.success.episodes == 4
+    assert here.success.value == there.success.value == 0.0
+    assert (here.success.gained, here.success.lost) == (1, 1)
+    assert here.scenes == there.scenes == 2
+
+
 def test_evaluate_says_what_changed_against_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

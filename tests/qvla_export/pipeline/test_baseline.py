@@ -10,10 +10,12 @@ from typer.testing import CliRunner
 
 from calibration.calibration_set import CalibrationSet
 from engines.targets import CPU
+from qvla_export.baselines.applied import baseline_applied
 from qvla_export.baselines.methods import METHODS, BaselineRequest
 from qvla_export.baselines.results import baseline_paths, baseline_results
 from qvla_export.cli.app import app
 from qvla_export.pipeline.baseline import request_for
+from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.errors import ArtifactError, QvlaError
@@ -68,6 +70,33 @@ def test_the_command_judges_a_baseline_that_is_there(
     replace(made, seconds=2.5).save(paths.baseline)
     with pytest.raises(ArtifactError, match="measured on baseline"):
         baseline_results(run.root)
+
+
+def test_a_baseline_opens_as_a_policy(
+    run: RunFolder, tiny_policy: OftPolicy, tiny_checkpoint: Path
+) -> None:
+    place = baseline_paths(run.root, "w4-max").baseline
+    quantized = baseline_of(tiny_policy, to_nearest)
+    quantized.save(place)
+    seen = CalibrationSet.load(run.calibration).observations[0]
+    source = PolicySource(str(place), checkpoint=str(tiny_checkpoint))
+    opened = source()
+    assert source.kind == "baseline" and source.digest(opened) == quantized.digest
+    with baseline_applied(tiny_policy, quantized):
+        expected = tiny_policy.infer(seen).actions
+    assert opened.infer(seen).actions.tolist() == expected.tolist()
+    assert expected.tolist() != tiny_policy.infer(seen).actions.tolist()
+    with pytest.raises(QvlaError, match="qvla evaluate takes it with --checkpoint"):
+        PolicySource(str(place))()
+    with pytest.raises(QvlaError, match="must be a checkpoint, it is a baseline"):
+        PolicySource(str(place), checkpoint=str(place))()
+
+
+def test_the_command_names_its_tasks(run: RunFolder, tiny_checkpoint: Path) -> None:
+    command = ["baseline", "max", "--run", str(run.root), "--policy", str(tiny_checkpoint)]
+    outcome = CliRunner().invoke(app, [*command, "--tasks", "pull", "--episodes", "1"])
+    assert isinstance(outcome.exception, QvlaError)
+    assert "no task is called 'pull'" in str(outcome.exception)
 
 
 def test_a_missing_environment_names_the_remedy(
