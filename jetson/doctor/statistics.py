@@ -8,7 +8,8 @@ from pathlib import Path
 from jetson.doctor.bundle_facts import BundleFacts
 from jetson.doctor.finding import BoardFinding, Check
 from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.normalization import Statistics, load_statistics, read_statistics
+from qvla_export.shared.lerobot_statistics import checkpoint_statistics
+from qvla_export.shared.normalization import Statistics, read_statistics
 from qvla_export.shared.policy_interface import (
     CONFIG_NAME,
     INTERFACES,
@@ -67,9 +68,7 @@ def read_checkpoint(path: Path, key: str | None, preset: str | None = None) -> C
     statistics, problem, keys = None, "", _keys(path / FILE_NAME)
     try:
         if config is not None:
-            statistics = load_statistics(
-                path / FILE_NAME, key, config.normalization, config.action_dim, config.state_dim
-            )
+            statistics = checkpoint_statistics(path, key, config, FILE_NAME)
     except (QvlaError, OSError, ValueError, TypeError) as error:
         problem = str(error)
     sizes = _sizes(path / FILE_NAME, key)

@@ -23,7 +23,8 @@ from qvla_export.shared.bundle import (
 )
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.part import Part, TensorSpec
-from qvla_export.shared.processor import Processor, processor_to_json
+from qvla_export.shared.processor import Processor
+from qvla_export.shared.processor_json import processor_to_json
 from qvla_export.shared.program import Program, program_to_json
 
 
@@ -60,16 +61,17 @@ def write_bundle(
             folder.
 
     Raises:
-        CheckpointError: the policy has no tokenizer, without which a robot cannot read prompts.
+        CheckpointError: the policy reads and has no tokenizer.
     """
     tokenizer = contents.processor.tokenizer
-    if tokenizer is None:
+    if tokenizer is None and contents.processor.spec.language != "none":
         raise CheckpointError(
             "a bundle needs the policy's tokenizer; add tokenizer.json to the checkpoint"
         )
     with new_folder(path) as folder:
         save_files(folder)
-        tokenizer.save(str(folder / TOKENIZER))
+        if tokenizer is not None:
+            tokenizer.save(str(folder / TOKENIZER))
         save_file(_golden_tensors(contents.golden), folder / GOLDEN)
         write_json(folder / MANIFEST, _manifest(folder, contents))
     return Bundle.load(path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -78,10 +79,11 @@ def subject_of_bundle(path: Path) -> Subject:
             "of the same policy: its prediction shows float beside it"
         )
     plan, spec = BitPlan.load(path / PLAN), bundle.processor.spec
+    prompt = bundle.golden().feeds[0].get("input_ids")
     inputs = PolicyInputs(
         images=len(spec.cameras),
-        image_size=spec.image.size,
-        prompt_tokens=bundle.golden().feeds[0]["input_ids"].shape[1],
+        image_size=isqrt(spec.pixels),
+        prompt_tokens=0 if prompt is None else prompt.shape[1],
         horizon=spec.horizon,
         action_dim=spec.action_dim,
         state_dim=spec.state_dim,

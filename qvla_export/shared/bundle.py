@@ -1,9 +1,9 @@
 """The noun `Bundle`: a folder with everything a robot needs to act, each file vouched for.
 
 manifest.json, one graph `<part>.onnx` a part with its weights `<part>.onnx.data`,
-tokenizer.json, golden.safetensors and, for a quantized policy, plan.json. Where parts repeat, the
-manifest holds a program; without one they run once each, in order. The robot imports this module:
-no torch, no onnx. `qvla_export.graph.bundle_writer` writes it.
+golden.safetensors, tokenizer.json for a policy that reads and plan.json for a quantized one. Where
+parts repeat, the manifest holds a program; without one they run once each, in order. The robot
+imports this module: no torch, no onnx. `qvla_export.graph.bundle_writer` writes it.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ from qvla_export.shared.artifacts import read_json, require_fields, sha256_file
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
 from qvla_export.shared.external_data import external_tensors
 from qvla_export.shared.part import Part, TensorSpec, part_from_json, specs_from_json
-from qvla_export.shared.processor import Processor, load_tokenizer, processor_from_json
+from qvla_export.shared.processor import Processor, load_tokenizer
+from qvla_export.shared.processor_json import processor_from_json
 from qvla_export.shared.program import Program, ProgramError, program_from_json
 from qvla_export.shared.program_check import require_runnable
 
@@ -162,7 +163,7 @@ class Bundle:
             _verify_files(path, manifest["files"], {part.model for part in parts})
             for part in parts:
                 _verify_external_data(path, part.model, manifest["files"])
-            tokenizer = load_tokenizer(path / TOKENIZER)
+            tokenizer = load_tokenizer(path / TOKENIZER) if TOKENIZER in manifest["files"] else None
             bundle = Bundle(
                 path=path,
                 processor=processor_from_json(manifest["processor"], tokenizer),
@@ -208,7 +209,7 @@ def _program(manifest: Mapping[str, Any], parts: Sequence[Part]) -> Program:
 
 
 def _verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], models: set[str]) -> None:
-    if missing := sorted({TOKENIZER, GOLDEN, *models} - set(files)):
+    if missing := sorted({GOLDEN, *models} - set(files)):
         raise ArtifactError(f"the manifest of {folder} does not list {missing}; {_REMEDY}")
     present = {path.name for path in folder.iterdir()} - {MANIFEST}
     if extra := sorted(present - set(files)):

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from qvla_export.shared.errors import StatisticsError
 from qvla_export.shared.json_documents import FOREIGN, read_json
 
-Normalization = Literal["q99", "bounds"]
+# "files": the checkpoint's processor files say it, feature by feature (`lerobot_statistics`).
+Normalization = Literal["q99", "bounds", "files"]
 
 # OpenVLA-OFT `NormalizationType`: BOUNDS_Q99 uses the 1 % and 99 % quantiles, BOUNDS min and max.
 _LIMIT_NAMES: Mapping[str, tuple[str, str]] = {"q99": ("q01", "q99"), "bounds": ("min", "max")}
@@ -46,6 +47,46 @@ class Bounds:
     def scale(self) -> NDArray[np.float64]:
         """Return the physical size of one normalized unit.  float64 [n]"""
         return np.where(self.mask, 0.5 * (self.high - self.low + _EPSILON), 1.0)
+
+    def places(self, normalized: NDArray[Any]) -> NDArray[np.float64]:
+        """Return where normalized values lie between the limits, -1 at `low` and 1 at `high`."""
+        return np.asarray(normalized, np.float64)
+
+
+@dataclass(frozen=True)
+class Affine(Bounds):
+    """A map that states its own center and sizes, as z-scores do; nothing is clipped.
+
+    `low` and `high` are the range of the demonstrations, within which commands are held.
+    """
+
+    # Physical value of 0.  float64 [n]
+    center: NDArray[np.float64]
+    # What a physical distance is divided by, and a normalized one multiplied with: policies add an
+    # epsilon on the way in alone.  float64 [n]
+    divisor: NDArray[np.float64]
+    factor: NDArray[np.float64]
+
+    def normalize(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """Map physical values [..., n] to normalized ones."""
+        values = np.asarray(values, np.float64)
+        mapped = (values - self.center) / self.divisor
+        return np.where(self.mask, mapped, values).astype(np.float32)
+
+    def unnormalize(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Map normalized values [..., n] to physical ones."""
+        values = np.asarray(values, np.float64)
+        return np.where(self.mask, values * self.factor + self.center, values)
+
+    def scale(self) -> NDArray[np.float64]:
+        """Return the physical size of one normalized unit.  float64 [n]"""
+        return np.where(self.mask, self.factor, 1.0)
+
+    def places(self, normalized: NDArray[Any]) -> NDArray[np.float64]:
+        """Return where normalized values lie between the limits, -1 at `low` and 1 at `high`."""
+        half = 0.5 * (self.high - self.low)
+        physical = self.unnormalize(normalized) - 0.5 * (self.high + self.low)
+        return np.where(half > 0, physical / np.where(half > 0, half, 1.0), normalized)
 
 
 @dataclass(frozen=True)
@@ -120,6 +161,8 @@ def _bounds(
 ) -> Bounds | None:
     if size == 0:
         return None
+    if normalization not in _LIMIT_NAMES:
+        raise StatisticsError(f"{where} has limits, {normalization!r} normalization takes others")
     names = _LIMIT_NAMES[normalization]
     values = entry.get(part) if isinstance(entry, dict) else None
     if not isinstance(values, dict) or any(name not in values for name in names):

@@ -23,7 +23,7 @@ class Observation:
 
     # Camera name -> RGB image, primary camera first.  uint8 [h, w, 3]
     images: Mapping[str, NDArray[np.uint8]]
-    # What the policy should do, in words.
+    # What the policy should do, in words; empty for one that does not read.
     instruction: str
     # Proprioceptive state in physical units; empty where a policy takes none.  float32 [n]
     state: NDArray[np.float32] = field(default_factory=lambda: _NO_STATE)
@@ -44,7 +44,8 @@ class Observation:
                 raise InvalidObservation(
                     f"image {name!r} must have shape [h, w, 3] (RGB), got {list(image.shape)}"
                 )
-        if not isinstance(self.instruction, str) or not self.instruction.strip():
+        text = self.instruction
+        if not isinstance(text, str) or (text and not text.strip()):
             raise InvalidObservation(
                 f"an instruction is required, got {self.instruction!r}; say what to do"
             )

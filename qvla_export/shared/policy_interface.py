@@ -9,6 +9,7 @@ from typing import Any
 from qvla_export.shared.action_space import DEGREES, END_EFFECTOR
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.lerobot_config import LeRobotConfig, is_lerobot, read_lerobot_config
 from qvla_export.shared.normalization import Normalization, read_statistics
 
 CONFIG_NAME = "qvla_policy.json"
@@ -43,7 +44,7 @@ class PolicyInterface:
                 "a policy needs at least one camera, horizon and action_dim >= 1 and "
                 f"state_dim >= 0, got {self}"
             )
-        self._require_choice("normalization", ("q99", "bounds"))
+        self._require_choice("normalization", ("q99", "bounds", "files"))
         if len(self.action_names) not in (0, self.action_dim):
             raise CheckpointError(
                 f"action_names must name each of {self.action_dim} numbers of an action, "
@@ -164,6 +165,17 @@ def _stated_dimensions(checkpoint: Path) -> int:
     return sizes.pop()
 
 
+def lerobot_interface(config: LeRobotConfig) -> PolicyInterface:
+    """Return what the policy of a LeRobot checkpoint sees and returns, as its config.json says."""
+    return PolicyInterface(
+        cameras=tuple(config.cameras),
+        horizon=config.node.field("chunk_size").whole(1, 4096),
+        action_dim=config.action_dim,
+        state_dim=config.state_dim,
+        normalization="files",
+    )
+
+
 def load_interface(checkpoint: Path, preset: str | None = None) -> PolicyInterface:
     """Return what a checkpoint's policy sees and returns, whatever its family.
 
@@ -174,6 +186,8 @@ def load_interface(checkpoint: Path, preset: str | None = None) -> PolicyInterfa
     Raises:
         CheckpointError: the preset is unknown, or the file is absent or malformed.
     """
+    if is_lerobot(checkpoint):
+        return lerobot_interface(read_lerobot_config(checkpoint, preset))
     if preset is not None:
         return INTERFACES[require_preset(preset)]
     if decodes_tokens(checkpoint):

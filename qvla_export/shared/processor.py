@@ -4,23 +4,30 @@ The host's policies and the robot's engines share this one implementation.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from qvla_export.shared.action import ActionChunk
-from qvla_export.shared.errors import ArtifactError, CheckpointError, InvalidObservation
+from qvla_export.shared.errors import CheckpointError, InvalidObservation
+from qvla_export.shared.frames import FrameSpec, frame_values
 from qvla_export.shared.images import ImageSpec, center_crop, pixel_values, resize_like_training
-from qvla_export.shared.normalization import Bounds, Statistics, require_limits
+from qvla_export.shared.normalization import Statistics
 from qvla_export.shared.observation import Observation
 
-_INSTRUCTION = "{instruction}"
-# Of a horizon, an action or a state.
-_MOST_SIZE = 4096
+# Of policies that resize what they see.
+_USUAL_FRAME = (224, 224)
+INSTRUCTION = "{instruction}"
+# "prompt": the instruction inside `prompt`, from `bos_token_id` to `suffix_token_id`. "line": the
+# instruction as it is said, and a new line behind it unless it ends in one; cut where it is too
+# long. "none": the policy does not read.
+Language = Literal["prompt", "line", "none"]
+# Token of a vocabulary that a policy does without.
+NO_TOKEN = -1
 OPENVLA_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
 
@@ -30,16 +37,16 @@ class ProcessorSpec:
 
     # Image names in the order in which the policy was trained on them, primary camera first.
     cameras: tuple[str, ...]
-    image: ImageSpec
+    image: ImageSpec | FrameSpec
     # Actions in a chunk and dimensions of an action.
     horizon: int
     action_dim: int
     # Length of the proprioceptive state; 0 where the policy takes none.
     state_dim: int
     # First token of every prompt.
-    bos_token_id: int
+    bos_token_id: int = NO_TOKEN
     # Token that must end the prompt: 29871 with the Llama-2 vocabulary.
-    suffix_token_id: int
+    suffix_token_id: int = NO_TOKEN
     prompt: str = OPENVLA_PROMPT
     # Tokens that a prompt may have, from BOS to the suffix: a longer one costs time and memory, and
     # no policy was trained on one.
@@ -50,6 +57,20 @@ class ProcessorSpec:
     center_crop: bool = False
     # Bins over [-1, 1] that a token head's actions are the centres of; 0 for continuous actions.
     action_bins: int = 0
+    # How an instruction becomes tokens.
+    language: Language = "prompt"
+
+    @property
+    def pixels(self) -> int:
+        """Return how many pixels of a camera the network sees."""
+        image = self.image
+        return image.pixels if isinstance(image, FrameSpec) else image.size**2
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Return height and width of a camera's frame that the policy takes."""
+        image = self.image
+        return (image.height, image.width) if isinstance(image, FrameSpec) else _USUAL_FRAME
 
 
 @dataclass(frozen=True)
@@ -63,22 +84,22 @@ class Processor:
     def feeds(self, observation: Observation) -> dict[str, NDArray[Any]]:
         """Return the named model inputs of one observation, batch size 1.
 
-        `pixel_values` float32 [1, 6 images, S, S]; `input_ids` int64 [1, L];
-        `state` float32 [1, n] in [-1, 1] where the policy takes one.
+        `pixel_values` float32 [1, 6 images, S, S], of a `FrameSpec` [1, 3 images, H, W];
+        `input_ids` int64 [1, L] where the policy reads; `state` float32 [1, n] where it takes one.
 
         Raises:
-            InvalidObservation: a camera is missing or the state has another length.
+            InvalidObservation: a camera or the instruction is missing, a picture or the state has
+                another size.
         """
-        feeds: dict[str, NDArray[Any]] = {
-            "pixel_values": self.pixel_values(observation)[None],
-            "input_ids": self.input_ids(observation.instruction)[None],
-        }
+        feeds: dict[str, NDArray[Any]] = {"pixel_values": self.pixel_values(observation)[None]}
+        if self.spec.language != "none":
+            feeds["input_ids"] = self.input_ids(observation.instruction)[None]
         if self.spec.state_dim:
             feeds["state"] = self.state(observation)[None]
         return feeds
 
     def pixel_values(self, observation: Observation) -> NDArray[np.float32]:
-        """Return all images, channels stacked in camera order.  float32 [6 images, S, S]"""
+        """Return all images, channels stacked in camera order; shapes as `feeds` has them."""
         missing = [name for name in self.spec.cameras if name not in observation.images]
         if missing:
             raise InvalidObservation(
@@ -86,6 +107,11 @@ class Processor:
                 f"got {sorted(observation.images)}"
             )
         image = self.spec.image
+        if isinstance(image, FrameSpec):
+            frames = np.empty((len(self.spec.cameras), 3, image.height, image.width), np.float32)
+            for number, name in enumerate(self.spec.cameras):
+                frame_values(observation.images[name], image, number, frames[number])
+            return frames.reshape(-1, image.height, image.width)
         side, planes = image.size, 3 * len(image.means)
         values = np.empty((len(self.spec.cameras), planes, side, side), np.float32)
         for name, out in zip(self.spec.cameras, values, strict=True):
@@ -93,15 +119,21 @@ class Processor:
         return values.reshape(-1, side, side)
 
     def input_ids(self, instruction: str) -> NDArray[np.int64]:
-        """Return the prompt's token ids, from BOS to the suffix token.  int64 [L]
+        """Return the prompt's token ids; none where the policy does not read.  int64 [L]
 
         Raises:
             CheckpointError: the policy has no tokenizer.
-            InvalidObservation: the instruction holds part of the prompt's template, or is longer
-                than any that a policy was trained on.
+            InvalidObservation: the instruction is missing, holds part of the prompt's template, or
+                is longer than any that a policy was trained on.
         """
+        if self.spec.language == "none":
+            return np.zeros(0, np.int64)
+        if not instruction:
+            raise InvalidObservation("an instruction is required, got none; say what to do")
         if self.tokenizer is None:
             raise CheckpointError("the checkpoint has no tokenizer.json; add it beside config.json")
+        if self.spec.language == "line":
+            return self._line_ids(self.tokenizer, instruction)
         bare = without_template(instruction.lower(), self.spec.prompt)
         text = self.spec.prompt.format(instruction=bare)
         words = self.tokenizer.encode(text).ids
@@ -134,7 +166,14 @@ class Processor:
             actions.astype(np.float32), np.asarray(normalized, np.float32), timing_ms or {}
         )
 
+    def _line_ids(self, tokenizer: Tokenizer, instruction: str) -> NDArray[np.int64]:
+        line = instruction if instruction.endswith("\n") else f"{instruction}\n"
+        words = tokenizer.encode(line, add_special_tokens=False).ids
+        first = [] if self.spec.bos_token_id == NO_TOKEN else [self.spec.bos_token_id]
+        return np.asarray([*first, *words][: self.spec.max_prompt_tokens], np.int64)
+
     def _frame(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        assert isinstance(self.spec.image, ImageSpec)
         side = self.spec.training_image_size
         # openvla-oft skips the JPEG step for frames that already have the training size.
         if side and image.shape[:2] != (side, side):
@@ -148,7 +187,7 @@ def without_template(instruction: str, prompt: str) -> str:
     Raises:
         InvalidObservation: part of the template is there, which would be in the prompt twice.
     """
-    start, _, end = (part.lower().strip() for part in prompt.partition(_INSTRUCTION))
+    start, _, end = (part.lower().strip() for part in prompt.partition(INSTRUCTION))
     text = instruction.strip()
     if start and end and text.lower().startswith(start) and text.lower().endswith(end):
         bare = text[len(start) : len(text) - len(end)].strip()
@@ -192,95 +231,3 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def processor_to_json(processor: Processor) -> dict[str, Any]:
-    """Return what a manifest stores of a processor; the tokenizer is a file of its own."""
-    statistics = processor.statistics
-    parts = {"action": statistics.action, "state": statistics.state}
-    return {
-        "spec": asdict(processor.spec),
-        "statistics": {
-            "key": statistics.key,
-            **{name: _bounds_to_json(part) for name, part in parts.items() if part is not None},
-        },
-    }
-
-
-def processor_from_json(value: Any, tokenizer: Tokenizer | None) -> Processor:
-    """Rebuild a processor from a manifest.
-
-    Raises:
-        ArtifactError: a field is missing, of the wrong kind or none that a policy can have.
-        StatisticsError: limits are not finite and ordered.
-    """
-    try:
-        image = ImageSpec(**{k: _tuples(v) for k, v in value["spec"]["image"].items()})
-        spec = ProcessorSpec(
-            **{k: _tuples(v) for k, v in value["spec"].items() if k != "image"}, image=image
-        )
-        stored = value["statistics"]
-        state = _bounds_from_json(stored["state"]) if "state" in stored else None
-        statistics = Statistics(stored["key"], _bounds_from_json(stored["action"]), state)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"the manifest's processor is not readable: {error!r}") from error
-    processor = Processor(spec, statistics, tokenizer)
-    _require_consistent(processor)
-    return processor
-
-
-def _require_consistent(processor: Processor) -> None:
-    """Refuse what a checkpoint would be refused for.
-
-    Raises:
-        ArtifactError: sizes, cameras, prompt or limits are none that a policy can have.
-    """
-    spec, statistics = processor.spec, processor.statistics
-    sizes = {
-        "horizon": spec.horizon,
-        "action_dim": spec.action_dim,
-        "state_dim": spec.state_dim,
-        "max_prompt_tokens": spec.max_prompt_tokens,
-    }
-    for name, size in sizes.items():
-        if type(size) is not int or not (name != "state_dim") <= size <= _MOST_SIZE:
-            raise ArtifactError(
-                f"the manifest's {name} must be a whole number up to {_MOST_SIZE}, got {size!r:.40}"
-            )
-    cameras = spec.cameras
-    texts = isinstance(cameras, tuple) and all(isinstance(name, str) for name in cameras)
-    if not texts or not cameras or len(set(cameras)) != len(cameras):
-        raise ArtifactError(f"the manifest needs cameras of different names, got {cameras!r:.200}")
-    if not isinstance(spec.prompt, str) or spec.prompt.count(_INSTRUCTION) != 1:
-        raise ArtifactError(f"a prompt holds {_INSTRUCTION} once, got {spec.prompt!r:.120}")
-    if set(spec.prompt.replace(_INSTRUCTION, "")) & {*"{}"}:
-        raise ArtifactError(f"a prompt has no other braces, got {spec.prompt!r:.120}")
-    parts: dict[str, tuple[Bounds | None, int]] = {"action": (statistics.action, spec.action_dim)}
-    if spec.state_dim or statistics.state is not None:
-        parts["state"] = (statistics.state, spec.state_dim)
-    for name, (bounds, size) in parts.items():
-        if bounds is None or not bounds.low.shape == bounds.high.shape == bounds.mask.shape == (
-            size,
-        ):
-            raise ArtifactError(f"the manifest's limits of {name} must have {size} entries")
-        require_limits(bounds, f"the manifest: {name}")
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _bounds_to_json(bounds: Bounds) -> dict[str, list[Any]]:
-    return {
-        "low": bounds.low.tolist(),
-        "high": bounds.high.tolist(),
-        "mask": bounds.mask.tolist(),
-    }
-
-
-def _bounds_from_json(value: Any) -> Bounds:
-    return Bounds(
-        np.asarray(value["low"], np.float64),
-        np.asarray(value["high"], np.float64),
-        np.asarray(value["mask"], bool),
-    )

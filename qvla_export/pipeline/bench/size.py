@@ -177,9 +177,8 @@ def _observation(policy: "Policy") -> "Observation":
     from qvla_export.shared.observation import Observation
 
     spec, generator = policy.processor.spec, np.random.default_rng(0)
-    images = {
-        name: generator.integers(0, 256, (224, 224, 3), dtype=np.uint8) for name in spec.cameras
-    }
+    shape = (*spec.frame_size, 3)
+    images = {name: generator.integers(0, 256, shape, dtype=np.uint8) for name in spec.cameras}
     state = generator.uniform(-1, 1, spec.state_dim).astype(np.float32)
     return Observation(images, "pick up the black bowl", state)
 

@@ -162,7 +162,7 @@ def _calibration(request: Deployment, policy: "Policy", work: Workload) -> StepC
     spec = policy.processor.spec
     dataset = drawn.dataset
     if dataset is None:
-        pixels, taken = len(spec.cameras) * 3 * spec.image.size**2, None
+        pixels, taken = len(spec.cameras) * 3 * spec.pixels, None
     else:
         images = dataset.frame(0, 0).observation.images
         pixels = sum(images[name].nbytes for name in spec.cameras)

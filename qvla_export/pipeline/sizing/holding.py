@@ -270,5 +270,5 @@ def blank_observation(policy: "Policy") -> "Observation":
     from qvla_export.shared.observation import Observation
 
     spec = policy.processor.spec
-    images = {name: np.zeros((224, 224, 3), np.uint8) for name in spec.cameras}
+    images = {name: np.zeros((*spec.frame_size, 3), np.uint8) for name in spec.cameras}
     return Observation(images, "pick up the object", np.zeros(spec.state_dim, np.float32))

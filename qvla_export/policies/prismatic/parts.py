@@ -1,6 +1,7 @@
 """The parts that all families on Prismatic's towers begin with, and what parts are made of."""
 
 from collections.abc import Callable
+from math import isqrt
 from typing import Literal
 
 import torch
@@ -61,7 +62,7 @@ def device_of(module: PrismaticModule) -> torch.device:
 
 def example_pixels(module: PrismaticModule, spec: ProcessorSpec) -> dict[str, Tensor]:
     """Return model input `pixel_values` [1, 6 * images, S, S] as an example."""
-    side = spec.image.size
+    side = isqrt(spec.pixels)
     shape = (1, 6 * len(spec.cameras), side, side)
     return {"pixel_values": torch.zeros(shape, device=device_of(module))}
 

@@ -4,6 +4,7 @@ import abc
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import TypeVar
 
 import numpy as np
@@ -117,7 +118,7 @@ class PrismaticPolicy(abc.ABC):
 
     def probe_inputs(self) -> tuple[Tensor, Tensor]:
         """Return an empty image and the shortest prompt, where the weights are."""
-        side = self.processor.spec.image.size
+        side = isqrt(self.processor.spec.pixels)
         device = self.module.projector.fc1.weight.device
         pixels = torch.zeros(1, 6 * len(self.config.cameras), side, side, device=device)
         ids = torch.tensor([[self.config.bos_token_id, self.config.suffix_token_id]], device=device)

@@ -1,0 +1,119 @@
+"""What a bundle's manifest stores of a `Processor`, and a processor of it that a robot may have."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.frames import FrameSpec
+from qvla_export.shared.images import ImageSpec
+from qvla_export.shared.normalization import Affine, Bounds, Statistics, require_limits
+from qvla_export.shared.processor import INSTRUCTION, Processor, ProcessorSpec
+
+# Of a horizon, an action or a state.
+_MOST_SIZE = 4096
+
+
+def processor_to_json(processor: Processor) -> dict[str, Any]:
+    """Return what a manifest stores of a processor; the tokenizer is a file of its own."""
+    statistics = processor.statistics
+    parts = {"action": statistics.action, "state": statistics.state}
+    return {
+        "spec": asdict(processor.spec),
+        "statistics": {
+            "key": statistics.key,
+            **{name: _bounds_to_json(part) for name, part in parts.items() if part is not None},
+        },
+    }
+
+
+def processor_from_json(value: Any, tokenizer: Tokenizer | None) -> Processor:
+    """Rebuild a processor from a manifest.
+
+    Raises:
+        ArtifactError: a field is missing, of the wrong kind or none that a policy can have.
+        StatisticsError: limits are not finite and ordered.
+    """
+    try:
+        sizes = {k: _tuples(v) for k, v in value["spec"]["image"].items()}
+        image = FrameSpec(**sizes) if "height" in sizes else ImageSpec(**sizes)
+        spec = ProcessorSpec(
+            **{k: _tuples(v) for k, v in value["spec"].items() if k != "image"}, image=image
+        )
+        stored = value["statistics"]
+        state = _bounds_from_json(stored["state"]) if "state" in stored else None
+        statistics = Statistics(stored["key"], _bounds_from_json(stored["action"]), state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"the manifest's processor is not readable: {error!r}") from error
+    processor = Processor(spec, statistics, tokenizer)
+    _require_consistent(processor)
+    return processor
+
+
+def _require_consistent(processor: Processor) -> None:
+    """Refuse what a checkpoint would be refused for.
+
+    Raises:
+        ArtifactError: sizes, cameras, prompt or limits are none that a policy can have.
+    """
+    spec, statistics = processor.spec, processor.statistics
+    sizes = {
+        "horizon": spec.horizon,
+        "action_dim": spec.action_dim,
+        "state_dim": spec.state_dim,
+        "max_prompt_tokens": spec.max_prompt_tokens,
+    }
+    for name, size in sizes.items():
+        if type(size) is not int or not (name != "state_dim") <= size <= _MOST_SIZE:
+            raise ArtifactError(
+                f"the manifest's {name} must be a whole number up to {_MOST_SIZE}, got {size!r:.40}"
+            )
+    cameras = spec.cameras
+    texts = isinstance(cameras, tuple) and all(isinstance(name, str) for name in cameras)
+    if not texts or not cameras or len(set(cameras)) != len(cameras):
+        raise ArtifactError(f"the manifest needs cameras of different names, got {cameras!r:.200}")
+    if spec.language not in ("prompt", "line", "none"):
+        raise ArtifactError(f"the manifest's language is unknown: {spec.language!r:.40}")
+    if spec.language != "none" and processor.tokenizer is None:
+        raise ArtifactError("the bundle's policy reads instructions, and its tokenizer is missing")
+    if isinstance(spec.image, FrameSpec):
+        _require_frames(spec.image, len(cameras))
+    if not isinstance(spec.prompt, str) or spec.prompt.count(INSTRUCTION) != 1:
+        raise ArtifactError(f"a prompt holds {INSTRUCTION} once, got {spec.prompt!r:.120}")
+    if set(spec.prompt.replace(INSTRUCTION, "")) & {*"{}"}:
+        raise ArtifactError(f"a prompt has no other braces, got {spec.prompt!r:.120}")
+    parts: dict[str, tuple[Bounds | None, int]] = {"action": (statistics.action, spec.action_dim)}
+    if spec.state_dim or statistics.state is not None:
+        parts["state"] = (statistics.state, spec.state_dim)
+    for name, (bounds, size) in parts.items():
+        if bounds is None or any(values.shape != (size,) for values in vars(bounds).values()):
+            raise ArtifactError(f"the manifest's limits of {name} must have {size} entries")
+        require_limits(bounds, f"the manifest: {name}")
+        if isinstance(bounds, Affine):
+            maps = (bounds.center, bounds.divisor, bounds.factor)
+            if not np.isfinite(maps).all() or (bounds.divisor <= 0).any():
+                raise ArtifactError(f"the manifest's map of {name} needs finite, positive sizes")
+
+
+def _require_frames(image: FrameSpec, cameras: int) -> None:
+    sizes = all(type(n) is int and 1 <= n <= _MOST_SIZE for n in (image.height, image.width))
+    channels = [number for part in (*image.means, *image.stds) for number in part]
+    if not sizes or len(image.means) != cameras or len(image.stds) != cameras:
+        raise ArtifactError(f"the manifest's pictures are none that {cameras} cameras can have")
+    if len(channels) != 6 * cameras or not np.isfinite(channels).all() or 0 in channels[-3:]:
+        raise ArtifactError("the manifest's pictures need three finite channels each")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _bounds_to_json(bounds: Bounds) -> dict[str, list[Any]]:
+    return {name: values.tolist() for name, values in vars(bounds).items()}
+
+
+def _bounds_from_json(value: Any) -> Bounds:
+    numbers = {k: np.asarray(v, bool if k == "mask" else np.float64) for k, v in value.items()}
+    return Affine(**numbers) if "center" in numbers else Bounds(**numbers)
