@@ -8,7 +8,7 @@ from pathlib import Path
 from jetson.doctor.bundle_facts import BundleFacts
 from jetson.doctor.finding import BoardFinding, Check
 from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.lerobot_statistics import checkpoint_statistics
+from qvla_export.shared.lerobot.lerobot_statistics import checkpoint_statistics
 from qvla_export.shared.normalization import Statistics, read_statistics
 from qvla_export.shared.policy_interface import (
     CONFIG_NAME,

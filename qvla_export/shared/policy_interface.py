@@ -9,7 +9,7 @@ from typing import Any
 from qvla_export.shared.action_space import DEGREES, END_EFFECTOR
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
-from qvla_export.shared.lerobot_config import LeRobotConfig, is_lerobot, read_lerobot_config
+from qvla_export.shared.lerobot.lerobot_config import LeRobotConfig, is_lerobot, read_lerobot_config
 from qvla_export.shared.normalization import Normalization, read_statistics
 
 CONFIG_NAME = "qvla_policy.json"

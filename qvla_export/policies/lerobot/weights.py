@@ -15,7 +15,7 @@ from torch import Tensor
 from qvla_export.policies.prismatic.files import stored_headers
 from qvla_export.policies.prismatic.weights import CheckpointWeights
 from qvla_export.shared.errors import CheckpointError
-from qvla_export.shared.lerobot_statistics import OLD_BUFFERS, has_processors
+from qvla_export.shared.lerobot.lerobot_statistics import OLD_BUFFERS, has_processors
 
 PREFIX = "model."
 

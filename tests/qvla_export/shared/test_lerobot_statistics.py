@@ -11,8 +11,8 @@ from lerobot_cases import lerobot_folder, write_statistics
 from safetensors.numpy import load_file, save_file
 
 from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.lerobot_config import is_lerobot, read_lerobot_config
-from qvla_export.shared.lerobot_statistics import (
+from qvla_export.shared.lerobot.lerobot_config import is_lerobot, read_lerobot_config
+from qvla_export.shared.lerobot.lerobot_statistics import (
     POSTPROCESSOR,
     PREPROCESSOR,
     lerobot_statistics,

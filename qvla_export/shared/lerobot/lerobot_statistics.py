@@ -17,7 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from qvla_export.shared.errors import StatisticsError
 from qvla_export.shared.json_documents import FOREIGN, Node, read_json
-from qvla_export.shared.lerobot_config import ACTION, STATE, LeRobotConfig, read_lerobot_config
+from qvla_export.shared.lerobot.lerobot_config import (
+    ACTION,
+    STATE,
+    LeRobotConfig,
+    read_lerobot_config,
+)
 from qvla_export.shared.normalization import (
     Affine,
     Statistics,

@@ -1,0 +1,1 @@
+"""What a LeRobot checkpoint says of its policy, read without torch."""
