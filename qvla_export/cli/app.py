@@ -25,6 +25,7 @@ from qvla_export.cli.judge.evaluate import evaluate
 from qvla_export.cli.judge.predict import predict
 from qvla_export.cli.judge.profile import profile
 from qvla_export.cli.judge.sizes import sizes
+from qvla_export.cli.release import key_ring, releases
 from qvla_export.cli.research.activations import activations
 from qvla_export.cli.research.baseline import baseline
 from qvla_export.cli.research.compare import compare
@@ -35,6 +36,7 @@ from qvla_export.cli.research.quantizers import quantizers
 from qvla_export.cli.research.round import round_command
 from qvla_export.cli.research.smooth import smooth
 from qvla_export.cli.research.train import train
+from qvla_export.cli.robot import store
 from qvla_export.cli.robot.doctor import doctor
 from qvla_export.cli.robot.load import load
 from qvla_export.cli.robot.replay import replay
@@ -42,6 +44,12 @@ from qvla_export.cli.robot.run import run
 from qvla_export.cli.robot.serve import serve
 
 Command = Callable[..., Any]
+
+
+def name_of(command: Command) -> str:
+    """Return a command's name: that of its module."""
+    return command.__module__.rpartition(".")[2].replace("_", "-")
+
 
 # Title of a panel -> its commands, most used first.
 PANELS: dict[str, tuple[Command, ...]] = {
@@ -54,6 +62,35 @@ PANELS: dict[str, tuple[Command, ...]] = {
     ),
 }
 BENCH: tuple[Command, ...] = (engines, allocation, server, size, rates, gpu)
+
+# Title of a panel, name of a group and what it is for -> its commands by name.
+GROUPS: dict[tuple[str, str, str], dict[str, Command]] = {
+    ("Research", "bench", "Time what is only timed."): {name_of(c): c for c in BENCH},
+    ("Deploy", "release", "Sign bundles and hand them out."): {
+        "create": releases.create,
+        "sign": releases.sign,
+        "publish": releases.publish,
+        "verify": releases.verify,
+        "inspect": releases.inspect,
+        "diff": releases.diff,
+    },
+    ("Deploy", "keys", "Say who may sign releases."): {
+        "new": key_ring.new,
+        "rotate": key_ring.rotate,
+        "revoke": key_ring.revoke,
+    },
+    ("Robot", "robot", "Install, check, switch and take back releases."): {
+        "install": store.install,
+        "build": store.build,
+        "verify": store.verify,
+        "activate": store.activate,
+        "prove": store.prove,
+        "rollback": store.rollback,
+        "list": store.list_releases,
+        "gc": store.gc,
+        "status": store.status,
+    },
+}
 
 
 def _print_version(is_asked_for: bool) -> None:
@@ -75,11 +112,6 @@ def qvla(
     """Quantize a robot policy by what each weight channel does to the action, and serve it."""
 
 
-def name_of(command: Command) -> str:
-    """Return a command's name: that of its module."""
-    return command.__module__.rpartition(".")[2].replace("_", "-")
-
-
 def _new_app() -> typer.Typer:
     return typer.Typer(
         no_args_is_help=True,
@@ -94,7 +126,8 @@ for _panel, _commands in PANELS.items():
     for _command in _commands:
         app.command(name_of(_command), rich_help_panel=_panel)(_command)
 
-bench = _new_app()
-for _command in BENCH:
-    bench.command(name_of(_command))(_command)
-app.add_typer(bench, name="bench", rich_help_panel="Research", help="Time what is only timed.")
+for (_panel, _name, _help), _inner in GROUPS.items():
+    _group = _new_app()
+    for _inner_name, _command in _inner.items():
+        _group.command(_inner_name)(_command)
+    app.add_typer(_group, name=_name, rich_help_panel=_panel, help=_help)

@@ -16,7 +16,8 @@ from qvla_export.cli.app import app
 from qvla_export.shared.errors import QvlaError
 
 # Options of other programs that the texts name: pip, rsync, systemctl, ROS, torchrun, trtexec,
-# docker, tegrastats, jetson_clocks, ps, du, venv, hf, h5repack, tfds; of openvla-oft's script.
+# docker, systemd-run, tegrastats, jetson_clocks, ps, du, venv, hf, h5repack, tfds; of
+# openvla-oft's script.
 _OF_OTHERS = {
     *("--delete", "--checksum", "--list-devices", "--lock", "--system-site-packages"),
     *("--no-deps", "--nproc-per-node", "--property", "--show", "--quiet", "--ros-args", "--now"),
@@ -24,12 +25,13 @@ _OF_OTHERS = {
     *("--interval", "--fan", "--sort", "--max-depth"),
     *("--base_checkpoint", "--lora_finetuned_checkpoint_dir"),
     *("--repo-type", "--merge", "--file_format"),
+    *("--wait", "--pipe", "--collect", "--unit", "--setenv"),
 }
 _OPTION = re.compile(r"(?<![\w/-])(--[a-zA-Z][\w-]*)")
 # Variables of a page's style look like options: var(--ink), --ink: black; so does a file's name.
 _STYLE = re.compile(r"var\(--|--[\w-]+:\s*[#\w(]|--STEP_")
 _STYLE_MODULES = ("qvla_export.report.svg",)
-_COMMAND = re.compile(r"\bqvla ((?:bench )?[a-z][a-z-]*)")
+_COMMAND = re.compile(r"\bqvla ((?:(?:bench|release|keys|robot) )?[a-z][a-z-]*)")
 # Where what follows a command is no longer its: the next sentence, or half of one.
 _END = re.compile(r"[;:)`]|\. |, (?:or|and|which|then) | \| |\bqvla ")
 
@@ -113,8 +115,10 @@ def test_errors_and_help_name_options_that_exist() -> None:
 
 def test_a_missing_path_is_said_with_an_option_of_the_command() -> None:
     group: Any = typer.main.get_command(app)
-    every = dict(group.commands)
-    every |= {f"bench {name}": command for name, command in every.pop("bench").commands.items()}
+    every = {}
+    for name, command in group.commands.items():
+        inner = getattr(command, "commands", None)
+        every |= {name: command} if inner is None else {f"{name} {n}": c for n, c in inner.items()}
     wrong = []
     for name, command in every.items():
         for parameter in command.params:

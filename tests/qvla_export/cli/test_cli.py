@@ -23,8 +23,13 @@ from qvla_export.shared.bundle import Bundle
 GROUP = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 # "bench engines" as well as "deploy".
 COMMANDS = {
-    **{name: command for name, command in GROUP.items() if name != "bench"},
-    **{f"bench {name}": command for name, command in GROUP["bench"].commands.items()},
+    " ".join([name, *inner]): command
+    for name, outer in GROUP.items()
+    for inner, command in (
+        [([], outer)]
+        if not hasattr(outer, "commands")
+        else [([n], c) for n, c in outer.commands.items()]
+    )
 }
 
 
@@ -69,9 +74,9 @@ def test_help_lists_the_commands_in_panels_most_used_first(
     listed = {title: re.findall(r"^│ (\S+) ", body, re.M) for title, body in panels}
     assert listed.pop("Options")
     assert {title: " ".join(names) for title, names in listed.items()} == {
-        "Deploy": "deploy calibrate sensitivities plan export build verify report",
+        "Deploy": "deploy calibrate sensitivities plan export build verify report release keys",
         "Judge": "evaluate profile compare-latency sizes check predict",
-        "Robot": "serve run replay load doctor",
+        "Robot": "serve run replay load doctor robot",
         "Research": "compare estimators quantizers baseline smooth moments round activations train "
         "demonstrations bench",
     }

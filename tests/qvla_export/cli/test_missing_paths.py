@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ import pytest
 from places import ROOT
 from typer.models import ArgumentInfo
 
-from qvla_export.cli.app import BENCH, PANELS, name_of
+from qvla_export.cli.app import GROUPS, PANELS, name_of
 from qvla_export.cli.options import Existing
 
 HEAVY = ("numpy", "onnx", "onnxruntime", "torch", "transformers")
@@ -21,7 +22,8 @@ DATA_SET_COMMANDS = ("deploy", "calibrate", "compare", "train")
 # Paths that a command writes, or reports on where they are missing.
 MAY_BE_MISSING = {
     *("output", "work", "timing_cache", "environment", "export_times", "export_profile"),
-    *("record", "modelopt", "engines"),
+    *("record", "modelopt", "engines", "store"),
+    *("release sign repository", "release publish repository", "keys new folder"),
     *(f"{command} run" for command in ("deploy", "calibrate", "compare")),
     # They say in their own words what is missing.
     *(f"doctor {name}" for name in ("place", "bundle", "checkpoint", "dataset", "token_file")),
@@ -29,14 +31,17 @@ MAY_BE_MISSING = {
     *(f"{command} dataset" for command in DATA_SET_COMMANDS),
 }
 RUN = """
-import json, sys
+import contextlib, io, json, sys
 from qvla_export.cli import main
-code = 0
-try:
-    main()
-except SystemExit as stop:
-    code = stop.code
-print(json.dumps([code, sorted(set(sys.modules) & {heavy})]))
+for line in sys.stdin:
+    sys.argv = ["qvla", *json.loads(line)]
+    code, said = 0, io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([code, sorted(set(sys.modules) & {heavy}), said.getvalue()]))
 """
 
 
@@ -57,7 +62,8 @@ class PathParameter:
 def commands() -> Iterator[tuple[tuple[str, ...], Callable[..., Any]]]:
     for panel in PANELS.values():
         yield from (((name_of(command),), command) for command in panel)
-    yield from ((("bench", name_of(command)), command) for command in BENCH)
+    for (_, group, _), inner in GROUPS.items():
+        yield from (((group, name), command) for name, command in inner.items())
 
 
 def path_parameters() -> Iterator[PathParameter]:
@@ -92,21 +98,39 @@ def test_every_path_is_one_that_must_exist_or_may_be_missing() -> None:
     assert {p.command[0] for p in MUST_EXIST} >= {"deploy", "plan", "verify", "serve", "replay"}
 
 
-@pytest.mark.parametrize("parameter", MUST_EXIST, ids=str)
-def test_a_missing_path_is_refused_before_heavy_imports(
-    parameter: PathParameter, tmp_path: Path
-) -> None:
-    missing = str(tmp_path / "missing")
-    place = [missing] if parameter.option is None else [parameter.option, missing]
-    arguments = [*parameter.command, *[str(ROOT)] * parameter.before, *place]
+@dataclass(frozen=True)
+class Refusal:
+    code: int
+    # Heavy modules that are loaded.
+    heavy: list[str]
+    err: str
+
+
+def refusals(commands: list[list[str]]) -> list[Refusal]:
+    """Run commands one after another in a process of their own: what one loads, the next has."""
     done = subprocess.run(
-        [sys.executable, "-c", RUN.replace("{heavy}", str(set(HEAVY))), *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert json.loads(done.stdout) == [2, []], done.stderr
-    (line,) = done.stderr.splitlines()
+        [sys.executable, "-c", RUN.replace("{heavy}", str(set(HEAVY)))],
+        input="".join(json.dumps(words) + "\n" for words in commands),
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    return [Refusal(*json.loads(line)) for line in done.stdout.splitlines()]
+
+
+@cache
+def refusals_of_missing(missing: str) -> dict[PathParameter, Refusal]:
+    commands = []
+    for parameter in MUST_EXIST:
+        place = [missing] if parameter.option is None else [parameter.option, missing]
+        commands.append([*parameter.command, *[str(ROOT)] * parameter.before, *place])
+    return dict(zip(MUST_EXIST, refusals(commands), strict=True))
+
+
+@pytest.mark.parametrize("parameter", MUST_EXIST, ids=str)
+def test_a_missing_path_is_refused_before_heavy_imports(parameter: PathParameter) -> None:
+    missing = "no/such/place"
+    refusal = refusals_of_missing(missing)[parameter]
+    assert (refusal.code, refusal.heavy) == (2, []), refusal.err
+    (line,) = refusal.err.splitlines()
     assert parameter.existing is not None
     said = f"{parameter.existing.what} not found: {missing}; {parameter.existing.remedy}"
     assert line == f"error: {said}"
@@ -118,12 +142,9 @@ def test_a_data_set_that_is_nowhere_is_refused_before_heavy_imports(
 ) -> None:
     missing = str(tmp_path / "missing")
     place = [missing, "out"] if command == "train" else ["--dataset", missing]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN.replace("{heavy}", str(set(HEAVY))), command, *place],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert json.loads(done.stdout) == [2, []], done.stderr
-    (line,) = done.stderr.splitlines()
+    (refusal,) = refusals([[command, *place]])
+    assert (refusal.code, refusal.heavy) == (2, []), refusal.err
+    (line,) = refusal.err.splitlines()
     assert line.startswith(f"error: data set not found: {missing}; ")
 
 

@@ -1,0 +1,213 @@
+"""Build and check a release before anything depends on it; the result is its standing.
+
+Both run in a process of their own: under systemd in a unit of its own, so that a build that takes
+the machine's memory is ended and the policy that serves is not.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jetson.install.activation import recover
+from jetson.install.release import Release
+from jetson.install.self_check import needs_engines
+from jetson.install.store import Store, StoreError
+from jetson.install.store_state import StoredRelease, StoreState
+from qvla_export.shared.errors import ArtifactError
+
+_SYSTEMD = Path("/run/systemd/system")
+_BUILD_TIMEOUT_S, _CHECK_TIMEOUT_S = 4 * 3600.0, 900.0
+_SHOWN = 1500
+
+
+class FailedCheck(StoreError):
+    """A release does not act as it must on this machine; it is not activated."""
+
+
+@dataclass(frozen=True)
+class BuiltRelease:
+    """Engines of a release on this machine."""
+
+    digest: str
+    name: str
+    # None where the target's bundles run as they are.
+    engines: str | None
+    # Bytes by part.
+    engine_bytes: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `qvla robot build` prints."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CheckedRelease:
+    """What the self-check of a release measured, and what it had to keep."""
+
+    digest: str
+    name: str
+    runtime: str
+    # Largest normalized |difference| from the golden actions.
+    drift: float
+    # The release's limits; None where it states none.
+    drift_limit: float | None
+    p50_ms: float | None
+    p95_ms: float | None
+    p95_limit_ms: float | None
+    observations: int
+    # What was not kept, in words.
+    breaches: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `qvla robot verify` prints."""
+        return {"passed": not self.breaches, **asdict(self)}
+
+
+def engine_folder(store: Store, release: StoredRelease, machine: str) -> Path:
+    """Return where a release's engines lie for a machine as it is."""
+    return store.engines / release.bundle_digest / machine
+
+
+def build_release(store: Store, wanted: str | None, machine: str, boot_id: str) -> BuiltRelease:
+    """Build a release's engines for this machine, unless they are there; the store must be open.
+
+    Raises:
+        StoreError: there is no such release, or they cannot be built, with what helps.
+    """
+    state = recover(store, boot_id)
+    digest = state.find(wanted)
+    release = state.known(digest)
+    if not needs_engines(release.target):
+        _raise_standing(store, state, digest, "built")
+        return BuiltRelease(digest, release.name, None, {})
+    folder = engine_folder(store, release, machine)
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = _isolated(("build", store.bundle(digest), folder), _BUILD_TIMEOUT_S)
+    if "error" in sizes:
+        raise StoreError(f"engines of release {release.name!r}: {sizes['error']}")
+    _raise_standing(store, state, digest, "built")
+    return BuiltRelease(digest, release.name, str(folder), sizes)
+
+
+def check_release(
+    store: Store, wanted: str | None, machine: str, boot_id: str, samples: int = 100
+) -> CheckedRelease:
+    """Run a release on its golden observations, built before where that is needed.
+
+    Whatever comes of it is written into the release's standing. The store must be open.
+
+    Raises:
+        FailedCheck: it is damaged, crashes, drifts or is too slow.
+        StoreError: there is no such release, or its engines cannot be built.
+    """
+    built = build_release(store, wanted, machine, boot_id)
+    state = StoreState.load(store)
+    digest, name = built.digest, built.name
+    try:
+        checked = _check(store, state.known(digest), digest, machine, samples)
+    except (ArtifactError, FailedCheck) as error:
+        _fail(store, state, digest, str(error))
+        raise FailedCheck(f"release {name!r} fails its check: {error}") from None
+    if checked.breaches:
+        _fail(store, state, digest, "; ".join(checked.breaches))
+        raise FailedCheck(
+            f"release {name!r} fails its check: {'; '.join(checked.breaches)}; it is not activated"
+        )
+    _raise_standing(store, state, digest, "checked", machine)
+    return checked
+
+
+def _check(
+    store: Store, stored: StoredRelease, digest: str, machine: str, samples: int
+) -> CheckedRelease:
+    release = Release.load(store.release(digest))
+    if release.digest != digest:
+        raise FailedCheck(f"release.json has digest {release.digest[:16]}, not {digest[:16]}")
+    folder = engine_folder(store, stored, machine)
+    found = _isolated(("check", store.bundle(digest), folder, samples), _CHECK_TIMEOUT_S)
+    if "error" in found:
+        raise FailedCheck(found["error"])
+    if found["bundle_digest"] != release.bundle_digest:
+        raise FailedCheck(f"the bundle has digest {found['bundle_digest'][:16]}")
+    limits, breaches = release.limits, list(found["breaches"])
+    if limits.drift is not None and found["drift"] > limits.drift:
+        breaches.append(f"drift {found['drift']:.2e}, its limit is {limits.drift:.2e}")
+    if limits.p95_ms is not None and not (found["p95_ms"] or 0) <= limits.p95_ms:
+        breaches.append(
+            f"95 in 100 actions take {found['p95_ms']:.2f} ms, its limit is {limits.p95_ms:.2f} ms"
+        )
+    return CheckedRelease(
+        digest,
+        release.name,
+        found["runtime"],
+        found["drift"],
+        limits.drift,
+        found["p50_ms"],
+        found["p95_ms"],
+        limits.p95_ms,
+        found["observations"],
+        tuple(breaches),
+    )
+
+
+def unit_command(systemd: Path = _SYSTEMD) -> tuple[str, ...]:
+    """Return what starts a command in a unit of its own; nothing where systemd does not run."""
+    program = shutil.which("systemd-run")
+    if program is None or not systemd.is_dir() or os.geteuid() != 0:
+        return ()
+    options = ("--wait", "--pipe", "--collect", "--quiet", f"--unit=qvla-build-{os.getpid()}")
+    properties = ("Nice=10", "IOSchedulingClass=idle", "MemoryMax=80%", "OOMPolicy=stop")
+    return (program, *options, *(f"--property={one}" for one in properties))
+
+
+def _isolated(arguments: Sequence[object], timeout_s: float) -> dict[str, Any]:
+    """Run `jetson.install.self_check` in a process of its own; return what it found.
+
+    Raises:
+        FailedCheck: it crashed, or takes too long.
+    """
+    prefix = unit_command() if arguments[0] == "build" else ()
+    kept = {name: os.environ[name] for name in ("PYTHONPATH", "HOME") if name in os.environ}
+    settings = [f"--setenv={name}={value}" for name, value in kept.items()] if prefix else []
+    words = [*prefix, *settings, sys.executable, "-m", "jetson.install.self_check"]
+    try:
+        done = subprocess.run(
+            [*words, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise FailedCheck(f"{arguments[0]} has not ended after {timeout_s:.0f} s") from None
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        said = " ".join(done.stderr.split())[-_SHOWN:]
+        how = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
+        raise FailedCheck(f"{arguments[0]} ended with {how}: {said}")
+    value: dict[str, Any] = json.loads(lines[-1])
+    return value
+
+
+def _raise_standing(
+    store: Store, state: StoreState, digest: str, standing: str, machine: str | None = None
+) -> None:
+    """Write a standing that was reached; one that says more stays."""
+    found = state.known(digest)
+    higher = {"built": ("checked", "probation", "proven"), "checked": ("probation", "proven")}
+    changes: dict[str, Any] = {} if machine is None else {"machine": machine, "reason": None}
+    if found.standing not in higher[standing] and not (
+        standing == "built" and found.standing == "failed"
+    ):
+        changes["standing"] = standing
+    state.with_release(digest, **changes).save(store)
+
+
+def _fail(store: Store, state: StoreState, digest: str, reason: str) -> None:
+    state.with_release(digest, standing="failed", reason=reason[:_SHOWN]).save(store)

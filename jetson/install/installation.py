@@ -1,0 +1,249 @@
+"""Install a release: fetched, checked and put together beside the others; nothing is switched."""
+
+import importlib.metadata
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jetson.install.blobs import Fetched, fetch_blob, has_blob, read_target
+from jetson.install.release import (
+    BUNDLE,
+    MOST_RELEASE_BYTES,
+    RELEASE,
+    RefusedRelease,
+    Release,
+    ReleaseFile,
+    require_runtime,
+)
+from jetson.install.release_source import ReleaseSource, open_source
+from jetson.install.store import TEMPORARY, NoSpace, Store, StoreError, remove
+from jetson.install.store_state import StoreState
+from jetson.install.trust import Catalogue, VouchedFile, anchor_trust, refresh
+from qvla_export.shared.artifacts import sync_folder, write_bytes, write_json
+from qvla_export.shared.bundle import MANIFEST, Bundle
+from qvla_export.shared.json_documents import read_json
+
+_ROBOT_FORMAT = "qvla-robot-1"
+# Beyond a release's own bytes: folders, metadata, what else the machine writes meanwhile.
+_SPARE_SHARE, _SPARE_BYTES = 1.1, 1 << 20
+
+
+@dataclass(frozen=True)
+class InstallRequest:
+    """What to install; None for what this store was told before."""
+
+    # Folder or URL of the repository.
+    repository: str | None = None
+    # Target of this robot's bundles.
+    target: str | None = None
+    # The root that the keys lead back to; given once.
+    root: Path | None = None
+    # Name, or start of the digest, of a release; None for the newest of the target.
+    release: str | None = None
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What an installation did."""
+
+    digest: str
+    name: str
+    target: str
+    # Bytes that came over the network; of files that were here already; of all.
+    fetched_bytes: int
+    present_bytes: int
+    release_bytes: int
+    # File names that came as patches.
+    patched: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `qvla robot install` prints."""
+        return asdict(self)
+
+
+def install(store: Store, request: InstallRequest) -> Installed:
+    """Bring a release into the store, whole or not at all; what is there is not fetched again.
+
+    The store must be open.
+
+    Raises:
+        RefusedRelease: it, or the repository, is not what the keys vouch for.
+        NoSpace: it does not fit; nothing was written.
+        RemoteError: the repository cannot be read; the same call goes on.
+        StoreError: the store does not know whom to trust, what it is or where to look.
+    """
+    anchor = anchor_trust(store.trust, request.root)
+    place, target = _robot(store, request)
+    source = open_source(place)
+    catalogue = refresh(store.trust, anchor, source)
+    vouched = choose(catalogue, target, request.release)
+    release = read_release(source, vouched)
+    if release.target != target:
+        raise _wrong_target(release.name, release.target, target)
+    require_runtime(release, importlib.metadata.version("qvla"))
+    write_json(store.robot, {"format": _ROBOT_FORMAT, "repository": place, "target": target})
+    digest = release.digest
+    if not store.release(digest).is_dir():
+        absent = [file for file in release.files if not has_blob(store, file)]
+        _require_space(store, absent)
+        fetched = [fetch_blob(store, source, catalogue, file) for file in absent]
+        _assemble(store, release)
+    else:
+        fetched = []
+    StoreState.load(store).matched(store)
+    return _installed(release, fetched)
+
+
+def choose(catalogue: Catalogue, target: str, wanted: str | None = None) -> VouchedFile:
+    """Return the release that a robot is to have.
+
+    Args:
+        catalogue: what the repository offers.
+        target: of the robot.
+        wanted: name or start of the digest; None for the newest of the target.
+
+    Raises:
+        RefusedRelease: "unknown release", or "wrong target".
+    """
+    offers = sorted(
+        (t for name, t in catalogue.targets.items() if name.startswith("releases/")),
+        key=lambda t: -_serial(t),
+    )
+    if wanted is not None:
+        offers = [t for t in offers if wanted == t.custom.get("name") or _begins(t, wanted)]
+    fitting = [t for t in offers if t.custom.get("target") == target]
+    if fitting:
+        return fitting[0]
+    if offers:
+        raise _wrong_target(
+            str(offers[0].custom.get("name")), str(offers[0].custom.get("target")), target
+        )
+    what = "no release" if wanted is None else f"no release called {wanted!r:.80}"
+    raise RefusedRelease("unknown release", f"the repository has {what}; see qvla release inspect")
+
+
+def read_release(source: ReleaseSource, vouched: VouchedFile) -> Release:
+    """Read a release's document from the repository.
+
+    Raises:
+        RefusedRelease: it is not what the keys vouch for.
+    """
+    if vouched.nbytes > MOST_RELEASE_BYTES:
+        raise RefusedRelease("endless", f"{vouched.name} has {vouched.nbytes} bytes")
+    release = Release.from_bytes(read_target(source, vouched), vouched.name)
+    if vouched.name != release_name(release.digest):
+        raise RefusedRelease("mixed", f"{vouched.name} holds release {release.digest[:16]}")
+    return release
+
+
+def release_name(digest: str) -> str:
+    """Return a release's name among the repository's targets."""
+    return f"releases/{digest}.json"
+
+
+def require_complete(release: Release, folder: Path) -> Bundle:
+    """Return the bundle of a release that was put together.
+
+    Raises:
+        RefusedRelease: its files are not those of its manifest, or it is another bundle.
+        ArtifactError: a file is damaged.
+    """
+    manifest = read_json(folder / MANIFEST, "bundle manifest")
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    names = {MANIFEST, *(listed if isinstance(listed, dict) else ())}
+    files = {file.name for file in release.files}
+    for reason, differing in (("extra file", files - names), ("missing file", names - files)):
+        if differing:
+            raise RefusedRelease(
+                reason,  # type: ignore[arg-type]  # both are reasons
+                f"release {release.name!r} and its bundle differ about {sorted(differing)[:8]}; "
+                "create it again",
+            )
+    bundle = Bundle.load(folder)
+    stated = (release.bundle_digest, release.target, release.policy_digest)
+    if (bundle.digest, bundle.target, bundle.policy_digest) != stated:
+        raise RefusedRelease("mixed", f"release {release.name!r} states another bundle's digests")
+    return bundle
+
+
+def _robot(store: Store, request: InstallRequest) -> tuple[str, str]:
+    known = read_json(store.robot, "what this robot is") if store.robot.is_file() else {}
+    place = request.repository or known.get("repository")
+    if place and not str(place).startswith(("http://", "https://")):
+        place = str(Path(place).absolute())
+    target = request.target or known.get("target")
+    if not place or not target:
+        raise StoreError(
+            "this store was not told yet where releases come from and what this robot is: give "
+            "--from (folder or URL) and --target (orin-jp7, orin-jp6, cpu ...) once"
+        )
+    if request.target and known.get("target") not in (None, request.target):
+        raise StoreError(
+            f"this robot is a {known['target']}, --target says {request.target}; take another "
+            "--store for another robot"
+        )
+    return str(place), str(target)
+
+
+def _require_space(store: Store, absent: Iterable[ReleaseFile]) -> None:
+    needed = int(sum(file.nbytes for file in absent) * _SPARE_SHARE) + _SPARE_BYTES
+    disk = os.statvfs(store.root)
+    begun = sum(path.stat().st_size for path in store.blobs.glob(f"{TEMPORARY}*"))
+    free = disk.f_bavail * disk.f_frsize + begun
+    if free < needed:
+        raise NoSpace(
+            f"the release needs {needed / 1e6:.1f} MB more on the disk of {store.root}, "
+            f"{free / 1e6:.1f} MB are free; make room with: qvla robot gc"
+        )
+
+
+def _assemble(store: Store, release: Release) -> None:
+    """Link a release's files together under another name, check them, and rename."""
+    digest = release.digest
+    temporary = store.releases / f"{TEMPORARY}{digest}"
+    remove(temporary)
+    folder = temporary / BUNDLE
+    folder.mkdir(parents=True)
+    for file in release.files:
+        (folder / file.name).hardlink_to(store.blob(file.sha256))
+    write_bytes(temporary / RELEASE, release.to_bytes())
+    try:
+        require_complete(release, folder)
+    except BaseException:
+        remove(temporary)
+        raise
+    sync_folder(folder)
+    sync_folder(temporary)
+    temporary.rename(store.release(digest))
+    sync_folder(store.releases)
+
+
+def _installed(release: Release, fetched: list[Fetched]) -> Installed:
+    came = {one.sha256: one for one in fetched}
+    return Installed(
+        release.digest,
+        release.name,
+        release.target,
+        sum(one.nbytes for one in fetched),
+        sum(file.nbytes for file in release.files if file.sha256 not in came),
+        release.nbytes,
+        tuple(f.name for f in release.files if f.sha256 in came and came[f.sha256].patched_from),
+    )
+
+
+def _serial(vouched: VouchedFile) -> int:
+    serial = vouched.custom.get("serial")
+    return serial if type(serial) is int else 0
+
+
+def _begins(vouched: VouchedFile, wanted: str) -> bool:
+    return len(wanted) >= 6 and vouched.name.startswith(f"releases/{wanted}")
+
+
+def _wrong_target(name: str, its: str, target: str) -> RefusedRelease:
+    return RefusedRelease(
+        "wrong target",
+        f"release {name!r} is for {its}, this robot is a {target}; export and release for it",
+    )

@@ -1,0 +1,43 @@
+"""Say what a store holds and serves; reads only, so that it answers while another command works."""
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+from jetson.install.activation import CURRENT, PREVIOUS
+from jetson.install.fingerprint import machine_facts, machine_fingerprint
+from jetson.install.store import Store
+from jetson.install.store_state import StoreState
+from qvla_export.shared.json_documents import read_json
+
+
+def list_releases(store: Store) -> dict[str, Any]:
+    """Return every release, newest first."""
+    releases = StoreState.load(store).releases
+    links = {store.linked(link): link for link in (PREVIOUS, CURRENT)}
+    newest = sorted(releases, key=lambda digest: -releases[digest].order)
+    return {
+        "releases": [
+            {"digest": digest, "link": links.get(digest), **asdict(releases[digest])}
+            for digest in newest
+        ]
+    }
+
+
+def read_status(store: Store) -> dict[str, Any]:
+    """Return what serves, on probation or proven, the machine, and the room on its disk."""
+    state = StoreState.load(store)
+    current = store.linked(CURRENT)
+    release = state.releases.get(current or "")
+    fingerprint = machine_fingerprint()
+    disk = os.statvfs(store.root) if store.root.exists() else None
+    return {
+        "current": None if release is None else {"digest": current, **asdict(release)},
+        "previous": store.linked(PREVIOUS),
+        "probation": None if state.probation is None else asdict(state.probation),
+        "unfinished": state.switch is not None,
+        "machine": {"fingerprint": fingerprint, **machine_facts()},
+        "checked_here": release is not None and release.machine == fingerprint,
+        "free_bytes": None if disk is None else disk.f_bavail * disk.f_frsize,
+        "robot": read_json(store.robot, "what this robot is") if store.robot.is_file() else None,
+    }

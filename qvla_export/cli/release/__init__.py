@@ -1,0 +1,1 @@
+"""Commands of releases and their keys."""

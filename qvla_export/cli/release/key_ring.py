@@ -1,0 +1,53 @@
+"""`qvla keys`: who may sign releases."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qvla_export.cli.options import Existing
+
+SOME_KEYS = Existing("folder of keys", "make them first with: qvla keys new")
+KeysArgument = Annotated[Path, typer.Argument(help="Folder of keys.", callback=SOME_KEYS.require)]
+DaysOption = Annotated[int, typer.Option("--days", min=1, help="Until the new root expires.")]
+
+
+def new(
+    folder: Annotated[Path, typer.Argument(help="New folder of keys.")],
+    root_keys: Annotated[int, typer.Option(min=1, help="Keys of the root.")] = 3,
+    root_threshold: Annotated[int, typer.Option(min=1, help="Root keys that must sign.")] = 2,
+    targets_keys: Annotated[int, typer.Option(min=1, help="Keys of release engineers.")] = 1,
+    targets_threshold: Annotated[int, typer.Option(min=1, help="Engineers that must sign.")] = 1,
+    days: DaysOption = 365,
+) -> None:
+    """Make the keys of every role and 1.root.json, which robots are given; prints JSON."""
+    from qvla_export.pipeline.release.keys import KeyPolicy, describe, new_keys
+
+    policy = KeyPolicy(root_keys, root_threshold, targets_keys, targets_threshold, days)
+    typer.echo(json.dumps(describe(new_keys(folder, policy)), indent=1))
+
+
+def rotate(
+    folder: KeysArgument,
+    role: Annotated[
+        Literal["root", "targets", "snapshot", "timestamp"],
+        typer.Argument(help="Whose keys are replaced."),
+    ],
+    days: DaysOption = 365,
+) -> None:
+    """Replace every key of a role; sign and publish again after it. Prints JSON."""
+    from qvla_export.pipeline.release.keys import describe, rotate_keys
+
+    typer.echo(json.dumps(describe(rotate_keys(folder, role, days)), indent=1))
+
+
+def revoke(
+    folder: KeysArgument,
+    key: Annotated[str, typer.Argument(help="Start of the key's id, six digits at least.")],
+    days: DaysOption = 365,
+) -> None:
+    """Take the right to sign from a key and give it to a new one. Prints JSON."""
+    from qvla_export.pipeline.release.keys import describe, revoke_key
+
+    typer.echo(json.dumps(describe(revoke_key(folder, key, days)), indent=1))

@@ -1,0 +1,1 @@
+"""Releases: keys, signing, and repositories that any static server hands out."""

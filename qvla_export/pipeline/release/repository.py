@@ -1,0 +1,79 @@
+"""The noun `Repository`: a folder of signed metadata and files that any static server hands out.
+
+    metadata/   <n>.root.json, <n>.targets.json, <n>.snapshot.json, timestamp.json
+    targets/    blobs/<sha256>, releases/<digest>.json, deltas/<sha256>-<sha256>.zst
+
+The newest timestamp is written last: until then nobody sees what is new.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
+
+from jetson.install.trust import METADATA, TARGETS
+from qvla_export.shared.errors import ArtifactError
+
+TIMESTAMP = "timestamp.json"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository in a folder."""
+
+    root: Path
+
+    @property
+    def metadata(self) -> Path:
+        """Folder of what is signed."""
+        return self.root / METADATA
+
+    @property
+    def targets(self) -> Path:
+        """Folder of files."""
+        return self.root / TARGETS
+
+    def timestamp(self) -> Metadata[Timestamp] | None:
+        """Return what is newest; None in a repository that nothing was published in.
+
+        Raises:
+            ArtifactError: it is damaged.
+        """
+        path = self.metadata / TIMESTAMP
+        return _read(path, Timestamp) if path.is_file() else None
+
+    def snapshot(self) -> Metadata[Snapshot] | None:
+        """Return the newest snapshot, None before the first."""
+        timestamp = self.timestamp()
+        if timestamp is None:
+            return None
+        version = timestamp.signed.snapshot_meta.version
+        return _read(self.metadata / f"{version}.snapshot.json", Snapshot)
+
+    def offers(self) -> Metadata[Targets] | None:
+        """Return the newest list of files, None before the first."""
+        snapshot = self.snapshot()
+        if snapshot is None:
+            return None
+        version = snapshot.signed.meta["targets.json"].version
+        return _read(self.metadata / f"{version}.targets.json", Targets)
+
+    def newest_root(self) -> Metadata[Root] | None:
+        """Return the newest root, None before the first."""
+        paths = sorted(
+            self.metadata.glob("*.root.json"), key=lambda path: int(path.name.split(".")[0])
+        )
+        return _read(paths[-1], Root) if paths else None
+
+
+def _read(path: Path, kind: type) -> Metadata:  # type: ignore[type-arg]  # as `kind` says
+    try:
+        found: Metadata = Metadata.from_bytes(path.read_bytes())  # type: ignore[type-arg]
+    except (OSError, RepositoryError) as error:
+        raise ArtifactError(
+            f"the repository's {path} cannot be read: {error}; copy the repository again"
+        ) from None
+    if not isinstance(found.signed, kind):
+        raise ArtifactError(f"{path} holds {found.signed.type} metadata; copy the repository again")
+    return found
