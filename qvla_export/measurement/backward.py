@@ -4,20 +4,19 @@ Estimators of first order share it: they differ in how they bring a layer's grad
 output error E of every width together.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from qvla_export.measurement.recorded_calls import RecordedCalls, recording
 from qvla_export.measurement.standard_error import add_moments
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers, apply_rows, as_tokens
-from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
 # "full": (sum_t g E)^2. "norms": sum_t g^2 times sum_t E^2, eq. 6. "isotropic": sum_t g^2 times
@@ -88,7 +87,7 @@ def add_batch(
         sums: see `standard_error.empty_sums`; `WHOLE` is of this batch. Added to in place.
 
     Raises:
-        QvlaError: a layer is called more than once in a pass.
+        QvlaError: a convolution is called more than once in a pass.
     """
     moved = deviations(probed_pass(policy, layers, batch), changes)
     for name, layer_deviations in moved.items():
@@ -100,7 +99,8 @@ class Recorded:
     """What some layers take and return in a pass with a graph."""
 
     layers: Layers
-    # Layer name -> detached inputs; each is let go once it has been used.
+    # Layer name -> detached inputs, those of several calls side by side; each is let go once it
+    # has been used.
     inputs: dict[str, Tensor]
     outputs: Mapping[str, Tensor]
     # Observations of the pass.
@@ -222,61 +222,33 @@ def probed_pass(policy: Policy, layers: Layers, batch: ProbedBatch) -> Pass:
     """Run a batch forward with a graph and draw its probes.
 
     Raises:
-        QvlaError: a layer is called more than once.
+        QvlaError: a convolution is called more than once.
     """
-    actions, inputs, outputs = recorded_pass(policy, layers, batch.observations)
+    actions, calls = recorded_pass(policy, layers, batch.observations)
     flat = actions.reshape(len(batch.observations), -1)
     probes, weight = batch.draw(flat)
-    targets = [outputs[name] for name in layers]
+    targets = calls.targets
 
     def gradients(number: int) -> Sequence[Tensor]:
         more = number + 1 < len(probes)
-        return torch.autograd.grad(flat, targets, grad_outputs=probes[number], retain_graph=more)
+        found = torch.autograd.grad(flat, targets, grad_outputs=probes[number], retain_graph=more)
+        return calls.joined(found)
 
+    inputs, outputs = calls.joined_inputs(), calls.joined_outputs()
     recorded = Recorded(layers, inputs, outputs, len(batch.observations))
     return Pass(recorded, gradients, [weight] * len(probes))
 
 
 def recorded_pass(
     policy: Policy, layers: Layers, observations: Sequence[Observation]
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Run forward with a graph; return the actions and each layer's inputs and outputs.
+) -> tuple[Tensor, RecordedCalls]:
+    """Run forward with a graph; return the actions and what each layer takes and returns.
 
     Raises:
-        QvlaError: a layer is called more than once.
+        QvlaError: a convolution is called more than once.
     """
     # Before anything is recorded: a policy that decodes chooses its tokens here.
     batch = policy.batch(observations)
-    with recording(layers) as (inputs, outputs), torch.enable_grad():
+    with recording(layers) as calls, torch.enable_grad():
         actions = policy.normalized_actions(batch)
-    return actions, inputs, outputs
-
-
-@contextlib.contextmanager
-def recording(layers: Layers) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Yield what the layers take and return while the block runs: detached inputs, outputs.
-
-    Raises:
-        QvlaError: a layer is called more than once.
-    """
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-
-    def recorder(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            if name in outputs:
-                raise QvlaError(f"layer {name} runs more than once in a pass; not supported")
-            # All parameters are frozen, so the graph has to begin at the first layers' outputs.
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            inputs[name] = arguments[0].detach()
-            outputs[name] = output
-
-        return record
-
-    handles = [layer.register_forward_hook(recorder(name)) for name, layer in layers.items()]
-    try:
-        yield inputs, outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    return actions, calls

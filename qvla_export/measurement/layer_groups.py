@@ -200,7 +200,8 @@ def _moved_numbers(
 
     def counter(name: str) -> RemovableHandle:
         def count(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            moved[name] = (arguments[0].numel(), output.numel())
+            before = moved.get(name, (0, 0))
+            moved[name] = (before[0] + arguments[0].numel(), before[1] + output.numel())
 
         return layers[name].register_forward_hook(count)
 

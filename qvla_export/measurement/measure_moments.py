@@ -55,8 +55,8 @@ def measure_moments(
         world: the processes that share the observations; all get the result.
 
     Raises:
-        QvlaError: no observations, a layer that is called more than once in a pass, or one that
-            exceeds the bound of memory.
+        QvlaError: no observations, a convolution that is called more than once in a pass, or
+            a layer that exceeds the bound of memory.
     """
     if not observations:
         raise QvlaError("moments need at least one observation, got none")

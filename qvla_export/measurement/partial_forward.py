@@ -3,10 +3,11 @@
 The first pass records every module that maps a batch to a batch. A partial pass with some channels
 of one layer changed runs several of them side by side, as repetitions of the batch: whatever ended
 before the layer began returns its recorded output, the layer adds the changed channels' difference
-to its own, and whatever comes after it runs only where its inputs differ. Weights are never
-touched.
+to its own, and whatever comes after it runs only where its inputs differ. A layer that runs several
+times, as in the steps of a flow, is changed in each of them. Weights are never touched.
 """
 
+import bisect
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,12 +19,11 @@ from torch import Tensor, nn
 from qvla_export.measurement.raised_weights import restore_forward
 from qvla_export.policies.base import Policy, PolicyBatch
 from qvla_export.policies.layers import Layers, apply_rows, as_tokens
-from qvla_export.shared.errors import QvlaError
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What a module did in the reference pass."""
+    """What a module did in one call of the reference pass."""
 
     inputs: tuple[Tensor, ...]
     output: Tensor
@@ -50,10 +50,12 @@ class PartialForward:
         self._policy = policy
         self._layers = layers
         self._batch = batch
-        self._records: dict[str, _Recorded] = {}
-        # Modules that are called more than once, or do not map a batch to a batch.
+        # Name of a module -> its calls, in order.
+        self._records: dict[str, list[_Recorded]] = {}
+        # Modules that do not map a batch to a batch.
         self._unfit: set[str] = set()
         self._change: _Change | None = None
+        # Calls and returns so far: in a partial pass, of the reference pass that it repeats.
         self._clock = 0
         # Normalized actions of the reference pass.  float32 [B, outputs]
         self.reference = torch.zeros(0)
@@ -71,7 +73,7 @@ class PartialForward:
         """
         count = len(channels)
         indices = torch.tensor(list(channels), device=rows.device)
-        self._change = _Change(layer, indices, rows)
+        self._change, self._clock = _Change(layer, indices, rows), 0
         try:
             actions = self._policy.normalized_actions(_repeated(self._batch, count))
         finally:
@@ -87,23 +89,46 @@ class PartialForward:
     def stand_in(self, name: str, module: nn.Module) -> Callable[..., Any]:
         """Return what stands in for a module's forward."""
         original = module.forward
-        layer = self._layers.get(name)
 
         def run(*arguments: Any, **named: Any) -> Any:
             if self._change is None:
                 return self._recording(name, original, arguments, named)
-            known = self._records.get(name)
-            began = self._records[self._change.layer].began
-            if known is None or known.began < began < known.ended:
+            known = self._known(name)
+            if known is None:
                 return original(*arguments, **named)
-            if layer is not None and name == self._change.layer:
-                return _changed(layer, known, self._change)
-            count = len(self._change.channels)
-            if known.ended < began or _equal(_tensors((arguments, named)), known.inputs, count):
-                return _expanded(known.output, count)
-            return original(*arguments, **named)
+            output = self._partial(name, known, original, arguments, named)
+            self._clock = known.ended + 1
+            return output
 
         return run
+
+    def _known(self, name: str) -> _Recorded | None:
+        """Return the call of the reference pass that a module repeats now; None if unknown."""
+        calls = self._records.get(name, ())
+        number = bisect.bisect_left(calls, self._clock, key=lambda call: call.began)
+        return calls[number] if number < len(calls) else None
+
+    def _partial(
+        self, name: str, known: _Recorded, original: Callable[..., Any], arguments: Any, named: Any
+    ) -> Any:
+        """Return a module's output in a partial pass, computed only where it may differ."""
+        change = self._change
+        assert change is not None
+        count, changed = len(change.channels), self._records[change.layer]
+        # Calls of the changed layer within this one.
+        inside = bisect.bisect_left(changed, known.ended, key=lambda call: call.began)
+        inside -= bisect.bisect_left(changed, known.began + 1, key=lambda call: call.began)
+        if inside:
+            return original(*arguments, **named)
+        same = known.ended < changed[0].began or _equal(
+            _tensors((arguments, named)), known.inputs, count
+        )
+        if name == change.layer:
+            layer = self._layers[name]
+            if known.began == changed[0].began or same:
+                return _changed(layer, known, change)
+            return _changed_again(layer, arguments[0], original(*arguments, **named), change)
+        return _expanded(known.output, count) if same else original(*arguments, **named)
 
     def _recording(
         self, name: str, original: Callable[..., Any], arguments: Any, named: Any
@@ -111,8 +136,6 @@ class PartialForward:
         began, self._clock = self._clock, self._clock + 1
         output = original(*arguments, **named)
         ended, self._clock = self._clock, self._clock + 1
-        if name in self._records and name in self._layers:
-            raise QvlaError(f"layer {name} runs more than once in a pass; not supported")
         inputs = _tensors((arguments, named))
         first = arguments[0] if arguments else None
         maps_batches = (
@@ -121,12 +144,12 @@ class PartialForward:
             and output.ndim > 1
             and first.shape[:1] == output.shape[:1]
         )
-        if name in self._records or not maps_batches:
+        if not maps_batches:
             self._unfit.add(name)
         if name in self._unfit:
             self._records.pop(name, None)
         else:
-            self._records[name] = _Recorded(inputs, output, began, ended)
+            self._records.setdefault(name, []).append(_Recorded(inputs, output, began, ended))
         return output
 
 
@@ -138,9 +161,6 @@ def recorded(policy: Policy, layers: Layers, batch: PolicyBatch) -> Iterator[Par
         policy: computes in float32; called without gradients.
         layers: whose channels may be changed.
         batch: of any size; leads the tensors between modules.
-
-    Raises:
-        QvlaError: one of the layers is called more than once in a pass.
     """
     forward = PartialForward(policy, layers, batch)
     names = {module: name for name, module in layers.items()}
@@ -170,6 +190,27 @@ def _changed(layer: nn.Linear | nn.Conv2d, known: _Recorded, change: _Change) ->
     by_repetition = tokens.reshape(count, -1, *tokens.shape[1:])
     for repetition, channel in enumerate(change.channels.tolist()):
         by_repetition[repetition, ..., channel] += added[..., repetition]
+    return outputs
+
+
+def _changed_again(
+    layer: nn.Linear | nn.Conv2d, inputs: Tensor, outputs: Tensor, change: _Change
+) -> Tensor:
+    """The layer's outputs for inputs that differ already, each repetition with its channel changed.
+
+    Args:
+        layer: the layer.
+        inputs: [repetitions * N, ...]
+        outputs: of the unchanged layer; changed in place.
+        change: rows and channels.
+    """
+    count = len(change.channels)
+    fed = inputs.reshape(count, -1, *inputs.shape[1:])
+    tokens = as_tokens(layer, outputs)
+    by_repetition = tokens.reshape(count, -1, *tokens.shape[1:])
+    for repetition, channel in enumerate(change.channels.tolist()):
+        row = change.rows[repetition : repetition + 1]
+        by_repetition[repetition, ..., channel] += apply_rows(layer, fed[repetition], row)[..., 0]
     return outputs
 
 

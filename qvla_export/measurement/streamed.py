@@ -19,7 +19,6 @@ from qvla_export.measurement.backward import (
     ProbedBatch,
     Recorded,
     WeightChanges,
-    recording,
 )
 from qvla_export.measurement.layer_groups import (
     NeedsOf,
@@ -32,6 +31,7 @@ from qvla_export.measurement.part_needs import PartNeeds, part_needs
 from qvla_export.measurement.part_reader import PartReader, Weights
 from qvla_export.measurement.peak_memory import give_back
 from qvla_export.measurement.raised_weights import put_weight
+from qvla_export.measurement.recorded_calls import recording
 from qvla_export.measurement.weight_placement import WeightPlacement
 from qvla_export.measurement.whole_deviations import WholeDeviations
 from qvla_export.policies.base import Policy
@@ -213,10 +213,11 @@ class _Run:
         sources = needs.made_by_others if hand_on else ()
         for name in sources:
             given[name].requires_grad_(True)
-        with recording(group) as (inputs, outputs), torch.enable_grad():
+        with recording(group) as calls, torch.enable_grad():
             result = needs.part.module(*given.values())
         upstream = self.gradients[needs.part.output]
-        targets = [*(outputs[name] for name in group), *(given[name] for name in sources)]
+        own = len(calls.targets)
+        targets = [*calls.targets, *(given[name] for name in sources)]
 
         def gradients(number: int) -> Sequence[Tensor]:
             if not targets:
@@ -225,11 +226,12 @@ class _Run:
             found = torch.autograd.grad(
                 result, targets, grad_outputs=upstream[number], retain_graph=more
             )
-            for name, gradient in zip(sources, found[len(group) :], strict=True):
+            for name, gradient in zip(sources, found[own:], strict=True):
                 # Each output has one reader.
                 self.gradients.setdefault(name, []).append(gradient)
-            return found[: len(group)]
+            return calls.joined(found[:own])
 
+        inputs, outputs = calls.joined_inputs(), calls.joined_outputs()
         return Pass(Recorded(group, inputs, outputs, 1, channels), gradients, weights)
 
 

@@ -2,10 +2,11 @@
 
 Source: openpi `models_pytorch/gemma_pytorch.py` with its changed `modeling_gemma.py`. Norms
 multiply by 1 + weight; those of pi0.5's expert take scale, shift and the gate of their residual
-from the time. Parameters have transformers' names.
+from the time. Parameters have transformers' names. What modules take is made of tensors and tuples,
+so that partial passes see whether it has changed.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +19,14 @@ _EPSILON = 1e-6
 _ROPE_BASE = 10000.0
 
 
-@dataclass(frozen=True)
-class KeysValues:
+class KeysValues(NamedTuple):
     """Keys and values of one block, rotated.  [B, key-value heads, N, head dim]"""
 
     keys: Tensor
     values: Tensor
 
 
-@dataclass(frozen=True)
-class Places:
+class Places(NamedTuple):
     """Where positions stand, and what they may see."""
 
     # Cosines and sines of the rotation.  [B, 1, N, head dim]
@@ -61,7 +60,7 @@ class AdaptiveNorm(nn.Module):
 
         Args:
             hidden: [B, N, width]
-            time: [B or 1, width]
+            time: [B, width]
         """
         assert time is not None
         scale, shift, gate = self.dense(time)[:, None].chunk(3, dim=-1)
@@ -165,7 +164,7 @@ class GemmaBlock(nn.Module):
             hidden: [B, N, width]
             places: of the positions.
             past: of positions before them; None for none.
-            time: what stands for it, for adaptive norms.  [B or 1, width]
+            time: what stands for it, for adaptive norms.  [B, width]
         """
         normed, gate = self.input_layernorm(hidden, time)
         here = self.self_attn.keys_values(normed, places)

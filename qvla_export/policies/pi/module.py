@@ -192,7 +192,8 @@ class PiModule(nn.Module):
 
     def suffix(self, prefix: Prefix, flow: Tensor, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what the expert reads [B, N, width], and what its norms know of the time."""
-        silu, table = nn.functional.silu, self.time_table[index]
+        # A row for each observation: modules map batches to batches.
+        silu, table = nn.functional.silu, self.time_table[index].expand(flow.shape[0], -1)
         actions = self.action_in_proj(flow)
         if prefix.state_token is None:
             return actions, silu(self.time_mlp_out(silu(self.time_mlp_in(table))))

@@ -143,7 +143,8 @@ def test_moments_are_those_of_the_inputs(
     seen, worths = [], []
     for number, pair in enumerate(np.array_split(np.arange(6), 3)):
         chosen = [tiny_observations(6)[index] for index in pair]
-        actions, inputs, outputs = recorded_pass(tiny_policy, {name: layer}, chosen)
+        actions, calls = recorded_pass(tiny_policy, {name: layer}, chosen)
+        inputs, outputs = calls.joined_inputs(), calls.joined_outputs()
         signs, weight = probes.draw(actions.reshape(2, -1), number)
         for sign in signs:
             flat = (actions.reshape(2, -1) * sign).sum()

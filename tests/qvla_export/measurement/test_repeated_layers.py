@@ -1,0 +1,156 @@
+"""Layers that run several times in a pass, as in the steps of a flow, are measured as one."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from linear_policies import PICTURE, QUANTIZER
+from scipy.stats import spearmanr
+
+from qvla_export.measurement.measure_activations import measure_activations
+from qvla_export.measurement.measure_moments import measure_moments
+from qvla_export.measurement.moment_bounds import MomentSettings
+from qvla_export.policies.base import PolicyBatch
+from qvla_export.policies.layers import Layer, replaced_weights, weight_rows
+from qvla_export.quantizer.quantize import fake_quantize
+from qvla_export.sensitivity.estimators.base import ChannelWidth, Question
+from qvla_export.sensitivity.estimators.exact import ExactEstimator
+from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.observation import Observation
+
+STEPS = 4
+
+
+class Block(torch.nn.Module):
+    """A module with a layer inside, whose input depends on what came before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(6, 12), torch.nn.Linear(12, 6)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens + self.down(torch.tanh(self.up(tokens)))
+
+
+class FlowNetwork(torch.nn.Module):
+    """Reads once, then integrates a velocity over some steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.read = torch.nn.Linear(6, 6)
+        self.block = Block()
+        self.velocity = torch.nn.Linear(6, 6, bias=False)
+        self.requires_grad_(False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        known = torch.tanh(self.read(tokens))
+        flow = torch.zeros_like(known)
+        for _ in range(STEPS):
+            flow = flow + self.velocity(self.block(flow + known)) / STEPS
+        return flow
+
+
+@dataclass(frozen=True)
+class FlowPolicy:
+    module: FlowNetwork
+    digest: str = "flow"
+
+    def batch(self, observations: list[Observation]) -> PolicyBatch:
+        states = torch.from_numpy(np.stack([o.state for o in observations]))
+        return PolicyBatch(states.reshape(len(states), -1, 6), states.long(), None, states)
+
+    def normalized_actions(self, batch: PolicyBatch) -> torch.Tensor:
+        return self.module(batch.pixel_values)
+
+    def layers(self) -> dict[str, Layer]:
+        found = self.module.named_modules()
+        return {name: layer for name, layer in found if isinstance(layer, torch.nn.Linear)}
+
+
+@pytest.fixture(scope="module")
+def question() -> Question:
+    random = np.random.default_rng(1)
+    observations = [
+        Observation(PICTURE, "move", random.normal(size=24).astype(np.float32)) for _ in range(5)
+    ]
+    return Question(FlowPolicy(FlowNetwork()), observations, "c", QUANTIZER, batch_size=2)
+
+
+def brute_force(question: Question, pair: ChannelWidth) -> float:
+    """The definition: the channel is replaced, the whole policy runs."""
+    policy = question.policy
+    layer = policy.layers()[pair.layer]
+    rows = weight_rows(layer)
+    widths = np.full(len(rows), pair.bits)
+    batch = policy.batch(question.observations)
+    with torch.no_grad():
+        reference = policy.normalized_actions(batch)
+        changed = rows.copy()
+        changed[pair.channel] = fake_quantize(rows, widths, QUANTIZER)[pair.channel]
+        with replaced_weights(policy.layers(), {pair.layer: changed}):
+            moved = policy.normalized_actions(batch) - reference
+    return float(moved.double().square().sum() / len(question.observations))
+
+
+def test_exact_sensitivities_count_every_step(question: Question) -> None:
+    pairs = [
+        ChannelWidth(name, channel, bits)
+        for name in question.policy.layers()
+        for channel in (0, 3)
+        for bits in (0, 2, 4)
+    ]
+    measured = ExactEstimator().of_pairs(question, pairs)
+    expected = [brute_force(question, pair) for pair in pairs]
+    np.testing.assert_allclose(measured, expected, rtol=1e-4, atol=1e-12)
+    assert min(expected) > 0
+
+
+def test_first_order_is_near_exact(question: Question) -> None:
+    question = replace(question, widths=(4, 8))
+    exact = ExactEstimator().table(question)
+    table = FirstOrderEstimator(probes=None).table(question)
+    for name, values in exact.values.items():
+        assert spearmanr(values.ravel(), table.values[name].ravel()).statistic > 0.97, name
+        np.testing.assert_allclose(table.values[name][1], values[1], rtol=0.15, err_msg=name)
+
+
+def test_moments_and_ranges_are_of_all_steps(question: Question) -> None:
+    policy, observations = question.policy, question.observations
+    one = MomentSettings(batch_size=1, probes=8)
+    found = measure_moments(policy, observations, "c", one)
+    whole = measure_moments(policy, observations, "c", replace(one, batch_size=5))
+    mean = found.layers["block.up"].mean
+    # Probes are drawn by batch, so that few of them weigh tokens alike but not equally.
+    np.testing.assert_allclose(mean, whole.layers["block.up"].mean, atol=0.1)
+    seen: list[torch.Tensor] = []
+    handle = policy.layers()["block.up"].register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    policy.normalized_actions(policy.batch(observations))
+    handle.remove()
+    assert len(seen) == STEPS
+    histograms = measure_activations(policy, observations, "c").histograms
+    largest = float(torch.stack(seen).abs().max())
+    assert histograms["block.up",].largest == pytest.approx(largest)
+    assert histograms["block.up",].counts.sum() == STEPS * seen[0].numel()
+    assert histograms["read",].counts.sum() == seen[0].numel()
+
+
+def test_a_convolution_runs_once(question: Question) -> None:
+    class Twice(FlowNetwork):
+        def __init__(self) -> None:
+            super().__init__()
+            self.picture = torch.nn.Conv2d(1, 1, 1).requires_grad_(False)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.picture(self.picture(tokens[:, None]))[:, 0]
+
+    network = Twice()
+
+    class Conv(FlowPolicy):
+        def layers(self) -> dict[str, Layer]:
+            return {"picture": network.picture}
+
+    with pytest.raises(QvlaError, match="picture runs more than once"):
+        FirstOrderEstimator().table(replace(question, policy=Conv(network)))
