@@ -104,7 +104,7 @@ def even_batches(policy: Policy, observations: Sequence[Observation]) -> list[Po
     """Return all observations in batches of equal prompt length, so that nothing is padded."""
     by_length: dict[int, list[Observation]] = {}
     for observation in observations:
-        length = len(policy.processor.input_ids(observation.instruction))
+        length = len(policy.processor.prompt_ids(observation))
         by_length.setdefault(length, []).append(observation)
     return [
         policy.batch(same[start : start + _BATCH_SIZE])

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +121,19 @@ def _contents(
     outputs = {spec.name: spec for part in parts for spec in part.outputs}
     inputs = {spec.name: spec for part in parts for spec in part.inputs}
     # What a part hands on, under its own name or another.
-    inside = {*outputs, *(name for run in program.runs for name in run.start)}
+    starts = {name: source for run in program.runs for name, source in run.start.items()}
+    inside = {*outputs, *starts}
+    taken = [spec for name, spec in inputs.items() if name not in inside]
+    # What no part makes and a loop begins with.
+    taken += [
+        replace(inputs[name], name=source)
+        for name, source in starts.items()
+        if source not in outputs and source not in inputs
+    ]
     return BundleContents(
         target=target.name,
         processor=policy.processor,
-        inputs=tuple(spec for name, spec in inputs.items() if name not in inside),
+        inputs=tuple(taken),
         outputs=(outputs["actions"],),
         parts=parts,
         program=program,

@@ -260,7 +260,7 @@ def open_stream(
     Raises:
         QvlaError: a part, or a small piece of one of its layers, needs more than the bound.
     """
-    longest = max(observations, key=lambda o: len(policy.processor.input_ids(o.instruction)))
+    longest = max(observations, key=lambda o: len(policy.processor.prompt_ids(o)))
     feeds = _feeds(policy, longest, torch.device("cpu"))
     needs = needs or part_needs(policy, layers, feeds)
     probes = limits.probes

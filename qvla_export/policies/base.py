@@ -1,8 +1,8 @@
 """The interface the method is written against: a loaded policy and a batch of its inputs."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,19 +31,19 @@ class PolicyBatch:
     # Action tokens that the policy chose with the weights it had when the batch was made; None
     # where it does not decode.  int64 [B, n]
     tokens: Tensor | None = None
+    # Cameras that are there; None where none may be absent.  bool [B, images]
+    image_mask: Tensor | None = None
+    # What a flow begins at; None for a policy without one.  float32 [B, horizon, n]
+    noise: Tensor | None = None
 
     def __len__(self) -> int:
         return self.pixel_values.shape[0]
 
     def to(self, device: torch.device) -> "PolicyBatch":
         """Return the batch on a device."""
-        return PolicyBatch(
-            self.pixel_values.to(device),
-            self.input_ids.to(device),
-            None if self.prompt_lengths is None else self.prompt_lengths.to(device),
-            None if self.state is None else self.state.to(device),
-            None if self.tokens is None else self.tokens.to(device),
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {n: v if v is None else v.to(device) for n, v in values.items()}
+        return PolicyBatch(**moved)
 
 
 @dataclass(frozen=True)

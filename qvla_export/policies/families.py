@@ -12,6 +12,7 @@ from qvla_export.latency_model.published_sizes import find_geometry
 from qvla_export.policies.adapters import require_merged
 from qvla_export.policies.oft.family import OftFamily
 from qvla_export.policies.openvla.family import OpenVlaFamily
+from qvla_export.policies.pi.family import PiFamily
 from qvla_export.shared.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (OftFamily(), OpenVlaFamily())
+FAMILIES: tuple[Family, ...] = (OftFamily(), OpenVlaFamily(), PiFamily())
 
 
 def recognize(checkpoint: Path) -> Family:

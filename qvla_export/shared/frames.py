@@ -1,20 +1,23 @@
 """From camera frames to `pixel_values` of policies with pictures of any size, one a camera.
 
-Torch-free: the robot runs this file. Sources: lerobot 0.6.1 `policies/act` (no resize) and
-`policies/smolvla` (`resize_with_pad`).
+Torch-free: the robot runs this file. Sources: lerobot 0.6.1 `policies/act` (no resize),
+`policies/smolvla` and `policies/pi0` (`resize_with_pad`); openpi-client `image_tools.py`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from qvla_export.shared.errors import InvalidObservation
 
 # "none": frames have the size, or are refused. "pad-left-top": as large as fits, in the lower right
-# corner; what is left is black.
-Resize = Literal["none", "pad-left-top"]
+# corner; what is left is black. "pad-center": in the middle. "pad-center-antialias": the same by
+# Pillow, whose bilinear filter widens where it shrinks.
+Resize = Literal["none", "pad-left-top", "pad-center", "pad-center-antialias"]
+RESIZES = get_args(Resize)
 Channels = tuple[float, float, float]
 
 
@@ -57,22 +60,36 @@ def frame_values(
             f"the policy was trained on pictures of {spec.height} x {spec.width} pixels (height x "
             f"width) and does not resize them, got {height} x {width}; send that size"
         )
+    antialias = spec.resize == "pad-center-antialias"
+    if not fits and antialias:
+        rows, columns = _fitting(height, width, spec)
+        resized = Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR)
+        image = np.asarray(resized)
     levels = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
     levels /= np.float32(255)
     if not fits:
-        levels = _padded(levels, spec.height, spec.width)
+        levels = levels if antialias else _bilinear(levels, *_fitting(height, width, spec))
+        levels = _padded(levels, spec)
     mean, std = (np.asarray(v[camera], np.float32)[:, None, None] for v in (spec.means, spec.stds))
     np.subtract(levels, mean, out=out)
     out /= std
 
 
-def _padded(levels: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """Resize to fit, bilinear without antialias, with zeros on the left and at the top."""
-    ratio = max(levels.shape[2] / width, levels.shape[1] / height)
-    rows, columns = int(levels.shape[1] / ratio), int(levels.shape[2] / ratio)
-    resized = np.zeros((levels.shape[0], height, width), np.float32)
-    resized[:, height - rows :, width - columns :] = _bilinear(levels, rows, columns)
-    return resized
+def _fitting(height: int, width: int, spec: FrameSpec) -> tuple[int, int]:
+    """Return the rows and columns of a frame that fills one axis and fits into the other."""
+    ratio = max(width / spec.width, height / spec.height)
+    return int(height / ratio), int(width / ratio)
+
+
+def _padded(levels: NDArray[np.float32], spec: FrameSpec) -> NDArray[np.float32]:
+    """Put [C, h, w] into black of the policy's size, where `resize` says."""
+    rows, columns = levels.shape[1:]
+    top, left = spec.height - rows, spec.width - columns
+    if spec.resize != "pad-left-top":  # what is odd is below and on the right
+        top, left = top // 2, left // 2
+    padded = np.zeros((levels.shape[0], spec.height, spec.width), np.float32)
+    padded[:, top : top + rows, left : left + columns] = levels
+    return padded
 
 
 def _bilinear(levels: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:

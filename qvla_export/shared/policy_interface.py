@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,12 @@ from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.lerobot.lerobot_config import LeRobotConfig, is_lerobot, read_lerobot_config
 from qvla_export.shared.normalization import Normalization, read_statistics
+from qvla_export.shared.openpi.openpi_files import (
+    SLOTS,
+    is_openpi,
+    openpi_sizes,
+    read_openpi_config,
+)
 
 CONFIG_NAME = "qvla_policy.json"
 # Value of `head` of a policy whose tokens come one after the other, each given those before.
@@ -176,6 +182,32 @@ def lerobot_interface(config: LeRobotConfig) -> PolicyInterface:
     )
 
 
+def openpi_interface(
+    checkpoint: Path, preset: str | None = None, unnorm_key: str | None = None
+) -> PolicyInterface:
+    """Return what the policy of an openpi checkpoint sees and returns.
+
+    Args:
+        checkpoint: its folder.
+        preset: a name in `INTERFACES`, for cameras in openpi's order, dimensions and units.
+        unnorm_key: asset whose statistics tell the dimensions; None if there is only one.
+
+    Raises:
+        CheckpointError, StatisticsError, ArtifactError: files or preset are none.
+    """
+    horizon = read_openpi_config(checkpoint).horizon
+    if preset is not None:
+        interface = INTERFACES[require_preset(preset)]
+        return replace(interface, horizon=horizon, normalization="files")
+    sizes = openpi_sizes(checkpoint, unnorm_key)
+    values: dict[str, Any] = vars(PolicyInterface(SLOTS, horizon, *sizes, "files"))
+    if (checkpoint / CONFIG_NAME).is_file():
+        names = {field.name for field in fields(PolicyInterface)}
+        stated = read_policy_config(checkpoint)
+        values |= {name: value for name, value in stated.items() if name in names}
+    return PolicyInterface(**values)
+
+
 def load_interface(checkpoint: Path, preset: str | None = None) -> PolicyInterface:
     """Return what a checkpoint's policy sees and returns, whatever its family.
 
@@ -188,6 +220,8 @@ def load_interface(checkpoint: Path, preset: str | None = None) -> PolicyInterfa
     """
     if is_lerobot(checkpoint):
         return lerobot_interface(read_lerobot_config(checkpoint, preset))
+    if is_openpi(checkpoint):
+        return openpi_interface(checkpoint, preset)
     if preset is not None:
         return INTERFACES[require_preset(preset)]
     if decodes_tokens(checkpoint):

@@ -16,16 +16,18 @@ from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import CheckpointError, InvalidObservation
 from qvla_export.shared.frames import FrameSpec, frame_values
 from qvla_export.shared.images import ImageSpec, center_crop, pixel_values, resize_like_training
+from qvla_export.shared.inputs.noise import NoiseSpec
+from qvla_export.shared.inputs.prompts import INSTRUCTION, cleaned_prompt
 from qvla_export.shared.normalization import Statistics
 from qvla_export.shared.observation import Observation
 
 # Of policies that resize what they see.
 _USUAL_FRAME = (224, 224)
-INSTRUCTION = "{instruction}"
 # "prompt": the instruction inside `prompt`, from `bos_token_id` to `suffix_token_id`. "line": the
 # instruction as it is said, and a new line behind it unless it ends in one; cut where it is too
-# long. "none": the policy does not read.
-Language = Literal["prompt", "line", "none"]
+# long. "cleaned": the instruction on one line inside `prompt`, which may hold the state, too.
+# "none": the policy does not read.
+Language = Literal["prompt", "line", "cleaned", "none"]
 # Token of a vocabulary that a policy does without.
 NO_TOKEN = -1
 OPENVLA_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
@@ -59,6 +61,14 @@ class ProcessorSpec:
     action_bins: int = 0
     # How an instruction becomes tokens.
     language: Language = "prompt"
+    # Cameras that an observation may lack; the input `image_mask` then says which are there.
+    optional_cameras: tuple[str, ...] = ()
+    # What the state is filled up to with zeros; 0: it is as long as it is.
+    state_width: int = 0
+    # Bins over [-1, 1] that the state's numbers become in the prompt; 0: it is an input.
+    state_bins: int = 0
+    # An input of random numbers; None where the policy takes none.
+    noise: NoiseSpec | None = None
 
     @property
     def pixels(self) -> int:
@@ -85,7 +95,8 @@ class Processor:
         """Return the named model inputs of one observation, batch size 1.
 
         `pixel_values` float32 [1, 6 images, S, S], of a `FrameSpec` [1, 3 images, H, W];
-        `input_ids` int64 [1, L] where the policy reads; `state` float32 [1, n] where it takes one.
+        `input_ids` int64 [1, L] where the policy reads; `state` float32 [1, n] where it takes one
+        as numbers; `image_mask` bool [1, images] where cameras may be absent; noise by its name.
 
         Raises:
             InvalidObservation: a camera or the instruction is missing, a picture or the state has
@@ -93,24 +104,33 @@ class Processor:
         """
         feeds: dict[str, NDArray[Any]] = {"pixel_values": self.pixel_values(observation)[None]}
         if self.spec.language != "none":
-            feeds["input_ids"] = self.input_ids(observation.instruction)[None]
-        if self.spec.state_dim:
-            feeds["state"] = self.state(observation)[None]
+            feeds["input_ids"] = self.prompt_ids(observation)[None]
+        if self.spec.state_dim and not self.spec.state_bins:
+            state = self.state(observation)[None]
+            missing = max(0, self.spec.state_width - self.spec.state_dim)
+            feeds["state"] = np.pad(state, ((0, 0), (0, missing)))
+        if self.spec.optional_cameras:
+            present = [name in observation.images for name in self.spec.cameras]
+            feeds["image_mask"] = np.array([present])
+        if self.spec.noise is not None:
+            feeds[self.spec.noise.name] = self.spec.noise.draw(observation)
         return feeds
 
     def pixel_values(self, observation: Observation) -> NDArray[np.float32]:
         """Return all images, channels stacked in camera order; shapes as `feeds` has them."""
-        missing = [name for name in self.spec.cameras if name not in observation.images]
-        if missing:
+        absent = [name for name in self.spec.cameras if name not in observation.images]
+        needed = [name for name in absent if name not in self.spec.optional_cameras]
+        if needed or len(absent) == len(self.spec.cameras):
             raise InvalidObservation(
-                f"the policy needs images {list(self.spec.cameras)}, missing {missing}, "
+                f"the policy needs images {list(self.spec.cameras)}, missing {absent}, "
                 f"got {sorted(observation.images)}"
             )
         image = self.spec.image
         if isinstance(image, FrameSpec):
-            frames = np.empty((len(self.spec.cameras), 3, image.height, image.width), np.float32)
+            frames = np.zeros((len(self.spec.cameras), 3, image.height, image.width), np.float32)
             for number, name in enumerate(self.spec.cameras):
-                frame_values(observation.images[name], image, number, frames[number])
+                if name in observation.images:
+                    frame_values(observation.images[name], image, number, frames[number])
             return frames.reshape(-1, image.height, image.width)
         side, planes = image.size, 3 * len(image.means)
         values = np.empty((len(self.spec.cameras), planes, side, side), np.float32)
@@ -118,8 +138,19 @@ class Processor:
             pixel_values(self._frame(observation.images[name]), image, out)
         return values.reshape(-1, side, side)
 
-    def input_ids(self, instruction: str) -> NDArray[np.int64]:
+    def prompt_ids(self, observation: Observation) -> NDArray[np.int64]:
+        """Return the token ids of an observation's prompt; see `input_ids`.  int64 [L]"""
+        state = self.state(observation) if self.spec.state_bins else None
+        return self.input_ids(observation.instruction, state)
+
+    def input_ids(
+        self, instruction: str, state: NDArray[np.float32] | None = None
+    ) -> NDArray[np.int64]:
         """Return the prompt's token ids; none where the policy does not read.  int64 [L]
+
+        Args:
+            instruction: what to do.
+            state: normalized, where it is in the prompt.  float32 [n]
 
         Raises:
             CheckpointError: the policy has no tokenizer.
@@ -134,12 +165,17 @@ class Processor:
             raise CheckpointError("the checkpoint has no tokenizer.json; add it beside config.json")
         if self.spec.language == "line":
             return self._line_ids(self.tokenizer, instruction)
-        bare = without_template(instruction.lower(), self.spec.prompt)
-        text = self.spec.prompt.format(instruction=bare)
+        if self.spec.language == "cleaned":
+            text = cleaned_prompt(self.spec.prompt, instruction, state, self.spec.state_bins)
+        else:
+            bare = without_template(instruction.lower(), self.spec.prompt)
+            text = self.spec.prompt.format(instruction=bare)
         words = self.tokenizer.encode(text).ids
         if not words or words[0] != self.spec.bos_token_id:
             words = [self.spec.bos_token_id, *words]
-        ids = with_suffix(np.asarray(words, dtype=np.int64), self.spec.suffix_token_id)
+        ids = np.asarray(words, dtype=np.int64)
+        if self.spec.suffix_token_id != NO_TOKEN:
+            ids = with_suffix(ids, self.spec.suffix_token_id)
         if len(ids) > self.spec.max_prompt_tokens:
             raise InvalidObservation(
                 f"the prompt may have {self.spec.max_prompt_tokens} tokens, {len(ids)} came of "

@@ -7,10 +7,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from qvla_export.shared.errors import ArtifactError
-from qvla_export.shared.frames import FrameSpec
+from qvla_export.shared.frames import RESIZES, FrameSpec
 from qvla_export.shared.images import ImageSpec
+from qvla_export.shared.inputs.noise import noise_from_json
+from qvla_export.shared.inputs.prompts import INSTRUCTION, STATE
 from qvla_export.shared.normalization import Affine, Bounds, Statistics, require_limits
-from qvla_export.shared.processor import INSTRUCTION, Processor, ProcessorSpec
+from qvla_export.shared.processor import Processor, ProcessorSpec
 
 # Of a horizon, an action or a state.
 _MOST_SIZE = 4096
@@ -39,9 +41,9 @@ def processor_from_json(value: Any, tokenizer: Tokenizer | None) -> Processor:
     try:
         sizes = {k: _tuples(v) for k, v in value["spec"]["image"].items()}
         image = FrameSpec(**sizes) if "height" in sizes else ImageSpec(**sizes)
-        spec = ProcessorSpec(
-            **{k: _tuples(v) for k, v in value["spec"].items() if k != "image"}, image=image
-        )
+        plain = {k: _tuples(v) for k, v in value["spec"].items() if k not in ("image", "noise")}
+        noise = noise_from_json(value["spec"].get("noise"))
+        spec = ProcessorSpec(**plain, image=image, noise=noise)
         stored = value["statistics"]
         state = _bounds_from_json(stored["state"]) if "state" in stored else None
         statistics = Statistics(stored["key"], _bounds_from_json(stored["action"]), state)
@@ -64,9 +66,11 @@ def _require_consistent(processor: Processor) -> None:
         "action_dim": spec.action_dim,
         "state_dim": spec.state_dim,
         "max_prompt_tokens": spec.max_prompt_tokens,
+        "state_width": spec.state_width,
+        "state_bins": spec.state_bins,
     }
     for name, size in sizes.items():
-        if type(size) is not int or not (name != "state_dim") <= size <= _MOST_SIZE:
+        if type(size) is not int or not (not name.startswith("state")) <= size <= _MOST_SIZE:
             raise ArtifactError(
                 f"the manifest's {name} must be a whole number up to {_MOST_SIZE}, got {size!r:.40}"
             )
@@ -74,7 +78,12 @@ def _require_consistent(processor: Processor) -> None:
     texts = isinstance(cameras, tuple) and all(isinstance(name, str) for name in cameras)
     if not texts or not cameras or len(set(cameras)) != len(cameras):
         raise ArtifactError(f"the manifest needs cameras of different names, got {cameras!r:.200}")
-    if spec.language not in ("prompt", "line", "none"):
+    if not isinstance(spec.optional_cameras, tuple) or not {*spec.optional_cameras} < {*cameras}:
+        raise ArtifactError(
+            f"the manifest's optional cameras must be some of {cameras}, got "
+            f"{spec.optional_cameras!r:.200}"
+        )
+    if spec.language not in ("prompt", "line", "cleaned", "none"):
         raise ArtifactError(f"the manifest's language is unknown: {spec.language!r:.40}")
     if spec.language != "none" and processor.tokenizer is None:
         raise ArtifactError("the bundle's policy reads instructions, and its tokenizer is missing")
@@ -82,7 +91,8 @@ def _require_consistent(processor: Processor) -> None:
         _require_frames(spec.image, len(cameras))
     if not isinstance(spec.prompt, str) or spec.prompt.count(INSTRUCTION) != 1:
         raise ArtifactError(f"a prompt holds {INSTRUCTION} once, got {spec.prompt!r:.120}")
-    if set(spec.prompt.replace(INSTRUCTION, "")) & {*"{}"}:
+    words = spec.prompt.replace(INSTRUCTION, "").replace(STATE, "", bool(spec.state_bins))
+    if set(words) & {*"{}"}:
         raise ArtifactError(f"a prompt has no other braces, got {spec.prompt!r:.120}")
     parts: dict[str, tuple[Bounds | None, int]] = {"action": (statistics.action, spec.action_dim)}
     if spec.state_dim or statistics.state is not None:
@@ -100,6 +110,7 @@ def _require_consistent(processor: Processor) -> None:
 def _require_frames(image: FrameSpec, cameras: int) -> None:
     sizes = all(type(n) is int and 1 <= n <= _MOST_SIZE for n in (image.height, image.width))
     channels = [number for part in (*image.means, *image.stds) for number in part]
+    sizes = sizes and image.resize in RESIZES
     if not sizes or len(image.means) != cameras or len(image.stds) != cameras:
         raise ArtifactError(f"the manifest's pictures are none that {cameras} cameras can have")
     if len(channels) != 6 * cameras or not np.isfinite(channels).all() or 0 in channels[-3:]:

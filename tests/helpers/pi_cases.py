@@ -1,26 +1,27 @@
 """Golden cases of upstream pi0 and pi0.5, wherever they lie."""
 
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from places import DATA, ROOT
+from oracles import oracle_root
 
 from qvla_export.policies.pi.checkpoint import load_module
+from qvla_export.policies.pi.config import PROMPT, PROMPT_TOKENS, PiConfig
 from qvla_export.policies.pi.flow import FlowSpec
 from qvla_export.policies.pi.module import PiModule, PrefixInputs
+from qvla_export.policies.pi.new_checkpoint import (
+    PiSize,
+    new_module,
+    save_checkpoint,
+    train_tokenizer,
+)
+from qvla_export.shared.observation import Observation
 
-
-def _root() -> Path:
-    committed, shared = DATA / "oracles", ROOT.parent / "shared" / "oracles"
-    named = os.environ.get("QVLA_ORACLES")
-    return next(f for f in (Path(named) if named else shared, committed) if f.is_dir())
-
-
-FOLDER = _root()
+FOLDER = oracle_root()
 # Folders, sizes and names vary: a case is what holds a flow.
 CASES = sorted(p for p in FOLDER.glob("pi0*/*.npz") if "v_t" in np.load(p).files)
 CASE_IDS = [f"{case.parent.name}-{case.stem}" for case in CASES]
@@ -66,3 +67,70 @@ class Case:
         width = module.arch.state_width
         state = torch.nn.functional.pad(state, (0, width - state.shape[1])) if width else None
         return PrefixInputs(images, ids, state, mask, seen.sum(dim=1))
+
+
+_SIZE = PiSize(
+    image_size=28,
+    vision_dim=64,
+    vision_mlp=128,
+    vision_depth=1,
+    language_dim=64,
+    language_mlp=128,
+    depth=2,
+    heads=2,
+)
+INSTRUCTIONS = ("push the button", "open the small_drawer slowly", "close the window")
+_ASSET = "tiny"
+
+
+def write_tiny_pi(path: Path, adaptive: bool = False, seed: int = 0, **config: Any) -> Path:
+    """Write a seeded, untrained checkpoint whose every layer counts for the actions."""
+    stated = PiConfig(
+        **{
+            "cameras": SLOTS[:2],
+            "horizon": 4,
+            "action_dim": 7,
+            "state_dim": 8,
+            "normalization": "files",
+            "adaptive": adaptive,
+            "vision_heads": 4,
+            "flow_steps": 4,
+            "prompt": PROMPT[adaptive],
+            "max_prompt_tokens": PROMPT_TOKENS[adaptive],
+            **config,
+        }
+    )
+    module = new_module(_SIZE, stated, seed)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if weight.ndim > 1 and "embed" not in name:  # outputs as large as inputs
+                weight.mul_(weight[0].numel() ** -0.5 / weight.std())
+        module.action_out_proj.weight.mul_(2)
+    statistics = {_ASSET: {"state": _table(8), "actions": _table(7)}}
+    tokenizer = train_tokenizer([*INSTRUCTIONS, "Task: , State: 0 1 255;\nAction: "], 400)
+    save_checkpoint(path, module, stated, tokenizer, statistics)
+    return path
+
+
+def _table(size: int) -> dict[str, list[float]]:
+    spread = np.linspace(0.5, 2, size)
+    return {
+        "mean": np.linspace(-0.2, 0.2, size).tolist(),
+        "std": spread.tolist(),
+        "q01": (-2 * spread).tolist(),
+        "q99": (2 * spread).tolist(),
+    }
+
+
+def pi_observations(
+    count: int, seed: int = 0, cameras: Sequence[str] = SLOTS[:2]
+) -> list[Observation]:
+    generator = np.random.default_rng(seed)
+    return [
+        Observation(
+            {n: generator.integers(0, 256, (48, 64, 3), dtype=np.uint8) for n in cameras},
+            INSTRUCTIONS[i % len(INSTRUCTIONS)],
+            generator.normal(size=8).astype(np.float32),
+        )
+        for i in range(count)
+    ]

@@ -27,6 +27,11 @@ _ELEMENTWISE: dict[str, Callable[..., _Units]] = {
     "Mul": np.multiply,
     "Sigmoid": expit,
 }
+# The values of `approximate`; ONNX defines the second one so.
+_GELUS: dict[str, Callable[..., _Units]] = {
+    "none": _ELEMENTWISE["Gelu"],
+    "tanh": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+}
 
 
 def couple_mlps(
@@ -90,7 +95,7 @@ def _hidden_nodes(nodes: Mapping[str, ir.Node], coupling: Coupling) -> list[ir.N
         if node is None or node in found or node in ends or vector(value) is not None:
             return
         unknown = node.op_type not in _ELEMENTWISE or (node.op_type == "Add" and len(ends) > 1)
-        if unknown or node.attributes.get_string("approximate", "none") != "none":
+        if unknown or node.attributes.get_string("approximate", "none") not in _GELUS:
             raise ExportError(
                 f"{node.op_type} {node.name} lies between {coupling.producers} and "
                 f"{coupling.consumer}; the pass follows {sorted(_ELEMENTWISE)} only"
@@ -131,7 +136,10 @@ def _constants(
         inputs = [
             values[item] if item in values else _required_vector(item) for item in node.inputs
         ]
-        values[node.outputs[0]] = _ELEMENTWISE[node.op_type](*inputs)
+        compute = _ELEMENTWISE[node.op_type]
+        if node.op_type == "Gelu":
+            compute = _GELUS[node.attributes.get_string("approximate", "none")]
+        values[node.outputs[0]] = compute(*inputs)
     return values[nodes[coupling.consumer].inputs[0]]
 
 

@@ -41,5 +41,9 @@ class PiArchitecture:
     @property
     def patches(self) -> int:
         """Patches of one image."""
-        side, patch = self.siglip.image_size, self.siglip.patch_size
-        return (int(side) // int(patch)) ** 2  # type: ignore[arg-type]  # ours are square
+        return (self.image_side // int(self.siglip.patch_size)) ** 2  # type: ignore[arg-type]  # as below
+
+    @property
+    def image_side(self) -> int:
+        """Pixels of a side of an image."""
+        return int(self.siglip.image_size)  # type: ignore[arg-type]  # ours are square

@@ -12,6 +12,8 @@ from qvla_export.policies.pi.keys import EMBEDDING
 from qvla_export.shared.errors import CheckpointError
 
 _VISION_EPS = 1e-6
+# Width and heads of PaliGemma's tower, So400m.
+_PUBLISHED_WIDTH, _PUBLISHED_HEADS = 1152, 16
 
 
 def read_architecture(
@@ -21,7 +23,7 @@ def read_architecture(
 
     Args:
         checkpoint: names it in errors.
-        vision_heads: of SigLIP; what weights do not show.
+        vision_heads: of SigLIP, which weights do not show; 0 for those of its published size.
         flow: how it is integrated.
         weights: our parameter names -> tensors, whose shapes alone are looked at.
 
@@ -66,8 +68,9 @@ def siglip_config(
     """
     if heads < 1 or width % heads:
         raise CheckpointError(
-            f"SigLIP's width {width} must divide into {heads} heads; set vision_heads in "
-            "qvla_policy.json"
+            f"SigLIP's width {width} does not divide into {heads} heads; write vision_heads into "
+            f"qvla_policy.json (the published tower has {_PUBLISHED_HEADS} at width "
+            f"{_PUBLISHED_WIDTH})"
         )
     config = SiglipVisionConfig(
         hidden_size=width,
@@ -87,6 +90,8 @@ def siglip_config(
 def _siglip(weights: Mapping[str, Tensor], heads: int) -> SiglipVisionConfig:
     kernel = weights["vision_tower.embeddings.patch_embedding.weight"].shape
     positions = weights["vision_tower.embeddings.position_embedding.weight"].shape[0]
+    if not heads and kernel[0] == _PUBLISHED_WIDTH:
+        heads = _PUBLISHED_HEADS
     return siglip_config(
         width=kernel[0],
         depth=_depth(weights, "vision_tower.encoder.", "layer_norm1.weight"),

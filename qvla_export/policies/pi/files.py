@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from qvla_export.policies.prismatic.files import body_files, require_all_used
+from qvla_export.policies.adapters import require_whole_tensors
+from qvla_export.policies.prismatic.files import body_files, require_all_used, stored_headers
 
 
 def require_weights_alone(checkpoint: Path) -> None:
@@ -13,3 +14,14 @@ def require_weights_alone(checkpoint: Path) -> None:
     """
     used = [*body_files(checkpoint), *checkpoint.glob("policy_*processor*.safetensors")]
     require_all_used(checkpoint, used, {})
+
+
+def check_files(checkpoint: Path) -> None:
+    """Refuse a folder by its files' names and headers alone; needs no torch.
+
+    Raises:
+        CheckpointError: a part that would not be used, a missing or damaged file, weights that
+            were quantized elsewhere, or an adapter.
+    """
+    require_weights_alone(checkpoint)
+    require_whole_tensors(checkpoint, (stored.key for stored in stored_headers(checkpoint)))

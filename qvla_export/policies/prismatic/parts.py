@@ -16,7 +16,7 @@ class PartModule(nn.Module):
     """A function of the network's modules; parameters keep their names behind "module."."""
 
     def __init__(
-        self, module: PrismaticModule, function: Callable[..., Tensor | tuple[Tensor, ...]]
+        self, module: nn.Module, function: Callable[..., Tensor | tuple[Tensor, ...]]
     ) -> None:
         super().__init__()
         self.module = module

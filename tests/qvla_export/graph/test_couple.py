@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from numpy.typing import NDArray
 from ort_graphs import constant, model_of, run_model
 from scipy.special import erf
@@ -96,13 +97,20 @@ def rounded(widths: dict[str, NDArray[np.int8]]) -> list[NDArray[np.float32]]:
 
 @pytest.mark.parametrize("choices", [MIXTURE, (0,), (2, 4), (0, 8)])
 @pytest.mark.parametrize("output_bias", [True, False])
-def test_plain_mlp(choices: tuple[int, ...], output_bias: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_plain_mlp(
+    choices: tuple[int, ...], output_bias: bool, approximate: str, tmp_path: Path
+) -> None:
     widths = widths_of(PLAIN, choices)
     first, second = rounded(widths)
     hidden = X @ first.T + random(9, UNITS)
-    hidden = hidden * (1 + erf(hidden / np.sqrt(2))) / 2
+    if approximate == "none":
+        hidden = hidden * (1 + erf(hidden / np.sqrt(2))) / 2
+    else:
+        hidden = torch.nn.functional.gelu(torch.from_numpy(hidden), approximate="tanh").numpy()
     expected = hidden @ second.T + (random(9, OUTPUTS) if output_bias else 0)
-    coupled = couple_mlps(plain_model(output_bias), widths, [coupling_of(widths)], CPU.containers)
+    model = plain_model(output_bias, approximate=approximate)
+    coupled = couple_mlps(model, widths, [coupling_of(widths)], CPU.containers)
     got = run_model(bucketize(*coupled, SPEC, CPU), X, tmp_path)
     np.testing.assert_allclose(got, expected, atol=2e-3)
 
@@ -153,7 +161,7 @@ def test_layers_of_other_sizes_or_names_are_not_coupled() -> None:
     ("model", "names"),
     [
         (plain_model(activation="Softmax"), PLAIN),
-        (plain_model(approximate="tanh"), PLAIN),
+        (plain_model(approximate="other"), PLAIN),
         (gated_model(bias=True), GATED),
     ],
 )

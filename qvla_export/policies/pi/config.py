@@ -1,0 +1,144 @@
+"""What a pi0 or pi0.5 checkpoint says of its policy in either layout, and what is taken else."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qvla_export.policies.pi.flow import FlowSpec, Times
+from qvla_export.policies.prismatic.files import stored_headers
+from qvla_export.shared.artifacts import write_json
+from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.frames import Resize
+from qvla_export.shared.openpi.openpi_files import is_openpi
+from qvla_export.shared.policy_interface import (
+    CONFIG_NAME,
+    PolicyInterface,
+    openpi_interface,
+    read_policy_config,
+)
+from qvla_export.shared.processor import Language
+
+# Tokens of a prompt in training: openpi `Pi0Config.max_token_len`.
+PROMPT_TOKENS = {False: 48, True: 200}
+PROMPT = {False: "{instruction}\n", True: "Task: {instruction}, State: {state};\nAction: "}
+
+
+@dataclass(frozen=True)
+class PiConfig(PolicyInterface):
+    """Inputs and flow of one pi0 or pi0.5 checkpoint.
+
+    Raises:
+        CheckpointError: a value that no such policy has.
+    """
+
+    # Whether the norms are adaptive and the state is in the prompt: pi0.5.
+    adaptive: bool = False
+    # Attention heads of SigLIP: the one shape weights do not show. 0: those of its published size.
+    vision_heads: int = 0
+    flow_steps: int = 10
+    flow_times: Times = "accumulated"
+    min_period: float = 4e-3
+    max_period: float = 4.0
+    # How frames of another size are resized, and what becomes of an instruction.
+    resize: Resize = "pad-center-antialias"
+    language: Language = "cleaned"
+    prompt: str = PROMPT[False]
+    max_prompt_tokens: int = PROMPT_TOKENS[False]
+    # Cameras that an observation may lack; the policy then acts without them.
+    optional_cameras: tuple[str, ...] = ()
+    # Of the noise that actions begin at.
+    noise_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_choice("flow_times", ("accumulated", "computed"))
+        self._require_choice("resize", ("pad-center", "pad-center-antialias"))
+        self._require_choice("language", ("cleaned", "line"))
+        strange = set(self.optional_cameras) - set(self.cameras)
+        if strange or set(self.optional_cameras) == set(self.cameras):
+            raise CheckpointError(
+                "optional_cameras must be some of the cameras, one at least must always be there, "
+                f"got {self.optional_cameras} of {self.cameras}"
+            )
+        if not self.state_dim:
+            raise CheckpointError("pi0 and pi0.5 take a state; state_dim must be at least 1")
+        if type(self.noise_seed) is not int or self.noise_seed < 0:
+            raise CheckpointError(f"noise_seed must be a number from 0 on, got {self.noise_seed!r}")
+        _ = self.flow
+
+    @property
+    def flow(self) -> FlowSpec:
+        """Return how the flow is integrated."""
+        return FlowSpec(self.flow_steps, self.flow_times, self.min_period, self.max_period)
+
+
+def load_config(
+    checkpoint: Path, preset: str | None = None, unnorm_key: str | None = None
+) -> PiConfig:
+    """Read what a checkpoint's files say of its policy; `qvla_policy.json` goes before defaults.
+
+    openpi's layout: openpi's three cameras, ten steps; or a preset's cameras, dimensions and units.
+
+    Args:
+        checkpoint: the folder.
+        preset: a name in `INTERFACES`, for cameras in openpi's order.
+        unnorm_key: asset whose statistics tell the dimensions; None if there is only one.
+
+    Raises:
+        CheckpointError: an unknown preset or a value that no such policy has.
+        ArtifactError, StatisticsError: files are missing or malformed.
+    """
+    values = _openpi_values(checkpoint, preset, unnorm_key)
+    if preset is None and (checkpoint / CONFIG_NAME).is_file():
+        values |= read_policy_config(checkpoint)
+    known = {field.name for field in fields(PiConfig)}
+    if unknown := sorted(set(values) - known):
+        raise CheckpointError(
+            f"{checkpoint / CONFIG_NAME} says {unknown}, which no pi0 or pi0.5 has; it may say "
+            f"{sorted(known)}"
+        )
+    return PiConfig(**values)
+
+
+def is_pi(checkpoint: Path) -> bool:
+    """Whether a folder is of a pi0 or pi0.5 policy.
+
+    Raises:
+        ArtifactError: its config.json is not JSON.
+    """
+    return is_openpi(checkpoint)
+
+
+def _openpi_values(checkpoint: Path, preset: str | None, unnorm_key: str | None) -> dict[str, Any]:
+    adaptive = is_adaptive(checkpoint)
+    return {
+        **vars(openpi_interface(checkpoint, preset, unnorm_key)),
+        "adaptive": adaptive,
+        "prompt": PROMPT[adaptive],
+        "max_prompt_tokens": PROMPT_TOKENS[adaptive],
+    }
+
+
+def is_adaptive(checkpoint: Path) -> bool:
+    """Whether weights are pi0.5's, by the names in their headers.
+
+    Raises:
+        CheckpointError: they are missing, damaged, or neither policy's.
+    """
+    keys = {stored.key.removeprefix("model.") for stored in stored_headers(checkpoint)}
+    marks = {False: "state_proj.weight", True: "time_mlp_in.weight"}
+    found = [adaptive for adaptive, key in marks.items() if key in keys]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{checkpoint}: weights of pi0 have {marks[False]!r}, those of pi0.5 "
+            f"{marks[True]!r}; these have {'both' if found else 'neither'}. pi0-FAST and others "
+            "are not supported"
+        )
+    return found[0]
+
+
+def save_config(config: PiConfig, checkpoint: Path) -> None:
+    """Write `qvla_policy.json` into a checkpoint folder."""
+    value: Mapping[str, Any] = asdict(config)
+    write_json(checkpoint / CONFIG_NAME, dict(value))

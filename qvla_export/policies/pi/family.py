@@ -1,0 +1,75 @@
+"""pi0 and pi0.5 as a `Family`: how their checkpoints are recognized, opened and written anew."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qvla_export.latency_model.network_shape import PolicyInputs
+from qvla_export.policies.pi.config import is_pi, load_config
+from qvla_export.policies.pi.files import check_files
+from qvla_export.shared.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qvla_export.policies.pi.policy import PiPolicy
+
+
+class PiFamily:
+    """See `Family` for the meaning of its members; torch is imported where a checkpoint is."""
+
+    name = "pi"
+    model_type = "pi0"
+    sizes: tuple[str, ...] = ()
+
+    def recognizes(self, checkpoint: Path) -> bool:
+        """Whether config.json is openpi's, or LeRobot's of a pi0 or pi0.5."""
+        return is_pi(checkpoint)
+
+    def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
+        """Refuse: the latency model does not know the flow's steps."""
+        raise CheckpointError(
+            f"{checkpoint}: latency of policies that integrate a flow cannot be predicted; measure "
+            "a bundle with qvla profile"
+        )
+
+    def can_stay_on_disk(self, checkpoint: Path, preset: str | None) -> bool:
+        """Whether weights can be left on disk: no, parts are not small enough to gain by it."""
+        return False
+
+    def open(
+        self, checkpoint: Path, unnorm_key: str | None, preset: str | None, resident: bool
+    ) -> "PiPolicy":
+        """Load a checkpoint folder; see `load_pi_policy`."""
+        from qvla_export.policies.pi.policy import load_pi_policy
+
+        config = load_config(checkpoint, preset, unnorm_key)
+        return load_pi_policy(checkpoint, unnorm_key, config, resident)
+
+    def check(self, checkpoint: Path, unnorm_key: str | None, preset: str | None) -> None:
+        """Refuse what `open` would refuse; see `check_pi_checkpoint`."""
+        from qvla_export.policies.pi.policy import check_pi_checkpoint
+
+        check_pi_checkpoint(checkpoint, unnorm_key, load_config(checkpoint, preset, unnorm_key))
+
+    def check_files(self, checkpoint: Path, preset: str | None) -> None:
+        """Refuse a folder by its files' names and headers; see `pi.files.check_files`."""
+        check_files(checkpoint)
+
+    def write_smoothed(
+        self, checkpoint: Path, output: Path, factors: "Mapping[str, Tensor]", keep_types: bool
+    ) -> None:
+        """Refuse: the norms before most layers can take no factor."""
+        raise CheckpointError(
+            f"{checkpoint}: pi0 and pi0.5 cannot be smoothed on disk: Gemma's norms multiply by "
+            "1 + weight; leave smoothing out"
+        )
+
+    def write_random_checkpoint(
+        self,
+        output: Path,
+        size: str,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Refuse: no published size is known here."""
+        raise CheckpointError(f"{size!r} is no size of pi0 or pi0.5 that can be written")

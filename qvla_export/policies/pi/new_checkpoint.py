@@ -1,0 +1,122 @@
+"""A new, untrained pi0 or pi0.5 checkpoint of any size, in openpi's PyTorch layout."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from qvla_export.policies.pi.architecture import GemmaSize, PiArchitecture
+from qvla_export.policies.pi.config import PiConfig, save_config
+from qvla_export.policies.pi.description import siglip_config
+from qvla_export.policies.pi.keys import our_name, upstream_shapes
+from qvla_export.policies.pi.loading import TOKENIZER
+from qvla_export.policies.pi.module import PiModule
+from qvla_export.shared.artifacts import new_folder, write_json
+
+_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
+BOS_ID = 2
+_ACTION_WIDTH = 32
+
+
+@dataclass(frozen=True)
+class PiSize:
+    """Widths and depths of a network; every width a multiple of 64 quantizes without padding."""
+
+    image_size: int = 56
+    patch_size: int = 14
+    vision_dim: int = 128
+    vision_mlp: int = 256
+    vision_depth: int = 2
+    language_dim: int = 128
+    language_mlp: int = 256
+    expert_dim: int = 64
+    expert_mlp: int = 128
+    depth: int = 3
+    heads: int = 4
+    head_dim: int = 32
+    vocab_size: int = 512
+
+
+def new_module(size: PiSize, config: PiConfig, seed: int) -> PiModule:
+    """Return a randomly initialized network."""
+    torch.manual_seed(seed)
+    stack = {"depth": size.depth, "heads": size.heads, "kv_heads": 1, "head_dim": size.head_dim}
+    arch = PiArchitecture(
+        siglip=siglip_config(
+            size.vision_dim,
+            size.vision_depth,
+            config.vision_heads,
+            size.vision_mlp,
+            size.patch_size,
+            size.image_size,
+        ),
+        language=GemmaSize(size.language_dim, mlp=size.language_mlp, **stack),
+        expert=GemmaSize(size.expert_dim, mlp=size.expert_mlp, **stack),
+        vocab_size=size.vocab_size,
+        action_width=_ACTION_WIDTH,
+        state_width=0 if config.adaptive else _ACTION_WIDTH,
+        flow=config.flow,
+    )
+    return PiModule(arch).eval().requires_grad_(False)
+
+
+def train_tokenizer(prompts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Return a byte-level BPE tokenizer of the prompts with PaliGemma's special tokens."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(prompts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", BOS_ID)]
+    )
+    return tokenizer
+
+
+def save_checkpoint(
+    path: Path,
+    module: PiModule,
+    config: PiConfig,
+    tokenizer: Tokenizer,
+    statistics: Mapping[str, Any],
+) -> None:
+    """Write a whole checkpoint folder, atomically.
+
+    Args:
+        path: the folder to create or replace.
+        module: the network; what upstream stores and never reads is zeros.
+        config: written as `qvla_policy.json`.
+        tokenizer: written as `tokenizer.json`.
+        statistics: asset -> {"state": {...}, "actions": {...}}.
+    """
+    own = module.state_dict()
+    shapes = upstream_shapes(module.arch, own)
+    tensors = {
+        key: own[our_name(key)].clone() if our_name(key) in own else torch.zeros(empty.shape)
+        for key, empty in shapes.items()
+    }
+    with new_folder(path) as folder:
+        save_file(tensors, folder / "model.safetensors")
+        description = {
+            "action_dim": module.arch.action_width,
+            "action_horizon": config.horizon,
+            "paligemma_variant": "other",
+            "action_expert_variant": "other",
+            "precision": "float32",
+        }
+        (folder / "config.json").write_text(json.dumps(description, indent=1))
+        for asset, table in statistics.items():
+            (folder / "assets" / asset).mkdir(parents=True)
+            write_json(folder / "assets" / asset / "norm_stats.json", {"norm_stats": table})
+        tokenizer.save(str(folder / TOKENIZER))
+        save_config(config, folder)

@@ -1,0 +1,1 @@
+"""Model inputs that are neither pictures nor a vector: prompts, noise."""

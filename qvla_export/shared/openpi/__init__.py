@@ -1,0 +1,1 @@
+"""What checkpoints of openpi say, without torch."""

@@ -1,0 +1,100 @@
+"""Policies that integrate a flow: prefix once, a step as often as there are, as torch computes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graph_checks import require_clean
+from pi_cases import pi_observations, write_tiny_pi
+from tiny_bundles import mixed_plan
+
+from engines.ort import OrtEngine
+from engines.targets import CPU
+from engines.verify import judge
+from qvla_export.graph.export import ExportOptions, export_bundle
+from qvla_export.graph.float_graph import export_float
+from qvla_export.policies.pi.policy import PiPolicy, load_pi_policy
+from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.errors import CheckpointError
+
+Bundles = tuple[Bundle, Bundle]
+
+
+# One in the default suite: an export takes seconds.
+PI0 = pytest.param(False, marks=pytest.mark.slow, id="pi0")
+
+
+@pytest.fixture(scope="module", params=[PI0, pytest.param(True, id="pi05")])
+def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PiPolicy:
+    return load_pi_policy(write_tiny_pi(tmp_path_factory.mktemp("tiny") / "c", request.param))
+
+
+@pytest.fixture(scope="module")
+def bundles(policy: PiPolicy, tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    """A float and a quantized bundle of the same graphs."""
+    options = ExportOptions(export_float(policy, CPU))
+    folder, seen = tmp_path_factory.mktemp("bundles"), pi_observations(2)
+    whole = export_bundle(policy, None, CPU, seen, folder / "float", options)
+    mixed = export_bundle(policy, mixed_plan(policy), CPU, seen, folder / "mixed", options)
+    return whole, mixed
+
+
+def test_an_engine_computes_torchs_actions(bundles: Bundles, policy: PiPolicy) -> None:
+    for bundle in bundles:
+        require_clean(bundle)
+        with OrtEngine(bundle, threads=1) as engine:
+            verdict = judge(bundle, engine)
+            assert verdict.passed and verdict.drift.worst < 1e-3
+            # One prefix a chunk.
+            assert engine.part_calls == {"prefix": 1, "flow": 4}
+            golden = bundle.golden()
+            for feeds, expected in zip(golden.feeds, golden.reference, strict=True):
+                found = engine.infer(feeds)["actions"][0]
+                np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+def test_the_noise_is_an_input_that_the_manifest_describes(
+    bundles: Bundles, policy: PiPolicy
+) -> None:
+    bundle = bundles[0]
+    (noise,) = (spec for spec in bundle.inputs if spec.name == "noise")
+    assert noise.shape == (1, 4, 32) and noise.dtype == "float32"
+    stated = bundle.manifest["processor"]["spec"]["noise"]
+    assert stated["distribution"] == "normal" and stated["seed_policy"] == "observation"
+    (seen,) = pi_observations(1)
+    ours, theirs = policy.processor.feeds(seen), bundle.processor.feeds(seen)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name])
+
+
+def test_weights_are_stored_once_and_small_layers_in_16_bits(
+    bundles: Bundles, policy: PiPolicy
+) -> None:
+    whole, mixed = bundles
+    assert whole.program.calls == {"prefix": 1, "step": 4}
+    read = sum(weight.numel() for weight in policy.module.parameters())
+    # What is not quantized is in float32 on this target where 16 bits would round.
+    assert sum(whole.weight_bytes.values()) < 4 * 1.03 * read
+    layers = sum(layer.weight.numel() for layer in policy.layers().values())
+    assert sum(mixed.weight_bytes[bits] for bits in ("2", "4", "8", "16")) < 2 * layers
+
+
+def test_a_flow_is_not_cut(policy: PiPolicy) -> None:
+    with pytest.raises(CheckpointError, match="prefix and step"):
+        policy.parts(1)
+
+
+@pytest.mark.slow
+def test_a_cameras_absence_is_an_input(tmp_path: Path) -> None:
+    cameras = ("base_0_rgb", "left_wrist_0_rgb")
+    checkpoint = write_tiny_pi(tmp_path / "c", optional_cameras=cameras[1:], flow_steps=1)
+    policy = load_pi_policy(checkpoint)
+    seen = [pi_observations(1)[0], pi_observations(1, cameras=cameras[:1])[0]]
+    bundle = export_bundle(policy, None, CPU, seen, tmp_path / "b")
+    require_clean(bundle)
+    with OrtEngine(bundle, threads=1) as engine:
+        assert judge(bundle, engine).drift.worst < 1e-3
+        assert engine.part_calls == {"prefix": 1, "flow": 1}
+    masks = [feeds["image_mask"].tolist() for feeds in bundle.golden().feeds]
+    assert masks == [[[True, True]], [[True, False]]]

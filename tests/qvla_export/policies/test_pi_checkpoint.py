@@ -1,0 +1,234 @@
+"""pi0 and pi0.5 checkpoints of openpi's layout: what is read, what is refused, what acts."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from openvla_cases import copied
+from pi_cases import SLOTS, pi_observations, write_tiny_pi
+from safetensors.torch import load_file, save_file
+
+from qvla_export.policies.families import load_policy, recognize
+from qvla_export.policies.pi.policy import PiPolicy, load_pi_policy
+from qvla_export.shared.errors import (
+    ArtifactError,
+    CheckpointError,
+    InvalidObservation,
+    QvlaError,
+    StatisticsError,
+)
+from qvla_export.shared.inputs.noise import NoiseSpec
+from qvla_export.shared.observation import Observation
+from qvla_export.shared.policy_interface import load_interface
+
+EXPERT = "paligemma_with_expert.gemma_expert.model.layers.1.mlp.gate_proj.weight"
+# What PCG64's stream gives for a black pixel and "go".
+STILL_NOISE = (1.7509497, 1.1463407, 0.2412102)
+UNREAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    folder = tmp_path_factory.mktemp("pi")
+    return {adaptive: write_tiny_pi(folder / f"{adaptive}", adaptive) for adaptive in (False, True)}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["pi0", "pi05"])
+def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[bool, Path]) -> Path:
+    return checkpoints[request.param]
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint: Path) -> PiPolicy:
+    return load_pi_policy(checkpoint)
+
+
+def test_a_checkpoint_is_recognized_and_acts(checkpoint: Path, policy: PiPolicy) -> None:
+    assert recognize(checkpoint).name == "pi"
+    loaded = load_policy(checkpoint)
+    assert loaded.digest == policy.digest
+    assert load_interface(checkpoint).cameras == SLOTS[:2]
+    first, second = pi_observations(2)
+    chunk = policy.infer(first)
+    assert chunk.actions.shape == (4, 7)
+    again = loaded.infer(first)
+    np.testing.assert_array_equal(chunk.actions, again.actions)
+    assert not np.allclose(chunk.actions, policy.infer(second).actions)
+    limits = policy.processor.statistics.action
+    np.testing.assert_allclose(chunk.actions, limits.unnormalize(chunk.normalized), rtol=1e-6)
+
+
+def test_a_batch_acts_as_its_observations(policy: PiPolicy) -> None:
+    """Prompts of different length, each with the noise of its own."""
+    observations = pi_observations(3)
+    batch = policy.batch(observations)
+    assert batch.prompt_lengths is not None and len(set(batch.prompt_lengths.tolist())) > 1
+    alone = torch.cat([policy.greedy_actions(policy.batch([one])) for one in observations])
+    torch.testing.assert_close(policy.greedy_actions(batch), alone, rtol=0, atol=1e-5)
+
+
+def test_every_input_moves_the_actions(policy: PiPolicy) -> None:
+    (seen,) = pi_observations(1)
+    other = pi_observations(1, seed=9)[0]
+    plain = policy.infer(seen).normalized
+    images = {**seen.images, SLOTS[1]: other.images[SLOTS[1]]}
+    noise = policy.processor.spec.noise
+    assert noise is not None
+    spec = replace(policy.processor.spec, noise=replace(noise, seed=1))
+    moved = [
+        policy.infer(replace(seen, images=images)).normalized,
+        policy.infer(replace(seen, state=other.state)).normalized,
+        policy.infer(replace(seen, instruction="close the window")).normalized,
+        replace(policy, processor=replace(policy.processor, spec=spec)).infer(seen).normalized,
+    ]
+    assert all(np.abs(each - plain).max() > 1e-3 for each in moved)
+
+
+def test_gradients_reach_every_layer_through_all_steps(policy: PiPolicy) -> None:
+    layers = policy.layers()
+    kinds = {name.split(".")[0] for name in layers}
+    assert kinds == {"vision_tower", "language_model", "action_expert"}
+    assert not [name for name in layers if name.endswith("dense")]
+    # The last block of the language model: its keys and values alone.
+    last = [name for name in layers if name.startswith("language_model.layers.1.")]
+    assert [name.rsplit(".", 1)[1] for name in last] == ["k_proj", "v_proj"]
+    calls: list[str] = []
+    name = "action_expert.layers.1.mlp.down_proj"
+    handle = layers[name].register_forward_hook(lambda *_: calls.append(name))
+    policy.greedy_actions(policy.batch(pi_observations(1)))
+    handle.remove()
+    assert len(calls) == 4
+
+
+def test_an_absent_camera_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    """Masked images move no position and are seen by nobody."""
+    three = write_tiny_pi(tmp_path / "three", cameras=SLOTS, optional_cameras=SLOTS[1:])
+    two = write_tiny_pi(tmp_path / "two", cameras=(SLOTS[0], SLOTS[2]))
+    (seen,) = pi_observations(1, cameras=(SLOTS[0], SLOTS[2]))
+    masked = load_pi_policy(three)
+    expected = load_pi_policy(two).infer(seen).normalized
+    np.testing.assert_allclose(masked.infer(seen).normalized, expected, rtol=0, atol=1e-5)
+    with pytest.raises(InvalidObservation, match="missing"):
+        load_pi_policy(two).infer(replace(seen, images={SLOTS[0]: seen.images[SLOTS[0]]}))
+    with pytest.raises(InvalidObservation, match="missing"):
+        masked.infer(replace(seen, images={SLOTS[2]: seen.images[SLOTS[2]]}))
+
+
+def test_noise_is_of_the_observation() -> None:
+    spec = NoiseSpec("noise", (50, 32))
+    first, second = pi_observations(2)
+    drawn = spec.draw(first)
+    assert drawn.shape == (1, 50, 32) and drawn.dtype == np.float32
+    np.testing.assert_array_equal(drawn, spec.draw(replace(first)))
+    assert abs(drawn.mean()) < 0.1 and abs(drawn.std() - 1) < 0.05 and np.abs(drawn).max() < 6
+    for other in (
+        spec.draw(second),
+        replace(spec, seed=1).draw(first),
+        spec.draw(replace(first, instruction="other")),
+        spec.draw(replace(first, state=first.state + np.float32(1))),
+    ):
+        assert abs(np.corrcoef(drawn.ravel(), other.ravel())[0, 1]) < 0.1
+    # What a robot of another version draws must be the same: PCG64's stream is fixed.
+    still = Observation({"a": np.zeros((1, 1, 3), np.uint8)}, "go")
+    np.testing.assert_allclose(
+        NoiseSpec("noise", (3,)).draw(still)[0], STILL_NOISE, rtol=0, atol=1e-6
+    )
+
+
+def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(EXPERT), rf"missing \(1\): \['{EXPERT}'\]"),
+        (lambda t: t.pop(UNREAD), "missing"),
+        (lambda t: t.update(extra=torch.zeros(2)), r"unexpected \(1\): \['extra'\]"),
+        (lambda t: t.update({EXPERT: t[EXPERT][:-1].clone()}), "wrong shape"),
+        (lambda t: t.update({EXPERT: t[EXPERT] * float("nan")}), "NaN"),
+        (lambda t: t.pop("action_in_proj.weight"), "weights are missing"),
+        (lambda t: t.update({EXPERT: t[EXPERT].to(torch.int8)}), "quantized"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    checkpoints: dict[bool, Path],
+    tmp_path: Path,
+    change: Callable[[dict[str, torch.Tensor]], object],
+    message: str,
+) -> None:
+    folder = copied(checkpoints[False], tmp_path / "c")
+    changed(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_pi_policy(folder)
+
+
+def test_weights_that_never_arrived_are_refused(
+    checkpoints: dict[bool, Path], tmp_path: Path
+) -> None:
+    folder = copied(checkpoints[True], tmp_path / "c")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="not a complete safetensors"):
+        load_pi_policy(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="weights not found"):
+        load_pi_policy(folder)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_other_files_that_do_not_fit_are_refused(
+    checkpoints: dict[bool, Path], tmp_path: Path
+) -> None:
+    folder = copied(checkpoints[True], tmp_path / "c")
+    (folder / "assets").chmod(0o755)
+    statistics = folder / "assets" / "tiny" / "norm_stats.json"
+
+    def refused(error: type[QvlaError], message: str) -> None:
+        with pytest.raises(error, match=message):
+            load_pi_policy(folder)
+
+    whole = statistics.read_text()
+    rewritten(statistics, lambda v: v["norm_stats"]["actions"].pop("q01"))  # type: ignore[index]
+    refused(StatisticsError, "lacks")
+    rewritten(statistics, lambda v: v["norm_stats"].pop("actions"))  # type: ignore[attr-defined]
+    refused(ArtifactError, "actions")
+    statistics.write_text(whole.replace("-4.0", "NaN"))
+    refused(ArtifactError, "finite|NaN")
+    statistics.write_text(whole)
+    (folder / "assets" / "other").mkdir()
+    (folder / "assets" / "other" / "norm_stats.json").write_text(whole)
+    refused(StatisticsError, "several assets")
+    assert load_pi_policy(folder, "other").processor.statistics.key == "other"
+    with pytest.raises(StatisticsError, match="Did you mean 'tiny'"):
+        load_pi_policy(folder, "tin")
+    (folder / "assets" / "other" / "norm_stats.json").unlink()
+    (folder / "tokenizer.json").rename(folder / "elsewhere")
+    refused(CheckpointError, "paligemma-3b-pt-224")
+    (folder / "elsewhere").rename(folder / "tokenizer.json")
+    (folder / "extra.safetensors").write_bytes(b"")
+    refused(CheckpointError, "extra.safetensors")
+    (folder / "extra.safetensors").unlink()
+    rewritten(folder / "qvla_policy.json", lambda v: v.update(flow_steps=0))
+    refused(CheckpointError, "1 to 200 steps")
+    rewritten(folder / "qvla_policy.json", lambda v: v.update(flow_steps=4, speed=2))
+    refused(CheckpointError, "speed")
+    (folder / "qvla_policy.json").unlink()
+    refused(CheckpointError, "write vision_heads")
+
+
+def test_prompts_are_never_cut(policy: PiPolicy) -> None:
+    with pytest.raises(InvalidObservation, match="say it in fewer words"):
+        policy.infer(replace(pi_observations(1)[0], instruction="very slowly " * 200))
