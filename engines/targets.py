@@ -4,7 +4,7 @@ import difflib
 from dataclasses import replace
 
 from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.target import Container, PowerMode, Target
+from qvla_export.shared.target import Container, PowerMode, ScaleForm, Target
 
 # ONNX Runtime 1.32 on a CPU (AVX2), measured 2026-11:
 # - DequantizeLinear -> MatMul becomes MatMulNBits for 8, 4 and 2 bits, per channel and for blocks
@@ -66,6 +66,8 @@ _TENSORRT = Target(
         "(IDequantizeLayer, NvInfer.h 11.1)",
         "int2": "TensorRT's DataType has no 2-bit type (NvInferRuntimeBase.h 11.1); "
         "2-bit channels are stored in int4",
+        "two-level scales": "its DequantizeLinear reads one float16 scale a block; a scale times a "
+        "multiplier would be rounded to it (bundles with int8 weights instead are still to come)",
         "int8 blocks": "blocks along the input exist for int4, fp8 and fp4 only "
         "(IDequantizeLayer, NvInfer.h 11.1)",
     },
@@ -125,6 +127,8 @@ CUDA = replace(
     refusals={
         "zero points": "this project never ran ONNX Runtime's CUDA kernels with them; target cpu "
         "has them",
+        "two-level scales": "this project never ran ONNX Runtime's CUDA kernels with them; target "
+        "cpu has them",
         "int2": "ONNX Runtime's CUDA DequantizeLinear takes 4 and 8 bits; "
         "2-bit channels are stored in int4",
         "fp8": "this project packs no fp8 weights or activations",
@@ -141,20 +145,30 @@ class UnknownTarget(QvlaError):
     """A target's name is not in the table."""
 
 
-def find_target(name: str, zero_points: bool = False) -> Target:
+def find_target(name: str, zero_points: bool = False, scales: ScaleForm = "group") -> Target:
     """Return a target by name.
 
     Args:
         name: a key of `TARGETS`.
         zero_points: whether its weights have zero points beside their scales.
+        scales: "group": every group of inputs has one of its own. "two-level": a channel has one,
+            its groups whole multiples of it.
 
     Raises:
         UnknownTarget: the message lists the names and the nearest.
-        UnsupportedOnTarget: it has no zero points; with the reason.
+        UnsupportedOnTarget: it has no zero points or scales of two levels; with the reason.
+        QvlaError: zero points beside scales of two levels.
     """
     if name not in TARGETS:
         nearest = difflib.get_close_matches(name, TARGETS, n=1, cutoff=0.0)[0]
         raise UnknownTarget(
             f"target {name!r} is unknown; there are {sorted(TARGETS)}. Did you mean {nearest!r}?"
         )
+    if zero_points and scales == "two-level":
+        raise QvlaError(
+            "--zero-points go with a scale for every group, so not with --scales two-level: a code "
+            "less its zero point, times a multiplier, is no int8 number; leave one of them out"
+        )
+    if scales == "two-level":
+        return TARGETS[name].with_two_level_scales()
     return TARGETS[name].with_zero_points() if zero_points else TARGETS[name]

@@ -257,6 +257,27 @@ def constant_root(value: "ir.Value | None") -> "ir.Value | None":
     return None
 
 
+def folded_from(value: "ir.Value | None") -> "list[ir.Value] | None":
+    """Return the constants that a value is computed from, by whatever operators.
+
+    None if it depends on anything else. ONNX Runtime folds all such values when it loads a graph.
+    """
+    if value is None:
+        return []
+    producer = value.producer()
+    if producer is None:
+        return [value] if value.const_value is not None else None
+    if producer.op_type == "Constant":
+        return [value] if _constant(value) is not None else None
+    found: list[ir.Value] = []
+    for item in producer.inputs:
+        constants = folded_from(item)
+        if constants is None:
+            return None
+        found += constants
+    return found if producer.inputs else None
+
+
 def numbers(root: "ir.Value") -> NDArray[Any]:
     """Read the numbers of a constant; nothing of them is kept."""
     tensor = _constant(root)

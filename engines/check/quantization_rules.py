@@ -1,5 +1,6 @@
 """Rules of QuantizeLinear and DequantizeLinear on TensorRT."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,8 @@ def check_quantization(graph: CheckedGraph, target: Target) -> None:
         found = read_quantization(node)
         if found is None:
             continue
-        check_scale(graph, found, whole_blocks=True)
+        root = constant_root(found.scale)
+        check_scale(graph, found, None if root is None else [root], whole_blocks=True)
         _check_scale_type(graph, found, target)
         _check_symmetric(graph, found)
         if found.node.op_type == "QuantizeLinear":
@@ -37,16 +39,21 @@ def check_quantization(graph: CheckedGraph, target: Target) -> None:
             check_weight(graph, found, target)
 
 
-def check_scale(graph: CheckedGraph, found: QuantizationNode, whole_blocks: bool) -> None:
+def check_scale(
+    graph: CheckedGraph,
+    found: QuantizationNode,
+    roots: "Sequence[ir.Value] | None",
+    whole_blocks: bool,
+) -> None:
     """Check that scales are constants, positive, finite, one for each channel or block.
 
     Args:
         graph: collects the findings.
         found: the node.
+        roots: constants that are or make the scale, each of them positive; None if it is none.
         whole_blocks: whether the last block must be as long as the others.
     """
-    root = constant_root(found.scale)
-    if root is None:
+    if roots is None:
         graph.add(
             "quantization.scale-constant",
             found.node,
@@ -54,7 +61,7 @@ def check_scale(graph: CheckedGraph, found: QuantizationNode, whole_blocks: bool
             "calibrate it before export",
         )
         return
-    values = numbers(root).astype(np.float64)
+    values = np.concatenate([numbers(root).astype(np.float64).ravel() for root in roots])
     # No scale of int4 is looked at, nor an infinite one.
     rtx_builds = found.bits == "INT4" or not (np.isnan(values) | (values <= 0)).any()
     good = np.isfinite(values) & (values > 0)

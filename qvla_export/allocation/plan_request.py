@@ -20,6 +20,7 @@ from qvla_export.allocation.allocate import (
 from qvla_export.allocation.gates import GATES
 from qvla_export.allocation.setting import Setting
 from qvla_export.quantizer.plan import BitPlan
+from qvla_export.quantizer.quantize import scale_form
 from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
@@ -93,7 +94,7 @@ class PlanRequest:
         return cls(
             _budget(setting, measured, target, overrides),
             find_allocator(overrides.method or setting.method, gates),
-            setting.widths if widths is None else tuple(sorted(set(widths))),
+            _widths(setting, measured) if widths is None else tuple(sorted(set(widths))),
             overrides.pruning,
         )
 
@@ -126,6 +127,17 @@ def shapes_of(measured: Sensitivities) -> dict[str, tuple[int, int]]:
         name: (values.shape[1], measured.weights_per_channel[name])
         for name, values in measured.values.items()
     }
+
+
+def _widths(setting: Setting, measured: Sensitivities) -> tuple[int, ...]:
+    """Return a setting's widths: those that expand to 8 bits where the inputs are rounded.
+
+    A channel of 16 bits would be a product of floats beside that of integers.
+    """
+    expands = setting.activation_bits is not None and scale_form(measured.quantizer) == "two-level"
+    if expands and setting.widths == WIDTHS:
+        return tuple(bits for bits in WIDTHS if bits != 16)
+    return setting.widths
 
 
 def _require_one_choice(setting: Setting, overrides: PlanOverrides) -> None:

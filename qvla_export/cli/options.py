@@ -15,6 +15,7 @@ from qvla_export.pipeline.recommend.tolerance import Tolerance
 from qvla_export.pipeline.sizing.holding import HoldingOptions
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.field_parameters import with_fields
+from qvla_export.shared.target import ScaleForm
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,14 @@ ZeroPointsOption = Annotated[
         "--zero-points",
         help="Planned weights have a zero point beside every scale: codes that need not lie "
         "around 0. Target cpu only; plans follow the sensitivities.",
+    ),
+]
+ScalesOption = Annotated[
+    ScaleForm,
+    typer.Option(
+        "--scales",
+        help="Of 2- and 4-bit weights. group: one for every 64 inputs. two-level: one a channel, "
+        "groups have whole multiples of it, so that every code expands to 8 bits (target cpu).",
     ),
 ]
 UnnormKeyOption = Annotated[

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,7 @@ from qvla_export.quantizer.quantize import (
     quantize_channels,
 )
 from qvla_export.quantizer.scale_search import Steps
-from qvla_export.shared.target import Target
+from qvla_export.shared.target import Container, Target
 
 COMPUTE_TYPES = {
     "float32": ir.DataType.FLOAT,
@@ -27,7 +28,7 @@ COMPUTE_TYPES = {
 }
 # Names of a bucket's constants are "<layer>.b<bits>" and one of these.
 CODES_SUFFIX, SCALES_SUFFIX, HALVES_SUFFIX = ".codes", ".scales", ".halves"
-ZERO_POINTS_SUFFIX = ".zero_points"
+ZERO_POINTS_SUFFIX, MULTIPLIERS_SUFFIX = ".zero_points", ".multipliers"
 # Name of the constant that restores a layer's order by a Gather: "<layer>" and this.
 ORDER_SUFFIX = ".order"
 # By the container's bits.
@@ -227,23 +228,33 @@ class BucketEmitter:
         self, name: str, inputs: ir.Value, weight: QuantizedWeight, shape: tuple[int, int]
     ) -> ir.Value:
         """One width: codes of a shape [K, columns], blocks of scales along K, MatMul."""
-        codes = _stored(weight.codes, *shape, 0)
+        codes = stored_matrix(weight.codes, *shape, 0)
         if weight.bits == 16:
             halves = self._stored(name + HALVES_SUFFIX, codes)
             return self.tape.op("MatMul", [inputs, self._in_compute_type(halves, codes)])
-        code_type = _CODE_TYPES[self._target.containers[weight.bits].bits]
-        packed = self._stored(name + CODES_SUFFIX, codes.astype(code_type))
+        stored_type = code_type(self._target.containers[weight.bits])
+        packed = self._stored(name + CODES_SUFFIX, codes.astype(stored_type))
         attributes, form, groups = {"axis": 1}, [shape[1]], weight.scales.shape[1]
         if weight.group_size is not None:
             attributes, form = {"axis": 0, "block_size": weight.group_size}, [groups, shape[1]]
-        scales = _stored(weight.scales, groups, shape[1], 1).reshape(form)
+        scales = stored_matrix(weight.scales, groups, shape[1], 1).reshape(form)
         scale = self._in_compute_type(self._stored(name + SCALES_SUFFIX, scales), scales)
+        if weight.multipliers is not None:
+            scale = self._multiplied(name, scale, weight.multipliers, shape[1])
         stored = [packed, scale]
         if weight.zero_points is not None:
-            zeros = _stored(weight.zero_points, groups, shape[1], 0).reshape(form)
-            stored.append(self._stored(name + ZERO_POINTS_SUFFIX, zeros.astype(code_type)))
+            zeros = stored_matrix(weight.zero_points, groups, shape[1], 0).reshape(form)
+            stored.append(self._stored(name + ZERO_POINTS_SUFFIX, zeros.astype(stored_type)))
         matrix = self.tape.op("DequantizeLinear", stored, attributes)
         return self.tape.op("MatMul", [inputs, matrix])
+
+    def _multiplied(
+        self, name: str, scale: ir.Value, multipliers: NDArray[np.uint8], columns: int
+    ) -> ir.Value:
+        """Multiply channel scales [1, columns] by their groups' multipliers; runtimes fold it."""
+        factors = stored_matrix(multipliers, multipliers.shape[1], columns, 1)
+        stored = self._stored(name + MULTIPLIERS_SUFFIX, factors)
+        return self.tape.op("Mul", [scale, self._in_compute_type(stored, factors)])
 
     def _in_compute_type(self, value: ir.Value, stored: NDArray[np.generic]) -> ir.Value:
         if ir.DataType.from_numpy(stored.dtype) == self._compute:
@@ -294,7 +305,13 @@ def _gather_index(weight: BucketedWeight, columns: Sequence[int]) -> tuple[NDArr
     return index, zero_column is None and len(pruned) > 0
 
 
-def _stored(
+def code_type(container: Container) -> np.dtype[Any]:
+    """Return the type of a container's codes."""
+    kind: np.dtype[Any] = np.dtype(_CODE_TYPES[container.bits])
+    return kind
+
+
+def stored_matrix(
     rows: NDArray[np.generic], height: int, columns: int, value: int
 ) -> NDArray[np.generic]:
     """Transpose [channels, n] to [height, columns], what is further filled with a value."""

@@ -18,7 +18,7 @@ class GraphFigures:
     The bytes by width are the manifest's "weight_bytes".
     """
 
-    # Operators that run at inference: not the Cast and DequantizeLinear of constants.
+    # Operators that run at inference: none of what is computed from constants alone.
     nodes: int
     matmuls: int
     # Gathers that restore the order of a planned layer's channels.
@@ -39,7 +39,14 @@ def measure_graph(model: ir.Model, plan: BitPlan | None) -> GraphFigures:
         model: as it is shipped.
         plan: what it was made with, of its own layers; None where none is planned.
     """
-    running = [node for node in model.graph if not _unpacks(node)]
+    constant: set[ir.Value] = set(model.graph.initializers.values())
+    running = []
+    for node in model.graph:
+        # What runtimes do once at load, or, with a DequantizeLinear, in the product.
+        if any(node.inputs) and all(v is None or v in constant for v in node.inputs):
+            constant.update(node.outputs)
+        else:
+            running.append(node)
     operators = [node.op_type for node in running]
     orders = [
         node
@@ -58,13 +65,6 @@ def measure_graph(model: ir.Model, plan: BitPlan | None) -> GraphFigures:
         multiplications=every,
         multiplications_removed=0 if plan is None else every - _multiplications_left(plan),
     )
-
-
-def _unpacks(node: ir.Node) -> bool:
-    """Whether a node only restores a constant, which runtimes do at load or in the product."""
-    source = node.inputs[0] if node.inputs else None
-    of_constant = source is not None and source.is_initializer()
-    return node.op_type in ("Cast", "DequantizeLinear") and of_constant
 
 
 def _of_producers(orders: Iterable[ir.Node], plan: BitPlan) -> int:

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from qvla_export.graph.buckets_to_onnx import (
     CODES_SUFFIX,
     HALVES_SUFFIX,
+    MULTIPLIERS_SUFFIX,
     SCALES_SUFFIX,
     ZERO_POINTS_SUFFIX,
     Store,
@@ -32,8 +33,8 @@ def lower(
 ) -> tuple[ir.Model, dict[str, int]]:
     """Return a float graph as it is shipped, and the bytes of its constants by kind.
 
-    The parts are "2", "4", "8", "16" and "scales" (zero points too) of planned layers, "float" of
-    layers without a plan, and "rest".
+    The parts are "2", "4", "8", "16" and "scales" (zero points and multipliers too) of planned
+    layers, "float" of layers without a plan, and "rest".
 
     Args:
         graph: from `export_float`; left as it is.
@@ -59,8 +60,9 @@ def lower(
     steps = None
     if plan.rounding is not None:
         steps = merged_steps(stored_steps(plan), widths)
-    model = bucketize(model, widths, plan.quantizer, target, store, steps)
-    if plan.activations is not None:
+    rounded_inputs = plan.activations is not None
+    model = bucketize(model, widths, plan.quantizer, target, store, steps, rounded_inputs)
+    if rounded_inputs:
         model = keep_integer_products(model)
     model = _finished(model, target)
     return model, _bucket_bytes(model)
@@ -119,7 +121,7 @@ def _bucket_bytes(model: ir.Model) -> dict[str, int]:
     """Bytes of the constants: "2", "4", "8", "16" of planned layers, "scales", "rest"."""
     found: dict[str, int] = {"16": 0, "8": 0, "4": 0, "2": 0, "scales": 0, "rest": 0}
     for name, nbytes in _constant_bytes(model):
-        if name.endswith((SCALES_SUFFIX, ZERO_POINTS_SUFFIX)):
+        if name.endswith((SCALES_SUFFIX, ZERO_POINTS_SUFFIX, MULTIPLIERS_SUFFIX)):
             found["scales"] += nbytes
         elif name.endswith((CODES_SUFFIX, HALVES_SUFFIX)):
             found[name.rsplit(".", 2)[1].removeprefix("b")] += nbytes

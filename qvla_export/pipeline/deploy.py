@@ -27,6 +27,7 @@ from qvla_export.pipeline.sensitivities import SensitivityRequest, agreement, se
 from qvla_export.pipeline.sizing.holding import IN_MEMORY, Holding
 from qvla_export.shared.artifacts import versions, write_json
 from qvla_export.shared.errors import InvalidObservation
+from qvla_export.shared.target import ScaleForm
 
 if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
@@ -60,8 +61,9 @@ class Deployment:
     probes: int | None = 4
     # Codes of planned settings.
     quantizer: Literal["nearest", "compensated"] = "compensated"
-    # Whether they have zero points.
+    # Whether they have zero points, and the levels of their scales.
     zero_points: bool = False
+    scales: ScaleForm = "group"
     # What asked for it, for the record.
     command: str = ""
     # By what a setting is recommended, and what the user says of the action.
@@ -187,7 +189,7 @@ def _measure(request: Deployment, policy: "Policy", steps: NumberedSteps) -> "Ag
             calibrate(run, request.calibration, hear)
         _describe(request, policy)
     with steps.next("sensitivities of every channel and width") as hear:
-        target = find_target(request.target, request.zero_points)
+        target = find_target(request.target, request.zero_points, request.scales)
         how = SensitivityRequest(
             quantizer=request.quantizer, probes=request.probes, seed=request.seed
         )

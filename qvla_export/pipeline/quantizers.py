@@ -72,7 +72,8 @@ def compare_quantizers(
 ) -> QuantizerComparison:
     """Measure what each part of the quantizer does to held-out actions, at several sizes.
 
-    Plans are those of the sensitivities; with zero points they are made anew for the same bytes.
+    Plans are those of the sensitivities; with zero points or scales of two levels they are made
+    anew for the same bytes.
 
     Args:
         run: has a calibration set and sensitivities.
@@ -110,19 +111,21 @@ def variants(target: "Target") -> dict[str, QuantizerSpec]:
     """Return quantizers that differ in one part, and the whole."""
     nearest, whole = spec_for(target), compensated_spec(target)
     inputs = replace(nearest, weighted_scales=True, compensation="inputs")
-    pointed = {}
+    stored = {}
+    if "two-level scales" not in target.refusals:
+        stored["two-level scales"] = target.with_two_level_scales()
     if "zero points" not in target.refusals:
-        stored = target.with_zero_points()
-        pointed = {
-            "nearest, zero points": spec_for(stored),
-            "inputs and channels, zero points": compensated_spec(stored),
-        }
+        stored["zero points"] = target.with_zero_points()
+    others: dict[str, QuantizerSpec] = {}
+    for words, other in stored.items():
+        others[f"nearest, {words}"] = spec_for(other)
+        others[f"inputs and channels, {words}"] = compensated_spec(other)
     return {
         "nearest": nearest,
         "weighted scales": replace(nearest, weighted_scales=True),
         "inputs": inputs,
         "inputs and channels": whole,
-        **pointed,
+        **others,
     }
 
 

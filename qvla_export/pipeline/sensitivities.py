@@ -8,7 +8,7 @@ from qvla_export.pipeline.plan import load_sensitivities
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
 from qvla_export.pipeline.work.log import ArtifactWork, Value, recorded_work, short
-from qvla_export.quantizer.quantize import QuantizerSpec, compensated_spec, spec_for
+from qvla_export.quantizer.quantize import QuantizerSpec, compensated_spec, scale_form, spec_for
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Target
@@ -111,6 +111,7 @@ def _work(
         "calibration set": short(question.calibration_digest),
         "--target": target.name,
         "--zero-points": any(rule.zero_points for rule in question.quantizer.rules.values()),
+        "--scales": scale_form(question.quantizer),
         "--quantizer": request.codes,
         "--method": request.method,
         "--probes": request.probes,

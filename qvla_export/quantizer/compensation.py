@@ -182,6 +182,8 @@ class _Work:
         self._scales = np.ones((shape[0], groups), np.float32)
         pointed = any(rule.zero_points for rule in rules)
         self._zero_points = np.zeros(self._scales.shape, np.int8) if pointed else None
+        leveled = any(rule.two_level for rule in rules)
+        self._multipliers = np.ones(self._scales.shape, np.uint8) if leveled else None
 
     def round(
         self,
@@ -205,8 +207,8 @@ class _Work:
             if bits == 16:
                 rounded[some] = self._in_halves(chosen[some], targets[some])
             elif bits:
-                made = self._coded(targets[some], bits, channels_factor)
-                self._keep(chosen[some], made)
+                steps, made = self._coded(targets[some], bits, channels_factor)
+                self._keep(chosen[some], steps, made)
                 rounded[some] = self.inputs.put(made.dequantize())
         return rounded
 
@@ -215,27 +217,31 @@ class _Work:
         halves = np.zeros((len(self._halves), self._codes.shape[1]), np.float16)
         for row, channel in zip(halves, sorted(self._halves), strict=True):
             row[self._order] = self._halves[channel]
-        return RoundedLayer(self._codes, halves, self._scales, self._zero_points)
+        return RoundedLayer(self._codes, halves, self._scales, self._zero_points, self._multipliers)
 
     def _in_halves(self, chosen: NDArray[np.int64], targets: Array) -> Array:
         made = quantize_channels(self.inputs.get(targets), 16, self._spec)
         self._halves |= dict(zip(chosen.tolist(), made.codes, strict=True))
         return self.inputs.put(made.dequantize())
 
-    def _coded(self, targets: Array, bits: int, channels_factor: Array | None) -> QuantizedWeight:
+    def _coded(
+        self, targets: Array, bits: int, channels_factor: Array | None
+    ) -> tuple[Steps, QuantizedWeight]:
         wanted = self.inputs.get(targets)
         steps = channel_steps(wanted, bits, self._spec, self.inputs.importance)
         if self.inputs.order is None:
-            return at_steps(wanted, bits, self._spec, steps)
+            return steps, at_steps(wanted, bits, self._spec, steps)
         codes = self._along_inputs(targets, steps, bits, self.inputs.order, channels_factor)
-        return with_steps(codes, bits, self._spec, steps)
+        return steps, with_steps(codes, bits, self._spec, steps)
 
-    def _keep(self, chosen: NDArray[np.int64], made: QuantizedWeight) -> None:
-        groups = made.scales.shape[1]
+    def _keep(self, chosen: NDArray[np.int64], steps: Steps, made: QuantizedWeight) -> None:
+        groups = steps.scales.shape[1]
         self._codes[np.ix_(chosen, self._order)] = made.codes
-        self._scales[chosen, :groups] = made.scales
+        self._scales[chosen, :groups] = steps.scales
         if self._zero_points is not None and made.zero_points is not None:
             self._zero_points[chosen, :groups] = made.zero_points
+        if self._multipliers is not None and made.multipliers is not None:
+            self._multipliers[chosen, :groups] = made.multipliers
 
     def _along_inputs(
         self,

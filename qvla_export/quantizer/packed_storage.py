@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qvla_export.quantizer.coupling import Coupling, find_couplings
 from qvla_export.quantizer.layer_names import parallel_group
-from qvla_export.quantizer.quantize import QuantizerSpec
+from qvla_export.quantizer.quantize import QuantizerSpec, scale_form
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Container, Target
 
@@ -115,35 +115,44 @@ def stored_bytes(
 
 
 def stored_on(target: Target, spec: QuantizerSpec) -> Target:
-    """Return a target that stores the zero points of a quantizer, if it has them.
+    """Return a target that stores the zero points or the scales of two levels of a quantizer.
 
     Raises:
         UnsupportedOnTarget: the target has none; with the reason.
     """
-    pointed = any(rule.zero_points for rule in spec.rules.values())
-    return target.with_zero_points() if pointed else target
+    if any(rule.zero_points for rule in spec.rules.values()):
+        return target.with_zero_points()
+    if scale_form(spec) == "two-level":
+        return target.with_two_level_scales()
+    return target
 
 
-def require_zero_points_of(containers: Mapping[int, Container], spec: QuantizerSpec) -> None:
-    """Refuse containers that store other zero points than a quantizer makes.
+def require_steps_of(containers: Mapping[int, Container], spec: QuantizerSpec) -> None:
+    """Refuse containers that store other zero points or levels of scales than a quantizer makes.
 
     Raises:
         QvlaError: naming the widths of both.
     """
-    stored = sorted(bits for bits, container in containers.items() if container.zero_points)
-    made = sorted(bits for bits, rule in spec.rules.items() if rule.zero_points)
-    if stored != made:
-        raise QvlaError(
-            f"the quantizer makes zero points of {made} bits, the containers store those of "
-            f"{stored}; they must agree: qvla sensitivities and plan for the same target"
-        )
+    for name, words in (("zero_points", "zero points"), ("two_level", "two levels of scales")):
+        stored = sorted(bits for bits, held in containers.items() if getattr(held, name))
+        made = sorted(bits for bits, rule in spec.rules.items() if getattr(rule, name))
+        if stored != made:
+            raise QvlaError(
+                f"the quantizer makes {words} of {made} bits, the containers store those of "
+                f"{stored}; they must agree: qvla sensitivities and plan for the same target"
+            )
 
 
 def bucket_bytes(channels: int, inputs: int, container: Container) -> int:
-    """Return the bytes of one bucket's codes, scales and zero points, for a number of inputs."""
+    """Return the bytes of one bucket's codes and of what they stand for, for a number of inputs.
+
+    Scales, and zero points or multipliers where the container has them.
+    """
     columns = stored_columns(channels, container)
-    steps = columns * container.groups(inputs)
     codes = -(-columns * container.stored_inputs(inputs) * container.bits // 8)
+    steps = columns * container.groups(inputs)
+    if container.two_level:
+        return codes + steps + columns * container.scale_bits // 8
     zeros = -(-steps * container.bits // 8) if container.zero_points else 0
     return codes + steps * container.scale_bits // 8 + zeros
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qvla_export.quantizer.activations import ActivationRanges
 from qvla_export.quantizer.coupling import Coupling, find_couplings
 from qvla_export.quantizer.layer_shapes import LayerShapes, shape_problem
-from qvla_export.quantizer.packed_storage import require_zero_points_of, stored_bytes
+from qvla_export.quantizer.packed_storage import require_steps_of, stored_bytes
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.quantizer.rounding import Rounding
 from qvla_export.quantizer.width_table import width_table
@@ -70,7 +70,7 @@ class BitPlan:
             )
         if self.activations is not None:
             self.activations.require_layers(self.widths)
-        require_zero_points_of(self.containers, self.quantizer)
+        require_steps_of(self.containers, self.quantizer)
         available = set(WIDTHS) & {0, *self.containers}
         for name, widths in self.widths.items():
             if widths.ndim != 1 or widths.dtype != np.int8:
@@ -228,7 +228,8 @@ class BitPlan:
             "calibration_digest": self.calibration_digest,
             "versions": dict(self.made_with),
             "containers": {
-                str(b): set_fields(c, "zero_points") for b, c in sorted(self.containers.items())
+                str(bits): set_fields(container, "zero_points", "two_level")
+                for bits, container in sorted(self.containers.items())
             },
             "quantizer": self.quantizer.to_json(),
             "layers": layers,

@@ -22,9 +22,15 @@ from qvla_export.quantizer.scale_search import (
     nearest_codes,
     searched_steps,
 )
+from qvla_export.quantizer.two_level_scales import (
+    CHANNEL_SCALE_BITS,
+    LARGEST_MULTIPLIER,
+    expanded_codes,
+    two_level_steps,
+)
 from qvla_export.shared.artifacts import set_fields
 from qvla_export.shared.errors import ArtifactError, QvlaError
-from qvla_export.shared.target import WIDTHS, Target
+from qvla_export.shared.target import WIDTHS, ScaleForm, Target
 
 ScaleRule = Literal["max", "mse"]
 Compensation = Literal["none", "inputs", "inputs and channels"]
@@ -42,8 +48,20 @@ class WidthRule:
     scale_bits: int = 32
     # Whether every scale has a zero point of its own; without, codes are symmetric.
     zero_points: bool = False
+    # Whether a channel has one scale of `scale_bits`, and each group a whole multiple of it.
+    two_level: bool = False
 
     def __post_init__(self) -> None:
+        if self.two_level and (
+            self.group_size is None
+            or self.scale != "mse"
+            or self.scale_bits != CHANNEL_SCALE_BITS
+            or self.zero_points
+        ):
+            raise QvlaError(
+                f"scales of two levels are of groups, searched, of {CHANNEL_SCALE_BITS} bits and "
+                f"without zero points, got {self}"
+            )
         if self.group_size is not None and self.group_size < 1:
             raise QvlaError(f"group_size must be at least 1 or None, got {self.group_size}")
         if self.scale not in get_args(ScaleRule):
@@ -75,6 +93,11 @@ class QuantizerSpec:
         unknown = sorted(set(self.rules) - set(CODE_RANGE))
         if unknown:
             raise QvlaError(f"quantizer rules are for widths {sorted(CODE_RANGE)}, got {unknown}")
+        two_level = {bits for bits, rule in self.rules.items() if rule.two_level}
+        if beyond := sorted(two_level - set(LARGEST_MULTIPLIER)):
+            raise QvlaError(
+                f"scales of two levels are for {sorted(LARGEST_MULTIPLIER)} bits, got {beyond}"
+            )
         if self.compensation not in get_args(Compensation):
             raise QvlaError(
                 f"compensation must be one of {get_args(Compensation)}, got {self.compensation!r}"
@@ -99,7 +122,10 @@ class QuantizerSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return what an artifact stores: the rules by width, and options that are in use."""
-        rules = {str(bits): set_fields(r, "zero_points") for bits, r in sorted(self.rules.items())}
+        rules = {
+            str(bits): set_fields(rule, "zero_points", "two_level")
+            for bits, rule in sorted(self.rules.items())
+        }
         return rules | {
             name: getattr(self, name) for name in _OPTIONS if getattr(self, name) != _OPTIONS[name]
         }
@@ -137,20 +163,43 @@ class QuantizedWeight:
     # Codes; the rounded weights themselves at 16 bits.
     # int8 (2, 4, 8 and, all zero, 0 bits) or float16 (16 bits)  [channels, inputs]
     codes: NDArray[np.int8] | NDArray[np.float16]
-    # Positive; as stored, so float32 or float16.  [channels, groups]; no groups at 16 and 0 bits
+    # Positive; as stored, so float32 or float16.  [channels, groups]; no groups at 16 and 0 bits,
+    # one where there are multipliers
     scales: NDArray[np.float32] | NDArray[np.float16]
     bits: int
     # Inputs that share a scale; None for one scale per channel.
     group_size: int | None
     # Codes that stand for 0; None where all are 0.  int8 [channels, groups]
     zero_points: NDArray[np.int8] | None = None
+    # Of each group, times its channel's scale; None where scales have one level.
+    # uint8 [channels, groups]
+    multipliers: NDArray[np.uint8] | None = None
+
+    def expanded(self) -> NDArray[np.int8]:
+        """Return the codes of channels of one scale each.  int8 [channels, inputs]
+
+        Raises:
+            QvlaError: groups have scales or zero points of their own, or there are no codes.
+        """
+        if self.bits in (2, 4, 8) and self.scales.shape[1] == 1 and self.zero_points is None:
+            codes = self.codes.astype(np.int8)
+            if self.multipliers is None or self.group_size is None:
+                return codes
+            return expanded_codes(codes, self.multipliers, self.group_size)
+        raise QvlaError(
+            f"codes of {self.bits} bits with {self.scales.shape[1]} scales a channel are no "
+            "integers of one scale; quantize with scales of two levels"
+        )
 
     def dequantize(self) -> NDArray[np.float32]:
         """Return the weights an engine computes with.  float32 [channels, inputs]"""
         weights = self.codes.astype(np.float32)
         if self.scales.shape[1] == 0:
             return weights
-        stored = Steps(self.scales.astype(np.float32), self.zero_points)
+        scales = self.scales.astype(np.float32)
+        if self.multipliers is not None:
+            scales = scales * self.multipliers
+        stored = Steps(scales, self.zero_points)
         if self.group_size is not None:
             stored = stored.by_input(self.group_size, weights.shape[1])
         if stored.zero_points is not None:
@@ -159,10 +208,11 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Packed size in bytes, scales and zero points included."""
+        """Packed size in bytes, scales, zero points and multipliers included."""
         zeros = 0 if self.zero_points is None else self.zero_points.size
         packed = sum(-(-count * self.bits // 8) for count in (self.codes.size, zeros))
-        return packed + self.scales.nbytes
+        factors = 0 if self.multipliers is None else self.multipliers.nbytes
+        return packed + self.scales.nbytes + factors
 
 
 def spec_for(target: Target) -> QuantizerSpec:
@@ -174,11 +224,17 @@ def spec_for(target: Target) -> QuantizerSpec:
                 "max" if bits == 8 else "mse",
                 container.scale_bits,
                 container.zero_points,
+                container.two_level,
             )
             for bits, container in target.containers.items()
             if bits in CODE_RANGE
         }
     )
+
+
+def scale_form(spec: QuantizerSpec) -> ScaleForm:
+    """Return whether a quantizer's scales have one level or two."""
+    return "two-level" if any(rule.two_level for rule in spec.rules.values()) else "group"
 
 
 def compensated_spec(target: Target) -> QuantizerSpec:
@@ -241,6 +297,8 @@ def channel_steps(
     if rule.scale == "max":
         return max_steps(groups, bits, rule.scale_bits, rule.zero_points)
     importance = _grouped_importance(input_second_moment, weight.shape[1], rule.group_size)
+    if rule.two_level:
+        return two_level_steps(groups, bits, importance)
     return searched_steps(groups, bits, rule.scale_bits, importance, rule.zero_points)
 
 
@@ -260,10 +318,12 @@ def with_steps(
 ) -> QuantizedWeight:
     """Return codes, whole numbers [channels, inputs], with what they stand for."""
     rule = spec.rule(bits)
-    stored = steps.scales if rule.scale_bits == 32 else steps.scales.astype(np.float16)
+    scales = steps.channel_scales if rule.two_level else steps.scales
+    stored = scales if rule.scale_bits == 32 else scales.astype(np.float16)
     integers = np.ascontiguousarray(codes.astype(np.int8))
     zeros = steps.zero_points if rule.zero_points else None
-    return QuantizedWeight(integers, stored, bits, rule.group_size, zeros)
+    factors = steps.multipliers if rule.two_level else None
+    return QuantizedWeight(integers, stored, bits, rule.group_size, zeros, factors)
 
 
 def fake_quantize(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.quantizer.layer_artifact import FileKind, LayerArtifact
-from qvla_export.quantizer.quantize import QuantizedWeight, QuantizerSpec
+from qvla_export.quantizer.quantize import QuantizerSpec, with_steps
 from qvla_export.quantizer.scale_search import Steps
 from qvla_export.shared.artifacts import versions
 from qvla_export.shared.errors import QvlaError
@@ -37,24 +37,29 @@ class RoundedLayer:
     # Beside the scales; None where no width has them, 0 where a channel's has none.
     # int8 [channels, groups]
     zero_points: NDArray[np.int8] | None = None
+    # Of scales of two levels, the groups' multiples of their channel's; None where no width has
+    # them, 1 where a channel's has none.  uint8 [channels, groups]
+    multipliers: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         channels, inputs = self.codes.shape
+        beside = [values for values in (self.zero_points, self.multipliers) if values is not None]
         if (
             self.scales.ndim != 2
             or len(self.scales) != channels
             or self.halves.shape[1:] != (inputs,)
-            or (self.zero_points is not None and self.zero_points.shape != self.scales.shape)
+            or any(values.shape != self.scales.shape for values in beside)
+            or (self.multipliers is not None and not self.multipliers.all())
         ):
             raise QvlaError(
                 f"codes {list(self.codes.shape)} do not go with halves {list(self.halves.shape)} "
-                f"and scales {list(self.scales.shape)} or their zero points"
+                f"and scales {list(self.scales.shape)}, their zero points or multipliers"
             )
 
     @property
     def steps(self) -> Steps:
         """What its codes stand for."""
-        return Steps(self.scales, self.zero_points)
+        return Steps(self.scales, self.zero_points, self.multipliers)
 
     def rows(
         self, widths: NDArray[np.int8], spec: QuantizerSpec, order: NDArray[np.int64]
@@ -76,10 +81,8 @@ class RoundedLayer:
                 result[chosen] = self.halves
             elif bits:
                 codes = self.codes[np.ix_(np.flatnonzero(chosen), order)]
-                rule = spec.rule(bits)
-                steps = self.steps.of(chosen, rule.groups(len(order)))
-                zeros = steps.zero_points if rule.zero_points else None
-                weight = QuantizedWeight(codes, steps.scales, bits, rule.group_size, zeros)
+                steps = self.steps.of(chosen, spec.rule(bits).groups(len(order)))
+                weight = with_steps(codes, bits, spec, steps)
                 result[np.ix_(np.flatnonzero(chosen), order)] = weight.dequantize()
         return result
 

@@ -40,42 +40,57 @@ _Candidate = tuple[NDArray[np.float32], NDArray[np.float32] | int]
 class Steps:
     """What the codes of groups stand for: (code - zero point) * scale."""
 
-    # As stored.  float32 [channels, groups]
+    # As stored; of two levels a channel's scale times the groups' multipliers, which is exact.
+    # float32 [channels, groups]
     scales: NDArray[np.float32]
     # Codes that stand for 0, within the range of codes; None where all are 0.
     # int8 [channels, groups]
     zero_points: NDArray[np.int8] | None = None
+    # Whole numbers from 1, of which a scale is so many times its channel's; None where scales have
+    # one level.  uint8 [channels, groups]
+    multipliers: NDArray[np.uint8] | None = None
+
+    @property
+    def channel_scales(self) -> NDArray[np.float32]:
+        """Scales of two levels without their multipliers.  float32 [channels, 1]"""
+        assert self.multipliers is not None
+        # Exact: 11 bits times 7 fit a float32, and so does the quotient.
+        scales: NDArray[np.float32] = np.divide(self.scales[:, :1], self.multipliers[:, :1])
+        return scales
 
     def of(self, channels: NDArray[Any], groups: int | None = None) -> "Steps":
         """Return those of some channels, and of their first groups."""
-        zeros = self.zero_points
-        return Steps(
-            self.scales[channels, :groups],
-            None if zeros is None else zeros[channels, :groups],
-        )
+        chosen = (channels, slice(groups))
+        return self._each(lambda values, _: values[chosen])
 
     @staticmethod
     def concatenate(parts: "Sequence[Steps]") -> "Steps":
         """Return those of several layers, one's channels after the other's."""
         zeros = [part.zero_points for part in parts if part.zero_points is not None]
-        scales = np.concatenate([part.scales for part in parts])
-        return Steps(scales, np.concatenate(zeros) if zeros else None)
+        factors = [part.multipliers for part in parts if part.multipliers is not None]
+        return Steps(
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate(zeros) if zeros else None,
+            np.concatenate(factors) if factors else None,
+        )
 
     def padded_to(self, channels: int) -> "Steps":
         """Return them followed by scales of 1 and zero points of 0, so many channels in all."""
         missing = ((0, channels - len(self.scales)), (0, 0))
-        zeros = self.zero_points
-        return Steps(
-            np.pad(self.scales, missing, constant_values=1),
-            None if zeros is None else np.pad(zeros, missing),
-        )
+        return self._each(lambda values, rest: np.pad(values, missing, constant_values=rest))
 
     def by_input(self, group_size: int | None, inputs: int) -> "Steps":
         """Return them for every input: group after group.  [channels, inputs]"""
-        size, zeros = group_size or inputs, self.zero_points
+        size = group_size or inputs
+        return self._each(lambda values, _: np.repeat(values, size, axis=1)[:, :inputs])
+
+    def _each(self, change: Callable[[NDArray[Any], int], NDArray[Any]]) -> "Steps":
+        """Return them with every array changed; `change` is also given what stands for nothing."""
+        zeros, factors = self.zero_points, self.multipliers
         return Steps(
-            np.repeat(self.scales, size, axis=1)[:, :inputs],
-            None if zeros is None else np.repeat(zeros, size, axis=1)[:, :inputs],
+            change(self.scales, 1),
+            None if zeros is None else change(zeros, 0),
+            None if factors is None else change(factors, 1),
         )
 
 
@@ -95,8 +110,8 @@ def _peaks(groups: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.maximum(peaks, np.float32(_SMALLEST_PEAK))
 
 
-def _storable_scales(scales: NDArray[np.float32], scale_bits: int) -> NDArray[np.float32]:
-    """Scales as they will be stored: rounded to their bits, strictly positive, finite."""
+def storable_scales(scales: NDArray[np.float32], scale_bits: int) -> NDArray[np.float32]:
+    """Return scales as they will be stored: rounded to their bits, strictly positive, finite."""
     low, high = SCALE_LIMITS[scale_bits]
     clipped = scales.clip(low, high)
     rounded = clipped.astype(np.float16) if scale_bits == 16 else clipped
@@ -110,7 +125,7 @@ def max_steps(groups: NDArray[np.float32], bits: int, scale_bits: int, zero_poin
     have the smaller squared error.
     """
     if not zero_points:
-        return Steps(_storable_scales(_max_scales(groups, bits), scale_bits))
+        return Steps(storable_scales(_max_scales(groups, bits), scale_bits))
 
     def candidates(block: NDArray[np.float32]) -> Iterator[_Candidate]:
         yield _max_scales(block, bits), 0
@@ -151,6 +166,42 @@ def searched_steps(
 
     found = _least_error(groups, bits, scale_bits, importance, candidates)
     return found if zero_points else Steps(found.scales)
+
+
+def blocks_of(groups: NDArray[np.float32]) -> Iterator[slice]:
+    """Yield channels that are searched together: with their temporaries they stay in cache."""
+    channels, _, size = groups.shape
+    rows = max(1, _BLOCK_WEIGHTS // max(1, groups[0].size if channels else size))
+    for start in range(0, channels, rows):
+        yield slice(start, start + rows)
+
+
+def group_errors(
+    groups: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    bits: int,
+    importance: NDArray[np.float32] | None,
+    zeros: NDArray[np.float32] | int = 0,
+) -> NDArray[np.float32]:
+    """Return each group's (weighted) squared error at given scales.  float32 [channels, groups]
+
+    Args:
+        groups: see `in_groups`.
+        scales: as stored.  float32 [channels, groups]
+        bits: of the codes.
+        importance: as in `searched_steps`.
+        zeros: zero points, [channels, groups] or one for all.
+    """
+    low, high = CODE_RANGE[bits]
+    offset = zeros if isinstance(zeros, int) else zeros[:, :, None]
+    error = groups / scales[:, :, None]
+    np.rint(error, out=error)
+    np.clip(error, low - offset, high - offset, out=error)
+    error *= scales[:, :, None]
+    error -= groups
+    weighted = error if importance is None else error * importance
+    errors: NDArray[np.float32] = np.einsum("cgi,cgi->cg", error, weighted)
+    return errors
 
 
 def nearest_codes(groups: NDArray[np.float32], steps: Steps, bits: int) -> NDArray[np.float32]:
@@ -226,25 +277,14 @@ def _least_error(
     Args:
         candidates: of a block of channels.
     """
-    channels, _, size = groups.shape
-    rows = max(1, _BLOCK_WEIGHTS // max(1, groups[0].size if channels else size))
-    low, high = CODE_RANGE[bits]
     best = np.empty(groups.shape[:2], np.float32)
     best_zeros = np.zeros(groups.shape[:2], np.int8)
-    for start in range(0, channels, rows):
-        rows_of = slice(start, start + rows)
+    for rows_of in blocks_of(groups):
         block = groups[rows_of]
         least = np.full(block.shape[:2], np.inf, np.float32)
         for wanted, zeros in candidates(block):
-            scales = _storable_scales(wanted, scale_bits)
-            offset = zeros if isinstance(zeros, int) else zeros[:, :, None]
-            error = block / scales[:, :, None]
-            np.rint(error, out=error)
-            np.clip(error, low - offset, high - offset, out=error)
-            error *= scales[:, :, None]
-            error -= block
-            weighted = error if importance is None else error * importance
-            errors = np.einsum("cgi,cgi->cg", error, weighted)
+            scales = storable_scales(wanted, scale_bits)
+            errors = group_errors(block, scales, bits, importance, zeros)
             better = errors < least
             least = np.where(better, errors, least)
             best[rows_of] = np.where(better, scales, best[rows_of])

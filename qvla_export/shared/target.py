@@ -12,6 +12,9 @@ WIDTHS = (0, 2, 4, 8, 16)
 Runtime = Literal["ort", "ort-cuda", "tensorrt", "tensorrt_rtx"]
 # Type of activations and of what a plan leaves at 16 bits, wherever the graph multiplies.
 ComputeType = Literal["float32", "float16", "bfloat16"]
+# "group": a float scale for every group of inputs. "two-level": one for every channel, and a whole
+# number for every group.
+ScaleForm = Literal["group", "two-level"]
 # "none": activations stay in the compute type. "int8": one symmetric scale per tensor.
 ActivationSupport = Literal["none", "int8"]
 
@@ -34,6 +37,8 @@ class Container:
     whole_groups: bool = False
     # Whether every scale has a zero point beside it, of as many bits as a weight.
     zero_points: bool = False
+    # Whether a channel has one scale of `scale_bits`, and each group a multiple of it in 8 bits.
+    two_level: bool = False
 
     def stored_inputs(self, inputs: int) -> int:
         """Return how many weights a channel of `inputs` weights is stored with."""
@@ -45,8 +50,13 @@ class Container:
         """Return the stored bits of one channel with `inputs` weights, scales included."""
         if self.bits == 0:
             return 0
-        step_bits = self.scale_bits + (self.bits if self.zero_points else 0)
-        return self.stored_inputs(inputs) * self.bits + self.groups(inputs) * step_bits
+        return self.stored_inputs(inputs) * self.bits + self.step_bits(inputs)
+
+    def step_bits(self, inputs: int) -> int:
+        """Return the bits of one channel's scales, multipliers and zero points."""
+        if self.two_level:
+            return self.scale_bits + 8 * self.groups(inputs)
+        return self.groups(inputs) * (self.scale_bits + (self.bits if self.zero_points else 0))
 
     def groups(self, inputs: int) -> int:
         """Return how many scales a channel of `inputs` weights has."""
@@ -110,7 +120,20 @@ class Target:
         """
         self.require("zero points")
         stored = {
-            bits: replace(container, zero_points=0 < bits < 16)
+            bits: replace(container, zero_points=0 < bits < 16, two_level=False)
+            for bits, container in self.containers.items()
+        }
+        return replace(self, containers=stored)
+
+    def with_two_level_scales(self) -> "Target":
+        """Return this target with one scale a channel and multiples of it for groups.
+
+        Raises:
+            UnsupportedOnTarget: it has none; with the reason.
+        """
+        self.require("two-level scales")
+        stored = {
+            bits: replace(container, two_level=container.group_size is not None, zero_points=False)
             for bits, container in self.containers.items()
         }
         return replace(self, containers=stored)

@@ -23,6 +23,7 @@ from qvla_export.cli.options import (
     PresetOption,
     ProbesOption,
     QuantizerOption,
+    ScalesOption,
     SeedOption,
     SkipBadFramesOption,
     TargetOption,
@@ -90,6 +91,7 @@ def deploy(
     workers: WorkersOption = 2,
     quantizer: QuantizerOption = None,
     zero_points: ZeroPointsOption = False,
+    scales: ScalesOption = "group",
     options: HoldingOptions = USUAL_HOLDING,
     force: ForceOption = False,
     tolerance: Tolerance = USUAL_TOLERANCE,
@@ -108,7 +110,7 @@ def deploy(
     from qvla_export.pipeline.sizing.forecast import forecast
     from qvla_export.pipeline.sizing.hold import hold
 
-    found = find_target(target, zero_points)
+    found = find_target(target, zero_points, scales)
     opened_data = open_dataset(dataset, columns) if dataset else None
     played = chosen_tasks(tasks) if dataset is None or episodes else ()
     played_times = (20 if dataset is None else 0) if episodes is None else episodes
@@ -123,6 +125,7 @@ def deploy(
         *(played, played_times, check_pairs, samples, threads, seed, workers, probes or None),
         quantizer=quantizer or "compensated",
         zero_points=zero_points,
+        scales=scales,
         command=shlex.join(["qvla", *sys.argv[1:]]),
         tolerance=tolerance,
     )

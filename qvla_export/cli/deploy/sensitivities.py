@@ -14,6 +14,7 @@ from qvla_export.cli.options import (
     ProbesOption,
     QuantizerOption,
     RunOption,
+    ScalesOption,
     SeedOption,
     ShareOption,
     TargetOption,
@@ -41,6 +42,7 @@ def sensitivities(
     method: MethodOption = "first-order",
     quantizer: QuantizerOption = None,
     zero_points: ZeroPointsOption = False,
+    scales: ScalesOption = "group",
     probes: ProbesOption = 4,
     exact_share: ShareOption = 0.02,
     unnorm_key: UnnormKeyOption = None,
@@ -67,7 +69,7 @@ def sensitivities(
     from qvla_export.pipeline.run_folder import RunFolder
     from qvla_export.pipeline.sensitivities import SensitivityRequest, open_and_measure
 
-    folder, device_target = RunFolder(run, force), find_target(target, zero_points)
+    folder, device_target = RunFolder(run, force), find_target(target, zero_points, scales)
     source = PolicySource(str(policy), unnorm_key, preset)
     request = SensitivityRequest(method, quantizer, probes or None, exact_share, seed)
     with (

@@ -31,7 +31,8 @@ def quantizers(
 ) -> None:
     """Compare what each part of the quantizer does to held-out actions.
 
-    Plans are those of the sensitivities; with zero points they are made anew for the same bytes.
+    Plans are those of the sensitivities; with zero points or scales of two levels they are made
+    anew for the same bytes.
     """
     from engines.targets import find_target
     from qvla_export.pipeline.policy_source import open_checkpoint

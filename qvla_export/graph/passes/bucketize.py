@@ -18,6 +18,7 @@ from qvla_export.graph.buckets_to_onnx import (
     bucket_weight,
     keep,
 )
+from qvla_export.graph.expanded_to_onnx import ExpandedEmitter, expandable
 from qvla_export.graph.float_graph import LAYER_KEY, ExportError, layer_nodes, weight_rows
 from qvla_export.graph.passes.merge import MEMBERS_KEY
 from qvla_export.quantizer.quantize import QuantizerSpec
@@ -32,6 +33,7 @@ def bucketize(
     target: Target,
     store: Store = keep,
     steps: Mapping[str, Steps] | None = None,
+    rounded_inputs: bool = False,
 ) -> ir.Model:
     """Return a copy of a float graph with every planned layer in buckets.
 
@@ -46,6 +48,8 @@ def bucketize(
         store: gets every packed constant as soon as it is made; may put it on disk.
         steps: layer name -> those its weights were rounded at, of [channels, groups]; None
             chooses them from the weights.
+        rounded_inputs: whether the layers read integers; ONNX Runtime on a CPU then gets one
+            product of integers a layer, where the codes expand to 8 bits.
 
     Raises:
         ExportError: a planned layer is not in the graph or has another number of channels.
@@ -65,9 +69,10 @@ def bucketize(
                 f"the plan gives {len(layer_widths)} widths to layer {name}, "
                 f"which has {len(rows)} channels; make the plan from this policy"
             )
-        emitter = BucketEmitter(target, store)
-        given = None if steps is None else steps[name]
-        _replace(model.graph, node, name, bucket_weight(rows, layer_widths, spec, given), emitter)
+        weight = bucket_weight(rows, layer_widths, spec, None if steps is None else steps[name])
+        expands = rounded_inputs and target.runtime == "ort" and expandable(weight)
+        emitter = (ExpandedEmitter if expands else BucketEmitter)(target, store)
+        _replace(model.graph, node, name, weight, emitter)
     RemoveUnusedNodesPass()(model)
     return model
 

@@ -31,7 +31,7 @@ def holding_request(request: "Deployment", options: HoldingOptions) -> HoldingRe
     dataset = None if drawn is None else drawn.dataset
     return HoldingRequest(
         request.source,
-        find_target(request.target, request.zero_points),
+        find_target(request.target, request.zero_points, request.scales),
         request.quantizer == "compensated",
         options,
         load_if_current(request.run.description, _description, bool),

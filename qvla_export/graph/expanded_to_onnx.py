@@ -1,0 +1,181 @@
+"""One linear map of rounded inputs as ONNX nodes: codes of all widths as one int8 matrix.
+
+What is stored is what `buckets_to_onnx` stores. A runtime expands it once, when it loads the graph:
+codes times their groups' multipliers are int8 numbers, channels of all widths lie side by side in
+their own order, and a layer is one product of integers, with one scale a channel behind it. ONNX
+Runtime folds all that comes before DequantizeLinear, and multiplies as it does for 8-bit weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qvla_export.graph.buckets_to_onnx import (
+    CODES_SUFFIX,
+    HALVES_SUFFIX,
+    MULTIPLIERS_SUFFIX,
+    SCALES_SUFFIX,
+    BucketedWeight,
+    BucketEmitter,
+    code_type,
+    stored_matrix,
+)
+from qvla_export.graph.passes.merge import members_of
+from qvla_export.quantizer.packed_storage import stored_columns
+from qvla_export.quantizer.quantize import QuantizedWeight
+
+# Behind a layer's name: constants of all its widths side by side.
+_COLUMNS_SUFFIX = ".columns"
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Constants of several buckets side by side."""
+
+    # Codes [inputs, columns], and of each column its scale [columns]; None for floats.
+    matrix: ir.Value
+    scales: ir.Value | None
+    count: int
+    # Column of each channel of the layer; -1 where it has none.  int64 [channels]
+    places: NDArray[np.int64]
+
+
+class ExpandedEmitter(BucketEmitter):
+    """Records the nodes of layers whose inputs are rounded to 8 bits; see `BucketEmitter`.
+
+    Channels of 16 bits, where there are any, are a second product.
+    """
+
+    def emit(
+        self, name: str, inputs: ir.Value, weight: BucketedWeight, sizes: Sequence[int]
+    ) -> list[ir.Value]:
+        """Record inputs [..., K] -> outputs [..., n], one for each layer that is merged in this.
+
+        Args: as of `BucketEmitter.emit`.
+        """
+        integers = [part for part in weight.weights if part.bits != 16]
+        if not integers:
+            return super().emit(name, inputs, weight, sizes)
+        found = [self._expanded(name, weight, integers)]
+        found += [self._halves(name, weight, part) for part in weight.weights if part.bits == 16]
+        names = [name] if len(sizes) == 1 else members_of(name)
+        starts = np.cumsum([0, *sizes])
+        return [
+            self._member(member, inputs, found, range(int(start), int(start) + size))
+            for member, start, size in zip(names, starts, sizes, strict=False)
+        ]
+
+    def _member(
+        self, name: str, inputs: ir.Value, found: Sequence[_Columns], channels: range
+    ) -> ir.Value:
+        """Record the product of one layer's channels, restoring what is pruned."""
+        outputs, index, start = [], np.full(len(channels), -1, np.int64), 0
+        for columns in found:
+            places = columns.places[channels.start : channels.stop]
+            computed = np.flatnonzero(places >= 0)
+            if len(computed):
+                outputs.append(self._product(name, inputs, columns, places[computed]))
+                index[computed] = start + np.arange(len(computed))
+                start += len(computed)
+        if not outputs:
+            return self._zeros(name, inputs, len(channels))
+        if np.any(index < 0):
+            index[index < 0] = start
+            outputs[-1] = self._pad(name, outputs[-1], 1)
+        joined = self._joined(outputs)
+        if np.array_equal(index, np.arange(start)):
+            return joined
+        return self._gathered(
+            name, joined, index, None if inputs.shape is None else inputs.shape.rank()
+        )
+
+    def _product(
+        self, name: str, inputs: ir.Value, columns: _Columns, places: NDArray[np.int64]
+    ) -> ir.Value:
+        """Record the product with some columns."""
+        matrix, scales = columns.matrix, columns.scales
+        if not np.array_equal(places, np.arange(columns.count)):
+            suffix = HALVES_SUFFIX if scales is None else ""
+            chosen = self.constant(name + suffix + _COLUMNS_SUFFIX, places.astype(np.int32))
+            matrix = self.tape.op("Gather", [matrix, chosen], {"axis": 1})
+            scales = scales and self.tape.op("Gather", [scales, chosen], {"axis": 0})
+        if scales is not None:
+            matrix.dtype = ir.DataType.INT8  # which passes that follow look at
+            matrix = self.tape.op("DequantizeLinear", [matrix, scales], {"axis": 1})
+        return self.tape.op("MatMul", [inputs, matrix])
+
+    def _halves(self, name: str, weight: BucketedWeight, part: QuantizedWeight) -> _Columns:
+        stored = stored_matrix(part.codes, part.codes.shape[1], len(part.codes), 0)
+        constant = self._stored(f"{name}.b16{HALVES_SUFFIX}", stored)
+        places = np.full(weight.channels, -1, np.int64)
+        places[weight.buckets.channels(16)] = np.arange(len(part.codes))
+        matrix = self._in_compute_type(constant, stored)
+        return _Columns(matrix, None, len(part.codes), places)
+
+    def _expanded(
+        self, name: str, weight: BucketedWeight, parts: Sequence[QuantizedWeight]
+    ) -> _Columns:
+        """Record the int8 columns of all widths side by side, and their scales."""
+        matrices, scales, count = [], [], 0
+        places = np.full(weight.channels, -1, np.int64)
+        for part in parts:
+            filled = stored_columns(len(part.codes), self._target.containers[part.bits])
+            places[weight.buckets.channels(part.bits)] = count + np.arange(len(part.codes))
+            matrices.append(self._expanded_codes(f"{name}.b{part.bits}", part, filled))
+            stored = stored_matrix(part.scales, 1, filled, 1).reshape(-1)
+            constant = self._stored(f"{name}.b{part.bits}{SCALES_SUFFIX}", stored)
+            scales.append(self._in_compute_type(constant, stored))
+            count += filled
+        if len(parts) == 1:
+            return _Columns(matrices[0], scales[0], count, places)
+        matrix = self.tape.op("Concat", matrices, {"axis": 1})
+        return _Columns(matrix, self.tape.op("Concat", scales, {"axis": 0}), count, places)
+
+    def _expanded_codes(self, name: str, part: QuantizedWeight, columns: int) -> ir.Value:
+        """Record a bucket's codes times their multipliers.  int8 [inputs, columns]"""
+        inputs = part.codes.shape[1]
+        codes = stored_matrix(part.codes, inputs, columns, 0)
+        packed = codes.astype(code_type(self._target.containers[part.bits]))
+        stored = self._stored(name + CODES_SUFFIX, packed)
+        if part.multipliers is None or part.group_size is None:
+            return stored
+        # Of what multiplies integers, ONNX Runtime's CPU has 32 bits and more.
+        wide = self.tape.op("Cast", [stored], {"to": ir.DataType.INT32})
+        factors = self._of_inputs(name, part.multipliers, part.group_size, (inputs, columns))
+        product = self.tape.op("Mul", [wide, factors])
+        return self.tape.op("Cast", [product], {"to": ir.DataType.INT8})
+
+    def _of_inputs(
+        self,
+        name: str,
+        multipliers: NDArray[np.uint8],
+        group_size: int,
+        shape: tuple[int, int],
+    ) -> ir.Value:
+        """Record multipliers [groups, columns] of every input.  int32 [inputs, columns]"""
+        (inputs, columns), groups = shape, multipliers.shape[1]
+
+        def sizes(suffix: str, *values: int) -> ir.Value:
+            return self.constant(f"{name}.{suffix}", np.array(values, np.int64))
+
+        stored = self._stored(
+            name + MULTIPLIERS_SUFFIX, stored_matrix(multipliers, groups, columns, 1)
+        )
+        wide = self.tape.op("Cast", [stored], {"to": ir.DataType.INT32})
+        apart = self.tape.op("Reshape", [wide, sizes("groups", groups, 1, columns)])
+        spread = self.tape.op("Expand", [apart, sizes("spread", groups, group_size, columns)])
+        every = self.tape.op("Reshape", [spread, sizes("inputs", groups * group_size, columns)])
+        if groups * group_size == inputs:
+            return every
+        return self.tape.op("Slice", [every, sizes("start", 0), sizes("stop", inputs)])
+
+
+def expandable(weight: BucketedWeight) -> bool:
+    """Say whether all of a layer's codes are integers of one scale a channel."""
+    return all(
+        part.bits == 16 or (part.scales.shape[1] == 1 and part.zero_points is None)
+        for part in weight.weights
+    )

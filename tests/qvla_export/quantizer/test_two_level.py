@@ -1,0 +1,251 @@
+"""Scales of two levels: every code expands to int8, and packed, expanded and stored agree."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from ort_graphs import LAYER, linear_model, packed_matmuls, run_model
+from tiny_bundles import make_bundle, mixed_plan
+
+from calibration.calibration_set import CalibrationSet
+from engines.check.bundle import check_bundle
+from engines.check.finding import require_no_errors
+from engines.load import load_engine
+from engines.targets import CPU, find_target
+from engines.verify import judge
+from qvla_export.allocation.setting import parse_setting
+from qvla_export.graph.passes.bucketize import bucketize
+from qvla_export.measurement.measure_moments import measure_moments
+from qvla_export.pipeline.activations import activations as record_activations
+from qvla_export.pipeline.plan import plan as plan_setting
+from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
+from qvla_export.policies.oft.policy import OftPolicy
+from qvla_export.quantizer.packed_storage import bucket_bytes
+from qvla_export.quantizer.plan import BitPlan
+from qvla_export.quantizer.quantize import (
+    QuantizedWeight,
+    QuantizerSpec,
+    WidthRule,
+    at_steps,
+    channel_steps,
+    compensated_spec,
+    fake_quantize,
+    quantize_channels,
+    spec_for,
+)
+from qvla_export.quantizer.round_plan import round_plan
+from qvla_export.quantizer.rounding import RoundedLayer, Rounding
+from qvla_export.quantizer.two_level_scales import LARGEST_MULTIPLIER
+from qvla_export.quantizer.uniform_plan import uniform_plan
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.observation import Observation
+from qvla_export.shared.target import UnsupportedOnTarget
+
+Observations = Callable[..., list[Observation]]
+LEVELED = CPU.with_two_level_scales()
+WIDTHS = [0, 2, 4, 8, 16]
+# Rows of ordinary size, of zeros, of values beyond float16, with ties and outliers.
+WEIGHTS = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 4), st.integers(1, 150)),
+    elements=st.one_of(
+        st.floats(-2, 2, width=32),
+        st.sampled_from([0.0, 1.0, -1.0, 0.5, -0.25, 30.0, -3e5, 1e-7]),
+    ),
+)
+
+
+def spec(group: int = 64) -> QuantizerSpec:
+    return QuantizerSpec({b: WidthRule(group, "mse", 16, two_level=True) for b in (2, 4)})
+
+
+def expanded(weight: QuantizedWeight) -> NDArray[np.int64]:
+    """Codes times multipliers, in wide integers."""
+    assert weight.multipliers is not None and weight.group_size is not None
+    factors = np.repeat(weight.multipliers.astype(np.int64), weight.group_size, axis=1)
+    return weight.codes.astype(np.int64) * factors[:, : weight.codes.shape[1]]
+
+
+@settings(deadline=None)
+@given(WEIGHTS, st.sampled_from([2, 4]), st.sampled_from([1, 7, 64, 128]), st.data())
+def test_every_code_expands_to_the_same_int8_weight(
+    weight: NDArray[np.float32], bits: int, group: int, data: st.DataObject
+) -> None:
+    inputs = weight.shape[1]
+    moment = data.draw(hnp.arrays(np.float32, inputs, elements=st.floats(0, 4, width=32)))
+    made = quantize_channels(weight, bits, spec(group), moment)
+    assert made.multipliers is not None and made.multipliers.dtype == np.uint8
+    assert 1 <= made.multipliers.min() <= made.multipliers.max() <= LARGEST_MULTIPLIER[bits]
+    wide = expanded(made)
+    assert wide.min() >= -128 and wide.max() <= 127
+    np.testing.assert_array_equal(made.expanded(), wide)
+    # Integers times a float16: exact in float64, and what an engine computes with in float32.
+    exact = wide * made.scales.astype(np.float64)
+    np.testing.assert_array_equal(made.dequantize(), exact.astype(np.float32))
+    np.testing.assert_array_equal(made.dequantize(), exact)
+    assert made.nbytes == bucket_bytes(
+        len(weight), inputs, replace(LEVELED.containers[bits], group_size=group)
+    ) - _filled_bytes(made)
+
+
+def _filled_bytes(made: QuantizedWeight) -> int:
+    """Bytes of the channels that fill 2-bit columns up to fours, and of the last byte's rest."""
+    (channels, inputs), bits = made.codes.shape, made.bits
+    assert made.multipliers is not None
+    missing = -channels % 4 if bits == 2 else 0
+    codes = -(-(channels + missing) * inputs * bits // 8) - -(-channels * inputs * bits // 8)
+    return codes + missing * (made.multipliers.shape[1] + 2)
+
+
+@settings(deadline=None)
+@given(WEIGHTS, st.sampled_from([2, 4]), st.sampled_from([7, 64]))
+def test_rounded_weights_become_the_same_codes_again(
+    weight: NDArray[np.float32], bits: int, group: int
+) -> None:
+    how = spec(group)
+    steps = channel_steps(weight, bits, how)
+    made = at_steps(weight, bits, how, steps)
+    again = at_steps(made.dequantize(), bits, how, steps)
+    np.testing.assert_array_equal(again.codes, made.codes)
+    assert again.multipliers is not None and made.multipliers is not None
+    np.testing.assert_array_equal(again.multipliers, made.multipliers)
+    np.testing.assert_array_equal(again.scales, made.scales)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("tails", [False, True])
+def test_error_is_that_of_free_scales_within_two_percent(bits: int, tails: bool) -> None:
+    generator = np.random.default_rng(bits)
+    drawn = generator.standard_t(4, (32, 512)) if tails else generator.standard_normal((32, 512))
+    weight, moment = drawn.astype(np.float32) * 0.02, generator.random(512, np.float32)
+
+    def error(how: QuantizerSpec) -> float:
+        missed = quantize_channels(weight, bits, how, moment).dequantize() - weight
+        return float(np.sqrt((np.square(missed) * moment).sum()))
+
+    free = QuantizerSpec({bits: WidthRule(64, "mse", 16)})
+    assert error(spec()) <= 1.02 * error(free)
+
+
+def test_artifacts_of_one_level_are_as_before(tmp_path: Path) -> None:
+    plain, leveled = spec_for(CPU), spec_for(LEVELED)
+    assert all("two_level" not in rule for rule in plain.to_json().values())
+    assert leveled.to_json()["4"]["two_level"] is True and "two_level" not in leveled.to_json()["8"]
+    for how in (plain, leveled):
+        assert QuantizerSpec.from_json(how.to_json()) == how
+    shapes, plans = {"a": (8, 200)}, []
+    for target in (CPU, LEVELED):
+        plans.append(uniform_plan(shapes, 4, target, "d" * 64))
+        plans[-1].save(tmp_path / "plan.json")
+        assert BitPlan.load(tmp_path / "plan.json").digest == plans[-1].digest
+        assert ("two_level" in (tmp_path / "plan.json").read_text()) is (target is LEVELED)
+    # 8 channels of 4 groups: 4 float16 scales, or one and 4 bytes.
+    assert plans[0].weight_bytes - plans[1].weight_bytes == 8 * (4 * 2 - (2 + 4))
+    made = quantize_channels(np.ones((8, 200), np.float32), 4, leveled)
+    assert made.nbytes == plans[1].weight_bytes
+    assert 8 * made.nbytes == 8 * LEVELED.containers[4].row_bits(200)
+
+
+@pytest.mark.parametrize("name", ["cuda", "rtx4070", "orin-jp7", "orin-jp6"])
+def test_other_targets_refuse_with_the_reason(name: str) -> None:
+    with pytest.raises(UnsupportedOnTarget, match="has no two-level scales"):
+        find_target(name, scales="two-level")
+    assert find_target("cpu", scales="two-level") == LEVELED
+    with pytest.raises(QvlaError, match="--zero-points go with a scale for every group"):
+        find_target("cpu", zero_points=True, scales="two-level")
+
+
+def test_rules_that_have_no_two_levels_are_refused() -> None:
+    for rule in (WidthRule(64, "max", 16), WidthRule(64, "mse", 32), WidthRule(None, "mse", 16)):
+        with pytest.raises(QvlaError, match="scales of two levels are of groups"):
+            replace(rule, two_level=True)
+    with pytest.raises(QvlaError, match=r"two levels are for \[2, 4\] bits, got \[8\]"):
+        QuantizerSpec({8: WidthRule(64, "mse", 16, two_level=True)})
+    with pytest.raises(QvlaError, match="makes two levels of scales"):
+        uniform_plan({"a": (8, 100)}, 4, CPU, "d" * 64, spec_for(LEVELED))
+    codes, halves = np.zeros((2, 3), np.int8), np.zeros((0, 3), np.float16)
+    for factors in (np.ones((2, 9), np.uint8), np.zeros((2, 1), np.uint8)):
+        with pytest.raises(QvlaError, match="do not go with"):
+            RoundedLayer(codes, halves, np.ones((2, 1), np.float32), None, factors)
+    with pytest.raises(QvlaError, match="are no integers of one scale"):
+        quantize_channels(np.ones((1, 100), np.float32), 4, spec_for(CPU)).expanded()
+
+
+@pytest.mark.parametrize("channels", [1, 5, 30])
+@pytest.mark.parametrize("inputs", [20, 64, 150])
+def test_packed_buckets_on_ort_compute_with_two_levels(
+    channels: int, inputs: int, tmp_path: Path
+) -> None:
+    generator = np.random.default_rng(channels + inputs)
+    weight = generator.standard_normal((channels, inputs)).astype(np.float32)
+    widths = generator.choice(WIDTHS, channels).astype(np.int8)
+    stored: list[int] = []
+
+    def store(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        stored.append(tensor.nbytes)
+        return tensor
+
+    how = spec_for(LEVELED)
+    graph = bucketize(linear_model(weight, None), {LAYER: widths}, how, LEVELED, store)
+    x = generator.standard_normal((1, 3, inputs)).astype(np.float32)
+    expected = x @ fake_quantize(weight, widths, how).T
+    np.testing.assert_allclose(run_model(graph, x, tmp_path), expected, atol=1e-4)
+    packed = packed_matmuls(tmp_path / "model.onnx", tmp_path / "optimized.onnx")
+    assert packed == dict.fromkeys(set(widths.tolist()) - {0, 16}, 1)
+    assert sum(stored) == sum(
+        bucket_bytes(int((widths == bits).sum()), inputs, LEVELED.containers[bits])
+        for bits in set(widths.tolist()) - {0}
+    )
+
+
+def test_compensated_codes_with_two_levels_are_packed(
+    tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
+) -> None:
+    moments = measure_moments(tiny_policy, tiny_observations(6), "c" * 64)
+    mixed, how = mixed_plan(tiny_policy), compensated_spec(LEVELED)
+    leveled = replace(mixed, containers=dict(LEVELED.containers), quantizer=how)
+    plan = round_plan(tiny_policy, leveled, moments)
+    assert plan.rounding is not None
+    factors = [layer.multipliers for layer in plan.rounding.layers.values()]
+    assert any(found is not None and (found > 1).any() for found in factors)
+    plan.rounding.save(tmp_path / "rounding")
+    assert Rounding.load(tmp_path / "rounding").digest == plan.rounding.digest
+    bundle = make_bundle(tiny_policy, plan, tiny_observations(8, seed=8), tmp_path / "bundle")
+    assert sum(n for part, n in bundle.weight_bytes.items() if part != "rest") == plan.weight_bytes
+    require_no_errors(check_bundle(bundle, CPU))
+    with load_engine(bundle, threads=1) as engine:
+        assert judge(bundle, engine).drift.worst <= 1e-3
+
+
+def test_a_run_measures_plans_and_expands_two_levels(
+    tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
+) -> None:
+    run, setting = RunFolder(tmp_path), parse_setting("w4a8")
+    drawn = tuple(tiny_observations(12))
+    CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(run.calibration)
+    measured = sensitivities(
+        run, tiny_policy, LEVELED, SensitivityRequest(quantizer="nearest", probes=2)
+    )
+    assert measured.quantizer == spec_for(LEVELED)
+    record_activations(run, tiny_policy)
+    # The target with one level: plans follow the sensitivities, uniform baselines do not.
+    plan = plan_setting(run, setting, CPU, tiny_policy.digest)
+    assert plan is not None and plan.containers == LEVELED.containers
+    assert plan.histogram()[16] == 0
+    baseline = plan_setting(run, parse_setting("w4-rtn"), CPU, tiny_policy.digest)
+    assert baseline is not None and baseline.containers == CPU.containers
+    bundle = make_bundle(tiny_policy, plan, drawn[8:], tmp_path / "bundle")
+    assert sum(n for part, n in bundle.weight_bytes.items() if part != "rest") == plan.weight_bytes
+    require_no_errors(check_bundle(bundle, CPU))
+    with load_engine(bundle, threads=1) as engine:
+        drift = judge(bundle, engine).drift
+    # Rounded activations that lie on a tie fall to either side.
+    assert drift.mean_normalized.max() <= 5e-2
