@@ -98,7 +98,7 @@ class ChunkBuffer:
         return used >= self._settings.execute - lead or left <= lead
 
     def _ensemble(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
-        """ACT: the oldest chunk weighs most, so that movements stay smooth."""
+        """Weigh by age, so that movements stay smooth; see `ensemble_decay`."""
         weights = np.exp(-self._settings.ensemble_decay * np.arange(len(actions)))
         mean: NDArray[np.float32] = (weights @ actions / weights.sum()).astype(np.float32)
         return mean

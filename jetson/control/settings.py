@@ -27,7 +27,8 @@ class LoopSettings:
     mode: Mode = "receding"
     # receding: actions of a chunk executed before the next chunk should be there.
     execute: int = 8
-    # ensemble: weight of the i-th oldest chunk is exp(-decay * i) (ACT, arXiv 2304.13705).
+    # ensemble: weight of the i-th oldest chunk is exp(-decay * i) (ACT, arXiv 2304.13705). Below 0
+    # the newest weighs most: -0.1 is what the evaluation of UniVLA does (its `ActionDecoder`).
     ensemble_decay: float = 0.01
     # Holding before the robot is ramped to the safe action, and how long the ramp takes.
     hold_ms: float = 500.0
@@ -46,7 +47,9 @@ class LoopSettings:
         for name, value in positive.items():
             if not (math.isfinite(value) and value > 0):
                 raise RefusedSetting(f"{name} must be a number above 0, got {value}")
-        for name in ("ensemble_decay", "hold_ms", "ramp_ms"):
+        if not math.isfinite(self.ensemble_decay):
+            raise RefusedSetting(f"ensemble_decay must be a number, got {self.ensemble_decay}")
+        for name in ("hold_ms", "ramp_ms"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise RefusedSetting(f"{name} must be 0 or more, got {value}")

@@ -50,6 +50,8 @@ class CheckpointFacts:
     sizes: tuple[int, int | None] | None = None
     # Why the policy cannot be loaded, empty where it can be; None where torch is not installed.
     load_problem: str | None = None
+    # Whether neither a preset nor a description beside the weights says what `config` holds.
+    is_assumed: bool = False
 
 
 def read_checkpoint(path: Path, key: str | None, preset: str | None = None) -> CheckpointFacts:
@@ -72,8 +74,17 @@ def read_checkpoint(path: Path, key: str | None, preset: str | None = None) -> C
     except (QvlaError, OSError, ValueError, TypeError) as error:
         problem = str(error)
     sizes = _sizes(path / FILE_NAME, key)
+    assumed = preset is None and not (path / CONFIG_NAME).is_file()
     return CheckpointFacts(
-        path, key, config, config_problem, keys, statistics, problem, sizes=sizes
+        path,
+        key,
+        config,
+        config_problem,
+        keys,
+        statistics,
+        problem,
+        sizes=sizes,
+        is_assumed=assumed,
     )
 
 
@@ -138,9 +149,10 @@ def check_config(facts: CheckpointFacts | None) -> BoardFinding:
             f"{shlex.quote(str(facts.path))}/{CONFIG_NAME} as in checkpoints/reference",
         )
     config = facts.config
+    source = f"; assumed, as no {CONFIG_NAME} says it" if facts.is_assumed else ""
     return _CONFIG.ok(
         f"cameras {', '.join(config.cameras)}; {config.horizon} actions of {config.action_dim}, "
-        f"state {config.state_dim}"
+        f"state {config.state_dim}{source}"
     )
 
 

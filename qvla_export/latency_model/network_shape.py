@@ -17,6 +17,8 @@ _TOWERS = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
 _DECODER = "language_model.model."
 # DINOv2's class token and registers come before its patches; SigLIP has none.
 _DINO_PREFIX = 5
+# Of what decodes latent tokens, as published.
+_LATENT_WIDTH = 512
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,11 @@ class PolicyInputs:
     action_dim: int
     # 0 where the policy takes no state.
     state_dim: int = 0
-    head: Literal["l1", "tokens"] = "l1"
+    head: Literal["l1", "tokens", "latent"] = "l1"
     # Every token needs a pass of its own, as in OpenVLA; False: one pass, as in OpenVLA-OFT.
     autoregressive: bool = False
+    # Tokens of a chunk where they are not its numbers, but are decoded to it (head "latent").
+    latent_tokens: int = 0
     # Rows of lm_head, for token heads.
     vocab_size: int = 32064
 
@@ -102,6 +106,11 @@ class PolicyInputs:
     def slots(self) -> int:
         """Numbers of a chunk: action tokens, or positions of the sequence."""
         return self.horizon * self.action_dim
+
+    @property
+    def decoded_tokens(self) -> int:
+        """Tokens that come one after the other."""
+        return self.latent_tokens or self.slots
 
 
 def network_of(shapes: LayerShapes, inputs: PolicyInputs) -> NetworkShape:
@@ -131,7 +140,10 @@ def network_of(shapes: LayerShapes, inputs: PolicyInputs) -> NetworkShape:
     )
     first = PartShape("vision", vision.layers + projector, vision.attentions)
     prompt = count + inputs.prompt_tokens + (1 if inputs.state_dim else 0)
-    return NetworkShape((first, *_decoder(shapes, prompt, hidden, inputs)))
+    parts = _decoder(shapes, prompt, hidden, inputs)
+    if inputs.head == "latent":
+        parts = (*parts, _latent_decoder(count, hidden, inputs))
+    return NetworkShape((first, *parts))
 
 
 def decoder_part(shapes: LayerShapes, name: str, rows: int, keys: int, runs: int = 1) -> PartShape:
@@ -158,12 +170,12 @@ def _decoder(
     """Everything from the first decoder block on; `prompt` positions come before the action."""
     if inputs.autoregressive:
         # The pass over the prompt yields the first token.
-        steps = inputs.slots - 1
+        tokens = inputs.decoded_tokens
         lm_head = LayerShape("language_model.lm_head", inputs.vocab_size, hidden, 1)
         return (
             decoder_part(shapes, "prefill", prompt, prompt),
-            decoder_part(shapes, "decode", 1, prompt + inputs.slots // 2, steps),
-            PartShape("head", (lm_head,), runs=inputs.slots),
+            decoder_part(shapes, "decode", 1, prompt + tokens // 2, tokens - 1),
+            PartShape("head", (lm_head,), runs=tokens),
         )
     rows = prompt + inputs.slots + 1
     decoder = decoder_part(shapes, "decoder", rows, rows)
@@ -183,6 +195,23 @@ def _decoder(
         for i, (channels, width) in enumerate(sizes)
     )
     return decoder, PartShape("head", head)
+
+
+def _latent_decoder(patches: int, hidden: int, inputs: PolicyInputs) -> PartShape:
+    """Pool patches, then latent tokens, into one vector, and map it to the chunk."""
+    layers = []
+    for pool, rows in (("visual_pool", patches), ("latent_action_pool", inputs.latent_tokens)):
+        name, width = f"action_decoder.{pool}", _LATENT_WIDTH
+        layers += [
+            LayerShape(f"{name}.projection", width, hidden, rows),
+            LayerShape(f"{name}.attn.kv", 2 * width, width, rows),
+            LayerShape(f"{name}.attn.q", width, width, 1),
+            LayerShape(f"{name}.attn.proj", width, width, 1),
+            LayerShape(f"{name}.mlp.0.project", 8 * width, width, 1),
+            LayerShape(f"{name}.mlp.1", width, 4 * width, 1),
+        ]
+    proj = LayerShape("action_decoder.proj.0", inputs.slots, _LATENT_WIDTH, 1)
+    return PartShape("action_decoder", (*layers, proj))
 
 
 def _layers_at(shapes: LayerShapes, prefix: str, rows: int) -> tuple[LayerShape, ...]:

@@ -100,6 +100,12 @@ GEOMETRIES: dict[str, Geometry] = {
     "openvla-7b": _openvla(
         PolicyInputs(1, 224, PROMPT_TOKENS, 1, 7, head="tokens", autoregressive=True)
     ),
+    # LIBERO: one camera, 12 actions decoded from 4 latent tokens, a pass for each.
+    "univla-7b": _openvla(
+        PolicyInputs(
+            1, 224, PROMPT_TOKENS, 12, 7, head="latent", autoregressive=True, latent_tokens=4
+        )
+    ),
     # LIBERO: two cameras, state of 8 numbers, 8 actions in one pass.
     "openvla-oft-7b": _openvla(PolicyInputs(2, 224, PROMPT_TOKENS, 8, 7, state_dim=8)),
 }

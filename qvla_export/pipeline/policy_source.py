@@ -47,6 +47,16 @@ class PolicySource:
             "(manifest.json), a baseline (baseline.json) nor the URL of a server"
         )
 
+    def describe(self) -> str:
+        """Say in one line what a checkpoint was found to be, and what is assumed of it.
+
+        Raises:
+            CheckpointError, ArtifactError: as `describe_checkpoint`.
+        """
+        from qvla_export.policies.families import describe_checkpoint
+
+        return describe_checkpoint(Path(self.place), self.preset)
+
     def __call__(self) -> "ActionPolicy":
         """Open the policy."""
         kind = self.kind

@@ -13,6 +13,8 @@ from qvla_export.policies.adapters import require_merged
 from qvla_export.policies.oft.family import OftFamily
 from qvla_export.policies.openvla.family import OpenVlaFamily
 from qvla_export.policies.pi.family import PiFamily
+from qvla_export.policies.prismatic.family import PrismaticFamily
+from qvla_export.policies.univla.family import UniVlaFamily
 from qvla_export.shared.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -101,7 +103,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (OftFamily(), OpenVlaFamily(), PiFamily())
+FAMILIES: tuple[Family, ...] = (OftFamily(), OpenVlaFamily(), PiFamily(), UniVlaFamily())
 
 
 def recognize(checkpoint: Path) -> Family:
@@ -122,6 +124,18 @@ def recognize(checkpoint: Path) -> Family:
             return family
     types = " or ".join(repr(name) for name in dict.fromkeys(f.model_type for f in FAMILIES))
     raise CheckpointError(f"{checkpoint}/config.json is of no known model_type; known: {types}")
+
+
+def describe_checkpoint(checkpoint: Path, preset: str | None = None) -> str:
+    """Say in one line which family a folder is of, and what is assumed where no file says it.
+
+    Raises:
+        CheckpointError, ArtifactError: as `recognize`; or it does not say its interface.
+    """
+    family = recognize(checkpoint)
+    if isinstance(family, PrismaticFamily):
+        return family.describe(checkpoint, preset)
+    return f"{checkpoint}: {family.name}"
 
 
 def load_policy(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qvla_export.shared.action_space import DEGREES, END_EFFECTOR
 from qvla_export.shared.artifacts import read_json
@@ -19,8 +19,14 @@ from qvla_export.shared.openpi.openpi_files import (
 )
 
 CONFIG_NAME = "qvla_policy.json"
-# Value of `head` of a policy whose tokens come one after the other, each given those before.
-AUTOREGRESSIVE = "autoregressive"
+# Values of `head`: a policy whose tokens come one after the other, each given those before, stand
+# for its action, or are latent and decoded to a chunk.
+AUTOREGRESSIVE: Final = "autoregressive"
+LATENT: Final = "latent"
+# Actions of a chunk of a published policy with latent tokens (LIBERO's and CALVIN's).
+LATENT_HORIZON = 12
+# Holds what decodes latent tokens to a chunk; no other policy has one.
+LATENT_DECODER = "action_decoder*.pt"
 
 
 @dataclass(frozen=True)
@@ -114,36 +120,44 @@ def read_policy_config(checkpoint: Path) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
 
 
-def decodes_tokens(checkpoint: Path) -> bool:
-    """Say whether a policy of OpenVLA's model type decodes its action token by token.
+def head_of(checkpoint: Path) -> str:
+    """Say what makes the action of a policy of OpenVLA's model type.
 
-    `head` of its `qvla_policy.json` says so. Without one, it does if no file beside the body holds
-    a head or a projector of its own, and no chunk or state is configured.
+    `head` of its `qvla_policy.json` says so. Without one its files do: an `action_decoder*.pt`
+    decodes latent tokens; another file of a head or a projector, a chunk or a state are of a head
+    that is read all at once ("l1"); with none of them, its tokens are its action.
 
     Raises:
-        ArtifactError, CheckpointError: the file is malformed.
+        ArtifactError, CheckpointError: `qvla_policy.json` is malformed.
     """
     config: dict[str, Any] = {}
     if (checkpoint / CONFIG_NAME).is_file():
         config = read_policy_config(checkpoint)
     if "head" in config:
-        return bool(config["head"] == AUTOREGRESSIVE)
+        return str(config["head"])
+    if any(checkpoint.glob(LATENT_DECODER)):
+        return LATENT
     parts = any(checkpoint.glob("*--*checkpoint*"))
-    return not parts and config.get("horizon", 1) == 1 and not config.get("state_dim")
+    alone = not parts and config.get("horizon", 1) == 1 and not config.get("state_dim")
+    return AUTOREGRESSIVE if alone else "l1"
 
 
-def token_interface(checkpoint: Path) -> PolicyInterface:
-    """Return what a policy that decodes tokens sees and returns: OpenVLA's, as it was published.
+def token_interface(checkpoint: Path, horizon: int = 1) -> PolicyInterface:
+    """Return what a policy that decodes tokens sees and returns, as such were published.
 
-    One camera, one action of as many dimensions as the statistics have, no state. What
+    One camera, actions of as many dimensions as the statistics have, no state. What
     `qvla_policy.json` says instead goes first.
+
+    Args:
+        checkpoint: its folder.
+        horizon: actions of a chunk, where nothing says another number.
 
     Raises:
         CheckpointError: the statistics do not tell the dimensions, or the file is malformed.
     """
     values: dict[str, Any] = {
         "cameras": ("full_image",),
-        "horizon": 1,
+        "horizon": horizon,
         "state_dim": 0,
         "normalization": "q99",
     }
@@ -224,8 +238,9 @@ def load_interface(checkpoint: Path, preset: str | None = None) -> PolicyInterfa
         return openpi_interface(checkpoint, preset)
     if preset is not None:
         return INTERFACES[require_preset(preset)]
-    if decodes_tokens(checkpoint):
-        return token_interface(checkpoint)
+    head = head_of(checkpoint)
+    if head in (AUTOREGRESSIVE, LATENT):
+        return token_interface(checkpoint, LATENT_HORIZON if head == LATENT else 1)
     raw = read_policy_config(checkpoint)
     known = {field.name: raw[field.name] for field in fields(PolicyInterface) if field.name in raw}
     try:

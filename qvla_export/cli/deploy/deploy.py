@@ -129,6 +129,7 @@ def deploy(
         command=shlex.join(["qvla", *sys.argv[1:]]),
         tolerance=tolerance,
     )
+    _say(request.source.describe())
     request, opened = hold(request, options)
     _say(request.holding.describe())
     if plan_only:

@@ -26,7 +26,8 @@ ExecuteOption = Annotated[
     int | None, typer.Option(min=1, help="Actions of a chunk before the next; default all.")
 ]
 EnsembleDecayOption = Annotated[
-    float, typer.Option(help="ensemble: weight exp(-decay * i) of the i-th oldest chunk.")
+    float,
+    typer.Option(help="ensemble: weight exp(-decay * i) of the i-th oldest chunk; UniVLA: -0.1."),
 ]
 InstructionOption = Annotated[str | None, typer.Option(help="What to do; needed for cameras.")]
 HoldOption = Annotated[

@@ -11,6 +11,7 @@ from qvla_export.policies.oft.architecture import OftArchitecture
 from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.oft.module import OftModule
 from qvla_export.policies.prismatic.description import read_architecture
+from qvla_export.policies.prismatic.files import HEAD
 from qvla_export.policies.prismatic.keys import to_upstream
 from qvla_export.policies.prismatic.network import load_network
 from qvla_export.policies.prismatic.weights import CheckpointWeights
@@ -61,10 +62,10 @@ def save_module(module: OftModule, checkpoint: Path, step: int) -> None:
             parts[part][f"module.{key.removeprefix(part + '.')}"] = tensor.to(torch.bfloat16)
         else:
             body[key] = tensor.to(torch.bfloat16).contiguous()
-    if "language_model.lm_head.weight" not in body:
+    if HEAD not in body:
         # Published files carry it even for L1 heads; tied, as small Llamas are.
         embedding = body["language_model.model.embed_tokens.weight"]
-        body["language_model.lm_head.weight"] = embedding.clone()
+        body[HEAD] = embedding.clone()
     save_file(body, checkpoint / "model.safetensors", metadata={"format": "pt"})
     for part, state in parts.items():
         if state:

@@ -1,33 +1,34 @@
 """OpenVLA-OFT as a `Family`: how its checkpoints are recognized, opened and written anew."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import GEOMETRIES, PROMPT_TOKENS, find_geometry
-from qvla_export.policies.model_type import read_model_type
-from qvla_export.policies.oft.config import load_config
+from qvla_export.policies.oft.config import OftConfig, load_config
 from qvla_export.policies.oft.files import check_files
+from qvla_export.policies.prismatic.family import PrismaticFamily
 from qvla_export.shared.images import load_image_spec
-from qvla_export.shared.policy_interface import decodes_tokens
+from qvla_export.shared.policy_interface import AUTOREGRESSIVE, LATENT
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from qvla_export.policies.oft.policy import OftPolicy
 
 
-class OftFamily:
+class OftFamily(PrismaticFamily):
     """See `Family` for the meaning of its members; torch is imported where a checkpoint is."""
 
     name = "oft"
-    model_type = "openvla"
     sizes = tuple(name for name, size in GEOMETRIES.items() if not size.inputs.autoregressive)
 
-    def recognizes(self, checkpoint: Path) -> bool:
-        """Whether config.json is an OpenVLA's, and its tokens, if any, come all at once."""
-        return read_model_type(checkpoint) == self.model_type and not decodes_tokens(checkpoint)
+    def has_head(self, head: str) -> bool:
+        """Whether a head of this name is one of this family's; `load_config` judges others."""
+        return head not in (AUTOREGRESSIVE, LATENT)
+
+    def config(self, checkpoint: Path, preset: str | None) -> OftConfig:
+        """Return what is read of `qvla_policy.json`, of a preset, or assumed."""
+        return load_config(checkpoint, preset)
 
     def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
         """Return what decides the rows of the layers; reads no weights."""
@@ -65,14 +66,6 @@ class OftFamily:
     def check_files(self, checkpoint: Path, preset: str | None) -> None:
         """Refuse a folder by its files' names and headers; see `oft.files.check_files`."""
         check_files(checkpoint, load_config(checkpoint, preset))
-
-    def write_smoothed(
-        self, checkpoint: Path, output: Path, factors: "Mapping[str, Tensor]", keep_types: bool
-    ) -> None:
-        """Copy a checkpoint with some parameters multiplied; see `prismatic.smoothing`."""
-        from qvla_export.policies.prismatic.smoothing import write_smoothed
-
-        write_smoothed(checkpoint, output, factors, keep_types)
 
     def write_random_checkpoint(
         self,

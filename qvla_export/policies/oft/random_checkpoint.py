@@ -12,6 +12,7 @@ from qvla_export.latency_model.published_sizes import Geometry
 from qvla_export.policies.oft.architecture import OftArchitecture
 from qvla_export.policies.oft.config import PRESETS, OftConfig, save_config
 from qvla_export.policies.oft.module import OftModule
+from qvla_export.policies.prismatic.files import HEAD
 from qvla_export.policies.prismatic.keys import to_upstream
 from qvla_export.policies.prismatic.new_checkpoint import save_description, train_tokenizer
 from qvla_export.policies.prismatic.random_weights import (
@@ -47,7 +48,7 @@ def write_random_checkpoint(
     with torch.device("meta"):
         shapes = to_upstream(OftModule(arch).state_dict())
     embedding = shapes["language_model.model.embed_tokens.weight"]
-    shapes["language_model.lm_head.weight"] = embedding  # published files carry it
+    shapes[HEAD] = embedding  # published files carry it
     body = {k: v for k, v in shapes.items() if not k.startswith(_PARTS)}
     generator = torch.Generator().manual_seed(seed)
     with new_folder(path) as folder:

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from qvla_export.policies.openvla.architecture import OpenVlaArchitecture
 from qvla_export.policies.openvla.config import OpenVlaConfig
 from qvla_export.policies.openvla.module import OpenVlaModule
-from qvla_export.policies.openvla.weights import HEAD, open_weights
+from qvla_export.policies.openvla.weights import open_weights
 from qvla_export.policies.prismatic.description import read_architecture, read_vocab_padding
+from qvla_export.policies.prismatic.files import HEAD
 from qvla_export.policies.prismatic.keys import to_upstream
 from qvla_export.policies.prismatic.loading import load_token_centers
 from qvla_export.policies.prismatic.network import load_network

@@ -1,7 +1,6 @@
 """OpenVLA as a `Policy`: load a checkpoint, decode tokens, act."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +10,9 @@ from qvla_export.policies.base import PolicyBatch, PolicyPart
 from qvla_export.policies.openvla.checkpoint import load_module
 from qvla_export.policies.openvla.config import OpenVlaConfig, load_config
 from qvla_export.policies.openvla.module import OpenVlaModule
-from qvla_export.policies.openvla.parts import cut_parts, program_of, whole_parts
+from qvla_export.policies.openvla.parts import action_parts
+from qvla_export.policies.prismatic.decoding_parts import TokenParts
+from qvla_export.policies.prismatic.decoding_policy import TokenPolicy
 from qvla_export.policies.prismatic.loading import (
     checkpoint_digest,
     load_processor,
@@ -19,42 +20,21 @@ from qvla_export.policies.prismatic.loading import (
     require_folder,
 )
 from qvla_export.policies.prismatic.network import fill_network
-from qvla_export.policies.prismatic.policy import PrismaticPolicy
 from qvla_export.policies.prismatic.weights import CheckpointWeights
-from qvla_export.shared.errors import CheckpointError
-from qvla_export.shared.observation import Observation
 from qvla_export.shared.program import Program
 
 
 @dataclass(frozen=True, repr=False)
-class OpenVlaPolicy(PrismaticPolicy):
+class OpenVlaPolicy(TokenPolicy):
     """A loaded OpenVLA policy; see `Policy` for the meaning of its members."""
 
     module: OpenVlaModule
     config: OpenVlaConfig
 
-    def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
-        """Preprocess observations into one padded batch, with the tokens the policy chooses now."""
-        return self.with_tokens(self.inputs(observations))
-
-    def with_tokens(self, batch: PolicyBatch) -> PolicyBatch:
-        """Return a batch with the tokens that the policy chooses now.
-
-        Raises:
-            CheckpointError: its weights were left on disk.
-        """
-        if self.on_disk is not None:
-            raise CheckpointError(
-                "a policy that decodes token by token must be in memory to choose them; open it "
-                "whole"
-            )
-        return replace(batch, tokens=self._decoded(batch))
-
     def action_logits(self, batch: PolicyBatch) -> Tensor:
         """Return logits of the action tokens [B, dim, tokens], given the batch's tokens."""
-        tokens = batch.tokens if batch.tokens is not None else self._decoded(batch)
         logits: Tensor = self.module(
-            batch.pixel_values, batch.input_ids, tokens, batch.prompt_lengths
+            batch.pixel_values, batch.input_ids, self.tokens_of(batch), batch.prompt_lengths
         )
         return logits
 
@@ -66,20 +46,17 @@ class OpenVlaPolicy(PrismaticPolicy):
     @torch.no_grad()
     def greedy_actions(self, batch: PolicyBatch) -> Tensor:
         """Return the normalized actions of greedy decoding [B, 1, dim]."""
-        tokens = self._decoded(batch)
+        tokens = self.decoded(batch).tokens
         return self.token_centers.to(tokens.device)[tokens][:, None]
 
     def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
         """Return prefix and decoder, or both cut into smaller parts."""
-        if layers_per_part is None:
-            return whole_parts(self.module, self.processor.spec)
-        if layers_per_part < 1:
-            raise CheckpointError(f"layers_per_part must be at least 1, got {layers_per_part}")
-        return cut_parts(self.module, self.processor.spec, layers_per_part)
+        return self._token_parts().parts(layers_per_part)
 
     def program(self, layers_per_part: int | None = None) -> Program:
         """Return the program: one pass over the prompt, then one for each token after the first."""
-        return program_of(self.parts(layers_per_part), self.module.arch)
+        parts = self._token_parts()
+        return Program(parts.runs(parts.parts(layers_per_part)))
 
     def probe_output(self) -> Tensor:
         """Return the logits of an empty image and the shortest prompt."""
@@ -95,11 +72,8 @@ class OpenVlaPolicy(PrismaticPolicy):
         arch = self.module.arch
         return fill_network(lambda: OpenVlaModule(arch, self.token_centers), weights)
 
-    def _decoded(self, batch: PolicyBatch) -> Tensor:
-        tokens: Tensor = self.module.decode(
-            batch.pixel_values, batch.input_ids, batch.prompt_lengths
-        )
-        return tokens
+    def _token_parts(self) -> TokenParts:
+        return action_parts(self.module, self.processor.spec)
 
 
 def load_openvla_policy(

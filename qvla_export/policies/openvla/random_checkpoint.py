@@ -11,7 +11,7 @@ import torch
 from qvla_export.latency_model.published_sizes import Geometry
 from qvla_export.policies.openvla.architecture import OpenVlaArchitecture
 from qvla_export.policies.openvla.module import OpenVlaModule
-from qvla_export.policies.openvla.weights import HEAD
+from qvla_export.policies.prismatic.files import HEAD
 from qvla_export.policies.prismatic.keys import to_upstream
 from qvla_export.policies.prismatic.new_checkpoint import save_description, train_tokenizer
 from qvla_export.policies.prismatic.random_weights import (

@@ -12,6 +12,8 @@ from qvla_export.policies.adapters import is_merged_adapter, require_whole_tenso
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
 
+# The decoder's output layer.
+HEAD = "language_model.lm_head.weight"
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # safetensors' names of what weights may be stored as.

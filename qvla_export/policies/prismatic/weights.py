@@ -3,7 +3,7 @@
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,32 @@ class CheckpointWeights:
     # Our name -> safetensors file and upstream key.
     places: Mapping[str, tuple[Path, str]]
     # Our name -> head file and the part's name, which goes before its keys.
-    parts: Mapping[str, tuple[Path, str]]
+    parts: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
     # Our name -> the rows that are read, where not all are; `shapes` has these alone.
     rows: Mapping[str, slice] = field(default_factory=dict)
     # False where a stored tensor is one of ours as it is, whatever it is called.
     renamed: bool = True
+
+    def without(self, name: str) -> "CheckpointWeights":
+        """Return these weights but one tensor, which nothing reads."""
+        shapes = {key: tensor for key, tensor in self.shapes.items() if key != name}
+        return replace(self, shapes=shapes)
+
+    def with_rows(self, name: str, rows: slice) -> "CheckpointWeights":
+        """Return these weights with some rows of a tensor for the whole."""
+        shapes = {**self.shapes, name: self.shapes[name][rows]}
+        return replace(self, shapes=shapes, rows={**self.rows, name: rows})
+
+    def with_part(self, part: str, file: Path) -> "CheckpointWeights":
+        """Return these weights and those of a part's own file.
+
+        Raises:
+            CheckpointError: as `read_state_file`.
+        """
+        tensors = {f"{part}.{key}": value for key, value in read_state_file(file).items()}
+        shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        places = dict.fromkeys(tensors, (file, part))
+        return replace(self, shapes={**self.shapes, **shapes}, parts={**self.parts, **places})
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by our name, as stored.
@@ -86,6 +107,20 @@ class CheckpointWeights:
 
     def _file(self, name: str) -> Path:
         return (self.parts if name in self.parts else self.places)[name][0]
+
+
+def open_body(checkpoint: Path) -> CheckpointWeights:
+    """Find every tensor of `model.safetensors` or its shards.
+
+    Raises:
+        CheckpointError: no weights, a missing or truncated file, quantized, or an adapter's.
+    """
+    shapes: dict[str, Tensor] = {}
+    places: dict[str, tuple[Path, str]] = {}
+    for path, key, tensor in stored_tensors(checkpoint):
+        for name, piece in from_upstream({key: tensor}).items():
+            shapes[name], places[name] = piece, (path, key)
+    return CheckpointWeights(shapes, places)
 
 
 def stored_tensors(checkpoint: Path) -> list[tuple[Path, str, Tensor]]:

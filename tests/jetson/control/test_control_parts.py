@@ -87,7 +87,7 @@ def test_impossible_limits_are_refused(changes, message: str) -> None:
         {"max_observation_age_ms": 2000},
         {"execute": 0},
         {"mode": "both"},
-        {"ensemble_decay": -1},
+        {"ensemble_decay": float("inf")},
         {"hold_ms": -1},
         {"give_up_s": 0},
     ],

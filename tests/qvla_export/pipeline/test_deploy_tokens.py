@@ -1,19 +1,30 @@
 """A checkpoint that decodes token by token goes all the way to a served bundle."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from command_runs import qvla
 from openvla_cases import write_tiny_openvla
 from small_datasets import write_small_dataset
+from univla_cases import write_tiny_univla
 
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.shared.bundle import Bundle
 
 
 @pytest.mark.slow
-def test_deploy_of_an_openvla_checkpoint(tmp_path: Path) -> None:
-    checkpoint = write_tiny_openvla(tmp_path / "checkpoint")
+@pytest.mark.parametrize(
+    ("write", "calls"),
+    [
+        (write_tiny_openvla, {"prefix": 1, "decoder": 7}),
+        (write_tiny_univla, {"prefix": 1, "decoder": 4, "visual": 1, "action": 1}),
+    ],
+)
+def test_deploy_of_a_policy_that_decodes(
+    tmp_path: Path, write: Callable[[Path], Path], calls: dict[str, int]
+) -> None:
+    checkpoint = write(tmp_path / "checkpoint")
     demonstrations = write_small_dataset(tmp_path / "demos", [6] * 10, dims=7)
     run = tmp_path / "run"
     done = qvla(
@@ -26,6 +37,6 @@ def test_deploy_of_an_openvla_checkpoint(tmp_path: Path) -> None:
     assert RunFolder(run).report.is_file()
     for setting in ("float", "w4", "w8a8"):
         bundle = Bundle.load(run / "settings" / setting / "bundle")
-        assert bundle.program.calls == {"prefix": 1, "decoder": 7}
+        assert bundle.program.calls == calls
     told = qvla("profile", run / "settings" / "w4" / "bundle", "--samples", 3)
     assert told.code == 0 and "engine.decode" in told.out

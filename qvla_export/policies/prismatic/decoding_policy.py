@@ -1,0 +1,44 @@
+"""What a `Policy` that decodes tokens does, whatever they stand for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from qvla_export.policies.base import PolicyBatch
+from qvla_export.policies.prismatic.decoding import Decoded, TokenModule
+from qvla_export.policies.prismatic.policy import PrismaticPolicy
+from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.observation import Observation
+
+
+@dataclass(frozen=True, repr=False)
+class TokenPolicy(PrismaticPolicy):
+    """A loaded policy that decodes tokens; see `Policy` for the meaning of its members."""
+
+    module: TokenModule
+
+    def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
+        """Preprocess observations into one padded batch, with the tokens the policy chooses now."""
+        return self.with_tokens(self.inputs(observations))
+
+    def with_tokens(self, batch: PolicyBatch) -> PolicyBatch:
+        """Return a batch with the tokens that the policy chooses now.
+
+        Raises:
+            CheckpointError: its weights were left on disk.
+        """
+        if self.on_disk is not None:
+            raise CheckpointError(
+                "a policy that decodes token by token must be in memory to choose them; open it "
+                "whole"
+            )
+        return replace(batch, tokens=self.decoded(batch).tokens)
+
+    def decoded(self, batch: PolicyBatch) -> Decoded:
+        """Return what greedy decoding finds now."""
+        return self.module.decode(batch.pixel_values, batch.input_ids, batch.prompt_lengths)
+
+    def tokens_of(self, batch: PolicyBatch) -> Tensor:
+        """Return the batch's tokens; where it has none, those that the policy chooses now."""
+        return batch.tokens if batch.tokens is not None else self.decoded(batch).tokens

@@ -1,0 +1,68 @@
+"""What a UniVLA checkpoint does not say about itself; a file may, or a default does."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qvla_export.policies.prismatic.config import PrismaticConfig
+from qvla_export.shared.artifacts import write_json
+from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.policy_interface import (
+    CONFIG_NAME,
+    LATENT,
+    LATENT_HORIZON,
+    read_policy_config,
+    token_interface,
+)
+
+
+@dataclass(frozen=True)
+class UniVlaConfig(PrismaticConfig):
+    """Inputs and vocabulary of one UniVLA checkpoint: one camera, a chunk, no state."""
+
+    head: Literal["latent"] = "latent"
+    # Tokens that are decoded for one chunk, and how many there are to choose from.
+    latent_tokens: int = 4
+    codebook: int = 32
+    # Attention heads of the action decoder; 0 for one every 64 of its width, as published.
+    decoder_heads: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_choice("head", (LATENT,))
+        if len(self.cameras) != 1 or self.state_dim:
+            raise CheckpointError(f"a UniVLA policy sees one camera and takes no state, got {self}")
+        for name, least in (("latent_tokens", 1), ("codebook", 2), ("decoder_heads", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise CheckpointError(f"{name} must be a whole number from {least}, got {value!r}")
+
+
+def load_config(checkpoint: Path, preset: str | None = None) -> UniVlaConfig:
+    """Read `qvla_policy.json` beside a checkpoint's weights; where it is absent, take defaults.
+
+    The default is UniVLA as evaluated on LIBERO (`experiments/robot/libero/run_libero_eval.py`):
+    see `token_interface`; 12 actions, 224 pixel frames cropped to their centre.
+
+    Raises:
+        CheckpointError: a preset is named, or the file is malformed.
+    """
+    if preset is not None:
+        raise CheckpointError(
+            f"{checkpoint} decodes latent tokens, so it is a UniVLA checkpoint; preset {preset!r} "
+            f"is for OpenVLA-OFT's: leave it out, and write what differs into {CONFIG_NAME}"
+        )
+    more: dict[str, Any] = {"training_image_size": 224, "center_crop": True}
+    if (checkpoint / CONFIG_NAME).is_file():
+        more |= read_policy_config(checkpoint)
+    try:
+        return UniVlaConfig(**{**vars(token_interface(checkpoint, LATENT_HORIZON)), **more})
+    except TypeError as error:
+        path = checkpoint / CONFIG_NAME
+        raise CheckpointError(f"{path} is not a policy configuration: {error}") from error
+
+
+def save_config(config: UniVlaConfig, checkpoint: Path) -> None:
+    """Write `qvla_policy.json` into a checkpoint folder."""
+    value: dict[str, Any] = asdict(config)
+    write_json(checkpoint / CONFIG_NAME, value)

@@ -1,0 +1,112 @@
+"""UniVLA as a `Policy`: load a checkpoint, decode latent tokens, decode a chunk, act."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qvla_export.policies.base import PolicyBatch, PolicyPart
+from qvla_export.policies.prismatic.decoding_parts import TokenParts
+from qvla_export.policies.prismatic.decoding_policy import TokenPolicy
+from qvla_export.policies.prismatic.loading import (
+    checkpoint_digest,
+    load_processor,
+    require_folder,
+)
+from qvla_export.policies.prismatic.network import fill_network
+from qvla_export.policies.prismatic.weights import CheckpointWeights
+from qvla_export.policies.univla.checkpoint import load_module
+from qvla_export.policies.univla.config import UniVlaConfig, load_config
+from qvla_export.policies.univla.files import decoder_file
+from qvla_export.policies.univla.module import UniVlaModule
+from qvla_export.policies.univla.parts import action_parts, latent_parts, program_of
+from qvla_export.shared.program import Program
+
+
+@dataclass(frozen=True, repr=False)
+class UniVlaPolicy(TokenPolicy):
+    """A loaded UniVLA policy; see `Policy` for the meaning of its members."""
+
+    module: UniVlaModule
+    config: UniVlaConfig
+
+    def normalized_actions(self, batch: PolicyBatch) -> Tensor:
+        """Return the action decoder's output [B, horizon, dim], given the batch's tokens."""
+        actions: Tensor = self.module(
+            batch.pixel_values, batch.input_ids, self.tokens_of(batch), batch.prompt_lengths
+        )
+        return actions
+
+    @torch.no_grad()
+    def greedy_actions(self, batch: PolicyBatch) -> Tensor:
+        """Return the normalized actions of greedily decoded tokens [B, horizon, dim]."""
+        return self.module.act(self.decoded(batch))
+
+    def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
+        """Return prefix, decoder and the action decoder's two parts, or smaller ones."""
+        latent = self._latent_parts().parts(layers_per_part)
+        return (*latent, *action_parts(self.module, self.processor.spec))
+
+    def program(self, layers_per_part: int | None = None) -> Program:
+        """Return the program: the prompt, what is pooled of it, the other tokens, the actions."""
+        return program_of(self._latent_parts(), self.parts(layers_per_part))
+
+    def probe_output(self) -> Tensor:
+        """Return the actions of an empty image and the shortest prompt."""
+        pixels, ids = self.probe_inputs()
+        tokens = torch.zeros(1, self.config.latent_tokens, dtype=torch.int64, device=ids.device)
+        output: Tensor = self.module(pixels, ids, tokens)
+        return output
+
+    def filled(self, weights: CheckpointWeights) -> UniVlaModule:
+        """Return the network with its weights read."""
+        return fill_network(lambda: UniVlaModule(self.module.arch), weights)
+
+    def _latent_parts(self) -> TokenParts:
+        return latent_parts(self.module, self.processor.spec)
+
+
+def load_univla_policy(
+    checkpoint: Path,
+    unnorm_key: str | None = None,
+    config: UniVlaConfig | None = None,
+    resident: bool = True,
+) -> UniVlaPolicy:
+    """Load a UniVLA checkpoint folder in the published layout.
+
+    Args:
+        checkpoint: folder with config.json, weights, action decoder, tokenizer, statistics (or
+            those of config.json).
+        unnorm_key: data set whose statistics un-normalize actions; may be None if only one.
+        config: explicit inputs; None reads `qvla_policy.json`, or takes UniVLA's own.
+        resident: False leaves the weights on disk: the policy can be exported part by part, in
+            the memory of one part, but not run by torch as a whole.
+
+    Raises:
+        CheckpointError, StatisticsError: what is wrong and what is available.
+    """
+    config = config or load_config(require_folder(checkpoint))
+    module, weights = load_module(require_folder(checkpoint), config, resident)
+    no_bins = torch.zeros(0)
+    processor = load_processor(checkpoint, config, module.arch, unnorm_key, no_bins)
+    decoder = [decoder_file(checkpoint).name]
+    return UniVlaPolicy(
+        module,
+        processor,
+        config,
+        checkpoint_digest(checkpoint, config, processor.statistics.key, decoder),
+        no_bins,
+        None if resident else weights,
+    )
+
+
+def check_univla_checkpoint(checkpoint: Path, unnorm_key: str | None, config: UniVlaConfig) -> None:
+    """Refuse what `load_univla_policy` would refuse, in the memory of one tensor.
+
+    Raises:
+        CheckpointError, StatisticsError: as `load_univla_policy`.
+    """
+    policy = load_univla_policy(checkpoint, unnorm_key, config, resident=False)
+    if policy.on_disk is not None:
+        policy.on_disk.require_finite()

@@ -1,0 +1,126 @@
+"""Golden cases of upstream UniVLA, wherever they lie, and tiny checkpoints of the same family."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from openvla_cases import INSTRUCTIONS
+from oracles import oracle_root
+from tokenizers import Tokenizer
+
+from qvla_export.policies.base import PolicyBatch
+from qvla_export.policies.prismatic.new_checkpoint import (
+    BOS_ID,
+    SUFFIX_ID,
+    NetworkSize,
+    train_tokenizer,
+)
+from qvla_export.policies.prismatic.weights import read_state_file
+from qvla_export.policies.univla.action_decoder import ActionDecoder
+from qvla_export.policies.univla.architecture import DecoderShape
+from qvla_export.policies.univla.config import UniVlaConfig
+from qvla_export.policies.univla.new_checkpoint import new_module, save_checkpoint
+from qvla_export.policies.univla.policy import UniVlaPolicy, load_univla_policy
+
+HORIZON, DIM, CODEBOOK = 12, 7, 32
+
+
+def _holds(path: Path, *names: str) -> bool:
+    with np.load(path) as archive:
+        return set(names) <= set(archive.files)
+
+
+_FILES = sorted(oracle_root().glob("univla*/*.npz"))
+# Names and sizes vary: a case is what holds inputs and a chunk, an episode what holds states.
+CASES = [path for path in _FILES if _holds(path, "pixel_values", "decoder_chunk")]
+EPISODES = [path for path in _FILES if _holds(path, "latent_action", "visual_embed", "action")]
+CASE_IDS = [f"{case.parent.name}-{case.stem}" for case in CASES]
+
+
+def load_oracle(folder: Path) -> UniVlaPolicy:
+    """Load an oracle's checkpoint with the numbers of heads that its weights do not show."""
+    tiny = json.loads((folder / "timm_tiny_models.json").read_text())
+    decoder = tiny.pop("action_decoder")
+    heads = {("dino" in name): tower["num_heads"] for name, tower in tiny.items()}
+    config = UniVlaConfig(
+        cameras=("full_image",),
+        horizon=decoder["window_size"],
+        action_dim=DIM,
+        state_dim=0,
+        normalization="q99",
+        vision_heads=(heads[True], heads[False]),
+        decoder_heads=decoder["n_heads"],
+    )
+    return load_univla_policy(folder / "checkpoint", None, config)
+
+
+def load_decoder(folder: Path) -> ActionDecoder:
+    """Load an oracle's action decoder alone."""
+    tiny = json.loads((folder / "timm_tiny_models.json").read_text())["action_decoder"]
+    width = tiny["embed_dim"]
+    shape = DecoderShape(width, tiny["n_heads"], round(tiny["mlp_ratio"] * width))
+    decoder = ActionDecoder(tiny["vis_dim"], shape, tiny["window_size"], DIM)
+    decoder.load_state_dict(read_state_file(folder / "checkpoint" / "action_decoder.pt"))
+    return decoder.eval()
+
+
+class Case:
+    """One golden case and the policy that must reproduce it."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as archive:
+            self.golden = dict(archive)
+        self.policy = load_oracle(path.parent)
+
+    def batch(self) -> PolicyBatch:
+        ids = self.golden["input_ids"]
+        suffix = self.policy.config.suffix_token_id
+        if ids[0, -1] != suffix:
+            ids = np.append(ids, [[suffix]], axis=1)
+        pixels = torch.from_numpy(self.golden["pixel_values"])
+        return PolicyBatch(pixels, torch.from_numpy(ids), None, None)
+
+
+def latent_tokenizer(size: int) -> Tokenizer:
+    """Return a tokenizer whose latent tokens stand where a vocabulary of `size` ids has them."""
+    tokenizer = train_tokenizer(INSTRUCTIONS, size)
+    fill = [f"<extra_{number}>" for number in range(size - tokenizer.get_vocab_size() + 1)]
+    tokenizer.add_special_tokens([*fill, *(f"<ACT_{number}>" for number in range(CODEBOOK))])
+    return tokenizer
+
+
+def write_tiny_univla(path: Path, seed: int = 0) -> Path:
+    """Write a seeded, untrained checkpoint whose every layer counts for the actions."""
+    size = NetworkSize(
+        image_size=28,
+        patch_size=14,
+        vision_dim=64,
+        vision_depth=3,
+        hidden_dim=64,
+        mlp_dim=128,
+        depth=2,
+        heads=2,
+        vocab_size=300,
+    )
+    config = UniVlaConfig(
+        cameras=("full_image",),
+        horizon=HORIZON,
+        action_dim=DIM,
+        state_dim=0,
+        normalization="q99",
+        vision_heads=(2, 2),
+        bos_token_id=BOS_ID,
+        suffix_token_id=SUFFIX_ID,
+        decoder_heads=4,
+    )
+    module = new_module(size, config, seed)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if weight.ndim > 1 and "embed" not in name:  # outputs as large as inputs
+                weight.mul_(weight[0].numel() ** -0.5 / weight.std())
+        module.language_model.lm_head.weight.mul_(3)
+    limits = {"q01": [-1.0] * DIM, "q99": [1.0] * DIM}
+    statistics = {"tiny": {"action": {**limits, "mask": [True] * (DIM - 1) + [False]}}}
+    save_checkpoint(path, module, config, latent_tokenizer(size.vocab_size), statistics)
+    return path
