@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from calibration.benchmarks.metaworld.shifts import NO_SHIFT, parse_shift, shift_fits, shift_of
 from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
 from calibration.benchmarks.motion import Motion, MotionSummary, summarize_motion
 from qvla_export.shared.artifacts import read_json, require_fields, write_json
@@ -33,6 +34,8 @@ class RolloutConfig:
     control: Control = "none"
     # Control steps that pass between a look and its chunk; 0 stops time while the policy thinks.
     delay_steps: int = 0
+    # What is changed of the scenes, "NAME:GRADE", see `Shift`; mixed has all that apply in turn.
+    shift: str = NO_SHIFT
 
     def __post_init__(self) -> None:
         least = min(self.episodes - 1, self.execute - 1, self.seed, self.delay_steps)
@@ -47,16 +50,23 @@ class RolloutConfig:
             raise QvlaError(f"each task counts once, got {', '.join(self.tasks)}")
         for name in self.tasks:
             find_task(name)
+        parse_shift(self.shift)
 
     def runnable(self) -> "RolloutConfig":
-        """Return the configuration with only the tasks its control can be tried on.
+        """Return the configuration with only the tasks its control and shift can be tried on.
 
         Raises:
             QvlaError: there are none.
         """
+        kept = tuple(name for name in self.tasks if shift_fits(self.shift, find_task(name)))
+        if not kept:
+            raise QvlaError(
+                f"the shift {self.shift} cannot be seen in {', '.join(self.tasks)}: what is shown "
+                "as object state has no camera, light or colours"
+            )
         if self.control != "wrong-instruction":
-            return self
-        tasks = tuple(name for name in self.tasks if scene_siblings(find_task(name)))
+            return replace(self, tasks=kept)
+        tasks = tuple(name for name in kept if scene_siblings(find_task(name)))
         if not tasks:
             raise QvlaError(
                 "the wrong-instruction control needs tasks that share a scene with another, "
@@ -102,6 +112,15 @@ class Evaluation:
             raise QvlaError(f"no episode of {task} was run, only {', '.join(self.config.tasks)}")
         return sum(chosen) / len(chosen)
 
+    def success_by_shift(self) -> dict[str, float]:
+        """Return the share of solved episodes of each shift; empty without any."""
+        solved: dict[str, list[bool]] = {}
+        for row in self.results:
+            shift = shift_of(self.config.shift, find_task(row.task), row.seed)
+            if shift is not None:
+                solved.setdefault(str(shift), []).append(row.success)
+        return {name: sum(rows) / len(rows) for name, rows in sorted(solved.items())}
+
     def interval(self) -> tuple[float, float]:
         """Return the Wilson 95 % interval of the overall success."""
         return wilson_interval(sum(r.success for r in self.results), len(self.results))
@@ -133,6 +152,7 @@ class Evaluation:
             "wilson_95": [low, high],
             "episodes": len(self.results),
             "by_task": {task: self.success(task) for task in self.config.tasks},
+            "by_shift": self.success_by_shift(),
             "cumulative_deviation": self.cumulative_deviation(),
             "motion": None if motion is None else asdict(motion),
         }

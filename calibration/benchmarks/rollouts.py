@@ -22,6 +22,7 @@ from calibration.benchmarks.evaluation import (
     load_evaluation,
     result_from_json,
 )
+from calibration.benchmarks.metaworld.shifts import shift_of
 from calibration.benchmarks.metaworld.simulator import CONTROL_HZ, UNIT_MM, Simulator
 from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
 from calibration.benchmarks.motion import measure_motion
@@ -128,7 +129,8 @@ def run_episode(
     if config.control == "wrong-instruction":
         siblings = scene_siblings(simulator.task)
         instruction = siblings[seed % len(siblings)].instruction
-    observation = simulator.reset(seed, instruction)
+    shift = shift_of(config.shift, simulator.task, seed)
+    observation = simulator.reset(seed, instruction, shift)
     deviations: list[float] = []
     positions = [simulator.hand]
     actions: list[NDArray[np.float32]] = []

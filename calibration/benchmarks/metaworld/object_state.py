@@ -20,6 +20,8 @@ _REACHES = np.array([0.6, 0.2, 0.07, 0.025])
 _MIDDLE = 127.5
 # Where Meta-World's full state keeps the hand and the positions of up to two things.
 _HAND, _FIRST, _SECOND = slice(0, 3), slice(4, 7), slice(11, 14)
+# Numbers from there to where it keeps the same of one simulator step before.
+_BEFORE = 18
 
 
 def encode_object_state(
@@ -47,3 +49,37 @@ def encode_object_state(
     patches = pixels.reshape(2, 2, PATCH_SIZE, PATCH_SIZE, 3).transpose(0, 2, 1, 3, 4)
     image: NDArray[np.uint8] = patches.reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
     return image
+
+
+def add_to_things(
+    full_state: NDArray[np.float64], goal: NDArray[np.float64], errors: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return full state and goal with errors of first thing, second thing and goal added.
+
+    A thing that is not there stays away.
+
+    Args:
+        full_state: float64 [39].
+        goal: float64 [3].
+        errors: metres.  float64 [3, 3]
+    """
+    shown = full_state.copy()
+    for thing, error in ((_FIRST, errors[0]), (_SECOND, errors[1])):
+        if full_state[thing].any():
+            shown[thing] += error
+            shown[thing.start + _BEFORE : thing.stop + _BEFORE] += error
+    return shown, goal + errors[2]
+
+
+def with_second(
+    full_state: NDArray[np.float64], position: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return a full state with a second thing that lies still.
+
+    Args:
+        full_state: float64 [39].
+        position: metres.  float64 [3]
+    """
+    shown = full_state.copy()
+    shown[_SECOND] = shown[_SECOND.start + _BEFORE : _SECOND.stop + _BEFORE] = position
+    return shown

@@ -1,8 +1,6 @@
 """One task of the simulator: seeded episodes, control steps, pictures on demand."""
 
-import atexit
 import itertools
-import os
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -12,15 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.benchmarks.metaworld.lean_environment import make_lean
-from calibration.benchmarks.metaworld.object_state import OBJECT_STATE, encode_object_state
+from calibration.benchmarks.metaworld.object_state import (
+    OBJECT_STATE,
+    add_to_things,
+    encode_object_state,
+    with_second,
+)
+from calibration.benchmarks.metaworld.scene_drawing import SceneDrawing, load_mujoco
+from calibration.benchmarks.metaworld.shifts import (
+    Shift,
+    distractor,
+    shifted_instruction,
+    shifted_pixels,
+    shifted_placement,
+    shifted_positions,
+    shifted_start,
+)
 from calibration.benchmarks.metaworld.tasks import Task, draw_placement
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
-
-# mujoco reads these once, when it is first imported: by us, metaworld or gymnasium.
-_GL = os.environ.setdefault("MUJOCO_GL", "egl")
-if _GL in ("egl", "osmesa"):
-    os.environ.setdefault("PYOPENGL_PLATFORM", _GL)
 
 IMAGE_SIZE = 84
 # Simulator steps per control step: the policy acts at half the simulator's 80 Hz.
@@ -31,19 +39,11 @@ ACTION_NAMES = ("x", "y", "z", "gripper")
 # Of an action of 1: the simulator moves the hand's target by 10 mm (`action_scale`) at each step.
 UNIT_MM = 10.0 * ACTION_REPEAT
 STATE_DIM = 4
-PACKAGES = "libegl1 libgl1 libgles2 libegl-mesa0 libosmesa6"
 
-# Links that cost most of the vertices and would only hide what the hand does.
-_ARM = "right_arm_base_link right_l0 right_l1 right_l1_2 right_l2 right_l2_2 right_l3 right_l4 "
-_ARM += "right_l4_2 right_l5 right_l6"
-_STAND = "controller_box pedestal_feet pedestal torso head screen"
-_HIDDEN_BODIES = frozenset(_ARM.split()) | frozenset(_STAND.split())
-_HIDDEN_GROUP = 5
 # Numbers of a placement of object and goal.
 _WITH_GOAL = 6
 # Placements that a reset asks for: two, from environments that do not draw again.
 _DRAWS = 8
-_VISIBLE_GROUPS = (1, 1, 0, 0, 0, 0)
 
 
 class Simulator:
@@ -62,13 +62,14 @@ class Simulator:
         self.steps = 0
         # Whether the task was solved at any moment since the last reset.
         self.success = False
-        self._mujoco = _load_mujoco()
+        self._mujoco = load_mujoco()
         self._environment = _build_environment(task)
         make_lean(self._environment)
-        _make_cheap_to_draw(self._environment.model, image_size)
+        self._drawing = SceneDrawing(self._mujoco, self._environment.model, image_size)
         self._pristine = self._copy_placements()
-        self._renderer: Any = None
-        self._camera, self._options = _view(self._mujoco)
+        # What this episode changes of what the task was trained on, and the episode's seed.
+        self._shift: Shift | None = None
+        self._seed = 0
         self._full_state: NDArray[np.float64] = np.zeros(39)
         # Where this episode's object (and goal) was put.  float64 [3 or 6]
         self.placement: NDArray[np.float64] = np.zeros(0)
@@ -86,10 +87,7 @@ class Simulator:
 
     def close(self) -> None:
         """Free the renderer and the environment; a second call does nothing."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
-            atexit.unregister(self.close)
+        self._drawing.close()
         self._environment.close()
 
     @property
@@ -112,8 +110,12 @@ class Simulator:
         """Whether the episode is solved or out of steps."""
         return self.success or self.steps >= self.task.steps
 
-    def reset(self, seed: int, instruction: str | None = None) -> Observation:
+    def reset(
+        self, seed: int, instruction: str | None = None, shift: Shift | None = None
+    ) -> Observation:
         """Start the episode of that seed; say another instruction than the canonical one.
+
+        A shift changes what it names, and nothing else of the episode.
 
         Raises:
             QvlaError: object and goal are drawn closer than this environment allows.
@@ -122,6 +124,15 @@ class Simulator:
         placement = draw_placement(self.task, random)
         hand = random.uniform(*self.task.hand)
         fraction = random.uniform()
+        said = instruction or self.task.instruction
+        if shift is not None and shift.kind == "placement":
+            placement = shifted_placement(shift, self.task, placement, seed)
+        elif shift is not None and shift.kind == "start":
+            hand = shifted_start(shift, hand, seed)
+        elif shift is not None and shift.kind == "instruction":
+            said = shifted_instruction(shift, self.task, said, seed)
+        self._shift, self._seed = shift, seed
+        self._drawing.shift(shift, seed, placement)
         environment = self._environment
         self._restore_placements()
         environment._get_state_rand_vec = _frozen_draw(self.task, placement)
@@ -134,7 +145,7 @@ class Simulator:
         self._mujoco.mj_forward(environment.model, environment.data)
         self._full_state = environment._get_obs()
         self.placement = placement
-        self.instruction = instruction or self.task.instruction
+        self.instruction = said
         self.steps = 0
         self.success = False
         return self.observe()
@@ -156,21 +167,25 @@ class Simulator:
     def observe(self) -> Observation:
         """Return what the policy sees now; the scene is rendered where it sees a picture."""
         if self.task.camera == OBJECT_STATE:
-            image = encode_object_state(self._full_state, self.placement[3:6])
+            image = encode_object_state(*self._shown_positions())
         else:
             image = self.render()
+            if self._shift is not None and self._shift.kind == "noise":
+                image = shifted_pixels(self._shift, image, self._seed, self.steps)
         return Observation({self.task.camera: image}, self.instruction, self.state)
 
     def render(self) -> NDArray[np.uint8]:
         """Return the picture of the fixed camera.  uint8 [image_size, image_size, 3]"""
-        if self._renderer is None:
-            self._renderer = _make_renderer(self._mujoco, self._environment.model, self.image_size)
-            # Registered after mujoco's own handler, so called before it shuts OpenGL down: a
-            # renderer that outlives it prints errors.
-            atexit.register(self.close)
-        self._renderer.update_scene(self._environment.data, self._camera, self._options)
-        image: NDArray[np.uint8] = self._renderer.render().copy()
-        return image
+        return self._drawing.draw(self._environment.data)
+
+    def _shown_positions(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return full state and goal as an object state shows them."""
+        full_state, goal, shift = self._full_state, self.placement[3:6], self._shift
+        if shift is not None and shift.kind == "noise":
+            return add_to_things(full_state, goal, shifted_positions(shift, self._seed, self.steps))
+        if shift is not None and shift.kind == "distractors":
+            return with_second(full_state, distractor(shift, self.placement, self._seed)), goal
+        return full_state, goal
 
     def _copy_placements(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         model = self._environment.model
@@ -202,26 +217,6 @@ def _frozen_draw(task: Task, placement: NDArray[np.float64]) -> Callable[[], NDA
     return draw
 
 
-def _load_mujoco() -> Any:
-    try:
-        import mujoco
-    except ImportError as error:
-        if error.name == "mujoco":
-            raise QvlaError("the simulator needs mujoco: pip install 'qvla[sim]'") from None
-        raise _no_opengl(error) from error
-    except Exception as error:
-        # PyOpenGL fails in many ways where a library is missing, mujoco with a RuntimeError.
-        raise _no_opengl(error) from error
-    return mujoco
-
-
-def _no_opengl(error: Exception) -> QvlaError:
-    return QvlaError(
-        f"cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); "
-        f"install the software OpenGL libraries: apt-get install {PACKAGES}"
-    )
-
-
 def _build_environment(task: Task) -> Any:
     with warnings.catch_warnings():
         # gymnasium and metaworld warn of their own deprecated calls; nothing here can mend them.
@@ -249,37 +244,3 @@ def _unclipped() -> Any:
     from gymnasium.spaces import Box
 
     return Box(-1.0, 1.0, (3,), np.float64)
-
-
-def _make_cheap_to_draw(model: Any, image_size: int) -> None:
-    model.light_castshadow[:] = 0
-    model.mat_reflectance[:] = 0
-    model.vis.quality.offsamples = 0
-    model.vis.quality.shadowsize = 0
-    model.vis.global_.offwidth = image_size
-    model.vis.global_.offheight = image_size
-    for geom in range(model.ngeom):
-        if model.body(model.geom_bodyid[geom]).name in _HIDDEN_BODIES:
-            model.geom_group[geom] = _HIDDEN_GROUP
-
-
-def _view(mujoco: Any) -> tuple[Any, Any]:
-    camera = mujoco.MjvCamera()
-    camera.type = mujoco.mjtCamera.mjCAMERA_FREE
-    camera.lookat[:] = (0.0, 0.73, 0.13)
-    camera.distance, camera.azimuth, camera.elevation = 1.1, 90.0, -50.0
-    options = mujoco.MjvOption()
-    options.geomgroup[:] = _VISIBLE_GROUPS
-    options.sitegroup[:] = 0
-    return camera, options
-
-
-def _make_renderer(mujoco: Any, model: Any, image_size: int) -> Any:
-    try:
-        renderer = mujoco.Renderer(model, image_size, image_size)
-    except Exception as error:
-        raise _no_opengl(error) from error
-    flags = renderer.scene.flags
-    flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-    flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-    return renderer

@@ -38,6 +38,13 @@ def evaluate(
     delay_steps: Annotated[
         int, typer.Option(min=0, help="Control steps that pass while the policy thinks.")
     ] = 0,
+    shift: Annotated[
+        str,
+        typer.Option(
+            help="NAME:GRADE of 1 to 3: start, placement, instruction, noise, distractors, camera, "
+            "light, colour, or mixed, each episode another."
+        ),
+    ] = "none",
     control: Annotated[str, typer.Option(help="none, blank-image or wrong-instruction.")] = "none",
     reference: Annotated[
         str | None,
@@ -74,7 +81,7 @@ def evaluate(
     from qvla_export.pipeline.policy_source import PolicySource
 
     chosen = chosen_tasks(tasks)
-    config = RolloutConfig(chosen, episodes, seed, execute, control, delay_steps)  # type: ignore[arg-type]  # checked there
+    config = RolloutConfig(chosen, episodes, seed, execute, control, delay_steps, shift)  # type: ignore[arg-type]  # checked there
     quantized = None if checkpoint is None else str(checkpoint)
     source = PolicySource(policy, unnorm_key, preset, threads=1, checkpoint=quantized)
     other = None if reference is None else PolicySource(reference, unnorm_key, preset, threads=1)
@@ -88,6 +95,8 @@ def evaluate(
         return
     for task in evaluation.config.tasks:
         typer.echo(f"  {task}: {evaluation.success(task):.0%}")
+    for name, share in evaluation.success_by_shift().items():
+        typer.echo(f"  {name}: {share:.0%}")
     low, high = evaluation.interval()
     typer.echo(
         f"success {evaluation.success():.1%} [{low:.1%}, {high:.1%}] of "
