@@ -106,9 +106,7 @@ class Processor:
         if self.spec.language != "none":
             feeds["input_ids"] = self.prompt_ids(observation)[None]
         if self.spec.state_dim and not self.spec.state_bins:
-            state = self.state(observation)[None]
-            missing = max(0, self.spec.state_width - self.spec.state_dim)
-            feeds["state"] = np.pad(state, ((0, 0), (0, missing)))
+            feeds["state"] = self._filled_state(observation)[None]
         if self.spec.optional_cameras:
             present = [name in observation.images for name in self.spec.cameras]
             feeds["image_mask"] = np.array([present])
@@ -140,7 +138,7 @@ class Processor:
 
     def prompt_ids(self, observation: Observation) -> NDArray[np.int64]:
         """Return the token ids of an observation's prompt; see `input_ids`.  int64 [L]"""
-        state = self.state(observation) if self.spec.state_bins else None
+        state = self._filled_state(observation) if self.spec.state_bins else None
         return self.input_ids(observation.instruction, state)
 
     def input_ids(
@@ -192,6 +190,12 @@ class Processor:
                 f"got {list(observation.state.shape)}"
             )
         return bounds.normalize(observation.state)
+
+    def _filled_state(self, observation: Observation) -> NDArray[np.float32]:
+        """Return the normalized state, filled up with zeros."""
+        return np.pad(
+            self.state(observation), (0, max(0, self.spec.state_width - self.spec.state_dim))
+        )
 
     def chunk(
         self, normalized: NDArray[Any], timing_ms: Mapping[str, float] | None = None

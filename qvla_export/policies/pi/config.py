@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qvla_export.policies.pi.flow import FlowSpec, Times
+from qvla_export.policies.pi.lerobot import is_lerobot_pi, lerobot_values
 from qvla_export.policies.prismatic.files import stored_headers
 from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.errors import CheckpointError
@@ -45,6 +46,10 @@ class PiConfig(PolicyInterface):
     language: Language = "cleaned"
     prompt: str = PROMPT[False]
     max_prompt_tokens: int = PROMPT_TOKENS[False]
+    # What pi0.5's state is filled up to with zeros in the prompt; 0: it is as long as it is.
+    prompt_state_width: int = 0
+    # Pixels of a side of the network's images, where a file says so; 0: what the weights say.
+    image_side: int = 0
     # Cameras that an observation may lack; the policy then acts without them.
     optional_cameras: tuple[str, ...] = ()
     # Of the noise that actions begin at.
@@ -76,9 +81,10 @@ class PiConfig(PolicyInterface):
 def load_config(
     checkpoint: Path, preset: str | None = None, unnorm_key: str | None = None
 ) -> PiConfig:
-    """Read what a checkpoint's files say of its policy; `qvla_policy.json` goes before defaults.
+    """Read what a checkpoint's files say of its policy; `qvla_policy.json` goes first.
 
-    openpi's layout: openpi's three cameras, ten steps; or a preset's cameras, dimensions and units.
+    openpi's files leave much unsaid: its three cameras and ten steps, or a preset's cameras,
+    dimensions and units. LeRobot's say all but the tower's heads.
 
     Args:
         checkpoint: the folder.
@@ -89,9 +95,21 @@ def load_config(
         CheckpointError: an unknown preset or a value that no such policy has.
         ArtifactError, StatisticsError: files are missing or malformed.
     """
-    values = _openpi_values(checkpoint, preset, unnorm_key)
+    values: dict[str, Any]
+    if is_lerobot_pi(checkpoint):
+        values = lerobot_values(checkpoint, preset)
+    else:
+        values = dict(vars(openpi_interface(checkpoint, preset, unnorm_key)))
+    adaptive = is_adaptive(checkpoint)
+    values = {"max_prompt_tokens": PROMPT_TOKENS[adaptive], "prompt": PROMPT[adaptive], **values}
     if preset is None and (checkpoint / CONFIG_NAME).is_file():
         values |= read_policy_config(checkpoint)
+    if values.setdefault("adaptive", adaptive) != adaptive:
+        kinds = ("pi0.5's", "pi0's") if adaptive else ("pi0's", "pi0.5's")
+        raise CheckpointError(
+            f"{checkpoint}: the weights are {kinds[0]}, the configuration is {kinds[1]}; bring the "
+            "files of one checkpoint together"
+        )
     known = {field.name for field in fields(PiConfig)}
     if unknown := sorted(set(values) - known):
         raise CheckpointError(
@@ -102,22 +120,12 @@ def load_config(
 
 
 def is_pi(checkpoint: Path) -> bool:
-    """Whether a folder is of a pi0 or pi0.5 policy.
+    """Whether a folder is of a pi0 or pi0.5 policy, in openpi's layout or LeRobot's.
 
     Raises:
         ArtifactError: its config.json is not JSON.
     """
-    return is_openpi(checkpoint)
-
-
-def _openpi_values(checkpoint: Path, preset: str | None, unnorm_key: str | None) -> dict[str, Any]:
-    adaptive = is_adaptive(checkpoint)
-    return {
-        **vars(openpi_interface(checkpoint, preset, unnorm_key)),
-        "adaptive": adaptive,
-        "prompt": PROMPT[adaptive],
-        "max_prompt_tokens": PROMPT_TOKENS[adaptive],
-    }
+    return is_openpi(checkpoint) or is_lerobot_pi(checkpoint)
 
 
 def is_adaptive(checkpoint: Path) -> bool:

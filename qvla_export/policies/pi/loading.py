@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qvla_export.policies.pi.architecture import PiArchitecture
 from qvla_export.policies.pi.config import PiConfig
+from qvla_export.policies.pi.lerobot import read_statistics
 from qvla_export.shared.artifacts import sha256_tree
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.frames import FrameSpec
@@ -61,7 +62,7 @@ def load_processor(
         prompt=config.prompt,
         max_prompt_tokens=config.max_prompt_tokens,
         language=config.language,
-        state_width=arch.state_width,
+        state_width=config.prompt_state_width if arch.adaptive else arch.state_width,
         state_bins=_STATE_BINS if arch.adaptive else 0,
         optional_cameras=config.optional_cameras,
         noise=NoiseSpec("noise", (config.horizon, arch.action_width), seed=config.noise_seed),
@@ -79,12 +80,18 @@ def checkpoint_digest(checkpoint: Path, config: PiConfig, unnorm_key: str) -> st
 
 
 def _statistics(checkpoint: Path, config: PiConfig, unnorm_key: str | None) -> Statistics:
-    assert is_openpi(checkpoint)
+    if not is_openpi(checkpoint):
+        return read_statistics(checkpoint, unnorm_key)
     sizes = (config.action_dim, config.state_dim)
     return openpi_statistics(checkpoint, unnorm_key, config.adaptive, sizes)
 
 
 def _require_fitting(checkpoint: Path, config: PiConfig, arch: PiArchitecture) -> None:
+    if config.image_side not in (0, arch.image_side):
+        raise CheckpointError(
+            f"{checkpoint}: config.json says images of {config.image_side} pixels, the weights' "
+            f"positions are of {arch.image_side}; bring the files of one checkpoint together"
+        )
     state_width = arch.state_width or config.state_dim
     if config.action_dim > arch.action_width or config.state_dim > state_width:
         raise CheckpointError(

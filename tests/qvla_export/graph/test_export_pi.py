@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from graph_checks import require_clean
 from pi_cases import pi_observations, write_tiny_pi
 from tiny_bundles import mixed_plan
@@ -16,15 +17,12 @@ from qvla_export.graph.float_graph import export_float
 from qvla_export.policies.pi.policy import PiPolicy, load_pi_policy
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.program import PartRuns, run_program
 
 Bundles = tuple[Bundle, Bundle]
 
 
-# One in the default suite: an export takes seconds.
-PI0 = pytest.param(False, marks=pytest.mark.slow, id="pi0")
-
-
-@pytest.fixture(scope="module", params=[PI0, pytest.param(True, id="pi05")])
+@pytest.fixture(scope="module", params=[False, True], ids=["pi0", "pi05"])
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PiPolicy:
     return load_pi_policy(write_tiny_pi(tmp_path_factory.mktemp("tiny") / "c", request.param))
 
@@ -39,6 +37,27 @@ def bundles(policy: PiPolicy, tmp_path_factory: pytest.TempPathFactory) -> Bundl
     return whole, mixed
 
 
+@torch.no_grad()
+def test_the_program_of_the_parts_is_the_policy(policy: PiPolicy) -> None:
+    """In torch: the parts, run as the program says, compute the actions."""
+    parts = {part.name: part for part in policy.parts()}
+    reads = {name: list(part.inputs) for name, part in parts.items()}
+    (seen,) = pi_observations(1)
+    calls: list[str] = []
+
+    def call(run: PartRuns, name: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        calls.append(name)
+        outputs = parts[name].module(*(inputs[source] for source in parts[name].inputs))
+        return dict(zip(parts[name].outputs, outputs, strict=True))
+
+    feeds = {n: torch.from_numpy(v) for n, v in policy.processor.feeds(seen).items()}
+    values = run_program(policy.program(), reads, feeds, call)
+    assert calls == ["prefix", *["step"] * 4]
+    expected = policy.greedy_actions(policy.batch([seen]))
+    torch.testing.assert_close(values["actions"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_an_engine_computes_torchs_actions(bundles: Bundles, policy: PiPolicy) -> None:
     for bundle in bundles:
         require_clean(bundle)
@@ -53,6 +72,7 @@ def test_an_engine_computes_torchs_actions(bundles: Bundles, policy: PiPolicy) -
                 np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_noise_is_an_input_that_the_manifest_describes(
     bundles: Bundles, policy: PiPolicy
 ) -> None:
@@ -68,6 +88,7 @@ def test_the_noise_is_an_input_that_the_manifest_describes(
         np.testing.assert_array_equal(value, theirs[name])
 
 
+@pytest.mark.slow
 def test_weights_are_stored_once_and_small_layers_in_16_bits(
     bundles: Bundles, policy: PiPolicy
 ) -> None:
