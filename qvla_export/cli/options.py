@@ -100,7 +100,7 @@ PolicyOption = Annotated[
     Path,
     typer.Option(
         "--policy",
-        help="Checkpoint folder in the OpenVLA-OFT layout.",
+        help="Checkpoint folder, as it was published.",
         callback=A_CHECKPOINT.require,
     ),
 ]

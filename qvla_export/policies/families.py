@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import find_geometry
+from qvla_export.policies.act.family import ActFamily
 from qvla_export.policies.adapters import require_merged
 from qvla_export.policies.oft.family import OftFamily
 from qvla_export.policies.openvla.family import OpenVlaFamily
@@ -103,7 +104,13 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (OftFamily(), OpenVlaFamily(), PiFamily(), UniVlaFamily())
+FAMILIES: tuple[Family, ...] = (
+    OftFamily(),
+    OpenVlaFamily(),
+    PiFamily(),
+    UniVlaFamily(),
+    ActFamily(),
+)
 
 
 def recognize(checkpoint: Path) -> Family:
@@ -123,7 +130,9 @@ def recognize(checkpoint: Path) -> Family:
         if family.recognizes(checkpoint):
             return family
     types = " or ".join(repr(name) for name in dict.fromkeys(f.model_type for f in FAMILIES))
-    raise CheckpointError(f"{checkpoint}/config.json is of no known model_type; known: {types}")
+    raise CheckpointError(
+        f"{checkpoint}/config.json is of no known model_type (LeRobot: type); known: {types}"
+    )
 
 
 def describe_checkpoint(checkpoint: Path, preset: str | None = None) -> str:

@@ -12,15 +12,19 @@ _TOWERS = (
     (re.compile(r"(^|\.)(vision_tower|vision_model)\."), "Vision"),
     (re.compile(r"(expert)"), "Action expert"),
     (re.compile(r"(^|\.)(language_model|llm_backbone)\."), "Language"),
+    (re.compile(r"^backbone\."), "ResNet"),
+    (re.compile(r"^encoder\."), "Encoder"),
+    (re.compile(r"^decoder\."), "Decoder"),
 )
 _PARTS = (
-    (re.compile(r"\.(attention|self_attn|attn)\."), "attention"),
-    (re.compile(r"\.mlp\."), "MLP"),
+    (re.compile(r"\.(attention|self_attn|multihead_attn|attn)\."), "attention"),
+    (re.compile(r"\.(mlp\.|linear[12]$)"), "MLP"),
     (re.compile(r"patch_embed"), "patches"),
+    (re.compile(r"\.(conv\d|downsample\.0)$"), "convolutions"),
 )
 _BLOCK = re.compile(r"\.(\d+)\.")
 # Last names of an MLP's producers and its consumer.
-_MLPS = ((("fc1",), "fc2"), (("gate_proj", "up_proj"), "down_proj"))
+_MLPS = ((("fc1",), "fc2"), (("linear1",), "linear2"), (("gate_proj", "up_proj"), "down_proj"))
 # Last names of layers that share an input and become one.
 _PARALLEL = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 

@@ -1,7 +1,7 @@
 """Pass: swap each planned layer of a float graph for its buckets of packed weights.
 
 A pruned (0-bit) channel leaves the MatMul; its output is its bias, as in the layer whose row is
-zero. Convolutions whose kernel is their stride (patch embeddings) become unfold + MatMul.
+zero. Convolutions become unfold + MatMul, see `passes.convolutions`.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ from qvla_export.graph.buckets_to_onnx import (
 )
 from qvla_export.graph.expanded_to_onnx import ExpandedEmitter, expandable
 from qvla_export.graph.float_graph import LAYER_KEY, ExportError, layer_nodes, weight_rows
+from qvla_export.graph.passes.convolutions import emit_convolution
 from qvla_export.graph.passes.merge import MEMBERS_KEY
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.quantizer.scale_search import Steps
@@ -88,7 +89,7 @@ def _replace(
     inputs, old_nodes = node.inputs[0], [node]
     assert inputs is not None
     if node.op_type == "Conv":
-        outputs = [_emit_patches(emitter, node, name, weight)]
+        outputs = [emit_convolution(emitter, node, name, weight)]
     elif MEMBERS_KEY in node.metadata_props:
         sizes = [int(size) for size in node.metadata_props[MEMBERS_KEY].split(",")]
         ((split, _),) = node.outputs[0].uses()
@@ -110,55 +111,3 @@ def _replace(
     ir.convenience.replace_nodes_and_values(
         graph, node, old_nodes[::-1], list(emitter.tape.nodes), old, outputs
     )
-
-
-def _emit_patches(
-    emitter: BucketEmitter, node: ir.Node, name: str, weight: BucketedWeight
-) -> ir.Value:
-    """Unfold [B, C, H, W] into patches [B, h * w, C * k * k], multiply, fold to [B, N, h, w]."""
-    image, tape = node.inputs[0], emitter.tape
-    assert image is not None
-    channels, (high, wide), kernel = _patch_grid(node, name)
-
-    def constant(suffix: str, values: list[int]) -> ir.Value:
-        return emitter.constant(f"{name}.{suffix}", np.array(values, np.int64))
-
-    grid = [-1, channels, high, kernel[0], wide, kernel[1]]
-    split = tape.op("Reshape", [image, constant("grid", grid)])
-    moved = tape.op("Transpose", [split], {"perm": [0, 2, 4, 1, 3, 5]})
-    flat = [-1, high * wide, channels * kernel[0] * kernel[1]]
-    patches = tape.op("Reshape", [moved, constant("patches", flat)])
-    (output,) = emitter.emit(name, patches, weight, [weight.channels])
-    if len(node.inputs) > 2:
-        output = tape.op("Add", [output, node.inputs[2]])
-    rows = tape.op("Transpose", [output], {"perm": [0, 2, 1]})
-    return tape.op("Reshape", [rows, constant("map", [-1, weight.channels, high, wide])])
-
-
-def _patch_grid(node: ir.Node, name: str) -> tuple[int, tuple[int, int], tuple[int, int]]:
-    """Input channels, patches high and wide, kernel of a convolution that tiles its input."""
-    image, kernel_value = node.inputs[0], node.inputs[1]
-    assert image is not None and kernel_value is not None
-    shape = image.shape
-    height, width = shape[2:] if shape is not None else (None, None)
-    if not isinstance(height, int) or not isinstance(width, int):
-        raise ExportError(f"convolution {name} needs a static image size, got {shape}")
-    assert kernel_value.shape is not None
-    _, channels, tall, broad = kernel_value.shape.numpy()
-    tiles = (
-        list(node.attributes.get_ints("strides", [1, 1])) == [tall, broad]
-        and not any(node.attributes.get_ints("pads", [0]))
-        and node.attributes.get_int("group", 1) == 1
-        and all(step == 1 for step in node.attributes.get_ints("dilations", [1]))
-        and node.attributes.get_string("auto_pad", "NOTSET") in ("NOTSET", "VALID")
-        and height % tall == 0
-        and width % broad == 0
-    )
-    if not tiles:
-        raise ExportError(
-            f"convolution {name} must tile its input (stride = kernel, no padding, no groups) to "
-            f"become a matrix product; got kernel {[tall, broad]} on {[height, width]} with "
-            f"{ {key: attribute.value for key, attribute in node.attributes.items()} }; "
-            "leave it out of the plan"
-        )
-    return channels, (height // tall, width // broad), (tall, broad)

@@ -25,6 +25,7 @@ _ELEMENTWISE: dict[str, Callable[..., _Units]] = {
     "Add": np.add,
     "Gelu": lambda x: x / 2 * (1 + erf(x / np.sqrt(2))),
     "Mul": np.multiply,
+    "Relu": lambda x: np.maximum(x, 0),
     "Sigmoid": expit,
 }
 # The values of `approximate`; ONNX defines the second one so.

@@ -154,10 +154,34 @@ def test_plan_of_another_policy_is_refused(name: str, channels: int, message: st
         bucketize(model, {name: np.full(channels, 4, np.int8)}, SPEC, CPU)
 
 
-@pytest.mark.parametrize("attributes", [{"pads": [1, 1, 1, 1]}, {"strides": [3, 3]}])
-def test_overlapping_convolution_is_refused(attributes: dict[str, list[int]]) -> None:
-    model = conv_model(random_weight(0, 4, 3, 7, 7), None, 21, **attributes)
-    with pytest.raises(ExportError, match="must tile its input"):
+@pytest.mark.parametrize(
+    ("kernel", "attributes"),
+    [
+        (7, {"pads": [3, 3, 3, 3], "strides": [2, 2]}),
+        (3, {"pads": [1, 1, 1, 1], "strides": [1, 1]}),
+        (3, {"pads": [0, 2, 1, 0], "strides": [2, 1]}),
+        (1, {"strides": [2, 2]}),
+        (4, {"strides": [3, 3]}),
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_any_convolution(
+    kernel: int, attributes: dict[str, list[int]], bias: bool, tmp_path: Path
+) -> None:
+    weight = random_weight(0, 10, 3, kernel, kernel)
+    offset = random_weight(1, 10) if bias else None
+    widths = np.array([0, 2, 4, 8, 16] * 2, np.int8)
+    x = random_weight(2, 2, 3, 21, 21)
+    rounded = fake_quantize(as_rows(weight), widths, SPEC).reshape(weight.shape)
+    expected = run_model(conv_model(rounded, offset, 21, **attributes), x, tmp_path)
+    model = bucketize(conv_model(weight, offset, 21, **attributes), {LAYER: widths}, SPEC, CPU)
+    assert not any(node.op_type == "Conv" for node in model.graph)
+    np.testing.assert_allclose(run_model(model, x, tmp_path), expected, atol=2e-4)
+
+
+def test_a_convolution_with_holes_is_refused() -> None:
+    model = conv_model(random_weight(0, 4, 3, 7, 7), None, 21, dilations=[2, 2])
+    with pytest.raises(ExportError, match="one group, no dilation"):
         bucketize(model, {LAYER: np.full(4, 4, np.int8)}, SPEC, CPU)
 
 

@@ -1,0 +1,68 @@
+"""The files of a LeRobot checkpoint folder: those that are read, and those that none reads."""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from qvla_export.policies.prismatic.files import body_files, require_all_used, stored_headers
+from qvla_export.shared.artifacts import sha256_tree
+from qvla_export.shared.lerobot.lerobot_config import CONFIG
+from qvla_export.shared.lerobot.lerobot_statistics import (
+    POSTPROCESSOR,
+    PREPROCESSOR,
+    has_processors,
+    read_steps,
+)
+
+_UNUSED: Mapping[str, str] = {
+    "policy_*processor_step_*": (
+        "statistics that no step of the processor files names; move them out, or save the "
+        "processors again"
+    ),
+}
+
+
+def check_files(checkpoint: Path, known: Collection[str]) -> None:
+    """Refuse a folder by its files' names and headers alone; needs no torch.
+
+    Args:
+        checkpoint: the folder.
+        known: names of the family's own processor steps, see `read_steps`.
+
+    Raises:
+        CheckpointError: a part that would not be used, a missing or damaged file, weights that
+            were quantized elsewhere, or an adapter.
+        StatisticsError: a processor's step that is not computed here.
+    """
+    used = (*body_files(checkpoint), *_state_files(checkpoint, known))
+    require_all_used(checkpoint, used, _UNUSED)
+    stored_headers(checkpoint)
+
+
+def checkpoint_digest(checkpoint: Path, known: Collection[str], more: Collection[str] = ()) -> str:
+    """Return the SHA-256 over all that decides actions: configuration, processors, weights.
+
+    Args:
+        checkpoint: the folder.
+        known: as `check_files`.
+        more: names of further files that are read.
+    """
+    names = [CONFIG, *more]
+    if has_processors(checkpoint):
+        names += [f"{PREPROCESSOR}.json", f"{POSTPROCESSOR}.json"]
+    names += [path.name for path in _state_files(checkpoint, known)]
+    names += [path.name for path in checkpoint.glob("model*.safetensors*")]
+    files = sha256_tree(checkpoint, names)
+    return hashlib.sha256(json.dumps({"lerobot": files}, sort_keys=True).encode()).hexdigest()
+
+
+def _state_files(checkpoint: Path, known: Collection[str]) -> list[Path]:
+    if not has_processors(checkpoint):
+        return []
+    steps = [
+        step
+        for name in (PREPROCESSOR, POSTPROCESSOR)
+        for step in read_steps(checkpoint, name, known)
+    ]
+    return [step.state_file for step in steps if step.state_file is not None]

@@ -1,0 +1,156 @@
+"""What a `Policy` in LeRobot's layout does, whatever its network."""
+
+import abc
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qvla_export.policies.base import PolicyBatch
+from qvla_export.policies.smoothing import Migration
+from qvla_export.shared.action import ActionChunk
+from qvla_export.shared.clock import SpanClock
+from qvla_export.shared.observation import Observation
+from qvla_export.shared.processor import Processor
+
+_Self = TypeVar("_Self", bound="LeRobotPolicy")  # typing.Self needs Python 3.11
+
+
+@dataclass(frozen=True)
+class LeRobotPolicy(abc.ABC):
+    """A loaded policy; see `Policy` for the meaning of its members."""
+
+    module: nn.Module
+    processor: Processor
+    digest: str
+
+    def __repr__(self) -> str:
+        size, spec = sum(p.numel() for p in self.module.parameters()), self.processor.spec
+        return (
+            f"<{type(self).__name__}: {size / 1e6:.1f} million weights, "
+            f"cameras {', '.join(spec.cameras)}, {spec.horizon} actions of "
+            f"{spec.action_dim} dimensions, {self.digest[:12]}>"
+        )
+
+    @property
+    @abc.abstractmethod
+    def quantized(self) -> tuple[str, ...]:
+        """Return how the names of modules begin that are quantized."""
+
+    @abc.abstractmethod
+    def normalized_actions(self, batch: PolicyBatch) -> Tensor:
+        """Return normalized actions [B, horizon, dim], differentiable."""
+
+    def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
+        """Preprocess observations into one batch."""
+        feeds = [self.processor.feeds(observation) for observation in observations]
+        pixels = torch.from_numpy(np.concatenate([f["pixel_values"] for f in feeds]))
+        state = None
+        if "state" in feeds[0]:
+            state = torch.from_numpy(np.concatenate([f["state"] for f in feeds]))
+        ids = torch.zeros(len(feeds), 0, dtype=torch.int64)
+        batch = PolicyBatch(pixels, ids, None, state)
+        return batch.to(next(self.module.parameters()).device)
+
+    @torch.no_grad()
+    def greedy_actions(self, batch: PolicyBatch) -> Tensor:
+        """Return the normalized actions the policy executes [B, horizon, dim]."""
+        return self.normalized_actions(batch)
+
+    @torch.enable_grad()
+    def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
+        """Return the linear and convolution layers that carry an observation to the action.
+
+        Found by tracing: a layer whose weight gets no gradient from the action is dead; one whose
+        input does not depend on what is observed is a constant of the policy.
+        """
+        candidates = {
+            name: layer
+            for name, layer in self.module.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d) and name.startswith(self.quantized)
+        }
+        batch = self.probe_batch()
+        watched = [batch.pixel_values] + ([] if batch.state is None else [batch.state])
+        for tensor in watched:
+            tensor.requires_grad_(True)
+        fed: set[nn.Module] = set()
+
+        def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if arguments[0].requires_grad:
+                fed.add(module)
+
+        handles = [layer.register_forward_pre_hook(note) for layer in candidates.values()]
+        try:
+            self.normalized_actions(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        living = {name: layer for name, layer in candidates.items() if layer in fed}
+        return _reaching(self, batch, living)
+
+    def probe_batch(self) -> PolicyBatch:
+        """Return a batch of one observation of nothing."""
+        spec = self.processor.spec
+        images = {name: np.zeros((*spec.frame_size, 3), np.uint8) for name in spec.cameras}
+        state = np.zeros(spec.state_dim, np.float32)
+        words = "" if spec.language == "none" else "move"
+        return self.batch([Observation(images, words, state)])
+
+    @torch.no_grad()
+    def infer(self, observation: Observation) -> ActionChunk:
+        """Act on one observation."""
+        clock = SpanClock()
+        with clock.span("preprocess"):
+            batch = self.batch([observation])
+        with clock.span("engine"):
+            normalized = self.greedy_actions(batch)[0].cpu().numpy()
+        return self.processor.chunk(normalized, clock.timing_ms)
+
+    def read_weight(self, name: str) -> NDArray[np.float32]:
+        """Return a parameter or buffer by name, as float32."""
+        values: NDArray[np.float32] = self.stored_weight(name).float().numpy()
+        return values
+
+    def stored_weight(self, name: str) -> Tensor:
+        """Return a parameter or buffer by name, in host memory."""
+        parent, _, leaf = name.rpartition(".")
+        tensor: Tensor = getattr(self.module.get_submodule(parent), leaf)
+        return tensor.detach().cpu().contiguous()
+
+    def as_stored(self: _Self, device: torch.device, kept: Collection[str]) -> _Self:
+        """Return the policy on a device; its weights are in memory as float32."""
+        self.module.to(device)
+        return self
+
+    def stored_numbers(self) -> int:
+        """Return how many weights the policy acts with."""
+        return sum(tensor.numel() for tensor in self.module.state_dict().values())
+
+    def in_memory(self: _Self) -> _Self:
+        """Return the policy: its weights are in memory."""
+        return self
+
+    def migrations(self) -> tuple[Migration, ...]:
+        """Return where the network can be smoothed: nowhere, unless a family says so."""
+        return ()
+
+
+def _reaching(
+    policy: LeRobotPolicy, batch: PolicyBatch, layers: dict[str, nn.Linear | nn.Conv2d]
+) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the layers whose weights get a gradient from the action."""
+    weights = [layer.weight for layer in layers.values()]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        output = policy.normalized_actions(batch)
+        gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    reached = zip(layers.items(), gradients, strict=True)
+    return {name: layer for (name, layer), gradient in reached if gradient is not None}
