@@ -108,8 +108,10 @@ def _windows(emitter: BucketEmitter, node: ir.Node, name: str, conv: _Convolutio
     windows = tape.op("Transpose", [tape.op("Reshape", [stacked, flat])], {"perm": [0, 2, 1]})
     if rounding is None:
         return windows
+    code_type = rounding.outputs[0].dtype
     codes = tape.op("QuantizeLinear", [windows, *rounding.inputs[1:]])
-    codes.dtype = rounding.outputs[0].dtype
+    assert code_type is not None
+    codes.dtype = code_type
     return tape.op("DequantizeLinear", [codes, *rounding.inputs[1:]])
 
 
