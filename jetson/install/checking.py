@@ -138,7 +138,9 @@ def _check(
     limits, breaches = release.limits, list(found["breaches"])
     if limits.drift is not None and found["drift"] > limits.drift:
         breaches.append(f"drift {found['drift']:.2e}, its limit is {limits.drift:.2e}")
-    if limits.p95_ms is not None and not (found["p95_ms"] or 0) <= limits.p95_ms:
+    if limits.p95_ms is not None and found["p95_ms"] is None:
+        breaches.append("too few actions were timed for a limit of 95 in 100")
+    elif limits.p95_ms is not None and found["p95_ms"] > limits.p95_ms:
         breaches.append(
             f"95 in 100 actions take {found['p95_ms']:.2f} ms, its limit is {limits.p95_ms:.2f} ms"
         )

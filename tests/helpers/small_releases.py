@@ -1,5 +1,6 @@
 """Bundles of one sum, their releases, and a host that signs and publishes them."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from tuf.api.metadata import Metadata, MetaFile, TargetFile, Targets
 
 from engines.targets import CPU
 from jetson.install.installation import Installed, InstallRequest, install
@@ -21,6 +23,7 @@ from qvla_export.pipeline.release.publish import Published, PublishRequest, publ
 from qvla_export.pipeline.release.repository import Repository
 from qvla_export.pipeline.release.sign import SignedRelease, SignRequest, sign
 from qvla_export.policies.base import Policy
+from qvla_export.shared.artifacts import write_bytes
 from qvla_export.shared.bundle import Bundle, Golden
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.part import Part, TensorSpec
@@ -182,6 +185,46 @@ class Robot:
 
     def state(self) -> StoreState:
         return StoreState.load(self.store)
+
+
+def vouch(host: Host, files: dict[str, bytes], custom: dict[str, Any]) -> None:
+    """Publish any files with the host's own keys: what a careless or wicked engineer could sign."""
+    repository, ring = host.repository, host.ring
+    offers = repository.offers()
+    assert offers is not None
+    targets = Targets.from_dict(offers.signed.to_dict())
+    targets.version += 1
+    for name, data in files.items():
+        write_bytes(repository.targets / name, data)
+        extra = {"custom": custom} if name.startswith("releases/") else None
+        digest = hashlib.sha256(data).hexdigest()
+        targets.targets[name] = TargetFile(len(data), {"sha256": digest}, name, extra)
+    publish_list(host, sign_as(ring, "targets", targets))
+
+
+def publish_list(host: Host, targets: Metadata[Targets]) -> None:
+    """Say that a list is the newest."""
+    repository, ring = host.repository, host.ring
+    snapshot, timestamp = repository.snapshot(), repository.timestamp()
+    assert snapshot is not None and timestamp is not None
+    version = targets.signed.version
+    (repository.metadata / f"{version}.targets.json").write_bytes(targets.to_bytes())
+    snapshot.signed.version += 1
+    snapshot.signed.meta["targets.json"] = MetaFile(version)
+    name = f"{snapshot.signed.version}.snapshot.json"
+    signed = sign_as(ring, "snapshot", snapshot.signed)
+    (repository.metadata / name).write_bytes(signed.to_bytes())
+    timestamp.signed.version += 1
+    timestamp.signed.snapshot_meta = MetaFile(snapshot.signed.version)
+    signed = sign_as(ring, "timestamp", timestamp.signed)
+    (repository.metadata / "timestamp.json").write_bytes(signed.to_bytes())
+
+
+def sign_as(ring: KeyRing, role: str, signed: Any) -> Metadata[Any]:
+    metadata = Metadata(signed)
+    for signer in ring.require_signers(role):
+        metadata.sign(signer, append=True)
+    return metadata
 
 
 def change_metadata(path: Path, change: Any) -> None:

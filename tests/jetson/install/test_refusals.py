@@ -1,0 +1,407 @@
+"""What a robot refuses, by name, from real repositories; what it has stays as it is."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+from small_releases import (
+    Host,
+    Robot,
+    change_metadata,
+    publish_list,
+    sign_as,
+    sum_bundle,
+    vouch,
+)
+
+from jetson.install import installation
+from jetson.install.installation import InstallRequest, install, release_name
+from jetson.install.release import REASONS, RELEASE, RefusedRelease, Release
+from jetson.install.release_source import FolderSource
+from jetson.install.store import Store
+from qvla_export.pipeline.release.inspection import verify_repository
+from qvla_export.pipeline.release.keys import revoke_key, rotate_keys
+from qvla_export.policies.oft.policy import OftPolicy
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A host with two releases; a robot that has installed the first."""
+
+    host: Host
+    robot: Robot
+    # The repository as the robot saw it.
+    seen: Path
+    second: Release
+
+    @property
+    def metadata(self) -> Path:
+        return self.host.repository.metadata
+
+    @property
+    def targets(self) -> Path:
+        return self.host.repository.targets
+
+    def blob(self, name: str) -> Path:
+        (file,) = (file for file in self.second.files if file.name == name)
+        return self.targets / "blobs" / file.sha256
+
+
+@pytest.fixture(scope="module")
+def stage(tiny_policy: OftPolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a host, a robot's store and an earlier repository, to be copied."""
+    root = tmp_path_factory.mktemp("stage")
+    bundles = [sum_bundle(tiny_policy, root / name, x).path for name, x in (("a", 0), ("b", 0.5))]
+    host = Host.new(root / "host")
+    host.release(bundles[0], "a")
+    Robot.of(host, root / "store").install()
+    shutil.copytree(host.repository.root, root / "seen")
+    host.release(bundles[1], "b")
+    return root
+
+
+@pytest.fixture
+def scene(stage: Path, tmp_path: Path) -> Scene:
+    shutil.copytree(stage, tmp_path, dirs_exist_ok=True)
+    host = Host(tmp_path / "host")
+    robot = Robot.of(host, tmp_path / "store")
+    return Scene(host, robot, tmp_path / "seen", Release.load(host.root / "release-b"))
+
+
+def unsigned_timestamp(scene: Scene) -> None:
+    change_metadata(scene.metadata / "timestamp.json", lambda d: d["signatures"].clear())
+
+
+def unsigned_targets(scene: Scene) -> None:
+    change_metadata(scene.metadata / "2.targets.json", lambda d: d["signatures"].clear())
+
+
+def signed_by_a_stranger(scene: Scene) -> None:
+    stranger = Host.new(scene.host.root / "stranger")
+    offers = scene.host.repository.offers()
+    assert offers is not None
+    signed = sign_as(stranger.ring, "targets", offers.signed)
+    (scene.metadata / "2.targets.json").write_bytes(signed.to_bytes())
+
+
+def altered_list(scene: Scene) -> None:
+    def change(document: dict) -> None:  # type: ignore[type-arg]  # JSON
+        name = release_name(scene.second.digest)
+        document["signed"]["targets"][name]["custom"]["serial"] = 99
+
+    change_metadata(scene.metadata / "2.targets.json", change)
+
+
+def altered_file(scene: Scene) -> None:
+    path = scene.blob("policy.onnx")
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    remove_patches(scene)
+
+
+def altered_release(scene: Scene) -> None:
+    path = scene.targets / release_name(scene.second.digest)
+    path.write_bytes(path.read_bytes().replace(b'"b"', b'"c"'))
+
+
+def truncated_timestamp(scene: Scene) -> None:
+    path = scene.metadata / "timestamp.json"
+    path.write_bytes(path.read_bytes()[:-70])
+
+
+def truncated_file(scene: Scene) -> None:
+    path = scene.blob("policy.onnx")
+    path.write_bytes(path.read_bytes()[:-1])
+    remove_patches(scene)
+
+
+def endless_file(scene: Scene) -> None:
+    path = scene.blob("policy.onnx")
+    path.write_bytes(path.read_bytes() * 3)
+    remove_patches(scene)
+
+
+def endless_timestamp(scene: Scene) -> None:
+    (scene.metadata / "timestamp.json").write_bytes(b" " * 1_000_000)
+
+
+def rolled_back_repository(scene: Scene) -> None:
+    # The robot has seen the second release; now the repository is the earlier one.
+    scene.robot.install()
+    shutil.rmtree(scene.host.repository.root)
+    shutil.copytree(scene.seen, scene.host.repository.root)
+
+
+def rolled_back_list(scene: Scene) -> None:
+    # A new statement of what is newest names an older list.
+    scene.robot.install()
+    first = scene.host.repository.offers()
+    assert first is not None
+    first.signed.version = 1
+    publish_list(scene.host, sign_as(scene.host.ring, "targets", first.signed))
+
+
+def frozen_repository(scene: Scene) -> None:
+    scene.host.publish(days=-1)
+
+
+def frozen_root(scene: Scene) -> None:
+    # The newest root expired: whoever holds back the next one freezes the robot.
+    rotate_keys(scene.host.keys, "snapshot", days=-1)
+    root = scene.host.keys / "2.root.json"
+    shutil.copy(root, scene.metadata / root.name)
+
+
+def mixed_list(scene: Scene) -> None:
+    shutil.copy(scene.metadata / "1.targets.json", scene.metadata / "2.targets.json")
+
+
+def mixed_snapshot(scene: Scene) -> None:
+    shutil.copy(scene.metadata / "1.snapshot.json", scene.metadata / "2.snapshot.json")
+
+
+def mixed_release(scene: Scene) -> None:
+    # The list names one release and vouches for the document of another.
+    document = (scene.targets / release_name(scene.second.digest)).read_bytes()
+    vouch(scene.host, {release_name("0" * 64): document}, offer(scene, 9))
+
+
+def future_format(scene: Scene) -> None:
+    document = scene.second.to_bytes().replace(b"qvla-release-1", b"qvla-release-2")
+    vouch(scene.host, {release_name("0" * 64): document}, offer(scene, 9))
+
+
+def another_target(scene: Scene) -> None:
+    other = replace(scene.second, target="orin-jp7")
+    vouch(scene.host, {release_name(other.digest): other.to_bytes()}, offer(scene, 9))
+
+
+def extra_file(scene: Scene) -> None:
+    file = scene.second.files[-1]
+    files = tuple(sorted((*scene.second.files, replace(file, name="zz.so")), key=lambda f: f.name))
+    other = replace(scene.second, files=files)
+    vouch(scene.host, {release_name(other.digest): other.to_bytes()}, offer(scene, 9))
+
+
+def missing_file(scene: Scene) -> None:
+    files = tuple(file for file in scene.second.files if file.name != "policy.onnx")
+    other = replace(scene.second, files=files)
+    vouch(scene.host, {release_name(other.digest): other.to_bytes()}, offer(scene, 9))
+
+
+def missing_blob(scene: Scene) -> None:
+    scene.blob("policy.onnx").unlink()
+    remove_patches(scene)
+
+
+def missing_list(scene: Scene) -> None:
+    (scene.metadata / "2.targets.json").unlink()
+
+
+def revoked_timestamp_key(scene: Scene) -> None:
+    # Somebody has the old key and says that something is newer.
+    thief = scene.host.copy(scene.host.root / "thief")
+    rotate_keys(scene.host.keys, "timestamp")
+    scene.host.publish()
+    scene.robot.install("a")
+    thief.publish()
+    thief.publish()
+    shutil.copy(thief.repository.metadata / "timestamp.json", scene.metadata / "timestamp.json")
+
+
+def revoked_targets_key(scene: Scene) -> None:
+    thief = scene.host.copy(scene.host.root / "thief")
+    (keyid,) = scene.host.ring.root.roles["targets"].keyids
+    revoke_key(scene.host.keys, keyid[:12])
+    scene.host.publish()
+    scene.robot.install("a")
+    offers = scene.host.repository.offers()
+    assert offers is not None
+    offers.signed.version += 1
+    publish_list(scene.host, sign_as(thief.ring, "targets", offers.signed))
+
+
+def needs_a_newer_runtime(scene: Scene) -> None:
+    other = replace(scene.second, minimum_runtime="99.0")
+    vouch(scene.host, {release_name(other.digest): other.to_bytes()}, offer(scene, 9))
+
+
+def nothing_for_anybody(scene: Scene) -> None:
+    offers = scene.host.repository.offers()
+    assert offers is not None
+    offers.signed.version += 1
+    for name in [name for name in offers.signed.targets if name.startswith("releases/")]:
+        del offers.signed.targets[name]
+    publish_list(scene.host, sign_as(scene.host.ring, "targets", offers.signed))
+
+
+def offer(scene: Scene, serial: int) -> dict[str, object]:
+    return {"name": scene.second.name, "target": scene.robot.target, "serial": serial}
+
+
+def remove_patches(scene: Scene) -> None:
+    shutil.rmtree(scene.targets / "deltas", ignore_errors=True)
+
+
+ATTACKS: tuple[tuple[str, Callable[[Scene], None]], ...] = (
+    ("unsigned", unsigned_timestamp),
+    ("unsigned", unsigned_targets),
+    ("unsigned", signed_by_a_stranger),
+    ("altered", altered_list),
+    ("altered", altered_file),
+    ("altered", altered_release),
+    ("truncated", truncated_timestamp),
+    ("truncated", truncated_file),
+    ("endless", endless_file),
+    ("endless", endless_timestamp),
+    ("rolled back", rolled_back_repository),
+    ("rolled back", rolled_back_list),
+    ("frozen", frozen_repository),
+    ("frozen", frozen_root),
+    ("mixed", mixed_list),
+    ("mixed", mixed_snapshot),
+    ("mixed", mixed_release),
+    ("wrong target", another_target),
+    ("future format", future_format),
+    ("revoked key", revoked_timestamp_key),
+    ("revoked key", revoked_targets_key),
+    ("extra file", extra_file),
+    ("missing file", missing_file),
+    ("missing file", missing_blob),
+    ("missing file", missing_list),
+    ("runtime too old", needs_a_newer_runtime),
+    ("unknown release", nothing_for_anybody),
+)
+
+
+def test_every_reason_has_an_attack() -> None:
+    assert {reason for reason, _ in ATTACKS} == set(REASONS)
+
+
+@pytest.mark.parametrize(
+    ("reason", "attack"), ATTACKS, ids=[attack.__name__ for _, attack in ATTACKS]
+)
+def test_an_attack_is_refused_by_its_name(
+    scene: Scene, reason: str, attack: Callable[[Scene], None]
+) -> None:
+    attack(scene)
+    before = sorted(path.name for path in scene.robot.store.releases.iterdir())
+    state = scene.robot.state()
+    with pytest.raises(RefusedRelease) as refused:
+        scene.robot.install()
+    assert refused.value.reason == reason, refused.value
+    assert str(refused.value).startswith(f"{reason}: ")
+    assert sorted(path.name for path in scene.robot.store.releases.iterdir()) == before
+    assert scene.robot.state() == state
+
+
+def test_the_wrong_target_is_said_where_there_is_no_other(scene: Scene, tmp_path: Path) -> None:
+    robot = replace(scene.robot, store=Store(tmp_path / "orin"), target="orin-jp7")
+    with pytest.raises(RefusedRelease, match=r"wrong target: release 'b' is for cpu, this robot"):
+        robot.install()
+
+
+def test_after_an_attack_the_true_repository_is_good_again(scene: Scene) -> None:
+    true = scene.host.copy(scene.host.root / "true")
+    for attack in (altered_list, endless_timestamp, truncated_file):
+        attack(scene)
+        with pytest.raises(RefusedRelease):
+            scene.robot.install()
+    robot = replace(scene.robot, repository=str(true.repository.root))
+    assert robot.install().digest == scene.second.digest
+
+
+def test_what_was_vouched_for_is_remembered_although_something_after_it_is_refused(
+    scene: Scene,
+) -> None:
+    """Else a refused robot could be shown what is older than what refused it."""
+    altered_file(scene)
+    with pytest.raises(RefusedRelease):
+        scene.robot.install()
+    shutil.rmtree(scene.host.repository.root)
+    shutil.copytree(scene.seen, scene.host.repository.root)
+    with pytest.raises(RefusedRelease) as refused:
+        scene.robot.install()
+    assert refused.value.reason == "rolled back"
+
+
+def test_an_endless_answer_ends_at_the_length_that_was_vouched_for(scene: Scene) -> None:
+    sent = count()
+
+    class Endless(FolderSource):
+        def stream(self, name: str, offset: int = 0) -> Iterator[bytes]:
+            if not name.startswith("targets/blobs/"):
+                yield from super().stream(name, offset)
+                return
+            for _ in sent:
+                yield b"\0" * 4096
+
+    request = InstallRequest(scene.robot.repository, "cpu")
+    with pytest.MonkeyPatch.context() as patch, scene.robot.store.open():
+        patch.setattr(installation, "open_source", lambda place: Endless(Path(place)))
+        with pytest.raises(RefusedRelease) as refused:
+            install(scene.robot.store, request)
+    assert refused.value.reason == "endless"
+    assert next(sent) * 4096 < 2 * max(file.nbytes for file in scene.second.files)
+
+
+def test_a_robot_follows_rotated_keys(scene: Scene) -> None:
+    for role in ("root", "targets", "snapshot", "timestamp"):
+        rotate_keys(scene.host.keys, role)  # type: ignore[arg-type]  # a role
+        scene.host.publish()
+    assert scene.robot.install().digest == scene.second.digest
+    # A robot that was given the newest root only, and one that knows only the first.
+    for n, anchor in enumerate(("1.root.json", "5.root.json")):
+        fresh = replace(
+            scene.robot, store=Store(scene.host.root / f"s{n}"), anchor=scene.host.keys / anchor
+        )
+        assert fresh.install().digest == scene.second.digest
+
+
+def test_a_whole_repository_is_verified_as_a_robot_reads_it(scene: Scene) -> None:
+    place = str(scene.host.repository.root)
+    verified = verify_repository(place, scene.host.anchor)
+    assert {release.name for release in verified.releases} == {"a", "b"}
+    (scene.targets / "blobs" / "stray").write_bytes(b"x")
+    with pytest.raises(RefusedRelease, match="extra file"):
+        verify_repository(place, scene.host.anchor)
+    (scene.targets / "blobs" / "stray").unlink()
+    truncated_file(scene)
+    # Its patch is gone too, which is told first or second.
+    with pytest.raises(RefusedRelease) as refused:
+        verify_repository(place, scene.host.anchor)
+    assert refused.value.reason in ("truncated", "missing file")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", "../b"),
+        ("target", ""),
+        ("minimum_runtime", "newest"),
+        ("bundle_digest", "0" * 63),
+        ("files", []),
+        ("limits", {"drift": float("1e9"), "p95_ms": None}),
+        ("limits", {"drift": -1, "p95_ms": None}),
+        ("surplus", 1),
+    ],
+)
+def test_a_release_says_what_releases_say(scene: Scene, field: str, value: object) -> None:
+    document = json.loads((scene.host.root / "release-b" / RELEASE).read_text())
+    document[field] = value
+    with pytest.raises(RefusedRelease) as refused:
+        Release.from_bytes((json.dumps(document, indent=1) + "\n").encode(), "it")
+    assert refused.value.reason == "altered"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "x" * 200, "a\0b"])
+def test_no_file_leaves_its_folder(scene: Scene, name: str) -> None:
+    document = json.loads((scene.host.root / "release-b" / RELEASE).read_text())
+    document["files"][-1]["name"] = name
+    with pytest.raises(RefusedRelease, match="a file's name must match"):
+        Release.from_bytes(json.dumps(document).encode(), "it")
