@@ -20,11 +20,14 @@ from qvla_export.quantizer.rounding import Rounding
 from qvla_export.quantizer.width_table import width_table
 from qvla_export.shared.artifacts import read_json, require_fields, set_fields, versions, write_json
 from qvla_export.shared.errors import ArtifactError, PlanMismatch, QvlaError
+from qvla_export.shared.json_documents import Node
 from qvla_export.shared.target import WIDTHS, Container
 
 _FORMAT = "qvla-plan-1"
 # A layer's widths are a string with one character a channel; "f" is 16 bits.
 _DIGITS: Mapping[int, str] = {0: "0", 2: "2", 4: "4", 8: "8", 16: "f"}
+# Of one channel; the widest layers of language models have 2^18.
+_MOST_WEIGHTS = 1 << 31
 _WIDTH_OF = {digit: bits for bits, digit in _DIGITS.items()}
 
 
@@ -282,6 +285,19 @@ _FIELDS = (
 
 def _from_json(value: Mapping[str, Any]) -> BitPlan:
     layers = value["layers"].items()
+    node = Node(value, "the plan", remedy="make it anew")
+    for name in ("target", "budget", "policy_digest"):
+        node.field(name).text()
+    for name in ("sensitivities_digest", "calibration_digest"):
+        if node.has(name):
+            node.field(name).text()
+    for name in ("allocation", "versions"):
+        if node.has(name):
+            node.field(name).fields()
+    if node.has("expected_error"):
+        node.field("expected_error").number()
+    for layer in node.field("layers").fields().values():
+        layer.field("weights_per_channel").whole(1, _MOST_WEIGHTS)
     return BitPlan(
         widths={n: np.array([_WIDTH_OF[c] for c in x["widths"]], np.int8) for n, x in layers},
         weights_per_channel={n: int(x["weights_per_channel"]) for n, x in layers},
@@ -295,5 +311,5 @@ def _from_json(value: Mapping[str, Any]) -> BitPlan:
         activations=ActivationRanges.from_json(value["activations"]),
         expected_error=value["expected_error"],
         allocation=value.get("allocation"),
-        made_with=value["versions"],
+        made_with=value["versions"] or {},
     )

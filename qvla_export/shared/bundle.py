@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from qvla_export.shared.artifacts import read_json, require_fields, sha256_file
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
 from qvla_export.shared.external_data import external_tensors
+from qvla_export.shared.json_documents import Node
 from qvla_export.shared.part import Part, TensorSpec, part_from_json, specs_from_json
 from qvla_export.shared.processor import Processor, load_tokenizer
 from qvla_export.shared.processor_json import processor_from_json
@@ -139,12 +140,14 @@ class Bundle:
             tensors = load_file(self.path / GOLDEN)
             reference = tensors.pop("reference")
             full_precision = tensors.pop("full_precision")
-        except (SafetensorError, KeyError, OSError) as error:
+            if reference.ndim != 3 or reference.shape != full_precision.shape:
+                raise ValueError(f"its actions are {reference.shape} and {full_precision.shape}")
+            feeds: list[dict[str, NDArray[Any]]] = [{} for _ in reference]
+            for key, tensor in tensors.items():
+                index, name = key.split("/", 1)
+                feeds[int(index)][name] = tensor
+        except (SafetensorError, KeyError, OSError, ValueError, IndexError) as error:
             raise ArtifactError(f"{self.path / GOLDEN} is damaged: {error}; {_REMEDY}") from error
-        feeds: list[dict[str, NDArray[Any]]] = [{} for _ in reference]
-        for key, tensor in tensors.items():
-            index, name = key.split("/", 1)
-            feeds[int(index)][name] = tensor
         return Golden(tuple(feeds), reference, full_precision)
 
     @staticmethod
@@ -195,7 +198,27 @@ def _read_manifest(path: Path) -> Mapping[str, Any]:
     if stated != found:
         raise ArtifactMismatch(_damage_message(path, str(stated), found))
     require_fields(manifest, _FIELDS, f"bundle manifest {path}")
+    _require_kinds(Node(manifest, str(path), remedy=_REMEDY))
     return manifest
+
+
+def _require_kinds(manifest: Node) -> None:
+    """Refuse fields of another kind than whoever reads them expects.
+
+    Raises:
+        ArtifactError: naming the first.
+    """
+    manifest.field("target").text(200)
+    manifest.field("policy_digest").text(200)
+    if manifest.has("plan"):
+        manifest.field("plan").field("mean_bits_per_channel").number()
+    for name in ("engine_options", "versions"):
+        manifest.field(name).fields()
+    for size in manifest.field("weight_bytes").fields().values():
+        size.whole()
+    for entry in manifest.field("files").fields().values():
+        entry.field("bytes").whole()
+        entry.field("sha256").text(200)
 
 
 def _program(manifest: Mapping[str, Any], parts: Sequence[Part]) -> Program:

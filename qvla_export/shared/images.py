@@ -16,11 +16,14 @@ from PIL import Image
 
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.picture_bounds import MOST_INPUT_SIDE
 from qvla_export.shared.resampling import bicubic, lanczos
 
 ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
 _STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
 _CROP_ROWS = 32
+# Of a mean or a deviation of values that lie between 0 and 1.
+_MOST_LEVEL = 1e6
 _CROP_AREA = 0.9  # openvla evaluates on the central 90 % of the area that training cropped from
 
 
@@ -37,6 +40,38 @@ class ImageSpec:
     # Value 0..255 that fills a letterbox.
     fill: tuple[int, int, int] = (0, 0, 0)
 
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or not 1 <= self.size <= MOST_INPUT_SIDE:
+            raise CheckpointError(
+                f"pictures must be made 1 to {MOST_INPUT_SIDE} pixels wide, got {self.size!r:.40}"
+            )
+        if self.strategy not in _STRATEGIES:
+            raise CheckpointError(
+                f"resize strategy must be one of {_STRATEGIES}, got {self.strategy!r:.80}"
+            )
+        if not self.means or len(self.means) != len(self.stds):
+            raise CheckpointError("each tower needs the mean and the deviation of its pictures")
+        channels = [*self.means, *self.stds]
+        if not all(are_channels(values) for values in channels) or not all(
+            value > 0 for values in self.stds for value in values
+        ):
+            raise CheckpointError(
+                f"means and deviations must be three finite numbers a tower, deviations above 0, "
+                f"got {channels!r:.200}"
+            )
+        whole = isinstance(self.fill, tuple) and len(self.fill) == 3
+        if not whole or not all(type(v) is int and 0 <= v <= 255 for v in self.fill):
+            raise CheckpointError(f"a letterbox is filled with three bytes, got {self.fill!r:.80}")
+
+
+def are_channels(values: object) -> bool:
+    """Say whether a value is three numbers of a picture's channels: means, deviations."""
+    return (
+        isinstance(values, tuple)
+        and len(values) == 3
+        and all(type(v) in (int, float) and abs(v) <= _MOST_LEVEL for v in values)
+    )
+
 
 def load_image_spec(path: Path) -> ImageSpec:
     """Read `preprocessor_config.json`.
@@ -52,20 +87,22 @@ def load_image_spec(path: Path) -> ImageSpec:
         # The serialized tvf parameters win over `means`/`stds` in from_pretrained.
         means = tuple(tuple(float(v) for v in tower["mean"]) for tower in normalize)
         stds = tuple(tuple(float(v) for v in tower["std"]) for tower in normalize)
-        interpolations = {*raw["interpolations"]}
+        interpolations = list(raw["interpolations"])
         fill = tuple(int(v * 255) for v in raw["means"][-1])
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a PrismaticImageProcessor: {error!r}") from error
     if len(sizes) != 1 or len({*next(iter(sizes))}) != 1:
-        raise CheckpointError(f"{path}: towers must share one square size, got {sorted(sizes)}")
-    if strategy not in _STRATEGIES or interpolations != {"bicubic"}:
+        raise CheckpointError(f"{path}: towers must share one square size, got {list(sizes)!r:.80}")
+    if any(name != "bicubic" for name in interpolations):
         raise CheckpointError(
-            f"{path}: resize strategy must be one of {_STRATEGIES} with bicubic interpolation, "
-            f"got {strategy!r} with {sorted(interpolations)}"
+            f"{path}: pictures must be resized by bicubic interpolation, got {interpolations!r:.80}"
         )
-    size = int(next(iter(sizes))[0])
-    # Upstream computes a fill per tower but the last one overwrites the others.
-    return ImageSpec(size, strategy, means, stds, fill)  # type: ignore[arg-type]  # fixed lengths
+    size = next(iter(sizes))[0]
+    try:
+        # Upstream computes a fill per tower but the last one overwrites the others.
+        return ImageSpec(size, strategy, means, stds, fill)  # type: ignore[arg-type]  # lengths
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def pixel_values(

@@ -3,6 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+from qvla_export.shared.json_documents import Node
+
+# numpy's names of what graphs take and return.
+_DTYPES = (
+    *("bfloat16", "float16", "float32", "float64", "bool"),
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+)
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -31,12 +39,31 @@ class Part:
 
 
 def specs_from_json(values: Any) -> tuple[TensorSpec, ...]:
-    """Rebuild specifications from what `dataclasses.asdict` made of them."""
+    """Rebuild specifications from what `dataclasses.asdict` made of them.
+
+    Raises:
+        ArtifactError: a name, a type or a size is none.
+    """
     return tuple(
-        TensorSpec(value["name"], value["dtype"], tuple(value["shape"])) for value in values
+        _spec_from_json(node) for node in Node(values, "the manifest's tensors").elements()
     )
 
 
 def part_from_json(value: Any) -> Part:
-    """Rebuild a part from what `dataclasses.asdict` made of it."""
-    return Part(value["name"], specs_from_json(value["inputs"]), specs_from_json(value["outputs"]))
+    """Rebuild a part from what `dataclasses.asdict` made of it.
+
+    Raises:
+        ArtifactError: as `specs_from_json`.
+    """
+    part = Node(value, "the manifest's parts")
+    name = part.field("name").text(200)
+    return Part(name, specs_from_json(value["inputs"]), specs_from_json(value["outputs"]))
+
+
+def _spec_from_json(node: Node) -> TensorSpec:
+    dtype = node.field("dtype")
+    if dtype.text() not in _DTYPES:
+        raise dtype.wrong(f"one of {', '.join(_DTYPES)} is needed")
+    shape = node.field("shape").elements()
+    sizes = tuple(s.text(200) if isinstance(s.value, str) else s.whole(0, 1 << 40) for s in shape)
+    return TensorSpec(node.field("name").text(200), dtype.text(), sizes)

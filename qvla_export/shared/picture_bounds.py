@@ -6,6 +6,8 @@ MOST_PIXELS = 16_777_216
 MOST_SIDE = 8192
 # Resizing a strip to a square would enlarge it without end; panoramic cameras have 4.
 MOST_RATIO = 8
+# Side of a square that a policy takes; published ones take 224 to 896 pixels.
+MOST_INPUT_SIDE = 2048
 
 
 def picture_fault(width: int, height: int) -> str | None:

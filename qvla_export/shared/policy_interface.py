@@ -1,6 +1,5 @@
 """What a policy sees and returns, where its checkpoint does not say so: `qvla_policy.json`."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +18,10 @@ from qvla_export.shared.openpi.openpi_files import (
 )
 
 CONFIG_NAME = "qvla_policy.json"
+# Of a horizon, an action or a state.
+MOST_SIZE = 4096
+# No unit of a robot's action is larger, in millimetres or degrees.
+_MOST_UNIT = 1e9
 # Values of `head`: a policy whose tokens come one after the other, each given those before, stand
 # for its action, or are latent and decoded to a chunk.
 AUTOREGRESSIVE: Final = "autoregressive"
@@ -51,11 +54,11 @@ class PolicyInterface:
     action_unit_deg: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.cameras or min(self.horizon, self.action_dim) < 1 or self.state_dim < 0:
-            raise CheckpointError(
-                "a policy needs at least one camera, horizon and action_dim >= 1 and "
-                f"state_dim >= 0, got {self}"
-            )
+        self._require_names("cameras", 1)
+        self._require_names("action_names", 0)
+        self._require_whole("horizon", 1, MOST_SIZE)
+        self._require_whole("action_dim", 1, MOST_SIZE)
+        self._require_whole("state_dim", 0, MOST_SIZE)
         self._require_choice("normalization", ("q99", "bounds", "files"))
         if len(self.action_names) not in (0, self.action_dim):
             raise CheckpointError(
@@ -64,8 +67,23 @@ class PolicyInterface:
             )
         for name in ("action_unit_mm", "action_unit_deg"):
             value = getattr(self, name)
-            if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
+            if value is not None and not (type(value) in (int, float) and 0 < value <= _MOST_UNIT):
                 raise CheckpointError(f"{name} must be a number above 0, got {value!r}")
+
+    def _require_names(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        texts = isinstance(value, tuple) and all(isinstance(v, str) and v for v in value)
+        if not texts or len(value) < least or len(set(value)) != len(value):
+            raise CheckpointError(
+                f"{name} must be a list of at least {least} different names, got {value!r:.200}"
+            )
+
+    def _require_whole(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or not low <= value <= high:
+            raise CheckpointError(
+                f"{name} must be a whole number from {low} to {high:,}, got {value!r:.80}"
+            )
 
     def _require_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:

@@ -1,5 +1,6 @@
 """What a bundle's manifest stores of a `Processor`, and a processor of it that a robot may have."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -8,14 +9,28 @@ from tokenizers import Tokenizer
 
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.frames import RESIZES, FrameSpec
-from qvla_export.shared.images import ImageSpec
+from qvla_export.shared.images import ImageSpec, are_channels
 from qvla_export.shared.inputs.noise import noise_from_json
 from qvla_export.shared.inputs.prompts import INSTRUCTION, STATE
 from qvla_export.shared.normalization import Affine, Bounds, Statistics, require_limits
-from qvla_export.shared.processor import Processor, ProcessorSpec
+from qvla_export.shared.picture_bounds import MOST_INPUT_SIDE
+from qvla_export.shared.policy_interface import MOST_SIZE
+from qvla_export.shared.processor import NO_TOKEN, Processor, ProcessorSpec
 
-# Of a horizon, an action or a state.
-_MOST_SIZE = 4096
+_MOST_TOKEN = (1 << 31) - 1
+# What a policy can have at least and at most; published ones have 256 bins.
+_SIZES: Mapping[str, tuple[int, int]] = {
+    "horizon": (1, MOST_SIZE),
+    "action_dim": (1, MOST_SIZE),
+    "state_dim": (0, MOST_SIZE),
+    "max_prompt_tokens": (1, MOST_SIZE),
+    "bos_token_id": (NO_TOKEN, _MOST_TOKEN),
+    "suffix_token_id": (NO_TOKEN, _MOST_TOKEN),
+    "training_image_size": (0, MOST_INPUT_SIDE),
+    "action_bins": (0, 1 << 16),
+    "state_width": (0, MOST_SIZE),
+    "state_bins": (0, MOST_SIZE),
+}
 
 
 def processor_to_json(processor: Processor) -> dict[str, Any]:
@@ -47,7 +62,7 @@ def processor_from_json(value: Any, tokenizer: Tokenizer | None) -> Processor:
         stored = value["statistics"]
         state = _bounds_from_json(stored["state"]) if "state" in stored else None
         statistics = Statistics(stored["key"], _bounds_from_json(stored["action"]), state)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ArtifactError(f"the manifest's processor is not readable: {error!r}") from error
     processor = Processor(spec, statistics, tokenizer)
     _require_consistent(processor)
@@ -61,19 +76,19 @@ def _require_consistent(processor: Processor) -> None:
         ArtifactError: sizes, cameras, prompt or limits are none that a policy can have.
     """
     spec, statistics = processor.spec, processor.statistics
-    sizes = {
-        "horizon": spec.horizon,
-        "action_dim": spec.action_dim,
-        "state_dim": spec.state_dim,
-        "max_prompt_tokens": spec.max_prompt_tokens,
-        "state_width": spec.state_width,
-        "state_bins": spec.state_bins,
-    }
-    for name, size in sizes.items():
-        if type(size) is not int or not (not name.startswith("state")) <= size <= _MOST_SIZE:
+    for name, (low, high) in _SIZES.items():
+        size = getattr(spec, name)
+        if type(size) is not int or not low <= size <= high:
             raise ArtifactError(
-                f"the manifest's {name} must be a whole number up to {_MOST_SIZE}, got {size!r:.40}"
+                f"the manifest's {name} must be a whole number from {low} to {high}, "
+                f"got {size!r:.40}"
             )
+    if type(spec.center_crop) is not bool:
+        raise ArtifactError(
+            f"the manifest's center_crop must be true or false, got {spec.center_crop!r:.40}"
+        )
+    if not isinstance(statistics.key, str):
+        raise ArtifactError(f"the manifest's statistics need a name, got {statistics.key!r:.80}")
     cameras = spec.cameras
     texts = isinstance(cameras, tuple) and all(isinstance(name, str) for name in cameras)
     if not texts or not cameras or len(set(cameras)) != len(cameras):
@@ -108,13 +123,18 @@ def _require_consistent(processor: Processor) -> None:
 
 
 def _require_frames(image: FrameSpec, cameras: int) -> None:
-    sizes = all(type(n) is int and 1 <= n <= _MOST_SIZE for n in (image.height, image.width))
-    channels = [number for part in (*image.means, *image.stds) for number in part]
-    sizes = sizes and image.resize in RESIZES
-    if not sizes or len(image.means) != cameras or len(image.stds) != cameras:
-        raise ArtifactError(f"the manifest's pictures are none that {cameras} cameras can have")
-    if len(channels) != 6 * cameras or not np.isfinite(channels).all() or 0 in channels[-3:]:
-        raise ArtifactError("the manifest's pictures need three finite channels each")
+    sides = (image.height, image.width)
+    fits = all(type(n) is int and 1 <= n <= MOST_INPUT_SIDE for n in sides)
+    if not fits or image.resize not in RESIZES:
+        raise ArtifactError(
+            f"the manifest's pictures have sides of 1 to {MOST_INPUT_SIDE} and are resized as one "
+            f"of {RESIZES}, got {sides!r:.80} and {image.resize!r:.40}"
+        )
+    for name, values in (("means", image.means), ("stds", image.stds)):
+        if not isinstance(values, tuple) or len(values) != cameras:
+            raise ArtifactError(f"the manifest's {name} must be those of {cameras} cameras")
+        if not all(are_channels(v) for v in values) or (name == "stds" and 0 in sum(values, ())):
+            raise ArtifactError(f"the manifest's {name} need three finite channels each")
 
 
 def _tuples(value: Any) -> Any:

@@ -40,6 +40,18 @@ class Container:
     # Whether a channel has one scale of `scale_bits`, and each group a multiple of it in 8 bits.
     two_level: bool = False
 
+    def __post_init__(self) -> None:
+        sizes = {"bits": (0, 32), "group_size": (1, 1 << 20), "scale_bits": (0, 64)}
+        for name, (low, high) in sizes.items():
+            value = getattr(self, name)
+            if name == "group_size" and value is None:
+                continue
+            if type(value) is not int or not low <= value <= high:
+                raise QvlaError(
+                    f"{name} of a container must be a whole number from {low} to {high}, "
+                    f"got {value!r:.80}"
+                )
+
     def stored_inputs(self, inputs: int) -> int:
         """Return how many weights a channel of `inputs` weights is stored with."""
         if self.group_size is None or not self.whole_groups:

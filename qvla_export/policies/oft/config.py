@@ -30,6 +30,7 @@ class OftConfig(PrismaticConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_choice("head", ("l1", "tokens"))
+        self._require_whole("stop_token_id", 0, (1 << 31) - 1)
 
 
 PRESETS: dict[str, OftConfig] = {

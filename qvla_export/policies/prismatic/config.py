@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
+from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.picture_bounds import MOST_INPUT_SIDE
 from qvla_export.shared.policy_interface import PolicyInterface
+
+_MOST_HEADS = 1024
+_MOST_TOKEN = (1 << 31) - 1
+# Pixels of a side that can be cropped.
+_LEAST_SIDE = 8
 
 
 @dataclass(frozen=True)
@@ -17,3 +24,24 @@ class PrismaticConfig(PolicyInterface):
     # Side of the frames after the JPEG + lanczos step of the training data; 0: no such step.
     training_image_size: int = 0
     center_crop: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        heads = self.vision_heads
+        pair = isinstance(heads, tuple) and len(heads) == 2
+        if not pair or not all(type(n) is int and 1 <= n <= _MOST_HEADS for n in heads):
+            raise CheckpointError(
+                f"vision_heads must be two whole numbers from 1 to {_MOST_HEADS}, got {heads!r:.80}"
+            )
+        self._require_whole("bos_token_id", 0, _MOST_TOKEN)
+        self._require_whole("suffix_token_id", 0, _MOST_TOKEN)
+        side = self.training_image_size
+        if type(side) is not int or not (side == 0 or _LEAST_SIDE <= side <= MOST_INPUT_SIDE):
+            raise CheckpointError(
+                f"training_image_size must be 0 or {_LEAST_SIDE} to {MOST_INPUT_SIDE} pixels, "
+                f"got {side!r:.80}"
+            )
+        if type(self.center_crop) is not bool:
+            raise CheckpointError(
+                f"center_crop must be true or false, got {self.center_crop!r:.80}"
+            )

@@ -10,9 +10,21 @@ from transformers import Dinov2WithRegistersConfig, LlamaConfig, SiglipVisionCon
 
 from qvla_export.policies.prismatic.architecture import PrismaticArchitecture
 from qvla_export.shared.errors import CheckpointError
-from qvla_export.shared.json_documents import FOREIGN, read_json
+from qvla_export.shared.json_documents import FOREIGN, Node, brief, read_json
 
 _VISION_EPS = 1e-6  # timm's LayerNorm default, of both towers
+# Largest sizes of a decoder: what is beyond would cost memory or minutes before weights contradict.
+_MOST: Mapping[str, int] = {
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 256,
+    "num_attention_heads": 1 << 10,
+    "num_key_value_heads": 1 << 10,
+    "head_dim": 1 << 12,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 30,
+}
+_POSITIVE = ("rms_norm_eps", "rope_theta")
 
 
 def read_architecture(
@@ -43,16 +55,17 @@ def read_architecture(
     if not raw.get("use_fused_vision_backbone", False):
         raise CheckpointError(f"{checkpoint}: only the fused DINOv2 + SigLIP backbone is supported")
     dino, siglip = _vision(weights, vision_heads)
-    sizes = {dino.image_size, siglip.image_size, *raw.get("image_sizes", [])}
-    if len(sizes) != 1:
+    stated = raw.get("image_sizes", [])
+    sizes = [dino.image_size, siglip.image_size, *(stated if isinstance(stated, list) else [None])]
+    if any(size != sizes[0] for size in sizes):
         raise CheckpointError(
-            f"{checkpoint}: image_sizes {raw.get('image_sizes')} do not fit the position "
+            f"{checkpoint}: image_sizes {brief(stated)} do not fit the position "
             f"embeddings ({dino.image_size} and {siglip.image_size} pixels)"
         )
     return PrismaticArchitecture(
         dino=dino,
         siglip=siglip,
-        llama=llama_config(text),
+        llama=llama_config(text, f"{checkpoint}/config.json"),
         vocab_padding=read_vocab_padding(checkpoint),
     )
 
@@ -72,10 +85,31 @@ def read_vocab_padding(checkpoint: Path) -> int:
     return padding
 
 
-def llama_config(text: Mapping[str, Any]) -> LlamaConfig:
-    """Return the decoder's configuration; what `text_config` omits has transformers' defaults."""
+def llama_config(text: Mapping[str, Any], file: str = "the decoder") -> LlamaConfig:
+    """Return the decoder's configuration; what `text_config` omits has transformers' defaults.
+
+    Args:
+        text: the fields.
+        file: where they stand, for messages.
+
+    Raises:
+        CheckpointError, ArtifactError: sizes are none that a decoder has, or transformers refuse.
+    """
+    node = Node(text, file, "text_config")
+    for name, most in _MOST.items():
+        if node.has(name):
+            node.field(name).whole(1, most)
+    for name in _POSITIVE:
+        if node.has(name) and not node.field(name).number() > 0:
+            raise node.field(name).wrong("a number above 0 is needed")
     fields = {k: v for k, v in text.items() if k not in ("model_type", "torch_dtype", "dtype")}
-    llama = LlamaConfig(**fields)
+    try:
+        llama = LlamaConfig(**fields)
+    except Exception as error:  # they raise anything, over whatever field
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{file}: text_config is none of a Llama: {reason:.300}; download it again"
+        ) from error
     llama._attn_implementation = "sdpa"
     return llama
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from qvla_export.policies.prismatic.architecture import PrismaticArchitecture
@@ -81,7 +82,42 @@ def load_processor(
         action_bins=max(len(token_centers) - 1, 0),
     )
     path = checkpoint / _TOKENIZER
-    return Processor(spec, statistics, load_tokenizer(path) if path.is_file() else None)
+    tokenizer = load_tokenizer(path) if path.is_file() else None
+    _require_known_tokens(checkpoint, config, arch, tokenizer, len(token_centers))
+    return Processor(spec, statistics, tokenizer)
+
+
+def _require_known_tokens(
+    checkpoint: Path,
+    config: PrismaticConfig,
+    arch: PrismaticArchitecture,
+    tokenizer: Tokenizer | None,
+    bins: int,
+) -> None:
+    """Refuse tokens that the network has no embedding for.
+
+    Raises:
+        CheckpointError: naming whose they are.
+    """
+    rows = int(arch.llama.vocab_size)
+    ids = {
+        f"{name} of the policy's configuration": value
+        for name, value in vars(config).items()
+        if name.endswith("_token_id")
+    }
+    if tokenizer is not None:
+        ids["the highest id of tokenizer.json"] = max(tokenizer.get_vocab().values(), default=0)
+    for what, value in ids.items():
+        if value >= rows:
+            raise CheckpointError(
+                f"{checkpoint}: {what} is {value}, the vocabulary of the weights has {rows} "
+                "tokens; bring the files of one checkpoint"
+            )
+    if bins + arch.vocab_padding > rows:
+        raise CheckpointError(
+            f"{checkpoint}/config.json: {bins} action tokens and a padding of "
+            f"{arch.vocab_padding} do not fit into a vocabulary of {rows}"
+        )
 
 
 def checkpoint_digest(

@@ -1,5 +1,6 @@
 """Build a network for a checkpoint's weights, with or without their numbers in memory."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +11,7 @@ from torch import nn
 from qvla_export.policies.prismatic.keys import check_keys
 from qvla_export.policies.prismatic.policy import NOT_UPSTREAM
 from qvla_export.policies.prismatic.weights import CheckpointWeights
+from qvla_export.shared.errors import CheckpointError, QvlaError
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -27,10 +29,20 @@ def load_network(
 
     Raises:
         CheckpointError: keys do not fit; the message lists every missing, unexpected and misshapen
-            key.
+            key. Or the configuration describes no network.
     """
-    with torch.device("meta"):
-        empty = build()
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that are refused below
+            empty = build()
+    except QvlaError:
+        raise
+    except Exception as error:  # transformers and torch raise anything, over whatever field
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{checkpoint}: no network is as its configuration says: {type(error).__name__}: "
+            f"{reason:.300}; download it again, or correct what was changed"
+        ) from error
     check_keys(weights.shapes, empty.state_dict(), NOT_UPSTREAM, str(checkpoint))
     return fill_network(build, weights) if resident else empty.eval().requires_grad_(False)
 
