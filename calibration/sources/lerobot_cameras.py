@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.sources.data_paths import path_inside
 from calibration.sources.image_codec import decode_png, encode_png
 from calibration.sources.lerobot_columns import is_video, picture_size
 from calibration.sources.lerobot_metadata import EpisodeSpan
@@ -113,4 +114,5 @@ class Cameras:
         last = (len(row.span) - 1) / self._fps
         timestamp = row.table["timestamp"][row.row].as_py()
         seconds = video.seconds_at(timestamp, last, 0.5 / self._fps, place)
-        return VideoPicture(self._root / video.file, seconds, place, column, video.start + last)
+        file = path_inside(self._root, video.file, place)
+        return VideoPicture(file, seconds, place, column, video.start + last)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibration.sources.data_paths import path_inside
 from calibration.sources.frame_source import FrameSource, Moment
 from calibration.sources.lerobot_columns import KeyMap
 from calibration.sources.source_columns import Offer, choose_columns
@@ -63,7 +64,7 @@ class PictureList(FrameSource):
         row = self._row(moment)
         if column not in row.images:
             raise ArtifactError(f"{row.node.place}: no picture of {column} is listed; list it")
-        path = self._path.parent / row.images[column]
+        path = path_inside(self._path.parent, row.images[column], moment.column(column))
         return read_bounded(path, f"{moment.column(column)}: picture", _MOST_PICTURE_BYTES)
 
     def vector(self, moment: Moment, column: str) -> Any:
