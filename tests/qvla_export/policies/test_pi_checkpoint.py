@@ -12,7 +12,7 @@ from openvla_cases import copied
 from pi_cases import SLOTS, pi_observations, write_tiny_pi
 from safetensors.torch import load_file, save_file
 
-from qvla_export.policies.families import load_policy, recognize
+from qvla_export.policies.families import describe_checkpoint, load_policy, recognize
 from qvla_export.policies.pi.policy import PiPolicy, load_pi_policy
 from qvla_export.shared.errors import (
     ArtifactError,
@@ -52,6 +52,10 @@ def test_a_checkpoint_is_recognized_and_acts(checkpoint: Path, policy: PiPolicy)
     loaded = load_policy(checkpoint)
     assert loaded.digest == policy.digest
     assert load_interface(checkpoint).cameras == SLOTS[:2]
+    found = describe_checkpoint(checkpoint)
+    assert f": pi0{'.5' if policy.config.adaptive else ''}, 4 actions of 7" in found
+    assert "assumed" not in found
+    assert "assumed: flow_steps 10" in describe_checkpoint(checkpoint, "libero")
     first, second = pi_observations(2)
     chunk = policy.infer(first)
     assert chunk.actions.shape == (4, 7)
