@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from qvla_export.policies.adapters import model_config
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Runtime
 
@@ -38,7 +39,7 @@ class PolicySource:
             return "server"
         if (Path(self.place) / "manifest.json").is_file():
             return "bundle"
-        if (Path(self.place) / "config.json").is_file():
+        if model_config(Path(self.place)).is_file():
             return "checkpoint"
         if (Path(self.place) / "baseline.json").is_file():
             return "baseline"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import find_geometry
 from qvla_export.policies.act.family import ActFamily
-from qvla_export.policies.adapters import require_merged
+from qvla_export.policies.adapters import model_config, require_merged
 from qvla_export.policies.oft.family import OftFamily
 from qvla_export.policies.openvla.family import OpenVlaFamily
 from qvla_export.policies.pi.family import PiFamily
@@ -124,7 +124,7 @@ def recognize(checkpoint: Path) -> Family:
     if not checkpoint.is_dir():
         raise CheckpointError(f"checkpoint folder not found: {checkpoint}")
     require_merged(checkpoint)
-    if not (checkpoint / "config.json").is_file():
+    if not model_config(checkpoint).is_file():
         raise CheckpointError(f"{checkpoint} has no config.json; is it a whole checkpoint?")
     for family in FAMILIES:
         if family.recognizes(checkpoint):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from qvla_export.policies.adapters import model_config
 from qvla_export.shared.json_documents import FOREIGN, read_json
 
 
@@ -11,6 +12,6 @@ def read_model_type(checkpoint: Path) -> str | None:
     Raises:
         ArtifactError: it is not JSON.
     """
-    raw = read_json(checkpoint / "config.json", "model configuration", FOREIGN)
+    raw = read_json(model_config(checkpoint), "model configuration", FOREIGN)
     value = raw.get("model_type") if isinstance(raw, dict) else None
     return value if isinstance(value, str) else None

@@ -22,7 +22,7 @@ from jetson.recording.reader import Recording
 from qvla_export.policies.families import load_policy, recognize
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.policies.prismatic.new_checkpoint import NetworkSize
-from qvla_export.policies.prismatic.weights import read_state_file, require_undamaged
+from qvla_export.policies.prismatic.state_files import read_state_file, require_undamaged
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.bundle import GOLDEN, MANIFEST, Bundle, manifest_digest

@@ -16,7 +16,7 @@ from qvla_export.policies.prismatic.new_checkpoint import (
     NetworkSize,
     train_tokenizer,
 )
-from qvla_export.policies.prismatic.weights import read_state_file
+from qvla_export.policies.prismatic.state_files import read_state_file
 from qvla_export.policies.univla.action_decoder import ActionDecoder
 from qvla_export.policies.univla.architecture import DecoderShape
 from qvla_export.policies.univla.config import UniVlaConfig

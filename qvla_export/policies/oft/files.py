@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qvla_export.policies.oft.config import OftConfig
-from qvla_export.policies.prismatic.files import body_files, require_all_used, stored_headers
+from qvla_export.policies.prismatic.files import body_files, check_body, require_all_used
 from qvla_export.shared.errors import CheckpointError
 
 _FILM = (
@@ -83,7 +83,7 @@ def check_files(checkpoint: Path, config: OftConfig) -> None:
             weights that were quantized elsewhere, or an adapter.
     """
     require_parts_used(checkpoint, config)
-    require_no_film(checkpoint, (stored.key for stored in stored_headers(checkpoint)))
+    require_no_film(checkpoint, check_body(checkpoint))
     for part in part_names(config):
         part_file(checkpoint, part)
 

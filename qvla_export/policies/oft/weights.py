@@ -9,7 +9,7 @@ from qvla_export.policies.oft.files import (
     require_no_film,
     require_parts_used,
 )
-from qvla_export.policies.prismatic.files import HEAD, stored_headers
+from qvla_export.policies.prismatic.files import HEAD, check_body
 from qvla_export.policies.prismatic.weights import CheckpointWeights, open_body
 
 
@@ -21,7 +21,7 @@ def open_weights(checkpoint: Path, config: OftConfig) -> CheckpointWeights:
             used, or an adapter's.
     """
     require_parts_used(checkpoint, config)
-    require_no_film(checkpoint, (stored.key for stored in stored_headers(checkpoint)))
+    require_no_film(checkpoint, check_body(checkpoint))
     weights = open_body(checkpoint)
     if config.head == "l1":
         # Replaced by the L1 head, but part of every published file.

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from qvla_export.policies.adapters import require_whole_tensors
-from qvla_export.policies.prismatic.files import body_files, require_all_used, stored_headers
+from qvla_export.policies.prismatic.files import body_files, check_body, require_all_used
 
 
 def require_body_alone(checkpoint: Path) -> None:
@@ -23,4 +22,4 @@ def check_files(checkpoint: Path) -> None:
             were quantized elsewhere, or an adapter.
     """
     require_body_alone(checkpoint)
-    require_whole_tensors(checkpoint, (stored.key for stored in stored_headers(checkpoint)))
+    check_body(checkpoint)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Dinov2WithRegistersConfig, LlamaConfig, SiglipVisionConfig
 
+from qvla_export.policies.adapters import model_config
 from qvla_export.policies.prismatic.architecture import PrismaticArchitecture
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.json_documents import FOREIGN, Node, brief, read_json
@@ -40,7 +41,7 @@ def read_architecture(
     Raises:
         CheckpointError: it is no such network, or config.json and weights contradict each other.
     """
-    raw = read_json(checkpoint / "config.json", "model configuration", FOREIGN)
+    raw = read_json(model_config(checkpoint), "model configuration", FOREIGN)
     text = raw.get("text_config")
     if raw.get("model_type") != "openvla" or not isinstance(text, dict):
         raise CheckpointError(
@@ -76,7 +77,7 @@ def read_vocab_padding(checkpoint: Path) -> int:
     Raises:
         CheckpointError: config.json does not say it as a number.
     """
-    raw = read_json(checkpoint / "config.json", "model configuration", FOREIGN)
+    raw = read_json(model_config(checkpoint), "model configuration", FOREIGN)
     padding = raw.get("pad_to_multiple_of", 0)
     if type(padding) is not int or padding < 0:
         raise CheckpointError(

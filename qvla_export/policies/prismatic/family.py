@@ -6,8 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qvla_export.policies.adapters import adapter_file, body_folder
 from qvla_export.policies.model_type import read_model_type
 from qvla_export.policies.prismatic.config import PrismaticConfig
+from qvla_export.policies.prismatic.files import merges_on_load
 from qvla_export.shared.policy_interface import CONFIG_NAME, head_of, read_policy_config
 
 if TYPE_CHECKING:
@@ -49,6 +51,9 @@ class PrismaticFamily(abc.ABC):
         parts = sorted(path.name for path in checkpoint.glob("*.pt"))
         beside = f" with {', '.join(parts)}" if parts else ""
         what = f"{checkpoint}: {self.name}{beside}, {config.horizon} actions of {config.action_dim}"
+        if changed := merges_on_load(checkpoint):
+            what += f"; an adapter is merged on load into {changed} weights"
+            what += f" of {body_folder(checkpoint)}" if adapter_file(checkpoint) else ""
         if preset is not None:
             return f"{what}; as preset {preset} says"
         assumed = [

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from qvla_export.policies.adapters import is_merged_adapter, require_whole_tensors
+from qvla_export.policies.adapters import (
+    adapter_file,
+    body_folder,
+    is_merged_adapter,
+    require_whole_tensors,
+)
+from qvla_export.policies.low_rank import read_settings, split_keys
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
 
@@ -57,13 +63,16 @@ class StoredTensor:
 def body_files(checkpoint: Path) -> tuple[Path, ...]:
     """Return `model.safetensors` or the shards that its index names, whether they exist or not.
 
+    Where a checkpoint is an adapter they are its base's, see `adapters.adapter_base`.
+
     Raises:
         CheckpointError: the index does not name shards.
     """
-    index = checkpoint / INDEX
+    folder = body_folder(checkpoint)
+    index = folder / INDEX
     if not index.is_file():
-        return (checkpoint / _SINGLE,)
-    return tuple(checkpoint / name for name in sorted(set(read_weight_map(index).values())))
+        return (folder / _SINGLE,)
+    return tuple(folder / name for name in sorted(set(read_weight_map(index).values())))
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -97,6 +106,7 @@ def require_all_used(checkpoint: Path, used: Collection[Path], unused: Mapping[s
         f"  {path.relative_to(checkpoint)}: {_description(path.name, kinds)}"
         for path in _stored_files(checkpoint)
         if path not in used
+        and path != adapter_file(checkpoint)
         and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _TRAINING)
         and not is_merged_adapter(path.relative_to(checkpoint))
     ]
@@ -106,30 +116,70 @@ def require_all_used(checkpoint: Path, used: Collection[Path], unused: Mapping[s
         )
 
 
-def stored_headers(checkpoint: Path) -> list[StoredTensor]:
+def stored_headers(checkpoint: Path, low_rank: bool = False) -> list[StoredTensor]:
     """Return every tensor of `model.safetensors` or its shards, as their headers say; no torch.
+
+    Args:
+        checkpoint: the folder.
+        low_rank: whether low-rank factors may be among them, which the caller merges.
 
     Raises:
         CheckpointError: no weights, a missing or truncated file, quantized, or an adapter's.
     """
-    index = checkpoint / INDEX
-    found: list[StoredTensor] = []
-    for path in body_files(checkpoint):
-        if not path.is_file():
-            raise CheckpointError(f"weights not found: {path}")
-        try:
-            with safe_open(path, framework="np") as file:
-                for key in file.keys():  # noqa: SIM118  # not a dict
-                    stored = file.get_slice(key)
-                    _require_float(stored.get_dtype(), path, key)
-                    found.append(StoredTensor(path, key, tuple(stored.get_shape())))
-        except (SafetensorError, OSError) as error:
-            raise incomplete(path, error) from error
+    index = body_folder(checkpoint) / INDEX
+    found = [stored for path in body_files(checkpoint) for stored in file_headers(path)]
     named = read_weight_map(index) if index.is_file() else {}
     absent = sorted(set(named) - {stored.key for stored in found})
     if absent:
         raise CheckpointError(f"{index} names weights that no shard holds: {absent}")
-    require_whole_tensors(checkpoint, (stored.key for stored in found))
+    if not low_rank:
+        require_whole_tensors(checkpoint, (stored.key for stored in found))
+    return found
+
+
+def check_body(checkpoint: Path) -> tuple[str, ...]:
+    """Refuse a body by its files' headers; return upstream's keys, those of factors left out.
+
+    Raises:
+        CheckpointError: no weights, a missing or truncated file, quantized, or an adapter of a
+            kind that is not merged here.
+    """
+    keys = [stored.key for stored in stored_headers(checkpoint, low_rank=True)]
+    if adapter := adapter_file(checkpoint):
+        split_keys((stored.key for stored in file_headers(adapter)), adapter)
+        read_settings(adapter.with_name("adapter_config.json"))
+    return tuple(split_keys(keys, checkpoint).weights)
+
+
+def merges_on_load(checkpoint: Path) -> int:
+    """Return how many weights of a body an adapter changes when they are read.
+
+    Raises:
+        CheckpointError: as `check_body`.
+    """
+    adapter = adapter_file(checkpoint)
+    keys = [stored.key for stored in stored_headers(checkpoint, low_rank=True)]
+    loose = [] if adapter is None else [stored.key for stored in file_headers(adapter)]
+    return len(split_keys(keys, checkpoint).factors) + len(split_keys(loose, checkpoint).factors)
+
+
+def file_headers(path: Path) -> list[StoredTensor]:
+    """Return every tensor of a safetensors file, as its header says; no torch.
+
+    Raises:
+        CheckpointError: a missing or truncated file, or quantized weights.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"weights not found: {path}")
+    found = []
+    try:
+        with safe_open(path, framework="np") as file:
+            for key in file.keys():  # noqa: SIM118  # not a dict
+                stored = file.get_slice(key)
+                _require_float(stored.get_dtype(), path, key)
+                found.append(StoredTensor(path, key, tuple(stored.get_shape())))
+    except (SafetensorError, OSError) as error:
+        raise incomplete(path, error) from error
     return found
 
 

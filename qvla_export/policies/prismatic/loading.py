@@ -11,8 +11,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from qvla_export.policies.adapters import (
+    adapter_file,
+    body_folder,
+    model_config,
+    settings_file,
+)
 from qvla_export.policies.prismatic.architecture import PrismaticArchitecture
 from qvla_export.policies.prismatic.config import PrismaticConfig
+from qvla_export.policies.prismatic.files import body_files, merges_on_load
 from qvla_export.shared.artifacts import sha256_tree
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.images import load_image_spec
@@ -128,6 +135,13 @@ def checkpoint_digest(
     names += ["config.json", _PREPROCESSOR, STATISTICS, _TOKENIZER, *head_files]
     files = sha256_tree(checkpoint, [n for n in names if (checkpoint / n).is_file()])
     identity = {"files": files, "config": asdict(config), "unnorm_key": unnorm_key}
+    if adapter := adapter_file(checkpoint):
+        base = body_folder(checkpoint)
+        bodies = [path.name for path in (*body_files(checkpoint), model_config(checkpoint))]
+        identity["base"] = sha256_tree(base, [n for n in bodies if (base / n).is_file()])
+        identity["adapter"] = sha256_tree(adapter.parent, [adapter.name, "adapter_config.json"])
+    elif (said := settings_file(checkpoint)) and merges_on_load(checkpoint):
+        identity["adapter"] = sha256_tree(said.parent, [said.name])
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -136,7 +150,7 @@ def load_token_centers(checkpoint: Path) -> Tensor:
 
     float32 [bins], the first of the vocabulary's last ids first.
     """
-    raw = read_json(checkpoint / "config.json", "model configuration", FOREIGN)
+    raw = read_json(model_config(checkpoint), "model configuration", FOREIGN)
     bins = raw.get("n_action_bins")
     if type(bins) is not int or not 2 <= bins <= 4096:
         raise CheckpointError(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from qvla_export.policies.prismatic.files import body_files, require_all_used, stored_headers
+from qvla_export.policies.prismatic.files import body_files, check_body, require_all_used
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.policy_interface import LATENT_DECODER
 
@@ -47,4 +47,4 @@ def check_files(checkpoint: Path) -> None:
             were quantized elsewhere, or an adapter.
     """
     require_parts_used(checkpoint)
-    stored_headers(checkpoint)
+    check_body(checkpoint)

@@ -27,7 +27,7 @@ def open_weights(checkpoint: Path, vocab_padding: int, codebook: int) -> Checkpo
     require_parts_used(checkpoint)
     file = decoder_file(checkpoint)
     weights = open_body(checkpoint).with_part(DECODER, file)
-    other = [key for key in weights.parts if key.removeprefix(f"{DECODER}.").startswith(_OTHERS)]
+    other = [key for key in weights.shapes if key.removeprefix(f"{DECODER}.").startswith(_OTHERS)]
     if other:
         raise CheckpointError(
             f"{file} stores {other[0].removeprefix(f'{DECODER}.')}, of an action decoder for real "
