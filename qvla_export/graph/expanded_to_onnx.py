@@ -141,7 +141,8 @@ class ExpandedEmitter(BucketEmitter):
         packed = codes.astype(code_type(self._target.containers[part.bits]))
         stored = self._stored(name + CODES_SUFFIX, packed)
         if part.multipliers is None or part.group_size is None:
-            return stored
+            narrow = packed.dtype != np.int8
+            return self.tape.op("Cast", [stored], {"to": ir.DataType.INT8}) if narrow else stored
         # Of what multiplies integers, ONNX Runtime's CPU has 32 bits and more.
         wide = self.tape.op("Cast", [stored], {"to": ir.DataType.INT32})
         factors = self._of_inputs(name, part.multipliers, part.group_size, (inputs, columns))

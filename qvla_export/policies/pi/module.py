@@ -128,8 +128,9 @@ class PiModule(nn.Module):
             length = torch.ones_like(hidden[:, :, 0], dtype=torch.int64).sum(dim=1)
             positions, scores = torch.arange(rows, device=hidden.device)[None], None
         else:
-            counts = seen.to(torch.int64)
-            length, positions = counts.sum(dim=1), counts.cumsum(dim=1) - 1
+            # Of floats, which hold them exactly: TensorRT adds up no whole numbers.
+            count = seen.to(torch.float32).cumsum(dim=1).to(torch.int64)
+            length, positions = count[:, -1], count - 1
             scores = hidden_scores(seen)
         added = None if scores is None else scores[:, None, None]
         places = Places(*rotation(positions, self.arch.language.head_dim), added)
