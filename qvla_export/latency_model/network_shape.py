@@ -101,6 +101,11 @@ class PolicyInputs:
     latent_tokens: int = 0
     # Rows of lm_head, for token heads.
     vocab_size: int = 32064
+    # Steps of a flow; 0 for policies without one. Then `action_width` are the network's numbers of
+    # an action, and a state is a token; `adaptive` norms depend on the time.
+    flow_steps: int = 0
+    action_width: int = 0
+    adaptive: bool = False
 
     @property
     def slots(self) -> int:
@@ -127,8 +132,8 @@ def network_of(shapes: LayerShapes, inputs: PolicyInputs) -> NetworkShape:
     """
     towers = [_patch_embedding(shapes, tower) for tower in _TOWERS]
     features = sum(shapes[name][0] for name in towers)
-    patches = {_patches(shapes[name][1], inputs.image_size) for name in towers}
-    hidden = shapes[_require_layer(shapes, f"{_DECODER}layers.0.self_attn.q_proj")][1]
+    patches = {patches_of(shapes[name][1], inputs.image_size) for name in towers}
+    hidden = shapes[require_layer(shapes, f"{_DECODER}layers.0.self_attn.q_proj")][1]
     if len(patches) != 1:
         raise QvlaError(f"both towers must make the same number of patches, got {sorted(patches)}")
     count = inputs.images * patches.pop()
@@ -148,8 +153,8 @@ def network_of(shapes: LayerShapes, inputs: PolicyInputs) -> NetworkShape:
 
 def decoder_part(shapes: LayerShapes, name: str, rows: int, keys: int, runs: int = 1) -> PartShape:
     """Return a pass of `rows` positions through a decoder's layers, each attending to `keys`."""
-    layers = _layers_at(shapes, _DECODER, rows)
-    return PartShape(name, layers, _attentions(layers, keys, keys), runs)
+    layers = layers_at(shapes, _DECODER, rows)
+    return PartShape(name, layers, attentions_of(layers, keys, keys), runs)
 
 
 def _vision(shapes: LayerShapes, embeddings: list[str], images: int, patches: int) -> PartShape:
@@ -158,9 +163,9 @@ def _vision(shapes: LayerShapes, embeddings: list[str], images: int, patches: in
     attentions: tuple[AttentionShape, ...] = ()
     for tower, embedding, prefix in zip(_TOWERS, embeddings, (_DINO_PREFIX, 0), strict=True):
         rows = patches + images * prefix
-        blocks = tuple(e for e in _layers_at(shapes, tower, rows) if e.name != embedding)
+        blocks = tuple(e for e in layers_at(shapes, tower, rows) if e.name != embedding)
         layers += (LayerShape.of(embedding, shapes[embedding], patches), *blocks)
-        attentions += _attentions(blocks, rows // images, rows)
+        attentions += attentions_of(blocks, rows // images, rows)
     return PartShape("vision", layers, attentions)
 
 
@@ -214,7 +219,8 @@ def _latent_decoder(patches: int, hidden: int, inputs: PolicyInputs) -> PartShap
     return PartShape("action_decoder", (*layers, proj))
 
 
-def _layers_at(shapes: LayerShapes, prefix: str, rows: int) -> tuple[LayerShape, ...]:
+def layers_at(shapes: LayerShapes, prefix: str, rows: int) -> tuple[LayerShape, ...]:
+    """Return the layers of a module as they multiply `rows` rows."""
     return tuple(
         LayerShape.of(name, shape, rows)
         for name, shape in shapes.items()
@@ -222,9 +228,10 @@ def _layers_at(shapes: LayerShapes, prefix: str, rows: int) -> tuple[LayerShape,
     )
 
 
-def _attentions(
+def attentions_of(
     layers: Iterable[LayerShape], keys: int, keys_read: int
 ) -> tuple[AttentionShape, ...]:
+    """Return the attention of every block among layers; see `AttentionShape`."""
     channels = {layer.name: layer.channels for layer in layers}
     return tuple(
         AttentionShape(
@@ -239,11 +246,15 @@ def _patch_embedding(shapes: LayerShapes, tower: str) -> str:
     for name in shapes:
         if name.startswith(f"{tower}embeddings."):
             return name
-    return _require_layer(shapes, f"{tower}embeddings")
+    return require_layer(shapes, f"{tower}embeddings")
 
 
-def _patches(inputs: int, image_size: int) -> int:
-    """Patches of an image; `inputs` are the 3 colours of a square patch."""
+def patches_of(inputs: int, image_size: int) -> int:
+    """Return the patches of an image; `inputs` are the 3 colours of a square patch.
+
+    Raises:
+        QvlaError: such patches do not tile it.
+    """
     side = isqrt(inputs // 3)
     if 3 * side * side != inputs or image_size % side:
         raise QvlaError(
@@ -253,7 +264,12 @@ def _patches(inputs: int, image_size: int) -> int:
     return (image_size // side) ** 2
 
 
-def _require_layer(shapes: Mapping[str, tuple[int, int]], name: str) -> str:
+def require_layer(shapes: Mapping[str, tuple[int, int]], name: str) -> str:
+    """Return a layer's name.
+
+    Raises:
+        QvlaError: there is no such layer.
+    """
     if name not in shapes:
         raise QvlaError(
             f"no layer {name!r} among {list(shapes)[:3]}...; latency is predicted for policies "

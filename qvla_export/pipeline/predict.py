@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.latency_model.flow_shape import find_any_geometry, shape_of
 from qvla_export.latency_model.kernel_rates import DeviceRates
-from qvla_export.latency_model.network_shape import NetworkShape, PolicyInputs, network_of
-from qvla_export.latency_model.published_sizes import find_geometry
+from qvla_export.latency_model.network_shape import NetworkShape, PolicyInputs
 from qvla_export.latency_model.roofline import LatencyModel, LatencyPrediction
 from qvla_export.policies.families import recognize
 from qvla_export.shared.artifacts import write_json
@@ -86,11 +86,15 @@ def subject_of_bundle(path: Path) -> Subject:
         prompt_tokens=0 if prompt is None else prompt.shape[1],
         horizon=spec.horizon,
         action_dim=spec.action_dim,
-        state_dim=spec.state_dim,
+        # A state that is in the prompt is no token of its own.
+        state_dim=0 if spec.state_bins else spec.state_dim,
+        flow_steps=0 if spec.noise is None else max(run.times for run in bundle.program.runs),
+        action_width=0 if spec.noise is None else spec.noise.shape[-1],
+        adaptive=bool(spec.state_bins),
     )
     return Subject(
         str(path),
-        network_of(plan.shapes, inputs),
+        shape_of(plan.shapes, inputs),
         dict(plan.widths),
         "none" if plan.activations is None else "int8",
         plan.target,
@@ -99,7 +103,7 @@ def subject_of_bundle(path: Path) -> Subject:
 
 def subject_of_geometry(name: str, bits: str, activations: ActivationSupport) -> Subject:
     """Return a published geometry with the same shares of widths in every layer."""
-    geometry = find_geometry(name)
+    geometry = find_any_geometry(name)
     shares = _shares(bits)
     widths = {}
     for layer, (channels, _) in geometry.layers.items():
@@ -205,7 +209,7 @@ def latency_limit(
             "sees and how many actions it returns"
         )
     shapes = {n: (v.shape[1], measured.weights_per_channel[n]) for n, v in measured.values.items()}
-    model = device.models(network_of(shapes, recognize(policy).inputs(policy, preset)))[0]
+    model = device.models(shape_of(shapes, recognize(policy).inputs(policy, preset)))[0]
     return LatencyLimit(max_ms, model, "int8" if setting.activation_bits else "none")
 
 

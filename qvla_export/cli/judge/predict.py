@@ -22,7 +22,7 @@ def predict(
     ] = None,
     geometry: Annotated[
         str | None,
-        typer.Option(help="Published sizes instead of a bundle: openvla-7b, openvla-oft-7b."),
+        typer.Option(help="Published sizes instead of a bundle: openvla-7b, pi0-base and others."),
     ] = None,
     bits: Annotated[
         str,

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvla_export.latency_model.network_shape import PolicyInputs
+from qvla_export.latency_model.published_sizes import PROMPT_TOKENS
 from qvla_export.policies.pi.config import ASSUMED, is_pi, load_config, stated_fields
-from qvla_export.policies.pi.files import check_files
+from qvla_export.policies.pi.files import check_files, image_side
+from qvla_export.policies.prismatic.files import stored_headers
 from qvla_export.shared.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -43,10 +45,21 @@ class PiFamily:
         return f"{what}; assumed: {', '.join(assumed)}" if assumed else what
 
     def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
-        """Refuse: the latency model does not know the flow's steps."""
-        raise CheckpointError(
-            f"{checkpoint}: latency of policies that integrate a flow cannot be predicted; measure "
-            "a bundle with qvla profile"
+        """Return what decides the rows of the layers; reads no weights, but their shapes."""
+        config = load_config(checkpoint, preset)
+        shapes = {
+            stored.key.removeprefix("model."): stored.shape for stored in stored_headers(checkpoint)
+        }
+        return PolicyInputs(
+            images=len(config.cameras),
+            image_size=image_side(shapes),
+            prompt_tokens=PROMPT_TOKENS,
+            horizon=config.horizon,
+            action_dim=config.action_dim,
+            state_dim=0 if config.adaptive else config.state_dim,
+            flow_steps=config.flow_steps,
+            action_width=shapes["action_in_proj.weight"][1],
+            adaptive=config.adaptive,
         )
 
     def can_stay_on_disk(self, checkpoint: Path, preset: str | None) -> bool:

@@ -1,9 +1,13 @@
 """The files of a pi0 or pi0.5 checkpoint folder that hold weights; others are refused."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from qvla_export.policies.adapters import require_whole_tensors
 from qvla_export.policies.prismatic.files import body_files, require_all_used, stored_headers
+from qvla_export.shared.errors import CheckpointError
+
+_TOWER = "paligemma_with_expert.paligemma.model.vision_tower.vision_model.embeddings."
 
 
 def require_weights_alone(checkpoint: Path) -> None:
@@ -25,3 +29,16 @@ def check_files(checkpoint: Path) -> None:
     """
     require_weights_alone(checkpoint)
     require_whole_tensors(checkpoint, (stored.key for stored in stored_headers(checkpoint)))
+
+
+def image_side(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the pixels of a side of the network's images, from the shapes of its weights.
+
+    Raises:
+        CheckpointError: they are not among the weights.
+    """
+    try:
+        patch = shapes[f"{_TOWER}patch_embedding.weight"][-1]
+        return int(patch * round(shapes[f"{_TOWER}position_embedding.weight"][0] ** 0.5))
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(f"weights are missing that tell the images' size: {error}") from error

@@ -12,7 +12,9 @@ from openvla_cases import copied
 from pi_cases import SLOTS, pi_observations, write_tiny_pi
 from safetensors.torch import load_file, save_file
 
+from qvla_export.latency_model.flow_shape import shape_of
 from qvla_export.policies.families import describe_checkpoint, load_policy, recognize
+from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.pi.policy import PiPolicy, load_pi_policy
 from qvla_export.shared.errors import (
     ArtifactError,
@@ -64,6 +66,17 @@ def test_a_checkpoint_is_recognized_and_acts(checkpoint: Path, policy: PiPolicy)
     assert not np.allclose(chunk.actions, policy.infer(second).actions)
     limits = policy.processor.statistics.action
     np.testing.assert_allclose(chunk.actions, limits.unnormalize(chunk.normalized), rtol=1e-6)
+
+
+def test_its_latency_can_be_predicted(checkpoint: Path, policy: PiPolicy) -> None:
+    """Every layer has rows, found from names and headers alone."""
+    inputs = recognize(checkpoint).inputs(checkpoint, None)
+    network = shape_of(layer_shapes(policy.layers()), inputs)
+    assert set(policy.layers()) <= set(network.layers)
+    assert [part.runs for part in network.parts] == [1, 1, 4]
+    rows = {layer.name: layer.rows for part in network.parts for layer in part.layers}
+    assert rows["vision_tower.encoder.layers.0.mlp.fc1"] == 2 * policy.module.arch.patches
+    assert rows["action_expert.layers.0.mlp.up_proj"] == (4 if policy.config.adaptive else 5)
 
 
 def test_a_batch_acts_as_its_observations(policy: PiPolicy) -> None:
