@@ -45,6 +45,7 @@ from jetson.serving.protocols.openpi import OpenpiEndpoint
 from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import Gate, RateLimit
 from jetson.serving.service import ActionService
+from jetson.serving.systemd_notify import notify, signs_of_life
 from jetson.serving.upgrade import WebsocketThreads
 from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.observation import Observation
@@ -108,8 +109,14 @@ def serve(
         PolicyFailure: the policy does not act on a valid observation.
     """
     with _ready(policy, settings, contract, warmup) as (server, bound), _quiet_signals():
-        server.on_open = lambda: on_open(_url(bound, settings))
+
+        def opened() -> None:
+            on_open(_url(bound, settings))
+            notify("READY=1")
+
+        server.on_open = opened
         server.run(sockets=[bound])
+        notify("STOPPING=1")
 
 
 @contextlib.contextmanager
@@ -176,6 +183,7 @@ def _ready(
             from jetson.serving.protocols.gr00t import Gr00tEndpoint
 
             stack.enter_context(Gr00tEndpoint(queue, settings, rate, budget))
+        stack.enter_context(signs_of_life(lambda: queue.fault is None))
         app = create_app(queue, settings, gate, watch, budget)
         yield _Server(_configuration(app, threads, settings), queue, threads), bound
 

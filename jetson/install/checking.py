@@ -17,8 +17,9 @@ from typing import Any
 from jetson.install.activation import recover
 from jetson.install.release import Release
 from jetson.install.self_check import needs_engines
-from jetson.install.store import Store, StoreError
+from jetson.install.store import TEMPORARY, Store, StoreError
 from jetson.install.store_state import StoredRelease, StoreState
+from qvla_export.shared.artifacts import sync_folder
 from qvla_export.shared.errors import ArtifactError
 
 _SYSTEMD = Path("/run/systemd/system")
@@ -91,6 +92,7 @@ def build_release(store: Store, wanted: str | None, machine: str, boot_id: str) 
     sizes = _isolated(("build", store.bundle(digest), folder), _BUILD_TIMEOUT_S)
     if "error" in sizes:
         raise StoreError(f"engines of release {release.name!r}: {sizes['error']}")
+    _let_serve(store, digest, release, folder)
     _raise_standing(store, state, digest, "built")
     return BuiltRelease(digest, release.name, str(folder), sizes)
 
@@ -121,6 +123,17 @@ def check_release(
         )
     _raise_standing(store, state, digest, "checked", machine)
     return checked
+
+
+def _let_serve(store: Store, digest: str, release: StoredRelease, folder: Path) -> None:
+    """Link engines to where a server looks for them: beside the bundle, by target."""
+    link = store.release(digest) / "engines" / release.target
+    link.parent.mkdir(exist_ok=True)
+    temporary = link.with_name(f"{TEMPORARY}{release.target}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.absolute())
+    temporary.replace(link)
+    sync_folder(link.parent)
 
 
 def _check(

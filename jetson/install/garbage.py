@@ -38,7 +38,12 @@ def collect(store: Store, keep: int, boot_id: str) -> Collected:
     kept = _kept(store, state, keep)
     removed = {digest: one for digest, one in state.releases.items() if digest not in kept}
     # Before anything is removed: a release is whole or not known.
-    replace(state, releases={d: one for d, one in state.releases.items() if d in kept}).save(store)
+    failed = {d: one.reason or "" for d, one in removed.items() if one.standing == "failed"}
+    replace(
+        state,
+        releases={digest: one for digest, one in state.releases.items() if digest in kept},
+        failed={**state.failed, **failed},
+    ).save(store)
     for folder in store.releases.iterdir():
         if folder.name not in kept:
             # Out of the way in one step; a release that is half there has no name.

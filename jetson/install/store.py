@@ -139,6 +139,13 @@ class Store:
                 remove(leftover)
 
 
+def is_released(bundle: Path) -> bool:
+    """Return whether a bundle lies in a store, which takes only what somebody signed."""
+    release = bundle.resolve().parent
+    store = Store(release.parent.parent)
+    return release.parent == store.releases and (store.trust / "anchor.json").is_file()
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

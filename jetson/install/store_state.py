@@ -63,6 +63,8 @@ class StoreState:
     releases: Mapping[str, StoredRelease] = field(default_factory=dict)
     switch: Switch | None = None
     probation: Probation | None = None
+    # Releases that failed here and were removed -> why.
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def load(store: Store) -> "StoreState":
@@ -154,6 +156,7 @@ def _parse(value: Mapping[str, Any]) -> StoreState:
         releases,
         None if switch is None else Switch(**switch),
         None if probation is None else Probation(**probation),
+        {str(digest): str(reason) for digest, reason in value["failed"].items()},
     )
 
 

@@ -36,7 +36,7 @@ from qvla_export.cli.research.quantizers import quantizers
 from qvla_export.cli.research.round import round_command
 from qvla_export.cli.research.smooth import smooth
 from qvla_export.cli.research.train import train
-from qvla_export.cli.robot import store
+from qvla_export.cli.robot import keep_serving, store
 from qvla_export.cli.robot.doctor import doctor
 from qvla_export.cli.robot.load import load
 from qvla_export.cli.robot.replay import replay
@@ -84,11 +84,14 @@ GROUPS: dict[tuple[str, str, str], dict[str, Command]] = {
         "build": store.build,
         "verify": store.verify,
         "activate": store.activate,
-        "prove": store.prove,
+        "prove": keep_serving.prove,
         "rollback": store.rollback,
         "list": store.list_releases,
         "gc": store.gc,
         "status": store.status,
+        "update": keep_serving.update,
+        "supervise": keep_serving.supervise,
+        "units": keep_serving.units,
     },
 }
 

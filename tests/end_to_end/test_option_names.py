@@ -25,7 +25,7 @@ _OF_OTHERS = {
     *("--interval", "--fan", "--sort", "--max-depth"),
     *("--base_checkpoint", "--lora_finetuned_checkpoint_dir"),
     *("--repo-type", "--merge", "--file_format"),
-    *("--wait", "--pipe", "--collect", "--unit", "--setenv"),
+    *("--wait", "--pipe", "--collect", "--unit", "--setenv", "--no-block"),
 }
 _OPTION = re.compile(r"(?<![\w/-])(--[a-zA-Z][\w-]*)")
 # Variables of a page's style look like options: var(--ink), --ink: black; so does a file's name.

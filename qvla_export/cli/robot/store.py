@@ -21,7 +21,7 @@ StoreOption = Annotated[
 NameArgument = Annotated[
     str | None, typer.Argument(help="Name, or start of the digest; default: the newest.")
 ]
-_DEFAULT = Path("/var/lib/qvla")
+DEFAULT_STORE = Path("/var/lib/qvla")
 
 
 def install(
@@ -38,46 +38,39 @@ def install(
             "--root", help="Root of the keys to trust; given once.", callback=A_ROOT.require
         ),
     ] = None,
-    store: StoreOption = _DEFAULT,
+    store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Fetch a release, check it against its keys and put it beside the others; nothing switches."""
     from jetson.install.installation import InstallRequest
     from jetson.install.installation import install as install_release
 
     request = InstallRequest(repository, target, root, release)
-    _answer(store, lambda opened: install_release(opened, request).to_json())
+    answer(store, lambda opened: install_release(opened, request).to_json())
 
 
-def build(release: NameArgument = None, store: StoreOption = _DEFAULT) -> None:
+def build(release: NameArgument = None, store: StoreOption = DEFAULT_STORE) -> None:
     """Build a release's engines for this very machine, where its target has engines."""
     from jetson.install.checking import build_release
 
-    _answer(store, lambda s: build_release(s, release, *_machine()).to_json())
+    answer(store, lambda s: build_release(s, release, *machine()).to_json())
 
 
 def verify(
     release: NameArgument = None,
     samples: Annotated[int, typer.Option(min=20, help="Actions that are timed.")] = 100,
-    store: StoreOption = _DEFAULT,
+    store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Run a release on its golden observations: drift and latency within its limits, or exit 2."""
     from jetson.install.checking import check_release
 
-    _answer(store, lambda s: check_release(s, release, *_machine(), samples).to_json())
+    answer(store, lambda s: check_release(s, release, *machine(), samples).to_json())
 
 
-def activate(release: NameArgument = None, store: StoreOption = _DEFAULT) -> None:
+def activate(release: NameArgument = None, store: StoreOption = DEFAULT_STORE) -> None:
     """Let a checked release be `current`, on probation; the one before stays `previous`."""
     from jetson.install.activation import activate as activate_release
 
-    _answer(store, lambda s: activate_release(s, release, *_machine()).to_json())
-
-
-def prove(store: StoreOption = _DEFAULT) -> None:
-    """End the probation of `current`: it is proven, and others may go back to it."""
-    from jetson.install.activation import prove as end_probation
-
-    _answer(store, lambda s: end_probation(s, _boot_id()).to_json())
+    answer(store, lambda s: activate_release(s, release, *machine()).to_json())
 
 
 def rollback(
@@ -89,47 +82,47 @@ def rollback(
         bool,
         typer.Option("--rebooted", help="Only one whose probation a restart of the machine ended."),
     ] = False,
-    store: StoreOption = _DEFAULT,
+    store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Let `previous` be `current` again; the one that is left counts as failed."""
     from jetson.install import activation
 
     def act(opened: "Store") -> Mapping[str, Any]:
-        boot_id = _boot_id()
+        boot = boot_id()
         if rebooted:
-            return activation.roll_back_after_reboot(opened, boot_id).to_json()
+            return activation.roll_back_after_reboot(opened, boot).to_json()
         if unproven:
-            return activation.roll_back_unproven(opened, reason, boot_id).to_json()
-        return activation.roll_back(opened, reason, boot_id).to_json()
+            return activation.roll_back_unproven(opened, reason, boot).to_json()
+        return activation.roll_back(opened, reason, boot).to_json()
 
-    _answer(store, act)
+    answer(store, act)
 
 
-def list_releases(store: StoreOption = _DEFAULT) -> None:
+def list_releases(store: StoreOption = DEFAULT_STORE) -> None:
     """Name the releases of the store and how far each is."""
     from jetson.install.status import list_releases as releases_of
 
-    _answer(store, releases_of, hold=False)
+    answer(store, releases_of, hold=False)
 
 
 def gc(
     keep: Annotated[int, typer.Option(min=0, help="Proven releases to keep beside them.")] = 1,
-    store: StoreOption = _DEFAULT,
+    store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Remove what neither `current`, `previous` nor the newest release needs."""
     from jetson.install.garbage import collect
 
-    _answer(store, lambda s: collect(s, keep, _boot_id()).to_json())
+    answer(store, lambda s: collect(s, keep, boot_id()).to_json())
 
 
-def status(store: StoreOption = _DEFAULT) -> None:
+def status(store: StoreOption = DEFAULT_STORE) -> None:
     """Say what serves, whether it is proven, on which machine and how much room there is."""
     from jetson.install.status import read_status
 
-    _answer(store, read_status, hold=False)
+    answer(store, read_status, hold=False)
 
 
-def _answer(root: Path, act: "Callable[[Store], Mapping[str, Any]]", hold: bool = True) -> None:
+def answer(root: Path, act: "Callable[[Store], Mapping[str, Any]]", hold: bool = True) -> None:
     """Print what a command did, or why it could not, as JSON; errors end with exit 2 as well."""
     from jetson.install.store import Store
 
@@ -150,13 +143,15 @@ def _unheld() -> Iterator[None]:
     yield
 
 
-def _machine() -> tuple[str, str]:
+def machine() -> tuple[str, str]:
+    """Return the fingerprint of this machine and what names this start of it."""
     from jetson.install.fingerprint import machine_fingerprint
 
-    return machine_fingerprint(), _boot_id()
+    return machine_fingerprint(), boot_id()
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """Return what names this start of the machine."""
     from jetson.install.store_state import read_boot_id
 
     return read_boot_id()

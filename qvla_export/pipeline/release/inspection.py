@@ -106,6 +106,7 @@ def describe(place: Path) -> dict[str, Any]:
         for name, file in offers.signed.targets.items()
         if name.startswith("releases/")
     ]
+    releases.sort(key=lambda release: str(release.get("serial", "")).zfill(12))
     deltas = sum(name.startswith("deltas/") for name in offers.signed.targets)
     return {
         "targets_version": offers.signed.version,

@@ -1,6 +1,7 @@
 """Serve a policy from this process until it is told to stop."""
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvla_export.pipeline.policy_source import PolicySource
@@ -19,8 +20,14 @@ def serve_policy(source: PolicySource, settings: "ServerSettings") -> None:
     """
     from jetson.board import read_board_state
     from jetson.doctor.examination import slow_settings
+    from jetson.install.store import is_released
     from jetson.server import serve
 
     if slow := slow_settings(read_board_state()):
         _LOG.warning("slower than it could be, see qvla doctor: %s", slow)
+    if not is_released(Path(source.place)):
+        _LOG.warning(
+            "nobody signed what is served here: its digests find damage, not malice; qvla release "
+            "and qvla robot bring signed bundles"
+        )
     serve(source(), settings)

@@ -1,0 +1,82 @@
+"""Measure a release that serves, as a client does: what proves it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from jetson.clients.http_client import RemotePolicy
+from jetson.install.store import StoreError
+from qvla_export.shared.errors import QvlaError
+
+
+class FailedProbation(StoreError):
+    """A release does not act as it must while it serves."""
+
+
+@dataclass(frozen=True)
+class ProbationTerms:
+    """What a release must do before it is proven."""
+
+    actions: int = 20
+    # Over which they are spread.
+    seconds: float = 10.0
+    # Longest of 95 in 100 actions as a client sees them, milliseconds; None asks for nothing.
+    p95_ms: float | None = None
+    # How long one reply may take; a server that hangs is found out so.
+    reply_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class ProbationResult:
+    """What a client saw."""
+
+    actions: int
+    seconds: float
+    p50_ms: float
+    p95_ms: float
+    max_ms: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `qvla robot prove` prints."""
+        return asdict(self)
+
+
+def measure_probation(
+    url: str,
+    terms: ProbationTerms,
+    token: str | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> ProbationResult:
+    """Ask a server for actions on blank observations, spread over the time.
+
+    Raises:
+        FailedProbation: it does not answer with finite actions, or too late.
+    """
+    times_ms = []
+    start_s = time.monotonic()
+    try:
+        with RemotePolicy(url, terms.reply_s, token) as remote:
+            observation = remote.contract.blank_observation()
+            for i in range(terms.actions):
+                wait_s = start_s + i * terms.seconds / terms.actions - time.monotonic()
+                sleep(max(0.0, wait_s))
+                sent_s = time.perf_counter()
+                chunk = remote.infer(observation)
+                times_ms.append((time.perf_counter() - sent_s) * 1e3)
+                if not np.isfinite(chunk.actions).all():
+                    raise FailedProbation(f"action {i + 1} of {terms.actions} is not finite")
+    except FailedProbation:
+        raise
+    except QvlaError as error:
+        raise FailedProbation(
+            f"after {len(times_ms)} of {terms.actions} actions: {error}"
+        ) from None
+    p50_ms, p95_ms = (float(np.percentile(times_ms, percent)) for percent in (50, 95))
+    if terms.p95_ms is not None and p95_ms > terms.p95_ms:
+        raise FailedProbation(
+            f"95 in 100 actions take a client {p95_ms:.1f} ms, the limit is {terms.p95_ms:.1f} ms"
+        )
+    return ProbationResult(terms.actions, time.monotonic() - start_s, p50_ms, p95_ms, max(times_ms))

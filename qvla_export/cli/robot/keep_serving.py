@@ -1,0 +1,139 @@
+"""`qvla robot prove`, `supervise` and `units`: a release that serves, and what keeps it serving."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qvla_export.cli.robot.serve_options import TokenFileOption
+from qvla_export.cli.robot.store import DEFAULT_STORE, StoreOption, answer, boot_id, machine
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jetson.install.store import Store
+
+ActionsOption = Annotated[int, typer.Option(min=1, help="Actions of a probation.")]
+SecondsOption = Annotated[float, typer.Option(min=0, help="Time over which they are spread.")]
+LatencyOption = Annotated[
+    float | None, typer.Option(help="Longest of 95 in 100 of them as a client sees it, ms.")
+]
+PortOption = Annotated[int, typer.Option(min=1, max=65535, help="Port of the server.")]
+ServeOptions = Annotated[
+    list[str] | None, typer.Argument(help="After --: further options of qvla serve.")
+]
+
+
+def prove(
+    url: Annotated[
+        str | None, typer.Option(help="Server of `current`, measured first; default: believed.")
+    ] = None,
+    actions: ActionsOption = 20,
+    seconds: SecondsOption = 10.0,
+    max_p95_ms: LatencyOption = None,
+    unless_proven: Annotated[
+        bool, typer.Option("--unless-proven", help="Do nothing if nothing is on probation.")
+    ] = False,
+    token_file: TokenFileOption = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """End the probation of `current`, measured by a client: others may go back to it."""
+    from jetson.install.activation import prove as end_probation
+    from jetson.install.probation import ProbationTerms, measure_probation
+    from jetson.install.store_state import StoreState
+    from jetson.serving.security import read_token
+
+    def act(opened: "Store") -> "Mapping[str, object]":
+        if unless_proven and StoreState.load(opened).probation is None:
+            return {"measured": None}
+        measured = None
+        if url is not None:
+            # The store is not held meanwhile.
+            terms = ProbationTerms(actions, seconds, max_p95_ms)
+            measured = measure_probation(url, terms, read_token(token_file)).to_json()
+        with opened.open():
+            return {"measured": measured, **end_probation(opened, boot_id()).to_json()}
+
+    answer(store, act, hold=False)
+
+
+def update(
+    restart_unit: Annotated[
+        str | None, typer.Option(help="Unit of systemd to restart if another release serves.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Install, check and activate the newest release; one that failed here is not tried again."""
+    import subprocess
+
+    from jetson.install.installation import InstallRequest
+    from jetson.install.update import update as update_store
+
+    def act(opened: "Store") -> "Mapping[str, object]":
+        updated = update_store(opened, InstallRequest(), *machine())
+        if updated.changed and restart_unit is not None:
+            subprocess.run(["systemctl", "try-restart", restart_unit], check=True)
+        return updated.to_json()
+
+    answer(store, act)
+
+
+def supervise(
+    serve_options: ServeOptions = None,
+    port: PortOption = 8000,
+    actions: ActionsOption = 20,
+    seconds: SecondsOption = 10.0,
+    max_p95_ms: LatencyOption = None,
+    token_file: TokenFileOption = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Keep `current` serving without systemd: proven, started again, left where it fails."""
+    import signal
+    from threading import Event
+
+    from jetson.install.probation import ProbationTerms
+    from jetson.install.store import Store
+    from jetson.install.supervision import SupervisionSettings
+    from jetson.install.supervision import supervise as keep_serving
+    from jetson.serving.security import read_token
+
+    token_words = [] if token_file is None else ["--token-file", str(token_file)]
+    more = [*token_words, *(serve_options or ())]
+
+    def command(bundle: Path) -> list[str]:
+        words = [sys.executable, "-m", "qvla_export", "serve", str(bundle)]
+        return [*words, "--port", str(port), *more]
+
+    stopping = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    settings = SupervisionSettings(
+        command,
+        f"http://127.0.0.1:{port}",
+        ProbationTerms(actions, seconds, max_p95_ms),
+        read_token(token_file),
+    )
+    keep_serving(Store(store), settings, stopping)
+
+
+def units(
+    output: Annotated[Path, typer.Option("--output", help="Folder: /etc/systemd/system.")],
+    serve_options: ServeOptions = None,
+    port: PortOption = 8000,
+    user: Annotated[str, typer.Option(help="Account that serves.")] = "qvla",
+    power_mode: Annotated[
+        int | None, typer.Option(min=0, help="nvpmodel's mode, set at the first boot.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Write systemd units: first boot, clocks, serving, going back, an optional timer."""
+    from jetson.install.units import UnitSettings, write_units
+
+    program = Path(shutil.which("qvla") or sys.argv[0]).absolute()
+    options = tuple(serve_options or ())
+    settings = UnitSettings(program, store, user, port, options, power_mode)
+    written = write_units(output, settings)
+    typer.echo(json.dumps({"ok": True, "units": [str(path) for path in written]}, indent=1))
