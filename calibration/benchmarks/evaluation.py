@@ -1,5 +1,6 @@
 """The nouns of closed-loop judgement: which episodes are run, how each went, what they say."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from calibration.benchmarks.metaworld.shifts import NO_SHIFT, parse_shift, shift_fits, shift_of
+from calibration.benchmarks.metaworld.simulator import CONTROL_HZ
 from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
 from calibration.benchmarks.motion import Motion, MotionSummary, summarize_motion
 from qvla_export.shared.artifacts import read_json, require_fields, write_json
@@ -34,15 +36,25 @@ class RolloutConfig:
     control: Control = "none"
     # Control steps that pass between a look and its chunk; 0 stops time while the policy thinks.
     delay_steps: int = 0
+    # Whether as many steps pass as the policy really thinks.
+    live: bool = False
+    # Whether the policy is shown the state at which its chunk will begin, see `roll_forward`.
+    roll_forward: bool = False
+    # Largest change of the hand's commanded step where a chunk begins, mm; 0 for any.
+    seam_limit_mm: float = 0.0
     # What is changed of the scenes, "NAME:GRADE", see `Shift`; mixed has all that apply in turn.
     shift: str = NO_SHIFT
 
     def __post_init__(self) -> None:
         least = min(self.episodes - 1, self.execute - 1, self.seed, self.delay_steps)
-        if least < 0 or not self.tasks:
+        if least < 0 or not self.tasks or not 0 <= self.seam_limit_mm < math.inf:
             raise QvlaError(
-                "a rollout needs tasks, episodes >= 1, execute >= 1, seed >= 0 and "
-                f"delay_steps >= 0, got {self}"
+                "a rollout needs tasks, episodes >= 1, execute >= 1, seed >= 0, "
+                f"delay_steps >= 0 and seam_limit_mm >= 0, got {self}"
+            )
+        if self.live and self.delay_steps:
+            raise QvlaError(
+                "a live rollout takes the delay from the policy; leave out live or delay_steps"
             )
         if self.control not in CONTROLS:
             raise QvlaError(f"control must be one of {CONTROLS}, got {self.control!r}")
@@ -88,6 +100,8 @@ class EpisodeResult:
     deviations: tuple[float, ...]
     # How the arm moved; None in evaluations of earlier versions.
     motion: Motion | None = None
+    # What each decision took, milliseconds; empty unless the rollout was live.
+    infer_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,18 @@ class Evaluation:
         if not chosen:
             raise QvlaError(f"no episode of {task} was run, only {', '.join(self.config.tasks)}")
         return sum(chosen) / len(chosen)
+
+    def solved_per_hour(self) -> float:
+        """Return the tasks solved in an hour of motion, failed attempts included."""
+        steps = sum(row.steps for row in self.results)
+        return 3600.0 * CONTROL_HZ * sum(row.success for row in self.results) / steps
+
+    def infer_ms(self) -> tuple[float, float] | None:
+        """Return the median and 99 % quantile of a live rollout's decisions."""
+        taken = [ms for row in self.results for ms in row.infer_ms]
+        if not taken:
+            return None
+        return float(np.median(taken)), float(np.quantile(taken, 0.99))
 
     def success_by_shift(self) -> dict[str, float]:
         """Return the share of solved episodes of each shift; empty without any."""
@@ -152,6 +178,8 @@ class Evaluation:
             "wilson_95": [low, high],
             "episodes": len(self.results),
             "by_task": {task: self.success(task) for task in self.config.tasks},
+            "solved_per_hour": self.solved_per_hour(),
+            "infer_ms": self.infer_ms(),
             "by_shift": self.success_by_shift(),
             "cumulative_deviation": self.cumulative_deviation(),
             "motion": None if motion is None else asdict(motion),
@@ -183,7 +211,8 @@ def result_from_json(row: dict[str, Any]) -> EpisodeResult:
     motion = row.get("motion")
     if motion is not None:
         motion = Motion(**{**motion, "seam_jumps_mm": tuple(motion["seam_jumps_mm"])})
-    return EpisodeResult(**{**row, "deviations": tuple(row["deviations"]), "motion": motion})
+    tuples = {name: tuple(row.get(name, ())) for name in ("deviations", "infer_ms")}
+    return EpisodeResult(**{**row, **tuples, "motion": motion})
 
 
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:

@@ -6,13 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from calibration.benchmarks.delay import CommandQueue
+from calibration.benchmarks.episode import run_episode
 from calibration.benchmarks.evaluation import (
     CONTROLS,
     Control,
@@ -22,15 +19,12 @@ from calibration.benchmarks.evaluation import (
     load_evaluation,
     result_from_json,
 )
-from calibration.benchmarks.metaworld.shifts import shift_of
-from calibration.benchmarks.metaworld.simulator import CONTROL_HZ, UNIT_MM, Simulator
-from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
-from calibration.benchmarks.motion import measure_motion
+from calibration.benchmarks.metaworld.simulator import Simulator
+from calibration.benchmarks.metaworld.tasks import find_task
 from calibration.benchmarks.workers import leave_with_parent
-from qvla_export.shared.action import ActionChunk, ActionPolicy
+from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.artifacts import versions, write_bytes
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch, QvlaError
-from qvla_export.shared.observation import Observation
 
 __all__ = [
     "CONTROLS",
@@ -47,7 +41,6 @@ __all__ = [
 
 # Makes a policy inside a worker process; must be picklable.
 PolicyFactory = Callable[[], ActionPolicy]
-_BLANK = 127
 
 
 @dataclass(frozen=True)
@@ -114,75 +107,8 @@ def evaluate(
     return evaluation
 
 
-def run_episode(
-    simulator: Simulator,
-    policy: ActionPolicy,
-    config: RolloutConfig,
-    seed: int,
-    reference: ActionPolicy | None = None,
-) -> EpisodeResult:
-    """Run one episode: look, act for `execute` control steps, look again.
-
-    Time passes while the policy thinks if the configuration says so, see `CommandQueue`.
-    """
-    instruction = None
-    if config.control == "wrong-instruction":
-        siblings = scene_siblings(simulator.task)
-        instruction = siblings[seed % len(siblings)].instruction
-    shift = shift_of(config.shift, simulator.task, seed)
-    observation = simulator.reset(seed, instruction, shift)
-    deviations: list[float] = []
-    positions = [simulator.hand]
-    actions: list[NDArray[np.float32]] = []
-    chunks: list[int] = []
-    queue = CommandQueue(config.execute, config.delay_steps)
-    while not simulator.done:
-        seen = _blank_out(observation) if config.control == "blank-image" else observation
-        chunk = _usable(policy.infer(seen))
-        if reference is not None:
-            deviations.append(_deviation(chunk, _usable(reference.infer(seen))))
-        for step in queue.steps(chunk.actions):
-            simulator.step(step.action)
-            actions.append(np.clip(step.action, -1.0, 1.0))
-            chunks.append(step.chunk)
-            positions.append(simulator.hand)
-            if simulator.done:
-                break
-        else:
-            observation = simulator.observe()
-    seams = np.flatnonzero(np.diff(chunks)) + 1
-    motion = measure_motion(np.stack(positions), np.stack(actions), seams, CONTROL_HZ, UNIT_MM)
-    result = simulator.task.name, seed, simulator.success, simulator.steps
-    return EpisodeResult(*result, tuple(deviations), motion)
-
-
 def _ignore(done: int, total: int) -> None:
     """Where nobody wants to know how far the episodes are."""
-
-
-def _blank_out(observation: Observation) -> Observation:
-    blank = {name: np.full_like(image, _BLANK) for name, image in observation.images.items()}
-    return replace(observation, images=blank)
-
-
-def _usable(chunk: ActionChunk) -> ActionChunk:
-    if not len(chunk.actions):
-        raise QvlaError("a policy must return at least one action, got an empty chunk")
-    if not (np.isfinite(chunk.actions).all() and np.isfinite(chunk.normalized).all()):
-        raise QvlaError(
-            "a policy must return finite actions, got NaN or infinity; no episode with them counts"
-        )
-    return chunk
-
-
-def _deviation(chunk: ActionChunk, reference: ActionChunk) -> float:
-    ours, theirs = chunk.normalized, reference.normalized
-    if ours.shape != theirs.shape:
-        raise QvlaError(
-            f"policy and reference must return chunks of one shape, got {list(ours.shape)} and "
-            f"{list(theirs.shape)}"
-        )
-    return float(np.square(ours.astype(np.float64) - theirs).sum())
 
 
 def _run_all(

@@ -19,9 +19,9 @@ IMAGE_SIZE, PATCH_SIZE = 4, 2
 _REACHES = np.array([0.6, 0.2, 0.07, 0.025])
 _MIDDLE = 127.5
 # Where Meta-World's full state keeps the hand and the positions of up to two things.
-_HAND, _FIRST, _SECOND = slice(0, 3), slice(4, 7), slice(11, 14)
+HAND, FIRST, SECOND = slice(0, 3), slice(4, 7), slice(11, 14)
 # Numbers from there to where it keeps the same of one simulator step before.
-_BEFORE = 18
+BEFORE = 18
 
 
 def encode_object_state(
@@ -40,7 +40,7 @@ def encode_object_state(
     Returns:
         uint8 [4, 4, 3]
     """
-    hand, first, second = full_state[_HAND], full_state[_FIRST], full_state[_SECOND]
+    hand, first, second = full_state[HAND], full_state[FIRST], full_state[SECOND]
     to_second = second - hand if second.any() else np.zeros(3)
     tokens = np.stack([first - hand, to_second, goal - hand, goal - first])
     scaled = np.clip(tokens[:, None] / _REACHES[:, None], -1.0, 1.0)
@@ -64,10 +64,10 @@ def add_to_things(
         errors: metres.  float64 [3, 3]
     """
     shown = full_state.copy()
-    for thing, error in ((_FIRST, errors[0]), (_SECOND, errors[1])):
+    for thing, error in ((FIRST, errors[0]), (SECOND, errors[1])):
         if full_state[thing].any():
             shown[thing] += error
-            shown[thing.start + _BEFORE : thing.stop + _BEFORE] += error
+            shown[thing.start + BEFORE : thing.stop + BEFORE] += error
     return shown, goal + errors[2]
 
 
@@ -81,5 +81,5 @@ def with_second(
         position: metres.  float64 [3]
     """
     shown = full_state.copy()
-    shown[_SECOND] = shown[_SECOND.start + _BEFORE : _SECOND.stop + _BEFORE] = position
+    shown[SECOND] = shown[SECOND.start + BEFORE : SECOND.stop + BEFORE] = position
     return shown

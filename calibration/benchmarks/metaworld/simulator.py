@@ -16,6 +16,7 @@ from calibration.benchmarks.metaworld.object_state import (
     encode_object_state,
     with_second,
 )
+from calibration.benchmarks.metaworld.roll_forward import roll_forward
 from calibration.benchmarks.metaworld.scene_drawing import SceneDrawing, load_mujoco
 from calibration.benchmarks.metaworld.shifts import (
     Shift,
@@ -164,15 +165,23 @@ class Simulator:
         self.steps += 1
         return self.success
 
-    def observe(self) -> Observation:
-        """Return what the policy sees now; the scene is rendered where it sees a picture."""
+    def observe(self, ahead: NDArray[np.float64] | None = None) -> Observation:
+        """Return what the policy sees now; the scene is rendered where it sees a picture.
+
+        With `ahead`, metres [3], it is shown the state after the hand has moved so far: its own
+        position, and in an object state also where things are from there. Pictures stay.
+        """
+        full_state, goal = self._shown_positions()
+        if ahead is not None:
+            full_state = roll_forward(full_state, ahead)
         if self.task.camera == OBJECT_STATE:
-            image = encode_object_state(*self._shown_positions())
+            image = encode_object_state(full_state, goal)
         else:
             image = self.render()
             if self._shift is not None and self._shift.kind == "noise":
                 image = shifted_pixels(self._shift, image, self._seed, self.steps)
-        return Observation({self.task.camera: image}, self.instruction, self.state)
+        state = full_state[:STATE_DIM].astype(np.float32)
+        return Observation({self.task.camera: image}, self.instruction, state)
 
     def render(self) -> NDArray[np.uint8]:
         """Return the picture of the fixed camera.  uint8 [image_size, image_size, 3]"""
@@ -181,6 +190,8 @@ class Simulator:
     def _shown_positions(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return full state and goal as an object state shows them."""
         full_state, goal, shift = self._full_state, self.placement[3:6], self._shift
+        if self.task.camera != OBJECT_STATE:
+            return full_state, goal
         if shift is not None and shift.kind == "noise":
             return add_to_things(full_state, goal, shifted_positions(shift, self._seed, self.steps))
         if shift is not None and shift.kind == "distractors":

@@ -1,9 +1,10 @@
 """`qvla evaluate`: a policy in closed loop."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +19,9 @@ from qvla_export.cli.options import (
     WorkersOption,
 )
 from qvla_export.cli.progress import progress_shown
+
+if TYPE_CHECKING:
+    from calibration.benchmarks.evaluation import Evaluation
 
 
 def evaluate(
@@ -38,6 +42,16 @@ def evaluate(
     delay_steps: Annotated[
         int, typer.Option(min=0, help="Control steps that pass while the policy thinks.")
     ] = 0,
+    live: Annotated[
+        bool, typer.Option("--live", help="As many steps pass as the policy really thinks.")
+    ] = False,
+    roll_forward: Annotated[
+        bool,
+        typer.Option("--roll-forward", help="Show the state at which the chunk will begin."),
+    ] = False,
+    seam_limit_mm: Annotated[
+        float, typer.Option(min=0.0, help="Largest jump of a command between chunks; 0 for any.")
+    ] = 0.0,
     shift: Annotated[
         str,
         typer.Option(
@@ -81,7 +95,18 @@ def evaluate(
     from qvla_export.pipeline.policy_source import PolicySource
 
     chosen = chosen_tasks(tasks)
-    config = RolloutConfig(chosen, episodes, seed, execute, control, delay_steps, shift)  # type: ignore[arg-type]  # checked there
+    config = RolloutConfig(
+        tasks=chosen,
+        episodes=episodes,
+        seed=seed,
+        execute=execute,
+        control=control,  # type: ignore[arg-type]  # checked there
+        delay_steps=delay_steps,
+        live=live,
+        roll_forward=roll_forward,
+        seam_limit_mm=seam_limit_mm,
+        shift=shift,
+    )
     quantized = None if checkpoint is None else str(checkpoint)
     source = PolicySource(policy, unnorm_key, preset, threads=1, checkpoint=quantized)
     other = None if reference is None else PolicySource(reference, unnorm_key, preset, threads=1)
@@ -93,17 +118,24 @@ def evaluate(
         beside = {} if pair is None else {"against": asdict(pair)}
         typer.echo(json.dumps({**json.loads(output.read_text()), **beside}))
         return
-    for task in evaluation.config.tasks:
-        typer.echo(f"  {task}: {evaluation.success(task):.0%}")
-    for name, share in evaluation.success_by_shift().items():
-        typer.echo(f"  {name}: {share:.0%}")
-    low, high = evaluation.interval()
-    typer.echo(
-        f"success {evaluation.success():.1%} [{low:.1%}, {high:.1%}] of "
-        f"{len(evaluation.results)} episodes -> {output}"
-    )
-    motion = evaluation.motion()
-    if motion is not None:
-        typer.echo(f"  {motion}")
+    for line in _lines(evaluation, output):
+        typer.echo(line)
     if pair is not None:
         typer.echo(f"against {against}: {pair}")
+
+
+def _lines(evaluation: "Evaluation", output: Path) -> Iterator[str]:
+    for task in evaluation.config.tasks:
+        yield f"  {task}: {evaluation.success(task):.0%}"
+    for name, share in evaluation.success_by_shift().items():
+        yield f"  {name}: {share:.0%}"
+    low, high = evaluation.interval()
+    yield (
+        f"success {evaluation.success():.1%} [{low:.1%}, {high:.1%}] of "
+        f"{len(evaluation.results)} episodes, {evaluation.solved_per_hour():.0f} solved an hour "
+        f"of motion -> {output}"
+    )
+    if (taken := evaluation.infer_ms()) is not None:
+        yield f"  thinking took {taken[0]:.1f} ms, 99 % within {taken[1]:.1f} ms"
+    if (motion := evaluation.motion()) is not None:
+        yield f"  {motion}"

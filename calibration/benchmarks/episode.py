@@ -1,0 +1,125 @@
+"""One closed-loop episode: look, think, act, with the time that thinking takes."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.benchmarks.delay import CommandQueue
+from calibration.benchmarks.evaluation import EpisodeResult, RolloutConfig
+from calibration.benchmarks.metaworld.roll_forward import hand_ahead
+from calibration.benchmarks.metaworld.shifts import shift_of
+from calibration.benchmarks.metaworld.simulator import CONTROL_HZ, UNIT_MM, Simulator
+from calibration.benchmarks.metaworld.tasks import scene_siblings
+from calibration.benchmarks.motion import measure_motion
+from qvla_export.shared.action import ActionChunk, ActionPolicy
+from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.observation import Observation
+
+_BLANK = 127
+
+
+def run_episode(
+    simulator: Simulator,
+    policy: ActionPolicy,
+    config: RolloutConfig,
+    seed: int,
+    reference: ActionPolicy | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> EpisodeResult:
+    """Run one episode: look, act for `execute` control steps, look again.
+
+    Time passes while the policy thinks if the configuration says so: a fixed number of steps, or
+    live, as long as it took by the clock (seconds). See `CommandQueue`.
+    """
+    instruction = None
+    if config.control == "wrong-instruction":
+        siblings = scene_siblings(simulator.task)
+        instruction = siblings[seed % len(siblings)].instruction
+    shift = shift_of(config.shift, simulator.task, seed)
+    observation = simulator.reset(seed, instruction, shift)
+    record = _Record(simulator)
+    queue = CommandQueue(config.execute, config.seam_limit_mm / UNIT_MM)
+    delay = config.delay_steps
+    while not simulator.done:
+        # Of a live policy, what the last thought took is the best guess for this one.
+        foreseen = delay if config.roll_forward else 0
+        if foreseen and record.actions:
+            observation = simulator.observe(hand_ahead(record.actions, queue.committed(foreseen)))
+        seen = _blank_out(observation) if config.control == "blank-image" else observation
+        began_s = clock()
+        chunk = _usable(policy.infer(seen))
+        if config.live:
+            infer_s = clock() - began_s
+            record.infer_ms.append(1000.0 * infer_s)
+            delay = math.ceil(infer_s * CONTROL_HZ)
+        if reference is not None:
+            record.deviations.append(_deviation(chunk, _usable(reference.infer(seen))))
+        for step in queue.steps(chunk.actions, delay, foreseen):
+            record.act(step.action, step.chunk)
+            if simulator.done:
+                break
+        else:
+            if not config.roll_forward or not delay:
+                observation = simulator.observe()
+    return record.result(seed)
+
+
+class _Record:
+    """What an episode leaves behind."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._simulator = simulator
+        self._positions = [simulator.hand]
+        self._chunks: list[int] = []
+        self.actions: list[NDArray[np.float32]] = []
+        self.deviations: list[float] = []
+        self.infer_ms: list[float] = []
+
+    def act(self, action: NDArray[np.float32], chunk: int) -> None:
+        """Execute one command and note how the hand moved."""
+        self._simulator.step(action)
+        self.actions.append(np.clip(action, -1.0, 1.0))
+        self._chunks.append(chunk)
+        self._positions.append(self._simulator.hand)
+
+    def result(self, seed: int) -> EpisodeResult:
+        """Return the episode."""
+        simulator = self._simulator
+        motion = measure_motion(
+            np.stack(self._positions),
+            np.stack(self.actions),
+            np.flatnonzero(np.diff(self._chunks)) + 1,
+            CONTROL_HZ,
+            UNIT_MM,
+        )
+        result = simulator.task.name, seed, simulator.success, simulator.steps
+        return EpisodeResult(*result, tuple(self.deviations), motion, tuple(self.infer_ms))
+
+
+def _blank_out(observation: Observation) -> Observation:
+    blank = {name: np.full_like(image, _BLANK) for name, image in observation.images.items()}
+    return replace(observation, images=blank)
+
+
+def _usable(chunk: ActionChunk) -> ActionChunk:
+    if not len(chunk.actions):
+        raise QvlaError("a policy must return at least one action, got an empty chunk")
+    if not (np.isfinite(chunk.actions).all() and np.isfinite(chunk.normalized).all()):
+        raise QvlaError(
+            "a policy must return finite actions, got NaN or infinity; no episode with them counts"
+        )
+    return chunk
+
+
+def _deviation(chunk: ActionChunk, reference: ActionChunk) -> float:
+    ours, theirs = chunk.normalized, reference.normalized
+    if ours.shape != theirs.shape:
+        raise QvlaError(
+            f"policy and reference must return chunks of one shape, got {list(ours.shape)} and "
+            f"{list(theirs.shape)}"
+        )
+    return float(np.square(ours.astype(np.float64) - theirs).sum())
