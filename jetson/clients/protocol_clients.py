@@ -121,13 +121,8 @@ class OpenpiClient:
         """Return the actions."""
         if self._open is None:
             self._connection()
-        fields: dict[str, Any] = {
-            f"observation/{name}": encode_packed(image)
-            for name, image in observation.images.items()
-        }
-        fields["observation/state"] = encode_packed(observation.state)
         try:
-            self._socket.send(pack({**fields, "prompt": observation.instruction}))
+            self._socket.send(openpi_request(observation))
             reply = self._socket.recv(timeout=self._timeout_s)
             if isinstance(reply, str):
                 raise RemoteError(f"{self._url}: {reply:.500}")
@@ -194,14 +189,7 @@ class Gr00tClient:
 
     def ask(self, observation: Observation) -> NDArray[np.float32]:
         """Return the actions."""
-        images = observation.images.items()
-        seen: dict[str, Any] = {
-            "video": {name: _npy(image[None, None]) for name, image in images},
-            "language": {"instruction": [[observation.instruction]]},
-        }
-        if observation.state.size:
-            seen["state"] = {"state": _npy(observation.state[None, None])}
-        reply = self._call("get_action", {"observation": seen, "options": None})
+        reply = self._call("get_action", gr00t_data(observation))
         try:
             parts = reply[0]["actions"]["as_npy"]
         except (TypeError, KeyError, IndexError):
@@ -236,6 +224,27 @@ class Gr00tClient:
         if isinstance(reply, dict) and "error" in reply:
             raise RemoteError(f"{self._url}: {reply['error']!s:.500}")
         return reply
+
+
+def openpi_request(observation: Observation) -> bytes:
+    """Return an observation as a message of openpi's client."""
+    fields: dict[str, Any] = {
+        f"observation/{name}": encode_packed(image) for name, image in observation.images.items()
+    }
+    fields["observation/state"] = encode_packed(observation.state)
+    return pack({**fields, "prompt": observation.instruction})
+
+
+def gr00t_data(observation: Observation) -> dict[str, Any]:
+    """Return an observation as the data of GR00T's `get_action`."""
+    images = observation.images.items()
+    seen: dict[str, Any] = {
+        "video": {name: _npy(image[None, None]) for name, image in images},
+        "language": {"instruction": [[observation.instruction]]},
+    }
+    if observation.state.size:
+        seen["state"] = {"state": _npy(observation.state[None, None])}
+    return {"observation": seen, "options": None}
 
 
 def contract_of_client(client: ProtocolClient) -> PolicyContract | None:

@@ -42,6 +42,7 @@ from qvla_export.cli.robot.load import load
 from qvla_export.cli.robot.replay import replay
 from qvla_export.cli.robot.run import run
 from qvla_export.cli.robot.serve import serve
+from qvla_export.cli.robot.soak import soak
 
 Command = Callable[..., Any]
 
@@ -55,7 +56,7 @@ def name_of(command: Command) -> str:
 PANELS: dict[str, tuple[Command, ...]] = {
     "Deploy": (deploy, calibrate, sensitivities, plan, export, build, verify, report),
     "Judge": (evaluate, profile, compare_latency, sizes, check, predict),
-    "Robot": (serve, run, replay, load, doctor),
+    "Robot": (serve, run, replay, load, doctor, soak),
     "Research": (
         *(compare, estimators, quantizers, baseline, smooth, moments),
         *(round_command, activations, train, demonstrations),

@@ -75,7 +75,7 @@ def serve(
         field_names=FieldNames.parse(camera_alias, state_fields),
         gr00t_port=gr00t_port,
         token=read_token(token_file),
-        tls=_tls(tls_cert, tls_key, tls_client_ca),
+        tls=tls_files(tls_cert, tls_key, tls_client_ca),
         allowed_hosts=tuple(name.lower() for name in allow_host or ()),
         max_rate_hz=max_rate_hz,
         max_body_bytes=max_body_mb << 20,
@@ -87,7 +87,10 @@ def serve(
     serve_policy(PolicySource(policy, unnorm_key, preset, threads, weights), settings)
 
 
-def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> "TlsFiles | None":
+def tls_files(
+    certificate: Path | None, key: Path | None, client_ca: Path | None
+) -> "TlsFiles | None":
+    """Return the files of encryption; None where there are none."""
     from jetson.serving.security import TlsFiles
 
     if certificate is None and key is None and client_ca is None:
