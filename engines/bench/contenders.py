@@ -99,7 +99,8 @@ def _ours(
     path, left = made[plan.digest]
     run = _session(path, threads, mix.accuracy_level, mix.unpacked, mix.rounds_inputs)
     stored = _size(path)
-    read = 4 * left if mix.unpacked else stored
+    # Unpacked codes are float32 in memory, expanded ones int8.
+    read = 4 * left if mix.unpacked else left if mix.rounds_inputs else stored
     integer = mix.rounds_inputs or mix.accuracy_level > 0
     return Contender(mix.name, run, stored, read, left, "int8" if integer else "float32")
 

@@ -25,9 +25,11 @@ class Mix:
     unpacked: bool = False
 
     def plan(self, shapes: LayerShapes, target: Target, ranges: ActivationRanges) -> BitPlan:
-        """Draw the widths."""
-        drawn = draw_plan(shapes, self.shares, target, DIGEST)
-        return replace(drawn, activations=ranges) if self.rounds_inputs else drawn
+        """Draw the widths; where inputs are rounded, scales have two levels."""
+        if not self.rounds_inputs:
+            return draw_plan(shapes, self.shares, target, DIGEST)
+        drawn = draw_plan(shapes, self.shares, target.with_two_level_scales(), DIGEST)
+        return replace(drawn, activations=ranges)
 
 
 # Plan w4 of the reference policy on `cpu`, all layers (0: 31, 2: 9, 4: 30, 8: 30 %, 3.82 bits a
@@ -35,18 +37,24 @@ class Mix:
 W4 = {16: 0.003, 8: 0.322, 4: 0.30, 2: 0.09, 0: 0.285}
 W3 = {8: 0.137, 4: 0.361, 2: 0.134, 0: 0.368}
 W4_UNPRUNED = {8: 0.13, 4: 0.61, 2: 0.26}
-W8_PRUNED = {8: 0.7, 0: 0.3}
+# With rounded inputs, where a layer is one product: 30 % pruned, and 8, 4, 3 or 2 mean bits.
+W8A8 = {8: 0.7, 0: 0.3}
+W4A8 = {8: 0.345, 4: 0.265, 2: 0.09, 0: 0.3}
+W3A8 = {8: 0.115, 4: 0.455, 2: 0.13, 0: 0.3}
+W2A8 = {4: 0.3, 2: 0.4, 0: 0.3}
 # Level 4 rounds activations to 8 bits per block: another arithmetic than level 0, whose 8- and
 # 2-bit products unpack their weights in every run.
 _ROUNDED = 4
 
 MIXES = (
     Mix("ours w8a8", {8: 1.0}, rounds_inputs=True),
-    Mix("ours w8a8, 30 % pruned", W8_PRUNED, rounds_inputs=True),
+    Mix("ours w8a8, 30 % pruned", W8A8, rounds_inputs=True),
+    Mix("ours w4a8, 30 % pruned", W4A8, rounds_inputs=True),
+    Mix("ours w3a8, 30 % pruned", W3A8, rounds_inputs=True),
+    Mix("ours w2a8, 30 % pruned", W2A8, rounds_inputs=True),
     Mix("ours w4", W4, accuracy_level=_ROUNDED),
     Mix("ours w4, nothing pruned", W4_UNPRUNED, accuracy_level=_ROUNDED),
     Mix("ours w4, exact activations", W4),
     Mix("ours w4, unpacked", W4, unpacked=True),
-    Mix("ours w4a8", W4, rounds_inputs=True, accuracy_level=_ROUNDED),
     Mix("ours w3", W3, accuracy_level=_ROUNDED),
 )

@@ -12,7 +12,17 @@ from engines.bench.contenders import BASELINE, DYNAMIC, Contender, prepare
 from engines.bench.decoder import DecoderGeometry, DecoderStack
 from engines.bench.modelopt import ModeloptEnvironment
 from engines.bench.peaks import MachinePeaks
-from engines.bench.rounds import speedup, time_in_turn
+from engines.bench.rounds import Clock, speedup, time_in_turn
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How contenders are timed."""
+
+    # Threads of one operator, and samples of each contender.
+    threads: int
+    rounds: int
+    clock: Clock = "wall"
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,7 @@ QUICK_REGIMES = (
 def run_regime(
     regime: Regime,
     folder: Path,
-    threads: int,
-    rounds: int,
+    timing: Timing,
     peaks: MachinePeaks,
     modelopt: ModeloptEnvironment | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -50,18 +59,17 @@ def run_regime(
     Args:
         regime: which.
         folder: empty; gets the graphs.
-        threads: of one operator.
-        rounds: samples of each contender.
+        timing: threads, samples, clock.
         peaks: of this machine.
         modelopt: its environment; None leaves its contenders out.
         on_progress: called with (rounds done, rounds in all).
     """
     stack = DecoderStack(regime.geometry)
-    contenders = prepare(stack, folder, threads, modelopt)
+    contenders = prepare(stack, folder, timing.threads, modelopt)
     x = stack.example(regime.geometry.tokens, seed=2)
     outputs = {c.name: c.run(x) for c in contenders}
     calls = {c.name: (lambda c=c: c.run(x)) for c in contenders}
-    samples = time_in_turn(calls, rounds, on_progress)
+    samples = time_in_turn(calls, timing.rounds, on_progress, timing.clock)
     weights = sum(channels * inputs for channels, inputs in stack.shapes.values())
     rows = []
     for contender in contenders:

@@ -22,7 +22,7 @@ def check_ort(graph: CheckedGraph, target: Target) -> None:
         if found is None:
             continue
         check_scale(graph, found, _positive_roots(found.scale), whole_blocks=False)
-        activations = node.op_type == "QuantizeLinear" or folded_from(found.data) is None
+        activations = folded_from(found.data) is None
         if activations and found.zero_point is None:
             graph.add(
                 "ort.zero-point",

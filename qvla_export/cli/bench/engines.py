@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -25,19 +25,27 @@ def engines(
         typer.Option(help="Environment with modelopt, made with pip if missing; else left out."),
     ] = None,
     quick: Annotated[bool, typer.Option(help="Tiny sizes: shows that it works.")] = False,
+    clock: Annotated[
+        Literal["wall", "cpu"],
+        typer.Option(help="cpu: this process's time, comparable on a busy machine; one thread."),
+    ] = "wall",
+    regime: Annotated[
+        Literal["both", "pass", "decode"], typer.Option(help="300 rows at once, or one.")
+    ] = "both",
     as_json: JsonOption = False,
 ) -> None:
     """Time float, other quantizers and ours on a random decoder: a whole pass, and decoding."""
     from qvla_export.pipeline.bench.engines import EngineBenchRequest, bench_engines
 
     with progress_shown() as on_progress:
-        request = EngineBenchRequest(threads, rounds, modelopt, quick)
+        chosen = None if regime == "both" else regime
+        request = EngineBenchRequest(threads, rounds, modelopt, quick, clock, chosen)
         bench = bench_engines(request, output, on_progress)
     if as_json:
         typer.echo(json.dumps(bench.to_json(), indent=1))
         return
-    for regime in bench.regimes:
-        Console(width=_TABLE_WIDTH).print(_table(regime))
+    for measured in bench.regimes:
+        Console(width=_TABLE_WIDTH).print(_table(measured))
     peaks = bench.peaks
     typer.echo(
         f"peaks, {threads} thread(s): float32 {peaks.float32_gflops:.0f} GFLOP/s, int8 "

@@ -4,17 +4,19 @@ import os
 import platform
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvla_export.pipeline.progress import OnProgress, bar, ignore
 from qvla_export.shared.artifacts import versions, write_json
+from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from engines.bench.peaks import MachinePeaks
+    from engines.bench.rounds import Clock
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class EngineBenchRequest:
     modelopt: Path | None = None
     # Tiny sizes: shows that it works.
     quick: bool = False
+    # What is read before and after each call: "wall", or on a busy machine "cpu".
+    clock: "Clock" = "wall"
+    # "pass" or "decode"; None for both.
+    regime: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class EngineBench:
     # CPU, threads, versions, the command.
     machine: "Mapping[str, Any]"
     rounds: int
+    clock: "Clock"
     peaks: "MachinePeaks"
     # Of each regime: its sizes, and of every engine milliseconds and shares of the peaks.
     regimes: "Sequence[Mapping[str, Any]]"
@@ -46,6 +53,7 @@ class EngineBench:
         return {
             **self.machine,
             "rounds": self.rounds,
+            "clock": self.clock,
             "peaks": asdict(self.peaks),
             "regimes": list(self.regimes),
         }
@@ -68,21 +76,26 @@ def bench_engines(
 
     from engines.bench.modelopt import REQUIREMENTS, ModeloptEnvironment
     from engines.bench.peaks import measure_peaks
-    from engines.bench.regimes import QUICK_REGIMES, REGIMES, run_regime
+    from engines.bench.regimes import QUICK_REGIMES, REGIMES, Timing, run_regime
 
-    threads, rounds = request.threads, request.rounds
+    threads, timing = request.threads, Timing(request.threads, request.rounds, request.clock)
+    if threads > 1 and request.clock == "cpu":
+        raise QvlaError(
+            f"--clock cpu adds up what all threads take, so it is for --threads 1, got {threads}"
+        )
     torch.set_num_threads(threads)
     environment = None if request.modelopt is None else ModeloptEnvironment(request.modelopt)
     if environment is not None:
         environment.create()
     peaks = measure_peaks(threads, *((256, 1 << 22) if request.quick else ()))
     machine = _machine(threads, REQUIREMENTS[:1] if request.modelopt else ())
-    bench = EngineBench(machine, rounds, peaks, ())
-    for regime in QUICK_REGIMES if request.quick else REGIMES:
+    bench = EngineBench(machine, timing.rounds, timing.clock, peaks, ())
+    regimes = QUICK_REGIMES if request.quick else REGIMES
+    for regime in [r for r in regimes if request.regime in (None, r.name)]:
         report = bar(on_progress, f"{regime.name}: rounds")
         with tempfile.TemporaryDirectory() as folder:
-            row = run_regime(regime, Path(folder), threads, rounds, peaks, environment, report)
-        bench = EngineBench(machine, rounds, peaks, (*bench.regimes, row))
+            row = run_regime(regime, Path(folder), timing, peaks, environment, report)
+        bench = replace(bench, regimes=(*bench.regimes, row))
         write_json(output, bench.to_json())
     return bench
 

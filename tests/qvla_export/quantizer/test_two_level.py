@@ -21,6 +21,7 @@ from engines.load import load_engine
 from engines.targets import CPU, find_target
 from engines.verify import judge
 from qvla_export.allocation.setting import parse_setting
+from qvla_export.graph.buckets_to_onnx import bucket_weight
 from qvla_export.graph.passes.bucketize import bucketize
 from qvla_export.measurement.measure_moments import measure_moments
 from qvla_export.pipeline.activations import activations as record_activations
@@ -28,6 +29,8 @@ from qvla_export.pipeline.plan import plan as plan_setting
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
 from qvla_export.policies.oft.policy import OftPolicy
+from qvla_export.quantizer.compensation import round_layer
+from qvla_export.quantizer.moments import LayerMoments
 from qvla_export.quantizer.packed_storage import bucket_bytes
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import (
@@ -40,6 +43,7 @@ from qvla_export.quantizer.quantize import (
     fake_quantize,
     quantize_channels,
     spec_for,
+    with_steps,
 )
 from qvla_export.quantizer.round_plan import round_plan
 from qvla_export.quantizer.rounding import RoundedLayer, Rounding
@@ -206,6 +210,45 @@ def test_packed_buckets_on_ort_compute_with_two_levels(
     )
 
 
+def random_moments(inputs: int, channels: int) -> LayerMoments:
+    """Moments of inputs and channels that depend on each other."""
+    generator = np.random.default_rng(5)
+    squares = []
+    for size in (inputs, channels):
+        rows = generator.standard_normal((2 * size, size)).astype(np.float32)
+        squares.append((rows.T @ rows / size)[None])
+    return LayerMoments(np.zeros(inputs, np.float32), *squares)
+
+
+def test_compensated_codes_have_two_levels_and_come_back(tmp_path: Path) -> None:
+    generator = np.random.default_rng(6)
+    weight = generator.standard_normal((24, 150)).astype(np.float32)
+    widths = np.repeat([16, 8, 4, 2, 0], [2, 6, 8, 6, 2]).astype(np.int8)
+    how, moments = compensated_spec(LEVELED), random_moments(150, 24)
+    # Inputs in another order and fewer of them, as an MLP's consumer has them.
+    order = generator.permutation(150)[:140]
+    layer = round_layer(weight, widths, how, moments, order)
+    assert layer.multipliers is not None
+    for bits in (2, 4):
+        chosen, groups = widths == bits, 3
+        factors = layer.multipliers[chosen]
+        assert 1 < factors.max() <= LARGEST_MULTIPLIER[bits]
+        made = with_steps(layer.codes[chosen][:, order], bits, how, layer.steps.of(chosen, groups))
+        exact = made.expanded() * made.scales.astype(np.float64)
+        np.testing.assert_array_equal(layer.rows(widths, how, order)[chosen][:, order], exact)
+    assert (layer.multipliers[np.isin(widths, [0, 8, 16])] == 1).all()
+    # What is packed are these codes.
+    rows = layer.rows(widths, how, order)[:, order]
+    stored = bucket_weight(rows, widths, how, layer.steps)
+    for part in stored.weights:
+        if part.bits != 16:
+            np.testing.assert_array_equal(part.codes, layer.codes[widths == part.bits][:, order])
+    rounding = Rounding({"a": layer}, "p" * 64, "m" * 64)
+    rounding.save(tmp_path / "rounding")
+    assert Rounding.load(tmp_path / "rounding").digest == rounding.digest
+
+
+@pytest.mark.slow
 def test_compensated_codes_with_two_levels_are_packed(
     tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
 ) -> None:
