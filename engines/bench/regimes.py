@@ -1,7 +1,7 @@
 """The two regimes that are measured, and their results as JSON and as rows of a table."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ class Regime:
 
     name: str
     geometry: DecoderGeometry
+
+    def with_layers(self, layers: int | None) -> "Regime":
+        """Return it with another number of layers; None for its own."""
+        depth = self.geometry.depth if layers is None else layers
+        return replace(self, geometry=replace(self.geometry, depth=depth))
 
 
 # "pass": compute-bound. "decode": one row, no cache of keys and values; float32 weights are

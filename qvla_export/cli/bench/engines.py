@@ -32,6 +32,9 @@ def engines(
     regime: Annotated[
         Literal["both", "pass", "decode"], typer.Option(help="300 rows at once, or one.")
     ] = "both",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Of the decoder; 8 take 4 GB. Ratios need fewer.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time float, other quantizers and ours on a random decoder: a whole pass, and decoding."""
@@ -39,7 +42,7 @@ def engines(
 
     with progress_shown() as on_progress:
         chosen = None if regime == "both" else regime
-        request = EngineBenchRequest(threads, rounds, modelopt, quick, clock, chosen)
+        request = EngineBenchRequest(threads, rounds, modelopt, quick, clock, chosen, layers)
         bench = bench_engines(request, output, on_progress)
     if as_json:
         typer.echo(json.dumps(bench.to_json(), indent=1))

@@ -34,6 +34,8 @@ class EngineBenchRequest:
     clock: "Clock" = "wall"
     # "pass" or "decode"; None for both.
     regime: str | None = None
+    # Of the decoder; None for each regime's own.
+    layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def bench_engines(
     machine = _machine(threads, REQUIREMENTS[:1] if request.modelopt else ())
     bench = EngineBench(machine, timing.rounds, timing.clock, peaks, ())
     regimes = QUICK_REGIMES if request.quick else REGIMES
-    for regime in [r for r in regimes if request.regime in (None, r.name)]:
+    chosen = [r for r in regimes if request.regime in (None, r.name)]
+    for regime in [r.with_layers(request.layers) for r in chosen]:
         report = bar(on_progress, f"{regime.name}: rounds")
         with tempfile.TemporaryDirectory() as folder:
             row = run_regime(regime, Path(folder), timing, peaks, environment, report)

@@ -118,13 +118,17 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     done = CliRunner().invoke(
         app,
-        ["bench", "engines", "--quick", "--rounds", "2", "--clock", "cpu", "--output", str(path)],
+        [
+            *("bench", "engines", "--quick", "--rounds", "2", "--clock", "cpu", "--layers", "1"),
+            *("--output", str(path)),
+        ],
     )
     assert done.exit_code == 0, done.output
     value = json.loads(path.read_text())
     assert value["threads"] == 1 and value["clock"] == "cpu" and value["cpu"]
     assert value["versions"]["onnxruntime"]
     assert [regime["regime"] for regime in value["regimes"]] == ["pass", "decode"]
+    assert {regime["depth"] for regime in value["regimes"]} == {1}
     for regime in value["regimes"]:
         names = [row["name"] for row in regime["engines"]]
         assert names[0] == BASELINE and len(names) == 3 + len(MIXES)

@@ -17,7 +17,7 @@ from qvla_export.graph.passes.integer_products import keep_integer_products
 from qvla_export.graph.passes.quantize_activations import quantize_activations
 from qvla_export.quantizer.activations import ActivationRanges
 from qvla_export.quantizer.packed_storage import bucket_bytes
-from qvla_export.quantizer.quantize import quantize_channels, spec_for
+from qvla_export.quantizer.quantize import fake_quantize, quantize_channels, spec_for
 
 LEVELED = CPU.with_two_level_scales()
 SPEC = spec_for(LEVELED)
@@ -95,6 +95,23 @@ def test_integers_are_those_of_the_packed_codes(
     assert used["MatMulIntegerToFloat"] == 1 and not used["MatMulNBits"] and not used["MatMul"]
     assert not used["DequantizeLinear"] and not used["Concat"]
     assert used["Gather"] == (0 in shares)
+
+
+def test_codes_of_one_group_need_no_multipliers(tmp_path: Path) -> None:
+    generator = np.random.default_rng(7)
+    widths = np.repeat([8, 4, 2], [8, 9, 7]).astype(np.int8)
+    weight = generator.standard_normal((24, 48)).astype(np.float32)
+    x = generator.standard_normal((1, 5, 48)).astype(np.float32)
+    ranges, how = ActivationRanges(8, "max", {LAYER: LIMIT}), spec_for(CPU)
+    for some in (widths, widths[8:17]):
+        model = quantize_activations(linear_model(weight[: len(some)], None), ranges, CPU)
+        model = bucketize(model, {LAYER: some}, how, CPU, rounded_inputs=True)
+        model = keep_integer_products(model)
+        step = np.float32(LIMIT / 127)
+        rounded = np.clip(np.rint(x / step), -128, 127) * step
+        expected = rounded @ fake_quantize(weight[: len(some)], some, how).T
+        np.testing.assert_allclose(run_model(model, x, tmp_path), expected, atol=1e-4)
+        assert kernels(model, tmp_path)["MatMulIntegerToFloat"] == 1
 
 
 def test_pruned_channels_are_absent_and_floats_apart(tmp_path: Path) -> None:
