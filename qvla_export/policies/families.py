@@ -15,6 +15,7 @@ from qvla_export.policies.oft.family import OftFamily
 from qvla_export.policies.openvla.family import OpenVlaFamily
 from qvla_export.policies.pi.family import PiFamily
 from qvla_export.policies.prismatic.family import PrismaticFamily
+from qvla_export.policies.smolvla.family import SmolVlaFamily
 from qvla_export.policies.univla.family import UniVlaFamily
 from qvla_export.shared.errors import CheckpointError
 
@@ -110,6 +111,7 @@ FAMILIES: tuple[Family, ...] = (
     PiFamily(),
     UniVlaFamily(),
     ActFamily(),
+    SmolVlaFamily(),
 )
 
 

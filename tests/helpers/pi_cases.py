@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from oracles import oracle_root
 
+from qvla_export.policies.flow import FlowSpec
 from qvla_export.policies.pi.checkpoint import load_module
 from qvla_export.policies.pi.config import PROMPT, PROMPT_TOKENS, PiConfig
-from qvla_export.policies.pi.flow import FlowSpec
 from qvla_export.policies.pi.module import PiModule, PrefixInputs
 from qvla_export.policies.pi.new_checkpoint import (
     PiSize,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from qvla_export.policies.prismatic.files import body_files, require_all_used, stored_headers
-from qvla_export.shared.artifacts import sha256_tree
+from qvla_export.shared.artifacts import sha256_file, sha256_tree
 from qvla_export.shared.lerobot.lerobot_config import CONFIG
 from qvla_export.shared.lerobot.lerobot_statistics import (
     POSTPROCESSOR,
@@ -40,21 +40,22 @@ def check_files(checkpoint: Path, known: Collection[str]) -> None:
     stored_headers(checkpoint)
 
 
-def checkpoint_digest(checkpoint: Path, known: Collection[str], more: Collection[str] = ()) -> str:
+def checkpoint_digest(checkpoint: Path, known: Collection[str], more: Collection[Path] = ()) -> str:
     """Return the SHA-256 over all that decides actions: configuration, processors, weights.
 
     Args:
         checkpoint: the folder.
         known: as `check_files`.
-        more: names of further files that are read.
+        more: further files that are read.
     """
-    names = [CONFIG, *more]
+    names = [CONFIG]
     if has_processors(checkpoint):
         names += [f"{PREPROCESSOR}.json", f"{POSTPROCESSOR}.json"]
     names += [path.name for path in _state_files(checkpoint, known)]
     names += [path.name for path in checkpoint.glob("model*.safetensors*")]
     files = sha256_tree(checkpoint, names)
-    return hashlib.sha256(json.dumps({"lerobot": files}, sort_keys=True).encode()).hexdigest()
+    identity = {"lerobot": files, **{path.name: sha256_file(path) for path in more}}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _state_files(checkpoint: Path, known: Collection[str]) -> list[Path]:

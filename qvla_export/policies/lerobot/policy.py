@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvla_export.policies.base import PolicyBatch
+from qvla_export.policies.prismatic.policy import IGNORED_TOKEN_ID
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.clock import SpanClock
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.processor import Processor
 
+_NO_WORDS = np.zeros(0, np.int64)
 _Self = TypeVar("_Self", bound="LeRobotPolicy")  # typing.Self needs Python 3.11
 
 
@@ -48,12 +50,27 @@ class LeRobotPolicy(abc.ABC):
     def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
         """Preprocess observations into one batch."""
         feeds = [self.processor.feeds(observation) for observation in observations]
-        pixels = torch.from_numpy(np.concatenate([f["pixel_values"] for f in feeds]))
-        state = None
-        if "state" in feeds[0]:
-            state = torch.from_numpy(np.concatenate([f["state"] for f in feeds]))
-        ids = torch.zeros(len(feeds), 0, dtype=torch.int64)
-        batch = PolicyBatch(pixels, ids, None, state)
+
+        def stacked(name: str) -> Tensor | None:
+            if name not in feeds[0]:
+                return None
+            return torch.from_numpy(np.concatenate([item[name] for item in feeds]))
+
+        rows = [item["input_ids"][0] if "input_ids" in item else _NO_WORDS for item in feeds]
+        lengths = [len(row) for row in rows]
+        ids = np.full((len(rows), max(lengths)), IGNORED_TOKEN_ID, dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        pixels = stacked("pixel_values")
+        assert pixels is not None
+        batch = PolicyBatch(
+            pixels,
+            torch.from_numpy(ids),
+            torch.tensor(lengths) if len(set(lengths)) > 1 else None,
+            stacked("state"),
+            image_mask=stacked("image_mask"),
+            noise=stacked("noise"),
+        )
         return batch.to(next(self.module.parameters()).device)
 
     @torch.no_grad()
@@ -74,9 +91,9 @@ class LeRobotPolicy(abc.ABC):
             if isinstance(layer, nn.Linear | nn.Conv2d) and name.startswith(self.quantized)
         }
         batch = self.probe_batch()
-        watched = [batch.pixel_values] + ([] if batch.state is None else [batch.state])
-        for tensor in watched:
-            tensor.requires_grad_(True)
+        for tensor in (batch.pixel_values, batch.state, batch.noise):
+            if tensor is not None:
+                tensor.requires_grad_(True)
         fed: set[nn.Module] = set()
 
         def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:

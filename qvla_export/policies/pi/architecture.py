@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import SiglipVisionConfig
 
-from qvla_export.policies.pi.flow import FlowSpec
+from qvla_export.policies.flow import FlowSpec
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qvla_export.policies.flow import FlowSpec
 from qvla_export.policies.pi.description import read_architecture
 from qvla_export.policies.pi.files import require_weights_alone
-from qvla_export.policies.pi.flow import FlowSpec
 from qvla_export.policies.pi.keys import embedding_keys, our_name, upstream_shapes, without_prefix
 from qvla_export.policies.pi.module import PiModule
 from qvla_export.policies.prismatic.keys import check_keys

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qvla_export.policies.pi.flow import FlowSpec, Times
+from qvla_export.policies.flow import FlowSpec, Times
 from qvla_export.policies.pi.lerobot import is_lerobot_pi, lerobot_values
 from qvla_export.policies.prismatic.files import stored_headers
 from qvla_export.shared.artifacts import write_json

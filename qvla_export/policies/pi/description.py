@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import SiglipVisionConfig
 
+from qvla_export.policies.flow import FlowSpec
 from qvla_export.policies.pi.architecture import GemmaSize, PiArchitecture
-from qvla_export.policies.pi.flow import FlowSpec
 from qvla_export.policies.pi.keys import EMBEDDING
 from qvla_export.shared.errors import CheckpointError
 
