@@ -17,14 +17,14 @@ HIDDEN_SCORE = -30000.0
 _ROPE_BASE = 10000.0
 
 
-class KeysValues(NamedTuple):
+class SmolKeysValues(NamedTuple):
     """Keys and values of one block, keys rotated.  [B, key-value heads, N, head dim]"""
 
     keys: Tensor
     values: Tensor
 
 
-class Places(NamedTuple):
+class SmolPlaces(NamedTuple):
     """Where positions stand, and what they may see."""
 
     # Cosines and sines of the rotation.  [B, 1, N, head dim]
@@ -60,7 +60,7 @@ class _Heads(nn.Module):
         batch, places, _ = rows.shape
         return rows.reshape(batch, places, -1, self.size.head_dim).transpose(1, 2)
 
-    def attend(self, queries: Tensor, seen: KeysValues, scores: Tensor | None) -> Tensor:
+    def attend(self, queries: Tensor, seen: SmolKeysValues, scores: Tensor | None) -> Tensor:
         """Return what queries [B, heads, N, head dim] take from what they see, [B, N, rows]."""
         size, batch, rows = self.size, queries.shape[0], queries.shape[2]
         # Queries that share keys and values stand below each other: nothing is repeated.
@@ -74,7 +74,7 @@ class _Heads(nn.Module):
         return mixed.transpose(1, 2).reshape(batch, rows, -1)
 
 
-class KeyValueRows(_Heads):
+class SmolKeyValueRows(_Heads):
     """The keys and values of a block."""
 
     def __init__(self, size: StackSize) -> None:
@@ -83,13 +83,13 @@ class KeyValueRows(_Heads):
         self.k_proj = nn.Linear(size.width, rows, bias=False)
         self.v_proj = nn.Linear(size.width, rows, bias=False)
 
-    def keys_values(self, hidden: Tensor, places: Places) -> KeysValues:
+    def keys_values(self, hidden: Tensor, places: SmolPlaces) -> SmolKeysValues:
         """Return those of positions [B, N, width]."""
         keys = rotated(self.split(self.k_proj(hidden)), places)
-        return KeysValues(keys, self.split(self.v_proj(hidden)))
+        return SmolKeysValues(keys, self.split(self.v_proj(hidden)))
 
 
-class SelfAttention(KeyValueRows):
+class SmolSelfAttention(SmolKeyValueRows):
     """Attention among positions, and to what came before them."""
 
     def __init__(self, size: StackSize) -> None:
@@ -98,14 +98,14 @@ class SelfAttention(KeyValueRows):
         self.q_proj = nn.Linear(size.width, rows, bias=False)
         self.o_proj = nn.Linear(rows, size.width, bias=False)
 
-    def forward(self, hidden: Tensor, seen: KeysValues, places: Places) -> Tensor:
+    def forward(self, hidden: Tensor, seen: SmolKeysValues, places: SmolPlaces) -> Tensor:
         """Return what each position takes of `seen`, the positions themselves last."""
         queries = rotated(self.split(self.q_proj(hidden)), places)
         mixed: Tensor = self.o_proj(self.attend(queries, seen, places.scores))
         return mixed
 
 
-class CrossAttention(_Heads):
+class SmolCrossAttention(_Heads):
     """The expert's attention to the VLM alone: its keys are maps of the VLM's keys."""
 
     def __init__(self, size: StackSize) -> None:
@@ -116,13 +116,13 @@ class CrossAttention(_Heads):
         self.key = nn.Linear(shared, shared, bias=False)
         self.value = nn.Linear(shared, shared, bias=False)
 
-    def keys_values(self, kept: KeysValues) -> KeysValues:
+    def keys_values(self, kept: SmolKeysValues) -> SmolKeysValues:
         """Return the expert's keys and values of the VLM's: they were rotated before."""
         parts = (kept.keys, self.key), (kept.values, self.value)
         keys, values = (self.split(layer(rows.transpose(1, 2).flatten(2))) for rows, layer in parts)
-        return KeysValues(keys, values)
+        return SmolKeysValues(keys, values)
 
-    def forward(self, hidden: Tensor, seen: KeysValues, places: Places) -> Tensor:
+    def forward(self, hidden: Tensor, seen: SmolKeysValues, places: SmolPlaces) -> Tensor:
         """Return what each position takes of `seen`."""
         queries = rotated(self.split(self.q_proj(hidden)), places)
         mixed: Tensor = self.o_proj(self.attend(queries, seen, places.scores))
@@ -150,14 +150,14 @@ class Block(nn.Module):
 
     def __init__(self, size: StackSize, crosses: bool = False) -> None:
         super().__init__()
-        self.self_attn = CrossAttention(size) if crosses else SelfAttention(size)
+        self.self_attn = SmolCrossAttention(size) if crosses else SmolSelfAttention(size)
         self.mlp = GatedMlp(size)
         self.input_layernorm = RootMeanNorm(size.width, size.eps)
         self.post_attention_layernorm = RootMeanNorm(size.width, size.eps)
 
     def forward(
-        self, hidden: Tensor, places: Places, past: KeysValues | None = None
-    ) -> tuple[Tensor, KeysValues]:
+        self, hidden: Tensor, places: SmolPlaces, past: SmolKeysValues | None = None
+    ) -> tuple[Tensor, SmolKeysValues]:
         """Return the next block's hidden states, and what the positions saw.
 
         Args:
@@ -166,7 +166,7 @@ class Block(nn.Module):
             past: what is seen before them; all that a crossing block sees. None for nothing.
         """
         normed, attention = self.input_layernorm(hidden), self.self_attn
-        if isinstance(attention, CrossAttention):
+        if isinstance(attention, SmolCrossAttention):
             assert past is not None
             seen = past
         else:
@@ -176,27 +176,27 @@ class Block(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden)), seen
 
 
-class LastPrefixBlock(nn.Module):
+class SmolLastPrefixBlock(nn.Module):
     """The language model's last block: its keys and values are read, its states by nobody."""
 
     def __init__(self, size: StackSize) -> None:
         super().__init__()
-        self.self_attn = KeyValueRows(size)
+        self.self_attn = SmolKeyValueRows(size)
         self.input_layernorm = RootMeanNorm(size.width, size.eps)
 
-    def forward(self, hidden: Tensor, places: Places) -> KeysValues:
+    def forward(self, hidden: Tensor, places: SmolPlaces) -> SmolKeysValues:
         """Return keys and values of hidden states [B, N, width]."""
         return self.self_attn.keys_values(self.input_layernorm(hidden), places)
 
 
-def joined(past: KeysValues, here: KeysValues) -> KeysValues:
+def joined(past: SmolKeysValues, here: SmolKeysValues) -> SmolKeysValues:
     """Return keys and values of positions behind others."""
-    return KeysValues(
+    return SmolKeysValues(
         torch.cat([past.keys, here.keys], dim=2), torch.cat([past.values, here.values], dim=2)
     )
 
 
-def rotated(heads: Tensor, places: Places) -> Tensor:
+def rotated(heads: Tensor, places: SmolPlaces) -> Tensor:
     """Rotate halves against each other (RoPE).  [B, heads, N, head dim]"""
     first, second = heads.chunk(2, dim=-1)
     return heads * places.cosines + torch.cat([-second, first], dim=-1) * places.sines

@@ -15,18 +15,18 @@ from transformers import SiglipVisionModel
 from qvla_export.policies.smolvla.architecture import SmolVlaArchitecture, StackSize
 from qvla_export.policies.smolvla.blocks import (
     Block,
-    CrossAttention,
-    KeysValues,
-    LastPrefixBlock,
-    Places,
     RootMeanNorm,
+    SmolCrossAttention,
+    SmolKeysValues,
+    SmolLastPrefixBlock,
+    SmolPlaces,
     hidden_scores,
     rotation,
 )
 
 
 @dataclass(frozen=True)
-class PrefixInputs:
+class SmolPrefixInputs:
     """Images, words and state of several observations."""
 
     # [-1, 1], images one after the other.  float32 [B, 3 * images, S, S]
@@ -42,28 +42,28 @@ class PrefixInputs:
 
 
 @dataclass(frozen=True)
-class Prefix:
+class SmolPrefix:
     """What every step of a flow reads, computed once a chunk."""
 
     # Of each block: the language model's, or what a crossing block of the expert makes of them.
-    pairs: Sequence[KeysValues]
+    pairs: Sequence[SmolKeysValues]
     # Positions that count: those of masked images and of padding do not.  int64 [B]
     length: Tensor
     # Added to scores of the prefix's positions; None where all are seen.  [B, N]
     scores: Tensor | None
 
 
-class PrefixModel(nn.Module):
+class SmolPrefixModel(nn.Module):
     """SmolVLM2's language model, up to its last block's keys and values."""
 
     def __init__(self, size: StackSize, vocab_size: int) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, size.width)
         blocks: list[nn.Module] = [Block(size) for _ in range(size.depth - 1)]
-        self.layers = nn.ModuleList([*blocks, LastPrefixBlock(size)])
+        self.layers = nn.ModuleList([*blocks, SmolLastPrefixBlock(size)])
 
 
-class ExpertModel(nn.Module):
+class SmolExpertModel(nn.Module):
     """The action expert's blocks and their final norm."""
 
     def __init__(self, arch: SmolVlaArchitecture) -> None:
@@ -88,8 +88,8 @@ class SmolVlaModule(nn.Module):
         self.vision_tower = SiglipVisionModel(arch.siglip)
         gathered = int(arch.siglip.hidden_size) * arch.scale_factor**2
         self.connector = nn.Linear(gathered, inner, bias=False)
-        self.language_model = PrefixModel(arch.language, arch.vocab_size)
-        self.action_expert = ExpertModel(arch)
+        self.language_model = SmolPrefixModel(arch.language, arch.vocab_size)
+        self.action_expert = SmolExpertModel(arch)
         self.state_proj = nn.Linear(arch.state_width, inner)
         self.action_in_proj = nn.Linear(arch.action_width, width)
         self.action_out_proj = nn.Linear(width, arch.action_width)
@@ -100,7 +100,7 @@ class SmolVlaModule(nn.Module):
             "time_table", table.to(self.action_in_proj.weight.device), persistent=False
         )
 
-    def forward(self, inputs: PrefixInputs, noise: Tensor) -> Tensor:
+    def forward(self, inputs: SmolPrefixInputs, noise: Tensor) -> Tensor:
         """Return the flow's end for noise [B, horizon, width]; differentiable in all steps."""
         prefix, flow = self.prefix(inputs), noise
         for number in range(self.arch.flow.steps):
@@ -108,11 +108,11 @@ class SmolVlaModule(nn.Module):
             flow = self.step(prefix, flow, index)
         return flow
 
-    def step(self, prefix: Prefix, flow: Tensor, index: Tensor) -> Tensor:
+    def step(self, prefix: SmolPrefix, flow: Tensor, index: Tensor) -> Tensor:
         """Return the flow [B, horizon, width] after the Euler step of an index, int64 [1]."""
         return flow + self.arch.flow.step * self.velocity(prefix, flow, index)
 
-    def prefix(self, inputs: PrefixInputs) -> Prefix:
+    def prefix(self, inputs: SmolPrefixInputs) -> SmolPrefix:
         """Read images, words and state."""
         hidden, seen = self.embed(inputs)
         rows = hidden.shape[1]
@@ -129,19 +129,19 @@ class SmolVlaModule(nn.Module):
         added = hidden_scores((order[:, None] == rows - 1) | (order[None] < rows - 1))[None, None]
         if scores is not None:
             added = added + scores[:, None, None]
-        places = Places(*rotation(positions, self.arch.language.head_dim), added)
+        places = SmolPlaces(*rotation(positions, self.arch.language.head_dim), added)
         pairs = []
         for block in self.language_model.layers[:-1]:
             hidden, here = block(hidden, places)
             pairs.append(here)
         pairs.append(self.language_model.layers[-1](hidden, places))
-        return Prefix([self._read(i, pair) for i, pair in enumerate(pairs)], length, scores)
+        return SmolPrefix([self._read(i, pair) for i, pair in enumerate(pairs)], length, scores)
 
-    def _read(self, block: int, kept: KeysValues) -> KeysValues:
+    def _read(self, block: int, kept: SmolKeysValues) -> SmolKeysValues:
         attention = self.action_expert.layers[block].get_submodule("self_attn")
-        return attention.keys_values(kept) if isinstance(attention, CrossAttention) else kept
+        return attention.keys_values(kept) if isinstance(attention, SmolCrossAttention) else kept
 
-    def embed(self, inputs: PrefixInputs) -> tuple[Tensor, Tensor | None]:
+    def embed(self, inputs: SmolPrefixInputs) -> tuple[Tensor, Tensor | None]:
         """Return embeddings of images, words, state [B, N, width], and which count; None: all."""
         scale = self.arch.language.width**0.5
         images = self.images(inputs.pixel_values) * scale
@@ -183,7 +183,7 @@ class SmolVlaModule(nn.Module):
         normed: Tensor = tower.post_layernorm(hidden)
         return normed
 
-    def velocity(self, prefix: Prefix, flow: Tensor, index: Tensor) -> Tensor:
+    def velocity(self, prefix: SmolPrefix, flow: Tensor, index: Tensor) -> Tensor:
         """Return the flow's velocity [B, horizon, width] in a step; see `step`."""
         hidden, expert = self.suffix(flow, index), self.action_expert
         among, across = self._places(prefix, hidden.shape[1])
@@ -202,7 +202,7 @@ class SmolVlaModule(nn.Module):
         mapped: Tensor = self.action_time_mlp_out(both)
         return mapped
 
-    def _places(self, prefix: Prefix, rows: int) -> tuple[Places, Places]:
+    def _places(self, prefix: SmolPrefix, rows: int) -> tuple[SmolPlaces, SmolPlaces]:
         """Where actions stand: behind the prefix among themselves, from 0 where they cross."""
         order, size = torch.arange(rows, device=prefix.length.device), self.arch.expert
         before = prefix.scores
@@ -212,6 +212,6 @@ class SmolVlaModule(nn.Module):
         # Each action sees those before it.
         later = hidden_scores(order[:, None] >= order[None])[None].expand(above.shape[0], -1, -1)
         behind = rotation(prefix.length[:, None] + order[None], size.head_dim)
-        among = Places(*behind, torch.cat([above, later], dim=2)[:, None])
+        among = SmolPlaces(*behind, torch.cat([above, later], dim=2)[:, None])
         scores = None if prefix.scores is None else above[:, None]
-        return among, Places(*rotation(order[None], size.head_dim), scores)
+        return among, SmolPlaces(*rotation(order[None], size.head_dim), scores)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qvla_export.policies.base import PolicyPart
 from qvla_export.policies.prismatic.parts import PartModule
-from qvla_export.policies.smolvla.blocks import KeysValues
-from qvla_export.policies.smolvla.module import Prefix, PrefixInputs, SmolVlaModule
+from qvla_export.policies.smolvla.blocks import SmolKeysValues
+from qvla_export.policies.smolvla.module import SmolPrefix, SmolPrefixInputs, SmolVlaModule
 from qvla_export.shared.processor import ProcessorSpec
 from qvla_export.shared.program import PartRuns, Program
 
@@ -35,7 +35,7 @@ def program_of(steps: int) -> Program:
 
 def _prefix_part(module: SmolVlaModule, spec: ProcessorSpec) -> PolicyPart:
     def run(pixel_values: Tensor, input_ids: Tensor, state: Tensor) -> tuple[Tensor, ...]:
-        prefix = module.prefix(PrefixInputs(pixel_values, input_ids, state))
+        prefix = module.prefix(SmolPrefixInputs(pixel_values, input_ids, state))
         caches = (tensor for pair in prefix.pairs for tensor in pair)
         # Of what the graph computes: a constant would be an output that no node makes.
         return *caches, prefix.length, prefix.length - prefix.length
@@ -57,8 +57,8 @@ def _prefix_part(module: SmolVlaModule, spec: ProcessorSpec) -> PolicyPart:
 
 def _step_part(module: SmolVlaModule, spec: ProcessorSpec) -> PolicyPart:
     def run(flow: Tensor, index: Tensor, length: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        pairs = [KeysValues(*pair) for pair in zip(caches[::2], caches[1::2], strict=True)]
-        flow = module.step(Prefix(pairs, length, None), flow, index)
+        pairs = [SmolKeysValues(*pair) for pair in zip(caches[::2], caches[1::2], strict=True)]
+        flow = module.step(SmolPrefix(pairs, length, None), flow, index)
         return flow, index + 1, flow[:, :, : spec.action_dim]
 
     arch, device = module.arch, module.action_in_proj.weight.device

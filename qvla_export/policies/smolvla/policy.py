@@ -17,7 +17,7 @@ from qvla_export.policies.smolvla.config import (
     read_vlm_config,
     vlm_folder,
 )
-from qvla_export.policies.smolvla.module import PrefixInputs, SmolVlaModule
+from qvla_export.policies.smolvla.module import SmolPrefixInputs, SmolVlaModule
 from qvla_export.policies.smolvla.parts import program_of, whole_parts
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.frames import FrameSpec
@@ -53,7 +53,7 @@ class SmolVlaPolicy(LeRobotPolicy):
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
         """Return the flow's end [B, horizon, dim], differentiable through all steps."""
         assert batch.noise is not None and batch.state is not None
-        inputs = PrefixInputs(
+        inputs = SmolPrefixInputs(
             batch.pixel_values,
             batch.input_ids,
             batch.state,

@@ -9,9 +9,9 @@ import torch
 from places import DATA
 from tokenizers import Tokenizer
 
+from qvla_export.policies.flow import FlowSpec
 from qvla_export.policies.pi.architecture import GemmaSize, PiArchitecture
 from qvla_export.policies.pi.description import siglip_config
-from qvla_export.policies.pi.flow import FlowSpec
 from qvla_export.policies.pi.gemma import KeysValues
 from qvla_export.policies.pi.keys import our_name
 from qvla_export.policies.pi.module import PiModule, Prefix
