@@ -117,12 +117,13 @@ class SmolVlaModule(nn.Module):
         hidden, seen = self.embed(inputs)
         rows = hidden.shape[1]
         if seen is None:
-            # Of what the tracer knows to vary, not of a number.
-            length = torch.ones_like(hidden[:, :, 0], dtype=torch.int64).sum(dim=1)
+            # Of what the tracer knows to vary, not of a number; and of floats, which hold counts
+            # exactly: TensorRT adds up no whole numbers.
+            length = torch.ones_like(hidden[:, :, 0]).sum(dim=1).to(torch.int64)
             positions, scores = torch.arange(rows, device=hidden.device)[None], None
         else:
-            counts = seen.to(torch.int64)
-            length, positions = counts.sum(dim=1), counts.cumsum(dim=1) - 1
+            count = seen.to(torch.float32).cumsum(dim=1).to(torch.int64)
+            length, positions = count[:, -1], count - 1
             scores = hidden_scores(seen)
         # Images and words do not see the state, which stands last and sees all.
         order = torch.arange(rows, device=hidden.device)
