@@ -18,8 +18,9 @@ IMAGE_SIZE, PATCH_SIZE = 4, 2
 # colour. The finest step is a fifth of a millimetre.
 _REACHES = np.array([0.6, 0.2, 0.07, 0.025])
 _MIDDLE = 127.5
-# Where Meta-World's full state keeps the hand and the positions of up to two things.
-HAND, FIRST, SECOND = slice(0, 3), slice(4, 7), slice(11, 14)
+# Where Meta-World's full state keeps the hand, its gripper's opening and the positions of up to two
+# things.
+HAND, GRIPPER, FIRST, SECOND = slice(0, 3), 3, slice(4, 7), slice(11, 14)
 # Numbers from there to where it keeps the same of one simulator step before.
 BEFORE = 18
 

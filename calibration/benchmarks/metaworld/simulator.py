@@ -16,7 +16,7 @@ from calibration.benchmarks.metaworld.object_state import (
     encode_object_state,
     with_second,
 )
-from calibration.benchmarks.metaworld.roll_forward import roll_forward
+from calibration.benchmarks.metaworld.roll_forward import Ahead, roll_forward
 from calibration.benchmarks.metaworld.scene_drawing import SceneDrawing, load_mujoco
 from calibration.benchmarks.metaworld.shifts import (
     Shift,
@@ -165,11 +165,11 @@ class Simulator:
         self.steps += 1
         return self.success
 
-    def observe(self, ahead: NDArray[np.float64] | None = None) -> Observation:
+    def observe(self, ahead: Ahead | None = None) -> Observation:
         """Return what the policy sees now; the scene is rendered where it sees a picture.
 
-        With `ahead`, metres [3], it is shown the state after the hand has moved so far: its own
-        position, and in an object state also where things are from there. Pictures stay.
+        With `ahead` it is shown the state after that: the hand's, and in an object state also where
+        things are from there. Pictures stay.
         """
         full_state, goal = self._shown_positions()
         if ahead is not None:

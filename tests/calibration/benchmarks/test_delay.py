@@ -10,7 +10,7 @@ from scripted_policies import ConstantPolicy
 from calibration.benchmarks.delay import CommandQueue
 from calibration.benchmarks.episode import run_episode
 from calibration.benchmarks.evaluation import Evaluation, RolloutConfig
-from calibration.benchmarks.metaworld.roll_forward import hand_ahead, roll_forward
+from calibration.benchmarks.metaworld.roll_forward import Ahead, hand_ahead, roll_forward
 from calibration.benchmarks.metaworld.simulator import Simulator
 from calibration.benchmarks.metaworld.tasks import find_task
 from qvla_export.shared.errors import QvlaError
@@ -164,7 +164,7 @@ def test_a_policy_is_shown_where_the_hand_will_be() -> None:
     moved = np.linalg.norm(np.diff(hands, axis=0), axis=1)
     missed = np.linalg.norm(np.array(shown[1:-1]) - hands[2:], axis=1)
     assert moved[2:].min() > 0.02
-    assert missed[2:].max() < 0.003
+    assert missed[2:].max() < 0.006
     assert shown[0].tolist() == hands[0].tolist()
 
 
@@ -172,24 +172,29 @@ def test_what_moves_along_with_the_hand_is_rolled_with_it() -> None:
     full_state = np.zeros(39)
     full_state[[0, 4, 11]] = 0.1, 0.12, 0.3
     full_state[[18, 22, 29]] = 0.09, 0.11, 0.3  # the hand and the first thing moved 10 mm
-    ahead = np.array([0.0, 0.05, 0.0])
+    full_state[[3, 21]] = 0.5, 0.53  # closing
+    ahead = Ahead(np.array([0.0, 0.05, 0.0]), 4)
     rolled = roll_forward(full_state, ahead)
     assert rolled[:3].tolist() == [0.1, 0.05, 0.0]
+    assert rolled[3] == pytest.approx(0.5 - 0.7 * 8 * 0.03)
     assert rolled[4:7].tolist() == [0.12, 0.05, 0.0]
     assert rolled[11:14].tolist() == [0.3, 0.0, 0.0]
-    # At rest nothing is known to be held.
-    full_state[18:] = full_state[:21]
-    still = roll_forward(np.concatenate([full_state[:18], full_state[:18], np.zeros(3)]), ahead)
-    assert still[4:7].tolist() == [0.12, 0.0, 0.0]
+    # At rest it holds what lies in a gripper that has stopped, and nothing while that still closes.
+    for moving, expected in ((0.0, 0.05), (0.03, 0.0)):
+        full_state[18:36] = full_state[:18]
+        full_state[21] += moving
+        still = roll_forward(full_state, ahead)
+        assert still[4:7].tolist() == [0.12, expected, 0.0]
+        assert still[11:14].tolist() == [0.3, 0.0, 0.0], "too far away to be held"
 
 
 def test_commands_that_are_under_way_still_move_the_hand() -> None:
     push = [np.float32([1.0, 0.0, 0.0, 0.0])]
-    assert hand_ahead([], []).tolist() == [0.0, 0.0, 0.0]
-    assert hand_ahead(push, [])[0] == 0.0, "nothing passes, nothing moves"
+    assert hand_ahead([], []).hand.tolist() == [0.0, 0.0, 0.0]
+    assert hand_ahead(push, []).hand[0] == 0.0, "nothing passes, nothing moves"
     rest = np.zeros(4, np.float32)
-    first = hand_ahead([], [*push, rest, rest])[0]
-    later = hand_ahead([*push, rest, rest], [rest] * 8)[0]
-    # What is made within three steps and what is made after that is one command, 20 mm.
-    assert first + later == pytest.approx(0.02)
+    first = hand_ahead([], [*push, rest, rest]).hand[0]
+    later = hand_ahead([*push, rest, rest], [rest] * 8).hand[0]
+    # What is made within three steps and after that is one command, 20 mm but for a ninth.
+    assert first + later == pytest.approx(0.0177)
     assert 0.012 < first < 0.016
