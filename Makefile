@@ -26,11 +26,12 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
 .ONESHELL:
 .SHELLFLAGS := -euc
 .DELETE_ON_ERROR:
-.PHONY: help install system demo test test-slow lint docs wheel baselines-env clean
+.PHONY: help install system demo results test test-slow lint docs wheel baselines-env clean
 
 help:
 	@cat <<-'TEXT'
 	make demo       reference policy -> quantized -> served and measured -> runs/demo/report.html
+	make results    the tables of docs/results.md again, into runs/ and on stdout: many hours
 	make test       the tests that take seconds each (WORKERS=2)
 	make test-slow  the tests that take minutes, or the network
 	make lint       ruff and mypy
@@ -88,6 +89,59 @@ system:
 
 demo: system install
 	@$(BIN)/qvla deploy --policy $(POLICY) --target $(TARGET) --run $(RUN) --settings $(SETTINGS)
+	test $(POLICY) = checkpoints/reference || exit 0
+	$(BIN)/qvla deploy --policy checkpoints/object-state --tasks precise --run $(RUN)-precise \
+	    --settings float,w4,w2,w2-rtn --count 32 --held-out 32 --check-pairs 0 --samples 20 --episodes 5
+
+# In the order of the page. What is there already is kept: remove a file to make it again.
+PRECISE := runs/precise
+PAIRED := $(PRECISE)/evaluations
+
+results: demo baselines-env
+	@qvla=$(BIN)/qvla
+	# NAME PLACE EPISODES OTHER OPTION...; OTHER is the evaluation it is paired with.
+	evaluate() {
+	    file=$(PAIRED)/$$1 place=$(PRECISE)/settings/$$2 episodes=$$3 other=$(PAIRED)/$$4.json
+	    shift 4
+	    test ! -f $$file.json || return 0
+	    test $$file.json = $$other || set -- "$$@" --against $$other
+	    $$qvla evaluate $$place --checkpoint checkpoints/object-state --tasks precise \
+	        --episodes $$episodes --output $$file.json "$$@" >$$file.txt
+	    cat $$file.txt
+	}
+	$$qvla calibrate --run runs/episodes --count 32 --held-out 1 --frames-per-episode 8 --seed 7
+	$$qvla estimators --run $(RUN) --episodes runs/episodes --policy checkpoints/reference \
+	    --pairs 2000 --observations 32
+	$$qvla bench allocation
+	$$qvla quantizers --run $(RUN) --policy checkpoints/reference
+	$$qvla compare
+	$$qvla bench server --count 2000
+	$$qvla bench server --frames 300
+	$$qvla bench engines --rounds 12
+	$$qvla deploy --policy checkpoints/object-state --tasks precise --run $(PRECISE) --episodes 0 \
+	    --settings float,w4,w3,w2.5,w2,w4-rtn,w2-rtn,w4.2,w3.2,w2.3
+	mkdir -p $(PAIRED)
+	for bits in 4 3 2; do
+	    for method in gptq max; do
+	        $$qvla baseline $$method --bits $$bits --run $(PRECISE) --policy checkpoints/object-state
+	    done
+	done
+	for setting in float w4 w3 w2.5 w2 w4-rtn w2-rtn; do
+	    evaluate $$setting $$setting/bundle 250 float
+	    evaluate $$setting-mixed $$setting/bundle 250 float-mixed --shift mixed:2
+	done
+	for setting in w4-gptq w3-gptq w2-gptq w3-max; do
+	    evaluate $$setting $$setting/baseline 50 float
+	    evaluate $$setting-mixed $$setting/baseline 50 float-mixed --shift mixed:2
+	done
+	for setting in float w4 w2; do
+	    for delay in 0 1 2 3 4 6 8; do
+	        now="--seed 2000000 --execute 4 --delay-steps $$delay"
+	        evaluate $$setting-delay$$delay $$setting/bundle 84 float-delay$$delay $$now
+	        evaluate $$setting-delay$$delay-rolled $$setting/bundle 84 float-delay$$delay-rolled \
+	            $$now --roll-forward
+	    done
+	done
 
 test: system install
 	@$(PYTEST) -m 'not slow'
