@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from openvla_cases import copied
 from oracles import oracle_root
 
 from qvla_export.policies.flow import FlowSpec
@@ -69,6 +70,25 @@ class Case:
         return PrefixInputs(images, ids, state, mask, seen.sum(dim=1))
 
 
+def folder_of(case: Case, to: Path) -> Path:
+    """Copy a checkpoint and add what upstream takes from elsewhere, and what nothing says."""
+    folder = copied(case.checkpoint, to)
+    donor = next(FOLDER.glob("pi0*/tokenizer/tokenizer.json"))
+    own = case.path.parent / "tokenizer" / "tokenizer.json"
+    (folder / "tokenizer.json").write_bytes((own if own.is_file() else donor).read_bytes())
+    stated: dict[str, Any] = {"vision_heads": case.vision_heads()}
+    stated["optional_cameras"] = ["base_0_rgb"] if case.lerobot else list(SLOTS[1:])
+    if not case.lerobot:
+        stated["flow_steps"] = int(case.golden["num_steps"])
+        width = case.golden["noise"].shape[2]
+        asset = folder / "assets" / _ASSET
+        asset.mkdir(parents=True)
+        table = {"state": _table(case.golden["state"].shape[1]), "actions": _table(width)}
+        (asset / "norm_stats.json").write_text(json.dumps({"norm_stats": table}))
+    (folder / "qvla_policy.json").write_text(json.dumps(stated))
+    return folder
+
+
 _SIZE = PiSize(
     image_size=28,
     vision_dim=64,
@@ -105,11 +125,26 @@ def write_tiny_pi(path: Path, adaptive: bool = False, seed: int = 0, **config: A
         for name, weight in module.named_parameters():
             if weight.ndim > 1 and "embed" not in name:  # outputs as large as inputs
                 weight.mul_(weight[0].numel() ** -0.5 / weight.std())
-        module.action_out_proj.weight.mul_(2)
+        _calm(module)
     statistics = {_ASSET: {"state": _table(8), "actions": _table(7)}}
     tokenizer = train_tokenizer([*INSTRUCTIONS, "Task: , State: 0 1 255;\nAction: "], 400)
     save_checkpoint(path, module, stated, tokenizer, statistics)
     return path
+
+
+def _calm(module: PiModule) -> None:
+    """Make the flow lead most of the noise away, as a trained one does: actions stay near 0."""
+    for name, weight in module.named_parameters():
+        if name.endswith(("down_proj.weight", "o_proj.weight")) and "expert" in name:
+            weight.mul_(0.3)
+    if not module.arch.adaptive:  # an MLP lies between
+        return
+    module.action_expert.norm.dense.weight.mul_(0.1)
+    width, action = module.arch.expert.width, module.arch.action_width
+    basis, _ = torch.linalg.qr(torch.randn(width, action, generator=torch.manual_seed(1)))
+    module.action_in_proj.weight.copy_(basis)
+    # A normed vector has the length sqrt(width), noise sqrt(action).
+    module.action_out_proj.weight.copy_(basis.T * (action / width) ** 0.5)
 
 
 def _table(size: int) -> dict[str, list[float]]:
@@ -117,8 +152,8 @@ def _table(size: int) -> dict[str, list[float]]:
     return {
         "mean": np.linspace(-0.2, 0.2, size).tolist(),
         "std": spread.tolist(),
-        "q01": (-2 * spread).tolist(),
-        "q99": (2 * spread).tolist(),
+        "q01": (-4 * spread).tolist(),
+        "q99": (4 * spread).tolist(),
     }
 
 

@@ -19,6 +19,8 @@ from qvla_export.shared.program import PartRuns, Program
 _PROMPT = {"input_ids": {1: "prompt"}}
 # Any number of positions, larger than what the tracer would specialize on.
 _EXAMPLE_TOKENS, _EXAMPLE_PLACES = 5, 9
+# What names of a block's keys and values begin with.
+_CACHES = ("keys_", "values_")
 _START = {"flow": "noise", "index": "first_index"}
 _CARRY = {"next_flow": "flow", "next_index": "index"}
 
@@ -73,7 +75,7 @@ def _step_part(module: PiModule, spec: ProcessorSpec) -> PolicyPart:
     cache = (1, expert.kv_heads, _EXAMPLE_PLACES, expert.head_dim)
     examples = {
         # A tensor each: the tracer takes one object for one input.
-        **{name: torch.zeros(cache, device=device) for name in names if name[:4] in _CACHES},
+        **{name: torch.zeros(cache, device=device) for name in names if name.startswith(_CACHES)},
         "length": torch.full((1,), _EXAMPLE_PLACES, dtype=torch.int64, device=device),
         "state_token": torch.zeros(1, 1, expert.width, device=device),
         "scores": torch.zeros(1, _EXAMPLE_PLACES, device=device),
@@ -96,9 +98,6 @@ def _input_names(module: PiModule, spec: ProcessorSpec) -> list[str]:
     if spec.optional_cameras:
         names.append("image_mask")
     return names
-
-
-_CACHES = ("keys", "valu")
 
 
 def _step_dynamic(module: PiModule, spec: ProcessorSpec, places: str) -> dict[str, dict[int, str]]:

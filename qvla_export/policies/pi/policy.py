@@ -82,7 +82,15 @@ class PiPolicy:
         return batch if device.type == "meta" else batch.to(device)
 
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
-        """Return the flow's end [B, horizon, dim], differentiable through all steps."""
+        """Return the flow's end [B, horizon, dim], differentiable through all steps.
+
+        Raises:
+            CheckpointError: the weights were left on disk.
+        """
+        if self.on_disk is not None:
+            raise CheckpointError(
+                "a policy that integrates a flow must be in memory to act; open it whole"
+            )
         assert batch.noise is not None
         inputs = PrefixInputs(
             batch.pixel_values,

@@ -29,6 +29,7 @@ from qvla_export.shared.normalization import (
     load_statistics,
     require_limits,
 )
+from qvla_export.shared.openpi.openpi_files import is_openpi, openpi_statistics, uses_quantiles
 from qvla_export.shared.policy_interface import PolicyInterface
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor", "policy_postprocessor"
@@ -263,8 +264,10 @@ def checkpoint_statistics(
     Raises:
         StatisticsError, ArtifactError: they are missing or do not fit.
     """
+    sizes = (interface.action_dim, interface.state_dim)
+    if is_openpi(checkpoint):
+        return openpi_statistics(checkpoint, key, uses_quantiles(checkpoint), sizes)
     if interface.normalization != "files":
-        sizes = (interface.action_dim, interface.state_dim)
         return load_statistics(checkpoint / file_name, key, interface.normalization, *sizes)
     config = read_lerobot_config(checkpoint)
     before, after = read_normalizers(checkpoint, config, None)

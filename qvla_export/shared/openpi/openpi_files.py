@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from qvla_export.shared.errors import StatisticsError
 from qvla_export.shared.json_documents import FOREIGN, Node, read_json
@@ -22,6 +23,8 @@ CONFIG = "config.json"
 # The three images of every published policy, in this order.
 SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 _STATISTICS = "norm_stats.json"
+# A weight that pi0.5 has and pi0 has not.
+_ADAPTIVE = "time_mlp_in.weight"
 _EPSILON = 1e-6  # openpi `transforms.Normalize`
 _REMEDY = "copy assets/ of the checkpoint that was converted, or compute the statistics again"
 
@@ -59,6 +62,26 @@ def read_openpi_config(checkpoint: Path) -> OpenPiConfig:
     return OpenPiConfig(
         node.field("action_dim").whole(1, 4096), node.field("action_horizon").whole(1, 4096)
     )
+
+
+def uses_quantiles(checkpoint: Path) -> bool:
+    """Whether quantiles normalize, as pi0.5's do: the weights' names say which policy it is.
+
+    Raises:
+        StatisticsError: the weights are missing or damaged.
+    """
+    index, single = (checkpoint / f"model.safetensors{end}" for end in (".index.json", ""))
+    try:
+        if index.is_file():
+            names = [
+                *Node(read_json(index, "shard index"), str(index)).field("weight_map").fields()
+            ]
+        else:
+            with safe_open(single, framework="np") as file:
+                names = [*file.keys()]
+    except (SafetensorError, OSError) as error:
+        raise StatisticsError(f"{single} does not say which policy it is: {error}") from error
+    return _ADAPTIVE in names
 
 
 def openpi_sizes(checkpoint: Path, key: str | None = None) -> tuple[int, int]:

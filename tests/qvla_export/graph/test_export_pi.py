@@ -1,22 +1,27 @@
 """Policies that integrate a flow: prefix once, a step as often as there are, as torch computes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from graph_checks import require_clean
-from pi_cases import pi_observations, write_tiny_pi
+from pi_cases import CASES, Case, folder_of, pi_observations, write_tiny_pi
+from rtx_parser import builds
 from tiny_bundles import mixed_plan
 
 from engines.ort import OrtEngine
-from engines.targets import CPU
+from engines.targets import CPU, find_target
 from engines.verify import judge
 from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.graph.float_graph import export_float
+from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.pi.policy import PiPolicy, load_pi_policy
+from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.observation import Observation
 from qvla_export.shared.program import PartRuns, run_program
 
 Bundles = tuple[Bundle, Bundle]
@@ -101,9 +106,60 @@ def test_weights_are_stored_once_and_small_layers_in_16_bits(
     assert sum(mixed.weight_bytes[bits] for bits in ("2", "4", "8", "16")) < 2 * layers
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [False, True])
+def test_tensorrt_takes_every_part(policy: PiPolicy, quantized: bool, tmp_path: Path) -> None:
+    """Its rules on both Jetsons, and the parser and the builder of TensorRT for RTX.
+
+    In float with a camera that may be absent, so that positions are counted.
+    """
+    target = find_target("rtx4070")
+    if not quantized:
+        spec = policy.processor.spec
+        spec = replace(spec, optional_cameras=spec.cameras[1:])
+        policy = replace(policy, processor=replace(policy.processor, spec=spec))
+    shapes = layer_shapes(policy.layers())
+    plan = uniform_plan(shapes, 4, target, policy.digest) if quantized else None
+    bundle = export_bundle(policy, plan, target, pi_observations(1), tmp_path / "b")
+    for name in ("rtx4070", "orin-jp7", "orin-jp6"):
+        require_clean(bundle, find_target(name))
+    prompt = bundle.golden().feeds[0]["input_ids"].shape[1]
+    places = 2 * policy.module.arch.patches + prompt
+    for part in bundle.parts:
+        sizes = {s.name: prompt if s.name == "input_ids" else places for s in part.inputs}
+        assert builds(bundle.model_path(part), [sizes]), part.name
+
+
 def test_a_flow_is_not_cut(policy: PiPolicy) -> None:
     with pytest.raises(CheckpointError, match="prefix and step"):
         policy.parts(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in CASES if "case0" in p.name], ids=str)
+def test_oracle_cases_through_the_engine(path: Path, tmp_path: Path) -> None:
+    """Upstream's actions come out of ONNX Runtime, given upstream's own inputs and noise."""
+    case = Case(path)
+    policy = load_pi_policy(folder_of(case, tmp_path / "c"))
+    cameras = policy.processor.spec.cameras
+    black = {name: np.zeros((28, 28, 3), np.uint8) for name in cameras}
+    state = np.zeros(policy.processor.spec.state_dim, np.float32)
+    seen = [Observation(black, "go", state)]
+    bundle = export_bundle(policy, None, CPU, seen, tmp_path / "b")
+    inputs = case.inputs(policy.module)
+    feeds = {
+        "pixel_values": inputs.pixel_values[:, : 3 * len(cameras)].numpy(),
+        "input_ids": inputs.input_ids[:, : int(inputs.prompt_lengths[0])].numpy(),
+        "image_mask": inputs.image_mask[:, : len(cameras)].numpy(),
+        "noise": case.golden["noise"],
+    }
+    if inputs.state is not None:
+        feeds["state"] = inputs.state.numpy()
+    with OrtEngine(bundle, threads=1) as engine:
+        actions = engine.infer(feeds)["actions"]
+        assert engine.part_calls == {"prefix": 1, "flow": int(case.golden["num_steps"])}
+    expected = case.golden["actions_normalized" if case.lerobot else "actions"]
+    np.testing.assert_allclose(actions, expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -19,13 +19,13 @@ def test_deploy_of_a_flow(adaptive: bool, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = qvla(
         *("deploy", "--policy", checkpoint, "--dataset", demonstrations, "--run", run),
-        *("--settings", "float,w4,w8a8,w4a8", "--episodes", 0, "--count", 6, "--held-out", 6),
+        *("--settings", "float,w4,w8a8", "--episodes", 0, "--count", 6, "--held-out", 6),
         *("--camera", f"{SLOTS[0]}=observation.images.image"),
         *("--check-pairs", 6, "--samples", 5),
     )
     assert done.code == 0, done.err
     assert RunFolder(run).report.is_file()
-    for setting in ("float", "w4", "w8a8", "w4a8"):
+    for setting in ("float", "w4", "w8a8"):
         bundle = Bundle.load(run / "settings" / setting / "bundle")
         assert bundle.program.calls == {"prefix": 1, "step": 4}
     told = qvla("profile", run / "settings" / "w4" / "bundle", "--samples", 3)

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from openvla_cases import copied
-from pi_cases import CASES, Case
+from pi_cases import CASES, Case, folder_of
 
 from qvla_export.policies.families import load_policy, recognize
 from qvla_export.policies.pi.policy import PiPolicy
@@ -20,16 +19,6 @@ FEATURES, ACTIONS = 1e-4, 3e-4  # absolute, float32: the oracles' READMEs
 LEROBOT = [path for path in CASES if Case(path).lerobot]
 IDS = [f"{path.parent.name}-{path.stem}" for path in LEROBOT]
 pytestmark = pytest.mark.skipif(not LEROBOT, reason="no golden case of LeRobot's layout here")
-
-
-def folder_of(case: Case, to: Path) -> Path:
-    """The checkpoint with what LeRobot takes from the hub, and what nothing says."""
-    folder = copied(case.checkpoint, to)
-    tokenizer = (case.path.parent / "tokenizer" / "tokenizer.json").read_bytes()
-    (folder / "tokenizer.json").write_bytes(tokenizer)
-    stated = {"vision_heads": case.vision_heads(), "optional_cameras": ["base_0_rgb"]}
-    (folder / "qvla_policy.json").write_text(json.dumps(stated))
-    return folder
 
 
 @pytest.fixture(scope="module", params=LEROBOT, ids=IDS)

@@ -24,6 +24,7 @@ from qvla_export.shared.errors import (
     StatisticsError,
 )
 from qvla_export.shared.inputs.noise import NoiseSpec
+from qvla_export.shared.lerobot.lerobot_statistics import checkpoint_statistics
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.policy_interface import load_interface
 
@@ -58,6 +59,11 @@ def test_a_checkpoint_is_recognized_and_acts(checkpoint: Path, policy: PiPolicy)
     assert f": pi0{'.5' if policy.config.adaptive else ''}, 4 actions of 7" in found
     assert "assumed" not in found
     assert "assumed: flow_steps 10" in describe_checkpoint(checkpoint, "libero")
+    # What a robot's check reads, without torch.
+    seen = checkpoint_statistics(checkpoint, None, load_interface(checkpoint), "none")
+    ours = policy.processor.statistics
+    assert seen.key == ours.key == "tiny"
+    np.testing.assert_array_equal(seen.action.scale(), ours.action.scale())
     first, second = pi_observations(2)
     chunk = policy.infer(first)
     assert chunk.actions.shape == (4, 7)
@@ -222,7 +228,7 @@ def test_other_files_that_do_not_fit_are_refused(
     refused(StatisticsError, "lacks")
     rewritten(statistics, lambda v: v["norm_stats"].pop("actions"))  # type: ignore[attr-defined]
     refused(ArtifactError, "actions")
-    statistics.write_text(whole.replace("-4.0", "NaN"))
+    statistics.write_text(whole.replace("-8.0", "NaN"))
     refused(ArtifactError, "finite|NaN")
     statistics.write_text(whole)
     (folder / "assets" / "other").mkdir()
