@@ -37,13 +37,9 @@ def collect(store: Store, keep: int, boot_id: str) -> Collected:
     state = recover(store, boot_id)
     kept = _kept(store, state, keep)
     removed = {digest: one for digest, one in state.releases.items() if digest not in kept}
-    # Before anything is removed: a release is whole or not known.
     failed = {d: one.reason or "" for d, one in removed.items() if one.standing == "failed"}
-    replace(
-        state,
-        releases={digest: one for digest, one in state.releases.items() if digest in kept},
-        failed={**state.failed, **failed},
-    ).save(store)
+    state = replace(state, failed={**state.failed, **failed})
+    state.save(store)
     for folder in store.releases.iterdir():
         if folder.name not in kept:
             # Out of the way in one step; a release that is half there has no name.
@@ -51,6 +47,9 @@ def collect(store: Store, keep: int, boot_id: str) -> Collected:
             folder.rename(leaving)
             sync_folder(store.releases)
             remove(leaving)
+    # After that: a folder of its own name would be taken for a release that is new.
+    state = replace(state, releases={d: one for d, one in state.releases.items() if d in kept})
+    state.save(store)
     freed = 0
     for blob in store.blobs.iterdir():
         if blob.name.startswith(TEMPORARY) or blob.stat().st_nlink == 1:

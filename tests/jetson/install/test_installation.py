@@ -3,6 +3,8 @@
 import functools
 import http.server
 import os
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,10 @@ from small_releases import Host, Robot, sum_bundle
 
 from jetson.errors import RemoteError
 from jetson.install import installation
+from jetson.install.blobs import unpatched
 from jetson.install.release import RefusedRelease, Release
 from jetson.install.store import NoSpace, StoreError
+from qvla_export.pipeline.release.deltas import patched_frame
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.bundle import Bundle
@@ -244,3 +248,13 @@ def test_a_server_that_is_not_there_is_said(host: Host, tmp_path: Path) -> None:
         Robot.of(host, tmp_path / "store", "http://127.0.0.1:9").install()
     with pytest.raises(RemoteError, match="repository not found"):
         Robot.of(host, tmp_path / "store", str(tmp_path / "nowhere")).install()
+
+
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="compares with the program zstd")
+def test_a_patch_is_hardly_larger_than_that_of_zstd(bundles: tuple[Path, Path]) -> None:
+    old, new = (folder / "policy.onnx" for folder in bundles)
+    words = ["zstd", "-q", "-19", f"--patch-from={old}", str(new), "-c"]
+    theirs = subprocess.run(words, check=True, capture_output=True).stdout
+    ours = patched_frame(old.read_bytes(), new.read_bytes())
+    assert len(ours) <= 1.1 * len(theirs)
+    assert b"".join(unpatched(old, ours)) == new.read_bytes()

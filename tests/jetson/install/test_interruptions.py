@@ -107,7 +107,8 @@ def require_recovery(before: Before, root: Path, moment: int, how: How) -> None:
     robot = before.again(root / "tried")
     served = robot.store.linked("current")
     code, _ = interrupted(lambda: before.act(robot), moment, how)
-    assert code != 0
+    # A full disk lets things be removed: nothing may be left that fails.
+    assert code != 0 or how == "full"
     # A release that served before serves still, or the one it was switched to.
     if served is not None:
         current = robot.store.linked("current")
@@ -152,5 +153,9 @@ def test_a_robot_recovers_from_every_interruption(
     every = cases(befores, tmp_path)
     assert {name for name, _, _ in every} == set(OPERATIONS)
     for name, moment, how in every:
-        require_recovery(befores[name], tmp_path / "work", moment, how)
+        try:
+            require_recovery(befores[name], tmp_path / "work", moment, how)
+        except BaseException as error:
+            error.add_note(f"{name}, change {moment}, {how}")
+            raise
     print(f"\n{len(every)} of {len(every)} interruptions recovered")
