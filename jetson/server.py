@@ -53,6 +53,8 @@ from qvla_export.shared.observation import Observation
 _LOG = logging.getLogger(__name__)
 # Largest bodies that the memory may hold at the same time.
 _BODIES_AT_ONCE = 4
+# As long as the head of a request may take.
+HANDSHAKE_TIMEOUT_S = 10.0
 # A robot that pauses between actions keeps its connection.
 _KEEP_ALIVE_S = 300
 
@@ -201,7 +203,12 @@ class _Server(uvicorn.Server):
         self.on_open: Callable[[], None] = lambda: None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(self._on_loop_failure)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_loop_failure)
+        if self.config.is_ssl:
+            # uvicorn has no setting for it, and asyncio waits for a minute.
+            opened = partial(loop.create_server, ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S)
+            loop.create_server = opened  # type: ignore[method-assign]
         await super().startup(sockets)
         self.on_open()
 

@@ -28,9 +28,11 @@ _USUAL_FRAME = (224, 224)
 # long. "cleaned": the instruction on one line inside `prompt`, which may hold the state, too.
 # "none": the policy does not read.
 Language = Literal["prompt", "line", "cleaned", "none"]
+OPENVLA_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+# What a tokenizer must be able to encode.
+_SAMPLE = OPENVLA_PROMPT.format(instruction="pick up the 1st caf\xe9 cup")
 # Token of a vocabulary that a policy does without.
 NO_TOKEN = -1
-OPENVLA_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
 
 @dataclass(frozen=True)
@@ -266,8 +268,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise CheckpointError(f"tokenizer not found: {path}")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} is not a tokenizers file: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Some are read well and cannot encode: a model without the token for what it does not know.
+        tokenizer.encode(_SAMPLE)
+    except BaseException as error:
+        # Not an Exception: what the library's own language calls a panic.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is not a tokenizers file: {reason:.300}") from error
     return tokenizer

@@ -5,9 +5,10 @@ import shutil
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typer.testing import CliRunner
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+import jetson.server
 from jetson.clients.http_client import RemotePolicy
 from jetson.clients.protocol_clients import Endpoint, open_client
 from jetson.errors import Forbidden, RateLimited, RefusedSetting, RemoteError, Unauthorized
@@ -277,6 +279,32 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tls_files(folder: Path) -> TlsFiles:
     return TlsFiles(folder / "server.pem", folder / "server.key", folder / "ca.pem")
+
+
+def test_handshakes_that_never_end_hold_no_thread_and_are_closed(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jetson.server, "HANDSHAKE_TIMEOUT_S", 0.5)
+    monkeypatch.setenv("QVLA_TLS_CA", str(certificates / "ca.pem"))
+    tls = TlsFiles(certificates / "server.pem", certificates / "server.key")
+    with ExitStack() as stack:
+        url = stack.enter_context(open_server(EchoPolicy(OFT), ServerSettings(port=0, tls=tls)))
+        address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        before = threading.active_count()
+        peers = []
+        for number in range(40):
+            peer = stack.enter_context(socket.create_connection(address, timeout=60))
+            peer.sendall((b"", b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/1.1\r\n")[number % 3])
+            peers.append(peer)
+        assert threading.active_count() == before
+        for protocol in ("act", "openpi"):
+            with closing(open_client(protocol, Endpoint.parse(url), None, 60)) as client:
+                assert client.ask(OFT.blank_observation()).shape == (4, 7)
+        for peer in peers:
+            with suppress(ConnectionResetError):
+                # Of those that spoke, an alert comes first.
+                while peer.recv(100):
+                    pass
 
 
 def test_client_certificates_open_https_and_websockets(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
-from qvla_export.shared.errors import InvalidObservation
+from qvla_export.shared.errors import CheckpointError, InvalidObservation
 from qvla_export.shared.processor import OPENVLA_PROMPT, load_tokenizer
 
 TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
@@ -32,6 +32,26 @@ def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     stored = json.loads(path.read_text())
     path.write_text(json.dumps({**stored, "truncation": TRUNCATION, "padding": PADDING}))
     return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # The library panics, which is no Exception.
+        {"continuing_subword_prefix": "9" * 99},
+        {"vocab": {"a": 0}, "merges": []},
+        {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none", "merges": None},
+        {"vocab": {}},
+    ],
+)
+def test_a_tokenizer_that_cannot_encode_is_refused(
+    checkpoint: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    stored = json.loads((checkpoint / "tokenizer.json").read_text())
+    stored["model"] = {k: v for k, v in {**stored["model"], **change}.items() if v is not None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match="is not a tokenizers file"):
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 @given(st.lists(st.sampled_from(["push", "open", "the", "drawer", "slowly", "7", "é"]), min_size=1))
