@@ -99,6 +99,8 @@ class PolicyInputs:
     autoregressive: bool = False
     # Tokens of a chunk where they are not its numbers, but are decoded to it (head "latent").
     latent_tokens: int = 0
+    # Passes through the decoder and the head, as many as a diffusion head has steps.
+    denoising_steps: int = 1
     # Rows of lm_head, for token heads.
     vocab_size: int = 32064
     # Steps of a flow; 0 for policies without one. Then `action_width` are the network's numbers of
@@ -182,14 +184,14 @@ def _decoder(
             decoder_part(shapes, "decode", 1, prompt + tokens // 2, tokens - 1),
             PartShape("head", (lm_head,), runs=tokens),
         )
-    rows = prompt + inputs.slots + 1
-    decoder = decoder_part(shapes, "decoder", rows, rows)
+    rows, steps = prompt + inputs.slots + 1, inputs.denoising_steps
+    decoder = decoder_part(shapes, "decoder", rows, rows, steps)
     if inputs.state_dim:
         state = (
             LayerShape("proprio_projector.fc1", hidden, inputs.state_dim, 1),
             LayerShape("proprio_projector.fc2", hidden, hidden, 1),
         )
-        decoder = PartShape("decoder", state + decoder.layers, decoder.attentions)
+        decoder = PartShape("decoder", state + decoder.layers, decoder.attentions, steps)
     if inputs.head == "tokens":
         lm_head = LayerShape("language_model.lm_head", inputs.vocab_size, hidden, inputs.slots)
         return decoder, PartShape("head", (lm_head,))
@@ -199,7 +201,7 @@ def _decoder(
         LayerShape(f"action_head.model.{i}", channels, width, inputs.horizon)
         for i, (channels, width) in enumerate(sizes)
     )
-    return decoder, PartShape("head", head)
+    return decoder, PartShape("head", head, runs=steps)
 
 
 def _latent_decoder(patches: int, hidden: int, inputs: PolicyInputs) -> PartShape:

@@ -18,8 +18,8 @@ from qvla_export.policies.prismatic.weights import CheckpointWeights
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.policy_interface import CONFIG_NAME, fitting_presets
 
-# Rows: dimensions of an action; columns: numbers of the state.
-_ACTIONS = "action_head.model.fc2.weight"
+# Heads' bodies, whose last layer has a row for each number of an action; columns: of the state.
+_BODIES = {"l1": "action_head.model", "diffusion": "action_head.noise_predictor.mlp_resnet"}
 _STATE = "proprio_projector.fc1.weight"
 
 
@@ -39,7 +39,9 @@ def load_module(
 
 def _require_dimensions(checkpoint: Path, config: OftConfig, weights: Mapping[str, Tensor]) -> None:
     """Refuse a configuration of other actions or another state than the stored weights'."""
-    head, projector = weights.get(_ACTIONS), weights.get(_STATE)
+    head, projector = None, weights.get(_STATE)
+    if config.head in _BODIES:
+        head = weights.get(f"{_BODIES[config.head]}.fc2.weight")
     if head is None or (projector is None and config.state_dim):
         return  # a token head, or a missing file, which is said elsewhere
     stored = head.shape[0], 0 if projector is None else projector.shape[1]
@@ -55,7 +57,8 @@ def save_module(module: OftModule, checkpoint: Path, step: int) -> None:
     """Write weights into an existing folder as upstream does: bf16 body, DDP-style head files."""
     upstream = to_upstream(module.state_dict())
     body: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {"action_head": {}, "proprio_projector": {}}
+    names = ("action_head", "noisy_action_projector", "proprio_projector")
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for key, tensor in upstream.items():
         part = key.split(".", 1)[0]
         if part in parts:
@@ -76,7 +79,7 @@ def _architecture(
     checkpoint: Path, config: OftConfig, weights: Mapping[str, Tensor]
 ) -> OftArchitecture:
     shapes = read_architecture(checkpoint, config.vision_heads, weights)
-    head_key = "action_head.model.fc1.weight"
+    head_key = f"{_BODIES.get(config.head, '')}.fc1.weight"
     return OftArchitecture(
         **vars(shapes),
         horizon=config.horizon,
@@ -85,4 +88,7 @@ def _architecture(
         head=config.head,
         head_dim=weights[head_key].shape[0] if head_key in weights else 0,
         stop_token_id=config.stop_token_id,
+        diffusion_train_steps=config.diffusion_train_steps,
+        diffusion_steps=config.diffusion_steps,
+        film=any(name.startswith("film.") for name in weights),
     )

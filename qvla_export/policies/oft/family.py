@@ -41,12 +41,13 @@ class OftFamily(PrismaticFamily):
             horizon=config.horizon,
             action_dim=config.action_dim,
             state_dim=config.state_dim,
-            head=config.head,
+            head="tokens" if config.head == "tokens" else "l1",
+            denoising_steps=config.diffusion_steps if config.head == "diffusion" else 1,
         )
 
     def can_stay_on_disk(self, checkpoint: Path, preset: str | None) -> bool:
-        """Whether weights can be left on disk: not a token head's, whose bins are a table."""
-        return load_config(checkpoint, preset).head != "tokens"
+        """Whether weights can be left on disk: not where a head needs a table beside them."""
+        return load_config(checkpoint, preset).head == "l1"
 
     def open(
         self, checkpoint: Path, unnorm_key: str | None, preset: str | None, resident: bool

@@ -8,9 +8,12 @@ from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.prismatic.files import body_files, check_body, require_all_used
 from qvla_export.shared.errors import CheckpointError
 
+# What a part is called that replaces the towers of the body.
+FILM_PART = "vision_backbone"
 _FILM = (
     "FiLM layers and the vision towers fine-tuned with them (use_film=True), without which "
-    "the policy acts wrongly; FiLM is not built here: train with use_film=False"
+    "the policy acts wrongly; they are read from vision_backbone--STEP_checkpoint.pt in the "
+    "checkpoint's own folder"
 )
 # openvla-oft's `FiLMedVisionTransformerBlock`: a block beside its scale and its shift.
 _FILM_KEY = re.compile(r"vision_backbone\..*blocks\.\d+\.(scale|shift|block)\.")
@@ -18,12 +21,12 @@ _FILM_KEY = re.compile(r"vision_backbone\..*blocks\.\d+\.(scale|shift|block)\.")
 _UNUSED: Mapping[str, str] = {
     "*vision_backbone--*": _FILM,
     "*noisy_action_projector*": (
-        "part of a diffusion head (use_diffusion=True), which is not built here: train with "
-        "use_l1_regression=True"
+        "part of a diffusion head, but the policy's configuration says another: set head to "
+        "'diffusion', or move the file out of the folder"
     ),
     "*action_head*": (
-        "an action head, but the policy's configuration says head 'tokens': set head to 'l1', or "
-        "move the file out of the folder"
+        "an action head, but the policy's configuration says head 'tokens': set head to 'l1' or "
+        "'diffusion', or move the file out of the folder"
     ),
     "*proprio_projector*": (
         "a projector of the robot's state, but the policy's configuration says state_dim 0: set "
@@ -34,7 +37,11 @@ _UNUSED: Mapping[str, str] = {
 
 def part_names(config: OftConfig) -> tuple[str, ...]:
     """Return the parts of a policy that have files of their own, beside the body."""
-    used = {"action_head": config.head == "l1", "proprio_projector": config.state_dim > 0}
+    used = {
+        "action_head": config.head != "tokens",
+        "noisy_action_projector": config.head == "diffusion",
+        "proprio_projector": config.state_dim > 0,
+    }
     return tuple(name for name, needed in used.items() if needed)
 
 
@@ -53,6 +60,17 @@ def part_file(checkpoint: Path, part: str) -> Path:
     return files[0]
 
 
+def film_file(checkpoint: Path) -> Path | None:
+    """Return the vision towers with FiLM layers of a checkpoint; None where it has none.
+
+    Raises:
+        CheckpointError: there is more than one.
+    """
+    if not _part_files(checkpoint, FILM_PART):
+        return None
+    return part_file(checkpoint, FILM_PART)
+
+
 def require_parts_used(checkpoint: Path, config: OftConfig) -> None:
     """Refuse a folder with stored parts that the policy would act without.
 
@@ -60,7 +78,7 @@ def require_parts_used(checkpoint: Path, config: OftConfig) -> None:
         CheckpointError: naming every such file, what it is and what to do.
     """
     used = set(body_files(checkpoint))
-    for part in part_names(config):
+    for part in (*part_names(config), FILM_PART):
         used |= set(_part_files(checkpoint, part))
     require_all_used(checkpoint, used, _UNUSED)
 
@@ -86,6 +104,7 @@ def check_files(checkpoint: Path, config: OftConfig) -> None:
     require_no_film(checkpoint, check_body(checkpoint))
     for part in part_names(config):
         part_file(checkpoint, part)
+    film_file(checkpoint)
 
 
 def _part_files(checkpoint: Path, part: str) -> list[Path]:

@@ -26,6 +26,8 @@ def new_module(size: NetworkSize, config: OftConfig, seed: int) -> OftModule:
         head=config.head,
         head_dim=size.hidden_dim,
         stop_token_id=config.stop_token_id,
+        diffusion_train_steps=config.diffusion_train_steps,
+        diffusion_steps=config.diffusion_steps,
     )
     return OftModule(arch)
 

@@ -19,9 +19,11 @@ from qvla_export.policies.prismatic.parts import (
     projector_part,
     tower_part,
 )
+from qvla_export.policies.prismatic.vision import Tower
 from qvla_export.shared.processor import ProcessorSpec
 
 _PROMPT = {"input_ids": {1: "prompt"}}
+_LANGUAGE = "language"
 
 
 def whole_part(
@@ -38,7 +40,7 @@ def whole_part(
     def run(pixel_values: Tensor, input_ids: Tensor, state: Tensor | None = None) -> Tensor:
         return act(module(pixel_values, input_ids, state))
 
-    inputs = {**example_pixels(module, spec), **_text(module, spec)}
+    inputs = {**example_pixels(module, spec), **text_inputs(module, spec)}
     return PolicyPart("policy", PartModule(module, run).eval(), inputs, {"actions": {}}, _PROMPT)
 
 
@@ -49,14 +51,55 @@ def cut_parts(
     layers_per_part: int,
 ) -> tuple[PolicyPart, ...]:
     """Return towers, projector, decoder parts of at most `layers_per_part` blocks, head."""
+    decoder = [
+        _decoder(module, spec, name, run) for name, run in decoder_runs(module, layers_per_part)
+    ]
+    return (*vision_parts(module, spec), *decoder, _head(module, spec, act))
+
+
+def vision_parts(module: OftModule, spec: ProcessorSpec) -> list[PolicyPart]:
+    """Return towers and projector; with FiLM also what the instruction tells the towers."""
+    if module.film is None:
+        towers = [tower_part(module, spec, "dino"), tower_part(module, spec, "siglip")]
+    else:
+        towers = [_language(module, spec)]
+        towers += [_filmed_tower(module, spec, "dino"), _filmed_tower(module, spec, "siglip")]
+    return [*towers, projector_part(module, spec)]
+
+
+def decoder_runs(module: OftModule, layers_per_part: int) -> list[tuple[str, tuple[int, int]]]:
+    """Return names of decoder parts, and the blocks [first, last) of each."""
     blocks = len(module.language_model.model.layers)
     starts = range(0, blocks, layers_per_part)
     runs = [(first, min(first + layers_per_part, blocks)) for first in starts]
-    names = [f"decoder_{i:02d}" for i in range(len(runs))] if len(runs) > 1 else ["decoder"]
-    parts = [tower_part(module, spec, "dino"), tower_part(module, spec, "siglip")]
-    parts += [projector_part(module, spec)]
-    parts += [_decoder(module, spec, name, run) for name, run in zip(names, runs, strict=True)]
-    return (*parts, _head(module, spec, act))
+    if len(runs) == 1:
+        return [("decoder", runs[0])]
+    return [(f"decoder_{number:02d}", run) for number, run in enumerate(runs)]
+
+
+def _language(module: OftModule, spec: ProcessorSpec) -> PolicyPart:
+    """Mean embedding of the prompt."""
+
+    def run(input_ids: Tensor) -> Tensor:
+        return module.language(module.text(input_ids))
+
+    ids = {"input_ids": text_inputs(module, spec)["input_ids"]}
+    return PolicyPart("language", PartModule(module, run).eval(), ids, {_LANGUAGE: {}}, _PROMPT)
+
+
+def _filmed_tower(module: OftModule, spec: ProcessorSpec, name: Tower) -> PolicyPart:
+    """One vision tower: pixels to its features, as the instruction has it."""
+    film, images = module.film, len(spec.cameras)
+    assert film is not None
+
+    def run(pixel_values: Tensor, language: Tensor) -> Tensor:
+        modulate = film.modulation(language, images)
+        return module.vision_backbone.features(pixel_values, name, modulate)
+
+    width = module.arch.llama.hidden_size
+    inputs = example_pixels(module, spec)
+    inputs[_LANGUAGE] = torch.zeros(1, width, device=device_of(module))
+    return PolicyPart(name, PartModule(module, run).eval(), inputs, {f"{name}_features": {}}, {})
 
 
 def _decoder(
@@ -74,7 +117,7 @@ def _decoder(
         return run(module.embed(patches, input_ids, state))
 
     if first == 0:
-        inputs = {"patches": example_patches(module, spec), **_text(module, spec)}
+        inputs = {"patches": example_patches(module, spec), **text_inputs(module, spec)}
         return PolicyPart(
             name, PartModule(module, run_first).eval(), inputs, {name_out: sequence}, _PROMPT
         )
@@ -96,7 +139,8 @@ def _head(module: OftModule, spec: ProcessorSpec, act: Callable[[Tensor], Tensor
     return PolicyPart("head", part, inputs, {"actions": {}}, sizes)
 
 
-def _text(module: OftModule, spec: ProcessorSpec) -> dict[str, Tensor]:
+def text_inputs(module: OftModule, spec: ProcessorSpec) -> dict[str, Tensor]:
+    """Return model inputs `input_ids`, and `state` where there is one, as examples."""
     prompt = [[spec.bos_token_id] * 5 + [spec.suffix_token_id]]
     inputs = {"input_ids": torch.tensor(prompt, device=device_of(module))}
     if spec.state_dim:

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qvla_export.policies.adapters import settings_file
 from qvla_export.policies.base import PolicyBatch, PolicyPart
+from qvla_export.policies.oft import diffusion_parts
 from qvla_export.policies.oft.checkpoint import load_module
 from qvla_export.policies.oft.config import OftConfig, load_config
-from qvla_export.policies.oft.files import part_file, part_names
+from qvla_export.policies.oft.files import film_file, part_file, part_names
 from qvla_export.policies.oft.module import OftModule
 from qvla_export.policies.oft.parts import cut_parts, whole_part
 from qvla_export.policies.oft.weights import open_weights
@@ -23,7 +25,9 @@ from qvla_export.policies.prismatic.loading import (
 from qvla_export.policies.prismatic.network import fill_network
 from qvla_export.policies.prismatic.policy import PrismaticPolicy
 from qvla_export.policies.prismatic.weights import CheckpointWeights
+from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.inputs.noise import NoiseSpec
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.program import Program
 
@@ -41,10 +45,8 @@ class OftPolicy(PrismaticPolicy):
 
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
         """Return normalized actions [B, horizon, dim]; expected bin centres for token heads."""
-        output: Tensor = self.module(
-            batch.pixel_values, batch.input_ids, batch.state, batch.prompt_lengths
-        )
-        if self.config.head == "l1":
+        output = self._output(batch)
+        if self.config.head != "tokens":
             return output
         first = self._first_action_token()
         weights = output[..., first : first + len(self.token_centers)].softmax(dim=-1)
@@ -53,20 +55,26 @@ class OftPolicy(PrismaticPolicy):
     @torch.no_grad()
     def greedy_actions(self, batch: PolicyBatch) -> Tensor:
         """Return the normalized actions the policy executes; argmax for token heads [B, H, D]."""
-        output = self.module(batch.pixel_values, batch.input_ids, batch.state, batch.prompt_lengths)
-        return self._executed_actions(output)
+        return self._executed_actions(self._output(batch))
 
     def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
-        """Return one part, or vision, runs of decoder blocks, head."""
+        """Return one part, or vision, runs of decoder blocks, head; of diffusion see its parts."""
         spec = self.processor.spec
+        if layers_per_part is not None and layers_per_part < 1:
+            raise CheckpointError(f"layers_per_part must be at least 1, got {layers_per_part}")
+        if self.config.head == "diffusion":
+            if layers_per_part is None:
+                return diffusion_parts.whole_parts(self.module, spec)
+            return diffusion_parts.cut_parts(self.module, spec, layers_per_part)
         if layers_per_part is None:
             return (whole_part(self.module, spec, self._executed_actions),)
-        if layers_per_part < 1:
-            raise CheckpointError(f"layers_per_part must be at least 1, got {layers_per_part}")
         return cut_parts(self.module, spec, self._executed_actions, layers_per_part)
 
     def program(self, layers_per_part: int | None = None) -> Program:
-        """Return the program that runs every part once, in order."""
+        """Return the program: every part once, in order; or what is seen, then every step."""
+        if self.config.head == "diffusion":
+            parts = self.parts(layers_per_part)
+            return diffusion_parts.program_of(parts, self.config.diffusion_steps)
         return Program.straight(part.name for part in self.parts(layers_per_part))
 
     def probe_output(self) -> Tensor:
@@ -74,16 +82,32 @@ class OftPolicy(PrismaticPolicy):
         pixels, ids = self.probe_inputs()
         size = self.module.arch.state_dim
         state = torch.zeros(1, size, device=pixels.device) if size else None
-        output: Tensor = self.module(pixels, ids, state)
+        noise = None
+        if self.config.head == "diffusion":
+            noise = torch.zeros(1, self.config.horizon, self.config.action_dim).to(pixels.device)
+        output: Tensor = self.module(pixels, ids, state, None, noise)
         return output
+
+    def migrations(self) -> tuple[Migration, ...]:
+        """Return where the network can be smoothed: not in towers that FiLM's file replaces."""
+        found = super().migrations()
+        if self.module.film is None:
+            return found
+        return tuple(place for place in found if not place.source.startswith("vision_backbone."))
 
     def filled(self, weights: CheckpointWeights) -> OftModule:
         """Return the network with its weights read."""
         return fill_network(lambda: OftModule(self.module.arch), weights)
 
+    def _output(self, batch: PolicyBatch) -> Tensor:
+        output: Tensor = self.module(
+            batch.pixel_values, batch.input_ids, batch.state, batch.prompt_lengths, batch.noise
+        )
+        return output
+
     def _executed_actions(self, output: Tensor) -> Tensor:
         """The head's output [B, H, D] or logits [B, H, D, vocab] -> executed actions [B, H, D]."""
-        if self.config.head == "l1":
+        if self.config.head != "tokens":
             return output
         # Any token of the vocabulary may win; upstream clips it into the bins.
         index = output.argmax(dim=-1) - self._first_action_token()
@@ -114,10 +138,10 @@ def load_oft_policy(
         CheckpointError, StatisticsError: what is wrong and what is available.
     """
     config = config or load_config(require_folder(checkpoint))
-    if config.head == "tokens" and not resident:
+    if config.head != "l1" and not resident:
         raise CheckpointError(
-            f"{checkpoint}: a policy with a token head must be loaded whole; the table of its "
-            "bins is not among the weights that stay on disk"
+            f"{checkpoint}: a policy with a head of tokens or of diffusion must be loaded whole; "
+            "the table of its bins or steps is not among the weights that stay on disk"
         )
     return _load(require_folder(checkpoint), unnorm_key, config, resident)
 
@@ -136,9 +160,17 @@ def check_oft_checkpoint(checkpoint: Path, unnorm_key: str | None, config: OftCo
 def _load(checkpoint: Path, unnorm_key: str | None, config: OftConfig, resident: bool) -> OftPolicy:
     weights = open_weights(checkpoint, config)
     module = load_module(checkpoint, config, weights, resident)
-    token_centers = torch.zeros(0) if config.head == "l1" else load_token_centers(checkpoint)
-    processor = load_processor(checkpoint, config, module.arch, unnorm_key, token_centers)
+    token_centers = load_token_centers(checkpoint) if config.head == "tokens" else torch.zeros(0)
+    noise = None
+    if config.head == "diffusion":
+        shape = (config.horizon, config.action_dim)
+        noise = NoiseSpec("noise", shape, seed=config.noise_seed)
+    processor = load_processor(checkpoint, config, module.arch, unnorm_key, token_centers, noise)
     head_files = [part_file(checkpoint, part).name for part in part_names(config)]
+    if film := film_file(checkpoint):
+        head_files.append(film.name)
+        if said := settings_file(checkpoint):
+            head_files.append(str(said.relative_to(checkpoint)))
     return OftPolicy(
         module,
         processor,

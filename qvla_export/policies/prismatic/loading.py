@@ -23,6 +23,7 @@ from qvla_export.policies.prismatic.files import body_files, merges_on_load
 from qvla_export.shared.artifacts import sha256_tree
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.images import load_image_spec
+from qvla_export.shared.inputs.noise import NoiseSpec
 from qvla_export.shared.json_documents import FOREIGN, read_json
 from qvla_export.shared.normalization import load_statistics
 from qvla_export.shared.processor import Processor, ProcessorSpec, load_tokenizer
@@ -49,6 +50,7 @@ def load_processor(
     arch: PrismaticArchitecture,
     unnorm_key: str | None,
     token_centers: Tensor,
+    noise: NoiseSpec | None = None,
 ) -> Processor:
     """Read images' preprocessing, statistics and tokenizer.
 
@@ -58,6 +60,7 @@ def load_processor(
         arch: the network, which must take the images that the folder says it makes.
         unnorm_key: data set whose statistics to use; may be None where there is one.
         token_centers: bins of the action tokens, from `load_token_centers`; empty without tokens.
+        noise: what the policy begins at, where it does.
 
     Raises:
         CheckpointError, StatisticsError: what is wrong and what is available.
@@ -87,6 +90,7 @@ def load_processor(
         center_crop=config.center_crop,
         # The two highest token ids share the lowest bin.
         action_bins=max(len(token_centers) - 1, 0),
+        noise=noise,
     )
     path = checkpoint / _TOKENIZER
     tokenizer = load_tokenizer(path) if path.is_file() else None

@@ -66,7 +66,12 @@ class PrismaticPolicy(abc.ABC):
         if self.config.state_dim:
             state = torch.from_numpy(np.stack([self.processor.state(o) for o in observations]))
         ragged = torch.tensor(lengths) if len(set(lengths)) > 1 else None
-        batch = PolicyBatch(torch.from_numpy(pixels), torch.from_numpy(ids), ragged, state)
+        noise, law = None, self.processor.spec.noise
+        if law is not None:
+            noise = torch.from_numpy(np.concatenate([law.draw(o) for o in observations]))
+        batch = PolicyBatch(
+            torch.from_numpy(pixels), torch.from_numpy(ids), ragged, state, noise=noise
+        )
         device = self.module.projector.fc1.weight.device
         # Where no weights are in memory, parts run on the CPU.
         return batch if device.type == "meta" else batch.to(device)

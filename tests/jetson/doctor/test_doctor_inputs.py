@@ -114,13 +114,16 @@ class TestCheckpoint:
         weights = load_file(folder / "model.safetensors")
         weights["projector.fc2.bias"][0] = np.nan
         save_file(weights, folder / "model.safetensors")
-        (folder / "vision_backbone--1_checkpoint.pt").write_bytes(b"")
-        for rule in ("FiLM layers", "projector.fc2.bias has weights that are NaN"):
+        (folder / "value_head--1_checkpoint.pt").write_bytes(b"")
+        for rule in (
+            "no part of this policy that is known",
+            "projector.fc2.bias has weights that are NaN",
+        ):
             with pytest.raises(CheckpointError, match=rule) as refused:
                 load_policy(folder)
             assert finding(folder)["severity"] == "error"
             assert finding(folder)["observed"] == str(refused.value)
-            (folder / "vision_backbone--1_checkpoint.pt").unlink(missing_ok=True)
+            (folder / "value_head--1_checkpoint.pt").unlink(missing_ok=True)
 
     def test_where_torch_is_missing_it_says_so(self, folder: Path) -> None:
         assert check_stored(read_checkpoint(folder, None)).severity == "unknown"
