@@ -69,6 +69,7 @@ _OPERATORS = [
     *_rows("Log LogSoftmax Reciprocal Round Sigmoid Sin Softmax Softplus Softsign", _FLOATS),
     *_rows("Sqrt Tan Tanh Conv ConvTranspose Gemm MatMul PRelu", _FLOATS),
     *_rows("GlobalAveragePool BatchNormalization InstanceNormalization", _FLOATS),
+    *_rows("MaxPool", _FLOATS, _ONE_OUTPUT),
     *_rows("And Not Or Xor", ("BOOL",)),
     *_rows("Concat Expand Flatten Gather GatherElements GatherND", _ANY),
     *_rows("Reshape Shape Size Split Tile Transpose Trilu", _ANY),
