@@ -91,7 +91,7 @@ demo: system install
 	@$(BIN)/qvla deploy --policy $(POLICY) --target $(TARGET) --run $(RUN) --settings $(SETTINGS)
 	test $(POLICY) = checkpoints/reference || exit 0
 	$(BIN)/qvla deploy --policy checkpoints/object-state --tasks precise --run $(RUN)-precise \
-	    --settings float,w4,w2,w2-rtn --count 32 --held-out 32 --check-pairs 0 --samples 20 --episodes 5
+	    --settings float,w2,w2-rtn --count 32 --held-out 32 --check-pairs 0 --samples 20 --episodes 2
 
 # In the order of the page. What is there already is kept: remove a file to make it again.
 PRECISE := runs/precise
