@@ -10,7 +10,15 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from ort_graphs import LAYER, constant, conv_model, float_options, linear_model, run_model
+from ort_graphs import (
+    LAYER,
+    constant,
+    conv_model,
+    float_options,
+    linear_model,
+    model_of,
+    run_model,
+)
 from torch import nn
 
 from engines.ort import saturates
@@ -74,6 +82,36 @@ def test_eight_bit_buckets_multiply_integers(
     steps = rounded(x, np.float32(2.5 / 127))
     expected = steps @ fake_quantize(weight, widths, SPEC).T + (0 if offset is None else offset)
     np.testing.assert_allclose(run_model(model, x, tmp_path), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("reshaped", [True, False])
+def test_a_product_that_is_rounded_next_runs_where_integers_are_kept_exact(
+    reshaped: bool, tmp_path: Path
+) -> None:
+    """ONNX Runtime 1.32 refuses its own graph where such a weight states no zero points."""
+    generator = np.random.default_rng(3)
+    weights = generator.standard_normal((2, 64, 64)).astype(np.float32)
+    x = generator.standard_normal((1, 30, 64)).astype(np.float32)
+    tape = ir.tape.Tape()
+    value = start = ir.val("x", ir.DataType.FLOAT, (1, 30, 64))
+    names = ("t.a", "t.b")
+    for name, weight in zip(names, weights, strict=True):
+        product = constant(tape, name, weight.T)
+        value = tape.op("MatMul", [value, product], metadata_props={LAYER_KEY: name})
+        if reshaped:
+            shape = np.array([1, 1, 30, 64] if name == "t.a" else [1, 30, 64], np.int64)
+            value = tape.op("Reshape", [value, constant(tape, f"{name}.shape", shape)])
+    activated = quantize_activations(
+        model_of(tape, start, value), ActivationRanges(8, "max", {"t.a": 2.5, "t.b": 25.0}), CPU
+    )
+    widths = {name: np.full(64, 8, np.int8) for name in names}
+    model = keep_integer_products(bucketize(activated, widths, SPEC, CPU, rounded_inputs=True))
+    first, second = (fake_quantize(weight, widths["t.a"], SPEC) for weight in weights)
+    hidden = rounded(x, np.float32(2.5 / 127)) @ first.T
+    expected = rounded(hidden, np.float32(25 / 127)) @ second.T
+    got = run_model(model, x, tmp_path).reshape(expected.shape)
+    # A sum that lies between two steps may be rounded to either.
+    assert np.mean(np.abs(got - expected)) < 1e-2
 
 
 @pytest.mark.parametrize("bits", [8, 4])
