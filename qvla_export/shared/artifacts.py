@@ -91,10 +91,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
+        for entry in temporary.rglob("*"):
+            if entry.is_dir():
+                sync_folder(entry)
+            elif entry.is_file():
+                with entry.open("rb") as opened:
                     os.fsync(opened.fileno())
+        sync_folder(temporary)
         temporary.chmod(0o755)
         if path.exists():
             stale = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
