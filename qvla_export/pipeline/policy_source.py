@@ -52,10 +52,12 @@ class PolicySource:
         """Say in one line what a checkpoint was found to be, and what is assumed of it.
 
         Raises:
+            QvlaError: it is no checkpoint.
             CheckpointError, ArtifactError: as `describe_checkpoint`.
         """
         from qvla_export.policies.families import describe_checkpoint
 
+        _require_checkpoint(self)
         return describe_checkpoint(Path(self.place), self.preset)
 
     def __call__(self) -> "ActionPolicy":
@@ -119,7 +121,10 @@ def open_checkpoint(
     """
     from qvla_export.policies.families import load_policy
 
-    kind = PolicySource(str(place)).kind
-    if kind != "checkpoint":
-        raise QvlaError(f"{place} must be a checkpoint folder, it is a {kind}")
+    _require_checkpoint(PolicySource(str(place)))
     return load_policy(place, unnorm_key, preset, resident)
+
+
+def _require_checkpoint(source: PolicySource) -> None:
+    if source.kind != "checkpoint":
+        raise QvlaError(f"{source.place} must be a checkpoint folder, it is a {source.kind}")

@@ -24,7 +24,7 @@ _OF_OTHERS = {
     *("--verbose", "--value", "--gpus", "--runtime", "--timing-cache", "--noDataTransfers"),
     *("--interval", "--fan", "--sort", "--max-depth"),
     *("--base_checkpoint", "--lora_finetuned_checkpoint_dir"),
-    *("--repo-type", "--merge", "--file_format"),
+    *("--repo-type", "--local-dir", "--merge", "--file_format"),
     *("--wait", "--pipe", "--collect", "--unit", "--setenv", "--no-block"),
 }
 _OPTION = re.compile(r"(?<![\w/-])(--[a-zA-Z][\w-]*)")

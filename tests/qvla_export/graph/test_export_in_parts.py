@@ -194,5 +194,5 @@ def test_blocks_of_a_stage_may_be_any_number(tiny_policy: OftPolicy) -> None:
 
 def test_token_head_must_be_loaded_whole(tiny_checkpoint: Path, tiny_policy: OftPolicy) -> None:
     config: OftConfig = dataclasses.replace(tiny_policy.config, head="tokens")
-    with pytest.raises(CheckpointError, match="token head"):
+    with pytest.raises(CheckpointError, match="head of tokens"):
         load_oft_policy(tiny_checkpoint, config=config, resident=False)

@@ -137,7 +137,7 @@ def test_unknown_field_in_policy_configuration(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"horizon": 0}, {"head": "diffusion"}, {"normalization": "z"}, {"cameras": ()}],
+    [{"horizon": 0}, {"head": "flow"}, {"normalization": "z"}, {"cameras": ()}],
 )
 def test_impossible_policy_configurations(change: dict[str, object]) -> None:
     with pytest.raises(CheckpointError):
