@@ -1,6 +1,6 @@
 """What each step of a deployment takes of a machine, from multiply-adds, numbers and bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline.sizing.machine_rates import MachineRates
@@ -81,6 +81,10 @@ class Workload:
         largest = max(part.weight_bytes + size * part.pass_bytes for part in parts)
         between = sum(part.output_bytes for part in parts)
         return largest + min(self.count, size) * between
+
+    def single_pass_bytes(self) -> int:
+        """Return the bytes of observations that take turns in each part, as a bundle's do."""
+        return self.pass_bytes() if self.resident else replace(self, batch_size=1).pass_bytes()
 
 
 def moment_costs(work: Workload) -> StepCosts:
@@ -163,7 +167,7 @@ def export_costs(work: Workload, setting: Setting, first: bool) -> StepCosts:
     taken += 2 * (disk + policy.weight_bytes) / work.rates.bytes_per_s
     taken += work.passes_s(2 * _GOLDEN, 0)
     largest = max(part.weight_bytes for part in policy.parts)
-    memory = 3 * (policy.weight_bytes if work.resident else largest) + work.pass_bytes()
+    memory = 3 * (policy.weight_bytes if work.resident else largest) + work.single_pass_bytes()
     return StepCosts(f"{setting.name}: bundle", taken, memory, int(disk))
 
 
