@@ -56,13 +56,20 @@ class RolloutConfig:
             raise QvlaError(
                 "a live rollout takes the delay from the policy; leave out live or delay_steps"
             )
-        if self.control not in CONTROLS:
-            raise QvlaError(f"control must be one of {CONTROLS}, got {self.control!r}")
+        parse_control(self.control)
         if len({*self.tasks}) != len(self.tasks):
             raise QvlaError(f"each task counts once, got {', '.join(self.tasks)}")
         for name in self.tasks:
             find_task(name)
         parse_shift(self.shift)
+
+    @property
+    def timing(self) -> str:
+        """Return how time passes while the policy thinks, in words."""
+        words = ["live" if self.live else f"a delay of {self.delay_steps} steps"]
+        words += ["roll-forward"] if self.roll_forward else []
+        words += [f"seams within {self.seam_limit_mm:g} mm"] if self.seam_limit_mm else []
+        return ", ".join(words)
 
     def runnable(self) -> "RolloutConfig":
         """Return the configuration with only the tasks its control and shift can be tried on.
@@ -185,6 +192,18 @@ class Evaluation:
             "motion": None if motion is None else asdict(motion),
         }
         write_json(path, {"summary": summary, **asdict(self)})
+
+
+def parse_control(text: str) -> Control:
+    """Return the control of a name.
+
+    Raises:
+        QvlaError: there is none of it.
+    """
+    for control in CONTROLS:
+        if text == control:
+            return control
+    raise QvlaError(f"control must be one of {CONTROLS}, got {text!r}")
 
 
 def load_evaluation(path: Path) -> Evaluation:

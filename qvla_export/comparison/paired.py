@@ -36,6 +36,40 @@ class PairedDifference:
         return (self.gained - self.lost) / self.episodes
 
 
+@dataclass(frozen=True)
+class MeanDifference:
+    """Mean over episodes of a figure minus that of a reference, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def mean_difference(differences: Sequence[float], clusters: Sequence[Hashable]) -> MeanDifference:
+    """Return the mean of paired differences; the interval takes clusters for independent.
+
+    Normal, with the variance of the sums over clusters (Liang and Zeger, Biometrika 73, 1986, with
+    the factor n / (n - 1) of n clusters).
+
+    Args:
+        differences: of each episode.
+        clusters: what each shares with others, such as its scene.
+
+    Raises:
+        QvlaError: there are fewer than two clusters.
+    """
+    mean = math.fsum(differences) / max(len(differences), 1)
+    sums = _cluster_sums(differences, mean, clusters)
+    if len(sums) < 2:
+        raise QvlaError(f"an interval needs episodes of at least two scenes, got {len(sums)}")
+    squares = math.fsum(total**2 for total in sums) * len(sums) / (len(sums) - 1)
+    reach = _NORMAL_95 * math.sqrt(squares) / len(differences)
+    return MeanDifference(mean, mean - reach, mean + reach)
+
+
 def paired_difference(
     solved: Sequence[bool],
     reference: Sequence[bool],
@@ -87,11 +121,19 @@ def _design_effect(pairs: Sequence[tuple[bool, bool]], clusters: Sequence[Hashab
     """Variance of the mean difference with sums over clusters, over that of single episodes."""
     differences = [int(ours) - int(theirs) for ours, theirs in pairs]
     mean = sum(differences) / len(differences)
-    sums: dict[Hashable, float] = defaultdict(float)
-    for cluster, difference in zip(clusters, differences, strict=True):
-        sums[cluster] += difference - mean
+    sums = _cluster_sums(differences, mean, clusters)
     single = sum((difference - mean) ** 2 for difference in differences)
-    return max(1.0, sum(total**2 for total in sums.values()) / single) if single else 1.0
+    return max(1.0, sum(total**2 for total in sums) / single) if single else 1.0
+
+
+def _cluster_sums(
+    values: Sequence[float], mean: float, clusters: Sequence[Hashable]
+) -> list[float]:
+    """Return each cluster's sum of what its values are off the mean."""
+    sums: dict[Hashable, float] = defaultdict(float)
+    for cluster, value in zip(clusters, values, strict=True):
+        sums[cluster] += value - mean
+    return list(sums.values())
 
 
 def wilson_95(solved: int, episodes: int) -> tuple[float, float]:

@@ -3,11 +3,16 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qvla_export.comparison.paired import PairedDifference, paired_difference
+from qvla_export.comparison.paired import (
+    MeanDifference,
+    PairedDifference,
+    mean_difference,
+    paired_difference,
+)
 from qvla_export.shared.errors import ArtifactMismatch
 
 if TYPE_CHECKING:
-    from calibration.benchmarks.evaluation import Evaluation
+    from calibration.benchmarks.evaluation import Evaluation, RolloutConfig
     from calibration.benchmarks.motion import MotionSummary
 
 
@@ -21,21 +26,30 @@ class EvaluationPair:
     # None in evaluations of earlier versions.
     motion: "MotionSummary | None"
     other_motion: "MotionSummary | None"
+    # Of gripper flips an episode and of an episode's RMS jerk, m/s^3; None without motion.
+    flips: MeanDifference | None
+    jerk_rms: MeanDifference | None
+    # How time passes there, where it passes differently.
+    other_timing: str | None
 
     def __str__(self) -> str:
         low, high = 100 * self.success.low, 100 * self.success.high
-        return (
+        words = [
             f"{100 * self.success.value:+.1f} points [{low:+.1f}, {high:+.1f}] of "
             f"{self.success.episodes} paired episodes in {self.scenes} scenes"
-            + ("" if self.other_motion is None else f"; there {self.other_motion}")
-        )
+        ]
+        words += [] if self.flips is None else [f"{self.flips} gripper flips an episode"]
+        words += [] if self.jerk_rms is None else [f"{self.jerk_rms} m/s^3 of RMS jerk"]
+        words += [] if self.other_timing is None else [f"there {self.other_timing}"]
+        words += [] if self.other_motion is None else [f"there {self.other_motion}"]
+        return "; ".join(words)
 
 
 def pair_evaluations(evaluation: "Evaluation", other: "Evaluation") -> EvaluationPair:
     """Compare two evaluations episode by episode, over the episodes that both have.
 
     Tasks of one scene are put in the same places by the same seed, so their episodes count as one
-    cluster.
+    cluster. How time passes while a policy thinks may differ: that is how a delay is judged.
 
     Raises:
         ArtifactMismatch: their episodes are not the same or not executed alike.
@@ -43,17 +57,42 @@ def pair_evaluations(evaluation: "Evaluation", other: "Evaluation") -> Evaluatio
     from calibration.benchmarks.metaworld.tasks import find_task
 
     shared = min(evaluation.config.episodes, other.config.episodes)
-    if replace(evaluation.config, episodes=shared) != replace(other.config, episodes=shared):
+    if _episodes(evaluation.config, shared) != _episodes(other.config, shared):
         raise ArtifactMismatch(
             f"paired evaluations must be of the same episodes, got {evaluation.config} and "
-            f"{other.config}; evaluate both with the same --tasks, --seed, --execute and --control"
+            f"{other.config}; evaluate both with the same --tasks, --seed, --execute, --shift and "
+            "--control"
         )
     ours, theirs = _first(evaluation, shared), _first(other, shared)
     scenes = [(find_task(row.task).scene, row.seed) for row in ours.results]
     difference = paired_difference(
         [row.success for row in ours.results], [row.success for row in theirs.results], scenes
     )
-    return EvaluationPair(difference, len(set(scenes)), ours.motion(), theirs.motion())
+    moved = [
+        (row.motion, there.motion)
+        for row, there in zip(ours.results, theirs.results, strict=True)
+        if row.motion is not None and there.motion is not None
+    ]
+    flips = jerk = None
+    if len(moved) == len(scenes) and len(set(scenes)) > 1:
+        flips = mean_difference([a.gripper_flips - b.gripper_flips for a, b in moved], scenes)
+        jerk = mean_difference([a.jerk_rms - b.jerk_rms for a, b in moved], scenes)
+    timing, there_timing = evaluation.config.timing, other.config.timing
+    return EvaluationPair(
+        difference,
+        len(set(scenes)),
+        ours.motion(),
+        theirs.motion(),
+        flips,
+        jerk,
+        None if timing == there_timing else there_timing,
+    )
+
+
+def _episodes(config: "RolloutConfig", count: int) -> "RolloutConfig":
+    """Return which episodes are run, so many of each task, however time passes."""
+    timeless = replace(config, delay_steps=0, live=False, roll_forward=False, seam_limit_mm=0.0)
+    return replace(timeless, episodes=count)
 
 
 def _first(evaluation: "Evaluation", episodes: int) -> "Evaluation":

@@ -140,7 +140,8 @@ def load_mujoco() -> Any:
             raise QvlaError("the simulator needs mujoco: pip install 'qvla[sim]'") from None
         raise _no_opengl(error) from error
     except Exception as error:
-        # PyOpenGL fails in many ways where a library is missing, mujoco with a RuntimeError.
+        # Any kind: PyOpenGL fails in many ways where a library is missing (AttributeError, OSError,
+        # its own errors), mujoco with a RuntimeError. The cause stays on the error.
         raise _no_opengl(error) from error
     return mujoco
 
@@ -196,7 +197,7 @@ def _view(mujoco: Any) -> tuple[Any, Any]:
 def _make_renderer(mujoco: Any, model: Any, image_size: int) -> Any:
     try:
         renderer = mujoco.Renderer(model, image_size, image_size)
-    except Exception as error:
+    except Exception as error:  # any kind, as in `load_mujoco`: the context is made here
         raise _no_opengl(error) from error
     flags = renderer.scene.flags
     flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0

@@ -88,7 +88,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Run closed-loop episodes in the simulator; success with its Wilson 95 % interval."""
-    from calibration.benchmarks.evaluation import RolloutConfig, load_evaluation
+    from calibration.benchmarks.evaluation import RolloutConfig, load_evaluation, parse_control
     from qvla_export.pipeline.calibrate import chosen_tasks
     from qvla_export.pipeline.evaluate import evaluate_policy
     from qvla_export.pipeline.paired_evaluations import pair_evaluations
@@ -100,7 +100,7 @@ def evaluate(
         episodes=episodes,
         seed=seed,
         execute=execute,
-        control=control,  # type: ignore[arg-type]  # checked there
+        control=parse_control(control),
         delay_steps=delay_steps,
         live=live,
         roll_forward=roll_forward,

@@ -18,9 +18,9 @@ from calibration.benchmarks.metaworld.simulator import Simulator
 from calibration.benchmarks.metaworld.tasks import find_task
 from calibration.benchmarks.motion import Motion, measure_motion, summarize_motion
 from calibration.benchmarks.rollouts import run_episode
-from qvla_export.comparison.paired import paired_difference
+from qvla_export.comparison.paired import mean_difference, paired_difference
 from qvla_export.pipeline.paired_evaluations import pair_evaluations
-from qvla_export.shared.errors import ArtifactMismatch
+from qvla_export.shared.errors import ArtifactMismatch, QvlaError
 
 
 def still(count: int) -> np.ndarray:
@@ -135,6 +135,40 @@ def test_the_episodes_that_both_have_are_paired() -> None:
     assert here.success.value == there.success.value == 0.0
     assert (here.success.gained, here.success.lost) == (1, 1)
     assert here.scenes == there.scenes == 2
+
+
+def test_motion_is_paired_with_scenes_as_clusters() -> None:
+    # Sums off the mean of 1 are 2 and -2: a variance of 2 x (4 + 4) over 4 episodes squared.
+    apart = mean_difference([2.0, 2.0, 0.0, 0.0], ["a", "a", "b", "b"])
+    assert apart.value == 1.0
+    assert apart.high - 1.0 == pytest.approx(1.959964 * np.sqrt(16) / 4) == 1.0 - apart.low
+    # What cancels within a scene is no doubt about the mean.
+    assert mean_difference([2.0, 0.0, 2.0, 0.0], ["a", "a", "b", "b"]).low == 1.0
+    with pytest.raises(QvlaError, match="at least two scenes, got 1"):
+        mean_difference([1.0, 2.0], ["a", "a"])
+    ours, theirs = evaluation_of([True] * 6), evaluation_of([True] * 6)
+    flipped = tuple(
+        replace(row, motion=Motion(1.5, 2.0, 2 if row.seed == ours.config.seed else 1, ()))
+        for row in ours.results
+    )
+    pair = pair_evaluations(replace(ours, results=flipped), theirs)
+    assert pair.flips is not None and pair.flips.value == pytest.approx(1 / 3)
+    assert pair.flips.low < 0 < pair.flips.high
+    assert pair.jerk_rms is not None and pair.jerk_rms.low == pytest.approx(0.5)
+    # Without motion, or of a single scene, there is no interval of it.
+    still_ones = tuple(replace(row, motion=None) for row in ours.results)
+    assert pair_evaluations(replace(ours, results=still_ones), theirs).flips is None
+    assert pair_evaluations(evaluation_of([True] * 2), theirs).flips is None
+
+
+def test_a_delay_is_paired_with_none_and_said() -> None:
+    late = evaluation_of([True, False] * 2, delay_steps=4, roll_forward=True)
+    prompt = evaluation_of([True, True] * 2)
+    pair = pair_evaluations(late, prompt)
+    assert pair.success.value == -0.5
+    assert "; there a delay of 0 steps; " in str(pair)
+    assert "there a delay of 4 steps, roll-forward" in str(pair_evaluations(prompt, late))
+    assert pair_evaluations(prompt, prompt).other_timing is None
 
 
 def test_evaluate_says_what_changed_against_another(
