@@ -5,29 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from ort_graphs import LAYER, linear_model, packed_matmuls, run_model
-from tiny_bundles import make_bundle, mixed_plan
+from scale_forms import check_buckets_on_ort, check_compensated_bundle, check_run
 
-from calibration.calibration_set import CalibrationSet
-from engines.check.bundle import check_bundle
-from engines.check.finding import require_no_errors
-from engines.load import load_engine
 from engines.targets import CPU, find_target
-from engines.verify import judge
-from qvla_export.allocation.setting import parse_setting
 from qvla_export.graph.buckets_to_onnx import bucket_weight
-from qvla_export.graph.passes.bucketize import bucketize
-from qvla_export.measurement.measure_moments import measure_moments
-from qvla_export.pipeline.activations import activations as record_activations
-from qvla_export.pipeline.plan import plan as plan_setting
-from qvla_export.pipeline.run_folder import RunFolder
-from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.compensation import round_layer
 from qvla_export.quantizer.moments import LayerMoments
@@ -40,12 +26,10 @@ from qvla_export.quantizer.quantize import (
     at_steps,
     channel_steps,
     compensated_spec,
-    fake_quantize,
     quantize_channels,
     spec_for,
     with_steps,
 )
-from qvla_export.quantizer.round_plan import round_plan
 from qvla_export.quantizer.rounding import RoundedLayer, Rounding
 from qvla_export.quantizer.two_level_scales import LARGEST_MULTIPLIER
 from qvla_export.quantizer.uniform_plan import uniform_plan
@@ -55,7 +39,6 @@ from qvla_export.shared.target import UnsupportedOnTarget
 
 Observations = Callable[..., list[Observation]]
 LEVELED = CPU.with_two_level_scales()
-WIDTHS = [0, 2, 4, 8, 16]
 # Rows of ordinary size, of zeros, of values beyond float16, with ties and outliers.
 WEIGHTS = hnp.arrays(
     np.float32,
@@ -188,26 +171,7 @@ def test_rules_that_have_no_two_levels_are_refused() -> None:
 def test_packed_buckets_on_ort_compute_with_two_levels(
     channels: int, inputs: int, tmp_path: Path
 ) -> None:
-    generator = np.random.default_rng(channels + inputs)
-    weight = generator.standard_normal((channels, inputs)).astype(np.float32)
-    widths = generator.choice(WIDTHS, channels).astype(np.int8)
-    stored: list[int] = []
-
-    def store(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        stored.append(tensor.nbytes)
-        return tensor
-
-    how = spec_for(LEVELED)
-    graph = bucketize(linear_model(weight, None), {LAYER: widths}, how, LEVELED, store)
-    x = generator.standard_normal((1, 3, inputs)).astype(np.float32)
-    expected = x @ fake_quantize(weight, widths, how).T
-    np.testing.assert_allclose(run_model(graph, x, tmp_path), expected, atol=1e-4)
-    packed = packed_matmuls(tmp_path / "model.onnx", tmp_path / "optimized.onnx")
-    assert packed == dict.fromkeys(set(widths.tolist()) - {0, 16}, 1)
-    assert sum(stored) == sum(
-        bucket_bytes(int((widths == bits).sum()), inputs, LEVELED.containers[bits])
-        for bits in set(widths.tolist()) - {0}
-    )
+    check_buckets_on_ort(LEVELED, 0.0, channels, inputs, tmp_path)
 
 
 def random_moments(inputs: int, channels: int) -> LayerMoments:
@@ -252,43 +216,15 @@ def test_compensated_codes_have_two_levels_and_come_back(tmp_path: Path) -> None
 def test_compensated_codes_with_two_levels_are_packed(
     tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
 ) -> None:
-    moments = measure_moments(tiny_policy, tiny_observations(6), "c" * 64)
-    mixed, how = mixed_plan(tiny_policy), compensated_spec(LEVELED)
-    leveled = replace(mixed, containers=dict(LEVELED.containers), quantizer=how)
-    plan = round_plan(tiny_policy, leveled, moments)
+    observations = [*tiny_observations(6), *tiny_observations(8, seed=8)]
+    plan = check_compensated_bundle(LEVELED, tiny_policy, observations, tmp_path)
     assert plan.rounding is not None
     factors = [layer.multipliers for layer in plan.rounding.layers.values()]
     assert any(found is not None and (found > 1).any() for found in factors)
-    plan.rounding.save(tmp_path / "rounding")
-    assert Rounding.load(tmp_path / "rounding").digest == plan.rounding.digest
-    bundle = make_bundle(tiny_policy, plan, tiny_observations(8, seed=8), tmp_path / "bundle")
-    assert sum(n for part, n in bundle.weight_bytes.items() if part != "rest") == plan.weight_bytes
-    require_no_errors(check_bundle(bundle, CPU))
-    with load_engine(bundle, threads=1) as engine:
-        assert judge(bundle, engine).drift.worst <= 1e-3
 
 
 def test_a_run_measures_plans_and_expands_two_levels(
     tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
 ) -> None:
-    run, setting = RunFolder(tmp_path), parse_setting("w4a8")
-    drawn = tuple(tiny_observations(12))
-    CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(run.calibration)
-    measured = sensitivities(
-        run, tiny_policy, LEVELED, SensitivityRequest(quantizer="nearest", probes=2)
-    )
-    assert measured.quantizer == spec_for(LEVELED)
-    record_activations(run, tiny_policy)
-    # The target with one level: plans follow the sensitivities, uniform baselines do not.
-    plan = plan_setting(run, setting, CPU, tiny_policy.digest)
-    assert plan is not None and plan.containers == LEVELED.containers
+    plan = check_run(LEVELED, tiny_policy, tiny_observations(12), tmp_path)
     assert plan.histogram()[16] == 0
-    baseline = plan_setting(run, parse_setting("w4-rtn"), CPU, tiny_policy.digest)
-    assert baseline is not None and baseline.containers == CPU.containers
-    bundle = make_bundle(tiny_policy, plan, drawn[8:], tmp_path / "bundle")
-    assert sum(n for part, n in bundle.weight_bytes.items() if part != "rest") == plan.weight_bytes
-    require_no_errors(check_bundle(bundle, CPU))
-    with load_engine(bundle, threads=1) as engine:
-        drift = judge(bundle, engine).drift
-    # Rounded activations that lie on a tie fall to either side.
-    assert drift.mean_normalized.max() <= 5e-2

@@ -6,29 +6,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from ort_graphs import LAYER, linear_model, packed_matmuls, run_model
-from tiny_bundles import make_bundle, mixed_plan
+from scale_forms import check_buckets_on_ort, check_compensated_bundle, check_run
+from tiny_bundles import mixed_plan
 
-from calibration.calibration_set import CalibrationSet
-from engines.load import load_engine
 from engines.targets import CPU, find_target
-from engines.verify import judge
-from qvla_export.allocation.setting import parse_setting
-from qvla_export.graph.passes.bucketize import bucketize
-from qvla_export.measurement.measure_moments import measure_moments
-from qvla_export.pipeline.activations import activations as record_activations
-from qvla_export.pipeline.plan import plan as plan_setting
 from qvla_export.pipeline.quantizers import variants
-from qvla_export.pipeline.run_folder import RunFolder
-from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
 from qvla_export.policies.oft.policy import OftPolicy
-from qvla_export.quantizer.packed_storage import bucket_bytes
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import (
     CODE_RANGE,
@@ -37,13 +25,10 @@ from qvla_export.quantizer.quantize import (
     WidthRule,
     at_steps,
     channel_steps,
-    compensated_spec,
-    fake_quantize,
     quantize_channels,
     spec_for,
 )
-from qvla_export.quantizer.round_plan import round_plan
-from qvla_export.quantizer.rounding import RoundedLayer, Rounding
+from qvla_export.quantizer.rounding import RoundedLayer
 from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
@@ -51,7 +36,6 @@ from qvla_export.shared.target import UnsupportedOnTarget
 
 Observations = Callable[..., list[Observation]]
 POINTED = CPU.with_zero_points()
-WIDTHS = [0, 2, 4, 8, 16]
 
 # Rows of ordinary size, of one or both signs, with ties, repeated values and outliers.
 WEIGHTS = hnp.arrays(
@@ -192,45 +176,18 @@ def test_plan_and_containers_must_agree() -> None:
 def test_buckets_on_ort_compute_with_zero_points(
     channels: int, inputs: int, tmp_path: Path
 ) -> None:
-    generator = np.random.default_rng(channels + inputs)
     # Around 0.5, so that zero points are far from 0.
-    weight = generator.normal(0.5, 1, (channels, inputs)).astype(np.float32)
-    widths = generator.choice(WIDTHS, channels).astype(np.int8)
-    stored: list[int] = []
-
-    def store(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        stored.append(tensor.nbytes)
-        return tensor
-
-    how = spec_for(POINTED)
-    graph = bucketize(linear_model(weight, None), {LAYER: widths}, how, POINTED, store)
-    x = generator.standard_normal((1, 3, inputs)).astype(np.float32)
-    expected = x @ fake_quantize(weight, widths, how).T
-    np.testing.assert_allclose(run_model(graph, x, tmp_path), expected, atol=1e-4)
-    packed = packed_matmuls(tmp_path / "model.onnx", tmp_path / "optimized.onnx")
-    assert packed == dict.fromkeys(set(widths.tolist()) - {0, 16}, 1)
-    assert sum(stored) == sum(
-        bucket_bytes(int((widths == bits).sum()), inputs, POINTED.containers[bits])
-        for bits in set(widths.tolist()) - {0}
-    )
+    check_buckets_on_ort(POINTED, 0.5, channels, inputs, tmp_path)
 
 
 def test_compensated_codes_with_zero_points_are_packed(
     tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
 ) -> None:
-    moments = measure_moments(tiny_policy, tiny_observations(6), "c" * 64)
-    mixed, spec = mixed_plan(tiny_policy), compensated_spec(POINTED)
-    pointed = replace(mixed, containers=dict(POINTED.containers), quantizer=spec)
-    plan = round_plan(tiny_policy, pointed, moments)
-    assert plan.rounding is not None and plan.weight_bytes > mixed.weight_bytes
+    observations = [*tiny_observations(6), *tiny_observations(8, seed=8)]
+    plan = check_compensated_bundle(POINTED, tiny_policy, observations, tmp_path)
+    assert plan.rounding is not None and plan.weight_bytes > mixed_plan(tiny_policy).weight_bytes
     zeros = [layer.zero_points for layer in plan.rounding.layers.values()]
     assert any(found is not None and found.any() for found in zeros)
-    plan.rounding.save(tmp_path / "rounding")
-    assert Rounding.load(tmp_path / "rounding").digest == plan.rounding.digest
-    bundle = make_bundle(tiny_policy, plan, tiny_observations(8, seed=8), tmp_path / "bundle")
-    assert sum(n for part, n in bundle.weight_bytes.items() if part != "rest") == plan.weight_bytes
-    with load_engine(bundle, threads=1) as engine:
-        assert judge(bundle, engine).drift.worst <= 1e-3
 
 
 def test_zero_points_of_another_shape_are_refused() -> None:
@@ -243,21 +200,4 @@ def test_zero_points_of_another_shape_are_refused() -> None:
 def test_a_run_measures_plans_and_packs_zero_points(
     tiny_policy: OftPolicy, tiny_observations: Observations, tmp_path: Path
 ) -> None:
-    run, wanted = RunFolder(tmp_path), parse_setting("w4a8")
-    drawn = tuple(tiny_observations(12))
-    CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(run.calibration)
-    request = SensitivityRequest(quantizer="nearest", probes=2)
-    measured = sensitivities(run, tiny_policy, POINTED, request)
-    assert measured.quantizer == spec_for(POINTED)
-    record_activations(run, tiny_policy)
-    # The target without: plans follow the sensitivities, uniform baselines stay symmetric.
-    plan = plan_setting(run, wanted, CPU, tiny_policy.digest)
-    assert plan is not None and plan.containers == POINTED.containers
-    baseline = plan_setting(run, parse_setting("w4-rtn"), CPU, tiny_policy.digest)
-    assert baseline is not None and baseline.containers == CPU.containers
-    bundle = make_bundle(tiny_policy, plan, drawn[8:], tmp_path / "bundle")
-    assert sum(n for part, n in bundle.weight_bytes.items() if part != "rest") == plan.weight_bytes
-    with load_engine(bundle, threads=1) as engine:
-        drift = judge(bundle, engine).drift
-    # Rounded activations that lie on a tie fall to either side.
-    assert drift.mean_normalized.max() <= 5e-2
+    check_run(POINTED, tiny_policy, tiny_observations(12), tmp_path)
