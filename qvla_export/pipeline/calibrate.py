@@ -3,17 +3,20 @@
 import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvla_export.pipeline.progress import OnProgress, Progress, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current, require_artifact
 from qvla_export.pipeline.work.log import ArtifactWork, Value, recorded_work, short
 from qvla_export.shared.artifacts import require_same
+from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
     from calibration.calibration_set import CalibrationSet
     from calibration.draw_size import DrawSize
     from calibration.sources.base import DataSource
+    from qvla_export.shared.observation import Observation
 
 _LOG = logging.getLogger(__name__)
 _WORK = "calibration"
@@ -161,6 +164,24 @@ def load_calibration(run: RunFolder) -> "CalibrationSet":
     from calibration.calibration_set import CalibrationSet
 
     return CalibrationSet.load(require_artifact(run.calibration, "calibrate"))
+
+
+def other_observations(run: RunFolder, place: Path) -> "tuple[Observation, ...]":
+    """Return all observations of another run's calibration set, to judge this run's plans by.
+
+    Raises:
+        ArtifactError: a set is missing or damaged.
+        QvlaError: it is the run's own, which its plans were made from.
+    """
+    from calibration.calibration_set import CalibrationSet
+
+    judges = CalibrationSet.load(place)
+    if judges.digest == load_calibration(run).digest:
+        raise QvlaError(
+            f"{place} is the set that the plans of {run.root} are made from; name another run's, "
+            "drawn with another --seed"
+        )
+    return (*judges.observations, *judges.held_out)
 
 
 def require_calibration(calibration: "CalibrationSet", digest: str, what: str) -> None:

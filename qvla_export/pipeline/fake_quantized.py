@@ -1,5 +1,6 @@
 """Settings that no engine runs, or need not: plans applied in torch and judged like bundles."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from qvla_export.pipeline.work.log import recorded_work
 
 if TYPE_CHECKING:
     from calibration.benchmarks.evaluation import Evaluation, RolloutConfig
+    from engines.drift import ActionDrift
     from qvla_export.policies.base import Policy
     from qvla_export.quantizer.plan import BitPlan
     from qvla_export.shared.action import ActionChunk
@@ -80,9 +82,6 @@ def action_error(
         ArtifactError: plan or calibration set is missing or damaged.
         ArtifactMismatch: the plan was made from another calibration set.
     """
-    from engines.drift import action_drift
-    from qvla_export.graph.golden import golden_actions
-
     plan = load_plan(run, setting)
     assert plan is not None
     path = run.action_error(setting)
@@ -96,14 +95,25 @@ def action_error(
         finish(on_progress, "action error", kept=True)
         return earlier
     with recorded_work(error_work(run, path, subject, run.plan(setting)), on_progress):
-        golden = golden_actions(policy, plan, calibration.held_out)
-        unit = policy.processor.statistics.action.scale()
-        bins = policy.processor.spec.action_bins
-        drift = action_drift(golden.full_precision, golden.reference, unit, bins)
-        error = held_out_error(subject, drift, golden.reference[0].size)
+        drift = judge_plan(policy, plan, calibration.held_out)
+        chunk_numbers = drift.actions // drift.observations * len(drift.rms_normalized)
+        error = held_out_error(subject, drift, chunk_numbers)
         error.save(path)
     finish(on_progress, "action error", kept=False)
     return error
+
+
+def judge_plan(
+    policy: "Policy", plan: "BitPlan", observations: "Sequence[Observation]"
+) -> "ActionDrift":
+    """Compare a plan in torch with the float policy, whole in memory, on any observations."""
+    from engines.drift import action_drift
+    from qvla_export.graph.golden import golden_actions
+
+    golden = golden_actions(policy, plan, observations)
+    unit = policy.processor.statistics.action.scale()
+    bins = policy.processor.spec.action_bins
+    return action_drift(golden.full_precision, golden.reference, unit, bins)
 
 
 def rollouts(

@@ -184,6 +184,7 @@ def _figures(planned: "BitPlan", path: Path) -> dict[str, Any]:
         "mean_bits_per_channel": planned.mean_bits_per_channel,
         "mean_bits_per_weight": planned.mean_bits_per_weight,
         "stored_bits_per_weight": planned.stored_bits_per_weight,
+        "weight_bytes": planned.weight_bytes,
         "ratio": planned.ratio,
         "expected_error": planned.expected_error,
     }

@@ -1,8 +1,12 @@
 """`qvla round`: codes of a plan that make up for each other's errors."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from qvla_export.cli.options import (
+    A_CALIBRATION,
     ForceOption,
     PolicyOption,
     PresetOption,
@@ -21,16 +25,28 @@ def round_command(
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
     force: ForceOption = False,
+    judge_by: Annotated[
+        Path | None,
+        typer.Option(
+            "--judge-by",
+            help="Calibration set of another run (RUN/calibration): the action error on all its "
+            "observations is printed, in torch with the whole policy in memory.",
+            callback=A_CALIBRATION.require,
+        ),
+    ] = None,
 ) -> None:
     """Make the codes of a plan whose quantizer compensates errors; qvla export packs them."""
     from qvla_export.allocation.setting import parse_setting
+    from qvla_export.pipeline.calibrate import other_observations
+    from qvla_export.pipeline.fake_quantized import judge_plan
     from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
     from qvla_export.pipeline.resources import can_stay_on_disk
     from qvla_export.pipeline.round import round_setting
     from qvla_export.pipeline.run_folder import RunFolder
 
     folder, parsed = RunFolder(run, force), parse_setting(setting)
-    stays = can_stay_on_disk(PolicySource(str(policy), unnorm_key, preset))
+    judges = None if judge_by is None else other_observations(folder, judge_by)
+    stays = judges is None and can_stay_on_disk(PolicySource(str(policy), unnorm_key, preset))
     opened = open_checkpoint(policy, unnorm_key, preset, resident=not stays)
     with progress_shown() as on_progress:
         planned = round_setting(folder, parsed, opened, on_progress=on_progress)
@@ -40,3 +56,9 @@ def round_command(
             "qvla sensitivities --quantizer compensated, then qvla plan"
         )
     typer.echo(f"rounding: {len(planned.rounding.layers)} layers -> {folder.rounding(parsed)}")
+    if judges is not None:
+        drift = judge_plan(opened, planned, judges)
+        typer.echo(
+            f"action error: RMS {drift.rms:.5f} of normalized actions on {drift.observations} "
+            f"observations of {judge_by}"
+        )
