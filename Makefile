@@ -31,7 +31,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
 help:
 	@cat <<-'TEXT'
 	make demo       reference policy -> quantized -> served and measured -> runs/demo/report.html
-	make results    the tables of docs/results.md again, into runs/ and on stdout: many hours
+	make results    tables of docs/results.md again, into runs/ and on stdout: days of two cores
 	make test       the tests that take seconds each (WORKERS=2)
 	make test-slow  the tests that take minutes, or the network
 	make lint       ruff and mypy
@@ -93,39 +93,90 @@ demo: system install
 	$(BIN)/qvla deploy --policy checkpoints/object-state --tasks precise --run $(RUN)-precise \
 	    --settings float,w2,w2-rtn --count 32 --held-out 32 --check-pairs 0 --samples 20 --episodes 2
 
-# In the order of the page. What is there already is kept: remove a file to make it again.
+# In the order of the page. Evaluations that are there already are kept: remove a file to make it
+# again. Left out is what needs more than this machine and a few days: a server under load
+# (qvla load), engines of TensorRT-RTX (qvla sizes), 7B widths (qvla bench size), training.
+REFERENCE := checkpoints/reference
+OBJECT_STATE := checkpoints/object-state
+DRAWS := runs/draws
 PRECISE := runs/precise
 PAIRED := $(PRECISE)/evaluations
 
 results: demo baselines-env
 	@qvla=$(BIN)/qvla
-	# NAME PLACE EPISODES OTHER OPTION...; OTHER is the evaluation it is paired with.
-	evaluate() {
-	    file=$(PAIRED)/$$1 place=$(PRECISE)/settings/$$2 episodes=$$3 other=$(PAIRED)/$$4.json
-	    shift 4
-	    test ! -f $$file.json || return 0
-	    test $$file.json = $$other || set -- "$$@" --against $$other
-	    $$qvla evaluate $$place --checkpoint checkpoints/object-state --tasks precise \
-	        --episodes $$episodes --output $$file.json "$$@" >$$file.txt
-	    cat $$file.txt
-	}
 	$$qvla calibrate --run runs/episodes --count 32 --held-out 1 --frames-per-episode 8 --seed 7
-	$$qvla estimators --run $(RUN) --episodes runs/episodes --policy checkpoints/reference \
+	$$qvla estimators --run $(RUN) --episodes runs/episodes --policy $(REFERENCE) \
 	    --pairs 2000 --observations 32
 	$$qvla bench allocation
-	$$qvla quantizers --run $(RUN) --policy checkpoints/reference
+	for bits in 8 4 3 2; do
+	    for method in max awq gptq auto-round; do
+	        episodes=0
+	        test $$bits != 2 || episodes=20
+	        $$qvla baseline $$method --bits $$bits --run $(RUN) --policy $(REFERENCE) \
+	            --episodes $$episodes
+	    done
+	done
+	for method in max smoothquant; do
+	    $$qvla baseline $$method --bits 8 --activation-bits 8 --run $(RUN) --policy $(REFERENCE)
+	done
+	$$qvla quantizers --run $(RUN) --policy $(REFERENCE)
+	# Both forms of scales, at the bytes of the group form's plan, judged by a draw of their own.
+	bytes() {
+	    $$qvla plan --run $(DRAWS)/$$1-group --setting $$2 --json \
+	        | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["weight_bytes"])'
+	}
+	$$qvla calibrate --run $(DRAWS)/judge --count 128 --held-out 128 --seed 100
+	for draw in 0 1 2; do
+	    for scales in group two-level; do
+	        run=$(DRAWS)/$$draw-$$scales
+	        $$qvla calibrate --run $$run --count 64 --held-out 64 --seed $$draw
+	        $$qvla sensitivities --run $$run --policy $(REFERENCE) --scales $$scales --seed $$draw
+	        for setting in w4 w3 w2; do
+	            $$qvla plan --run $$run --setting $$setting --budget-by bytes \
+	                --budget $$(bytes $$draw $$setting)
+	            $$qvla round --run $$run --setting $$setting --policy $(REFERENCE) \
+	                --judge-by $(DRAWS)/judge/calibration
+	        done
+	        $$qvla activations --run $$run --policy $(REFERENCE)
+	        for setting in w4a8 w2a8; do
+	            $$qvla plan --run $$run --setting $$setting
+	            $$qvla round --run $$run --setting $$setting --policy $(REFERENCE) \
+	                --judge-by $(DRAWS)/judge/calibration
+	        done
+	    done
+	done
 	$$qvla compare
 	$$qvla bench server --count 2000
 	$$qvla bench server --frames 300
-	$$qvla bench engines --rounds 12
-	$$qvla deploy --policy checkpoints/object-state --tasks precise --run $(PRECISE) --episodes 0 \
+	$$qvla profile $(RUN)/settings/float/bundle $(RUN)/settings/w4/bundle --threads 1 \
+	    --samples 1000 --rate 30 --output $(RUN)/profile.json
+	$$qvla compare-latency $(RUN)/profile.json
+	$$qvla profile $(RUN)/settings/w4/bundle --threads 1 --layers --output $(RUN)/layers.json
+	$$qvla bench engines --rounds 12 --output $(RUN)/bench.json
+	$$qvla bench engines --regime pass --clock cpu --layers 1 --rounds 8 \
+	    --output $(RUN)/bench-pass.json
+	for control in none blank-image wrong-instruction; do
+	    $$qvla evaluate $(REFERENCE) --episodes 25 --control $$control \
+	        --output $(RUN)/reference-$$control.json
+	done
+	$$qvla deploy --policy $(OBJECT_STATE) --tasks precise --run $(PRECISE) --episodes 0 \
 	    --settings float,w4,w3,w2.5,w2,w4-rtn,w2-rtn,w4.2,w3.2,w2.3
 	mkdir -p $(PAIRED)
 	for bits in 4 3 2; do
 	    for method in gptq max; do
-	        $$qvla baseline $$method --bits $$bits --run $(PRECISE) --policy checkpoints/object-state
+	        $$qvla baseline $$method --bits $$bits --run $(PRECISE) --policy $(OBJECT_STATE)
 	    done
 	done
+	# NAME PLACE EPISODES OTHER OPTION...; OTHER is the evaluation it is paired with.
+	evaluate() {
+	    file=$(PAIRED)/$$1 place=$(PRECISE)/settings/$$2 episodes=$$3 other=$(PAIRED)/$$4.json
+	    shift 4
+	    test $$file.json = $$other || set -- "$$@" --against $$other
+	    test -f $$file.json || $$qvla evaluate $$place --checkpoint $(OBJECT_STATE) \
+	        --tasks precise --episodes $$episodes --output $$file.json "$$@" >$$file.txt
+	    echo "$$file:"
+	    cat $$file.txt
+	}
 	for setting in float w4 w3 w2.5 w2 w4-rtn w2-rtn; do
 	    evaluate $$setting $$setting/bundle 250 float
 	    evaluate $$setting-mixed $$setting/bundle 250 float-mixed --shift mixed:2
@@ -134,14 +185,21 @@ results: demo baselines-env
 	    evaluate $$setting $$setting/baseline 50 float
 	    evaluate $$setting-mixed $$setting/baseline 50 float-mixed --shift mixed:2
 	done
+	evaluate float-often float/bundle 84 float-often --execute 4
+	evaluate float-blank float/bundle 10 float-blank --control blank-image
+	evaluate float-wrong float/bundle 20 float-wrong --control wrong-instruction
+	now="--seed 2000000 --execute 4"
 	for setting in float w4 w2; do
-	    for delay in 0 1 2 3 4 6 8; do
-	        now="--seed 2000000 --execute 4 --delay-steps $$delay"
-	        evaluate $$setting-delay$$delay $$setting/bundle 84 float-delay$$delay $$now
-	        evaluate $$setting-delay$$delay-rolled $$setting/bundle 84 float-delay$$delay-rolled \
-	            $$now --roll-forward
+	    evaluate $$setting-delay0 $$setting/bundle 84 float-delay0 $$now
+	    for delay in 1 2 3 4 5 6 7 8; do
+	        late="$$now --delay-steps $$delay"
+	        evaluate $$setting-delay$$delay $$setting/bundle 84 float-delay0 $$late
+	        evaluate $$setting-delay$$delay-rolled $$setting/bundle 84 float-delay0 $$late \
+	            --roll-forward
 	    done
 	done
+	evaluate float-delay4-seams float/bundle 84 float-delay0 $$now --delay-steps 4 --roll-forward \
+	    --seam-limit-mm 20
 
 test: system install
 	@$(PYTEST) -m 'not slow'
