@@ -20,7 +20,7 @@ from safetensors.numpy import save as save_tensors
 from qvla_export.baselines.methods import BaselineRequest
 from qvla_export.quantizer.activations import ActivationRanges
 from qvla_export.quantizer.layer_shapes import LayerShapes
-from qvla_export.quantizer.quantize import QuantizedWeight
+from qvla_export.quantizer.quantized_weight import QuantizedWeight
 from qvla_export.shared.artifacts import (
     new_folder,
     read_json,

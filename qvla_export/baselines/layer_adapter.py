@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qvla_export.policies.base import Policy, PolicyBatch
 from qvla_export.policies.layers import traced_layers
-from qvla_export.quantizer.quantize import QuantizedWeight
+from qvla_export.quantizer.quantized_weight import QuantizedWeight
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 

@@ -12,12 +12,8 @@ from numpy.typing import NDArray
 
 from qvla_export.graph.buckets import ChannelBuckets, bucket_channels
 from qvla_export.quantizer.packed_storage import stored_columns
-from qvla_export.quantizer.quantize import (
-    QuantizedWeight,
-    QuantizerSpec,
-    at_steps,
-    quantize_channels,
-)
+from qvla_export.quantizer.quantize import QuantizerSpec, at_steps, quantize_channels
+from qvla_export.quantizer.quantized_weight import QuantizedWeight
 from qvla_export.quantizer.scale_search import Steps
 from qvla_export.shared.target import Container, Target
 

@@ -25,7 +25,7 @@ from qvla_export.graph.buckets_to_onnx import (
 )
 from qvla_export.graph.passes.merge import members_of
 from qvla_export.quantizer.packed_storage import stored_columns
-from qvla_export.quantizer.quantize import QuantizedWeight
+from qvla_export.quantizer.quantized_weight import QuantizedWeight
 
 # Behind a layer's name: constants of all its widths side by side.
 _COLUMNS_SUFFIX = ".columns"

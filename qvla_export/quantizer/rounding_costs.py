@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from qvla_export.quantizer.arrays import NumpyArrays
-from qvla_export.quantizer.compensation import SECTION_CHANNELS, round_layer
+from qvla_export.quantizer.compensation import round_layer
 from qvla_export.quantizer.elimination import Blocking, Elimination, Levels, eliminate
+from qvla_export.quantizer.layer_work import SECTION_CHANNELS
 from qvla_export.quantizer.moments import LayerMoments, block_size
 from qvla_export.quantizer.quantize import QuantizerSpec, WidthRule
 from qvla_export.quantizer.scale_search import searched_steps

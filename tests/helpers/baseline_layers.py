@@ -9,12 +9,8 @@ from qvla_export.baselines.baseline import Baseline, BaselineLayer
 from qvla_export.baselines.methods import BaselineRequest
 from qvla_export.policies.layers import weight_rows
 from qvla_export.policies.oft.policy import OftPolicy
-from qvla_export.quantizer.quantize import (
-    QuantizedWeight,
-    QuantizerSpec,
-    WidthRule,
-    quantize_channels,
-)
+from qvla_export.quantizer.quantize import QuantizerSpec, WidthRule, quantize_channels
+from qvla_export.quantizer.quantized_weight import QuantizedWeight
 
 ROUND_TO_NEAREST = QuantizerSpec({4: WidthRule(64, "max", 16), 8: WidthRule(None, "max", 32)})
 

@@ -24,7 +24,7 @@ from qvla_export.policies.layers import (
 )
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.activations import ActivationRanges
-from qvla_export.quantizer.quantize import QuantizedWeight
+from qvla_export.quantizer.quantized_weight import QuantizedWeight
 from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.errors import ArtifactError, PlanMismatch, QvlaError
 from qvla_export.shared.observation import Observation

@@ -20,7 +20,6 @@ from qvla_export.quantizer.moments import LayerMoments
 from qvla_export.quantizer.packed_storage import bucket_bytes
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import (
-    QuantizedWeight,
     QuantizerSpec,
     WidthRule,
     at_steps,
@@ -30,6 +29,7 @@ from qvla_export.quantizer.quantize import (
     spec_for,
     with_steps,
 )
+from qvla_export.quantizer.quantized_weight import QuantizedWeight
 from qvla_export.quantizer.rounding import RoundedLayer, Rounding
 from qvla_export.quantizer.two_level_scales import LARGEST_MULTIPLIER
 from qvla_export.quantizer.uniform_plan import uniform_plan
