@@ -1,10 +1,13 @@
-"""Channels of a layer grouped by width, and the order that brings them back. numpy only."""
+"""A layer's channels and weight grouped by width, and the way back to their order. numpy only."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.quantizer.quantize import QuantizerSpec, at_steps, quantize_channels
+from qvla_export.quantizer.quantized_weight import QuantizedWeight
+from qvla_export.quantizer.scale_search import Steps
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import WIDTHS
 
@@ -60,3 +63,43 @@ def bucket_channels(widths: NDArray[np.int8]) -> ChannelBuckets:
             runs.append((bits, start, stop))
         start = stop
     return ChannelBuckets(order, tuple(runs), inverse)
+
+
+@dataclass(frozen=True)
+class BucketedWeight:
+    """A layer's weight, one `QuantizedWeight` for each width that occurs except 0."""
+
+    buckets: ChannelBuckets
+    weights: tuple[QuantizedWeight, ...]
+
+    @property
+    def channels(self) -> int:
+        """Return the number of output channels, pruned ones included."""
+        return len(self.buckets.order)
+
+
+def bucket_weight(
+    rows: NDArray[np.float32],
+    widths: NDArray[np.int8],
+    spec: QuantizerSpec,
+    steps: Steps | None = None,
+) -> BucketedWeight:
+    """Quantize a layer's rows, each at its width.
+
+    Args:
+        rows: float32 [channels, inputs].
+        widths: int8 [channels].
+        spec: the quantizer.
+        steps: those the rows were rounded at, of [channels, groups]; the first counts where a
+            channel has one. None chooses them from the rows.
+    """
+    buckets = bucket_channels(widths)
+    weights = []
+    for bits, _, _ in buckets.runs:
+        channels = buckets.channels(bits)
+        if bits in spec.rules and steps is not None:
+            chosen = steps.of(channels, spec.rule(bits).groups(rows.shape[1]))
+            weights.append(at_steps(rows[channels], bits, spec, chosen))
+        elif bits:
+            weights.append(quantize_channels(rows[channels], bits, spec))
+    return BucketedWeight(buckets, tuple(weights))

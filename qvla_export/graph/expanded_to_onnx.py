@@ -13,12 +13,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qvla_export.graph.buckets import BucketedWeight
 from qvla_export.graph.buckets_to_onnx import (
     CODES_SUFFIX,
     HALVES_SUFFIX,
     MULTIPLIERS_SUFFIX,
     SCALES_SUFFIX,
-    BucketedWeight,
     BucketEmitter,
     code_type,
     stored_matrix,

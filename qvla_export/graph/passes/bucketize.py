@@ -11,13 +11,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qvla_export.graph.buckets_to_onnx import (
-    BucketedWeight,
-    BucketEmitter,
-    Store,
-    bucket_weight,
-    keep,
-)
+from qvla_export.graph.buckets import BucketedWeight, bucket_weight
+from qvla_export.graph.buckets_to_onnx import BucketEmitter, Store, keep
 from qvla_export.graph.expanded_to_onnx import ExpandedEmitter, expandable
 from qvla_export.graph.float_graph import LAYER_KEY, ExportError, layer_nodes, weight_rows
 from qvla_export.graph.passes.convolutions import emit_convolution

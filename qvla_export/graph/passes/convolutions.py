@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qvla_export.graph.buckets_to_onnx import BucketedWeight, BucketEmitter
+from qvla_export.graph.buckets import BucketedWeight
+from qvla_export.graph.buckets_to_onnx import BucketEmitter
 from qvla_export.graph.float_graph import ExportError
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scale_forms import check_buckets_on_ort, check_compensated_bundle, check_run
 
 from engines.targets import CPU, find_target
-from qvla_export.graph.buckets_to_onnx import bucket_weight
+from qvla_export.graph.buckets import bucket_weight
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.compensation import round_layer
 from qvla_export.quantizer.moments import LayerMoments
