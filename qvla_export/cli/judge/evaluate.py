@@ -78,7 +78,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Another policy's evaluation of the same episodes, or of more or fewer of them; "
-            "the paired difference is printed.",
+            "the paired differences of success and motion are printed.",
             callback=AN_EVALUATION.require,
         ),
     ] = None,
