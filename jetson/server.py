@@ -37,6 +37,7 @@ from jetson.repeated_warning import RepeatedWarning
 from jetson.server_settings import ServerSettings
 from jetson.serving.byte_budget import ByteBudget
 from jetson.serving.connections import Connections, connection_limit
+from jetson.serving.event_loop import ServingLoop
 from jetson.serving.guard import Guard
 from jetson.serving.http_protocol import HttpConnection
 from jetson.serving.policy_contract import PolicyContract, contract_of
@@ -53,8 +54,6 @@ from qvla_export.shared.observation import Observation
 _LOG = logging.getLogger(__name__)
 # Largest bodies that the memory may hold at the same time.
 _BODIES_AT_ONCE = 4
-# As long as the head of a request may take.
-HANDSHAKE_TIMEOUT_S = 10.0
 # A robot that pauses between actions keeps its connection.
 _KEEP_ALIVE_S = 300
 
@@ -203,12 +202,7 @@ class _Server(uvicorn.Server):
         self.on_open: Callable[[], None] = lambda: None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(self._on_loop_failure)
-        if self.config.is_ssl:
-            # uvicorn has no setting for it, and asyncio waits for a minute.
-            opened = partial(loop.create_server, ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S)
-            loop.create_server = opened  # type: ignore[method-assign]
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_failure)
         await super().startup(sockets)
         self.on_open()
 
@@ -260,7 +254,8 @@ def _configuration(
     return uvicorn.Config(
         app,
         http=partial(HttpConnection, connections=connections),  # type: ignore[arg-type]  # as ws
-        loop="asyncio",
+        # By its name, as uvicorn takes other loops than its own.
+        loop=f"{ServingLoop.__module__}:{ServingLoop.__name__}",
         ws=threads.protocol,  # type: ignore[arg-type]  # uvicorn calls it as it calls a class
         lifespan="off",
         access_log=False,

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-import jetson.server
+import jetson.serving.event_loop
 from jetson.clients.http_client import RemotePolicy
 from jetson.clients.protocol_clients import Endpoint, open_client
 from jetson.errors import Forbidden, RateLimited, RefusedSetting, RemoteError, Unauthorized
@@ -284,7 +284,7 @@ def tls_files(folder: Path) -> TlsFiles:
 def test_handshakes_that_never_end_hold_no_thread_and_are_closed(
     certificates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jetson.server, "HANDSHAKE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(jetson.serving.event_loop, "HANDSHAKE_TIMEOUT_S", 0.5)
     monkeypatch.setenv("QVLA_TLS_CA", str(certificates / "ca.pem"))
     tls = TlsFiles(certificates / "server.pem", certificates / "server.key")
     with ExitStack() as stack:
