@@ -20,7 +20,7 @@ _TABLE_WIDTH = 120
 
 
 def soak(
-    hours: Annotated[float, typer.Option(help="How long; 0.01 is half a minute.")] = 1.0,
+    hours: Annotated[float, typer.Option(help="How long; memory is judged from 0.1 on.")] = 1.0,
     seed: SeedOption = 0,
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,

@@ -18,6 +18,7 @@ from qvla_export.shared.errors import QvlaError
 
 # How much longer than it was told to an attack may take, on a busy machine.
 _LATE_S = 180.0
+_DIED = "the attacker's process died; this is a fault of the soak"
 Tallies = dict[ProtocolName, Tally]
 
 
@@ -28,8 +29,15 @@ class AttackerProcess:
         self._told = told
 
     def begin(self, attack: str, seconds: float, seed: int) -> None:
-        """Begin an attack."""
-        self._told.send((attack, seconds, seed))
+        """Begin an attack.
+
+        Raises:
+            QvlaError: the attacker died.
+        """
+        try:
+            self._told.send((attack, seconds, seed))
+        except OSError:
+            raise QvlaError(_DIED) from None
 
     def finish(self, seconds: float) -> Tallies:
         """Wait for the end of an attack that takes so long; return what came of it.
@@ -42,7 +50,7 @@ class AttackerProcess:
                 tallies: Tallies = self._told.recv()
                 return tallies
         except EOFError:
-            raise QvlaError("the attacker's process died; this is a fault of the soak") from None
+            raise QvlaError(_DIED) from None
         raise QvlaError("an attack did not end: the server keeps its attacker waiting")
 
 

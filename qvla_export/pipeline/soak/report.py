@@ -138,8 +138,7 @@ class SoakReport:
     def _memory(self) -> Promise:
         text = "memory comes back to within 10 %"
         before, after = (self.samples[i].resident_bytes / 1e6 for i in (0, -1))
-        slope = self.slope("resident_bytes") / 1e6
-        figure = f"{before:.1f} MB, then {after:.1f} MB, {slope:+.1f} an hour"
+        figure = f"{before:.1f} MB, then {after:.1f} MB{self._hourly('resident_bytes', 1e6)}"
         if self.hours < LEAST_HOURS:
             # An allocator's heap settles in minutes: what it holds says nothing yet.
             return Promise(text, None, f"{figure}; not judged: shorter than {LEAST_HOURS:g} hours")
@@ -150,8 +149,12 @@ class SoakReport:
         return Promise(
             "descriptors come back",
             after <= before + MOST_DESCRIPTORS,
-            f"{before}, then {after}, {self.slope('descriptors'):+.1f} an hour",
+            f"{before}, then {after}{self._hourly('descriptors', 1.0)}",
         )
+
+    def _hourly(self, name: str, unit: float) -> str:
+        """Return a slope in words; nothing where seconds would have to stand for an hour."""
+        return "" if self.hours < LEAST_HOURS else f", {self.slope(name) / unit:+.1f} an hour"
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, without the single times."""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -82,8 +83,13 @@ def run_soak(plan: SoakPlan, on_progress: OnProgress = ignore) -> SoakReport:
     puts on the size of the server's files (RLIMIT_FSIZE), so that nothing else runs out of space.
 
     Raises:
-        QvlaError: the server does not start, or the soak itself fails.
+        QvlaError: this is no Linux, the server does not start, or the soak itself fails.
     """
+    if sys.platform != "linux":
+        raise QvlaError(
+            f"a soak looks at its server by Linux's /proc and limits it by prlimit, this is "
+            f"{sys.platform}; run it on a robot or another machine with Linux"
+        )
     cores = sorted(os.sched_getaffinity(0))
     core = cores[-1] if len(cores) > 1 else None
     with ExitStack() as stack:
