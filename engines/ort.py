@@ -1,7 +1,5 @@
 """ONNX Runtime on a CPU, or on a GPU by its CUDA execution provider."""
 
-import ctypes
-import sys
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -16,6 +14,7 @@ from engines.layer_times import LayerTime, LayerTimes
 from engines.ort_layers import profiling_options, read_profile
 from engines.program.ort_values import call_part, to_ort
 from engines.program.part_log import PartLog
+from qvla_export.shared.allocator import return_freed_memory
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.part import Part
 from qvla_export.shared.program import PartRuns, run_program
@@ -71,7 +70,8 @@ class OrtEngine(BundleEngine):
         self._sessions: dict[str, Any] = {}
         if keep_loaded:
             self._sessions = {part.name: self._load(part) for part in bundle.parts}
-            _return_freed_memory()
+            # Folded constants of a graph are several times its weights while it is loaded.
+            return_freed_memory()
 
     @property
     def runtime(self) -> str:
@@ -159,18 +159,6 @@ class OrtEngine(BundleEngine):
                 "NVIDIA driver and that CUDA and cuDNN are those onnxruntime-gpu was built for"
             )
         return session
-
-
-def _return_freed_memory() -> None:
-    """Give what loading freed back to the system, where the C library keeps it (glibc).
-
-    Folded constants of a graph are several times its weights while it is loaded; afterwards the
-    process would hold them for good.
-    """
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        if hasattr(library, "malloc_trim"):  # musl has none
-            library.malloc_trim(0)
 
 
 def _require_provider(provider: Provider) -> None:

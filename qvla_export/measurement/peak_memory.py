@@ -1,11 +1,12 @@
-"""Peak resident memory of a block of code in this process. Standard library only; Linux."""
+"""Peak resident memory of a block of code in this process; Linux."""
 
 import contextlib
-import ctypes
 import gc
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+
+from qvla_export.shared.allocator import return_freed_memory
 
 _STATUS = Path("/proc/self/status")
 _SYSTEM = Path("/proc/meminfo")
@@ -26,7 +27,7 @@ def peak_memory() -> Iterator[PeakMemory]:
     before = None
     # What was freed before the block must not hide what the block takes.
     gc.collect()
-    give_back()
+    return_freed_memory()
     with contextlib.suppress(OSError):
         _RESET.write_text("5")
         before = _bytes_of(_STATUS, "VmRSS")
@@ -53,12 +54,6 @@ def available_bytes() -> int | None:
     with contextlib.suppress(OSError):
         return _bytes_of(_SYSTEM, "MemAvailable")
     return None
-
-
-def give_back() -> None:
-    """Return freed memory to the system; the C library keeps that of small tensors else."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _bytes_of(table: Path, field: str) -> int | None:

@@ -29,13 +29,13 @@ from qvla_export.measurement.layer_groups import (
 )
 from qvla_export.measurement.part_needs import PartNeeds, part_needs
 from qvla_export.measurement.part_reader import PartReader, Weights
-from qvla_export.measurement.peak_memory import give_back
 from qvla_export.measurement.raised_weights import put_weight
 from qvla_export.measurement.recorded_calls import recording
 from qvla_export.measurement.weight_placement import WeightPlacement
 from qvla_export.measurement.whole_deviations import WholeDeviations
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers
+from qvla_export.shared.allocator import return_freed_memory
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
@@ -309,7 +309,7 @@ def weights_in_memory(policy: Policy, weights: Weights, device: torch.device) ->
     finally:
         for name, empty in replaced:
             put_weight(policy.module, name, empty)
-        give_back()
+        return_freed_memory()
 
 
 def _feeds(policy: Policy, observation: Observation, device: torch.device) -> dict[str, Tensor]:
