@@ -37,7 +37,10 @@ def adapter_base(checkpoint: Path) -> Path | None:
     if adapter is None or not (adapter / _FILE).is_file():
         return None
     base = checkpoint / _base_name(adapter / _CONFIG)
-    whole = base.is_dir() and any(base.glob(_BODY)) and base.resolve() != checkpoint.resolve()
+    try:
+        whole = base.is_dir() and any(base.glob(_BODY)) and base.resolve() != checkpoint.resolve()
+    except OSError:  # a name that is too long, a folder of somebody else's
+        return None
     return base if whole and loose_adapter(base) is None else None
 
 

@@ -13,6 +13,8 @@ from qvla_export.shared.errors import CheckpointError
 # the last bits to 1e-3 of a velocity.
 Times = Literal["accumulated", "computed"]
 _MOST_STEPS = 200
+# No time is longer than 1.
+_MOST_PERIOD = 1e6
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,12 @@ class FlowSpec:
                 f"a flow takes 1 to {_MOST_STEPS} steps, got {self.steps!r}; upstream's default is "
                 "10"
             )
-        if not 0 < self.min_period < self.max_period:
+        periods = (self.min_period, self.max_period)
+        numbers = all(type(period) in (int, float) for period in periods)
+        if not numbers or not 0 < periods[0] < periods[1] < _MOST_PERIOD:
             raise CheckpointError(
-                f"periods of the time must be ordered and above 0, got {self.min_period} and "
-                f"{self.max_period}"
+                "periods of the time must be numbers, ordered, above 0 and below "
+                f"{_MOST_PERIOD:g}, got {periods!r:.200}"
             )
 
     @property

@@ -119,7 +119,10 @@ def read_settings(config: Path) -> AdapterSettings:
     alpha = value.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e6:
         raise CheckpointError(f"{config}: lora_alpha must be a number above 0, got {alpha!r}")
-    return AdapterSettings(float(alpha), bool(value.get("use_rslora", False)))
+    stabilized = value.get("use_rslora", False)
+    if stabilized not in (None, True, False):
+        raise CheckpointError(f"{config}: use_rslora must be true or false, got {stabilized!r:.80}")
+    return AdapterSettings(float(alpha), bool(stabilized))
 
 
 def _is_off(value: Any) -> bool:

@@ -24,6 +24,7 @@ from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.artifacts import require_same, sha256_file
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
+from qvla_export.shared.json_documents import is_file_name
 
 _T = TypeVar("_T")
 
@@ -218,11 +219,13 @@ def _read_info(path: Path) -> RunInfo:
             settings=settings,
             stages=stages,
         )
+    for name in settings:
+        if not isinstance(name, str) or not is_file_name(name):
+            raise ArtifactError(
+                f"{path}: a setting must be the name of a folder, got {name!r:.200}"
+            )
     if not settings or len(set(settings)) != len(settings):
         raise ArtifactError(f"{path} must list settings, none twice; {_REMEDY}")
-    for name in settings:
-        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-            raise ArtifactError(f"{path}: a setting must be the name of a folder, got {name!r}")
     return info
 
 

@@ -16,6 +16,8 @@ from qvla_export.shared.errors import ArtifactError
 
 _REPAIR = "mend the file, or get it anew"
 _MISSING = object()
+# Of a file's name, on every file system of robots and hosts.
+_MOST_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,12 @@ class Node:
             raise self.wrong("a finite number is needed")
         return _float(self.value)
 
+    def positive(self) -> float:
+        """Return a finite number above 0."""
+        if not self.number() > 0:
+            raise self.wrong("a number above 0 is needed")
+        return self.number()
+
     def numbers(self, non_finite: bool = False) -> list[float]:
         """Return a list of numbers.
 
@@ -249,6 +257,12 @@ def whole_number(value: Any, place: str) -> int:
         ArtifactError: it is null, NaN, negative or no number; `place` says where.
     """
     return Node(value, place, remedy="write the dataset's metadata anew").whole()
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text is the name of a file in a folder: no way out, none that is too long."""
+    size = len(text.encode(errors="replace"))
+    return Path(text).name == text != ".." and "\0" not in text and 0 < size <= _MOST_NAME_BYTES
 
 
 def brief(value: Any) -> str:

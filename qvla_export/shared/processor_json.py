@@ -11,7 +11,7 @@ from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.frames import RESIZES, FrameSpec
 from qvla_export.shared.images import ImageSpec, are_channels
 from qvla_export.shared.inputs.noise import noise_from_json
-from qvla_export.shared.inputs.prompts import INSTRUCTION, STATE
+from qvla_export.shared.inputs.prompts import require_prompt
 from qvla_export.shared.normalization import Affine, Bounds, Statistics, require_limits
 from qvla_export.shared.picture_bounds import MOST_INPUT_SIDE
 from qvla_export.shared.policy_interface import MOST_SIZE
@@ -104,11 +104,7 @@ def _require_consistent(processor: Processor) -> None:
         raise ArtifactError("the bundle's policy reads instructions, and its tokenizer is missing")
     if isinstance(spec.image, FrameSpec):
         _require_frames(spec.image, len(cameras))
-    if not isinstance(spec.prompt, str) or spec.prompt.count(INSTRUCTION) != 1:
-        raise ArtifactError(f"a prompt holds {INSTRUCTION} once, got {spec.prompt!r:.120}")
-    words = spec.prompt.replace(INSTRUCTION, "").replace(STATE, "", bool(spec.state_bins))
-    if set(words) & {*"{}"}:
-        raise ArtifactError(f"a prompt has no other braces, got {spec.prompt!r:.120}")
+    require_prompt(spec.prompt, bool(spec.state_bins))
     parts: dict[str, tuple[Bounds | None, int]] = {"action": (statistics.action, spec.action_dim)}
     if spec.state_dim or statistics.state is not None:
         parts["state"] = (statistics.state, spec.state_dim)

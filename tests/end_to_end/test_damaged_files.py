@@ -3,11 +3,12 @@
 Recordings of demonstrations are damaged in `tests/calibration/sources/test_damaged_sources.py`.
 """
 
+import functools
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from small_recordings import recorder, served
 from small_sources import damaged
 from tiny_bundles import mixed_plan
 from tiny_policy import TINY_INSTRUCTIONS, write_tiny_checkpoint
+from victims import ACTS, FAMILIES, Victim
 
 from jetson.recording.reader import Recording
 from qvla_export.policies.families import load_policy, recognize
@@ -42,19 +44,6 @@ _SMALLEST = NetworkSize(
     heads=2,
     vocab_size=300,
 )
-# Of checkpoints that were taken although damaged, every so manieth also acts.
-_ACTS = 20
-
-
-@dataclass(frozen=True)
-class Victim:
-    """Files that are damaged in turn, and what reads them."""
-
-    files: tuple[Path, ...]
-    # Raises QvlaError, or returns.
-    read: Callable[[], object]
-    # Makes a damaged file pass checks that its writer could have passed too.
-    mend: Callable[[bytes], bytes] = bytes
 
 
 def sharded(folder: Path) -> Path:
@@ -77,7 +66,7 @@ def checkpoint_json(folder: Path) -> Victim:
     def read() -> None:
         recognize(folder).check_files(folder, None)
         policy = load_policy(folder, resident=False)
-        if next(taken) % _ACTS == 0:
+        if next(taken) % ACTS == 0:
             policy = load_policy(folder)
             size = policy.processor.spec.state_dim
             images = dict.fromkeys(policy.processor.spec.cameras, blank["image"])
@@ -161,6 +150,19 @@ def recording(path: Path) -> Victim:
 
 
 @pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Victim]:
+    return functools.cache(lambda kind: FAMILIES[kind](tmp_path_factory.mktemp(kind)))
+
+
+@pytest.fixture
+def victim(kind: str, families: Callable[[str], Victim], request: pytest.FixtureRequest) -> Victim:
+    if kind in FAMILIES:
+        return families(kind)
+    found: Victim = request.getfixturevalue("victims")[kind]
+    return found
+
+
+@pytest.fixture(scope="module")
 def victims(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_policy: OftPolicy,
@@ -204,6 +206,13 @@ FEW = {
     "plan": 80,
     "table": 200,
     "recording": 80,
+    "act": 12,
+    "smolvla": 12,
+    "univla": 12,
+    "pi": 12,
+    "pi05": 12,
+    "lerobot-pi": 12,
+    "adapter": 60,
 }
 
 
@@ -214,10 +223,10 @@ FEW = {
 )
 @pytest.mark.parametrize("kind", FEW)
 def test_damage_is_read_or_refused(
-    victims: dict[str, Victim], kind: str, count: int, caplog: pytest.LogCaptureFixture
+    victim: Victim, kind: str, count: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
-    victim, count = victims[kind], count or FEW[kind]
+    count = count or FEW[kind]
     whole = {path: path.read_bytes() for path in victim.files}
     rng = np.random.default_rng((len(kind), count))
     victim.read()
@@ -241,3 +250,61 @@ def test_damage_is_read_or_refused(
     print(f"{kind}: {count} damaged, {refused} refused")
     # What torch and safetensors take as it stands is little: flipped bits of weights.
     assert refused > count // 10
+
+
+LONG_NAME = "x" * 300
+ONE_STATE = {"observation.state": {"type": "STATE", "shape": [6]}}
+NORMALIZER = ("steps", 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "place", "value"),
+    [
+        ("act", "config.json", ("input_features",), ONE_STATE),
+        ("act", "config.json", ("n_action_steps",), 4096),
+        ("act", "policy_preprocessor.json", (*NORMALIZER, "config", "norm_map", "STATE"), "x"),
+        ("act", "policy_preprocessor.json", (*NORMALIZER, "state_file"), LONG_NAME),
+        ("smolvla", "vlm/config.json", ("vision_config", "layer_norm_eps"), -1),
+        ("smolvla", "vlm/config.json", ("text_config", "rms_norm_eps"), 0),
+        ("univla", "qvla_policy.json", ("latent_tokens",), 1 << 40),
+        ("pi", "qvla_policy.json", ("min_period",), "x"),
+        ("pi", "qvla_policy.json", ("optional_cameras",), 3),
+        ("pi", "qvla_policy.json", ("optional_cameras",), [[]]),
+        ("pi", "qvla_policy.json", ("vision_heads",), "x"),
+        ("pi", "qvla_policy.json", ("prompt",), None),
+        ("pi", "qvla_policy.json", ("prompt_state_width",), []),
+        ("adapter", "adapter_config.json", ("base_model_name_or_path",), LONG_NAME),
+        ("adapter", "adapter_config.json", ("use_rslora",), "no"),
+    ],
+)
+def test_a_value_that_no_policy_has_is_refused(
+    families: Callable[[str], Victim], kind: str, file: str, place: tuple[Any, ...], value: object
+) -> None:
+    victim = families(kind)
+    path = next(path for path in victim.files if path.as_posix().endswith(f"/{file}"))
+    whole = path.read_bytes()
+    document = json.loads(whole)
+    holder = functools.reduce(lambda node, step: node[step], place[:-1], document)
+    assert place[-1] in holder
+    holder[place[-1]] = value
+    path.write_text(json.dumps(document))
+    try:
+        with pytest.raises(QvlaError):
+            victim.read()
+    finally:
+        path.write_bytes(whole)
+
+
+def test_statistics_of_openpi_may_lack_a_quantile_that_the_policy_does_not_use(
+    families: Callable[[str], Victim],
+) -> None:
+    victim = families("pi")
+    path = victim.files[-1]
+    whole = path.read_bytes()
+    document = json.loads(whole)
+    del document["norm_stats"]["state"]["q99"]
+    path.write_text(json.dumps(document))
+    try:
+        victim.read()
+    finally:
+        path.write_bytes(whole)

@@ -60,11 +60,12 @@ def read_act_config(config: LeRobotConfig) -> ActConfig:
     decay = None
     if node.has("temporal_ensemble_coeff"):
         decay = node.field("temporal_ensemble_coeff").number()
+    horizon = node.field("chunk_size").whole(1, _MOST)
     return ActConfig(
-        horizon=node.field("chunk_size").whole(1, _MOST),
+        horizon=horizon,
         heads=node.field("n_heads").whole(1, _MOST),
         encoder_layers=node.field("n_encoder_layers").whole(1, _MOST),
         decoder_layers=node.field("n_decoder_layers").whole(1, _MOST),
-        executed=node.field("n_action_steps").whole(1, _MOST),
+        executed=node.field("n_action_steps").whole(1, horizon),
         ensemble_decay=decay,
     )

@@ -30,12 +30,13 @@ class ActFamily:
     def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
         """Return what decides the rows of the layers; reads no weights."""
         config = read_lerobot_config(checkpoint, preset)
+        own = read_act_config(config)
         camera = next(iter(config.cameras.values()))
         return PolicyInputs(
             images=len(config.cameras),
             image_size=max(camera.height, camera.width),
             prompt_tokens=0,
-            horizon=read_act_config(config).horizon,
+            horizon=own.horizon,
             action_dim=config.action_dim,
             state_dim=config.state_dim,
         )

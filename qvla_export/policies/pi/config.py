@@ -11,9 +11,12 @@ from qvla_export.policies.prismatic.files import stored_headers
 from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.frames import Resize
+from qvla_export.shared.inputs.prompts import require_prompt
 from qvla_export.shared.openpi.openpi_files import is_openpi
+from qvla_export.shared.picture_bounds import MOST_INPUT_SIDE
 from qvla_export.shared.policy_interface import (
     CONFIG_NAME,
+    MOST_SIZE,
     PolicyInterface,
     openpi_interface,
     read_policy_config,
@@ -24,6 +27,7 @@ from qvla_export.shared.processor import Language
 PROMPT_TOKENS = {False: 48, True: 200}
 PROMPT = {False: "{instruction}\n", True: "Task: {instruction}, State: {state};\nAction: "}
 
+_MOST_HEADS, _MOST_SEED = 1024, (1 << 63) - 1
 # Fields that decide actions and that a checkpoint may leave unsaid.
 ASSUMED = ("cameras", "flow_steps", "prompt_state_width")
 
@@ -33,7 +37,7 @@ class PiConfig(PolicyInterface):
     """Inputs and flow of one pi0 or pi0.5 checkpoint.
 
     Raises:
-        CheckpointError: a value that no such policy has.
+        CheckpointError, ArtifactError: a value that no such policy has.
     """
 
     # Whether the norms are adaptive and the state is in the prompt: pi0.5.
@@ -63,6 +67,7 @@ class PiConfig(PolicyInterface):
         self._require_choice("flow_times", ("accumulated", "computed"))
         self._require_choice("resize", ("pad-center", "pad-center-antialias"))
         self._require_choice("language", ("cleaned", "line"))
+        self._require_names("optional_cameras", 0)
         strange = set(self.optional_cameras) - set(self.cameras)
         if strange or set(self.optional_cameras) == set(self.cameras):
             raise CheckpointError(
@@ -71,8 +76,12 @@ class PiConfig(PolicyInterface):
             )
         if not self.state_dim:
             raise CheckpointError("pi0 and pi0.5 take a state; state_dim must be at least 1")
-        if type(self.noise_seed) is not int or self.noise_seed < 0:
-            raise CheckpointError(f"noise_seed must be a number from 0 on, got {self.noise_seed!r}")
+        self._require_whole("noise_seed", 0, _MOST_SEED)
+        self._require_whole("vision_heads", 0, _MOST_HEADS)
+        self._require_whole("max_prompt_tokens", 1, MOST_SIZE)
+        self._require_whole("prompt_state_width", 0, MOST_SIZE)
+        self._require_whole("image_side", 0, MOST_INPUT_SIDE)
+        require_prompt(self.prompt, self.adaptive)
         _ = self.flow
 
     @property

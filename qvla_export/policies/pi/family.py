@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import PROMPT_TOKENS
 from qvla_export.policies.pi.config import ASSUMED, is_pi, load_config, stated_fields
-from qvla_export.policies.pi.files import check_files, image_side
+from qvla_export.policies.pi.files import action_width, check_files, image_side
 from qvla_export.policies.prismatic.files import stored_headers
 from qvla_export.shared.errors import CheckpointError
 
@@ -58,7 +58,7 @@ class PiFamily:
             action_dim=config.action_dim,
             state_dim=0 if config.adaptive else config.state_dim,
             flow_steps=config.flow_steps,
-            action_width=shapes["action_in_proj.weight"][1],
+            action_width=action_width(shapes),
             adaptive=config.adaptive,
         )
 

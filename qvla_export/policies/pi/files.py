@@ -37,8 +37,23 @@ def image_side(shapes: Mapping[str, tuple[int, ...]]) -> int:
     Raises:
         CheckpointError: they are not among the weights.
     """
+    patch = _size(shapes, f"{_TOWER}patch_embedding.weight", -1)
+    return patch * round(_size(shapes, f"{_TOWER}position_embedding.weight", 0) ** 0.5)
+
+
+def action_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the numbers of an action in the network, from the shapes of its weights.
+
+    Raises:
+        CheckpointError: they are not among the weights.
+    """
+    return _size(shapes, "action_in_proj.weight", 1)
+
+
+def _size(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int) -> int:
     try:
-        patch = shapes[f"{_TOWER}patch_embedding.weight"][-1]
-        return int(patch * round(shapes[f"{_TOWER}position_embedding.weight"][0] ** 0.5))
+        return shapes[name][axis]
     except (KeyError, IndexError) as error:
-        raise CheckpointError(f"weights are missing that tell the images' size: {error}") from error
+        raise CheckpointError(
+            f"weights are missing that tell the network's sizes: {name}"
+        ) from error

@@ -101,8 +101,8 @@ def llama_config(text: Mapping[str, Any], file: str = "the decoder") -> LlamaCon
         if node.has(name):
             node.field(name).whole(1, most)
     for name in _POSITIVE:
-        if node.has(name) and not node.field(name).number() > 0:
-            raise node.field(name).wrong("a number above 0 is needed")
+        if node.has(name):
+            node.field(name).positive()
     fields = {k: v for k, v in text.items() if k not in ("model_type", "torch_dtype", "dtype")}
     try:
         llama = LlamaConfig(**fields)

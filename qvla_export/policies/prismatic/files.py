@@ -17,6 +17,7 @@ from qvla_export.policies.adapters import (
 from qvla_export.policies.low_rank import read_settings, split_keys
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.json_documents import is_file_name
 
 # The decoder's output layer.
 HEAD = "language_model.lm_head.weight"
@@ -85,7 +86,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     names = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{index} has no weight_map; download it again")
-    if not all(isinstance(name, str) and Path(name).name == name for name in names.values()):
+    if not all(isinstance(name, str) and is_file_name(name) for name in names.values()):
         raise CheckpointError(f"{index} must name files of its own folder, got {names!r:.200}")
     return names
 

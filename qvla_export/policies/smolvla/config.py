@@ -137,16 +137,14 @@ def read_vlm_config(folder: Path) -> VlmConfig:
     width = text.field("hidden_size").whole(1, 1 << 16)
     return VlmConfig(
         vision_heads=vision.field("num_attention_heads").whole(1, _MOST),
-        vision_eps=vision.field("layer_norm_eps").number()
-        if vision.has("layer_norm_eps")
-        else 1e-6,
+        vision_eps=_positive(vision, "layer_norm_eps", 1e-6),
         scale_factor=node.field("scale_factor").whole(1, 64),
         heads=heads,
         kv_heads=text.field("num_key_value_heads").whole(1, _MOST),
         head_dim=text.field("head_dim").whole(1, _MOST) if text.has("head_dim") else width // heads,
-        text_eps=_number(text, "rms_norm_eps", 1e-5),
+        text_eps=_positive(text, "rms_norm_eps", 1e-5),
     )
 
 
-def _number(node: Node, name: str, usual: float) -> float:
-    return node.field(name).number() if node.has(name) else usual
+def _positive(node: Node, name: str, usual: float) -> float:
+    return node.field(name).positive() if node.has(name) else usual

@@ -15,6 +15,8 @@ from qvla_export.shared.policy_interface import (
     token_interface,
 )
 
+_MOST_TOKENS, _MOST_CODES, _MOST_HEADS = 256, 1 << 16, 1024
+
 
 @dataclass(frozen=True)
 class UniVlaConfig(PrismaticConfig):
@@ -32,10 +34,9 @@ class UniVlaConfig(PrismaticConfig):
         self._require_choice("head", (LATENT,))
         if len(self.cameras) != 1 or self.state_dim:
             raise CheckpointError(f"a UniVLA policy sees one camera and takes no state, got {self}")
-        for name, least in (("latent_tokens", 1), ("codebook", 2), ("decoder_heads", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise CheckpointError(f"{name} must be a whole number from {least}, got {value!r}")
+        self._require_whole("latent_tokens", 1, _MOST_TOKENS)
+        self._require_whole("codebook", 2, _MOST_CODES)
+        self._require_whole("decoder_heads", 0, _MOST_HEADS)
 
 
 def load_config(checkpoint: Path, preset: str | None = None) -> UniVlaConfig:

@@ -7,7 +7,26 @@ Sources: openpi `models/tokenizer.py`, `PaligemmaTokenizer.tokenize`; lerobot 0.
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.shared.errors import ArtifactError
+
 INSTRUCTION, STATE = "{instruction}", "{state}"
+
+
+def require_prompt(template: object, tells_state: bool) -> None:
+    """Refuse what cannot be a prompt's template.
+
+    Args:
+        template: to be looked at.
+        tells_state: whether the state may be in it.
+
+    Raises:
+        ArtifactError: it is no text, lacks the instruction, or holds other braces.
+    """
+    if not isinstance(template, str) or template.count(INSTRUCTION) != 1:
+        raise ArtifactError(f"a prompt holds {INSTRUCTION} once, got {template!r:.120}")
+    words = template.replace(INSTRUCTION, "").replace(STATE, "", int(tells_state))
+    if set(words) & {*"{}"}:
+        raise ArtifactError(f"a prompt has no other braces, got {template!r:.120}")
 
 
 def cleaned_prompt(

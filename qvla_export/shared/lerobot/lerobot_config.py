@@ -106,7 +106,7 @@ def read_lerobot_config(checkpoint: Path, preset: str | None = None) -> LeRobotC
         len(visual) - len(seen),
         _length(shapes.field(STATE)) if STATE in inputs else 0,
         _length(outputs[ACTION]),
-        {kind: _mode(mode) for kind, mode in node.field("normalization_mapping").fields().items()},
+        read_modes(node.field("normalization_mapping")),
     )
 
 
@@ -135,10 +135,18 @@ def _length(feature: Node) -> int:
     return sizes[0]
 
 
-def _mode(node: Node) -> str:
-    if (mode := node.text()) not in _MODES:
-        raise node.wrong(f"a normalization is one of {', '.join(_MODES)}")
-    return mode
+def read_modes(node: Node) -> dict[str, str]:
+    """Return how features are normalized: "VISUAL", "STATE", "ACTION" -> mode.
+
+    Raises:
+        ArtifactError: it does not say so, or names a mode that there is not.
+    """
+    modes = {}
+    for kind, mode in node.fields().items():
+        if mode.text() not in _MODES:
+            raise mode.wrong(f"a normalization is one of {', '.join(_MODES)}")
+        modes[kind] = mode.text()
+    return modes
 
 
 def require_policy_type(config: LeRobotConfig, expected: str) -> None:

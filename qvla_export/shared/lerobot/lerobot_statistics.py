@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from qvla_export.shared.errors import StatisticsError
-from qvla_export.shared.json_documents import FOREIGN, Node, read_json
+from qvla_export.shared.json_documents import FOREIGN, Node, is_file_name, read_json
 from qvla_export.shared.lerobot.lerobot_config import (
     ACTION,
     STATE,
     LeRobotConfig,
     read_lerobot_config,
+    read_modes,
 )
 from qvla_export.shared.normalization import (
     Affine,
@@ -180,7 +181,7 @@ def read_steps(
         state_file = None
         if step.has("state_file"):
             stated = step.field("state_file").text()
-            if Path(stated).name != stated:
+            if not is_file_name(stated):
                 raise step.field("state_file").wrong("a file of the checkpoint's folder is needed")
             state_file = checkpoint / stated
         steps.append(ProcessorStep(kind, config, state_file))
@@ -197,7 +198,7 @@ def read_normalizer(steps: tuple[ProcessorStep, ...], name: str, where: Path) ->
     if len(found) != 1 or found[0].state_file is None:
         raise StatisticsError(f"{where} needs one step {name!r} with a state_file; {_REMEDY}")
     config, path = found[0].config, found[0].state_file
-    modes = {kind: mode.text() for kind, mode in config.field("norm_map").fields().items()}
+    modes = read_modes(config.field("norm_map"))
     tables: dict[str, dict[str, NDArray[np.float64]]] = {}
     for key, values in _read_tensors(path).items():
         # Features' names contain dots.

@@ -136,8 +136,10 @@ def _affine(table: Mapping[str, NDArray[np.float64]], quantiles: bool, where: st
         center = first + size
     else:
         center, size = first, second + _EPSILON
-    limits = (table[name] for name in (("q01", "q99") if "q01" in table else needed))
-    low, high = limits if "q01" in table else (first - 3 * second, first + 3 * second)
+    if "q01" in table and "q99" in table:
+        low, high = table["q01"], table["q99"]
+    else:
+        low, high = first - 3 * second, first + 3 * second
     affine = Affine(low, high, np.ones(len(first), bool), center, size, size)
     if (size <= 0).any():
         raise StatisticsError(f"{where}: spreads must not be negative, got {size.tolist()}")

@@ -14,6 +14,7 @@ from qvla_export.shared.json_documents import (
     FOREIGN,
     JsonLimits,
     Node,
+    is_file_name,
     parse_document,
     read_bounded,
     read_json,
@@ -123,3 +124,16 @@ def test_no_whole_number(value: object) -> None:
 @given(st.integers(0, 2**53))
 def test_whole_numbers_may_be_floats(value: int) -> None:
     assert whole_number(value, "") == whole_number(float(value), "") == value
+
+
+def test_names_of_files_lead_nowhere_else_and_fit_a_file_system() -> None:
+    assert is_file_name("model-00001.safetensors") and is_file_name("x" * 255)
+    for text in ("", ".", "..", "a/b", "/a", "a\0b", "x" * 256, "\N{GRINNING FACE}" * 64):
+        assert not is_file_name(text), text
+
+
+def test_a_number_above_0_is_above_0() -> None:
+    assert Node(0.5, "f.json").positive() == 0.5
+    for value in (0, -1, "1", None, True, float("nan"), float("inf")):
+        with pytest.raises(ArtifactError, match="number"):
+            Node(value, "f.json").positive()

@@ -1,0 +1,147 @@
+"""Checkpoints of every family whose describing files are damaged, and what reads them."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from act_cases import write_tiny_act
+from lerobot_cases import lerobot_folder, write_statistics
+from pi_cases import SLOTS, write_tiny_pi
+from places import DATA
+from smolvla_cases import write_tiny_smolvla
+from univla_cases import write_tiny_univla
+
+from jetson.doctor.statistics import read_checkpoint
+from qvla_export.policies.families import describe_checkpoint, load_policy, recognize
+from qvla_export.policies.prismatic.weights import open_body
+from qvla_export.shared.observation import Observation
+
+_PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
+_STATISTICS = ("observation.safetensors", "action.safetensors")
+# Of checkpoints that were taken although damaged, every so manieth also acts.
+ACTS = 20
+
+
+@dataclass(frozen=True)
+class Victim:
+    """Files that are damaged in turn, and what reads them."""
+
+    files: tuple[Path, ...]
+    # Raises QvlaError, or returns.
+    read: Callable[[], object]
+    # Makes a damaged file pass checks that its writer could have passed too.
+    mend: Callable[[bytes], bytes] = bytes
+
+
+def _described(folder: Path, names: Iterable[str]) -> Victim:
+    """Damage what says how a policy acts; read it as every command does that takes a checkpoint."""
+    taken = itertools.count()
+
+    def read() -> None:
+        read_checkpoint(folder, None)
+        describe_checkpoint(folder)
+        family = recognize(folder)
+        family.inputs(folder, None)
+        family.check_files(folder, None)
+        policy = load_policy(folder)
+        if next(taken) % ACTS == 0:
+            spec = policy.processor.spec
+            images = {name: np.zeros((*spec.frame_size, 3), np.uint8) for name in spec.cameras}
+            state = np.zeros(spec.state_dim, np.float32)
+            chunk = policy.infer(Observation(images, "push the button", state))  # type: ignore[attr-defined]  # all families have it
+            assert np.isfinite(chunk.actions).all()
+
+    return Victim(tuple(folder / name for name in names), read)
+
+
+def act(root: Path) -> Victim:
+    return _described(write_tiny_act(root / "act"), ("config.json", *_PROCESSORS, *_STATISTICS))
+
+
+def smolvla(root: Path) -> Victim:
+    names = ("config.json", "vlm/config.json", *_PROCESSORS, *_STATISTICS)
+    return _described(write_tiny_smolvla(root / "smolvla"), names)
+
+
+def univla(root: Path) -> Victim:
+    names = (
+        *("config.json", "qvla_policy.json"),
+        *("preprocessor_config.json", "dataset_statistics.json"),
+    )
+    return _described(write_tiny_univla(root / "univla"), names)
+
+
+def pi(root: Path) -> Victim:
+    names = ("config.json", "qvla_policy.json", "assets/tiny/norm_stats.json")
+    return _described(write_tiny_pi(root / "pi"), names)
+
+
+def pi05(root: Path) -> Victim:
+    names = ("config.json", "qvla_policy.json", "assets/tiny/norm_stats.json")
+    return _described(write_tiny_pi(root / "pi05", adaptive=True), names)
+
+
+def lerobot_pi(root: Path) -> Victim:
+    folder = write_tiny_pi(root / "lerobot_pi")
+    shutil.rmtree(folder / "assets")
+    (folder / "qvla_policy.json").write_text(json.dumps({"vision_heads": 4}))
+    more: dict[str, Any] = {
+        "type": "pi0",
+        "chunk_size": 4,
+        "num_inference_steps": 4,
+        "min_period": 0.004,
+        "max_period": 4.0,
+        "image_resolution": [28, 28],
+        "normalization_mapping": {
+            "VISUAL": "IDENTITY",
+            "STATE": "MEAN_STD",
+            "ACTION": "MEAN_STD",
+        },
+    }
+    lerobot_folder(folder, 8, 7, "MEAN_STD", SLOTS[:2], more)
+    path = folder / _PROCESSORS[0]
+    document = json.loads(path.read_text())
+    words = {"max_length": 48, "padding_side": "right"}
+    document["steps"].insert(2, {"registry_name": "tokenizer_processor", "config": words})
+    path.write_text(json.dumps(document))
+    sizes = {"observation.state": 8, "action": 7}
+    write_statistics(
+        folder,
+        {name: {"mean": np.zeros(size), "std": np.ones(size)} for name, size in sizes.items()},
+    )
+    names = ("config.json", "qvla_policy.json", *_PROCESSORS, *_STATISTICS)
+    return _described(folder, names)
+
+
+def adapter(root: Path) -> Victim:
+    """Merge an adapter into its base, as the file beside it says."""
+    golden = DATA / "oracles" / "lora" / "plain"
+    base, policy = root / "base", root / "policy" / "lora_adapter"
+    base.mkdir(parents=True)
+    shutil.copy(golden / "base.safetensors", base / "model.safetensors")
+    policy.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(golden / name, policy / name)
+    settings = json.loads((policy / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "../base"
+    (policy / "adapter_config.json").write_text(json.dumps(settings))
+    return Victim(
+        (policy / "adapter_config.json",), lambda: open_body(policy.parent).require_finite()
+    )
+
+
+# Kind -> what makes its checkpoint in a folder.
+FAMILIES: dict[str, Callable[[Path], Victim]] = {
+    "act": act,
+    "smolvla": smolvla,
+    "univla": univla,
+    "pi": pi,
+    "pi05": pi05,
+    "lerobot-pi": lerobot_pi,
+    "adapter": adapter,
+}
