@@ -1,5 +1,6 @@
 """The files of a pi0 or pi0.5 checkpoint folder that hold weights; others are refused."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def image_side(shapes: Mapping[str, tuple[int, ...]]) -> int:
         CheckpointError: they are not among the weights.
     """
     patch = _size(shapes, f"{_TOWER}patch_embedding.weight", -1)
-    return patch * round(_size(shapes, f"{_TOWER}position_embedding.weight", 0) ** 0.5)
+    return patch * math.isqrt(_size(shapes, f"{_TOWER}position_embedding.weight", 0))
 
 
 def action_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
