@@ -144,7 +144,7 @@ def __dir__() -> list[str]:
 
 def _with_extras_named(call: Callable[[], Any]) -> Any:
     """Call; a library that is not installed becomes an error that names its extra."""
-    from qvla_export.shared.extras import missing_extra
+    from qvla_export.shared.errors import missing_extra
 
     try:
         return call()

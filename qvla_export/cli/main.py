@@ -6,8 +6,7 @@ import sys
 
 from rich.console import Console
 
-from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.extras import missing_extra
+from qvla_export.shared.errors import QvlaError, missing_extra
 
 # What typer exits with after Ctrl-C.
 _INTERRUPTED = 130

@@ -7,8 +7,16 @@ QvlaError (ValueError)
 │   └── ArtifactMismatch two artifacts do not belong together
 │       └── PlanMismatch a bit plan was made for another policy
 ├── FinishedWork         what took long would be thrown away
-└── InvalidObservation   an observation breaks the policy's contract
+├── InvalidObservation   an observation breaks the policy's contract
+└── MissingExtra         a library is needed that this installation lacks
 """
+
+# Top-level package that only some installations have -> extra of `qvla` that brings it.
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "onnxscript"), "host"),
+    **dict.fromkeys(("scipy", "matplotlib", "jinja2", "pyarrow", "ml_dtypes", "h5py"), "host"),
+    **dict.fromkeys(("mujoco", "metaworld", "gymnasium", "OpenGL"), "sim"),
+}
 
 
 class QvlaError(ValueError):
@@ -41,3 +49,17 @@ class FinishedWork(QvlaError):
 
 class InvalidObservation(QvlaError):
     """An observation breaks the policy's contract."""
+
+
+class MissingExtra(QvlaError, ImportError):
+    """A library is needed that this installation does not have."""
+
+
+def missing_extra(error: ModuleNotFoundError) -> MissingExtra | None:
+    """Say which extra brings the module that was not found; None for one that none brings."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    return MissingExtra(
+        f"this command or call needs {package}: pip install 'qvla[{EXTRAS[package]}]'"
+    )
