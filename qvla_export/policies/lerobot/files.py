@@ -35,9 +35,23 @@ def check_files(checkpoint: Path, known: Collection[str]) -> None:
             were quantized elsewhere, or an adapter.
         StatisticsError: a processor's step that is not computed here.
     """
-    used = (*body_files(checkpoint), *_state_files(checkpoint, known))
-    require_all_used(checkpoint, used, _UNUSED)
+    require_parts_used(checkpoint, known)
     stored_headers(checkpoint)
+
+
+def require_parts_used(checkpoint: Path, known: Collection[str]) -> None:
+    """Refuse a folder with stored parts that the policy would act without.
+
+    Args:
+        checkpoint: the folder.
+        known: as `check_files`.
+
+    Raises:
+        CheckpointError: naming every such file, what it is and what to do.
+        StatisticsError, ArtifactError: as `state_files`.
+    """
+    used = (*body_files(checkpoint), *state_files(checkpoint, known))
+    require_all_used(checkpoint, used, _UNUSED)
 
 
 def checkpoint_digest(checkpoint: Path, known: Collection[str], more: Collection[Path] = ()) -> str:
@@ -51,14 +65,23 @@ def checkpoint_digest(checkpoint: Path, known: Collection[str], more: Collection
     names = [CONFIG]
     if has_processors(checkpoint):
         names += [f"{PREPROCESSOR}.json", f"{POSTPROCESSOR}.json"]
-    names += [path.name for path in _state_files(checkpoint, known)]
+    names += [path.name for path in state_files(checkpoint, known)]
     names += [path.name for path in checkpoint.glob("model*.safetensors*")]
     files = sha256_tree(checkpoint, names)
     identity = {"lerobot": files, **{path.name: sha256_file(path) for path in more}}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _state_files(checkpoint: Path, known: Collection[str]) -> list[Path]:
+def state_files(checkpoint: Path, known: Collection[str]) -> list[Path]:
+    """Return the files of statistics that the steps of the processors name; none without them.
+
+    Args:
+        checkpoint: the folder.
+        known: as `check_files`.
+
+    Raises:
+        StatisticsError, ArtifactError: a processor file is malformed, or a step is unknown.
+    """
     if not has_processors(checkpoint):
         return []
     steps = [

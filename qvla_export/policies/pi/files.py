@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qvla_export.policies.adapters import require_whole_tensors
+from qvla_export.policies.lerobot.files import require_parts_used
+from qvla_export.policies.pi.lerobot import STEPS, is_lerobot_pi
 from qvla_export.policies.prismatic.files import body_files, require_all_used, stored_headers
 from qvla_export.shared.errors import CheckpointError
 
@@ -16,9 +18,12 @@ def require_weights_alone(checkpoint: Path) -> None:
 
     Raises:
         CheckpointError: naming every such file, what it is and what to do.
+        StatisticsError, ArtifactError: LeRobot's configuration or processors are malformed.
     """
-    used = [*body_files(checkpoint), *checkpoint.glob("policy_*processor*.safetensors")]
-    require_all_used(checkpoint, used, {})
+    if is_lerobot_pi(checkpoint):
+        require_parts_used(checkpoint, STEPS)
+    else:
+        require_all_used(checkpoint, body_files(checkpoint), {})
 
 
 def check_files(checkpoint: Path) -> None:

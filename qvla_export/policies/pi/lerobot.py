@@ -29,7 +29,8 @@ from qvla_export.shared.policy_interface import lerobot_interface
 # Kind of policy -> whether its norms are adaptive.
 _KINDS = {"pi0": False, "pi05": True}
 _TOKENIZER, _STATE_PROMPT = "tokenizer_processor", "pi05_prepare_state_tokenizer_processor_step"
-_STEPS = (
+# Steps of the processor files that are computed here, beside those that every policy has.
+STEPS = (
     _TOKENIZER,
     _STATE_PROMPT,
     "pi0_new_line_processor",
@@ -91,7 +92,7 @@ def read_statistics(checkpoint: Path, unnorm_key: str | None) -> Statistics:
     """
     config = read_lerobot_config(checkpoint)
     _require_raw_pictures(config)
-    before, after = read_normalizers(checkpoint, config, _STEPS)
+    before, after = read_normalizers(checkpoint, config, STEPS)
     return lerobot_statistics(config, before, after, unnorm_key)
 
 
@@ -100,7 +101,7 @@ def _prompt_tokens(checkpoint: Path) -> int:
     steps = [
         step
         for name in (PREPROCESSOR, POSTPROCESSOR)
-        for step in read_steps(checkpoint, name, _STEPS)
+        for step in read_steps(checkpoint, name, STEPS)
     ]
     for step in steps:
         if step.config.has("enabled") and step.config.field("enabled").value:

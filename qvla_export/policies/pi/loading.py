@@ -5,9 +5,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from qvla_export.policies.lerobot.files import state_files
 from qvla_export.policies.pi.architecture import PiArchitecture
 from qvla_export.policies.pi.config import PiConfig
-from qvla_export.policies.pi.lerobot import read_statistics
+from qvla_export.policies.pi.lerobot import STEPS, is_lerobot_pi, read_statistics
 from qvla_export.shared.artifacts import sha256_tree
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.frames import FrameSpec
@@ -72,9 +73,11 @@ def load_processor(
 
 def checkpoint_digest(checkpoint: Path, config: PiConfig, unnorm_key: str) -> str:
     """Return the SHA-256 over all that decides actions: files read, configuration, statistics."""
-    patterns = ("model*.safetensors*", "policy_*processor*", "assets/**/norm_stats.json")
+    patterns = ("model*.safetensors*", "policy_*processor.json", "assets/**/norm_stats.json")
     names = [p.relative_to(checkpoint).as_posix() for n in patterns for p in checkpoint.glob(n)]
-    files = sha256_tree(checkpoint, [*names, "config.json", TOKENIZER])
+    if is_lerobot_pi(checkpoint):
+        names += [path.name for path in state_files(checkpoint, STEPS)]
+    files = sha256_tree(checkpoint, sorted({*names, "config.json", TOKENIZER}))
     identity = {"files": files, "config": asdict(config), "unnorm_key": unnorm_key}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

@@ -98,8 +98,8 @@ def rewritten(path: Path, old: str, new: str) -> None:
          ArtifactError, "padding_side"),
         (f"{POSTPROCESSOR}.json", '"enabled": false', '"enabled": true', ArtifactError,
          "relative actions"),
-        (f"{POSTPROCESSOR}.json", "policy_postprocessor_step_0", "elsewhere", StatisticsError,
-         "not found"),
+        (f"{POSTPROCESSOR}.json", "policy_postprocessor_step_0", "elsewhere", CheckpointError,
+         "no step of the processor files names"),
     ],
 )  # fmt: skip
 def test_what_is_not_computed_here_is_refused(
