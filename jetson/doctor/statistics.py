@@ -8,6 +8,7 @@ from pathlib import Path
 from jetson.doctor.bundle_facts import BundleFacts
 from jetson.doctor.finding import BoardFinding, Check
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.lerobot.lerobot_config import is_lerobot
 from qvla_export.shared.lerobot.lerobot_statistics import checkpoint_statistics
 from qvla_export.shared.normalization import Statistics, read_statistics
 from qvla_export.shared.policy_interface import (
@@ -50,7 +51,7 @@ class CheckpointFacts:
     sizes: tuple[int, int | None] | None = None
     # Why the policy cannot be loaded, empty where it can be; None where torch is not installed.
     load_problem: str | None = None
-    # Whether neither a preset nor a description beside the weights says what `config` holds.
+    # Whether neither a preset nor a file of the folder says what `config` holds.
     is_assumed: bool = False
 
 
@@ -64,7 +65,7 @@ def read_checkpoint(path: Path, key: str | None, preset: str | None = None) -> C
     """
     config, config_problem = None, ""
     try:
-        config = load_interface(path, preset)
+        config = load_interface(path, preset, key)
     except (QvlaError, OSError, ValueError, AttributeError) as error:
         config_problem = str(error)
     statistics, problem, keys = None, "", _keys(path / FILE_NAME)
@@ -74,7 +75,8 @@ def read_checkpoint(path: Path, key: str | None, preset: str | None = None) -> C
     except (QvlaError, OSError, ValueError, TypeError) as error:
         problem = str(error)
     sizes = _sizes(path / FILE_NAME, key)
-    assumed = preset is None and not (path / CONFIG_NAME).is_file()
+    # LeRobot's config.json says all of it, as a preset and `CONFIG_NAME` do.
+    is_said = preset is not None or (path / CONFIG_NAME).is_file() or _is_lerobot(path)
     return CheckpointFacts(
         path,
         key,
@@ -84,8 +86,15 @@ def read_checkpoint(path: Path, key: str | None, preset: str | None = None) -> C
         statistics,
         problem,
         sizes=sizes,
-        is_assumed=assumed,
+        is_assumed=not is_said,
     )
+
+
+def _is_lerobot(path: Path) -> bool:
+    try:
+        return is_lerobot(path)
+    except QvlaError:
+        return False
 
 
 def _keys(path: Path) -> tuple[str, ...]:

@@ -53,12 +53,12 @@ class PolicySource:
 
         Raises:
             QvlaError: it is no checkpoint.
-            CheckpointError, ArtifactError: as `describe_checkpoint`.
+            CheckpointError, ArtifactError, StatisticsError: as `describe_checkpoint`.
         """
         from qvla_export.policies.families import describe_checkpoint
 
         _require_checkpoint(self)
-        return describe_checkpoint(Path(self.place), self.preset)
+        return describe_checkpoint(Path(self.place), self.unnorm_key, self.preset)
 
     def __call__(self) -> "ActionPolicy":
         """Open the policy."""

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-# Added to scores of positions that are not attended to; exp of it is 0, and float16 holds it.
-_HIDDEN_SCORE = -30000.0
+from qvla_export.policies.hidden_scores import HIDDEN_SCORE
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _mask(query: Tensor, length: Tensor, room: int) -> Tensor:
     later = key[None, :] > query[:, None] + (room - rows)
     padding = key[None, :] < room - length[:, None]
     unseen = later[None] | padding[:, None, :]
-    return (unseen.to(torch.float32) * _HIDDEN_SCORE)[:, None]
+    return (unseen.to(torch.float32) * HIDDEN_SCORE)[:, None]
 
 
 class _Roll:

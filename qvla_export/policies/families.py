@@ -14,7 +14,6 @@ from qvla_export.policies.adapters import model_config, require_merged
 from qvla_export.policies.oft.family import OftFamily
 from qvla_export.policies.openvla.family import OpenVlaFamily
 from qvla_export.policies.pi.family import PiFamily
-from qvla_export.policies.prismatic.family import PrismaticFamily
 from qvla_export.policies.smolvla.family import SmolVlaFamily
 from qvla_export.policies.univla.family import UniVlaFamily
 from qvla_export.shared.errors import CheckpointError
@@ -37,6 +36,14 @@ class Family(Protocol):
 
     def recognizes(self, checkpoint: Path) -> bool:
         """Whether a folder, which has a config.json, is a checkpoint of this family."""
+        ...
+
+    def describe(self, checkpoint: Path, unnorm_key: str | None, preset: str | None) -> str:
+        """Say in one line what a checkpoint was found to be, and every field that is assumed.
+
+        Raises:
+            CheckpointError, ArtifactError, StatisticsError: it does not say its interface.
+        """
         ...
 
     def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
@@ -137,16 +144,18 @@ def recognize(checkpoint: Path) -> Family:
     )
 
 
-def describe_checkpoint(checkpoint: Path, preset: str | None = None) -> str:
-    """Say in one line which family a folder is of, and what is assumed where no file says it.
+def describe_checkpoint(
+    checkpoint: Path, unnorm_key: str | None = None, preset: str | None = None
+) -> str:
+    """Say in one line what a folder was found to be, and every field that is assumed.
+
+    Args:
+        checkpoint, unnorm_key, preset: as `load_policy`.
 
     Raises:
-        CheckpointError, ArtifactError: as `recognize`; or it does not say its interface.
+        CheckpointError, ArtifactError, StatisticsError: as `recognize` and `Family.describe`.
     """
-    family = recognize(checkpoint)
-    if isinstance(family, PrismaticFamily | PiFamily):
-        return family.describe(checkpoint, preset)
-    return f"{checkpoint}: {family.name}"
+    return recognize(checkpoint).describe(checkpoint, unnorm_key, preset)
 
 
 def load_policy(

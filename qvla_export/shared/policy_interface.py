@@ -1,12 +1,12 @@
 """What a policy sees and returns, where its checkpoint does not say so: `qvla_policy.json`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
 from qvla_export.shared.action_space import DEGREES, END_EFFECTOR
-from qvla_export.shared.artifacts import read_json
+from qvla_export.shared.artifacts import read_json, write_json
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.lerobot.lerobot_config import LeRobotConfig, is_lerobot, read_lerobot_config
 from qvla_export.shared.normalization import Normalization, read_statistics
@@ -138,6 +138,11 @@ def read_policy_config(checkpoint: Path) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
 
 
+def save_policy_config(config: PolicyInterface, checkpoint: Path) -> None:
+    """Write `qvla_policy.json` into a checkpoint folder."""
+    write_json(checkpoint / CONFIG_NAME, asdict(config))
+
+
 def head_of(checkpoint: Path) -> str:
     """Say what makes the action of a policy of OpenVLA's model type.
 
@@ -240,20 +245,24 @@ def openpi_interface(
     return PolicyInterface(**values)
 
 
-def load_interface(checkpoint: Path, preset: str | None = None) -> PolicyInterface:
+def load_interface(
+    checkpoint: Path, preset: str | None = None, unnorm_key: str | None = None
+) -> PolicyInterface:
     """Return what a checkpoint's policy sees and returns, whatever its family.
 
     Args:
         checkpoint: its folder.
         preset: a name in `INTERFACES`, instead of the file beside the weights.
+        unnorm_key: as `openpi_interface`.
 
     Raises:
         CheckpointError: the preset is unknown, or the file is absent or malformed.
+        StatisticsError, ArtifactError: as `openpi_interface`, of openpi's files.
     """
     if is_lerobot(checkpoint):
         return lerobot_interface(read_lerobot_config(checkpoint, preset))
     if is_openpi(checkpoint):
-        return openpi_interface(checkpoint, preset)
+        return openpi_interface(checkpoint, preset, unnorm_key)
     if preset is not None:
         return INTERFACES[require_preset(preset)]
     head = head_of(checkpoint)

@@ -2,38 +2,31 @@
 
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from oracles import oracle_root
 from safetensors.torch import load_file
+from tiny_policy import TINY_INSTRUCTIONS, TINY_SIZE, make_all_count
 
 from qvla_export.policies.base import PolicyBatch
+from qvla_export.policies.openvla.checkpoint import save_module
 from qvla_export.policies.openvla.config import OpenVlaConfig
-from qvla_export.policies.openvla.new_checkpoint import new_module, save_checkpoint
+from qvla_export.policies.openvla.new_checkpoint import new_module
 from qvla_export.policies.openvla.policy import OpenVlaPolicy, load_openvla_policy
 from qvla_export.policies.prismatic.new_checkpoint import (
     BOS_ID,
     SUFFIX_ID,
-    NetworkSize,
+    save_checkpoint,
     train_tokenizer,
 )
 from qvla_export.shared.observation import Observation
 
-_SIZE = NetworkSize(
-    image_size=28,
-    patch_size=14,
-    vision_dim=64,
-    vision_depth=3,
-    hidden_dim=64,
-    mlp_dim=128,
-    depth=2,
-    heads=2,
-    vocab_size=600,
-)
-# The second instruction is longer than the first, so that batches are ragged.
-INSTRUCTIONS = ("push the button", "open the small drawer slowly", "close the window")
+_SIZE = replace(TINY_SIZE, vocab_size=600)
+INSTRUCTIONS = TINY_INSTRUCTIONS
 
 
 def _is_case(path: Path) -> bool:
@@ -103,15 +96,13 @@ def write_tiny_openvla(path: Path, seed: int = 0) -> Path:
         suffix_token_id=SUFFIX_ID,
     )
     module = new_module(_SIZE, config, seed)
+    make_all_count(module)
     with torch.no_grad():
-        for name, weight in module.named_parameters():
-            if weight.ndim > 1 and "embed" not in name:  # outputs as large as inputs
-                weight.mul_(weight[0].numel() ** -0.5 / weight.std())
         module.language_model.lm_head.weight.mul_(3)
     limits = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
     statistics = {"tiny": {"action": {**limits, "mask": [True] * 6 + [False]}}}
     tokenizer = train_tokenizer(INSTRUCTIONS, 300)
-    save_checkpoint(path, module, config, tokenizer, statistics)
+    save_checkpoint(path, partial(save_module, module), module.arch, config, tokenizer, statistics)
     return path
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from openvla_cases import copied
 from oracles import oracle_root
+from tiny_policy import make_all_count
 
-from qvla_export.policies.flow import FlowSpec
+from qvla_export.policies.flow.module import PrefixInputs
+from qvla_export.policies.flow.spec import FlowSpec
 from qvla_export.policies.pi.checkpoint import load_module
 from qvla_export.policies.pi.config import PROMPT, PROMPT_TOKENS, PiConfig
-from qvla_export.policies.pi.module import PiModule, PrefixInputs
+from qvla_export.policies.pi.module import PiModule
 from qvla_export.policies.pi.new_checkpoint import (
     PiSize,
     new_module,
@@ -121,10 +123,8 @@ def write_tiny_pi(path: Path, adaptive: bool = False, seed: int = 0, **config: A
         }
     )
     module = new_module(_SIZE, stated, seed)
+    make_all_count(module)
     with torch.no_grad():
-        for name, weight in module.named_parameters():
-            if weight.ndim > 1 and "embed" not in name:  # outputs as large as inputs
-                weight.mul_(weight[0].numel() ** -0.5 / weight.std())
         _calm(module)
     statistics = {_ASSET: {"state": _table(8), "actions": _table(7)}}
     tokenizer = train_tokenizer([*INSTRUCTIONS, "Task: , State: 0 1 255;\nAction: "], 400)

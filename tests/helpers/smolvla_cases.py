@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from transformers import SiglipVisionConfig
 
 from qvla_export.policies.base import PolicyBatch
-from qvla_export.policies.flow import FlowSpec
+from qvla_export.policies.flow.architecture import StackSize
+from qvla_export.policies.flow.spec import FlowSpec
 from qvla_export.policies.prismatic.new_checkpoint import train_tokenizer
-from qvla_export.policies.smolvla.architecture import SmolVlaArchitecture, StackSize
+from qvla_export.policies.smolvla.architecture import SmolVlaArchitecture
 from qvla_export.policies.smolvla.checkpoint import upstream_name
 from qvla_export.policies.smolvla.module import SmolVlaModule
 from qvla_export.policies.smolvla.policy import SmolVlaPolicy, load_smolvla_policy

@@ -2,18 +2,22 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from graph_checks import require_clean
+from openvla_cases import openvla_observations
 
 from engines.targets import CPU
 from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.graph.float_graph import export_float
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import layer_shapes
+from qvla_export.policies.prismatic.policy import PrismaticPolicy
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import spec_for
 from qvla_export.shared.bundle import MANIFEST, Bundle, manifest_digest
@@ -70,3 +74,16 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
     manifest.pop("digest")
     manifest["digest"] = manifest_digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def exported_oracle(
+    policy: PrismaticPolicy, donor: PrismaticPolicy, path: Path, layers_per_part: int | None
+) -> Bundle:
+    """Export an oracle's policy in float; it has no tokenizer, `donor`'s makes the bundle whole."""
+    processor = replace(policy.processor, tokenizer=donor.processor.tokenizer)
+    policy = replace(policy, processor=processor)
+    side = isqrt(processor.spec.pixels)
+    black = {"full_image": np.zeros((side, side, 3), np.uint8)}
+    seen = [replace(openvla_observations(1)[0], images=black)]
+    options = ExportOptions(layers_per_part=layers_per_part)
+    return export_bundle(policy, None, CPU, seen, path, options)

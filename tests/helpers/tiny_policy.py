@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.oft.new_checkpoint import new_module, save_checkpoint
 from qvla_export.policies.prismatic.new_checkpoint import (
@@ -36,6 +39,14 @@ TINY_CONFIG = OftConfig(
 )
 # The second instruction is longer than the first, so that batches are ragged.
 TINY_INSTRUCTIONS = ("push the button", "open the small drawer slowly", "close the window")
+
+
+def make_all_count(module: nn.Module) -> None:
+    """Scale every weight so that outputs are as large as inputs: each layer counts for the end."""
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if weight.ndim > 1 and "embed" not in name:
+                weight.mul_(weight[0].numel() ** -0.5 / weight.std())
 
 
 def write_tiny_checkpoint(

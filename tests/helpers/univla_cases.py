@@ -1,26 +1,29 @@
 """Golden cases of upstream UniVLA, wherever they lie, and tiny checkpoints of the same family."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from openvla_cases import INSTRUCTIONS
 from oracles import oracle_root
+from tiny_policy import TINY_SIZE, make_all_count
 from tokenizers import Tokenizer
 
 from qvla_export.policies.base import PolicyBatch
 from qvla_export.policies.prismatic.new_checkpoint import (
     BOS_ID,
     SUFFIX_ID,
-    NetworkSize,
+    save_checkpoint,
     train_tokenizer,
 )
 from qvla_export.policies.prismatic.state_files import read_state_file
 from qvla_export.policies.univla.action_decoder import ActionDecoder
 from qvla_export.policies.univla.architecture import DecoderShape
+from qvla_export.policies.univla.checkpoint import save_module
 from qvla_export.policies.univla.config import UniVlaConfig
-from qvla_export.policies.univla.new_checkpoint import new_module, save_checkpoint
+from qvla_export.policies.univla.new_checkpoint import new_module
 from qvla_export.policies.univla.policy import UniVlaPolicy, load_univla_policy
 
 HORIZON, DIM, CODEBOOK = 12, 7, 32
@@ -92,17 +95,6 @@ def latent_tokenizer(size: int) -> Tokenizer:
 
 def write_tiny_univla(path: Path, seed: int = 0) -> Path:
     """Write a seeded, untrained checkpoint whose every layer counts for the actions."""
-    size = NetworkSize(
-        image_size=28,
-        patch_size=14,
-        vision_dim=64,
-        vision_depth=3,
-        hidden_dim=64,
-        mlp_dim=128,
-        depth=2,
-        heads=2,
-        vocab_size=300,
-    )
     config = UniVlaConfig(
         cameras=("full_image",),
         horizon=HORIZON,
@@ -114,13 +106,12 @@ def write_tiny_univla(path: Path, seed: int = 0) -> Path:
         suffix_token_id=SUFFIX_ID,
         decoder_heads=4,
     )
-    module = new_module(size, config, seed)
+    module = new_module(TINY_SIZE, config, seed)
+    make_all_count(module)
     with torch.no_grad():
-        for name, weight in module.named_parameters():
-            if weight.ndim > 1 and "embed" not in name:  # outputs as large as inputs
-                weight.mul_(weight[0].numel() ** -0.5 / weight.std())
         module.language_model.lm_head.weight.mul_(3)
     limits = {"q01": [-1.0] * DIM, "q99": [1.0] * DIM}
     statistics = {"tiny": {"action": {**limits, "mask": [True] * (DIM - 1) + [False]}}}
-    save_checkpoint(path, module, config, latent_tokenizer(size.vocab_size), statistics)
+    tokenizer = latent_tokenizer(TINY_SIZE.vocab_size)
+    save_checkpoint(path, partial(save_module, module), module.arch, config, tokenizer, statistics)
     return path

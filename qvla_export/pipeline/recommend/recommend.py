@@ -135,7 +135,7 @@ def labels_before(run: RunFolder, calibration: CalibrationRequest | None) -> Act
 
 def _checkpoint_labels(source: PolicySource) -> list[ActionLabels]:
     try:
-        known = load_interface(Path(source.place), source.preset)
+        known = load_interface(Path(source.place), source.preset, source.unnorm_key)
     except QvlaError:
         return []  # a family that says of itself what an OFT checkpoint does not
     name = "the checkpoint" if source.preset is None else f"preset {source.preset}"

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qvla_export.shared.errors import CheckpointError
-from qvla_export.shared.lerobot.lerobot_config import LeRobotConfig, require_policy_type
+from qvla_export.shared.lerobot.lerobot_config import (
+    LeRobotConfig,
+    require_built,
+    require_policy_type,
+)
 
 # Field -> the only value that is computed here (lerobot 0.6.1's default), and what it means.
 _BUILT: Mapping[str, tuple[Any, str]] = {
@@ -26,10 +30,6 @@ class ActConfig:
     heads: int
     encoder_layers: int
     decoder_layers: int
-    # Actions of a chunk that upstream executes before it looks again; 1 with ensembling.
-    executed: int
-    # Upstream's ensembling: weight of the i-th oldest chunk is exp(-coefficient * i); None without.
-    ensemble_decay: float | None
 
 
 def read_act_config(config: LeRobotConfig) -> ActConfig:
@@ -41,12 +41,7 @@ def read_act_config(config: LeRobotConfig) -> ActConfig:
     """
     require_policy_type(config, "act")
     node = config.node
-    for name, (value, meaning) in _BUILT.items():
-        if (stated := node.field(name).value) != value:
-            raise CheckpointError(
-                f"{node.file}: {name} ({meaning}) is {stated!r}, which is not built here; "
-                f"{value!r} is"
-            )
+    require_built(node, _BUILT)
     if not config.cameras:
         raise CheckpointError(f"{node.file}: an ACT policy needs pictures, it takes none")
     if config.blank_cameras:
@@ -57,15 +52,10 @@ def read_act_config(config: LeRobotConfig) -> ActConfig:
             f"{node.file}: pictures of all cameras must be of one size, got {sorted(sizes)}; "
             "train on pictures that were brought to one size"
         )
-    decay = None
-    if node.has("temporal_ensemble_coeff"):
-        decay = node.field("temporal_ensemble_coeff").number()
     horizon = node.field("chunk_size").whole(1, _MOST)
     return ActConfig(
         horizon=horizon,
         heads=node.field("n_heads").whole(1, _MOST),
         encoder_layers=node.field("n_encoder_layers").whole(1, _MOST),
         decoder_layers=node.field("n_decoder_layers").whole(1, _MOST),
-        executed=node.field("n_action_steps").whole(1, horizon),
-        ensemble_decay=decay,
     )

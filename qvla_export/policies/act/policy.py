@@ -10,8 +10,8 @@ from qvla_export.policies.act.config import read_act_config
 from qvla_export.policies.act.module import ActModule
 from qvla_export.policies.base import PolicyBatch, PolicyPart
 from qvla_export.policies.lerobot.files import check_files, checkpoint_digest
-from qvla_export.policies.lerobot.policy import LeRobotPolicy
 from qvla_export.policies.prismatic.parts import PartModule
+from qvla_export.policies.whole_policy import WholePolicy
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.frames import Channels, FrameSpec
 from qvla_export.shared.lerobot.lerobot_config import LeRobotConfig, read_lerobot_config
@@ -27,15 +27,14 @@ _PART = "policy"
 
 
 @dataclass(frozen=True, repr=False)
-class ActPolicy(LeRobotPolicy):
+class ActPolicy(WholePolicy):
     """A loaded ACT policy; see `Policy` for the meaning of its members."""
 
     module: ActModule
 
-    @property
-    def quantized(self) -> tuple[str, ...]:
-        """Return backbone, encoder and decoder; projections and the action's head stay in float."""
-        return ("backbone.", "encoder.", "decoder.")
+    def is_quantized(self, name: str) -> bool:
+        """Whether a layer is of backbone, encoder or decoder; the others stay in float."""
+        return name.startswith(("backbone.", "encoder.", "decoder."))
 
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
         """Return normalized actions [B, horizon, dim]."""

@@ -1,1 +1,1 @@
-"""What families in LeRobot's layout share: weights by their keys, and a `Policy` on them."""
+"""What families in LeRobot's layout share: files, weights by their keys, a `Family`."""

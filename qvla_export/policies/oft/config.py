@@ -1,11 +1,10 @@
 """What an OpenVLA-OFT checkpoint does not say about itself, stated by the user, never guessed."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from qvla_export.policies.prismatic.config import PrismaticConfig
-from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.policy_interface import (
     CONFIG_NAME,
@@ -74,9 +73,3 @@ def load_config(checkpoint: Path, preset: str | None = None) -> OftConfig:
 def _stored_head(checkpoint: Path) -> Literal["l1", "diffusion"]:
     """Say which head a folder's files are of, where nothing else says it."""
     return "diffusion" if any(checkpoint.glob("*noisy_action_projector*checkpoint*")) else "l1"
-
-
-def save_config(config: OftConfig, checkpoint: Path) -> None:
-    """Write `qvla_policy.json` into a checkpoint folder."""
-    value: dict[str, Any] = asdict(config)
-    write_json(checkpoint / CONFIG_NAME, value)

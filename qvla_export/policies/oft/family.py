@@ -1,22 +1,21 @@
 """OpenVLA-OFT as a `Family`: how its checkpoints are recognized, opened and written anew."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvla_export.latency_model.network_shape import PolicyInputs
-from qvla_export.latency_model.published_sizes import GEOMETRIES, PROMPT_TOKENS, find_geometry
+from qvla_export.latency_model.published_sizes import GEOMETRIES, Geometry
 from qvla_export.policies.oft.config import OftConfig, load_config
 from qvla_export.policies.oft.files import check_files
-from qvla_export.policies.prismatic.family import PrismaticFamily
-from qvla_export.shared.images import load_image_spec
+from qvla_export.policies.prismatic.family import OnBytes, PrismaticFamily
 from qvla_export.shared.policy_interface import AUTOREGRESSIVE, LATENT
 
 if TYPE_CHECKING:
     from qvla_export.policies.oft.policy import OftPolicy
 
 
-class OftFamily(PrismaticFamily):
+class OftFamily(PrismaticFamily[OftConfig]):
     """See `Family` for the meaning of its members; torch is imported where a checkpoint is."""
 
     name = "oft"
@@ -30,17 +29,10 @@ class OftFamily(PrismaticFamily):
         """Return what is read of `qvla_policy.json`, of a preset, or assumed."""
         return load_config(checkpoint, preset)
 
-    def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
-        """Return what decides the rows of the layers; reads no weights."""
-        config = load_config(checkpoint, preset)
-        image = load_image_spec(checkpoint / "preprocessor_config.json")
-        return PolicyInputs(
-            images=len(config.cameras),
-            image_size=image.size,
-            prompt_tokens=PROMPT_TOKENS,
-            horizon=config.horizon,
-            action_dim=config.action_dim,
-            state_dim=config.state_dim,
+    def with_head(self, inputs: PolicyInputs, config: OftConfig) -> PolicyInputs:
+        """Return what decides the rows of the layers: the head, and a diffusion head's steps."""
+        return replace(
+            inputs,
             head="tokens" if config.head == "tokens" else "l1",
             denoising_steps=config.diffusion_steps if config.head == "diffusion" else 1,
         )
@@ -49,13 +41,12 @@ class OftFamily(PrismaticFamily):
         """Whether weights can be left on disk: not where a head needs a table beside them."""
         return load_config(checkpoint, preset).head == "l1"
 
-    def open(
-        self, checkpoint: Path, unnorm_key: str | None, preset: str | None, resident: bool
+    def load(
+        self, checkpoint: Path, unnorm_key: str | None, config: OftConfig, resident: bool
     ) -> "OftPolicy":
         """Load a checkpoint folder; see `load_oft_policy`."""
         from qvla_export.policies.oft.policy import load_oft_policy
 
-        config = None if preset is None else load_config(checkpoint, preset)
         return load_oft_policy(checkpoint, unnorm_key, config, resident)
 
     def check(self, checkpoint: Path, unnorm_key: str | None, preset: str | None) -> None:
@@ -64,17 +55,12 @@ class OftFamily(PrismaticFamily):
 
         check_oft_checkpoint(checkpoint, unnorm_key, load_config(checkpoint, preset))
 
-    def check_files(self, checkpoint: Path, preset: str | None) -> None:
+    def require_files(self, checkpoint: Path, config: OftConfig) -> None:
         """Refuse a folder by its files' names and headers; see `oft.files.check_files`."""
-        check_files(checkpoint, load_config(checkpoint, preset))
+        check_files(checkpoint, config)
 
-    def write_random_checkpoint(
-        self,
-        output: Path,
-        size: str,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Write a checkpoint of a published size with random weights and LIBERO's interface."""
+    def write_random(self, output: Path, geometry: Geometry, on_progress: OnBytes | None) -> None:
+        """Write a checkpoint of a geometry with random weights and LIBERO's interface."""
         from qvla_export.policies.oft.random_checkpoint import write_random_checkpoint
 
-        write_random_checkpoint(output, find_geometry(size), on_progress=on_progress)
+        write_random_checkpoint(output, geometry, on_progress=on_progress)

@@ -1,6 +1,7 @@
 """A new, untrained OpenVLA-OFT checkpoint of any size, in the published layout."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ from tokenizers import Tokenizer
 
 from qvla_export.policies.oft.architecture import OftArchitecture
 from qvla_export.policies.oft.checkpoint import save_module
-from qvla_export.policies.oft.config import OftConfig, save_config
+from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.oft.module import OftModule
-from qvla_export.policies.prismatic.new_checkpoint import NetworkSize, new_shapes, save_description
-from qvla_export.shared.artifacts import new_folder
+from qvla_export.policies.prismatic import new_checkpoint
+from qvla_export.policies.prismatic.new_checkpoint import NetworkSize, new_shapes
 
 
 def new_module(size: NetworkSize, config: OftConfig, seed: int) -> OftModule:
@@ -40,17 +41,12 @@ def save_checkpoint(
     statistics: Mapping[str, Any],
     step: int,
 ) -> None:
-    """Write a whole checkpoint folder in the published layout, atomically.
+    """Write a whole checkpoint folder; `step` of training is part of the head files' names.
 
     Args:
-        path: the folder to create or replace.
+        path, config, tokenizer, statistics: see `prismatic.new_checkpoint.save_checkpoint`.
         module: the network.
-        config: written as `qvla_policy.json`.
-        tokenizer: written as `tokenizer.json`.
-        statistics: data set name -> {"action": {...}, "proprio": {...}}.
-        step: training step, part of the head files' names.
+        step: of training.
     """
-    with new_folder(path) as folder:
-        save_module(module, folder, step)
-        save_description(folder, module.arch, tokenizer, statistics)
-        save_config(config, folder)
+    save_weights = partial(save_module, module, step=step)
+    new_checkpoint.save_checkpoint(path, save_weights, module.arch, config, tokenizer, statistics)

@@ -152,9 +152,7 @@ def check_oft_checkpoint(checkpoint: Path, unnorm_key: str | None, config: OftCo
     Raises:
         CheckpointError, StatisticsError: as `load_oft_policy`.
     """
-    policy = _load(require_folder(checkpoint), unnorm_key, config, resident=False)
-    if policy.on_disk is not None:
-        policy.on_disk.require_finite()
+    _load(require_folder(checkpoint), unnorm_key, config, resident=False).require_finite()
 
 
 def _load(checkpoint: Path, unnorm_key: str | None, config: OftConfig, resident: bool) -> OftPolicy:

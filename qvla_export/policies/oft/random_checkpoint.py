@@ -10,7 +10,7 @@ import torch
 
 from qvla_export.latency_model.published_sizes import Geometry
 from qvla_export.policies.oft.architecture import OftArchitecture
-from qvla_export.policies.oft.config import PRESETS, OftConfig, save_config
+from qvla_export.policies.oft.config import PRESETS, OftConfig
 from qvla_export.policies.oft.module import OftModule
 from qvla_export.policies.prismatic.files import HEAD
 from qvla_export.policies.prismatic.keys import to_upstream
@@ -22,6 +22,7 @@ from qvla_export.policies.prismatic.random_weights import (
     write_random_body,
 )
 from qvla_export.shared.artifacts import new_folder
+from qvla_export.shared.policy_interface import save_policy_config
 
 _PARTS = ("action_head", "proprio_projector")
 
@@ -62,7 +63,7 @@ def write_random_checkpoint(
             if state:
                 torch.save(state, folder / f"{part}--0_checkpoint.pt")
         save_description(folder, arch, train_tokenizer(RANDOM_PROMPTS, 300), _statistics(config))
-        save_config(config, folder)
+        save_policy_config(config, folder)
 
 
 def _architecture(geometry: Geometry, config: OftConfig) -> OftArchitecture:

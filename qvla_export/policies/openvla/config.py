@@ -1,17 +1,14 @@
 """What an OpenVLA checkpoint does not say about itself; a file may, or a default does."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from qvla_export.policies.prismatic.config import PrismaticConfig
-from qvla_export.shared.artifacts import write_json
+from qvla_export.policies.prismatic.config import PrismaticConfig, read_token_config
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.policy_interface import (
     AUTOREGRESSIVE,
     CONFIG_NAME,
-    read_policy_config,
-    token_interface,
 )
 
 
@@ -46,17 +43,4 @@ def load_config(checkpoint: Path, preset: str | None = None) -> OpenVlaConfig:
             f"{preset!r} is for OpenVLA-OFT's: leave it out, or bring the head's file. An "
             f"OpenVLA-OFT with a token head says so in {CONFIG_NAME}"
         )
-    more: dict[str, Any] = {}
-    if (checkpoint / CONFIG_NAME).is_file():
-        more = read_policy_config(checkpoint)
-    try:
-        return OpenVlaConfig(**{**vars(token_interface(checkpoint)), **more})
-    except TypeError as error:
-        path = checkpoint / CONFIG_NAME
-        raise CheckpointError(f"{path} is not a policy configuration: {error}") from error
-
-
-def save_config(config: OpenVlaConfig, checkpoint: Path) -> None:
-    """Write `qvla_policy.json` into a checkpoint folder."""
-    value: dict[str, Any] = asdict(config)
-    write_json(checkpoint / CONFIG_NAME, value)
+    return read_token_config(checkpoint, OpenVlaConfig)

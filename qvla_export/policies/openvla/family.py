@@ -1,22 +1,21 @@
 """OpenVLA as a `Family`: how its checkpoints are recognized, opened and written anew."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvla_export.latency_model.network_shape import PolicyInputs
-from qvla_export.latency_model.published_sizes import GEOMETRIES, PROMPT_TOKENS, find_geometry
+from qvla_export.latency_model.published_sizes import GEOMETRIES, Geometry
 from qvla_export.policies.openvla.config import OpenVlaConfig, load_config
 from qvla_export.policies.openvla.files import check_files
-from qvla_export.policies.prismatic.family import PrismaticFamily
-from qvla_export.shared.images import load_image_spec
+from qvla_export.policies.prismatic.family import OnBytes, PrismaticFamily
 from qvla_export.shared.policy_interface import AUTOREGRESSIVE
 
 if TYPE_CHECKING:
     from qvla_export.policies.openvla.policy import OpenVlaPolicy
 
 
-class OpenVlaFamily(PrismaticFamily):
+class OpenVlaFamily(PrismaticFamily[OpenVlaConfig]):
     """See `Family` for the meaning of its members; torch is imported where a checkpoint is."""
 
     name = "openvla"
@@ -30,51 +29,24 @@ class OpenVlaFamily(PrismaticFamily):
         """Return what is read of `qvla_policy.json`, of a preset, or assumed."""
         return load_config(checkpoint, preset)
 
-    def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
-        """Return what decides the rows of the layers; reads no weights."""
-        config = load_config(checkpoint, preset)
-        image = load_image_spec(checkpoint / "preprocessor_config.json")
-        return PolicyInputs(
-            images=len(config.cameras),
-            image_size=image.size,
-            prompt_tokens=PROMPT_TOKENS,
-            horizon=config.horizon,
-            action_dim=config.action_dim,
-            head="tokens",
-            autoregressive=True,
-        )
+    def with_head(self, inputs: PolicyInputs, config: OpenVlaConfig) -> PolicyInputs:
+        """Return what decides the rows of the layers: tokens one after the other."""
+        return replace(inputs, head="tokens", autoregressive=True)
 
-    def can_stay_on_disk(self, checkpoint: Path, preset: str | None) -> bool:
-        """Whether weights can be left on disk: no, what is measured needs the chosen tokens."""
-        return False
-
-    def open(
-        self, checkpoint: Path, unnorm_key: str | None, preset: str | None, resident: bool
+    def load(
+        self, checkpoint: Path, unnorm_key: str | None, config: OpenVlaConfig, resident: bool
     ) -> "OpenVlaPolicy":
         """Load a checkpoint folder; see `load_openvla_policy`."""
         from qvla_export.policies.openvla.policy import load_openvla_policy
 
-        config = load_config(checkpoint, preset)
         return load_openvla_policy(checkpoint, unnorm_key, config, resident)
 
-    def check(self, checkpoint: Path, unnorm_key: str | None, preset: str | None) -> None:
-        """Refuse what `open` would refuse; see `check_openvla_checkpoint`."""
-        from qvla_export.policies.openvla.policy import check_openvla_checkpoint
-
-        check_openvla_checkpoint(checkpoint, unnorm_key, load_config(checkpoint, preset))
-
-    def check_files(self, checkpoint: Path, preset: str | None) -> None:
+    def require_files(self, checkpoint: Path, config: OpenVlaConfig) -> None:
         """Refuse a folder by its files' names and headers; see `openvla.files.check_files`."""
-        load_config(checkpoint, preset)
         check_files(checkpoint)
 
-    def write_random_checkpoint(
-        self,
-        output: Path,
-        size: str,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Write a checkpoint of a published size with random weights."""
+    def write_random(self, output: Path, geometry: Geometry, on_progress: OnBytes | None) -> None:
+        """Write a checkpoint of a geometry with random weights."""
         from qvla_export.policies.openvla.random_checkpoint import write_random_checkpoint
 
-        write_random_checkpoint(output, find_geometry(size), on_progress=on_progress)
+        write_random_checkpoint(output, geometry, on_progress=on_progress)

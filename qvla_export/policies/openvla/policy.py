@@ -107,16 +107,3 @@ def load_openvla_policy(
         centers,
         None if resident else weights,
     )
-
-
-def check_openvla_checkpoint(
-    checkpoint: Path, unnorm_key: str | None, config: OpenVlaConfig
-) -> None:
-    """Refuse what `load_openvla_policy` would refuse, in the memory of one tensor.
-
-    Raises:
-        CheckpointError, StatisticsError: as `load_openvla_policy`.
-    """
-    policy = load_openvla_policy(checkpoint, unnorm_key, config, resident=False)
-    if policy.on_disk is not None:
-        policy.on_disk.require_finite()

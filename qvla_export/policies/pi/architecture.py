@@ -2,36 +2,13 @@
 
 from dataclasses import dataclass
 
-from transformers import SiglipVisionConfig
-
-from qvla_export.policies.flow import FlowSpec
-
-
-@dataclass(frozen=True)
-class GemmaSize:
-    """Shapes of a stack of Gemma blocks."""
-
-    width: int
-    depth: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+from qvla_export.policies.flow.architecture import FlowArchitecture
+from qvla_export.policies.towers import tower_grid
 
 
 @dataclass(frozen=True)
-class PiArchitecture:
-    """Shapes of the network and how its flow is integrated."""
-
-    siglip: SiglipVisionConfig
-    language: GemmaSize
-    # As deep as the language model, with its heads: it attends to the language model's keys.
-    expert: GemmaSize
-    vocab_size: int
-    # Numbers of an action and of a state, filled up with zeros; 0: the state is in the prompt.
-    action_width: int
-    state_width: int
-    flow: FlowSpec
+class PiArchitecture(FlowArchitecture):
+    """Shapes of the network and how its flow is integrated; pi0.5's state is in the prompt."""
 
     @property
     def adaptive(self) -> bool:
@@ -39,11 +16,16 @@ class PiArchitecture:
         return self.state_width == 0
 
     @property
-    def patches(self) -> int:
-        """Patches of one image."""
-        return (self.image_side // int(self.siglip.patch_size)) ** 2  # type: ignore[arg-type]  # as below
+    def image_tokens(self) -> int:
+        """Tokens of one image: one a patch."""
+        return tower_grid(self.siglip) ** 2
 
     @property
-    def image_side(self) -> int:
-        """Pixels of a side of an image."""
-        return int(self.siglip.image_size)  # type: ignore[arg-type]  # ours are square
+    def expert_reads_state(self) -> bool:
+        """Whether the state is a token before the expert's actions, as in pi0."""
+        return not self.adaptive
+
+    @property
+    def prefix_reads_state(self) -> bool:
+        """Whether the state is a token behind the prompt: no."""
+        return False

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qvla_export.policies.flow import FlowSpec
+from qvla_export.policies.flow.spec import FlowSpec
 from qvla_export.policies.pi.description import read_architecture
 from qvla_export.policies.pi.files import require_weights_alone
 from qvla_export.policies.pi.keys import embedding_keys, our_name, upstream_shapes, without_prefix

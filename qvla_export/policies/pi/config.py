@@ -1,14 +1,12 @@
 """What a pi0 or pi0.5 checkpoint says of its policy in either layout, and what is taken else."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qvla_export.policies.flow import FlowSpec, Times
+from qvla_export.policies.flow.spec import FlowSpec, Times
 from qvla_export.policies.pi.lerobot import is_lerobot_pi, lerobot_values
 from qvla_export.policies.prismatic.files import stored_headers
-from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.frames import Resize
 from qvla_export.shared.inputs.prompts import require_prompt
@@ -27,9 +25,13 @@ from qvla_export.shared.processor import Language
 PROMPT_TOKENS = {False: 48, True: 200}
 PROMPT = {False: "{instruction}\n", True: "Task: {instruction}, State: {state};\nAction: "}
 
+# Heads of PaliGemma's tower, So400m, and its width: where the width is another, heads must be said.
+PUBLISHED_HEADS, PUBLISHED_WIDTH = 16, 1152
 _MOST_HEADS, _MOST_SEED = 1024, (1 << 63) - 1
-# Fields that decide actions and that a checkpoint may leave unsaid.
-ASSUMED = ("cameras", "flow_steps", "prompt_state_width")
+# Fields that decide actions, that differ between published checkpoints, and that files of a layout
+# do not say. The others are the same in all of it: openpi's code has them, no configuration.
+_UNSAID_BY_OPENPI = ("cameras", "vision_heads", "flow_steps", "prompt", "max_prompt_tokens")
+_UNSAID_BY_LEROBOT = ("vision_heads", "prompt_state_width")
 
 
 @dataclass(frozen=True)
@@ -131,21 +133,28 @@ def load_config(
     return PiConfig(**values)
 
 
-def stated_fields(checkpoint: Path, preset: str | None) -> set[str]:
-    """Return those of `ASSUMED` that a checkpoint's files or a preset say.
+def assumptions(checkpoint: Path, preset: str | None, config: PiConfig) -> dict[str, object]:
+    """Return the fields that neither a checkpoint's files nor a preset say, with their values.
+
+    Args:
+        checkpoint: the folder.
+        preset: as `load_config`.
+        config: from `load_config`.
 
     Raises:
         ArtifactError: a file is not JSON.
     """
-    lerobot = is_lerobot_pi(checkpoint)
-    stated = {"cameras", "flow_steps"} if lerobot else {"prompt_state_width"}
-    if lerobot and not is_adaptive(checkpoint):
-        stated.add("prompt_state_width")
+    unsaid = set(_UNSAID_BY_LEROBOT if is_lerobot_pi(checkpoint) else _UNSAID_BY_OPENPI)
+    if not config.adaptive:  # the state is not in the prompt
+        unsaid.discard("prompt_state_width")
     if preset is not None:
-        return stated | {"cameras"}
-    if (checkpoint / CONFIG_NAME).is_file():
-        stated |= set(read_policy_config(checkpoint))
-    return stated
+        unsaid.discard("cameras")
+    elif (checkpoint / CONFIG_NAME).is_file():
+        unsaid -= set(read_policy_config(checkpoint))
+    values = {name: value for name, value in vars(config).items() if name in unsaid}
+    if "vision_heads" in values and not config.vision_heads:
+        values["vision_heads"] = PUBLISHED_HEADS
+    return values
 
 
 def is_pi(checkpoint: Path) -> bool:
@@ -173,9 +182,3 @@ def is_adaptive(checkpoint: Path) -> bool:
             "are not supported"
         )
     return found[0]
-
-
-def save_config(config: PiConfig, checkpoint: Path) -> None:
-    """Write `qvla_policy.json` into a checkpoint folder."""
-    value: Mapping[str, Any] = asdict(config)
-    write_json(checkpoint / CONFIG_NAME, dict(value))

@@ -6,14 +6,18 @@ from pathlib import Path
 from torch import Tensor
 from transformers import SiglipVisionConfig
 
-from qvla_export.policies.flow import FlowSpec
-from qvla_export.policies.pi.architecture import GemmaSize, PiArchitecture
+from qvla_export.policies.flow.architecture import StackSize
+from qvla_export.policies.flow.spec import FlowSpec
+from qvla_export.policies.flow.tower import read_tower, tower_width
+from qvla_export.policies.pi.architecture import PiArchitecture
+from qvla_export.policies.pi.config import PUBLISHED_HEADS, PUBLISHED_WIDTH
 from qvla_export.policies.pi.keys import EMBEDDING
 from qvla_export.shared.errors import CheckpointError
 
-_VISION_EPS = 1e-6
-# Width and heads of PaliGemma's tower, So400m.
-_PUBLISHED_WIDTH, _PUBLISHED_HEADS = 1152, 16
+_TOWER_REMEDY = (
+    "write vision_heads into qvla_policy.json (the published tower has "
+    f"{PUBLISHED_HEADS} at width {PUBLISHED_WIDTH})"
+)
 
 
 def read_architecture(
@@ -58,57 +62,19 @@ def read_architecture(
     return arch
 
 
-def siglip_config(
-    width: int, depth: int, heads: int, mlp: int, patch: int, image_size: int
-) -> SiglipVisionConfig:
-    """Return transformers' configuration of PaliGemma's tower: GELU by tanh, no pooling head.
-
-    Raises:
-        CheckpointError: the heads do not divide the width.
-    """
-    if heads < 1 or width % heads:
-        raise CheckpointError(
-            f"SigLIP's width {width} does not divide into {heads} heads; write vision_heads into "
-            f"qvla_policy.json (the published tower has {_PUBLISHED_HEADS} at width "
-            f"{_PUBLISHED_WIDTH})"
-        )
-    config = SiglipVisionConfig(
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        intermediate_size=mlp,
-        image_size=image_size,
-        patch_size=patch,
-        layer_norm_eps=_VISION_EPS,
-        hidden_act="gelu_pytorch_tanh",
-        vision_use_head=False,
-    )
-    config._attn_implementation = "sdpa"
-    return config
-
-
 def _siglip(weights: Mapping[str, Tensor], heads: int) -> SiglipVisionConfig:
-    kernel = weights["vision_tower.embeddings.patch_embedding.weight"].shape
-    positions = weights["vision_tower.embeddings.position_embedding.weight"].shape[0]
-    if not heads and kernel[0] == _PUBLISHED_WIDTH:
-        heads = _PUBLISHED_HEADS
-    return siglip_config(
-        width=kernel[0],
-        depth=_depth(weights, "vision_tower.encoder.", "layer_norm1.weight"),
-        heads=heads,
-        mlp=weights["vision_tower.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        patch=kernel[-1],
-        image_size=kernel[-1] * round(positions**0.5),
-    )
+    if not heads and tower_width(weights) == PUBLISHED_WIDTH:
+        heads = PUBLISHED_HEADS
+    return read_tower(weights, heads, _TOWER_REMEDY)
 
 
-def _gemma(weights: Mapping[str, Tensor], name: str, depth_mark: str) -> GemmaSize:
+def _gemma(weights: Mapping[str, Tensor], name: str, depth_mark: str) -> StackSize:
     """Read one stack's shapes; every published one has a single head of keys and values."""
     block = f"{name}.layers.0"
     head_dim = weights[f"{block}.self_attn.k_proj.weight"].shape[0]
     rows, width = weights[f"{block}.self_attn.q_proj.weight"].shape
     mlp = weights[f"{block}.mlp.up_proj.weight"].shape[0]
-    return GemmaSize(
+    return StackSize(
         width=width,
         depth=_depth(weights, f"{name}.", depth_mark),
         mlp=mlp,

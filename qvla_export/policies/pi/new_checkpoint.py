@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
-from qvla_export.policies.pi.architecture import GemmaSize, PiArchitecture
-from qvla_export.policies.pi.config import PiConfig, save_config
-from qvla_export.policies.pi.description import siglip_config
+from qvla_export.policies.flow.architecture import StackSize
+from qvla_export.policies.flow.tower import siglip_config
+from qvla_export.policies.pi.architecture import PiArchitecture
+from qvla_export.policies.pi.config import PiConfig
 from qvla_export.policies.pi.keys import our_name, upstream_shapes
 from qvla_export.policies.pi.loading import TOKENIZER
 from qvla_export.policies.pi.module import PiModule
+from qvla_export.policies.prismatic import new_checkpoint
 from qvla_export.shared.artifacts import new_folder, write_json
+from qvla_export.shared.policy_interface import save_policy_config
 
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
-BOS_ID = 2
 _ACTION_WIDTH = 32
 
 
@@ -55,8 +57,8 @@ def new_module(size: PiSize, config: PiConfig, seed: int) -> PiModule:
             size.patch_size,
             size.image_size,
         ),
-        language=GemmaSize(size.language_dim, mlp=size.language_mlp, **stack),
-        expert=GemmaSize(size.expert_dim, mlp=size.expert_mlp, **stack),
+        language=StackSize(size.language_dim, mlp=size.language_mlp, **stack),
+        expert=StackSize(size.expert_dim, mlp=size.expert_mlp, **stack),
         vocab_size=size.vocab_size,
         action_width=_ACTION_WIDTH,
         state_width=0 if config.adaptive else _ACTION_WIDTH,
@@ -67,20 +69,7 @@ def new_module(size: PiSize, config: PiConfig, seed: int) -> PiModule:
 
 def train_tokenizer(prompts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Return a byte-level BPE tokenizer of the prompts with PaliGemma's special tokens."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(_SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(prompts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", BOS_ID)]
-    )
-    return tokenizer
+    return new_checkpoint.train_tokenizer(prompts, vocab_size, _SPECIAL, "<bos>")
 
 
 def save_checkpoint(
@@ -119,4 +108,4 @@ def save_checkpoint(
             (folder / "assets" / asset).mkdir(parents=True)
             write_json(folder / "assets" / asset / "norm_stats.json", {"norm_stats": table})
         tokenizer.save(str(folder / TOKENIZER))
-        save_config(config, folder)
+        save_policy_config(config, folder)

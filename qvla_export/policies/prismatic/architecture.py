@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from transformers import Dinov2WithRegistersConfig, LlamaConfig, SiglipVisionConfig
 
+from qvla_export.policies.towers import tower_grid
+
 
 @dataclass(frozen=True)
 class PrismaticArchitecture:
@@ -18,5 +20,4 @@ class PrismaticArchitecture:
     @property
     def patches(self) -> int:
         """Patches of one image."""
-        patch, side = self.dino.patch_size, self.dino.image_size
-        return (int(side) // int(patch)) ** 2  # type: ignore[arg-type]  # ours are square
+        return tower_grid(self.dino) ** 2

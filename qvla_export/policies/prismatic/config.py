@@ -1,15 +1,24 @@
 """What a checkpoint's config.json does not say, whatever the family."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.picture_bounds import MOST_INPUT_SIDE
-from qvla_export.shared.policy_interface import PolicyInterface
+from qvla_export.shared.policy_interface import (
+    CONFIG_NAME,
+    PolicyInterface,
+    read_policy_config,
+    token_interface,
+)
 
 _MOST_HEADS = 1024
 _MOST_TOKEN = (1 << 31) - 1
 # Pixels of a side that can be cropped.
 _LEAST_SIDE = 8
+_Config = TypeVar("_Config", bound="PrismaticConfig")
 
 
 @dataclass(frozen=True)
@@ -45,3 +54,30 @@ class PrismaticConfig(PolicyInterface):
             raise CheckpointError(
                 f"center_crop must be true or false, got {self.center_crop!r:.80}"
             )
+
+
+def read_token_config(
+    checkpoint: Path,
+    kind: type[_Config],
+    horizon: int = 1,
+    usual: Mapping[str, object] | None = None,
+) -> _Config:
+    """Return the configuration of a policy that decodes tokens.
+
+    Args:
+        checkpoint: its folder.
+        kind: of configuration.
+        horizon: as `token_interface`.
+        usual: fields as such a policy was published, where `qvla_policy.json` does not say them.
+
+    Raises:
+        CheckpointError: the statistics do not tell the dimensions, or the file is malformed.
+    """
+    stated: dict[str, Any] = {}
+    if (checkpoint / CONFIG_NAME).is_file():
+        stated = read_policy_config(checkpoint)
+    try:
+        return kind(**{**vars(token_interface(checkpoint, horizon)), **(usual or {}), **stated})
+    except TypeError as error:
+        path = checkpoint / CONFIG_NAME
+        raise CheckpointError(f"{path} is not a policy configuration: {error}") from error

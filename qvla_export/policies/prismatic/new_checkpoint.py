@@ -1,21 +1,28 @@
 """What a new, untrained checkpoint of any family and size is made of, beside its weights."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 
 from qvla_export.policies.prismatic.architecture import PrismaticArchitecture
+from qvla_export.policies.prismatic.config import PrismaticConfig
 from qvla_export.policies.prismatic.description import (
     llama_config,
     upstream_config,
     vision_configs,
 )
+from qvla_export.policies.prismatic.files import HEAD
+from qvla_export.policies.prismatic.keys import to_upstream
 from qvla_export.policies.prismatic.loading import STATISTICS
-from qvla_export.shared.artifacts import write_json
+from qvla_export.shared.artifacts import new_folder, write_json
+from qvla_export.shared.policy_interface import save_policy_config
 
 _SPECIAL = ("<unk>", "<s>", "</s>", "<empty>", "<pad>")
 BOS_ID, STOP_ID, SUFFIX_ID, PAD_ID = 1, 2, 3, 4
@@ -68,22 +75,80 @@ def new_shapes(size: NetworkSize, vision_heads: tuple[int, int]) -> PrismaticArc
     return PrismaticArchitecture(dino=dino, siglip=siglip, llama=llama, vocab_padding=_PADDING)
 
 
-def train_tokenizer(prompts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE tokenizer of the prompts that begins every text with BOS."""
+def train_tokenizer(
+    prompts: Iterable[str],
+    vocab_size: int,
+    special: Sequence[str] = _SPECIAL,
+    first: str = _SPECIAL[BOS_ID],
+) -> Tokenizer:
+    """Return a byte-level BPE tokenizer of the prompts that begins every text with BOS.
+
+    Args:
+        prompts: what it is trained on.
+        vocab_size: entries at most.
+        special: tokens with the lowest ids, "<unk>" among them.
+        first: the one that is BOS.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(_SPECIAL),
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(prompts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", BOS_ID)]
+        single=f"{first} $A", special_tokens=[(first, special.index(first))]
     )
     return tokenizer
+
+
+def save_checkpoint(
+    path: Path,
+    save_weights: Callable[[Path], None],
+    arch: PrismaticArchitecture,
+    config: PrismaticConfig,
+    tokenizer: Tokenizer,
+    statistics: Mapping[str, Any],
+) -> None:
+    """Write a whole checkpoint folder in the published layout, atomically.
+
+    Args:
+        path: the folder to create or replace.
+        save_weights: writes the network's weights into an existing folder.
+        arch: the network.
+        config: written as `qvla_policy.json`.
+        tokenizer: written as `tokenizer.json`.
+        statistics: data set name -> {"action": {...}, "proprio": {...}}.
+    """
+    with new_folder(path) as folder:
+        save_weights(folder)
+        save_description(folder, arch, tokenizer, statistics)
+        save_policy_config(config, folder)
+
+
+def save_token_body(
+    body: Mapping[str, Tensor], arch: PrismaticArchitecture, first: int, folder: Path
+) -> None:
+    """Write the weights of a policy that decodes tokens as upstream does, in bf16.
+
+    Rows of the output layer that the network does not have are zeros, as no token of theirs is
+    ever chosen.
+
+    Args:
+        body: our parameter name -> tensor, without parts that have a file of their own.
+        arch: the network.
+        first: lowest id of a token that it chooses among.
+        folder: an existing one.
+    """
+    head = body[HEAD]
+    whole = torch.zeros(int(arch.llama.vocab_size), head.shape[1])
+    whole[first : first + len(head)] = head
+    upstream = {**to_upstream({k: v for k, v in body.items() if k != HEAD}), HEAD: whole}
+    stored = {key: tensor.to(torch.bfloat16).contiguous() for key, tensor in upstream.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def save_description(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qvla_export.policies.base import PolicyBatch
+from qvla_export.policies.base import PolicyBatch, PolicyPart
 from qvla_export.policies.prismatic.config import PrismaticConfig
 from qvla_export.policies.prismatic.smoothing import find_migrations
 from qvla_export.policies.prismatic.vision import PrismaticModule
@@ -23,6 +23,7 @@ from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.clock import SpanClock
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.processor import Processor
+from qvla_export.shared.program import Program
 
 # Fills rows of a ragged batch; what stands there is never attended to.
 IGNORED_TOKEN_ID = 1
@@ -53,6 +54,22 @@ class PrismaticPolicy(abc.ABC):
             f"cameras {', '.join(config.cameras)}, {config.horizon} actions of "
             f"{config.action_dim} dimensions, {self.digest[:12]}>"
         )
+
+    @abc.abstractmethod
+    def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
+        """Preprocess observations into one padded batch; note the tokens a decoder chooses now."""
+
+    @abc.abstractmethod
+    def normalized_actions(self, batch: PolicyBatch) -> Tensor:
+        """Return normalized actions [B, horizon, dim], differentiable."""
+
+    @abc.abstractmethod
+    def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
+        """Return the parts of the executed policy, from model inputs to "actions"."""
+
+    @abc.abstractmethod
+    def program(self, layers_per_part: int | None = None) -> Program:
+        """Return how the parts of `parts(layers_per_part)` run for one action."""
 
     def inputs(self, observations: Sequence[Observation]) -> PolicyBatch:
         """Preprocess observations into one padded batch of model inputs."""
@@ -177,6 +194,15 @@ class PrismaticPolicy(abc.ABC):
         """Return how many weights the checkpoint holds."""
         tensors = self.module.state_dict() if self.on_disk is None else self.on_disk.shapes
         return sum(t.numel() for name, t in tensors.items() if name not in NOT_UPSTREAM)
+
+    def require_finite(self) -> None:
+        """Refuse weights that were left on disk and are no numbers; reads one at a time.
+
+        Raises:
+            CheckpointError: naming the tensor.
+        """
+        if self.on_disk is not None:
+            self.on_disk.require_finite()
 
     def migrations(self) -> tuple[Migration, ...]:
         """Return where the network can be smoothed."""

@@ -2,50 +2,33 @@
 
 from dataclasses import dataclass
 
-from transformers import SiglipVisionConfig
-
-from qvla_export.policies.flow import FlowSpec
-
-
-@dataclass(frozen=True)
-class StackSize:
-    """Shapes of a stack of blocks."""
-
-    width: int
-    depth: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
+from qvla_export.policies.flow.architecture import FlowArchitecture
+from qvla_export.policies.towers import tower_grid
 
 
 @dataclass(frozen=True)
-class SmolVlaArchitecture:
+class SmolVlaArchitecture(FlowArchitecture):
     """Shapes of the network and how its flow is integrated."""
 
-    siglip: SiglipVisionConfig
+    # Side of the blocks of patches that become one token.
     scale_factor: int
-    language: StackSize
-    expert: StackSize
-    vocab_size: int
     # The expert's block i attends to itself, too, where i is a multiple of it.
     self_attention_every: int
-    # Numbers of an action and of a state, filled up with zeros.
-    action_width: int
-    state_width: int
-    flow: FlowSpec
-
-    @property
-    def image_side(self) -> int:
-        """Pixels of a side of an image."""
-        return int(self.siglip.image_size)  # type: ignore[arg-type]  # ours are square
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one image."""
-        grid = self.image_side // int(self.siglip.patch_size)  # type: ignore[arg-type]  # as above
-        return (grid // self.scale_factor) ** 2
+        """Tokens of one image: one a block of patches."""
+        return (tower_grid(self.siglip) // self.scale_factor) ** 2
+
+    @property
+    def expert_reads_state(self) -> bool:
+        """Whether the state is a token before the expert's actions: no."""
+        return False
+
+    @property
+    def prefix_reads_state(self) -> bool:
+        """Whether the state is a token behind the prompt: yes."""
+        return True
 
     def attends_itself(self, block: int) -> bool:
         """Whether a block of the expert attends to the actions beside the prefix."""

@@ -5,16 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
-from transformers import SiglipVisionConfig
 
+from qvla_export.policies.flow.architecture import StackSize
+from qvla_export.policies.flow.tower import read_tower
 from qvla_export.policies.lerobot.weights import open_weights
 from qvla_export.policies.prismatic.network import load_network
 from qvla_export.policies.prismatic.weights import CheckpointWeights
-from qvla_export.policies.smolvla.architecture import SmolVlaArchitecture, StackSize
+from qvla_export.policies.smolvla.architecture import SmolVlaArchitecture
 from qvla_export.policies.smolvla.config import SmolVlaConfig, VlmConfig
 from qvla_export.policies.smolvla.module import SmolVlaModule
+from qvla_export.policies.towers import tower_grid, tower_side
 from qvla_export.shared.errors import CheckpointError
 
+_TOWER_REMEDY = "the VLM's config.json says so, it is another VLM's"
 _VLM = "vlm_with_expert.vlm."
 _TEXT, _EXPERT = f"{_VLM}model.text_model.", "vlm_with_expert.lm_expert."
 # How LeRobot's names begin -> how ours do.
@@ -81,9 +84,7 @@ def _architecture(
     checkpoint: Path, config: SmolVlaConfig, vlm: VlmConfig, shapes: Mapping[str, Tensor]
 ) -> SmolVlaArchitecture:
     try:
-        kernel = shapes["vision_tower.embeddings.patch_embedding.weight"].shape
-        positions = shapes["vision_tower.embeddings.position_embedding.weight"].shape[0]
-        siglip = _siglip(shapes, vlm, kernel[-1] * round(positions**0.5))
+        siglip = read_tower(shapes, vlm.vision_heads, _TOWER_REMEDY, vlm.vision_eps)
         language, expert = (
             StackSize(
                 width=shapes[f"{stack}.layers.0.input_layernorm.weight"].shape[0],
@@ -102,9 +103,8 @@ def _architecture(
             f"{checkpoint}: weights are missing that tell the network's shape ({error}); is it a "
             "whole SmolVLA checkpoint?"
         ) from error
-    side = int(siglip.image_size)  # type: ignore[arg-type]  # ours are square
-    grid = side // kernel[-1]
-    if config.picture != (side, side) or grid % vlm.scale_factor:
+    side = tower_side(siglip)
+    if config.picture != (side, side) or tower_grid(siglip) % vlm.scale_factor:
         raise CheckpointError(
             f"{checkpoint}: pictures are brought to {config.picture} (width, height), the tower's "
             f"positions are of {side} x {side} in blocks of {vlm.scale_factor}; other sizes are "
@@ -121,26 +121,3 @@ def _architecture(
         state_width=config.state_width,
         flow=config.flow,
     )
-
-
-def _siglip(shapes: Mapping[str, Tensor], vlm: VlmConfig, side: int) -> SiglipVisionConfig:
-    kernel = shapes["vision_tower.embeddings.patch_embedding.weight"].shape
-    depth = len({name for name in shapes if name.endswith(".layer_norm1.weight")})
-    if kernel[0] % vlm.vision_heads:
-        raise CheckpointError(
-            f"the tower's width {kernel[0]} does not divide into the {vlm.vision_heads} heads that "
-            "the VLM's config.json says; it is another VLM's"
-        )
-    siglip = SiglipVisionConfig(
-        hidden_size=kernel[0],
-        num_hidden_layers=depth,
-        num_attention_heads=vlm.vision_heads,
-        intermediate_size=shapes["vision_tower.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        image_size=side,
-        patch_size=kernel[-1],
-        layer_norm_eps=vlm.vision_eps,
-        hidden_act="gelu_pytorch_tanh",
-        vision_use_head=False,
-    )
-    siglip._attn_implementation = "sdpa"
-    return siglip

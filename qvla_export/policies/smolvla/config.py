@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvla_export.policies.flow import FlowSpec
+from qvla_export.policies.flow.spec import FlowSpec
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.json_documents import FOREIGN, Node, read_json
-from qvla_export.shared.lerobot.lerobot_config import LeRobotConfig, require_policy_type
+from qvla_export.shared.lerobot.lerobot_config import (
+    LeRobotConfig,
+    require_built,
+    require_policy_type,
+)
 
 VLM_FOLDER, TOKENIZER = "vlm", "tokenizer.json"
 # Steps of the preprocessor beside those of every policy.
@@ -21,6 +25,14 @@ _BUILT: Mapping[str, tuple[Any, str]] = {
     "use_delta_joint_actions_aloha": (False, "actions relative to the state"),
     "add_image_special_tokens": (False, "tokens around pictures"),
     "attention_mode": ("cross_attn", "how the expert sees the VLM"),
+}
+# Field of the VLM's config.json -> the only value that is built here; where the field is left out,
+# transformers' default for such a model is the same.
+_VLM_KINDS: Mapping[str, str] = {
+    "model_type": "smolvlm",
+    "text_config.model_type": "llama",
+    "text_config.hidden_act": "silu",
+    "vision_config.hidden_act": "gelu_pytorch_tanh",
 }
 
 
@@ -64,12 +76,7 @@ def read_smolvla_config(config: LeRobotConfig) -> SmolVlaConfig:
     """
     require_policy_type(config, "smolvla")
     node = config.node
-    for name, (value, meaning) in _BUILT.items():
-        if (stated := node.field(name).value) != value:
-            raise CheckpointError(
-                f"{node.file}: {name} ({meaning}) is {stated!r}, which is not built here; "
-                f"{value!r} is"
-            )
+    require_built(node, _BUILT)
     if not config.cameras or not config.state_dim:
         raise CheckpointError(f"{node.file}: a SmolVLA policy needs pictures and a state")
     depth = node.field("num_vlm_layers").whole(1, _MOST)
@@ -118,21 +125,15 @@ def read_vlm_config(folder: Path) -> VlmConfig:
         CheckpointError: it is of another kind than the one that is built here.
         ArtifactError: a field is missing or malformed.
     """
-    path = folder / "config.json"
-    node = Node(read_json(path, "configuration of the VLM", FOREIGN), str(path))
-    text, vision = node.field("text_config"), node.field("vision_config")
-    for part, name, value in (
-        (node, "model_type", "smolvlm"),
-        (text, "model_type", "llama"),
-        (text, "hidden_act", "silu"),
-        (vision, "hidden_act", "gelu_pytorch_tanh"),
-    ):
-        # What is not stated is transformers' default for such a model, which these are.
+    node = _vlm_node(folder)
+    for path, value in _VLM_KINDS.items():
+        part, name = _holder(node, path)
         if part.has(name) and part.field(name).value != value:
             raise CheckpointError(
                 f"{part.place}: {name} is {part.field(name).value!r}, which is not built here; "
                 f"{value!r} is"
             )
+    text, vision = node.field("text_config"), node.field("vision_config")
     heads = text.field("num_attention_heads").whole(1, _MOST)
     width = text.field("hidden_size").whole(1, 1 << 16)
     return VlmConfig(
@@ -144,6 +145,35 @@ def read_vlm_config(folder: Path) -> VlmConfig:
         head_dim=text.field("head_dim").whole(1, _MOST) if text.has("head_dim") else width // heads,
         text_eps=_positive(text, "rms_norm_eps", 1e-5),
     )
+
+
+def vlm_assumptions(folder: Path) -> dict[str, object]:
+    """Return the fields that a VLM's config.json leaves out, with the values that hold for them.
+
+    Raises:
+        CheckpointError, ArtifactError: as `read_vlm_config`.
+    """
+    config, node = read_vlm_config(folder), _vlm_node(folder)
+    usual: Mapping[str, object] = {
+        **_VLM_KINDS,
+        "text_config.head_dim": config.head_dim,
+        "text_config.rms_norm_eps": config.text_eps,
+        "vision_config.layer_norm_eps": config.vision_eps,
+    }
+    holders = {path: _holder(node, path) for path in usual}
+    missing = [path for path, (part, name) in holders.items() if not part.has(name)]
+    return {f"{VLM_FOLDER} {path}": usual[path] for path in missing}
+
+
+def _vlm_node(folder: Path) -> Node:
+    path = folder / "config.json"
+    return Node(read_json(path, "configuration of the VLM", FOREIGN), str(path))
+
+
+def _holder(node: Node, path: str) -> tuple[Node, str]:
+    """Return the object that holds a field of a dotted path, and the field's name."""
+    part, _, name = path.rpartition(".")
+    return (node.field(part) if part else node), name
 
 
 def _positive(node: Node, name: str, usual: float) -> float:

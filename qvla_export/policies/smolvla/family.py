@@ -1,37 +1,36 @@
 """SmolVLA as a `Family`: how its checkpoints are recognized and opened."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import PROMPT_TOKENS
+from qvla_export.policies.lerobot.family import LeRobotFamily
 from qvla_export.policies.lerobot.files import check_files
 from qvla_export.policies.smolvla.config import (
     STEPS,
     read_smolvla_config,
     read_vlm_config,
+    vlm_assumptions,
     vlm_folder,
 )
-from qvla_export.shared.errors import CheckpointError
-from qvla_export.shared.lerobot.lerobot_config import is_lerobot, read_lerobot_config
+from qvla_export.shared.lerobot.lerobot_config import read_lerobot_config
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from qvla_export.policies.smolvla.policy import SmolVlaPolicy
 
 
-class SmolVlaFamily:
+class SmolVlaFamily(LeRobotFamily):
     """See `Family` for the meaning of its members; torch is imported where a checkpoint is."""
 
-    name = "smolvla"
-    model_type = "smolvla"
-    sizes: tuple[str, ...] = ()
+    name = model_type = "smolvla"
+    title = "SmolVLA"
+    unsmoothed = "it is not built here"
 
-    def recognizes(self, checkpoint: Path) -> bool:
-        """Whether config.json is of a LeRobot policy of type "smolvla"."""
-        return is_lerobot(checkpoint) and read_lerobot_config(checkpoint).type == self.model_type
+    def assumptions(self, checkpoint: Path, preset: str | None) -> Mapping[str, object]:
+        """Return what the VLM's config.json leaves to transformers' defaults."""
+        return vlm_assumptions(vlm_folder(checkpoint, read_lerobot_config(checkpoint, preset)))
 
     def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
         """Return what decides the rows of the layers; reads no weights."""
@@ -46,27 +45,11 @@ class SmolVlaFamily:
             state_dim=config.state_dim,
         )
 
-    def can_stay_on_disk(self, checkpoint: Path, preset: str | None) -> bool:
-        """Whether weights can be left on disk: no, they are small."""
-        return False
-
-    def open(
-        self, checkpoint: Path, unnorm_key: str | None, preset: str | None, resident: bool
-    ) -> "SmolVlaPolicy":
-        """Load a checkpoint folder; see `load_smolvla_policy`.
-
-        Raises:
-            CheckpointError: its weights are to be left on disk.
-        """
+    def load(self, checkpoint: Path, unnorm_key: str | None, preset: str | None) -> "SmolVlaPolicy":
+        """Load a checkpoint folder whole; see `load_smolvla_policy`."""
         from qvla_export.policies.smolvla.policy import load_smolvla_policy
 
-        if not resident:
-            raise CheckpointError(f"{checkpoint}: a SmolVLA policy is loaded whole")
         return load_smolvla_policy(checkpoint, unnorm_key, preset)
-
-    def check(self, checkpoint: Path, unnorm_key: str | None, preset: str | None) -> None:
-        """Refuse what `open` would refuse."""
-        self.open(checkpoint, unnorm_key, preset, resident=True)
 
     def check_files(self, checkpoint: Path, preset: str | None) -> None:
         """Refuse a folder by its files' names and headers; see `lerobot.files.check_files`."""
@@ -74,28 +57,3 @@ class SmolVlaFamily:
         read_smolvla_config(config)
         read_vlm_config(vlm_folder(checkpoint, config))
         check_files(checkpoint, STEPS)
-
-    def write_smoothed(
-        self, checkpoint: Path, output: Path, factors: "Mapping[str, Tensor]", keep_types: bool
-    ) -> None:
-        """Refuse: it is not built for checkpoints of LeRobot.
-
-        Raises:
-            CheckpointError: always.
-        """
-        raise CheckpointError(
-            f"{checkpoint}: a SmolVLA checkpoint is not smoothed here; leave qvla smooth out"
-        )
-
-    def write_random_checkpoint(
-        self,
-        output: Path,
-        size: str,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Refuse: there is no published size of it.
-
-        Raises:
-            CheckpointError: always.
-        """
-        raise CheckpointError(f"there is no published size {size!r} of a SmolVLA policy")

@@ -3,11 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from qvla_export.policies.base import PolicyBatch, PolicyPart
+from qvla_export.policies.flow.policy import FlowPolicy
 from qvla_export.policies.lerobot.files import check_files, checkpoint_digest
-from qvla_export.policies.lerobot.policy import LeRobotPolicy
 from qvla_export.policies.smolvla.checkpoint import load_module
 from qvla_export.policies.smolvla.config import (
     STEPS,
@@ -17,8 +14,7 @@ from qvla_export.policies.smolvla.config import (
     read_vlm_config,
     vlm_folder,
 )
-from qvla_export.policies.smolvla.module import SmolPrefixInputs, SmolVlaModule
-from qvla_export.policies.smolvla.parts import program_of, whole_parts
+from qvla_export.policies.smolvla.module import SmolVlaModule
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.frames import FrameSpec
 from qvla_export.shared.inputs.noise import NoiseSpec
@@ -32,54 +28,13 @@ from qvla_export.shared.lerobot.lerobot_statistics import (
     read_steps,
 )
 from qvla_export.shared.processor import Processor, ProcessorSpec, load_tokenizer
-from qvla_export.shared.program import Program
 
 
 @dataclass(frozen=True, repr=False)
-class SmolVlaPolicy(LeRobotPolicy):
+class SmolVlaPolicy(FlowPolicy):
     """A loaded SmolVLA policy; see `Policy` for the meaning of its members."""
 
     module: SmolVlaModule
-
-    @property
-    def quantized(self) -> tuple[str, ...]:
-        """Return the tower and both stacks.
-
-        The connector and the projections of state, actions and time are small and carry most of
-        the damage of low widths: they stay as they are.
-        """
-        return ("vision_tower.", "language_model.layers.", "action_expert.layers.")
-
-    def normalized_actions(self, batch: PolicyBatch) -> Tensor:
-        """Return the flow's end [B, horizon, dim], differentiable through all steps."""
-        assert batch.noise is not None and batch.state is not None
-        inputs = SmolPrefixInputs(
-            batch.pixel_values,
-            batch.input_ids,
-            batch.state,
-            batch.image_mask,
-            batch.prompt_lengths,
-        )
-        actions: Tensor = self.module(inputs, batch.noise)
-        return actions[:, :, : self.processor.spec.action_dim]
-
-    def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
-        """Return the prefix and a step of the flow.
-
-        Raises:
-            CheckpointError: they are to be cut.
-        """
-        if layers_per_part is not None:
-            raise CheckpointError(
-                "a policy that integrates a flow is exported as prefix and step, not in smaller "
-                "parts; leave the number of layers a part out"
-            )
-        return whole_parts(self.module, self.processor.spec)
-
-    def program(self, layers_per_part: int | None = None) -> Program:
-        """Return the program: the prefix once, then a step as often as the flow has them."""
-        self.parts(layers_per_part)
-        return program_of(self.module.arch.flow.steps)
 
 
 def load_smolvla_policy(

@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qvla_export.policies.prismatic.description import read_architecture, read_vocab_padding
-from qvla_export.policies.prismatic.files import HEAD
-from qvla_export.policies.prismatic.keys import to_upstream
 from qvla_export.policies.prismatic.network import load_network
+from qvla_export.policies.prismatic.new_checkpoint import save_token_body
 from qvla_export.policies.prismatic.weights import CheckpointWeights
 from qvla_export.policies.univla.architecture import DecoderShape, UniVlaArchitecture
 from qvla_export.policies.univla.config import UniVlaConfig
@@ -72,26 +70,12 @@ def _decoder(checkpoint: Path, config: UniVlaConfig, shapes: Mapping[str, Tensor
 
 
 def save_module(module: UniVlaModule, checkpoint: Path) -> None:
-    """Write weights into an existing folder as upstream does: a bf16 body, a float32 decoder.
-
-    Rows of the output layer that the network does not have are zeros, as no token of theirs is
-    ever chosen.
-    """
-    arch, tensors = module.arch, module.state_dict()
-    decoder = {
-        name.removeprefix(f"{DECODER}."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(f"{DECODER}.")
-    }
-    head = tensors[HEAD]
-    whole = torch.zeros(int(arch.llama.vocab_size), head.shape[1])
-    whole[arch.first_latent_token : arch.first_latent_token + arch.codebook] = head
-    body = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name != HEAD and not name.startswith(f"{DECODER}.")
-    }
-    upstream = {**to_upstream(body), HEAD: whole}
-    stored = {key: tensor.to(torch.bfloat16).contiguous() for key, tensor in upstream.items()}
-    save_file(stored, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    """Write weights into an existing folder as upstream does: body, float32 action decoder."""
+    body, decoder = {}, {}
+    for name, tensor in module.state_dict().items():
+        if name.startswith(f"{DECODER}."):
+            decoder[name.removeprefix(f"{DECODER}.")] = tensor
+        else:
+            body[name] = tensor
+    save_token_body(body, module.arch, module.vocabulary.first, checkpoint)
     torch.save(decoder, checkpoint / f"{DECODER}.pt")

@@ -1,18 +1,15 @@
 """What a UniVLA checkpoint does not say about itself; a file may, or a default does."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from qvla_export.policies.prismatic.config import PrismaticConfig
-from qvla_export.shared.artifacts import write_json
+from qvla_export.policies.prismatic.config import PrismaticConfig, read_token_config
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.policy_interface import (
     CONFIG_NAME,
     LATENT,
     LATENT_HORIZON,
-    read_policy_config,
-    token_interface,
 )
 
 _MOST_TOKENS, _MOST_CODES, _MOST_HEADS = 256, 1 << 16, 1024
@@ -53,17 +50,5 @@ def load_config(checkpoint: Path, preset: str | None = None) -> UniVlaConfig:
             f"{checkpoint} decodes latent tokens, so it is a UniVLA checkpoint; preset {preset!r} "
             f"is for OpenVLA-OFT's: leave it out, and write what differs into {CONFIG_NAME}"
         )
-    more: dict[str, Any] = {"training_image_size": 224, "center_crop": True}
-    if (checkpoint / CONFIG_NAME).is_file():
-        more |= read_policy_config(checkpoint)
-    try:
-        return UniVlaConfig(**{**vars(token_interface(checkpoint, LATENT_HORIZON)), **more})
-    except TypeError as error:
-        path = checkpoint / CONFIG_NAME
-        raise CheckpointError(f"{path} is not a policy configuration: {error}") from error
-
-
-def save_config(config: UniVlaConfig, checkpoint: Path) -> None:
-    """Write `qvla_policy.json` into a checkpoint folder."""
-    value: dict[str, Any] = asdict(config)
-    write_json(checkpoint / CONFIG_NAME, value)
+    usual = {"training_image_size": 224, "center_crop": True}
+    return read_token_config(checkpoint, UniVlaConfig, LATENT_HORIZON, usual)

@@ -1,18 +1,11 @@
-"""A new, untrained UniVLA checkpoint of any size, in the published layout."""
-
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+"""A new, untrained UniVLA network of any size."""
 
 import torch
-from tokenizers import Tokenizer
 
-from qvla_export.policies.prismatic.new_checkpoint import NetworkSize, new_shapes, save_description
+from qvla_export.policies.prismatic.new_checkpoint import NetworkSize, new_shapes
 from qvla_export.policies.univla.architecture import DecoderShape, UniVlaArchitecture
-from qvla_export.policies.univla.checkpoint import save_module
-from qvla_export.policies.univla.config import UniVlaConfig, save_config
+from qvla_export.policies.univla.config import UniVlaConfig
 from qvla_export.policies.univla.module import UniVlaModule
-from qvla_export.shared.artifacts import new_folder
 
 
 def new_module(size: NetworkSize, config: UniVlaConfig, seed: int) -> UniVlaModule:
@@ -28,25 +21,3 @@ def new_module(size: NetworkSize, config: UniVlaConfig, seed: int) -> UniVlaModu
         decoder=DecoderShape(size.hidden_dim, heads, 4 * size.hidden_dim),
     )
     return UniVlaModule(arch)
-
-
-def save_checkpoint(
-    path: Path,
-    module: UniVlaModule,
-    config: UniVlaConfig,
-    tokenizer: Tokenizer,
-    statistics: Mapping[str, Any],
-) -> None:
-    """Write a whole checkpoint folder in the published layout, atomically.
-
-    Args:
-        path: the folder to create or replace.
-        module: the network.
-        config: written as `qvla_policy.json`.
-        tokenizer: written as `tokenizer.json`.
-        statistics: data set name -> {"action": {...}}.
-    """
-    with new_folder(path) as folder:
-        save_module(module, folder)
-        save_description(folder, module.arch, tokenizer, statistics)
-        save_config(config, folder)

@@ -99,14 +99,3 @@ def load_univla_policy(
         no_bins,
         None if resident else weights,
     )
-
-
-def check_univla_checkpoint(checkpoint: Path, unnorm_key: str | None, config: UniVlaConfig) -> None:
-    """Refuse what `load_univla_policy` would refuse, in the memory of one tensor.
-
-    Raises:
-        CheckpointError, StatisticsError: as `load_univla_policy`.
-    """
-    policy = load_univla_policy(checkpoint, unnorm_key, config, resident=False)
-    if policy.on_disk is not None:
-        policy.on_disk.require_finite()

@@ -157,3 +157,21 @@ def require_policy_type(config: LeRobotConfig, expected: str) -> None:
     """
     if config.type != expected:
         raise ArtifactError(f"{config.node.file}: type must be {expected!r}, it is {config.type!r}")
+
+
+def require_built(node: Node, built: Mapping[str, tuple[object, str]]) -> None:
+    """Refuse a configuration that says something that is not computed here.
+
+    Args:
+        node: the document.
+        built: field -> the only value that is computed, and what it means.
+
+    Raises:
+        CheckpointError: naming field, meaning and value.
+    """
+    for name, (value, meaning) in built.items():
+        if (stated := node.field(name).value) != value:
+            raise CheckpointError(
+                f"{node.file}: {name} ({meaning}) is {stated!r}, which is not built here; "
+                f"{value!r} is"
+            )

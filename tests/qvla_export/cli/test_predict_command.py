@@ -14,8 +14,9 @@ from qvla_export.cli.judge.predict import _line
 from qvla_export.latency_model.network_shape import network_of
 from qvla_export.pipeline.predict import PredictedAction
 from qvla_export.pipeline.run_folder import RunFolder
-from qvla_export.policies.oft.config import OftConfig, save_config
+from qvla_export.policies.oft.config import OftConfig
 from qvla_export.quantizer.plan import BitPlan
+from qvla_export.shared.policy_interface import save_policy_config
 
 
 def test_the_command_labels_everything_as_predicted(tmp_path: Path) -> None:
@@ -44,7 +45,7 @@ def run(tmp_path: Path) -> RunFolder:
     small_sensitivities().save(folder.sensitivities)
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    save_config(OftConfig(("one", "two"), 4, 7, 8, "q99"), checkpoint)
+    save_policy_config(OftConfig(("one", "two"), 4, 7, 8, "q99"), checkpoint)
     preprocessor = {
         "input_sizes": [[3, 56, 56]] * 2,
         "image_resize_strategy": "resize-naive",

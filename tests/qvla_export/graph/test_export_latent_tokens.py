@@ -1,6 +1,5 @@
 """A policy that decodes latent tokens: its graphs, run as the program says, are torch's chunk."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from graph_checks import require_clean
 from openvla_cases import openvla_observations
 from rtx_parser import builds
-from tiny_bundles import mixed_plan
+from tiny_bundles import exported_oracle, mixed_plan
 from univla_cases import CASES, Case, write_tiny_univla
 
 from engines.ort import OrtEngine
@@ -75,17 +74,8 @@ def test_the_decoder_is_stored_once(bundles: tuple[Bundle, Bundle], policy: UniV
 def test_oracle_cases_through_the_engine(tmp_path: Path, layers_per_part: int | None) -> None:
     """Upstream's chunks come out of ONNX Runtime, from whole graphs and from cut ones."""
     cases = [Case(path) for path in CASES if path.parent == CASES[0].parent]
-    policy = cases[0].policy
-    # The oracle has no tokenizer; one of anything makes the bundle whole.
     donor = load_univla_policy(write_tiny_univla(tmp_path / "donor"))
-    processor = replace(policy.processor, tokenizer=donor.processor.tokenizer)
-    policy = replace(policy, processor=processor)
-    side = policy.processor.spec.image.size
-    black = {"full_image": np.zeros((side, side, 3), np.uint8)}
-    seen = [replace(openvla_observations(1)[0], images=black)]
-    bundle = export_bundle(
-        policy, None, CPU, seen, tmp_path / "b", ExportOptions(layers_per_part=layers_per_part)
-    )
+    bundle = exported_oracle(cases[0].policy, donor, tmp_path / "b", layers_per_part)
     with OrtEngine(bundle, threads=1) as engine:
         for case in cases:
             feeds = {

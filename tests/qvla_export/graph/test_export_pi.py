@@ -124,7 +124,7 @@ def test_tensorrt_takes_every_part(policy: PiPolicy, quantized: bool, tmp_path: 
     for name in ("rtx4070", "orin-jp7", "orin-jp6"):
         require_clean(bundle, find_target(name))
     prompt = bundle.golden().feeds[0]["input_ids"].shape[1]
-    places = 2 * policy.module.arch.patches + prompt
+    places = 2 * policy.module.arch.image_tokens + prompt
     for part in bundle.parts:
         sizes = {s.name: prompt if s.name == "input_ids" else places for s in part.inputs}
         assert builds(bundle.model_path(part), [sizes]), part.name

@@ -1,29 +1,26 @@
 """ACT checkpoints: strict loading, what is refused, which layers reach the action, its graphs."""
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from act_cases import ACTION, HORIZON, SIDES, act_observations, write_tiny_act
-from openvla_cases import copied, stored_weights
-from safetensors.torch import save_file
+from changed_checkpoints import Change, Weights, changed, configured
+from openvla_cases import copied
 
 from engines.ort import OrtEngine
 from engines.targets import find_target
+from jetson.doctor.statistics import check_config, read_checkpoint
 from qvla_export.allocation.random_plan import draw_plan
 from qvla_export.graph.export import export_bundle
 from qvla_export.policies.act.attention import SelfAttention
 from qvla_export.policies.act.policy import ActPolicy, load_act_policy
-from qvla_export.policies.families import load_policy, recognize
+from qvla_export.policies.families import describe_checkpoint, load_policy, recognize
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
-
-Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +45,17 @@ def test_it_is_recognized_and_acts(checkpoint: Path) -> None:
     np.testing.assert_allclose(together[1], second.normalized, atol=1e-5)
 
 
-def changed(change: Callable[[Weights], object]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        weights = stored_weights(folder)
-        change(weights)
-        save_file(weights, folder / "model.safetensors")
-
-    return apply
-
-
-def configured(**fields: object) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **fields}))
-
-    return apply
+def test_what_was_found_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    whole = describe_checkpoint(checkpoint)
+    assert whole == (
+        f"{checkpoint}: act, 5 actions of 4, cameras top/wrist, state 6; LeRobot executes 5 of a "
+        "chunk: qvla run --mode receding --execute 5"
+    )
+    folder = copied(checkpoint, tmp_path / "ensembling")
+    configured(0.01, "temporal_ensemble_coeff")(folder)
+    assert describe_checkpoint(folder).endswith("qvla run --mode ensemble --ensemble-decay 0.01")
+    facts = read_checkpoint(checkpoint, None)
+    assert check_config(facts).observed == "cameras top, wrist; 5 actions of 4, state 6"
 
 
 def _cut(folder: Path) -> None:
@@ -93,15 +86,15 @@ QK = "model.encoder.layers.1.self_attn.in_proj_bias"
         (_cut, "not a complete safetensors file"),
         (lambda f: (f / "model.safetensors").unlink(), "weights not found"),
         (lambda f: shutil.copy(f / "model.safetensors", f / "other.safetensors"), "would not be"),
-        (configured(pre_norm=True), "pre_norm"),
-        (configured(n_obs_steps=2), "n_obs_steps"),
-        (configured(feedforward_activation="gelu"), "feedforward_activation"),
-        (configured(n_heads=5), "must divide into n_heads 5"),
-        (configured(n_encoder_layers=3), r"missing \(\d+\): .*encoder.layers.2"),
+        (configured(True, "pre_norm"), "pre_norm"),
+        (configured(2, "n_obs_steps"), "n_obs_steps"),
+        (configured("gelu", "feedforward_activation"), "feedforward_activation"),
+        (configured(5, "n_heads"), "must divide into n_heads 5"),
+        (configured(3, "n_encoder_layers"), r"missing \(\d+\): .*encoder.layers.2"),
     ],
 )
 def test_what_would_act_wrongly_is_refused(
-    change: Callable[[Path], None], message: str, checkpoint: Path, tmp_path: Path
+    change: Change, message: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = copied(checkpoint, tmp_path / "changed")
     change(folder)

@@ -6,7 +6,8 @@ import torch
 from pi_cases import CASE_IDS, CASES, FOLDER, Case
 from places import DATA
 
-from qvla_export.policies.pi.module import PiModule, Prefix
+from qvla_export.policies.flow.module import Prefix
+from qvla_export.policies.pi.module import PiModule
 
 FEATURES, ACTIONS = 1e-4, 3e-4  # absolute, float32: the oracles' READMEs
 

@@ -9,12 +9,14 @@ import torch
 from places import DATA
 from tokenizers import Tokenizer
 
-from qvla_export.policies.flow import FlowSpec
-from qvla_export.policies.pi.architecture import GemmaSize, PiArchitecture
-from qvla_export.policies.pi.description import siglip_config
-from qvla_export.policies.pi.gemma import KeysValues
+from qvla_export.policies.flow.architecture import StackSize
+from qvla_export.policies.flow.attention import KeysValues
+from qvla_export.policies.flow.module import Prefix
+from qvla_export.policies.flow.spec import FlowSpec
+from qvla_export.policies.flow.tower import siglip_config
+from qvla_export.policies.pi.architecture import PiArchitecture
 from qvla_export.policies.pi.keys import our_name
-from qvla_export.policies.pi.module import PiModule, Prefix
+from qvla_export.policies.pi.module import PiModule
 from qvla_export.shared.frames import FrameSpec
 from qvla_export.shared.inputs.noise import NoiseSpec
 from qvla_export.shared.normalization import Affine, Statistics
@@ -42,7 +44,7 @@ def test_every_step_of_the_flow(golden: dict[str, Any]) -> None:
     width = stored["action_in_proj.weight"].shape[0]
     mlp = stored["action_expert.layers.0.mlp.up_proj.weight"].shape[0]
     rows = stored["action_expert.layers.0.self_attn.q_proj.weight"].shape[0]
-    expert = GemmaSize(width, depth, mlp, rows // head_dim, heads, head_dim)
+    expert = StackSize(width, depth, mlp, rows // head_dim, heads, head_dim)
     flow = FlowSpec(len(golden["x_t"]), "computed")
     tower = siglip_config(8, 1, 1, 8, 14, 14)
     arch = PiArchitecture(tower, expert, expert, 8, golden["noise"].shape[2], 0, flow)

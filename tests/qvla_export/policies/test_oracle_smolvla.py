@@ -5,7 +5,8 @@ import pytest
 import torch
 from smolvla_cases import CASES, SmolVlaCase
 
-from qvla_export.policies.smolvla.module import SmolPrefixInputs, SmolVlaModule
+from qvla_export.policies.flow.module import PrefixInputs
+from qvla_export.policies.smolvla.module import SmolVlaModule
 
 TOLERANCE, ACTIONS = 1e-4, 3e-4  # absolute, float32: the oracle's README
 
@@ -23,10 +24,10 @@ def same(found: object, expected: np.ndarray, name: str, tolerance: float = TOLE
     np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=tolerance, err_msg=name)
 
 
-def inputs_of(case: SmolVlaCase) -> SmolPrefixInputs:
+def inputs_of(case: SmolVlaCase) -> PrefixInputs:
     batch = case.batch()
     assert batch.state is not None
-    return SmolPrefixInputs(
+    return PrefixInputs(
         batch.pixel_values, batch.input_ids, batch.state, batch.image_mask, batch.prompt_lengths
     )
 

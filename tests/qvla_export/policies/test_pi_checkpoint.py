@@ -1,6 +1,7 @@
 """pi0 and pi0.5 checkpoints of openpi's layout: what is read, what is refused, what acts."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from openvla_cases import copied
-from pi_cases import SLOTS, pi_observations, write_tiny_pi
+from pi_cases import INSTRUCTIONS, SLOTS, pi_observations, write_tiny_pi
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from qvla_export.latency_model.flow_shape import shape_of
 from qvla_export.policies.families import describe_checkpoint, load_policy, recognize
 from qvla_export.policies.layers import layer_shapes
+from qvla_export.policies.pi.config import PROMPT
 from qvla_export.policies.pi.policy import PiPolicy, load_pi_policy
 from qvla_export.shared.errors import (
     ArtifactError,
@@ -58,7 +61,6 @@ def test_a_checkpoint_is_recognized_and_acts(checkpoint: Path, policy: PiPolicy)
     found = describe_checkpoint(checkpoint)
     assert f": pi0{'.5' if policy.config.adaptive else ''}, 4 actions of 7" in found
     assert "assumed" not in found
-    assert "assumed: flow_steps 10" in describe_checkpoint(checkpoint, "libero")
     # What a robot's check reads, without torch.
     seen = checkpoint_statistics(checkpoint, None, load_interface(checkpoint), "none")
     ours = policy.processor.statistics
@@ -74,6 +76,43 @@ def test_a_checkpoint_is_recognized_and_acts(checkpoint: Path, policy: PiPolicy)
     np.testing.assert_allclose(chunk.actions, limits.unnormalize(chunk.normalized), rtol=1e-6)
 
 
+def test_every_assumed_field_is_said(checkpoint: Path, policy: PiPolicy, tmp_path: Path) -> None:
+    prompt, tokens = policy.config.prompt, policy.config.max_prompt_tokens
+    rest = f"vision_heads 16, flow_steps 10, prompt {prompt!r}, max_prompt_tokens {tokens}"
+    assert describe_checkpoint(checkpoint, preset="libero").endswith(f"; assumed: {rest}")
+    folder = copied(checkpoint, tmp_path / "c")
+    (folder / "qvla_policy.json").unlink()
+    assert describe_checkpoint(folder).endswith(f"; assumed: cameras {'/'.join(SLOTS)}, {rest}")
+
+
+def test_one_of_several_assets_can_be_described(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copied(checkpoint, tmp_path / "c")
+    (folder / "assets").chmod(0o755)
+    shutil.copytree(folder / "assets" / "tiny", folder / "assets" / "other")
+    assert "4 actions of 7" in describe_checkpoint(folder, "other")
+    assert load_interface(folder, unnorm_key="other").action_dim == 7
+    with pytest.raises(StatisticsError, match="several assets"):
+        describe_checkpoint(folder)
+
+
+def test_pi05_without_the_state_in_its_prompt(
+    checkpoints: dict[bool, Path], tmp_path: Path
+) -> None:
+    """As openpi's pi05_libero: `discrete_state_input` is off, which no file says."""
+    folder = copied(checkpoints[True], tmp_path / "c")
+    rewritten(folder / "qvla_policy.json", lambda v: v.update(prompt=PROMPT[False]))
+    first, second = pi_observations(1)[0], pi_observations(1, seed=1)[0]
+    policy = load_policy(folder)
+    feeds = policy.processor.feeds(first)
+    assert "state" not in feeds
+    words = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(f"{INSTRUCTIONS[0]}\n").ids
+    assert feeds["input_ids"][0].tolist() == words
+    moved = policy.processor.feeds(replace(first, state=second.state))
+    np.testing.assert_array_equal(moved["input_ids"], feeds["input_ids"])
+    stated = load_policy(checkpoints[True]).processor
+    assert len(stated.feeds(first)["input_ids"][0]) > len(words)
+
+
 def test_its_latency_can_be_predicted(checkpoint: Path, policy: PiPolicy) -> None:
     """Every layer has rows, found from names and headers alone."""
     inputs = recognize(checkpoint).inputs(checkpoint, None)
@@ -81,7 +120,7 @@ def test_its_latency_can_be_predicted(checkpoint: Path, policy: PiPolicy) -> Non
     assert set(policy.layers()) <= set(network.layers)
     assert [part.runs for part in network.parts] == [1, 1, 4]
     rows = {layer.name: layer.rows for part in network.parts for layer in part.layers}
-    assert rows["vision_tower.encoder.layers.0.mlp.fc1"] == 2 * policy.module.arch.patches
+    assert rows["vision_tower.encoder.layers.0.mlp.fc1"] == 2 * policy.module.arch.image_tokens
     assert rows["action_expert.layers.0.mlp.up_proj"] == (4 if policy.config.adaptive else 5)
 
 
@@ -250,6 +289,32 @@ def test_other_files_that_do_not_fit_are_refused(
     refused(CheckpointError, "speed")
     (folder / "qvla_policy.json").unlink()
     refused(CheckpointError, "write vision_heads")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vision_heads", "4"),
+        ("prompt_state_width", -1),
+        ("prompt_state_width", 1 << 30),
+        ("max_prompt_tokens", 0),
+        ("noise_seed", 0.5),
+        ("prompt", "move"),
+        ("prompt", 5),
+        ("optional_cameras", "base_0_rgb"),
+        ("min_period", "short"),
+        ("max_period", None),
+        ("max_period", 0.001),
+    ],
+)
+def test_values_that_no_policy_has_are_refused(
+    name: str, value: object, checkpoints: dict[bool, Path], tmp_path: Path
+) -> None:
+    folder = copied(checkpoints[False], tmp_path / "c")
+    rewritten(folder / "qvla_policy.json", lambda v: v.update({name: value}))
+    for read in (describe_checkpoint, load_policy):
+        with pytest.raises(CheckpointError, match=name):
+            read(folder)
 
 
 def test_prompts_are_never_cut(policy: PiPolicy) -> None:

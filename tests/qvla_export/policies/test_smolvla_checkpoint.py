@@ -1,26 +1,25 @@
 """SmolVLA checkpoints: strict loading, what is refused, its graphs and their program."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from openvla_cases import copied, stored_weights
-from safetensors.torch import save_file
+from changed_checkpoints import Change, changed, configured
+from openvla_cases import copied
 from smolvla_cases import ACTION, HORIZON, STEPS, smolvla_observations, write_tiny_smolvla
 
 from engines.ort import OrtEngine
 from engines.targets import find_target
 from qvla_export.allocation.random_plan import draw_plan
 from qvla_export.graph.export import export_bundle
-from qvla_export.policies.families import load_policy, recognize
+from qvla_export.policies.families import describe_checkpoint, load_policy, recognize
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.smolvla.policy import SmolVlaPolicy, load_smolvla_policy
 from qvla_export.shared.errors import QvlaError
 
-Weights = dict[str, torch.Tensor]
+_TANH = "gelu_pytorch_tanh"
 _TEXT = "model.vlm_with_expert.vlm.model.text_model"
 
 
@@ -46,25 +45,20 @@ def test_it_is_recognized_and_acts(checkpoint: Path) -> None:
         np.testing.assert_allclose(row, chunk.normalized, atol=1e-5)
 
 
-def changed(change: Callable[[Weights], object]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        weights = stored_weights(folder)
-        change(weights)
-        save_file(weights, folder / "model.safetensors")
-
-    return apply
-
-
-def configured(name: str, *path: str, value: object) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        document = json.loads((folder / name).read_text())
-        node = document
-        for step in path[:-1]:
-            node = node[step]
-        node[path[-1]] = value
-        (folder / name).write_text(json.dumps(document))
-
-    return apply
+def test_what_the_vlms_file_leaves_out_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copied(checkpoint, tmp_path / "checkpoint")
+    (folder / "vlm").chmod(0o755)
+    kinds = {"text_config": {"hidden_act": "silu"}, "vision_config": {"hidden_act": _TANH}}
+    path = folder / "vlm/config.json"
+    whole = json.loads(path.read_text())
+    stated = {**whole, **{part: {**whole[part], **more} for part, more in kinds.items()}}
+    path.write_text(json.dumps(stated))
+    told = describe_checkpoint(folder)
+    assert told == f"{folder}: smolvla, 5 actions of 4, cameras top/wrist, state 6"
+    del stated["text_config"]["rms_norm_eps"], stated["vision_config"]["hidden_act"]
+    path.write_text(json.dumps(stated))
+    assumed = f"vlm vision_config.hidden_act {_TANH}, vlm text_config.rms_norm_eps 1e-05"
+    assert describe_checkpoint(folder) == f"{told}; assumed: {assumed}"
 
 
 def _without_vlm(folder: Path) -> None:
@@ -83,18 +77,18 @@ CROSS = "model.vlm_with_expert.lm_expert.layers.1.self_attn.k_proj.weight"
         (changed(lambda w: w.update({"model.extra": torch.zeros(2)})), r"unexpected .*extra"),
         (changed(lambda w: w.update({OUT: torch.zeros(9)})), r"file \(9,\), policy \(8,\)"),
         (changed(lambda w: w[OUT].fill_(torch.nan)), "NaN or infinite"),
-        (configured("config.json", "attention_mode", value="self_attn"), "attention_mode"),
-        (configured("config.json", "add_image_special_tokens", value=True), "special_tokens"),
-        (configured("config.json", "num_expert_layers", value=2), "num_expert_layers is 2"),
-        (configured("config.json", "resize_imgs_with_padding", value=[64, 32]), "other sizes"),
-        (configured("config.json", "max_action_dim", value=3), "max_action_dim"),
-        (configured("vlm/config.json", "scale_factor", value=3), "in blocks of 3"),
-        (configured("vlm/config.json", "text_config", "model_type", value="qwen2"), "'qwen2'"),
+        (configured("self_attn", "attention_mode"), "attention_mode"),
+        (configured(True, "add_image_special_tokens"), "special_tokens"),
+        (configured(2, "num_expert_layers"), "num_expert_layers is 2"),
+        (configured([64, 32], "resize_imgs_with_padding"), "other sizes"),
+        (configured(3, "max_action_dim"), "max_action_dim"),
+        (configured(3, "scale_factor", file="vlm/config.json"), "in blocks of 3"),
+        (configured("qwen2", "text_config", "model_type", file="vlm/config.json"), "'qwen2'"),
         (_without_vlm, "hf download someone/SmolVLM2 config.json tokenizer.json"),
     ],
 )
 def test_what_would_act_wrongly_is_refused(
-    change: Callable[[Path], None], message: str, checkpoint: Path, tmp_path: Path
+    change: Change, message: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = copied(checkpoint, tmp_path / "changed")
     (folder / "vlm").chmod(0o755)

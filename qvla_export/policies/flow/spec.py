@@ -41,8 +41,8 @@ class FlowSpec:
         numbers = all(type(period) in (int, float) for period in periods)
         if not numbers or not 0 < periods[0] < periods[1] < _MOST_PERIOD:
             raise CheckpointError(
-                "periods of the time must be numbers, ordered, above 0 and below "
-                f"{_MOST_PERIOD:g}, got {periods!r:.200}"
+                "min_period and max_period of the time must be numbers above 0, the second the "
+                f"larger one, got {self.min_period!r:.80} and {self.max_period!r:.80}"
             )
 
     @property

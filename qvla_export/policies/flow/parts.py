@@ -1,17 +1,17 @@
-"""The parts of pi0 and pi0.5 and the program that runs them: prefix once, a step of the flow each.
+"""The parts of a policy with a flow and the program that runs them: prefix once, a step each time.
 
 The expert is one graph for all steps, so that its weights are stored, loaded and quantized once.
 The time's sines are a table that a step is looked up in: a graph in 16 bits could not compute them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from qvla_export.policies.base import PolicyPart
-from qvla_export.policies.pi.gemma import KeysValues
-from qvla_export.policies.pi.module import PiModule, Prefix, PrefixInputs
+from qvla_export.policies.flow.attention import KeysValues
+from qvla_export.policies.flow.module import FlowModule, Prefix, PrefixInputs
 from qvla_export.policies.prismatic.parts import PartModule
 from qvla_export.shared.processor import ProcessorSpec
 from qvla_export.shared.program import PartRuns, Program
@@ -25,20 +25,18 @@ _START = {"flow": "noise", "index": "first_index"}
 _CARRY = {"next_flow": "flow", "next_index": "index"}
 
 
-def whole_parts(module: PiModule, spec: ProcessorSpec) -> tuple[PolicyPart, ...]:
+def whole_parts(module: FlowModule, spec: ProcessorSpec) -> tuple[PolicyPart, ...]:
     """Return the prefix and a step of the flow."""
     return _prefix_part(module, spec), _step_part(module, spec)
 
 
-def program_of(parts: Sequence[PolicyPart], steps: int) -> Program:
-    """Return the program of parts from `whole_parts`: the last one runs once a step."""
-    *before, step = (part.name for part in parts)
-    carry = _CARRY if steps > 1 else {}
-    flow = PartRuns("flow", (step,), steps, _START, carry)
-    return Program((*Program.straight(before).runs, flow))
+def program_of(steps: int) -> Program:
+    """Return the program: the prefix once, then a step as often as the flow has them."""
+    flow = PartRuns("flow", ("step",), steps, _START, _CARRY if steps > 1 else {})
+    return Program((*Program.straight(["prefix"]).runs, flow))
 
 
-def _prefix_part(module: PiModule, spec: ProcessorSpec) -> PolicyPart:
+def _prefix_part(module: FlowModule, spec: ProcessorSpec) -> PolicyPart:
     names = _input_names(module, spec)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -47,22 +45,22 @@ def _prefix_part(module: PiModule, spec: ProcessorSpec) -> PolicyPart:
         first_index = prefix.length - prefix.length
         return *_handed_on(prefix), first_index
 
-    images = len(spec.cameras)
-    side, device = module.arch.image_side, module.action_in_proj.weight.device
+    arch, images = module.arch, len(spec.cameras)
+    side, device = arch.image_side, module.action_in_proj.weight.device
     examples = {
         "pixel_values": torch.zeros(1, 3 * images, side, side, device=device),
         "input_ids": torch.ones(1, _EXAMPLE_TOKENS, dtype=torch.int64, device=device),
-        "state": torch.zeros(1, module.arch.state_width, device=device),
+        "state": torch.zeros(1, arch.state_width, device=device),
         "image_mask": torch.ones(1, images, dtype=torch.bool, device=device),
     }
     inputs = {name: examples[name] for name in names}
-    places = f"prompt+{images * module.arch.patches}"
+    places = f"prompt+{images * arch.image_tokens + arch.prefix_reads_state}"
     outputs: dict[str, Mapping[int, str]] = {**_step_dynamic(module, spec, places)}
     outputs["first_index"] = {}
     return PolicyPart("prefix", PartModule(module, run).eval(), inputs, outputs, _PROMPT)
 
 
-def _step_part(module: PiModule, spec: ProcessorSpec) -> PolicyPart:
+def _step_part(module: FlowModule, spec: ProcessorSpec) -> PolicyPart:
     arch = module.arch
     names = [*_step_dynamic(module, spec, "places")]
 
@@ -90,27 +88,29 @@ def _step_part(module: PiModule, spec: ProcessorSpec) -> PolicyPart:
     return PolicyPart("step", PartModule(module, run).eval(), inputs, outputs, dynamic)
 
 
-def _input_names(module: PiModule, spec: ProcessorSpec) -> list[str]:
+def _input_names(module: FlowModule, spec: ProcessorSpec) -> list[str]:
     """Names of what the prefix reads: fields of `PrefixInputs` that this policy has."""
     names = ["pixel_values", "input_ids"]
-    if not module.arch.adaptive:
+    if module.arch.state_width:
         names.append("state")
     if spec.optional_cameras:
         names.append("image_mask")
     return names
 
 
-def _step_dynamic(module: PiModule, spec: ProcessorSpec, places: str) -> dict[str, dict[int, str]]:
+def _step_dynamic(
+    module: FlowModule, spec: ProcessorSpec, places: str
+) -> dict[str, dict[int, str]]:
     """Return what a step reads of the prefix -> axis of its positions -> `places`."""
-    found: dict[str, dict[int, str]] = {}
+    axes: dict[str, dict[int, str]] = {}
     for index in range(module.arch.language.depth):
-        found |= {f"{kind}_{index:02d}": {2: places} for kind in ("keys", "values")}
-    found["length"] = {}
-    if not module.arch.adaptive:
-        found["state_token"] = {}
+        axes |= {f"{kind}_{index:02d}": {2: places} for kind in ("keys", "values")}
+    axes["length"] = {}
+    if module.arch.expert_reads_state:
+        axes["state_token"] = {}
     if spec.optional_cameras:
-        found["scores"] = {1: places}
-    return found
+        axes["scores"] = {1: places}
+    return axes
 
 
 def _handed_on(prefix: Prefix) -> tuple[Tensor, ...]:
@@ -123,4 +123,4 @@ def _handed_on(prefix: Prefix) -> tuple[Tensor, ...]:
 def _taken(tensors: Mapping[str, Tensor], depth: int) -> Prefix:
     """Return the prefix that `_handed_on` took apart."""
     pairs = [KeysValues(tensors[f"keys_{i:02d}"], tensors[f"values_{i:02d}"]) for i in range(depth)]
-    return Prefix(pairs, tensors["length"], tensors.get("state_token"), tensors.get("scores"))
+    return Prefix(pairs, tensors["length"], tensors.get("scores"), tensors.get("state_token"))

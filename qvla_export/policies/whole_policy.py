@@ -1,4 +1,4 @@
-"""What a `Policy` in LeRobot's layout does, whatever its network."""
+"""What a `Policy` does that is read whole and that its processor feeds, whatever its network."""
 
 import abc
 from collections.abc import Collection, Sequence
@@ -10,20 +10,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.policies.base import PolicyBatch
+from qvla_export.policies.base import PolicyBatch, PolicyPart
 from qvla_export.policies.prismatic.policy import IGNORED_TOKEN_ID
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.clock import SpanClock
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.processor import Processor
+from qvla_export.shared.program import Program
 
 _NO_WORDS = np.zeros(0, np.int64)
-_Self = TypeVar("_Self", bound="LeRobotPolicy")  # typing.Self needs Python 3.11
+_Self = TypeVar("_Self", bound="WholePolicy")  # typing.Self needs Python 3.11
 
 
 @dataclass(frozen=True)
-class LeRobotPolicy(abc.ABC):
+class WholePolicy(abc.ABC):
     """A loaded policy; see `Policy` for the meaning of its members."""
 
     module: nn.Module
@@ -38,14 +39,21 @@ class LeRobotPolicy(abc.ABC):
             f"{spec.action_dim} dimensions, {self.digest[:12]}>"
         )
 
-    @property
     @abc.abstractmethod
-    def quantized(self) -> tuple[str, ...]:
-        """Return how the names of modules begin that are quantized."""
+    def is_quantized(self, name: str) -> bool:
+        """Whether a layer of this name is quantized, provided that it reaches the action."""
 
     @abc.abstractmethod
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
         """Return normalized actions [B, horizon, dim], differentiable."""
+
+    @abc.abstractmethod
+    def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
+        """Return the parts of the executed policy, from model inputs to "actions"."""
+
+    @abc.abstractmethod
+    def program(self, layers_per_part: int | None = None) -> Program:
+        """Return how the parts of `parts(layers_per_part)` run for one action."""
 
     def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
         """Preprocess observations into one batch."""
@@ -88,7 +96,7 @@ class LeRobotPolicy(abc.ABC):
         candidates = {
             name: layer
             for name, layer in self.module.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d) and name.startswith(self.quantized)
+            if isinstance(layer, nn.Linear | nn.Conv2d) and self.is_quantized(name)
         }
         batch = self.probe_batch()
         for tensor in (batch.pixel_values, batch.state, batch.noise):
@@ -102,7 +110,7 @@ class LeRobotPolicy(abc.ABC):
 
         handles = [layer.register_forward_pre_hook(note) for layer in candidates.values()]
         try:
-            self.normalized_actions(batch)
+            self.probe_output(batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -116,6 +124,10 @@ class LeRobotPolicy(abc.ABC):
         state = np.zeros(spec.state_dim, np.float32)
         words = "" if spec.language == "none" else "move"
         return self.batch([Observation(images, words, state)])
+
+    def probe_output(self, batch: PolicyBatch) -> Tensor:
+        """Return what every layer that reaches the action reaches."""
+        return self.normalized_actions(batch)
 
     @torch.no_grad()
     def infer(self, observation: Observation) -> ActionChunk:
@@ -157,14 +169,14 @@ class LeRobotPolicy(abc.ABC):
 
 
 def _reaching(
-    policy: LeRobotPolicy, batch: PolicyBatch, layers: dict[str, nn.Linear | nn.Conv2d]
+    policy: WholePolicy, batch: PolicyBatch, layers: dict[str, nn.Linear | nn.Conv2d]
 ) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers whose weights get a gradient from the action."""
     weights = [layer.weight for layer in layers.values()]
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        output = policy.normalized_actions(batch)
+        output = policy.probe_output(batch)
         gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
     finally:
         for weight in weights:
