@@ -15,6 +15,9 @@ from qvla_export.shared.observation import Observation
 from qvla_export.shared.processor import Processor
 from qvla_export.shared.program import Program
 
+# Fills rows of a ragged batch; what stands there is never attended to.
+IGNORED_TOKEN_ID = 1
+
 
 @dataclass(frozen=True)
 class PolicyBatch:

@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.policies.base import PolicyBatch, PolicyPart
-from qvla_export.policies.prismatic.policy import IGNORED_TOKEN_ID
+from qvla_export.policies.base import IGNORED_TOKEN_ID, PolicyBatch, PolicyPart
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.clock import SpanClock

@@ -91,7 +91,7 @@ class GemmaBlock(nn.Module):
         return _added(hidden, self.mlp(normed), gate), here
 
 
-class LastPrefixBlock(nn.Module):
+class LastGemmaBlock(nn.Module):
     """The language model's last block: its keys and values are read, its states by nobody."""
 
     def __init__(self, size: StackSize) -> None:

@@ -12,20 +12,20 @@ from qvla_export.policies.flow.attention import Places, rotation
 from qvla_export.policies.flow.module import FlowModule, Prefix, PrefixInputs, stand
 from qvla_export.policies.hidden_scores import hidden_scores
 from qvla_export.policies.pi.architecture import PiArchitecture
-from qvla_export.policies.pi.gemma import AdaptiveNorm, GemmaBlock, GemmaNorm, LastPrefixBlock
+from qvla_export.policies.pi.gemma import AdaptiveNorm, GemmaBlock, GemmaNorm, LastGemmaBlock
 
 
-class PrefixModel(nn.Module):
+class _Prefix(nn.Module):
     """PaliGemma's language model, up to its last block's keys and values."""
 
     def __init__(self, size: StackSize, vocab_size: int) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, size.width)
         blocks: list[nn.Module] = [GemmaBlock(size) for _ in range(size.depth - 1)]
-        self.layers = nn.ModuleList([*blocks, LastPrefixBlock(size)])
+        self.layers = nn.ModuleList([*blocks, LastGemmaBlock(size)])
 
 
-class ExpertModel(nn.Module):
+class _Expert(nn.Module):
     """The action expert's blocks and their final norm."""
 
     def __init__(self, size: StackSize, adaptive: bool) -> None:
@@ -43,8 +43,8 @@ class PiModule(FlowModule):
         super().__init__(arch)
         width = arch.expert.width
         self.multi_modal_projector = nn.Linear(arch.siglip.hidden_size, arch.language.width)
-        self.language_model = PrefixModel(arch.language, arch.vocab_size)
-        self.action_expert = ExpertModel(arch.expert, arch.adaptive)
+        self.language_model = _Prefix(arch.language, arch.vocab_size)
+        self.action_expert = _Expert(arch.expert, arch.adaptive)
         self.action_in_proj = nn.Linear(arch.action_width, width)
         self.action_out_proj = nn.Linear(width, arch.action_width)
         if arch.adaptive:

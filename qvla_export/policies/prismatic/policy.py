@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qvla_export.policies.base import PolicyBatch, PolicyPart
+from qvla_export.policies.base import IGNORED_TOKEN_ID, PolicyBatch, PolicyPart
 from qvla_export.policies.prismatic.config import PrismaticConfig
 from qvla_export.policies.prismatic.smoothing import find_migrations
 from qvla_export.policies.prismatic.vision import PrismaticModule
@@ -25,8 +25,6 @@ from qvla_export.shared.observation import Observation
 from qvla_export.shared.processor import Processor
 from qvla_export.shared.program import Program
 
-# Fills rows of a ragged batch; what stands there is never attended to.
-IGNORED_TOKEN_ID = 1
 # Present in transformers' modules, absent from timm checkpoints.
 NOT_UPSTREAM = ("vision_backbone.featurizer.embeddings.mask_token",)
 _QUANTIZED_PREFIXES = ("vision_backbone.", "language_model.model.")

@@ -33,7 +33,7 @@ class RootMeanNorm(nn.Module):
         return normed_states(hidden, self._eps) * self.weight
 
 
-class CrossAttention(GroupedHeads):
+class PrefixAttention(GroupedHeads):
     """The expert's attention to the VLM alone: its keys are maps of the VLM's keys."""
 
     def __init__(self, size: StackSize) -> None:
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
     def __init__(self, size: StackSize, crosses: bool = False) -> None:
         super().__init__()
-        self.self_attn = CrossAttention(size) if crosses else GroupedAttention(size)
+        self.self_attn = PrefixAttention(size) if crosses else GroupedAttention(size)
         self.mlp = GatedMlp(size, nn.functional.silu)
         self.input_layernorm = RootMeanNorm(size)
         self.post_attention_layernorm = RootMeanNorm(size)
@@ -78,7 +78,7 @@ class Block(nn.Module):
             past: what is seen before them; all that a crossing block sees. None for nothing.
         """
         normed, attention = self.input_layernorm(hidden), self.self_attn
-        if isinstance(attention, CrossAttention):
+        if isinstance(attention, PrefixAttention):
             assert past is not None
             seen = past
         else:
@@ -88,7 +88,7 @@ class Block(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden)), seen
 
 
-class LastPrefixBlock(nn.Module):
+class LastBlock(nn.Module):
     """The language model's last block: its keys and values are read, its states by nobody."""
 
     def __init__(self, size: StackSize) -> None:

@@ -15,23 +15,23 @@ from qvla_export.policies.hidden_scores import hidden_scores
 from qvla_export.policies.smolvla.architecture import SmolVlaArchitecture
 from qvla_export.policies.smolvla.blocks import (
     Block,
-    CrossAttention,
-    LastPrefixBlock,
+    LastBlock,
+    PrefixAttention,
     RootMeanNorm,
 )
 
 
-class PrefixModel(nn.Module):
+class _Prefix(nn.Module):
     """SmolVLM2's language model, up to its last block's keys and values."""
 
     def __init__(self, size: StackSize, vocab_size: int) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, size.width)
         blocks: list[nn.Module] = [Block(size) for _ in range(size.depth - 1)]
-        self.layers = nn.ModuleList([*blocks, LastPrefixBlock(size)])
+        self.layers = nn.ModuleList([*blocks, LastBlock(size)])
 
 
-class ExpertModel(nn.Module):
+class _Expert(nn.Module):
     """The action expert's blocks and their final norm."""
 
     def __init__(self, arch: SmolVlaArchitecture) -> None:
@@ -53,8 +53,8 @@ class SmolVlaModule(FlowModule):
         width, inner = arch.expert.width, arch.language.width
         gathered = int(arch.siglip.hidden_size) * arch.scale_factor**2
         self.connector = nn.Linear(gathered, inner, bias=False)
-        self.language_model = PrefixModel(arch.language, arch.vocab_size)
-        self.action_expert = ExpertModel(arch)
+        self.language_model = _Prefix(arch.language, arch.vocab_size)
+        self.action_expert = _Expert(arch)
         self.state_proj = nn.Linear(arch.state_width, inner)
         self.action_in_proj = nn.Linear(arch.action_width, width)
         self.action_out_proj = nn.Linear(width, arch.action_width)
@@ -83,7 +83,7 @@ class SmolVlaModule(FlowModule):
 
     def _read(self, block: int, kept: KeysValues) -> KeysValues:
         attention = self.action_expert.layers[block].get_submodule("self_attn")
-        return attention.keys_values(kept) if isinstance(attention, CrossAttention) else kept
+        return attention.keys_values(kept) if isinstance(attention, PrefixAttention) else kept
 
     def embed(self, inputs: PrefixInputs) -> tuple[Tensor, Tensor | None]:
         """Return embeddings of images, words, state [B, N, width], and which count; None: all."""
