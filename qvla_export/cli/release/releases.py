@@ -9,9 +9,9 @@ import typer
 
 from qvla_export.cli.options import BundleArgument, Existing, JsonOption
 from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.release.key_ring import SOME_KEYS
 
 A_RELEASE = Existing("release folder", "make it first with: qvla release create")
-SOME_KEYS = Existing("folder of keys", "make them first with: qvla keys new")
 A_ROOT = Existing("root of keys", "it lies in the folder of keys: 1.root.json")
 A_PLACE = Existing("release folder or repository", "check the path", urls=True)
 
@@ -99,7 +99,8 @@ def publish(
         ),
     ] = None,
     days: Annotated[
-        float, typer.Option(help="Until robots take it that something newer is held back.")
+        float,
+        typer.Option(min=1, help="Until robots take it that something newer is held back."),
     ] = 30,
     as_json: JsonOption = False,
 ) -> None:

@@ -86,7 +86,8 @@ class KeyRing:
         Raises:
             KeyRingError: it holds no root, or a damaged one.
         """
-        paths = sorted(folder.glob("*.root.json"), key=lambda path: int(path.name.split(".")[0]))
+        numbered = {path.name.split(".")[0]: path for path in folder.glob("*.root.json")}
+        paths = [numbered[n] for n in sorted(filter(str.isdecimal, numbered), key=int)]
         if not paths:
             raise KeyRingError(
                 f"{folder} holds no keys; make them first with: qvla keys new {folder}"

@@ -8,14 +8,16 @@ The newest timestamp is written last: until then nobody sees what is new.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
+from tuf.api.metadata import Metadata, Snapshot, Targets, Timestamp
 
 from jetson.install.trust import METADATA, TARGETS
 from qvla_export.shared.errors import ArtifactError
 
 TIMESTAMP = "timestamp.json"
+_Signed = TypeVar("_Signed", Snapshot, Targets, Timestamp)
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,16 @@ class Repository:
         version = snapshot.signed.meta["targets.json"].version
         return _read(self.metadata / f"{version}.targets.json", Targets)
 
-    def newest_root(self) -> Metadata[Root] | None:
-        """Return the newest root, None before the first."""
-        paths = sorted(
-            self.metadata.glob("*.root.json"), key=lambda path: int(path.name.split(".")[0])
-        )
-        return _read(paths[-1], Root) if paths else None
 
-
-def _read(path: Path, kind: type) -> Metadata:  # type: ignore[type-arg]  # as `kind` says
+def _read(path: Path, kind: type[_Signed]) -> Metadata[_Signed]:
     try:
-        found: Metadata = Metadata.from_bytes(path.read_bytes())  # type: ignore[type-arg]
+        metadata = Metadata[_Signed].from_bytes(path.read_bytes())
     except (OSError, RepositoryError) as error:
         raise ArtifactError(
             f"the repository's {path} cannot be read: {error}; copy the repository again"
         ) from None
-    if not isinstance(found.signed, kind):
-        raise ArtifactError(f"{path} holds {found.signed.type} metadata; copy the repository again")
-    return found
+    if not isinstance(metadata.signed, kind):
+        raise ArtifactError(
+            f"{path} holds {metadata.signed.type} metadata; copy the repository again"
+        )
+    return metadata
