@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jetson.install.store import Store, StoreError
-from jetson.install.store_state import Probation, StoreState, Switch
+from jetson.install.store_state import Probation, StoredRelease, StoreState, Switch
 
 CURRENT, PREVIOUS = "current", "previous"
 # What may be activated: its engine acted as it must, on this machine.
@@ -37,13 +37,20 @@ class Switched:
 
 
 def recover(store: Store, boot_id: str) -> StoreState:
-    """Finish, or undo, what an earlier command had begun; the store must be open."""
+    """Finish, or undo, what an earlier command had begun; its links must be held."""
     state = StoreState.load(store).matched(store)
     if state.switch is not None:
         state = _finish(store, state, state.switch, boot_id)
-    if store.linked(CURRENT) is None and (previous := store.linked(PREVIOUS)) is not None:
+    current, previous = store.linked(CURRENT), store.linked(PREVIOUS)
+    if current is None and previous is not None:
         # Somebody removed the release that served.
         store.point(CURRENT, previous)
+        current = previous
+    if current is not None and current == previous:
+        store.point(PREVIOUS, _newest_proven(state, current))
+    if state.probation is not None and state.probation.digest != current:
+        state = replace(state, probation=None)
+        state.save(store)
     return state
 
 
@@ -51,7 +58,7 @@ def activate(store: Store, wanted: str | None, machine: str, boot_id: str) -> Sw
     """Let a release serve, on probation; the one before stays at hand.
 
     Args:
-        store: must be open.
+        store: the robot's.
         wanted: name or start of the digest; None for the newest.
         machine: fingerprint of this machine now.
         boot_id: of this start of the machine.
@@ -59,11 +66,20 @@ def activate(store: Store, wanted: str | None, machine: str, boot_id: str) -> Sw
     Raises:
         StoreError: it was not checked on this machine as it is now.
     """
-    state = recover(store, boot_id)
-    digest = state.find(wanted)
-    release, current = state.known(digest), store.linked(CURRENT)
-    if digest == current:
-        return _switched(store, False)
+    with store.switching():
+        state = recover(store, boot_id)
+        digest = state.find(wanted)
+        _require_ready(state.known(digest), machine)
+        if digest == store.linked(CURRENT):
+            if state.known(digest).standing == "checked":
+                # It had failed a check while it served, or the state was lost.
+                _begin_probation(state, digest, boot_id).save(store)
+            return _switched(store, False)
+        _activate(store, state, digest, boot_id)
+        return _switched(store, True)
+
+
+def _require_ready(release: StoredRelease, machine: str) -> None:
     if release.standing not in _READY or release.machine != machine:
         why = f": {release.reason}" if release.reason else ""
         changed = release.machine not in (None, machine)
@@ -72,28 +88,45 @@ def activate(store: Store, wanted: str | None, machine: str, boot_id: str) -> Sw
             f"{', on this machine as it was then' if changed else ''}; first: "
             f"qvla robot verify {release.name}"
         )
+
+
+def _activate(store: Store, state: StoreState, digest: str, boot_id: str) -> None:
     # An unproven release is nothing to go back to.
+    current = store.linked(CURRENT)
     proven = current is not None and state.known(current).standing == "proven"
     older = store.linked(PREVIOUS)
     switch = Switch(current, digest, older)
     state = replace(state, switch=switch)
     state.save(store)
-    if proven or older is None:
+    if proven or older in (None, digest):
         store.point(PREVIOUS, current)
     store.point(CURRENT, digest)
     _finish(store, state, switch, boot_id)
-    return _switched(store, True)
 
 
-def roll_back(store: Store, reason: str, boot_id: str) -> Switched:
-    """Let the previous release serve again; the store must be open.
+def roll_back(store: Store, reason: str, boot_id: str, meant: str | None = None) -> Switched:
+    """Let the previous release serve again.
+
+    Args:
+        store: the robot's.
+        reason: why.
+        boot_id: of this start of the machine.
+        meant: digest of the release to leave; nothing is done where another one serves. None for
+            whichever serves.
 
     Raises:
         StoreError: there is none.
     """
-    state = recover(store, boot_id)
+    with store.switching():
+        state = recover(store, boot_id)
+        if meant not in (None, store.linked(CURRENT)):
+            return _switched(store, False)
+        return _roll_back(store, state, reason, boot_id)
+
+
+def _roll_back(store: Store, state: StoreState, reason: str, boot_id: str) -> Switched:
     current, previous = store.linked(CURRENT), store.linked(PREVIOUS)
-    if current is None or previous is None or current == previous:
+    if current is None or previous is None:
         raise StoreError(
             "there is no previous release to go back to; install one: qvla robot install"
         )
@@ -104,34 +137,63 @@ def roll_back(store: Store, reason: str, boot_id: str) -> Switched:
     return replace(_switched(store, True), failed=current, reason=reason)
 
 
-def roll_back_unproven(store: Store, reason: str, boot_id: str) -> Switched:
-    """Roll back a release on probation; leave a proven one, or the only one, where it is."""
-    state = recover(store, boot_id)
+def roll_back_unproven(
+    store: Store, reason: str, boot_id: str, meant: str | None = None
+) -> Switched:
+    """Roll back a release on probation; leave a proven one, or the only one, where it is.
+
+    Args:
+        store: the robot's.
+        reason: why.
+        boot_id: of this start of the machine.
+        meant: as `roll_back`.
+    """
+    with store.switching():
+        state = recover(store, boot_id)
+        if meant not in (None, store.linked(CURRENT)):
+            return _switched(store, False)
+        return _roll_back_unproven(store, state, reason, boot_id)
+
+
+def _roll_back_unproven(store: Store, state: StoreState, reason: str, boot_id: str) -> Switched:
     if state.probation is None or store.linked(PREVIOUS) is None:
         return _switched(store, False)
-    return roll_back(store, reason, boot_id)
+    return _roll_back(store, state, reason, boot_id)
 
 
 def roll_back_after_reboot(store: Store, boot_id: str) -> Switched:
     """Roll back a release whose probation a restart of the machine ended."""
-    state = recover(store, boot_id)
-    if state.probation is None or state.probation.boot_id == boot_id:
-        return _switched(store, False)
-    return roll_back_unproven(store, "the machine restarted during its probation", boot_id)
+    with store.switching():
+        state = recover(store, boot_id)
+        if state.probation is None or state.probation.boot_id == boot_id:
+            return _switched(store, False)
+        why = "the machine restarted during its probation"
+        return _roll_back_unproven(store, state, why, boot_id)
 
 
-def prove(store: Store, boot_id: str) -> Switched:
-    """End the probation of the release that serves: it is proven; the store must be open.
+def prove(store: Store, boot_id: str, meant: str | None = None) -> Switched:
+    """End the probation of the release that serves: it is proven.
+
+    Args:
+        store: the robot's.
+        boot_id: of this start of the machine.
+        meant: digest of the release that was measured; None for whichever serves.
 
     Raises:
-        StoreError: nothing is on probation.
+        StoreError: nothing is on probation, or another release than the one that is meant.
     """
-    state = recover(store, boot_id)
-    current = store.linked(CURRENT)
-    if current is None or state.probation is None or state.probation.digest != current:
-        raise StoreError("no release is on probation; qvla robot activate begins one")
-    replace(state.with_release(current, standing="proven"), probation=None).save(store)
-    return _switched(store, False)
+    with store.switching():
+        state = recover(store, boot_id)
+        if state.probation is None:
+            raise StoreError("no release is on probation; qvla robot activate begins one")
+        digest = state.probation.digest
+        if meant not in (None, digest):
+            raise StoreError(
+                f"release {digest[:16]} was activated while {str(meant)[:16]} was measured; "
+                "measure again"
+            )
+        replace(state.with_release(digest, standing="proven"), probation=None).save(store)
+        return _switched(store, False)
 
 
 def _finish(store: Store, state: StoreState, switch: Switch, boot_id: str) -> StoreState:
@@ -143,11 +205,7 @@ def _finish(store: Store, state: StoreState, switch: Switch, boot_id: str) -> St
         store.point(PREVIOUS, switch.previous)
         state = replace(state, switch=None)
     else:
-        state = replace(
-            state.with_release(switch.new, standing="probation", reason=None),
-            switch=None,
-            probation=Probation(switch.new, boot_id),
-        )
+        state = replace(_begin_probation(state, switch.new, boot_id), switch=None)
         old = state.releases.get(switch.old or "")
         if switch.old is not None and old is not None and old.standing == "probation":
             state = state.with_release(switch.old, standing="checked")
@@ -155,14 +213,24 @@ def _finish(store: Store, state: StoreState, switch: Switch, boot_id: str) -> St
     return state
 
 
-def _finish_return(store: Store, state: StoreState, switch: Switch) -> StoreState:
-    store.point(CURRENT, switch.new)
-    others = [
+def _begin_probation(state: StoreState, digest: str, boot_id: str) -> StoreState:
+    state = state.with_release(digest, standing="probation", reason=None)
+    return replace(state, probation=Probation(digest, boot_id))
+
+
+def _newest_proven(state: StoreState, *others: str | None) -> str | None:
+    """Return the newest proven release beside others; None without one."""
+    proven = [
         (one.order, digest)
         for digest, one in state.releases.items()
-        if one.standing == "proven" and digest not in (switch.old, switch.new)
+        if one.standing == "proven" and digest not in others
     ]
-    store.point(PREVIOUS, max(others)[1] if others else None)
+    return max(proven)[1] if proven else None
+
+
+def _finish_return(store: Store, state: StoreState, switch: Switch) -> StoreState:
+    store.point(CURRENT, switch.new)
+    store.point(PREVIOUS, _newest_proven(state, switch.old, switch.new))
     if switch.old is not None and switch.old in state.releases:
         state = state.with_release(switch.old, standing="failed", reason=switch.reason)
     state = replace(state, switch=None, probation=None)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jetson.install.activation import recover
+from jetson.install.activation import CURRENT, activate, recover
 from jetson.install.release import Release
 from jetson.install.self_check import needs_engines
 from jetson.install.store import TEMPORARY, Store, StoreError
@@ -81,11 +81,12 @@ def build_release(store: Store, wanted: str | None, machine: str, boot_id: str) 
     Raises:
         StoreError: there is no such release, or they cannot be built, with what helps.
     """
-    state = recover(store, boot_id)
+    with store.switching():
+        state = recover(store, boot_id)
     digest = state.find(wanted)
     release = state.known(digest)
     if not needs_engines(release.target):
-        _raise_standing(store, state, digest, "built")
+        _raise_standing(store, digest, "built")
         return BuiltRelease(digest, release.name, None, {})
     folder = engine_folder(store, release, machine)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ def build_release(store: Store, wanted: str | None, machine: str, boot_id: str) 
     if "error" in sizes:
         raise StoreError(f"engines of release {release.name!r}: {sizes['error']}")
     _let_serve(store, digest, release, folder)
-    _raise_standing(store, state, digest, "built")
+    _raise_standing(store, digest, "built")
     return BuiltRelease(digest, release.name, str(folder), sizes)
 
 
@@ -114,14 +115,40 @@ def check_release(
     try:
         checked = _check(store, state.known(digest), digest, machine, samples)
     except (ArtifactError, FailedCheck) as error:
-        _fail(store, state, digest, str(error))
+        _fail(store, digest, str(error))
         raise FailedCheck(f"release {name!r} fails its check: {error}") from None
     if checked.breaches:
-        _fail(store, state, digest, "; ".join(checked.breaches))
+        _fail(store, digest, "; ".join(checked.breaches))
         raise FailedCheck(
             f"release {name!r} fails its check: {'; '.join(checked.breaches)}; it is not activated"
         )
-    _raise_standing(store, state, digest, "checked", machine)
+    _raise_standing(store, digest, "checked", machine)
+    return checked
+
+
+def has_changed(store: Store, digest: str, machine: str) -> bool:
+    """Return whether this machine is another than the one that a release was checked on."""
+    return StoreState.load(store).known(digest).machine != machine
+
+
+def renew_current(
+    store: Store, machine: str, boot_id: str, samples: int = 100
+) -> CheckedRelease | None:
+    """Build and check what serves again where the machine has changed since; None where it has not.
+
+    The store must be open.
+
+    Raises:
+        FailedCheck, StoreError: as `check_release`.
+    """
+    with store.switching():
+        recover(store, boot_id)
+    digest = store.linked(CURRENT)
+    if digest is None or not has_changed(store, digest, machine):
+        return None
+    checked = check_release(store, digest, machine, boot_id, samples)
+    # What had failed meanwhile has to prove itself again.
+    activate(store, digest, machine, boot_id)
     return checked
 
 
@@ -210,19 +237,22 @@ def _isolated(arguments: Sequence[object], timeout_s: float) -> dict[str, Any]:
     return value
 
 
-def _raise_standing(
-    store: Store, state: StoreState, digest: str, standing: str, machine: str | None = None
-) -> None:
+def _raise_standing(store: Store, digest: str, standing: str, machine: str | None = None) -> None:
     """Write a standing that was reached; one that says more stays."""
-    found = state.known(digest)
-    higher = {"built": ("checked", "probation", "proven"), "checked": ("probation", "proven")}
+    higher = {
+        "built": ("checked", "probation", "proven", "failed"),
+        "checked": ("probation", "proven"),
+    }
     changes: dict[str, Any] = {} if machine is None else {"machine": machine, "reason": None}
-    if found.standing not in higher[standing] and not (
-        standing == "built" and found.standing == "failed"
-    ):
-        changes["standing"] = standing
-    state.with_release(digest, **changes).save(store)
+    # Something may have been switched since the work began.
+    with store.switching():
+        state = StoreState.load(store)
+        if state.known(digest).standing not in higher[standing]:
+            changes["standing"] = standing
+        state.with_release(digest, **changes).save(store)
 
 
-def _fail(store: Store, state: StoreState, digest: str, reason: str) -> None:
-    state.with_release(digest, standing="failed", reason=reason[:_SHOWN]).save(store)
+def _fail(store: Store, digest: str, reason: str) -> None:
+    with store.switching():
+        state = StoreState.load(store)
+        state.with_release(digest, standing="failed", reason=reason[:_SHOWN]).save(store)

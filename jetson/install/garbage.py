@@ -27,14 +27,18 @@ class Collected:
 def collect(store: Store, keep: int, boot_id: str) -> Collected:
     """Remove releases, files, engines and downloads that are not needed; the store must be open.
 
-    `current`, `previous` and the newest installed release stay.
+    `current`, `previous` and the newest installed release stay. Nothing is switched meanwhile.
 
     Args:
         store: the store.
         keep: proven releases to keep beside them, newest first.
         boot_id: of this start of the machine.
     """
-    state = recover(store, boot_id)
+    with store.switching():
+        return _collect(store, recover(store, boot_id), keep)
+
+
+def _collect(store: Store, state: StoreState, keep: int) -> Collected:
     kept = _kept(store, state, keep)
     removed = {digest: one for digest, one in state.releases.items() if digest not in kept}
     failed = {d: one.reason or "" for d, one in removed.items() if one.standing == "failed"}

@@ -12,6 +12,7 @@ from jetson.install.release import (
     BUNDLE,
     MOST_RELEASE_BYTES,
     RELEASE,
+    Reason,
     RefusedRelease,
     Release,
     ReleaseFile,
@@ -92,7 +93,8 @@ def install(store: Store, request: InstallRequest) -> Installed:
         _assemble(store, release)
     else:
         fetched = []
-    StoreState.load(store).matched(store)
+    with store.switching():
+        StoreState.load(store).matched(store)
     return _installed(release, fetched)
 
 
@@ -154,10 +156,14 @@ def require_complete(release: Release, folder: Path) -> Bundle:
     listed = manifest.get("files") if isinstance(manifest, dict) else None
     names = {MANIFEST, *(listed if isinstance(listed, dict) else ())}
     files = {file.name for file in release.files}
-    for reason, differing in (("extra file", files - names), ("missing file", names - files)):
+    differences: dict[Reason, set[str]] = {
+        "extra file": files - names,
+        "missing file": names - files,
+    }
+    for reason, differing in differences.items():
         if differing:
             raise RefusedRelease(
-                reason,  # type: ignore[arg-type]  # both are reasons
+                reason,
                 f"release {release.name!r} and its bundle differ about {sorted(differing)[:8]}; "
                 "create it again",
             )

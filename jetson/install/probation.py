@@ -48,17 +48,27 @@ def measure_probation(
     url: str,
     terms: ProbationTerms,
     token: str | None = None,
-    sleep: Callable[[float], None] = time.sleep,
+    bundle_digest: str | None = None,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> ProbationResult:
     """Ask a server for actions on blank observations, spread over the time.
 
+    Args:
+        url: of the server.
+        terms: how many actions, how fast.
+        token: what the server asks for.
+        bundle_digest: of the bundle that it must serve; None for any.
+        sleep: waits so many seconds.
+
     Raises:
         FailedProbation: it does not answer with finite actions, or too late.
+        StoreError: it serves another bundle, which says nothing about this one.
     """
     times_ms = []
     start_s = time.monotonic()
     try:
         with RemotePolicy(url, terms.reply_s, token) as remote:
+            _require_bundle(remote, bundle_digest)
             observation = remote.contract.blank_observation()
             for i in range(terms.actions):
                 wait_s = start_s + i * terms.seconds / terms.actions - time.monotonic()
@@ -68,7 +78,7 @@ def measure_probation(
                 times_ms.append((time.perf_counter() - sent_s) * 1e3)
                 if not np.isfinite(chunk.actions).all():
                     raise FailedProbation(f"action {i + 1} of {terms.actions} is not finite")
-    except FailedProbation:
+    except StoreError:
         raise
     except QvlaError as error:
         raise FailedProbation(
@@ -80,3 +90,12 @@ def measure_probation(
             f"95 in 100 actions take a client {p95_ms:.1f} ms, the limit is {terms.p95_ms:.1f} ms"
         )
     return ProbationResult(terms.actions, time.monotonic() - start_s, p50_ms, p95_ms, max(times_ms))
+
+
+def _require_bundle(remote: RemotePolicy, digest: str | None) -> None:
+    serving = remote.contract.bundle_digest
+    if digest not in (None, serving):
+        raise StoreError(
+            f"{remote.url} serves bundle {serving[:16] or 'unknown'}, the release on probation has "
+            f"{str(digest)[:16]}; start the server again"
+        )

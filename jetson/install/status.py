@@ -10,6 +10,8 @@ from jetson.install.store import Store
 from jetson.install.store_state import StoreState
 from qvla_export.shared.json_documents import read_json
 
+_CHANGED = "this machine has changed since `current` was checked: qvla robot verify --if-changed"
+
 
 def list_releases(store: Store) -> dict[str, Any]:
     """Return every release, newest first."""
@@ -31,6 +33,7 @@ def read_status(store: Store) -> dict[str, Any]:
     release = state.releases.get(current or "")
     fingerprint = machine_fingerprint()
     disk = os.statvfs(store.root) if store.root.exists() else None
+    changed = release is not None and release.machine not in (None, fingerprint)
     return {
         "current": None if release is None else {"digest": current, **asdict(release)},
         "previous": store.linked(PREVIOUS),
@@ -38,6 +41,7 @@ def read_status(store: Store) -> dict[str, Any]:
         "unfinished": state.switch is not None,
         "machine": {"fingerprint": fingerprint, **machine_facts()},
         "checked_here": release is not None and release.machine == fingerprint,
+        "remedy": _CHANGED if changed else None,
         "free_bytes": None if disk is None else disk.f_bavail * disk.f_frsize,
         "robot": read_json(store.robot, "what this robot is") if store.robot.is_file() else None,
     }

@@ -16,20 +16,28 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jetson.install.release import BUNDLE
-from qvla_export.shared.artifacts import sync_folder
+from jetson.install.release import BUNDLE, RefusedRelease, Release
+from qvla_export.shared.artifacts import read_json, sync_folder
+from qvla_export.shared.bundle import MANIFEST
 from qvla_export.shared.errors import QvlaError
 
 DEFAULT = Path("/var/lib/qvla")
 TEMPORARY = ".tmp-"
+# gc holds the links longest, while it removes releases.
+_SWITCH_S = 60.0
 
 
 class StoreError(QvlaError):
     """A robot's store is busy, is not one, or cannot do what it is told."""
+
+
+class StoreBusy(StoreError):
+    """Another command holds the store."""
 
 
 class NoSpace(StoreError):
@@ -106,44 +114,81 @@ class Store:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the store for one command; folders are made, what a killed one left is removed.
+        """Hold the store for a command that fetches, builds, checks or removes: one at a time.
+
+        What serves can be switched meanwhile. What a killed command left is removed.
 
         Raises:
-            StoreError: another command holds it, or it cannot be written.
+            StoreBusy: another command holds it.
+            StoreError: it cannot be written.
         """
+        with self._locked("lock", 0.0):
+            for folder in (self.releases, self.trust):
+                _clean(folder)
+            yield
+
+    @contextlib.contextmanager
+    def switching(self) -> Iterator[None]:
+        """Hold the links and the state for a moment, waiting for whoever holds them.
+
+        Raises:
+            StoreBusy: somebody holds them for long.
+            StoreError: the store cannot be written.
+        """
+        with self._locked("switch.lock", _SWITCH_S):
+            _clean(self.root)
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, wait_s: float) -> Iterator[None]:
+        """Hold a lock of the store, whose folders are made."""
         try:
             for folder in (self.root, self.trust, self.blobs, self.releases, self.engines):
-                folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+                if not folder.is_dir():
+                    folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.root / name, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise StoreError(
                 f"the store {self.root} cannot be written: {error.strerror}; run as the user that "
                 "owns it, or give another --store"
             ) from None
+        end_s = time.monotonic() + wait_s
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise StoreError(
-                    f"another command holds the store {self.root}; wait until it has ended"
-                ) from None
-            self._clean()
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() >= end_s:
+                        raise StoreBusy(
+                            f"another command holds the store {self.root}; wait until it has ended"
+                        ) from None
+                time.sleep(0.05)
             yield
         finally:
             os.close(handle)
 
-    def _clean(self) -> None:
-        """Remove what has no name yet; downloads stay, they are resumed."""
-        for folder in (self.root, self.releases, self.trust):
-            for leftover in folder.glob(f"{TEMPORARY}*"):
-                remove(leftover)
 
+def signed_release(bundle: Path) -> Release | None:
+    """Return the release that a bundle of a store is of; None where nobody signed it.
 
-def is_released(bundle: Path) -> bool:
-    """Return whether a bundle lies in a store, which takes only what somebody signed."""
-    release = bundle.resolve().parent
-    store = Store(release.parent.parent)
-    return release.parent == store.releases and (store.trust / "anchor.json").is_file()
+    Raises:
+        RefusedRelease: the store's bundle is not the one that was signed any more.
+    """
+    folder = bundle.resolve().parent
+    store = Store(folder.parent.parent)
+    if folder.parent != store.releases or not (store.trust / "anchor.json").is_file():
+        return None
+    release = Release.load(folder)
+    manifest = read_json(folder / BUNDLE / MANIFEST, "bundle manifest")
+    digest = manifest.get("digest") if isinstance(manifest, dict) else None
+    if (release.digest, release.bundle_digest) != (folder.name, digest):
+        raise RefusedRelease(
+            "altered",
+            f"{bundle} is not what was signed as release {folder.name[:16]}; remove {folder} and "
+            "install it again: qvla robot install",
+        )
+    return release
 
 
 def remove(path: Path) -> None:
@@ -152,3 +197,9 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _clean(folder: Path) -> None:
+    """Remove what has no name yet; downloads lie elsewhere, they are resumed."""
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        remove(leftover)

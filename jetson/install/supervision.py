@@ -10,7 +10,7 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -25,13 +25,14 @@ from jetson.install.activation import (
     roll_back_after_reboot,
     roll_back_unproven,
 )
-from jetson.install.probation import FailedProbation, ProbationTerms, measure_probation
-from jetson.install.store import Store, StoreError
+from jetson.install.checking import has_changed, renew_current
+from jetson.install.fingerprint import machine_fingerprint
+from jetson.install.probation import ProbationTerms, measure_probation
+from jetson.install.store import Store, StoreBusy, StoreError
 from jetson.install.store_state import StoreState, read_boot_id
 from qvla_export.shared.errors import QvlaError
 
 _LOG = logging.getLogger(__name__)
-_STORE_BUSY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class SupervisionSettings:
     # A proven release that fails so often within a minute is left as well.
     failures: int = 3
     boot_id: Callable[[], str] = read_boot_id
+    machine: Callable[[], str] = machine_fingerprint
     measure: Callable[..., object] = measure_probation
 
 
@@ -67,16 +69,21 @@ def supervise(store: Store, settings: SupervisionSettings, stopping: Event) -> N
     Raises:
         SupervisionEnd: no release is activated, or the only one fails again and again.
     """
-    with _held(store):
-        _say(roll_back_after_reboot(store, settings.boot_id()))
     failures: list[float] = []
     while not stopping.is_set():
-        digest = store.linked(CURRENT)
-        if digest is None:
-            raise SupervisionEnd(
-                f"no release of {store.root} is current; qvla robot install, verify, activate"
-            )
-        why = _serve(store, digest, settings, stopping)
+        try:
+            # What a killed command had begun is finished, and a release that is gone is left.
+            _say(roll_back_after_reboot(store, settings.boot_id()))
+            digest = store.linked(CURRENT)
+            if digest is None:
+                raise SupervisionEnd(
+                    f"no release of {store.root} is current; qvla robot install, verify, activate"
+                )
+            why = _renew(store, digest, settings) or _serve(store, digest, settings, stopping)
+        except StoreBusy as error:
+            _LOG.warning("waiting: %s", error)
+            stopping.wait(1.0)
+            continue
         if why is None:
             continue  # stopped, or another release is current
         _LOG.error("release %s: %s", digest[:16], why)
@@ -87,6 +94,22 @@ def supervise(store: Store, settings: SupervisionSettings, stopping: Event) -> N
             raise SupervisionEnd(f"release {digest[:16]} fails and none is before it: {why}")
         else:
             stopping.wait(min(5.0, 0.2 * 2 ** len(failures)))
+
+
+def _renew(store: Store, digest: str, settings: SupervisionSettings) -> str | None:
+    """Build and check a release anew if the machine has changed; return why that failed."""
+    machine = settings.machine()
+    if not has_changed(store, digest, machine):
+        return None
+    _LOG.warning("this machine has changed: release %s is built and checked anew", digest[:16])
+    try:
+        with store.open():
+            renew_current(store, machine, settings.boot_id())
+    except StoreBusy:
+        raise
+    except StoreError as error:
+        return str(error)
+    return None
 
 
 def _serve(store: Store, digest: str, settings: SupervisionSettings, stopping: Event) -> str | None:
@@ -118,9 +141,13 @@ def _watch(
             ready_s = time.monotonic() + settings.hang_s
             if not proven:
                 try:
-                    settings.measure(settings.url, settings.terms, settings.token)
-                except FailedProbation as error:
+                    bundle_digest = StoreState.load(store).known(digest).bundle_digest
+                    terms, token = settings.terms, settings.token
+                    settings.measure(settings.url, terms, token, bundle_digest, stopping.wait)
+                except StoreError as error:
                     return f"probation failed: {error}"
+                if stopping.is_set():
+                    return None
                 _prove(store, digest, settings)
                 proven = True
         _reap(server.pid)
@@ -142,23 +169,25 @@ def _leave(
     store: Store, digest: str, why: str, proven_too: bool, settings: SupervisionSettings
 ) -> bool:
     """Go back to the release before, where there is one; return whether it was done."""
-    with _held(store):
-        if store.linked(CURRENT) != digest:
-            return True  # somebody else switched meanwhile
-        boot_id = settings.boot_id()
-        switched = roll_back_unproven(store, why, boot_id)
+    boot_id = settings.boot_id()
+    try:
+        switched = roll_back_unproven(store, why, boot_id, digest)
         if not switched.changed and proven_too:
-            with contextlib.suppress(StoreError):
-                switched = roll_back(store, why, boot_id)
-        _say(switched)
-        return switched.changed
+            switched = roll_back(store, why, boot_id, digest)
+    except (QvlaError, OSError) as error:
+        _LOG.error("release %s cannot be left: %s", digest[:16], error)
+        return False
+    _say(switched)
+    # Somebody else may have switched meanwhile.
+    return switched.current != digest
 
 
 def _prove(store: Store, digest: str, settings: SupervisionSettings) -> None:
-    with _held(store):
-        if store.linked(CURRENT) == digest and _on_probation(store, digest):
-            prove(store, settings.boot_id())
-            _LOG.info("release %s is proven", digest[:16])
+    try:
+        prove(store, settings.boot_id(), digest)
+        _LOG.info("release %s is proven", digest[:16])
+    except (QvlaError, OSError) as error:
+        _LOG.error("release %s is not proven: %s", digest[:16], error)
 
 
 def _on_probation(store: Store, digest: str) -> bool:
@@ -171,22 +200,6 @@ def _is_ready(url: str) -> bool:
         return httpx.get(f"{url}/readyz", timeout=1.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-@contextlib.contextmanager
-def _held(store: Store) -> Iterator[None]:
-    """Hold the store, waiting for a command that holds it."""
-    end_s = time.monotonic() + _STORE_BUSY_S
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(store.open())
-                break
-            except QvlaError:
-                if time.monotonic() > end_s:
-                    raise
-                time.sleep(0.05)
-        yield
 
 
 def _stop(server: "subprocess.Popen[bytes]", stop_s: float) -> None:

@@ -63,8 +63,10 @@ def unit_files(settings: UnitSettings) -> dict[str, str]:
         "qvla-rollback.service": _oneshot(
             "Go back to the release before the one that failed",
             (
-                f"{robot} rollback --unproven --reason service-failed {store}",
-                "systemctl reset-failed qvla-serve.service",
+                "-systemctl reset-failed qvla-serve.service",
+                # The release that is left may be running still.
+                f"{robot} rollback --unproven --reason service-failed --restart-unit "
+                f"qvla-serve.service {store}",
                 "systemctl start --no-block qvla-serve.service",
             ),
         ),
@@ -74,6 +76,12 @@ def unit_files(settings: UnitSettings) -> dict[str, str]:
             unit="After=qvla-serve.service\nOnFailure=qvla-rollback.service\n",
         ),
         "qvla-first-boot.service": _first_boot(settings, robot, store),
+        "qvla-renew.service": _oneshot(
+            "Build and check what serves again if this machine has changed",
+            (f"{robot} verify --if-changed {store}",),
+            unit=f"ConditionPathExists={settings.store}/state.json\n"
+            "After=qvla-first-boot.service\n",
+        ),
         "qvla-clocks.service": _oneshot(
             "Hold the clocks of the machine",
             ("-/usr/bin/jetson_clocks",),
@@ -113,8 +121,8 @@ def _serve(settings: UnitSettings, robot: str, store: str) -> str:
     )
     return f"""[Unit]
 Description=Actions of a QVLA policy
-After=network.target qvla-first-boot.service
-Wants=qvla-probation.service
+After=network.target qvla-first-boot.service qvla-renew.service
+Wants=qvla-renew.service qvla-probation.service
 ConditionPathExists={settings.store}/state.json
 OnFailure=qvla-rollback.service
 StartLimitIntervalSec=60

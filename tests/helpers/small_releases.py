@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def sum_bundle(
     wrong_by: float = 0.0,
     table: int = 4096,
     target: str = CPU.name,
+    servable: bool = False,
 ) -> Bundle:
     """Write a bundle whose actions are its state plus an offset.
 
@@ -51,13 +53,20 @@ def sum_bundle(
         wrong_by: what the golden actions are off what the graph computes.
         table: numbers in the graph that nothing depends on.
         target: of the bundle.
+        servable: the graph takes all that the processor makes, not the state alone.
     """
     seen = Observation({"image": np.zeros((28, 28, 3), np.uint8)}, "push it", np.full(4, 0.25))
-    feeds = ({"state": policy.processor.feeds(seen)["state"]},)
-    actions = np.repeat(feeds[0]["state"][:, None], _HORIZON, axis=1) + np.float32(offset)
+    feeds = policy.processor.feeds(seen)
+    if not servable:
+        feeds = {"state": feeds["state"]}
+    actions = np.repeat(feeds["state"][:, None], _HORIZON, axis=1) + np.float32(offset)
     part = Part(
         "policy",
-        (TensorSpec("state", "float32", (1, _WIDTH)),),
+        tuple(
+            # Sentences differ in length.
+            TensorSpec(name, str(feed.dtype), (1, "length") if name == "input_ids" else feed.shape)
+            for name, feed in feeds.items()
+        ),
         (TensorSpec("actions", "float32", (1, _HORIZON, _WIDTH)),),
     )
     contents = BundleContents(
@@ -67,17 +76,20 @@ def sum_bundle(
         outputs=part.outputs,
         parts=(part,),
         program=Program.straight(["policy"]),
-        golden=Golden(feeds, actions + np.float32(wrong_by), actions),
+        golden=Golden((feeds,), actions + np.float32(wrong_by), actions),
         policy_digest="0" * 64,
         weight_bytes={"rest": 0},
     )
-    model = _sum(offset, table)
+    model = _sum(part.inputs, offset, table)
     return write_bundle(path, contents, lambda folder: ir.save(model, folder / part.model))
 
 
-def _sum(offset: float, table: int) -> ir.Model:
+def _sum(inputs: Sequence[TensorSpec], offset: float, table: int) -> ir.Model:
     tape = ir.tape.Tape()
-    state = ir.val("state", _FLOAT, (1, _WIDTH))
+    feeds = {
+        one.name: ir.val(one.name, ir.DataType.from_numpy(np.dtype(one.dtype)), one.shape)
+        for one in inputs
+    }
     numbers = np.random.default_rng(0).normal(size=table).astype(np.float32)
     numbers[:: max(1, table // 40)] += np.float32(offset)
     constants = {
@@ -92,13 +104,13 @@ def _sum(offset: float, table: int) -> ir.Model:
     }
     mean = tape.op("ReduceMean", [values["table"], values["all"]], {"keepdims": 0})
     nothing = tape.op("Mul", [mean, values["zero"]])
-    row = tape.op("Unsqueeze", [state, values["axis"]])
+    row = tape.op("Unsqueeze", [feeds["state"], values["axis"]])
     moved = tape.op("Add", [row, values["offset"]])
     actions = tape.op("Add", [moved, nothing])
     actions.name, actions.dtype = "actions", _FLOAT
     actions.shape = ir.Shape((1, _HORIZON, _WIDTH))
     graph = ir.Graph(
-        [state], [actions], nodes=tape.nodes, initializers=tape.initializers,
+        list(feeds.values()), [actions], nodes=tape.nodes, initializers=tape.initializers,
         opset_imports={"": 21}, name="policy",
     )  # fmt: skip
     return ir.Model(graph, ir_version=10)

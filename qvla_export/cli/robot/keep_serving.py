@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qvla_export.cli.robot.serve_options import TokenFileOption
-from qvla_export.cli.robot.store import DEFAULT_STORE, StoreOption, answer, boot_id, machine
+from qvla_export.cli.robot.store import (
+    DEFAULT_STORE,
+    RestartOption,
+    StoreOption,
+    answer,
+    boot_id,
+    machine,
+    restart,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,6 +49,7 @@ def prove(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """End the probation of `current`, measured by a client: others may go back to it."""
+    from jetson.install.activation import CURRENT
     from jetson.install.activation import prove as end_probation
     from jetson.install.probation import ProbationTerms, measure_probation
     from jetson.install.store_state import StoreState
@@ -49,36 +58,33 @@ def prove(
     def act(opened: "Store") -> "Mapping[str, object]":
         if unless_proven and StoreState.load(opened).probation is None:
             return {"measured": None}
-        measured = None
-        if url is not None:
-            # The store is not held meanwhile.
+        measured = digest = None
+        if url is not None and (digest := opened.linked(CURRENT)) is not None:
             terms = ProbationTerms(actions, seconds, max_p95_ms)
-            measured = measure_probation(url, terms, read_token(token_file)).to_json()
-        with opened.open():
-            return {"measured": measured, **end_probation(opened, boot_id()).to_json()}
+            bundle_digest = StoreState.load(opened).known(digest).bundle_digest
+            token = read_token(token_file)
+            measured = measure_probation(url, terms, token, bundle_digest).to_json()
+        return {"measured": measured, **end_probation(opened, boot_id(), digest).to_json()}
 
     answer(store, act, hold=False)
 
 
 def update(
-    restart_unit: Annotated[
-        str | None, typer.Option(help="Unit of systemd to restart if another release serves.")
-    ] = None,
+    restart_unit: RestartOption = None,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Install, check and activate the newest release; one that failed here is not tried again."""
-    import subprocess
-
     from jetson.install.installation import InstallRequest
     from jetson.install.update import update as update_store
 
     def act(opened: "Store") -> "Mapping[str, object]":
-        updated = update_store(opened, InstallRequest(), *machine())
-        if updated.changed and restart_unit is not None:
-            subprocess.run(["systemctl", "try-restart", restart_unit], check=True)
+        with opened.open():
+            updated = update_store(opened, InstallRequest(), *machine())
+        if updated.changed:
+            restart(restart_unit)
         return updated.to_json()
 
-    answer(store, act)
+    answer(store, act, hold=False)
 
 
 def supervise(

@@ -21,6 +21,9 @@ StoreOption = Annotated[
 NameArgument = Annotated[
     str | None, typer.Argument(help="Name, or start of the digest; default: the newest.")
 ]
+RestartOption = Annotated[
+    str | None, typer.Option(help="Unit of systemd to restart if another release serves.")
+]
 DEFAULT_STORE = Path("/var/lib/qvla")
 
 
@@ -58,19 +61,32 @@ def build(release: NameArgument = None, store: StoreOption = DEFAULT_STORE) -> N
 def verify(
     release: NameArgument = None,
     samples: Annotated[int, typer.Option(min=20, help="Actions that are timed.")] = 100,
+    if_changed: Annotated[
+        bool,
+        typer.Option("--if-changed", help="Only `current`, if the machine has changed since."),
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Run a release on its golden observations: drift and latency within its limits, or exit 2."""
-    from jetson.install.checking import check_release
+    from jetson.install.checking import check_release, renew_current
 
-    answer(store, lambda s: check_release(s, release, *machine(), samples).to_json())
+    if if_changed and release is not None:
+        raise QvlaError("--if-changed checks `current`; name no release with it")
+
+    def act(opened: "Store") -> Mapping[str, Any]:
+        if not if_changed:
+            return check_release(opened, release, *machine(), samples).to_json()
+        renewed = renew_current(opened, *machine(), samples)
+        return {"passed": None} if renewed is None else renewed.to_json()
+
+    answer(store, act)
 
 
 def activate(release: NameArgument = None, store: StoreOption = DEFAULT_STORE) -> None:
     """Let a checked release be `current`, on probation; the one before stays `previous`."""
     from jetson.install.activation import activate as activate_release
 
-    answer(store, lambda s: activate_release(s, release, *machine()).to_json())
+    answer(store, lambda s: activate_release(s, release, *machine()).to_json(), hold=False)
 
 
 def rollback(
@@ -82,6 +98,7 @@ def rollback(
         bool,
         typer.Option("--rebooted", help="Only one whose probation a restart of the machine ended."),
     ] = False,
+    restart_unit: RestartOption = None,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Let `previous` be `current` again; the one that is left counts as failed."""
@@ -90,12 +107,16 @@ def rollback(
     def act(opened: "Store") -> Mapping[str, Any]:
         boot = boot_id()
         if rebooted:
-            return activation.roll_back_after_reboot(opened, boot).to_json()
-        if unproven:
-            return activation.roll_back_unproven(opened, reason, boot).to_json()
-        return activation.roll_back(opened, reason, boot).to_json()
+            switched = activation.roll_back_after_reboot(opened, boot)
+        elif unproven:
+            switched = activation.roll_back_unproven(opened, reason, boot)
+        else:
+            switched = activation.roll_back(opened, reason, boot)
+        if switched.changed:
+            restart(restart_unit)
+        return switched.to_json()
 
-    answer(store, act)
+    answer(store, act, hold=False)
 
 
 def list_releases(store: StoreOption = DEFAULT_STORE) -> None:
@@ -141,6 +162,15 @@ def answer(root: Path, act: "Callable[[Store], Mapping[str, Any]]", hold: bool =
 @contextmanager
 def _unheld() -> Iterator[None]:
     yield
+
+
+def restart(unit: str | None) -> None:
+    """Restart a unit of systemd that runs, after another release was made `current`."""
+    import subprocess
+
+    words = ["systemctl", "try-restart", str(unit)]
+    if unit is not None and subprocess.run(words, check=False).returncode != 0:
+        raise QvlaError(f"another release is current, but {' '.join(words)} failed; see journalctl")
 
 
 def machine() -> tuple[str, str]:

@@ -16,16 +16,17 @@ def serve_policy(source: PolicySource, settings: "ServerSettings") -> None:
     """Open a policy and serve it until SIGTERM or SIGINT; logs what makes this machine slow.
 
     Raises:
+        RefusedRelease: a bundle of a robot's store is not what was signed.
         QvlaError: the policy cannot be opened or does not act, or the address is refused or taken.
     """
     from jetson.board import read_board_state
     from jetson.doctor.examination import slow_settings
-    from jetson.install.store import is_released
+    from jetson.install.store import signed_release
     from jetson.server import serve
 
     if slow := slow_settings(read_board_state()):
         _LOG.warning("slower than it could be, see qvla doctor: %s", slow)
-    if not is_released(Path(source.place)):
+    if signed_release(Path(source.place)) is None:
         _LOG.warning(
             "nobody signed what is served here: its digests find damage, not malice; qvla release "
             "and qvla robot bring signed bundles"

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from small_releases import BOOT, MACHINE, Host, Robot, sum_bundle
 
-from jetson.install import activation, checking
+from jetson.install import activation, checking, store
 from jetson.install.activation import activate, prove, recover, roll_back
 from jetson.install.checking import FailedCheck, build_release, check_release, unit_command
 from jetson.install.fingerprint import machine_fingerprint
 from jetson.install.garbage import collect
 from jetson.install.status import list_releases, read_status
-from jetson.install.store import Store, StoreError
+from jetson.install.store import Store, StoreBusy, StoreError
 from jetson.install.store_state import StoreState, Switch, read_boot_id
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.bundle import Bundle
@@ -148,7 +148,54 @@ def test_a_release_that_somebody_removed_is_left(robot: Robot) -> None:
     switch_to(robot, "b")
     robot.store.release(robot.state().find("b")).rename(robot.store.root / "elsewhere")
     on(robot, lambda s: recover(s, BOOT))
-    assert serving(robot) == ("a", "a")
+    assert serving(robot) == ("a", None)
+
+
+def test_a_removed_release_on_probation_holds_nothing_up(robot: Robot) -> None:
+    switch_to(robot, "a")
+    switch_to(robot, "b", proven=False)
+    robot.store.release(robot.state().find("b")).rename(robot.store.root / "elsewhere")
+    on(robot, lambda s: activation.roll_back_after_reboot(s, "the-next-boot"))
+    assert serving(robot) == ("a", None) and robot.state().probation is None
+
+
+def test_a_release_is_never_its_own_predecessor(robot: Robot) -> None:
+    switch_to(robot, "a")
+    switch_to(robot, "b", proven=False)
+    switch_to(robot, "a", proven=False)
+    assert serving(robot) == ("a", "b")
+    on(robot, lambda s: activation.roll_back_unproven(s, "crashed", BOOT))
+    assert serving(robot) == ("b", None)
+
+
+def test_what_serves_and_was_checked_again_can_be_proven_again(robot: Robot) -> None:
+    switch_to(robot, "a")
+    robot.pass_check(robot.state().find("a"))
+    assert standing(robot, "a") == "checked"
+    switch_to(robot, "a")
+    assert serving(robot) == ("a", None) and standing(robot, "a") == "proven"
+
+
+def test_only_the_release_that_was_meant_is_proven_or_left(robot: Robot) -> None:
+    switch_to(robot, "a")
+    switch_to(robot, "b", proven=False)
+    other = robot.state().find("c")
+    with pytest.raises(StoreError, match=r"was activated while .* was measured; measure again"):
+        on(robot, lambda s: prove(s, BOOT, other))
+    for act in (roll_back, activation.roll_back_unproven):
+        on(robot, lambda s, act=act: act(s, "bad", BOOT, other))  # type: ignore[misc]  # bound now
+        assert serving(robot) == ("b", "a")
+
+
+def test_what_serves_is_switched_while_a_command_holds_the_store(robot: Robot) -> None:
+    with robot.store.open():
+        activate(robot.store, "a", MACHINE, BOOT)
+        prove(robot.store, BOOT)
+    assert serving(robot) == ("a", None)
+    with robot.store.switching(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_SWITCH_S", 0.1)
+        with pytest.raises(StoreBusy, match="another command holds"):
+            activate(robot.store, "b", MACHINE, BOOT)
 
 
 def test_a_lost_state_is_made_again_from_the_releases(robot: Robot) -> None:
@@ -206,6 +253,7 @@ def test_status_says_what_serves(robot: Robot) -> None:
     listed = list_releases(robot.store)["releases"]
     links = [(one["name"], one["link"]) for one in listed]
     assert links == [("c", None), ("b", "current"), ("a", "previous")]
+    assert "has changed since `current` was checked" in status["remedy"]
     assert read_status(Store(Path("/nonexistent")))["current"] is None
 
 
@@ -224,6 +272,7 @@ def test_a_release_is_checked_on_its_golden_observations(
         checked = check_release(robot.store, "good", machine, boot_id, samples=20)
         assert checked.to_json()["passed"] and checked.drift < 1e-6 and checked.p95_ms
         assert activate(robot.store, "good", machine, boot_id).changed
+        assert checking.renew_current(robot.store, machine, boot_id) is None
         # Nothing to build: the runtime takes the bundle itself.
         assert build_release(robot.store, "good", machine, boot_id).engines is None
     assert standing(robot, "good") == "probation"

@@ -1,19 +1,24 @@
 """A release that crashes, hangs or is too slow: the one before it serves again."""
 
 import json
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from echo_policy import OFT, EchoPolicy
 from small_releases import BOOT, MACHINE, Host, Robot, sum_bundle
 
-from jetson.install import probation, update
+from jetson.clients.http_client import RemotePolicy
+from jetson.errors import RemoteError
+from jetson.install import checking, probation, supervision, update
 from jetson.install.activation import activate, prove, roll_back
 from jetson.install.garbage import collect
 from jetson.install.installation import InstallRequest
@@ -53,7 +58,7 @@ NAMES = ("good", "crash", "hang", "late", "better")
 def host(tiny_policy: OftPolicy, tmp_path_factory: pytest.TempPathFactory) -> Host:
     root = tmp_path_factory.mktemp("supervision")
     host = Host.new(root / "host")
-    bundle = sum_bundle(tiny_policy, root / "bundle", table=64).path
+    bundle = sum_bundle(tiny_policy, root / "bundle", table=64, servable=True).path
     for name in NAMES:
         host.release(bundle, name)
     return host
@@ -103,7 +108,8 @@ def supervised(robot: Robot, log: Path, **settings: object) -> Iterator[threadin
             "command": command,
             "url": f"http://127.0.0.1:{port}",
             "boot_id": lambda: BOOT,
-            "measure": lambda url, terms, token: None,
+            "machine": lambda: MACHINE,
+            "measure": lambda *_: None,
             "start_s": 20.0, "hang_s": 0.3, "poll_s": 0.02, "failures": 2,
             **settings,
         }
@@ -157,7 +163,7 @@ def test_a_failed_measurement_leaves_a_release_and_a_good_one_proves_it(
     begin(robot, "better")
     log = tmp_path / "log"
 
-    def fails(url: str, terms: ProbationTerms, token: str | None) -> None:
+    def fails(*_: object) -> None:
         raise FailedProbation("too slow")
 
     with supervised(robot, log, measure=fails):
@@ -213,6 +219,111 @@ def test_a_switch_by_another_command_is_followed(robot: Robot, tmp_path: Path) -
     assert log.read_text().split() == ["good", "better"]
 
 
+def test_a_release_that_somebody_removes_is_left(robot: Robot, tmp_path: Path) -> None:
+    begin(robot, "better")
+    log = tmp_path / "log"
+    with supervised(robot, log):
+        until(lambda: current(robot) == ("better", "proven"))
+        robot.store.release(robot.state().find("better")).rename(tmp_path / "elsewhere")
+        until(lambda: log.read_text().split() == ["better", "good"])
+    assert current(robot) == ("good", "proven")
+
+
+def test_a_failing_release_is_left_while_another_is_installed(robot: Robot, tmp_path: Path) -> None:
+    begin(robot, "crash")
+    log = tmp_path / "log"
+    # As long as a download takes.
+    with robot.store.open(), supervised(robot, log):
+        until(lambda: log.exists() and log.read_text().split() == ["crash", "good"])
+    assert current(robot) == ("good", "proven")
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_release_is_checked_anew_where_the_machine_has_changed(
+    robot: Robot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: bool
+) -> None:
+    begin(robot, "better")
+    with robot.store.open():
+        prove(robot.store, BOOT)
+    state, checks = robot.state(), []
+    digests = {digest: one.bundle_digest for digest, one in state.releases.items()}
+
+    def check(arguments: tuple[object, ...], timeout_s: float) -> dict[str, object]:
+        digest = Path(str(arguments[1])).parent.name
+        checks.append(state.releases[digest].name)
+        if not passes and checks[-1] == "better":
+            return {"error": "TensorRT is another one"}
+        return {
+            "bundle_digest": digests[digest], "breaches": [], "drift": 0.0, "runtime": "it",
+            "p50_ms": 1.0, "p95_ms": 2.0, "observations": 1,
+        }  # fmt: skip
+
+    monkeypatch.setattr(checking, "_isolated", check)
+    served = "better" if passes else "good"
+    log = tmp_path / "log"
+    with supervised(robot, log, machine=lambda: "another-machine"):
+        until(lambda: log.exists() and log.read_text().split() == [served])
+    # A proven one gets a second chance, as where its server fails.
+    assert checks == (["better"] if passes else ["better", "better", "good"])
+    assert current(robot) == (served, "proven")
+    assert robot.state().releases[robot.state().find(served)].machine == "another-machine"
+
+
+def test_real_servers_switch_and_a_killed_one_is_left(
+    robot: Robot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`qvla serve` itself: a healthy release is proven by a client, the next one is killed."""
+    begin(robot, "better")
+    port, served = free_port(), list[str]()
+    servers: list[subprocess.Popen[bytes]] = []
+
+    class Server(subprocess.Popen[bytes]):
+        def __init__(self, words: list[str]) -> None:
+            super().__init__(words)
+            servers.append(self)
+
+    def command(bundle: Path) -> list[str]:
+        served.append(bundle.parent.name)
+        words = [sys.executable, "-m", "qvla_export", "serve", str(bundle)]
+        return [*words, "--port", str(port), "--warmup", "0", "--threads", "1"]
+
+    def measure(*arguments: Any) -> None:
+        if len(servers) == 2:
+            servers[-1].kill()
+        measure_probation(*arguments)
+
+    monkeypatch.setattr(supervision.subprocess, "Popen", Server)
+    terms = ProbationTerms(actions=3, seconds=0.0)
+    url = f"http://127.0.0.1:{port}"
+    chosen = SupervisionSettings(
+        command, url, terms, boot_id=lambda: BOOT, machine=lambda: MACHINE, measure=measure
+    )
+    stopping = threading.Event()
+    thread = threading.Thread(target=supervise, args=(robot.store, chosen, stopping))
+    thread.start()
+    try:
+        until(lambda: current(robot) == ("better", "proven"))
+        begin(robot, "late")
+        until(lambda: len(servers) == 3 and answers(url))
+    finally:
+        stopping.set()
+        thread.join()
+    state = robot.state()
+    assert current(robot) == ("better", "proven")
+    assert served == [state.find(name) for name in ("better", "late", "better")]
+    left = state.known(state.find("late"))
+    assert left.standing == "failed" and "probation failed" in str(left.reason)
+    assert servers[1].returncode == -signal.SIGKILL and servers[2].returncode == 0
+
+
+def answers(url: str) -> bool:
+    try:
+        with RemotePolicy(url) as remote:
+            return remote.contract.bundle_digest != ""
+    except RemoteError:
+        return False
+
+
 def test_an_update_tries_no_release_again_that_failed_here(
     robot: Robot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +353,8 @@ def test_a_probation_is_measured_through_the_server() -> None:
         assert len(slept) == 5 and max(slept) > 75
         with pytest.raises(FailedProbation, match=r"the limit is 0\.0 ms"):
             measure_probation(url, ProbationTerms(2, 0.0, p95_ms=1e-6))
+        with pytest.raises(StoreError, match=r"serves bundle .* has 1{16}; start the server again"):
+            measure_probation(url, ProbationTerms(2, 0.0), bundle_digest="1" * 64)
     with pytest.raises(FailedProbation, match="after 0 of 2 actions"):
         measure_probation(url, ProbationTerms(2, 0.0))
     assert probation.ProbationTerms().actions == 20
@@ -281,6 +394,9 @@ def test_units_say_what_systemd_must_do() -> None:
         "ProtectSystem=strict",
     ):
         assert f"\n{line}\n" in serve
+    assert "robot verify --if-changed --store /var/lib/qvla" in files["qvla-renew.service"]
+    # The server of a release that was left may be running still.
+    assert "--restart-unit qvla-serve.service" in files["qvla-rollback.service"]
     assert "nvpmodel -m 0" in files["qvla-first-boot.service"]
     with pytest.raises(StoreError, match="without blanks"):
         UnitSettings(Path("/opt/qvla"), user="x\nExecStart=/bin/sh")

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from command_runs import Outcome, qvla
 from small_releases import MACHINE, sum_bundle
+from tiny_bundles import change_manifest
 
-from jetson.install.store import Store, is_released
+from jetson.install.store import Store, signed_release
 from jetson.install.store_state import StoreState
 from qvla_export.cli.robot import keep_serving, store
 from qvla_export.policies.oft.policy import OftPolicy
+from qvla_export.shared.bundle import Bundle
 
 
 def answer(outcome: Outcome) -> dict[str, Any]:
@@ -62,7 +64,12 @@ def test_the_whole_way(
     assert json.loads(qvla("release", "inspect", "a").out)["digest"] == first
     differing = json.loads(qvla("release", "diff", "a", "b").out)
     assert "policy.onnx" in differing["changed"] and differing["fields"]["name"] == ["a", "b"]
-    back = robot("rollback", "--reason", "it shook")
+    program = tmp_path / "systemctl"
+    program.write_text('#!/bin/sh\necho "$@" >> systemctl.log\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    back = robot("rollback", "--reason", "it shook", "--restart-unit", "qvla-serve.service")
+    assert Path("systemctl.log").read_text() == "try-restart qvla-serve.service\n"
     assert (back["current"], back["reason"]) == (first, "it shook")
     assert not robot("rollback", "--unproven")["changed"]
     assert not robot("rollback", "--rebooted")["changed"]
@@ -70,9 +77,16 @@ def test_the_whole_way(
     assert [one["standing"] for one in robot("list")["releases"]] == ["failed", "proven"]
     assert robot("gc")["removed"] == ["b"]
     assert robot("status")["current"]["digest"] == first
+    assert robot("verify", "--if-changed")["passed"] is None
     assert robot("prove", "--unless-proven")["measured"] is None
-    assert is_released(tmp_path / "store" / "current" / "bundle")
-    assert not is_released(tmp_path / "bundle-a")
+    served = tmp_path / "store" / "current" / "bundle"
+    release = signed_release(served)
+    assert release is not None and release.name == "a"
+    assert signed_release(tmp_path / "bundle-a") is None
+    change_manifest(served, lambda manifest: manifest.update(weight_bytes={"rest": 1}))
+    assert Bundle.load(served).digest != release.bundle_digest
+    refused = qvla("serve", served, "--port", "0")
+    assert refused.code == 2 and "is not what was signed as release" in refused.error
     units = answer(qvla("robot", "units", "--output", "units", "--store", "/srv/qvla"))
     assert all(Path(path).is_file() for path in units["units"])
 
@@ -92,6 +106,8 @@ def test_keys_are_replaced_and_taken_back(tmp_path: Path) -> None:
     folder = tmp_path / "keys"
     first = json.loads(qvla("keys", "new", folder).out)
     assert (folder / "1.root.json").is_file()
+    # What somebody else's file is called is no version.
+    (folder / "old.root.json").write_text("{}")
     assert all(path.stat().st_mode & 0o077 == 0 for path in folder.glob("*.pem"))
     assert "is not empty" in qvla("keys", "new", folder).error
     rotated = json.loads(qvla("keys", "rotate", folder, "timestamp").out)
