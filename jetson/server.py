@@ -153,7 +153,7 @@ def _ready(
     warmup: Observation | None,
 ) -> Iterator[tuple["_Server", socket.socket]]:
     """Yield a server that only has to run: addresses held, warmed up, ZMQ open."""
-    named = (contract or contract_of(policy)).named(settings.field_names)
+    named = (contract or contract_of(policy)).named(settings.field_names, settings.instruction)
     service = ActionService(policy, named, settings.infer_timeout_s)
     rate = RateLimit(settings.max_rate_hz)
     gate = Gate(settings.token, (*settings.allowed_hosts, settings.host.lower()), rate)

@@ -44,8 +44,10 @@ class ServerSettings:
     reply: Reply = "auto"
     # Answer every failure as upstream does: HTTP 200 with the body "error".
     strict_compat: bool = False
-    # What clients call the policy's cameras and the pieces of its state.
+    # What clients call the policy's cameras and the pieces of its state and action.
     field_names: FieldNames = field(default_factory=FieldNames)
+    # What to do where a client does not say; None where each must.
+    instruction: str | None = None
     # Requests answered before the ports open.
     warmup: int = 3
     # Requests that may wait for the engine; more are told to come back (503).

@@ -175,13 +175,21 @@ class _Run:
 
 
 def random_observations(
-    contract: PolicyContract, side: int, count: int = 16, seed: int = 0
+    contract: PolicyContract, side: int | None, count: int = 16, seed: int = 0
 ) -> list[Observation]:
-    """Return observations of noise that a contract allows, images of side x side pixels."""
+    """Return observations of noise that a contract allows.
+
+    Args:
+        contract: what the policy takes.
+        side: pixels of a side of images; None for the size that the contract says.
+        count: of the observations.
+        seed: of the noise.
+    """
     rng = np.random.default_rng(seed)
+    shape = (*(contract.frame_size if side is None else (side, side)), 3)
     return [
         Observation(
-            {name: rng.integers(0, 256, (side, side, 3), np.uint8) for name in contract.cameras},
+            {name: rng.integers(0, 256, shape, np.uint8) for name in contract.cameras},
             "pick up the object",
             rng.uniform(-1, 1, contract.state_dim).astype(np.float32),
         )

@@ -191,10 +191,13 @@ class Gr00tClient:
         """Return the actions."""
         reply = self._call("get_action", gr00t_data(observation))
         try:
-            parts = reply[0]["actions"]["as_npy"]
-        except (TypeError, KeyError, IndexError):
+            pieces = {name: piece["as_npy"] for name, piece in reply[0].items()}
+            arrays = [decode_npy(piece, name)[0] for name, piece in pieces.items()]
+            # In the order of the action's numbers, where they have names of their own.
+            actions = np.concatenate(arrays, axis=-1)
+        except (TypeError, AttributeError, KeyError, IndexError, ValueError):
             raise RemoteError(f"{self._url} answered something else: {reply!r:.200}") from None
-        return _actions(decode_npy(parts, "actions")[0])
+        return _actions(actions)
 
     def close(self) -> None:
         """Close the connection."""

@@ -3,7 +3,9 @@
     images       the policy's own camera names, or their aliases; or "image" / "full_image" for the
                  primary camera and "*wrist*" for the others: left and right by name, else in order
                                                                              uint8 [h, w, 3]
-    instruction  what to do, in words
+                 cameras that the policy can do without may be absent
+    instruction  what to do, in words; may be absent where the server was told what to do, or the
+                 policy does not read
     state        numbers; ignored where the policy takes none, as upstream does    [n]
                  or the state fields that the server was given, put together in their order
     unnorm_key   optional; refused where it is not the policy's
@@ -45,7 +47,7 @@ def observation_of(
     sources = _camera_fields(fields, contract)
     observation = Observation(
         images={camera: _image(fields[name], name, array) for camera, name in sources.items()},
-        instruction=_instruction(fields.get("instruction")),
+        instruction=_instruction(fields.get("instruction"), contract),
         state=_state(fields, contract, array),
     )
     contract.check(observation)
@@ -82,15 +84,26 @@ def _camera_fields(fields: Mapping[str, Any], contract: PolicyContract) -> dict[
             f"{_named(wrists)} are more wrist images than it takes"
         )
     if others:
-        sources |= match_wrists(free, wrists)
-    missing = [camera for camera in contract.cameras if camera not in sources]
+        sources |= _wrist_fields(free, wrists, contract)
+    missing = [camera for camera in contract.required_cameras if camera not in sources]
     if missing:
+        needed = list(contract.required_cameras)
         raise InvalidObservation(
-            f"the policy needs images {list(contract.cameras)}, missing {missing}; send them by "
+            f"the policy needs images {needed}, missing {missing}; send them by "
             "these names, or as 'image' or 'full_image' and '*wrist*', or tell the server their "
             f"names: qvla serve --camera-alias CAMERA=FIELD. Got {_named(sorted(fields))}"
         )
-    return {camera: sources[camera] for camera in contract.cameras}
+    return {camera: sources[camera] for camera in contract.cameras if camera in sources}
+
+
+def _wrist_fields(
+    cameras: list[str], wrists: list[str], contract: PolicyContract
+) -> dict[str, str]:
+    """Return camera -> wrist field: those that must be there first, whatever their sides."""
+    needed = [name for name in cameras if name in contract.required_cameras]
+    matches = match_wrists(needed, wrists)
+    rest = [name for name in wrists if name not in matches.values()]
+    return matches | match_wrists([name for name in cameras if name not in needed], rest)
 
 
 def _named(names: list[str]) -> str:
@@ -171,9 +184,16 @@ def _numbers(value: Any, name: str, array: ArrayDecoder) -> NDArray[Any]:
     return numbers
 
 
-def _instruction(value: Any) -> str:
+def _instruction(value: Any, contract: PolicyContract) -> str:
+    if value is None and contract.instruction:
+        return contract.instruction
+    if value in (None, "") and not contract.reads:
+        return ""
     if not isinstance(value, str) or not value.strip():
-        raise InvalidObservation(f"an 'instruction' in words is required, got {value!r:.80}")
+        raise InvalidObservation(
+            f"an 'instruction' in words is required, got {value!r:.80}; send it, or tell the "
+            "server what to do where clients do not say: qvla serve --instruction TEXT"
+        )
     if len(value) > _MAX_INSTRUCTION_CHARACTERS:
         raise InvalidObservation(
             f"an instruction may have {_MAX_INSTRUCTION_CHARACTERS} characters, got {len(value)}"

@@ -7,15 +7,20 @@ one that has asked for nothing makes room for another.
 
 import asyncio
 import json
+import logging
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jetson.errors import ServerBusy
+from jetson.repeated_warning import RepeatedWarning
 from jetson.serving.connections import Connection, Connections
 
 HEAD_TIMEOUT_S = 10.0
+# What a client of HTTP/2 says first (RFC 9113, 3.4); gRPC's are the only ones without asking.
+_HTTP_2 = b"PRI * HTTP/2.0\r\n"
+_GRPC = RepeatedWarning(logging.getLogger(__name__))
 
 
 class HttpConnection(H11Protocol):
@@ -50,6 +55,14 @@ class HttpConnection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Take bytes, as long as they are a request in time."""
         if self._connection is None:
+            return
+        if data.startswith(_HTTP_2):
+            _GRPC.warn(
+                f"{self._connection.peer} speaks gRPC, as LeRobot's async inference does: its "
+                "messages are pickles, which run what they say, and are not read here. Ask with "
+                "jetson.clients.http_client.RemotePolicy or openpi-client: see docs/serving.md"
+            )
+            self.transport.abort()
             return
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:

@@ -11,10 +11,12 @@ from jetson.serving.field_names import FieldNames
 from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.errors import InvalidObservation
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.picture_bounds import picture_fault
 
 # Request fields that no camera may be called.
 RESERVED_FIELDS = ("instruction", "state", "unnorm_key", "encoded")
-_WARMUP_SIDE = 224
+# Of policies that resize what they see, and of servers that do not say.
+_USUAL_FRAME = (224, 224)
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class PolicyContract:
     """Inputs and outputs of a served policy, and which policy it is.
 
     Raises:
-        RefusedSetting: there is no camera, two share a name, or a name is a request field.
+        RefusedSetting: there is no camera, two share a name, a name is a request field, or all
+            cameras may be absent.
     """
 
     # Image names, primary camera first.
@@ -39,6 +42,14 @@ class PolicyContract:
     target: str = ""
     # What clients may call cameras and pieces of the state, beside the names above.
     field_names: FieldNames = field(default_factory=FieldNames)
+    # Cameras that an observation may lack; the policy acts without them.
+    optional_cameras: tuple[str, ...] = ()
+    # Height and width of a picture that the policy takes for certain; some take no other.
+    frame_size: tuple[int, int] = _USUAL_FRAME
+    # Whether the policy reads what to do; ACT, for one, does not.
+    reads: bool = True
+    # What to do where a client does not say; empty: every client must.
+    instruction: str = ""
 
     def __post_init__(self) -> None:
         taken = [name for name in self.cameras if name in RESERVED_FIELDS]
@@ -47,14 +58,31 @@ class PolicyContract:
                 f"a policy needs distinct camera names other than {list(RESERVED_FIELDS)}, "
                 f"got {list(self.cameras)}; rename the cameras in the policy's configuration"
             )
+        if not self.required_cameras:
+            raise RefusedSetting(
+                f"a policy must always see something, and all of {list(self.cameras)} may be "
+                "absent; correct optional_cameras in its configuration"
+            )
 
-    def named(self, names: FieldNames) -> "PolicyContract":
-        """Return the contract with names of clients for its cameras and state.
+    @property
+    def required_cameras(self) -> tuple[str, ...]:
+        """Return the cameras that every observation must have."""
+        return tuple(name for name in self.cameras if name not in self.optional_cameras)
+
+    def named(self, names: FieldNames, instruction: str | None = None) -> "PolicyContract":
+        """Return the contract with names of clients for its cameras, state and action.
+
+        Args:
+            names: what clients call them.
+            instruction: what to do where a client does not say; None where each must.
 
         Raises:
-            RefusedSetting: they do not fit the policy.
+            RefusedSetting: they do not fit the policy, or the instruction is blank.
         """
-        return replace(self, field_names=names.of_policy(self.cameras, self.state_dim))
+        if instruction is not None and not instruction.strip():
+            raise RefusedSetting(f"--instruction says in words what to do, got {instruction!r}")
+        fitted = names.of_policy(self.cameras, self.state_dim, self.action_dim)
+        return replace(self, field_names=fitted, instruction=instruction or "")
 
     def check(self, observation: Observation) -> None:
         """Refuse an observation that lacks a camera or whose state has another length.
@@ -62,10 +90,10 @@ class PolicyContract:
         Raises:
             InvalidObservation: the message lists what the policy needs.
         """
-        missing = [name for name in self.cameras if name not in observation.images]
+        missing = [name for name in self.required_cameras if name not in observation.images]
         if missing:
             raise InvalidObservation(
-                f"the policy needs images {list(self.cameras)}, missing {missing}, "
+                f"the policy needs images {list(self.required_cameras)}, missing {missing}, "
                 f"got {sorted(observation.images)}"
             )
         if self.state_dim and observation.state.shape != (self.state_dim,):
@@ -76,7 +104,7 @@ class PolicyContract:
 
     def blank_observation(self) -> Observation:
         """Return a valid observation of nothing, for warming an engine up."""
-        image = np.zeros((_WARMUP_SIDE, _WARMUP_SIDE, 3), np.uint8)
+        image = np.zeros((*self.frame_size, 3), np.uint8)
         state = np.zeros(self.state_dim, np.float32)
         return Observation(dict.fromkeys(self.cameras, image), "hold still", state)
 
@@ -101,7 +129,21 @@ class PolicyContract:
         wrong = [name for name, kind in kinds.items() if type(value.get(name)) is not kind]
         if wrong:
             raise WireError(f"policy metadata lacks {wrong}; is the server a `qvla serve`?")
-        return cls(cameras=tuple(cameras), **{name: value[name] for name in kinds})
+        # Servers before these fields had no such policies.
+        optional = value.get("optional_cameras", [])
+        if not isinstance(optional, list) or any(not isinstance(name, str) for name in optional):
+            raise WireError(f"optional_cameras must be a list of names, got {optional!r:.200}")
+        size = value.get("frame_size", list(_USUAL_FRAME))
+        sides = size if isinstance(size, list) and len(size) == 2 else [0]
+        if any(type(side) is not int or picture_fault(side, side) for side in sides):
+            raise WireError(f"frame_size must be height and width in pixels, got {size!r:.200}")
+        return cls(
+            cameras=tuple(cameras),
+            optional_cameras=tuple(optional),
+            frame_size=(sides[0], sides[1]),
+            reads=value.get("reads", True) is not False,
+            **{name: value[name] for name in kinds},
+        )
 
 
 def contract_of(policy: ActionPolicy) -> PolicyContract:
@@ -128,6 +170,9 @@ def contract_of(policy: ActionPolicy) -> PolicyContract:
         unnorm_key=processor.statistics.key,
         bundle_digest=getattr(bundle, "digest", ""),
         target=getattr(bundle, "target", ""),
+        optional_cameras=tuple(spec.optional_cameras),
+        frame_size=spec.frame_size,
+        reads=spec.language != "none",
     )
 
 

@@ -98,7 +98,9 @@ def encode_request(observation: Observation, contract: PolicyContract) -> bytes:
     """
     contract.check(observation)
     fields: dict[str, Any] = {
-        name: encode_array(observation.images[name]) for name in contract.cameras
+        name: encode_array(observation.images[name])
+        for name in contract.cameras
+        if name in observation.images
     }
     if contract.state_dim:
         fields["state"] = encode_array(observation.state)

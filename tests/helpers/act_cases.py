@@ -40,7 +40,13 @@ class ActCase:
         return self.policy.batch(self.observations())
 
 
-def write_tiny_act(path: Path, seed: int = 0, decoder_layers: int = 1, state: int = STATE) -> Path:
+def write_tiny_act(
+    path: Path,
+    seed: int = 0,
+    decoder_layers: int = 1,
+    state: int = STATE,
+    action: int = ACTION,
+) -> Path:
     """Write a seeded, untrained checkpoint of LeRobot's layout whose every layer counts."""
     more = {
         "n_obs_steps": 1,
@@ -53,25 +59,25 @@ def write_tiny_act(path: Path, seed: int = 0, decoder_layers: int = 1, state: in
         "n_action_steps": HORIZON,
         "temporal_ensemble_coeff": None,
     }
-    lerobot_folder(path, state, ACTION, "MEAN_STD", CAMERAS, more)
+    lerobot_folder(path, state, action, "MEAN_STD", CAMERAS, more)
     generator = np.random.default_rng(seed)
 
     def table(size: int) -> dict[str, np.ndarray]:
         mean, std = generator.normal(0, 0.3, size), generator.uniform(0.5, 1.5, size)
         return {"mean": mean, "std": std, "min": mean - 2 * std, "max": mean + 2 * std}
 
-    tables = {"action": table(ACTION), "observation.state": table(state)}
+    tables = {"action": table(action), "observation.state": table(state)}
     for name in CAMERAS:
         channels = {k: v[:, None, None] for k, v in table(3).items()}
         tables[f"observation.images.{name}"] = channels
     write_statistics(path, tables)
-    weights = _weights(torch.Generator().manual_seed(seed), decoder_layers, state)
+    weights = _weights(torch.Generator().manual_seed(seed), decoder_layers, state, action)
     save_file({f"model.{k}": v for k, v in weights.items()}, path / "model.safetensors")
     return path
 
 
 def _weights(
-    generator: torch.Generator, decoder_layers: int, state: int
+    generator: torch.Generator, decoder_layers: int, state: int, action: int
 ) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
 
@@ -122,7 +128,7 @@ def _weights(
     linear("encoder_img_feat_input_proj.", WIDTH, inputs, 1, 1)
     found["encoder_1d_feature_pos_embed.weight"] = torch.randn(2, WIDTH, generator=generator)
     found["decoder_pos_embed.weight"] = torch.randn(HORIZON, WIDTH, generator=generator)
-    linear("action_head.", ACTION, WIDTH)
+    linear("action_head.", action, WIDTH)
     # Of the encoder that trains the latent: in the file, and not read.
     attention("vae_encoder.layers.0.self_attn")
     found["vae_encoder_pos_enc"] = camera_positions(1, 3, WIDTH)

@@ -126,7 +126,8 @@ def write_tiny_pi(path: Path, adaptive: bool = False, seed: int = 0, **config: A
     make_all_count(module)
     with torch.no_grad():
         _calm(module)
-    statistics = {_ASSET: {"state": _table(8), "actions": _table(7)}}
+    table = {"state": _table(stated.state_dim), "actions": _table(stated.action_dim)}
+    statistics = {_ASSET: table}
     tokenizer = train_tokenizer([*INSTRUCTIONS, "Task: , State: 0 1 255;\nAction: "], 400)
     save_checkpoint(path, module, stated, tokenizer, statistics)
     return path

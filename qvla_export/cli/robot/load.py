@@ -42,7 +42,9 @@ def load(
             callback=A_RECORDING.require,
         ),
     ] = None,
-    side: Annotated[int, typer.Option(min=1, help="Pixels of a side of random images.")] = 224,
+    side: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of a side of random images; default: its.")
+    ] = None,
     metadata_port: Annotated[
         int | None,
         typer.Option(help="The same server's HTTP port; GR00T's protocol does not say everything."),

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 
 from qvla_export.cli.options import PresetOption, ThreadsOption, UnnormKeyOption, WeightsOption
 from qvla_export.cli.robot.serve_options import (
+    ActionFieldsOption,
     AllowHostOption,
     CameraAliasOption,
     DeadlineOption,
+    DefaultInstructionOption,
     Gr00tPortOption,
     HostOption,
     MaxBodyOption,
@@ -39,6 +41,8 @@ def serve(
     strict_compat: StrictCompatOption = False,
     camera_alias: CameraAliasOption = None,
     state_fields: StateFieldsOption = None,
+    action_fields: ActionFieldsOption = None,
+    instruction: DefaultInstructionOption = None,
     gr00t_port: Gr00tPortOption = None,
     token_file: TokenFileOption = None,
     tls_cert: TlsCertOption = None,
@@ -72,7 +76,8 @@ def serve(
         port=port,
         reply=reply,  # type: ignore[arg-type]  # checked there
         strict_compat=strict_compat,
-        field_names=FieldNames.parse(camera_alias, state_fields),
+        field_names=FieldNames.parse(camera_alias, state_fields, action_fields),
+        instruction=instruction,
         gr00t_port=gr00t_port,
         token=read_token(token_file),
         tls=tls_files(tls_cert, tls_key, tls_client_ca),

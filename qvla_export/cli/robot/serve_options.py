@@ -60,6 +60,13 @@ StateFieldsOption = Annotated[
         "gripper_position."
     ),
 ]
+ActionFieldsOption = Annotated[
+    str | None,
+    typer.Option(help="What GR00T's clients call the pieces of an action: single_arm=5,gripper=1."),
+]
+DefaultInstructionOption = Annotated[
+    str | None, typer.Option(help="What to do where a client does not say (openpi's ALOHA).")
+]
 WarmupOption = Annotated[int, typer.Option(help="Actions before the port opens.")]
 DeadlineOption = Annotated[
     float | None, typer.Option(help="Slower actions count as missed at /metrics and /.")

@@ -83,7 +83,7 @@ def _camera(options: RunOptions, contract: "PolicyContract", clock: "LoopClock")
             "states"
         )
     devices = dict(_camera_pairs(options.place, contract))
-    if set(devices) != set(contract.cameras):
+    if not {*contract.required_cameras} <= {*devices} <= {*contract.cameras}:
         raise QvlaError(
             f"the policy has cameras {list(contract.cameras)}, got {sorted(devices)}; "
             f"name each: camera:{','.join(f'{name}=/dev/video0' for name in contract.cameras)}"

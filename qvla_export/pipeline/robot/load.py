@@ -29,8 +29,8 @@ class LoadRequest:
     deadline_ms: float | None = None
     # MCAP file whose observations are sent; None for noise.
     recording: Path | None = None
-    # Pixels of a side of images of noise.
-    side: int = 224
+    # Pixels of a side of images of noise; None for the size that the policy says.
+    side: int | None = None
     # The same server's HTTP port, where its protocol does not say what the policy takes.
     metadata_port: int | None = None
     token_file: Path | None = None
@@ -101,5 +101,7 @@ def _observations(
             "this server does not say which cameras and how long a state its policy takes: give "
             "--metadata-port (the HTTP port of the same `qvla serve`) or --recording"
         )
-    words = f"{len(contract.cameras)} random images of {side} x {side}, state {contract.state_dim}"
+    height, width = contract.frame_size if side is None else (side, side)
+    images = f"{len(contract.cameras)} random images of {height} x {width}"
+    words = f"{images}, state {contract.state_dim}"
     return random_observations(contract, side, seed=request.plan.seed), words
