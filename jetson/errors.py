@@ -80,6 +80,15 @@ _STATUS: tuple[tuple[type[QvlaError], int], ...] = (
 )
 
 
+def forget_frames(error: BaseException) -> None:
+    """Let go of what the frames hold that an error came through; once it is logged.
+
+    A request's body is among it. A frame that holds the error holds itself, and is freed by the
+    garbage collector alone, which may be thousands of requests away.
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+
+
 def http_status(error: Exception) -> int:
     """Return the HTTP status of an error; whatever is not the client's fault is 500."""
     return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)

@@ -1,13 +1,14 @@
 """The noun `LiveFeed`: the newest action and the latencies before it, for the page.
 
-Taking note of an action keeps references and one number; pictures are made smaller and encoded
-only when a page asks for them.
+Taking note of an action keeps references and one number, and of a picture much larger than the
+page shows every n-th pixel; pictures are encoded only when a page asks for them.
 """
 
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,18 @@ RECENT = 120
 _PREVIEW_SIDE = 360
 _JPEG_QUALITY = 80
 _MAX_TEXT = 2000
+
+
+@dataclass(frozen=True)
+class _Newest:
+    """The newest request with an action."""
+
+    number: int
+    answered_s: float
+    # Its pictures are no larger than a preview needs: nobody knows when the next ones come.
+    served: ServedRequest
+    # Width and height of each picture as it was sent.
+    sizes: list[tuple[int, int]]
 
 
 class LiveFeed:
@@ -60,8 +73,7 @@ class LiveFeed:
         self._count = 0
         self._misses = 0
         self._errors: Counter[str] = Counter()
-        # The newest request with an action, and when it was answered.
-        self._latest: tuple[int, float, ServedRequest] | None = None
+        self._latest: _Newest | None = None
         self._failed: tuple[float, str, str] | None = None
         self._recent_ms: deque[float] = deque(maxlen=RECENT)
 
@@ -78,7 +90,7 @@ class LiveFeed:
                 return
             total_ms = served.timing_ms["total"]
             self._count += 1
-            self._latest = self._count, now_s, served
+            self._latest = _newest(self._count, now_s, served)
             self._recent_ms.append(total_ms)
             if self._deadline_ms is not None and total_ms > self._deadline_ms:
                 self._misses += 1
@@ -107,18 +119,15 @@ class LiveFeed:
     def picture(self, index: int) -> bytes | None:
         """Return a JPEG preview of the newest action's camera; None where there is none."""
         latest = self._latest
-        if latest is None or latest[2].observation is None:
+        if latest is None or latest.served.observation is None:
             return None
-        images = list(latest[2].observation.images.values())
+        images = list(latest.served.observation.images.values())
         return preview(images[index]) if 0 <= index < len(images) else None
 
 
 def preview(image: NDArray[np.uint8]) -> bytes:
     """Return a picture uint8 [h, w, 3] as a JPEG with no side longer than 360 pixels."""
-    height, width = image.shape[:2]
-    # Every n-th pixel first: a preview is not worth filtering a 4K frame.
-    step = max(1, max(height, width) // (2 * _PREVIEW_SIDE))
-    frame = Image.fromarray(np.ascontiguousarray(image[::step, ::step]))
+    frame = Image.fromarray(np.ascontiguousarray(_thinned(image)))
     frame.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE), Image.Resampling.BILINEAR)
     encoded: bytes = simplejpeg.encode_jpeg(
         np.ascontiguousarray(np.asarray(frame)), quality=_JPEG_QUALITY, colorsubsampling="420"
@@ -126,21 +135,38 @@ def preview(image: NDArray[np.uint8]) -> bytes:
     return encoded
 
 
-def _latest_json(latest: tuple[int, float, ServedRequest], now_s: float) -> dict[str, Any]:
-    number, answered_s, served = latest
-    observation, chunk = served.observation, served.chunk
+def _thinned(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return every n-th pixel: a preview is not worth filtering a 4K frame."""
+    step = max(1, max(image.shape[:2]) // (2 * _PREVIEW_SIDE))
+    return image[::step, ::step]
+
+
+def _newest(number: int, answered_s: float, served: ServedRequest) -> _Newest:
+    observation = served.observation
+    assert observation is not None
+    images = observation.images
+    sizes = [(image.shape[1], image.shape[0]) for image in images.values()]
+    thinned = {name: _thinned(image) for name, image in images.items()}
+    if any(thinned[name].shape != image.shape for name, image in images.items()):
+        copies = {name: np.ascontiguousarray(image) for name, image in thinned.items()}
+        served = replace(served, observation=replace(observation, images=copies))
+    return _Newest(number, answered_s, served, sizes)
+
+
+def _latest_json(latest: _Newest, now_s: float) -> dict[str, Any]:
+    observation, chunk = latest.served.observation, latest.served.chunk
     assert observation is not None and chunk is not None
     return {
-        "number": number,
-        "age_s": round(now_s - answered_s, 2),
+        "number": latest.number,
+        "age_s": round(now_s - latest.answered_s, 2),
         "instruction": observation.instruction[:_MAX_TEXT],
         "cameras": [
-            {"name": name[:_MAX_TEXT], "width": image.shape[1], "height": image.shape[0]}
-            for name, image in observation.images.items()
+            {"name": name[:_MAX_TEXT], "width": width, "height": height}
+            for name, (width, height) in zip(observation.images, latest.sizes, strict=True)
         ],
         "state": [round(float(value), 4) for value in observation.state],
         "actions": [[round(float(value), 5) for value in row] for row in chunk.actions],
-        "timing_ms": {name: round(ms, 3) for name, ms in served.timing_ms.items()},
+        "timing_ms": {name: round(ms, 3) for name, ms in latest.served.timing_ms.items()},
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jetson.errors import ClientLeft, PolicyFailure, ServerBusy, http_status
+from jetson.errors import ClientLeft, PolicyFailure, ServerBusy, forget_frames, http_status
 from jetson.guarded_policy import guarded
 from jetson.repeated_warning import RepeatedWarning
 from jetson.serving.policy_contract import PolicyContract, contract_of
@@ -198,6 +198,7 @@ class ActionService:
             content, chunk = error_body(failure), None
             if http_status(failure) >= 500:
                 _LOG.error("no action: %s", failure, exc_info=failure)
+            forget_frames(failure)
         answer = Answer(content, _spans_ms(marks_ns, spans_ms), failure)
         if self.observers:
             self.observers.on_request(ServedRequest(seen, chunk, answer.timing_ms, failure))

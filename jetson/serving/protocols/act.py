@@ -92,23 +92,25 @@ def _wanted(request: Request) -> Callable[[], bool]:
 
 async def _read_body(request: Request, settings: ServerSettings, held: HeldBytes) -> bytes:
     limit = settings.max_body_bytes
-    too_large = RequestTooLarge(
-        f"the body may have {limit} bytes; send smaller images or raise the server's limit"
-    )
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > limit:
-        raise too_large
+        raise _too_large(limit)
 
     async def read() -> bytes:
-        parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
-                raise too_large
-            held.add(len(part))
-            parts.append(part)
-        held.complete()
-        return b"".join(parts)
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise _too_large(limit)
+                held.add(len(part))
+                parts.append(part)
+            held.complete()
+            return b"".join(parts)
+        finally:
+            # asyncio keeps the frame of a task that failed until garbage is collected.
+            parts.clear()
 
     try:
         return await asyncio.wait_for(read(), settings.body_timeout_s)
@@ -116,6 +118,12 @@ async def _read_body(request: Request, settings: ServerSettings, held: HeldBytes
         raise RequestTooSlow(
             f"the body did not arrive within {settings.body_timeout_s:g} s"
         ) from None
+
+
+def _too_large(limit: int) -> RequestTooLarge:
+    return RequestTooLarge(
+        f"the body may have {limit} bytes; send smaller images or raise the server's limit"
+    )
 
 
 def _server_timing(timing_ms: Mapping[str, float]) -> str:

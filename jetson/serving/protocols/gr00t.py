@@ -19,7 +19,7 @@ from typing import Any
 
 import zmq
 
-from jetson.errors import Forbidden, RefusedSetting, WireError
+from jetson.errors import Forbidden, RefusedSetting, WireError, forget_frames
 from jetson.server_settings import ServerSettings
 from jetson.serving.byte_budget import ByteBudget
 from jetson.serving.connections import Connections
@@ -97,15 +97,19 @@ class Gr00tEndpoint:
         while self._socket.poll(0 if self._ending.is_set() else _POLL_MS) or (
             not self._ending.is_set()
         ):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                continue
-            if len(frames) != 3 or len(frames[1]):
-                _LOG.warning("a ZMQ peer sent %d parts, a REQ socket sends 3", len(frames))
-                continue
-            reply = self._answer(frames[2])
-            self._socket.send_multipart([frames[0].bytes, b"", reply])
+            self._serve_one()
+
+    def _serve_one(self) -> None:
+        """Answer a message, if there is one, and keep nothing of it."""
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return
+        if len(frames) != 3 or len(frames[1]):
+            _LOG.warning("a ZMQ peer sent %d parts, a REQ socket sends 3", len(frames))
+            return
+        reply = self._answer(frames[2])
+        self._socket.send_multipart([frames[0].bytes, b"", reply])
 
     def _answer(self, frame: zmq.Frame) -> bytes:
         try:
@@ -113,7 +117,9 @@ class Gr00tEndpoint:
             check_token(text_field(frame.buffer, "api_token"), self._settings.token)
             return self._dispatch(unpack_map(frame.bytes))
         except QvlaError as error:
-            return _refusal(error)
+            reply = _refusal(error)
+            forget_frames(error)
+            return reply
         except Exception as error:  # the one thread that serves all ZMQ clients does not end
             _LOG.exception("a failure of the server's own")
             return pack({"error": f"the server failed: {type(error).__name__}"})

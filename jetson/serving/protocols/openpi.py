@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jetson.errors import ServerBusy, WireError
+from jetson.errors import ServerBusy, WireError, forget_frames
 from jetson.serving.arrays import decode_packed, encode_packed
 from jetson.serving.fields import observation_of
 from jetson.serving.message_pack import pack, unpack_map
@@ -93,25 +93,22 @@ class OpenpiEndpoint:
         connection.send(self._metadata)
         prev_total_ms: float | None = None
         while True:
-            body = connection.receive()
-            start_ns = time.perf_counter_ns()
             try:
-                self._answer(connection, body, peer, prev_total_ms)
+                prev_total_ms = self._answer(connection, peer, prev_total_ms)
             except QvlaError as error:
                 _LOG.warning("no action for %s: %s", peer, error)
                 connection.send(f"{type(error).__name__}: {error}")
                 code = TRY_AGAIN if isinstance(error, ServerBusy) else INTERNAL_ERROR
+                forget_frames(error)
                 connection.close(code, type(error).__name__)
                 return
-            prev_total_ms = (time.perf_counter_ns() - start_ns) / 1e6
 
     def _answer(
-        self,
-        connection: WebsocketConnection,
-        body: bytearray | str,
-        peer: str,
-        prev_total_ms: float | None,
-    ) -> None:
+        self, connection: WebsocketConnection, peer: str, prev_total_ms: float | None
+    ) -> float:
+        """Answer the next message, and keep nothing of it; return the milliseconds it took."""
+        body = connection.receive()
+        start_ns = time.perf_counter_ns()
         if isinstance(body, str):
             raise WireError("an observation is a binary msgpack message, got text")
         self._rate.take(peer)
@@ -121,6 +118,7 @@ class OpenpiEndpoint:
             if answer.error is not None:
                 raise answer.error
             connection.send(answer.body)
+        return (time.perf_counter_ns() - start_ns) / 1e6
 
 
 def _fields(message: Mapping[Any, Any]) -> dict[str, Any]:

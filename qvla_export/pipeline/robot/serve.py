@@ -23,7 +23,10 @@ def serve_policy(source: PolicySource, settings: "ServerSettings") -> None:
     from jetson.doctor.examination import slow_settings
     from jetson.install.store import signed_release
     from jetson.server import serve
+    from qvla_export.shared.allocator import bound_freed_memory
 
+    # Before there are threads. Requests of strangers are what grows a server's heaps.
+    bound_freed_memory()
     if slow := slow_settings(read_board_state()):
         _LOG.warning("slower than it could be, see qvla doctor: %s", slow)
     if signed_release(Path(source.place)) is None:

@@ -154,7 +154,10 @@ def _run(
 ) -> None:
     from jetson.server import serve
     from jetson.server_settings import ServerSettings
+    from qvla_export.shared.allocator import bound_freed_memory
 
+    # As `qvla serve` does.
+    bound_freed_memory()
     # Refusals are counted by those who are refused; what is left is what nobody handles.
     logging.disable(logging.CRITICAL)
     with errors.open("wb") as file:
