@@ -1,5 +1,6 @@
 """Checkpoints of every family whose describing files are damaged, and what reads them."""
 
+import functools
 import itertools
 import json
 import shutil
@@ -9,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from act_cases import write_tiny_act
 from lerobot_cases import lerobot_folder, write_statistics
 from pi_cases import SLOTS, write_tiny_pi
 from places import DATA
 from smolvla_cases import write_tiny_smolvla
+from torch import Tensor
 from univla_cases import write_tiny_univla
 
 from jetson.doctor.statistics import read_checkpoint
 from qvla_export.policies.families import describe_checkpoint, load_policy, recognize
+from qvla_export.policies.prismatic import weights
 from qvla_export.policies.prismatic.weights import open_body
 from qvla_export.shared.observation import Observation
 
@@ -36,6 +40,25 @@ class Victim:
     read: Callable[[], object]
     # Makes a damaged file pass checks that its writer could have passed too.
     mend: Callable[[bytes], bytes] = bytes
+
+
+def read_whole_files_once(patch: pytest.MonkeyPatch) -> None:
+    """Keep what is read of files of numbers, for tests in which these stay as they are.
+
+    Hundreds of tensors are read one by one, for descriptions that decide nothing of them.
+    """
+    read = weights._read
+    kept: dict[tuple[Path, str, int | None, int | None], Tensor] = {}
+
+    def read_once(path: Path, key: str, rows: slice = slice(None)) -> Tensor:
+        place = (path, key, rows.start, rows.stop)
+        if place not in kept:
+            kept[place] = read(path, key, rows)
+        return kept[place]
+
+    patch.setattr(weights, "_read", read_once)
+    for name in ("_shape", "read_state_file", "require_undamaged"):
+        patch.setattr(weights, name, functools.cache(getattr(weights, name)))
 
 
 def _described(folder: Path, names: Iterable[str]) -> Victim:

@@ -67,9 +67,10 @@ def lerobot_values(checkpoint: Path, preset: str | None) -> dict[str, Any]:
                 "would act without it"
             )
     prompt_tokens = _prompt_tokens(checkpoint)
-    height, width = (each.whole(1, _MOST) for each in node.field("image_resolution").elements())
-    if height != width:
-        raise node.field("image_resolution").wrong("a square image is needed")
+    resolution = node.field("image_resolution")
+    sides = [side.whole(1, _MOST) for side in resolution.elements()]
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise resolution.wrong("[height, width] of a square image is needed")
     return {
         **vars(lerobot_interface(config)),
         "adaptive": adaptive,
@@ -80,7 +81,7 @@ def lerobot_values(checkpoint: Path, preset: str | None) -> dict[str, Any]:
         "resize": "pad-center",
         "language": "cleaned" if adaptive else "line",
         "max_prompt_tokens": prompt_tokens,
-        "image_side": height,
+        "image_side": sides[0],
     }
 
 

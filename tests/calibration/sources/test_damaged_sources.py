@@ -11,8 +11,12 @@ from calibration.calibration_set import sample_dataset
 from calibration.sources.formats import open_source
 from qvla_export.shared.errors import QvlaError
 
-# Each in the default suite, and in the slow one.
-COUNTS = [100, pytest.param(2000, marks=pytest.mark.slow)]
+# Of metadata in the default suite, of data a fourth; and of each in the slow one.
+FEW, MANY = 100, 10_000
+COUNTS = [
+    pytest.param(FEW, id="few"),
+    pytest.param(MANY, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+]
 # Of the others, metadata and data are one file.
 WITH_DATA = [name for name in SOURCES if name not in ("libero", "aloha", "mcap")]
 
@@ -49,10 +53,11 @@ def test_damage_is_read_or_refused(
     whole = {path: path.read_bytes() for path in chosen}
     random = np.random.default_rng((len(name), count, kind == "data"))
     read = 0
-    for _ in range(count if kind == "metadata" else count // 4):
+    for _ in range(count // 4 if (kind, count) == ("data", FEW) else count):
         path = chosen[int(random.integers(0, len(chosen)))]
         path.write_bytes(damaged(whole[path], random))
         read += draw(source, bool(random.integers(0, 2)))
         path.write_bytes(whole[path])
     assert draw(source, False)
+    print(f"{name} {kind}: {count} damaged, {read} read")
     assert read < count
