@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from calibration.benchmarks.metaworld.disturbance import Disturbance
 from calibration.benchmarks.metaworld.experts import Expert
+from calibration.benchmarks.metaworld.object_state import OBJECT_STATE
 from calibration.benchmarks.metaworld.simulator import CONTROL_HZ, IMAGE_SIZE, Simulator
 from calibration.benchmarks.metaworld.tasks import Task
 from calibration.benchmarks.workers import leave_with_parent
@@ -111,8 +112,13 @@ def record_episode(simulator: Simulator, recording: Recording, number: int) -> E
     task = simulator.task
     for attempt in range(_ATTEMPTS):
         entropy = (recording.seed, zlib.crc32(task.name.encode()), number, attempt)
-        random = np.random.default_rng(entropy)
-        episode = _attempt(simulator, recording, random)
+        if task.camera != OBJECT_STATE:
+            # Drawing takes most of the time: what fails is found out without.
+            for _ in _play(simulator, recording, entropy):
+                pass
+            if not simulator.success:
+                continue
+        episode = _attempt(simulator, recording, entropy)
         if episode is not None:
             return episode
     raise QvlaError(
@@ -122,28 +128,46 @@ def record_episode(simulator: Simulator, recording: Recording, number: int) -> E
 
 
 def _attempt(
-    simulator: Simulator, recording: Recording, random: np.random.Generator
+    simulator: Simulator, recording: Recording, entropy: tuple[int, ...]
 ) -> Episode | None:
+    """Return what an attempt shows; None where it fails."""
     task = simulator.task
+    pictures: dict[str, list[bytes]] = {}
+    states: list[NDArray[np.float32]] = []
+    actions: list[NDArray[np.float32]] = []
+    for action in _play(simulator, recording, entropy):
+        observation = simulator.observe()
+        shown = dict(observation.images)
+        if task.hand_camera:
+            # Where things are: what a policy may be trained to say, though it never sees it.
+            shown[OBJECT_STATE] = simulator.object_state()
+        for camera, image in shown.items():
+            pictures.setdefault(camera, []).append(encode_png(image))
+        states.append(observation.state)
+        actions.append(action)
+    if not simulator.success:
+        return None
+    return Episode(simulator.instruction, pictures, np.stack(states), np.stack(actions))
+
+
+def _play(
+    simulator: Simulator, recording: Recording, entropy: tuple[int, ...]
+) -> Iterator[NDArray[np.float32]]:
+    """Play one attempt; yields each action of the expert before it is made, disturbed."""
+    task, random = simulator.task, np.random.default_rng(entropy)
     expert = Expert(task)
     disturb = (recording.disturbance or task.disturbance).begin(random)
     instruction = str(random.choice(task.instructions))
-    observation = simulator.reset(int(random.integers(1 << 31)), instruction)
-    pictures: list[bytes] = []
-    states: list[NDArray[np.float32]] = []
-    actions: list[NDArray[np.float32]] = []
+    simulator.reset(int(random.integers(1 << 31)), instruction)
     tail = _TAIL
     while tail > 0:
-        pictures.append(encode_png(observation.images[task.camera]))
-        states.append(observation.state)
-        actions.append(expert.act(simulator.full_state))
-        simulator.step(actions[-1] if simulator.success else disturb(actions[-1]))
+        action = expert.act(simulator.full_state)
+        yield action
+        simulator.step(action if simulator.success else disturb(action))
         if simulator.success:
             tail -= 1
         elif simulator.steps >= task.steps:
-            return None
-        observation = simulator.observe()
-    return Episode(instruction, {task.camera: pictures}, np.stack(states), np.stack(actions))
+            return
 
 
 def _record_all(
@@ -194,7 +218,12 @@ def _staging_path(staging: Path, task: Task, number: int) -> Path:
 def _settings(
     recording: Recording, tasks: Sequence[Task], episodes_per_task: int
 ) -> dict[str, Any]:
-    settings = {**asdict(recording), "tasks": [asdict(task) for task in tasks]}
+    settings: dict[str, Any] = {**asdict(recording)}
+    # What a task does without is left out: recordings older than such a thing stay valid.
+    settings["tasks"] = [
+        {name: value for name, value in asdict(task).items() if value is not False}
+        for task in tasks
+    ]
     settings["episodes_per_task"] = episodes_per_task
     # As JSON gives them back: lists for tuples.
     result: dict[str, Any] = json.loads(json.dumps(settings))
@@ -212,12 +241,12 @@ def _require_settings(folder: Path, path: Path, settings: dict[str, Any]) -> Non
 
 
 def _pack(episode: Episode) -> bytes:
-    ((camera, pictures),) = episode.images.items()
+    pictures = [png for camera in episode.images.values() for png in camera]
     buffer = io.BytesIO()
     np.savez(
         buffer,
         instruction=np.array(episode.instruction),
-        camera=np.array(camera),
+        cameras=np.array(list(episode.images)),
         lengths=np.array([len(png) for png in pictures]),
         pictures=np.frombuffer(b"".join(pictures), dtype=np.uint8),
         state=episode.state,
@@ -233,7 +262,11 @@ def _load(path: Path) -> Episode:
             data = arrays["pictures"].tobytes()
             pairs = zip(ends - arrays["lengths"], ends, strict=True)
             pictures = [data[start:end] for start, end in pairs]
-            images = {str(arrays["camera"]): pictures}
+            frames, cameras = len(arrays["state"]), arrays["cameras"]
+            images = {
+                str(camera): pictures[index * frames : (index + 1) * frames]
+                for index, camera in enumerate(cameras)
+            }
             instruction = str(arrays["instruction"])
             return Episode(instruction, images, arrays["state"], arrays["action"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:

@@ -1,4 +1,4 @@
-"""Pictures of a scene: the fixed camera, cheap to draw, and what a shift changes of its looks."""
+"""Pictures of a scene: two cameras, cheap to draw, and what a shift changes of its looks."""
 
 import atexit
 import os
@@ -37,6 +37,13 @@ _DISTRACTORS = (2, 4, 8)
 _TABLE = ((-0.35, 0.45), (0.35, 0.95))
 _APART = 0.08
 _SIZES = (0.015, 0.035)
+# What is drawn where a goal is, on a pole, without which one camera cannot tell high from far: half
+# their sides, metres, and their colour.
+_MARKER, _POLE = 0.015, 0.008
+_YELLOW = np.array([1.0, 0.9, 0.1, 1.0])
+# How the camera that follows the hand looks at it: past the fingers, from the side.
+_HAND_VIEW = 0.4, 150.0, -40.0
+_BELOW_HAND = np.array([0.0, 0.0, -0.06])
 
 
 class SceneDrawing:
@@ -53,17 +60,28 @@ class SceneDrawing:
         # Position and size of what is only drawn, metres, and its colour.
         self._things: list[tuple[NDArray[np.float64], float, NDArray[np.float64]]] = []
         self._renderer: Any = None
+        # Where the episode's goal is drawn, metres [3]; None for nowhere.
+        self.marker: NDArray[np.float64] | None = None
 
-    def draw(self, data: Any) -> NDArray[np.uint8]:
-        """Return the picture of the fixed camera.  uint8 [image_size, image_size, 3]"""
+    def draw(self, data: Any, hand: NDArray[np.float64] | None = None) -> NDArray[np.uint8]:
+        """Return the picture of one camera.  uint8 [image_size, image_size, 3]
+
+        Args:
+            data: the simulator's.
+            hand: where the hand is, metres [3], for the camera that follows it; None for the fixed
+                one.
+        """
         if self._renderer is None:
             self._renderer = _make_renderer(self._mujoco, self._model, self._image_size)
             # Registered after mujoco's own handler, so called before it shuts OpenGL down: a
             # renderer that outlives it prints errors.
             atexit.register(self.close)
-        self._renderer.update_scene(data, self._camera, self._options)
+        camera = self._camera if hand is None else _hand_view(self._mujoco, hand)
+        self._renderer.update_scene(data, camera, self._options)
         for thing in self._things:
             self._add(*thing)
+        if self.marker is not None:
+            self._add_marker(self.marker)
         image: NDArray[np.uint8] = self._renderer.render().copy()
         return image
 
@@ -114,12 +132,23 @@ class SceneDrawing:
         if shift.grade == 3:
             self._model.mat_texid[:] = -1
 
-    def _add(self, position: NDArray[np.float64], size: float, rgba: NDArray[np.float64]) -> None:
+    def _add_marker(self, goal: NDArray[np.float64]) -> None:
+        self._add(goal, _MARKER, _YELLOW)
+        half = goal[2] / 2
+        middle = goal - np.array([0.0, 0.0, half])
+        self._add(middle, np.array([_POLE, _POLE, half]), _YELLOW)
+
+    def _add(
+        self,
+        position: NDArray[np.float64],
+        size: float | NDArray[np.float64],
+        rgba: NDArray[np.float64],
+    ) -> None:
         scene = self._renderer.scene
         self._mujoco.mjv_initGeom(
             scene.geoms[scene.ngeom],
             self._mujoco.mjtGeom.mjGEOM_BOX,
-            np.full(3, size),
+            np.broadcast_to(size, 3).astype(np.float64),
             position,
             np.eye(3).ravel(),
             rgba.astype(np.float32),
@@ -192,6 +221,14 @@ def _view(mujoco: Any) -> tuple[Any, Any]:
     options.geomgroup[:] = _VISIBLE_GROUPS
     options.sitegroup[:] = 0
     return camera, options
+
+
+def _hand_view(mujoco: Any, hand: NDArray[np.float64]) -> Any:
+    camera = mujoco.MjvCamera()
+    camera.type = mujoco.mjtCamera.mjCAMERA_FREE
+    camera.lookat[:] = hand + _BELOW_HAND
+    camera.distance, camera.azimuth, camera.elevation = _HAND_VIEW
+    return camera
 
 
 def _make_renderer(mujoco: Any, model: Any, image_size: int) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.benchmarks.metaworld.object_state import OBJECT_STATE
-from calibration.benchmarks.metaworld.tasks import Bounds, Task
+from calibration.benchmarks.metaworld.tasks import PICTURES, Bounds, Task
 from qvla_export.shared.errors import QvlaError
 
 Vector = NDArray[np.float64]
@@ -197,7 +197,11 @@ def shifted_instruction(shift: Shift, task: Task, instruction: str, seed: int) -
         return instruction
     if shift.grade == 1:
         return str(shift.draws(seed).choice(task.instructions[1:]))
-    return _POLITE.format(instruction) if shift.grade == 2 else _NEW_WORDS[task.name]
+    return (
+        _POLITE.format(instruction)
+        if shift.grade == 2
+        else _NEW_WORDS[task.name.removesuffix(PICTURES)]
+    )
 
 
 def shifted_pixels(

@@ -27,7 +27,7 @@ from calibration.benchmarks.metaworld.shifts import (
     shifted_positions,
     shifted_start,
 )
-from calibration.benchmarks.metaworld.tasks import Task, draw_placement
+from calibration.benchmarks.metaworld.tasks import HAND_CAMERA, Task, draw_placement
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
@@ -134,6 +134,7 @@ class Simulator:
             said = shifted_instruction(shift, self.task, said, seed)
         self._shift, self._seed = shift, seed
         self._drawing.shift(shift, seed, placement)
+        self._drawing.marker = placement[3:6] if self.task.marker else None
         environment = self._environment
         self._restore_placements()
         environment._get_state_rand_vec = _frozen_draw(self.task, placement)
@@ -175,17 +176,34 @@ class Simulator:
         if ahead is not None:
             full_state = roll_forward(full_state, ahead)
         if self.task.camera == OBJECT_STATE:
-            image = encode_object_state(full_state, goal)
+            images = {OBJECT_STATE: encode_object_state(full_state, goal)}
         else:
-            image = self.render()
-            if self._shift is not None and self._shift.kind == "noise":
-                image = shifted_pixels(self._shift, image, self._seed, self.steps)
+            images = self._pictures()
         state = full_state[:STATE_DIM].astype(np.float32)
-        return Observation({self.task.camera: image}, self.instruction, state)
+        return Observation(images, self.instruction, state)
+
+    def object_state(self) -> NDArray[np.uint8]:
+        """Return where things are as an object state, whatever the task shows.  uint8 [4, 4, 3]"""
+        return encode_object_state(self._full_state, self.placement[3:6])
 
     def render(self) -> NDArray[np.uint8]:
         """Return the picture of the fixed camera.  uint8 [image_size, image_size, 3]"""
         return self._drawing.draw(self._environment.data)
+
+    def _pictures(self) -> dict[str, NDArray[np.uint8]]:
+        """Return what the task's cameras see, with the noise of the episode's shift."""
+        images = {self.task.camera: self.render()}
+        if self.task.hand_camera:
+            images[HAND_CAMERA] = self._drawing.draw(self._environment.data, self.hand)
+        shift = self._shift
+        if shift is None or shift.kind != "noise":
+            return images
+        # Each camera's look counts, so that each has noise of its own.
+        first = self.steps * len(images)
+        return {
+            name: shifted_pixels(shift, image, self._seed, first + camera)
+            for camera, (name, image) in enumerate(images.items())
+        }
 
     def _shown_positions(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return full state and goal as an object state shows them."""

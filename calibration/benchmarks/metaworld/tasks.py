@@ -1,11 +1,12 @@
 """The language-named tasks: scenes, phrasings and how widely each scene is randomized.
 
 Eight of large objects and drawn pictures, which forgive small errors, and six precise ones, where
-millimetres of a grasp or an insertion decide, shown as object state.
+millimetres of a grasp or an insertion decide, shown as object state or in the pictures of two
+cameras.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -18,8 +19,9 @@ from qvla_export.shared.errors import QvlaError
 
 Bounds = tuple[tuple[float, ...], tuple[float, ...]]
 
-# Name of the camera that draws.
+# Names of the cameras that draw: one that stands still, one that follows the hand.
 CAMERA: Final = "image"
+HAND_CAMERA: Final = "hand_image"
 # Where the hand may start: low and high corner, metres, in front of and above every object.
 _HAND: Bounds = ((-0.2, 0.45, 0.15), (0.2, 0.6, 0.3))
 
@@ -60,6 +62,10 @@ class Task:
     apart: float = 0.0
     # What the policy is shown: a drawn picture, or `OBJECT_STATE`, for which nothing is drawn.
     camera: Literal["image", "object_state"] = CAMERA
+    # Whether the camera that follows the hand draws too.
+    hand_camera: bool = False
+    # Whether the goal is drawn, where nothing of the scene stands there.
+    marker: bool = False
     # What happens to an expert's actions while it demonstrates.
     disturbance: Disturbance = field(default_factory=Disturbance)
 
@@ -230,7 +236,22 @@ _PRECISE = (
 PRECISE_TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _PRECISE})
 # What --tasks takes for all of them.
 PRECISE = "precise"
-_ALL = {**TASKS, **PRECISE_TASKS}
+# The precise tasks in pictures, named and called for with this behind.
+PICTURES = "-pictures"
+PICTURE_TASKS: Mapping[str, Task] = MappingProxyType(
+    {
+        f"{task.name}{PICTURES}": replace(
+            task,
+            name=f"{task.name}{PICTURES}",
+            scene=f"{task.scene}{PICTURES}",
+            camera=CAMERA,
+            hand_camera=True,
+            marker=task.scene == "puck",
+        )
+        for task in _PRECISE
+    }
+)
+_ALL = {**TASKS, **PRECISE_TASKS, **PICTURE_TASKS}
 
 
 def find_task(name: str) -> Task:
@@ -264,9 +285,9 @@ def draw_placement(task: Task, random: np.random.Generator) -> NDArray[np.float6
 
 
 def choose_tasks(names: str | None) -> tuple[str, ...]:
-    """Return the tasks named in a comma-separated text; "precise" names the six precise ones.
+    """Return the tasks named in a comma-separated text; None names the eight of large objects.
 
-    None names the eight of large objects.
+    "precise" names the six precise ones as object state, "precise-pictures" in pictures.
 
     Raises:
         QvlaError: a name is unknown.
@@ -275,6 +296,8 @@ def choose_tasks(names: str | None) -> tuple[str, ...]:
         return tuple(TASKS)
     if names.strip() == PRECISE:
         return tuple(PRECISE_TASKS)
+    if names.strip() == PRECISE + PICTURES:
+        return tuple(PICTURE_TASKS)
     return tuple(find_task(name.strip()).name for name in names.split(","))
 
 
