@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from calibration.benchmarks.metaworld import object_state
+from calibration.benchmarks.metaworld.tasks import CAMERA, HAND_CAMERA
 from calibration.training.trainer import REFERENCE_CONFIG, TrainingConfig
 from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.prismatic.new_checkpoint import NetworkSize
+from qvla_export.policies.prismatic.pretrained import DINOV2_SMALL, TowerChoice
 from qvla_export.shared.errors import QvlaError
 
 
@@ -50,8 +52,41 @@ _OBJECT_STATE = Recipe(
     ),
     "metaworld_precise",
 )
+# Two cameras through the first half of a pretrained DINOv2-small, which stays as it is; of the
+# other tower only the embedding of patches, which shows the pixels as they are. Training also says
+# where things are, in the numbers that the object-state policy is given.
+_PRETRAINED = Recipe(
+    replace(
+        REFERENCE_CONFIG,
+        cameras=(CAMERA, HAND_CAMERA),
+        vision_heads=(DINOV2_SMALL.heads, 2),
+    ),
+    NetworkSize(
+        patch_size=DINOV2_SMALL.patch,
+        vision_dim=32,
+        vision_depth=1,
+        hidden_dim=128,
+        mlp_dim=256,
+        depth=6,
+        heads=2,
+        pretrained=TowerChoice(DINOV2_SMALL, DINOV2_SMALL.blocks // 2 + 1),
+    ),
+    TrainingConfig(
+        steps=6000,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        state_dropout=0.0,
+        goal_weight=0.5,
+        color_jitter=0.0,
+        precision="fp32",
+        save_every_steps=100,
+        frame_stride=2,
+        goal_camera=object_state.OBJECT_STATE,
+    ),
+    "metaworld_precise_pictures",
+)
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {"pictures": _PICTURES, "object-state": _OBJECT_STATE}
+    {"pictures": _PICTURES, "object-state": _OBJECT_STATE, "pretrained": _PRETRAINED}
 )
 
 

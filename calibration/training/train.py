@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from calibration.sources.lerobot import LeRobotDataset
+from calibration.training.tower_features import tower_features
 from calibration.training.trainer import REFERENCE_CONFIG, Trainer, TrainingConfig
 from calibration.training.training_data import load_frames
 from qvla_export.policies.oft.config import OftConfig
@@ -53,8 +54,13 @@ def train_policy(
         ArtifactMismatch: `output` holds a training with other settings, network or data.
     """
     _LOG.info("reading the demonstrations in %s", root)
-    frames = load_frames(LeRobotDataset(root), policy, data_name, size.vocab_size)
-    trainer = Trainer(frames, size, config, policy)
+    dataset = LeRobotDataset(root)
+    frames = load_frames(dataset, policy, data_name, size.vocab_size, config.frames)
+    features = None
+    if size.pretrained is not None:
+        _LOG.info("what the pretrained tower makes of %d frames is kept in %s", len(frames), output)
+        features = tower_features(frames, size, policy, output)
+    trainer = Trainer(frames, size, config, policy, features)
     state_path, log_path = output / "training_state.pt", output / "training_log.jsonl"
     if state_path.exists():
         trainer.load_state_dict(_load_state(state_path))
@@ -96,6 +102,7 @@ def _save(
         trainer.frames.tokenizer,
         trainer.frames.statistics,
         trainer.step,
+        trainer.size.pretrained,
     )
     write_bytes(log_path, "".join(json.dumps(row) + "\n" for row in log).encode())
     write_bytes(state_path, buffer.getvalue())

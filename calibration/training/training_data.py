@@ -27,14 +27,15 @@ POSITION_DIM = 3  # the hand's position leads the state of every arm we train on
 class TrainingFrames:
     """All frames of a data set in memory."""
 
-    # uint8 [n, S, S, 3]
+    # uint8 [n, cameras, S, S, 3]
     images: Tensor
     # Normalized state.  float32 [n, state]
     states: Tensor
     # Normalized actions from each frame on; the last one repeats after an episode's end.
     # float32 [n, horizon, dim]
     chunks: Tensor
-    # Where the hand ends in this episode, normalized.  float32 [n, 3]
+    # What is predicted beside actions: where the hand ends in this episode, normalized, and what a
+    # camera shows that only training looks at, -1..1.  float32 [n, 3 or more]
     goals: Tensor
     # Row of `prompts` of each frame.  int64 [n]
     prompt_index: Tensor
@@ -58,29 +59,52 @@ class TrainingFrames:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class FrameChoice:
+    """Which frames of a data set are trained on, and what is predicted beside their actions."""
+
+    # Every how manieth of an episode's.
+    stride: int = 1
+    # The camera whose pixels are predicted too; None for none.
+    goal_camera: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise QvlaError(f"the stride of frames must be at least 1, got {self.stride}")
+
+
 def load_frames(
-    dataset: LeRobotDataset, config: OftConfig, name: str, vocab_size: int
+    dataset: LeRobotDataset,
+    config: OftConfig,
+    name: str,
+    vocab_size: int,
+    choice: FrameChoice = FrameChoice(),
 ) -> TrainingFrames:
-    """Read a whole data set into memory and fit its tokenizer and statistics.
+    """Read a data set into memory and fit its tokenizer and statistics.
 
     Raises:
-        QvlaError: the data set's camera, image size, state or action do not fit the policy's.
+        QvlaError: the data set's cameras, image size, state or action do not fit the policy's.
     """
-    _require_features(dataset, config)
+    _require_features(dataset, config, choice)
     episodes = [dataset.episode(number) for number in range(len(dataset.episodes))]
     statistics = _statistics(episodes)
     action, state = _bounds(statistics["action"]), _bounds(statistics["proprio"])
-    tokenizer, prompts, lengths, index = _prompts(episodes, config, vocab_size)
-    camera = config.cameras[0]
-    images = _stacked_images([png for e in episodes for png in e.images[camera]])
+    kept = slice(None, None, choice.stride)
+    tokenizer, prompts, lengths, index = _prompts(episodes, config, vocab_size, kept)
     states = [state.normalize(e.state) for e in episodes]
-    chunks = [_chunks(action.normalize(e.action), config.horizon) for e in episodes]
-    goals = [np.broadcast_to(s[-1, :POSITION_DIM], (len(s), POSITION_DIM)) for s in states]
+    chunks = [_chunks(action.normalize(e.action), config.horizon)[kept] for e in episodes]
+    ends = [np.broadcast_to(s[-1, :POSITION_DIM], (len(s), POSITION_DIM))[kept] for s in states]
+    goals = np.concatenate(ends)
+    if choice.goal_camera is not None:
+        pixels = _stacked_images(episodes, choice.goal_camera, kept).reshape(len(goals), -1)
+        shown = pixels / np.float32(127.5) - np.float32(1.0)
+        goals = np.concatenate([goals, shown], axis=1)
+    images = [_stacked_images(episodes, camera, kept) for camera in config.cameras]
     return TrainingFrames(
-        images=torch.from_numpy(images),
-        states=torch.from_numpy(np.concatenate(states)),
+        images=torch.from_numpy(np.stack(images, axis=1)),
+        states=torch.from_numpy(np.concatenate([s[kept] for s in states])),
         chunks=torch.from_numpy(np.concatenate(chunks)),
-        goals=torch.from_numpy(np.concatenate(goals)),
+        goals=torch.from_numpy(goals),
         prompt_index=torch.from_numpy(index),
         prompts=torch.from_numpy(prompts),
         prompt_lengths=torch.from_numpy(lengths),
@@ -89,11 +113,17 @@ def load_frames(
     )
 
 
-def _require_features(dataset: LeRobotDataset, config: OftConfig) -> None:
-    camera = config.cameras[0]
-    if camera not in dataset.keys.images:
+def _require_features(dataset: LeRobotDataset, config: OftConfig, choice: FrameChoice) -> None:
+    for camera in config.cameras:
+        if camera not in dataset.keys.images:
+            raise QvlaError(
+                f"the policy sees camera {camera!r}, {dataset.root} has "
+                f"{sorted(dataset.keys.images)}"
+            )
+    if choice.goal_camera not in (None, *dataset.keys.images):
         raise QvlaError(
-            f"the policy sees camera {camera!r}, {dataset.root} has {sorted(dataset.keys.images)}"
+            f"training predicts what {choice.goal_camera!r} shows, {dataset.root} has "
+            f"{sorted(dataset.keys.images)}"
         )
     if dataset.keys.action is None:
         raise QvlaError(f"{dataset.root} has no column of actions, which training imitates")
@@ -108,8 +138,8 @@ def _require_features(dataset: LeRobotDataset, config: OftConfig) -> None:
             )
 
 
-def _stacked_images(pictures: Sequence[bytes]) -> NDArray[np.uint8]:
-    images = [decode_png(png) for png in pictures]
+def _stacked_images(episodes: Sequence[Episode], camera: str, kept: slice) -> NDArray[np.uint8]:
+    images = [decode_png(png) for e in episodes for png in e.images[camera][kept]]
     shapes = {image.shape for image in images}
     if len(shapes) != 1:
         raise QvlaError(f"all frames must have one size, got {sorted(shapes)}")
@@ -124,10 +154,10 @@ def _chunks(actions: NDArray[np.float32], horizon: int) -> NDArray[np.float32]:
 
 
 def _prompts(
-    episodes: Sequence[Episode], config: OftConfig, vocab_size: int
+    episodes: Sequence[Episode], config: OftConfig, vocab_size: int, kept: slice
 ) -> tuple[Tokenizer, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return tokenizer, padded prompts, lengths and each frame's prompt row."""
-    phrases = [e.instruction_at(frame) for e in episodes for frame in range(len(e))]
+    phrases = [e.instruction_at(frame) for e in episodes for frame in range(len(e))[kept]]
     instructions = sorted(set(phrases))
     texts = [OPENVLA_PROMPT.format(instruction=i.lower()) for i in instructions]
     tokenizer = train_tokenizer(texts, vocab_size)

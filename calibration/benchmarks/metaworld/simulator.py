@@ -192,7 +192,7 @@ class Simulator:
 
     def _pictures(self) -> dict[str, NDArray[np.uint8]]:
         """Return what the task's cameras see, with the noise of the episode's shift."""
-        images = {self.task.camera: self.render()}
+        images: dict[str, NDArray[np.uint8]] = {self.task.camera: self.render()}
         if self.task.hand_camera:
             images[HAND_CAMERA] = self._drawing.draw(self._environment.data, self.hand)
         shift = self._shift

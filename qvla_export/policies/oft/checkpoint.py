@@ -14,6 +14,7 @@ from qvla_export.policies.prismatic.description import read_architecture
 from qvla_export.policies.prismatic.files import HEAD
 from qvla_export.policies.prismatic.keys import to_upstream
 from qvla_export.policies.prismatic.network import load_network
+from qvla_export.policies.prismatic.pretrained import OWN_NAMES, TOWER, TowerChoice, save_choice
 from qvla_export.policies.prismatic.weights import CheckpointWeights
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.policy_interface import CONFIG_NAME, fitting_presets
@@ -53,9 +54,19 @@ def _require_dimensions(checkpoint: Path, config: OftConfig, weights: Mapping[st
         )
 
 
-def save_module(module: OftModule, checkpoint: Path, step: int) -> None:
-    """Write weights into an existing folder as upstream does: bf16 body, DDP-style head files."""
-    upstream = to_upstream(module.state_dict())
+def save_module(
+    module: OftModule, checkpoint: Path, step: int, pretrained: TowerChoice | None = None
+) -> None:
+    """Write weights into an existing folder as upstream does: bf16 body, DDP-style head files.
+
+    Of a pretrained tower, its name and what `OWN_NAMES` says are written alone.
+    """
+    tensors = module.state_dict()
+    if pretrained is not None:
+        own = tuple(f"{TOWER}embeddings.{name}" for name in OWN_NAMES)
+        tensors = {n: t for n, t in tensors.items() if not n.startswith(TOWER) or n in own}
+        save_choice(pretrained, checkpoint)
+    upstream = to_upstream(tensors)
     body: dict[str, Tensor] = {}
     names = ("action_head", "noisy_action_projector", "proprio_projector")
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.prismatic.files import body_files, check_body, require_all_used
+from qvla_export.policies.prismatic.pretrained import require_tower
 from qvla_export.shared.errors import CheckpointError
 
 # What a part is called that replaces the towers of the body.
@@ -98,9 +99,11 @@ def check_files(checkpoint: Path, config: OftConfig) -> None:
 
     Raises:
         CheckpointError: a part that would not be used, a missing or damaged file, FiLM layers,
-            weights that were quantized elsewhere, or an adapter.
+            weights that were quantized elsewhere, an adapter, or a pretrained tower that is not
+            installed.
     """
     require_parts_used(checkpoint, config)
+    require_tower(checkpoint)
     require_no_film(checkpoint, check_body(checkpoint))
     for part in part_names(config):
         part_file(checkpoint, part)

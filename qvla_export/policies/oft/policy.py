@@ -24,6 +24,7 @@ from qvla_export.policies.prismatic.loading import (
 )
 from qvla_export.policies.prismatic.network import fill_network
 from qvla_export.policies.prismatic.policy import PrismaticPolicy
+from qvla_export.policies.prismatic.pretrained import PRETRAINED, TOWER
 from qvla_export.policies.prismatic.weights import CheckpointWeights
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.errors import CheckpointError
@@ -38,6 +39,8 @@ class OftPolicy(PrismaticPolicy):
 
     module: OftModule
     config: OftConfig
+    # Whether the DINOv2 tower lies in another package's file, which nobody changes.
+    tower_elsewhere: bool = False
 
     def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
         """Preprocess observations into one padded batch."""
@@ -89,11 +92,15 @@ class OftPolicy(PrismaticPolicy):
         return output
 
     def migrations(self) -> tuple[Migration, ...]:
-        """Return where the network can be smoothed: not in towers that FiLM's file replaces."""
+        """Return where the network can be smoothed: not in towers that FiLM's file replaces.
+
+        Nor in a tower that lies elsewhere.
+        """
         found = super().migrations()
-        if self.module.film is None:
+        if self.module.film is None and not self.tower_elsewhere:
             return found
-        return tuple(place for place in found if not place.source.startswith("vision_backbone."))
+        fixed = TOWER if self.module.film is None else "vision_backbone."
+        return tuple(place for place in found if not place.source.startswith(fixed))
 
     def filled(self, weights: CheckpointWeights) -> OftModule:
         """Return the network with its weights read."""
@@ -176,4 +183,5 @@ def _load(checkpoint: Path, unnorm_key: str | None, config: OftConfig, resident:
         checkpoint_digest(checkpoint, config, processor.statistics.key, head_files),
         token_centers,
         None if resident else weights,
+        (checkpoint / PRETRAINED).is_file(),
     )

@@ -16,7 +16,14 @@ from qvla_export.policies.oft.files import (
 )
 from qvla_export.policies.oft.film import film_key
 from qvla_export.policies.prismatic.files import HEAD, check_body
-from qvla_export.policies.prismatic.weights import CheckpointWeights, open_body, open_state_file
+from qvla_export.policies.prismatic.pretrained import PRETRAINED, read_choice
+from qvla_export.policies.prismatic.weights import (
+    CheckpointWeights,
+    open_body,
+    open_pretrained,
+    open_state_file,
+)
+from qvla_export.shared.errors import CheckpointError
 
 
 def open_weights(checkpoint: Path, config: OftConfig) -> CheckpointWeights:
@@ -24,7 +31,7 @@ def open_weights(checkpoint: Path, config: OftConfig) -> CheckpointWeights:
 
     Raises:
         CheckpointError: no weights, a missing, truncated or unsafe file, one that would not be
-            used, or an adapter's.
+            used, an adapter's, or a pretrained tower that is not installed.
     """
     require_parts_used(checkpoint, config)
     require_no_film(checkpoint, check_body(checkpoint))
@@ -32,6 +39,14 @@ def open_weights(checkpoint: Path, config: OftConfig) -> CheckpointWeights:
     if config.head != "tokens":
         # Replaced by the action head, but part of every published file.
         weights = weights.without(HEAD)
+    if choice := read_choice(checkpoint):
+        tower = open_pretrained(choice)
+        if twice := sorted(set(tower.shapes) & set(weights.shapes)):
+            raise CheckpointError(
+                f"{checkpoint} stores {twice[0]}, which {PRETRAINED} leaves to "
+                f"{choice.tower.package}; remove that file if the weights here are meant"
+            )
+        weights = weights.with_others(tower)
     if film := film_file(checkpoint):
         for name in [name for name in weights.shapes if name.startswith(f"{FILM_PART}.")]:
             weights = weights.without(name)

@@ -20,6 +20,7 @@ from qvla_export.policies.adapters import (
 from qvla_export.policies.prismatic.architecture import PrismaticArchitecture
 from qvla_export.policies.prismatic.config import PrismaticConfig
 from qvla_export.policies.prismatic.files import body_files, merges_on_load
+from qvla_export.policies.prismatic.pretrained import PRETRAINED
 from qvla_export.shared.artifacts import sha256_tree
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.images import load_image_spec
@@ -136,7 +137,7 @@ def checkpoint_digest(
 ) -> str:
     """Return the SHA-256 over all that decides actions: files read, configuration, statistics."""
     names = [p.name for p in checkpoint.glob("model*.safetensors*")]
-    names += ["config.json", _PREPROCESSOR, STATISTICS, _TOKENIZER, *head_files]
+    names += ["config.json", _PREPROCESSOR, STATISTICS, _TOKENIZER, PRETRAINED, *head_files]
     files = sha256_tree(checkpoint, [n for n in names if (checkpoint / n).is_file()])
     identity = {"files": files, "config": asdict(config), "unnorm_key": unnorm_key}
     if adapter := adapter_file(checkpoint):

@@ -21,8 +21,13 @@ from qvla_export.policies.prismatic.description import (
 from qvla_export.policies.prismatic.files import HEAD
 from qvla_export.policies.prismatic.keys import to_upstream
 from qvla_export.policies.prismatic.loading import STATISTICS
+<<<<<<< HEAD
 from qvla_export.shared.artifacts import new_folder, write_json
 from qvla_export.shared.policy_interface import save_policy_config
+=======
+from qvla_export.policies.prismatic.pretrained import TowerChoice
+from qvla_export.shared.artifacts import write_json
+>>>>>>> 7b10dd9 (qvla train --recipe pretrained: a policy of two cameras on a frozen DINOv2-small that its checkpoint names by digest)
 
 _SPECIAL = ("<unk>", "<s>", "</s>", "<empty>", "<pad>")
 BOS_ID, STOP_ID, SUFFIX_ID, PAD_ID = 1, 2, 3, 4
@@ -49,17 +54,23 @@ class NetworkSize:
     heads: int = 4
     # Tokenizer entries.
     vocab_size: int = 448
+    # The DINOv2 tower, in place of one of the width and depth above; None trains one.
+    pretrained: TowerChoice | None = None
 
 
 def new_shapes(size: NetworkSize, vision_heads: tuple[int, int]) -> PrismaticArchitecture:
     """Return the shapes of a network of some size; its vocabulary is filled up."""
+    width, depth, registers = size.vision_dim, size.vision_depth, 4
+    if choice := size.pretrained:
+        width, depth, registers = choice.tower.width, choice.blocks, 0
     dino, siglip = vision_configs(
-        dims=(size.vision_dim, size.vision_dim),
-        depths=(size.vision_depth, size.vision_depth),
+        dims=(width, size.vision_dim),
+        depths=(depth, size.vision_depth),
         heads=vision_heads,
-        mlp_dims=(4 * size.vision_dim, 4 * size.vision_dim),
+        mlp_dims=(4 * width, 4 * size.vision_dim),
         patch=size.patch_size,
         image_sizes=(size.image_size, size.image_size),
+        registers=registers,
     )
     llama = llama_config(
         {

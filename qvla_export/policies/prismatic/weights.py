@@ -17,6 +17,7 @@ from qvla_export.policies.prismatic.files import (
     stored_headers,
 )
 from qvla_export.policies.prismatic.keys import from_upstream
+from qvla_export.policies.prismatic.pretrained import TowerChoice, read_tower, tower_key
 from qvla_export.policies.prismatic.state_files import read_state_file, require_undamaged
 from qvla_export.shared.errors import CheckpointError
 
@@ -236,6 +237,18 @@ def open_state_file(
     return CheckpointWeights(shapes, places, names, changes=changes)
 
 
+def open_pretrained(choice: TowerChoice) -> CheckpointWeights:
+    """Find every tensor that a checkpoint leaves to the file of a pretrained tower.
+
+    Raises:
+        CheckpointError: as `PretrainedTower.path`.
+    """
+    path = choice.tower.path()
+    shapes = {name: tensor.to("meta") for name, tensor in choice.tensors().items()}
+    places = {name: (path, tower_key(name)) for name in shapes}
+    return CheckpointWeights(shapes, places, upstream={name: name for name in shapes})
+
+
 def stored_tensors(checkpoint: Path) -> list[tuple[Path, str, Tensor]]:
     """Return file, upstream key and shape of every tensor in `model.safetensors` or its shards.
 
@@ -258,6 +271,8 @@ def _finite(tensor: Tensor, name: str, path: Path) -> Tensor:
 
 
 def _read(path: Path, key: str, rows: slice = slice(None)) -> Tensor:
+    if path.suffix == ".onnx":
+        return read_tower(path)[key][rows]
     if path.suffix != ".safetensors":
         return read_state_file(path)[key][rows]
     try:

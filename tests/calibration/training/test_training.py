@@ -293,6 +293,6 @@ def test_impossible_settings_are_refused(change: dict[str, object]) -> None:
 
 def test_training_sees_the_pixels_that_the_policy_sees(tiny_policy: OftPolicy) -> None:
     image = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
-    ours = normalize_pixels(torch.from_numpy(image)[None])[0].numpy()
+    ours = normalize_pixels(torch.from_numpy(image)[None, None])[0].numpy()
     theirs = pixel_values(image, tiny_policy.processor.spec.image)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
