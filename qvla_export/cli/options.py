@@ -237,8 +237,8 @@ TasksOption = Annotated[
     str | None,
     typer.Option(
         "--tasks",
-        help="Comma-separated task names, or precise for those; the eight of large objects by "
-        "default.",
+        help="Comma-separated task names, precise for those as object state, precise-pictures for "
+        "those in pictures; the eight of large objects by default.",
     ),
 ]
 CountOption = Annotated[int, typer.Option(help="Observations to measure on.")]

@@ -17,7 +17,8 @@ def train(
         str,
         typer.Option(
             help="pictures: the reference policy. object-state: a small policy of the precise "
-            "tasks that sees no picture but where things are, in numbers."
+            "tasks that sees no picture but where things are, in numbers. pretrained: the precise "
+            "tasks in pictures of two cameras, on a frozen DINOv2-small (qvla[pretrained])."
         ),
     ] = "pictures",
     steps: Annotated[

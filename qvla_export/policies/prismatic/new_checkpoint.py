@@ -21,13 +21,9 @@ from qvla_export.policies.prismatic.description import (
 from qvla_export.policies.prismatic.files import HEAD
 from qvla_export.policies.prismatic.keys import to_upstream
 from qvla_export.policies.prismatic.loading import STATISTICS
-<<<<<<< HEAD
+from qvla_export.policies.prismatic.pretrained import TowerChoice
 from qvla_export.shared.artifacts import new_folder, write_json
 from qvla_export.shared.policy_interface import save_policy_config
-=======
-from qvla_export.policies.prismatic.pretrained import TowerChoice
-from qvla_export.shared.artifacts import write_json
->>>>>>> 7b10dd9 (qvla train --recipe pretrained: a policy of two cameras on a frozen DINOv2-small that its checkpoint names by digest)
 
 _SPECIAL = ("<unk>", "<s>", "</s>", "<empty>", "<pad>")
 BOS_ID, STOP_ID, SUFFIX_ID, PAD_ID = 1, 2, 3, 4

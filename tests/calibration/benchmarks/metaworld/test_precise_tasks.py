@@ -8,8 +8,11 @@ import pytest
 from calibration.benchmarks.metaworld.demonstrations import Recording, record_episode
 from calibration.benchmarks.metaworld.experts import Expert, solve
 from calibration.benchmarks.metaworld.object_state import OBJECT_STATE, encode_object_state
+from calibration.benchmarks.metaworld.shifts import Shift, shifted_instruction
 from calibration.benchmarks.metaworld.simulator import Simulator
 from calibration.benchmarks.metaworld.tasks import (
+    HAND_CAMERA,
+    PICTURE_TASKS,
     PRECISE_TASKS,
     TASKS,
     Task,
@@ -29,6 +32,7 @@ TOUCHING = ((0.0, 0.7, 0.02, 0.0, 0.75, 0.2), (0.0, 0.7, 0.02, 0.0, 0.75, 0.2))
 def test_tasks_are_named_or_all_of_a_kind() -> None:
     assert choose_tasks(None) == tuple(TASKS)
     assert choose_tasks("precise") == tuple(PRECISE_TASKS)
+    assert choose_tasks("precise-pictures") == tuple(PICTURE_TASKS)
     assert choose_tasks("push, drawer-open") == ("push", "drawer-open")
     assert scene_siblings(find_task("push")) == (find_task("pick-place"),)
     with pytest.raises(QvlaError, match=r"no task is called 'precice'; choose from .*stick-push"):
@@ -146,3 +150,67 @@ def test_a_demonstration_is_recorded_without_drawing() -> None:
     assert list(episode.images) == [OBJECT_STATE]
     assert decode_png(episode.images[OBJECT_STATE][0]).shape == (4, 4, 3)
     assert len(episode) == len(episode.action) == len(episode.state)
+
+
+@pytest.mark.parametrize("name", ["push", "stick-push"])
+def test_pictures_of_a_task_are_of_the_same_episode(name: str) -> None:
+    blind, seen = find_task(name), find_task(f"{name}-pictures")
+    with Simulator(blind) as numbers, Simulator(seen, 28) as pictures:
+        told, shown = numbers.reset(4), pictures.reset(4)
+        assert list(shown.images) == ["image", HAND_CAMERA]
+        assert {image.shape for image in shown.images.values()} == {(28, 28, 3)}
+        assert told.state.tolist() == shown.state.tolist()
+        assert told.instruction == shown.instruction
+        np.testing.assert_array_equal(told.images[OBJECT_STATE], pictures.object_state())
+        # What stands still looks the same from the hand only as long as the hand stands still.
+        before = pictures.observe().images
+        np.testing.assert_array_equal(before[HAND_CAMERA], shown.images[HAND_CAMERA])
+        for _ in range(8):
+            pictures.step(np.array([1.0, 0.0, 0.0, -1.0], np.float32))
+        after = pictures.observe().images
+        changed = {n: np.abs(after[n].astype(int) - before[n]).mean() for n in after}
+        assert changed[HAND_CAMERA] > 2 * changed["image"] > 0
+    words = shifted_instruction(Shift("instruction", 3), seen, seen.instruction, 4)
+    assert words == shifted_instruction(Shift("instruction", 3), blind, blind.instruction, 4)
+
+
+def test_a_marker_stands_where_the_goal_is() -> None:
+    task = find_task("pick-place-pictures")
+    siblings = [sibling.name for sibling in scene_siblings(task)]
+    assert siblings == ["push-pictures"] and not find_task("assembly-pictures").marker
+    columns = []
+    with Simulator(task) as simulator:
+        for goal in (-0.15, 0.15):
+            x = (goal, 0.8, 0.2)
+            object_and_goal = (0.0, 0.6, 0.02, *x)
+            simulator.task = replace(task, placement=(object_and_goal, object_and_goal))
+            image = simulator.reset(0).images["image"].astype(int)
+            # Yellow: more red and green than blue.
+            yellow = (image[:, :, :2].min(axis=2) - image[:, :, 2]) > 90
+            assert 4 <= yellow.sum() <= 200
+            columns.append(np.flatnonzero(yellow.any(axis=0)).mean())
+    assert columns[1] - columns[0] > 10
+
+
+def test_each_camera_has_noise_of_its_own() -> None:
+    with Simulator(find_task("push-pictures"), 28) as simulator:
+        clean = simulator.reset(1).images
+        noisy = simulator.reset(1, shift=Shift("noise", 2)).images
+        again = simulator.reset(1, shift=Shift("noise", 2)).images
+    noise = {name: noisy[name].astype(int) - clean[name] for name in clean}
+    for name, values in noise.items():
+        assert 4 < values.std() < 12
+        np.testing.assert_array_equal(noisy[name], again[name])
+    assert not np.array_equal(noise["image"], noise[HAND_CAMERA])
+
+
+def test_a_demonstration_in_pictures_also_says_where_things_are() -> None:
+    with Simulator(find_task("push-pictures"), 28) as simulator:
+        episode = record_episode(simulator, Recording(seed=1, image_size=28), 0)
+    with Simulator(find_task("push-pictures"), 28) as simulator:
+        again = record_episode(simulator, Recording(seed=1, image_size=28), 0)
+    assert list(episode.images) == ["image", HAND_CAMERA, OBJECT_STATE]
+    assert {len(pictures) for pictures in episode.images.values()} == {len(episode)}
+    assert episode.images == again.images
+    np.testing.assert_array_equal(episode.action, again.action)
+    assert decode_png(episode.images[OBJECT_STATE][0]).shape == (4, 4, 3)
