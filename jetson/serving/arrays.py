@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jetson.errors import WireError
+from qvla_export.shared.json_documents import brief
 
 # Byte order, kind (bool, signed, unsigned, float) and bytes; nothing structured, no objects.
 _KINDS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
@@ -98,7 +99,7 @@ def decode_npy(data: Any, name: str) -> NDArray[Any]:
             another number of bytes than there are.
     """
     if not isinstance(data, bytes) or data[:6] != _NPY_MAGIC or data[6:8] not in (b"\1\0", b"\2\0"):
-        raise WireError(f"{name!r} must be the bytes of np.save, got {data!r:.40}")
+        raise WireError(f"{name!r} must be the bytes of np.save, got {brief(data)}")
     # Version 1 counts its header in two bytes, version 2 in four.
     first = 10 if data[6] == 1 else 12
     end = first + int.from_bytes(data[8:first], "little")
@@ -127,7 +128,7 @@ def _dtype(value: Any, name: str) -> np.dtype[Any]:
     dtype = _DTYPES.get(value) if isinstance(value, str) else None
     if dtype is None:
         raise WireError(
-            f"{name!r}: dtype must be a plain number such as '|u1' or '<f4', got {value!r:.60}"
+            f"{name!r}: dtype must be a plain number such as '|u1' or '<f4', got {brief(value)}"
         )
     return dtype
 
@@ -143,7 +144,7 @@ def _shape(value: Any, name: str) -> tuple[int, ...]:
     ):
         raise WireError(
             f"{name!r}: shape must be a list of at most {_MAX_DIMENSIONS} sizes of fewer than "
-            f"2^31 elements, got {value!r:.60}"
+            f"2^31 elements, got {brief(value)}"
         )
     return tuple(sizes)
 

@@ -24,6 +24,7 @@ from jetson.serving.camera_sides import match_wrists
 from jetson.serving.field_names import PRIMARY_ROLES
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.errors import InvalidObservation
+from qvla_export.shared.json_documents import brief
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.picture_bounds import picture_fault
 
@@ -57,7 +58,7 @@ def observation_of(
 def _check_key(key: Any, contract: PolicyContract) -> None:
     if key is not None and key != contract.unnorm_key:
         raise InvalidObservation(
-            f"unnorm_key {key!r:.80} is not served; available: [{contract.unnorm_key!r}]. "
+            f"unnorm_key {brief(key)} is not served; available: [{contract.unnorm_key!r}]. "
             "Send that one or none"
         )
 
@@ -191,7 +192,7 @@ def _instruction(value: Any, contract: PolicyContract) -> str:
         return ""
     if not isinstance(value, str) or not value.strip():
         raise InvalidObservation(
-            f"an 'instruction' in words is required, got {value!r:.80}; send it, or tell the "
+            f"an 'instruction' in words is required, got {brief(value)}; send it, or tell the "
             "server what to do where clients do not say: qvla serve --instruction TEXT"
         )
     if len(value) > _MAX_INSTRUCTION_CHARACTERS:
@@ -201,5 +202,5 @@ def _instruction(value: Any, contract: PolicyContract) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can spell lone surrogates, tokenizers choke on them
-        raise InvalidObservation(f"an instruction must be text, got {value!r:.80}") from None
+        raise InvalidObservation(f"an instruction must be text, got {brief(value)}") from None
     return value

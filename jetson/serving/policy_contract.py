@@ -10,6 +10,7 @@ from jetson.errors import RefusedSetting, WireError
 from jetson.serving.field_names import FieldNames
 from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.errors import InvalidObservation
+from qvla_export.shared.json_documents import brief
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.picture_bounds import picture_fault
 
@@ -125,18 +126,18 @@ class PolicyContract:
         }  # fmt: skip
         cameras = value.get("cameras") if isinstance(value, dict) else None
         if not isinstance(cameras, list) or any(not isinstance(name, str) for name in cameras):
-            raise WireError(f"policy metadata needs a list of cameras, got {value!r:.200}")
+            raise WireError(f"policy metadata needs a list of cameras, got {brief(value)}")
         wrong = [name for name, kind in kinds.items() if type(value.get(name)) is not kind]
         if wrong:
             raise WireError(f"policy metadata lacks {wrong}; is the server a `qvla serve`?")
         # Servers before these fields had no such policies.
         optional = value.get("optional_cameras", [])
         if not isinstance(optional, list) or any(not isinstance(name, str) for name in optional):
-            raise WireError(f"optional_cameras must be a list of names, got {optional!r:.200}")
+            raise WireError(f"optional_cameras must be a list of names, got {brief(optional)}")
         size = value.get("frame_size", list(_USUAL_FRAME))
         sides = size if isinstance(size, list) and len(size) == 2 else [0]
         if any(type(side) is not int or picture_fault(side, side) for side in sides):
-            raise WireError(f"frame_size must be height and width in pixels, got {size!r:.200}")
+            raise WireError(f"frame_size must be height and width in pixels, got {brief(size)}")
         return cls(
             cameras=tuple(cameras),
             optional_cameras=tuple(optional),

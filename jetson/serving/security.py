@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from jetson.errors import Forbidden, RateLimited, RefusedSetting, Unauthorized
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.json_documents import brief
 
 TOKEN_VARIABLE = "QVLA_TOKEN"
 # 16 characters of base64 are 96 bits: no rate of guessing finds them.
@@ -116,7 +117,7 @@ def check_host(host: str | None, names: tuple[str, ...]) -> None:
     name = found[1].strip("[]").lower().rstrip(".") if found else ""
     if name != "localhost" and name not in names and not _is_address(name):
         raise Forbidden(
-            f"Host {host!r:.80} is not this server; use its address, localhost or start it with "
+            f"Host {brief(host)} is not this server; use its address, localhost or start it with "
             "--allow-host NAME"
         )
 
@@ -134,7 +135,7 @@ def check_origin(origin: str | None, host: str | None) -> None:
     except ValueError:
         own = False
     if not own:
-        raise Forbidden(f"Origin {origin!r:.80} may not use this server; robots send none")
+        raise Forbidden(f"Origin {brief(origin)} may not use this server; robots send none")
 
 
 def _is_address(name: str) -> bool:

@@ -23,7 +23,7 @@ from jetson.serving.fields import observation_of
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import ArtifactError
-from qvla_export.shared.json_documents import JsonLimits, parse_document
+from qvla_export.shared.json_documents import JsonLimits, brief, parse_document
 from qvla_export.shared.observation import Observation
 
 Reply = Literal["auto", "action", "chunk", "full"]
@@ -62,7 +62,7 @@ def decode_request(body: bytes, contract: PolicyContract, reply: Reply = "auto")
         if len(fields) != 1 or not isinstance(fields["encoded"], str):
             raise WireError(
                 "'encoded' must be the only field and hold JSON text, "
-                f"got {type(fields['encoded']).__name__} beside {sorted(fields)[:8]}"
+                f"got {type(fields['encoded']).__name__} beside {brief(sorted(fields))}"
             )
         fields = _object(fields["encoded"])
     observation, sources = observation_of(fields, contract, decode_array)

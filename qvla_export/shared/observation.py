@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.shared.errors import InvalidObservation
+from qvla_export.shared.json_documents import brief
 
 _NO_STATE = np.zeros(0, dtype=np.float32)
 
@@ -47,7 +48,7 @@ class Observation:
         text = self.instruction
         if not isinstance(text, str) or (text and not text.strip()):
             raise InvalidObservation(
-                f"an instruction is required, got {self.instruction!r}; say what to do"
+                f"an instruction is required, got {brief(self.instruction)}; say what to do"
             )
         state = np.asarray(self.state)
         if state.dtype.kind not in "fiu" or state.ndim != 1:

@@ -21,6 +21,7 @@ from jetson.serving.request_queue import RequestQueue
 from jetson.serving.service import Answer
 from jetson.serving.wire import REPLIES, Reply, decode_request
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.json_documents import brief
 
 _LOG = logging.getLogger(__name__)
 _NOT_A_TOKEN = re.compile(r"[^A-Za-z0-9_.-]")
@@ -81,7 +82,7 @@ def _reply(request: Request, settings: ServerSettings) -> Reply:
     for known in REPLIES:
         if asked == known:
             return known
-    raise WireError(f"reply must be one of {list(REPLIES)}, got {asked!r:.40}")
+    raise WireError(f"reply must be one of {list(REPLIES)}, got {brief(asked)}")
 
 
 def _wanted(request: Request) -> Callable[[], bool]:

@@ -29,6 +29,7 @@ from jetson.serving.protocols.zmtp_relay import RelayLimits, ZmtpRelay
 from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import RateLimit, check_token
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.json_documents import brief
 
 _LOG = logging.getLogger(__name__)
 ENDPOINTS = ("get_action", "ping", "reset", "get_modality_config")
@@ -140,7 +141,7 @@ class Gr00tEndpoint:
             return pack(self._modalities)
         if endpoint == "kill":
             raise Forbidden("clients may not stop this server; send it SIGTERM on the robot")
-        raise WireError(f"endpoint must be one of {list(ENDPOINTS)}, got {endpoint!r:.80}")
+        raise WireError(f"endpoint must be one of {list(ENDPOINTS)}, got {brief(endpoint)}")
 
 
 def _refusal(error: QvlaError) -> bytes:

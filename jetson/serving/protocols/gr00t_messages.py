@@ -28,6 +28,7 @@ from jetson.serving.message_pack import pack
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import InvalidObservation
+from qvla_export.shared.json_documents import brief
 from qvla_export.shared.observation import Observation
 
 
@@ -109,12 +110,12 @@ def _fields(observation: Mapping[str, Any], contract: PolicyContract) -> dict[st
     states = _map(observation.get("state", {}), "state")
     names = [*video, *states]
     if any(not isinstance(name, str) for name in names) or {"state", "instruction"} & {*video}:
-        raise WireError(f"cameras must have names of their own, got {list(video)!r:.200}")
+        raise WireError(f"cameras must have names of their own, got {brief(list(video))}")
     if twice := {*video} & {*states}:
-        raise WireError(f"{sorted(twice)} are cameras and states; send each name once")
+        raise WireError(f"{brief(sorted(twice))} are cameras and states; send each name once")
     if len(language) != 1 and (language or not _may_be_silent(contract)):
         raise InvalidObservation(
-            f"an observation needs one 'language' entry, got {list(language)!r:.200}"
+            f"an observation needs one 'language' entry, got {brief(list(language))}"
         )
     pieces = contract.field_names.state_fields
     if not {*states} & {*pieces} and states:
@@ -122,7 +123,7 @@ def _fields(observation: Mapping[str, Any], contract: PolicyContract) -> dict[st
             known = f"one of {list(pieces)}" if pieces else "qvla serve --state-fields NAME,NAME"
             raise InvalidObservation(
                 "several states are put together in the order the server was given; got "
-                f"{list(states)!r:.200}. Name them: {known}"
+                f"{brief(list(states))}. Name them: {known}"
             )
         states = {"state": next(iter(states.values()))}
     instruction = next(iter(language.values()), None)

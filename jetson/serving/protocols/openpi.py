@@ -33,6 +33,7 @@ from jetson.serving.security import RateLimit
 from jetson.serving.websocket import INTERNAL_ERROR, TRY_AGAIN, WebsocketConnection
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.json_documents import brief
 from qvla_export.shared.observation import Observation
 
 _LOG = logging.getLogger(__name__)
@@ -129,11 +130,11 @@ def _fields(message: Mapping[Any, Any]) -> dict[str, Any]:
         raise WireError(f"'images' must be a map of cameras, got {type(images).__name__}")
     for given, value in [*message.items(), *images.items()]:
         if not isinstance(given, str):
-            raise WireError(f"field names must be text, got {given!r:.80}")
+            raise WireError(f"field names must be text, got {brief(given)}")
         name = given.removeprefix(_PREFIX)
         name = _RENAMED.get(name, name)
         if name in fields:
-            raise WireError(f"{given!r:.80} is there twice; send it once")
+            raise WireError(f"{brief(given)} is there twice; send it once")
         fields[name] = value
     fields.pop("images", None)
     return fields

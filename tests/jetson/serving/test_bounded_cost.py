@@ -1,6 +1,8 @@
 """What a request costs is bounded before it is paid: structure, pictures, words."""
 
 import json
+import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import json_numpy
@@ -13,9 +15,13 @@ from hypothesis import strategies as st
 
 from jetson.errors import WireError
 from jetson.serving import message_pack
+from jetson.serving.arrays import decode_array, decode_npy, decode_packed
 from jetson.serving.message_pack import text_field, unpack_map, unpack_message
+from jetson.serving.protocols.gr00t_messages import decode_observation as gr00t_observation
+from jetson.serving.protocols.openpi import decode_observation as openpi_observation
 from jetson.serving.wire import decode_request
 from qvla_export.shared.errors import InvalidObservation
+from qvla_export.shared.json_documents import brief
 from qvla_export.shared.picture_bounds import picture_fault
 
 SCALARS = (
@@ -131,3 +137,43 @@ def test_a_strip_is_refused_by_its_name() -> None:
         .shape
         == IMAGE.shape
     )
+
+
+LONG = 4 << 20
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda: decode_npy(bytes(LONG), "image"),
+        lambda: decode_npy(b"\x93NUMPY\1\0\xff\xff" + bytes(LONG), "image"),
+        lambda: decode_packed({b"__ndarray__": True, b"dtype": bytes(LONG)}, "image"),
+        lambda: decode_array({"__numpy__": "", "dtype": "\0" * LONG}, "image"),
+        lambda: decode_array({"__numpy__": "", "dtype": "|u1", "shape": ["\0" * LONG]}, "image"),
+        lambda: decode_request(b'{"encoded": 1, "%s": 2}' % (b"x" * LONG), OFT),
+        lambda: decode_request(json_numpy.dumps(oft_fields(unnorm_key="x" * LONG)).encode(), OFT),
+        lambda: decode_request(json_numpy.dumps(oft_fields(instruction=" " * LONG)).encode(), OFT),
+        lambda: gr00t_observation({"data": {"observation": {"video": {}, "x" * LONG: 1}}}, OFT),
+        lambda: gr00t_observation(
+            {"data": {"observation": {"video": {}, "language": {"x" * LONG: 1, "y": 2}}}}, OFT
+        ),
+        lambda: openpi_observation(msgpack.packb({b"\0" * LONG: 1}), OFT),
+        lambda: openpi_observation(
+            msgpack.packb({"observation/" + "x" * LONG: 1, "x" * LONG: 2}), OFT
+        ),
+    ],
+)
+def test_a_reason_shows_a_line_of_what_was_sent(refused: Callable[[], object]) -> None:
+    """Not the whole of it, written out first: 30 MB took half a second and 120 MB."""
+    with pytest.raises((WireError, InvalidObservation)) as caught:
+        refused()
+    assert len(str(caught.value)) < 600
+
+
+def test_what_is_shown_is_not_written_out_first() -> None:
+    for value in (bytes(LONG), bytearray(LONG), "\0" * LONG, {"a": [bytes(LONG)]}):
+        tracemalloc.start()
+        text = brief(value)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(text) < 200 and peak_bytes < 100_000
