@@ -25,7 +25,7 @@ from qvla_export.cli.judge.evaluate import evaluate
 from qvla_export.cli.judge.predict import predict
 from qvla_export.cli.judge.profile import profile
 from qvla_export.cli.judge.sizes import sizes
-from qvla_export.cli.release import key_ring, releases
+from qvla_export.cli.release import key_ring, releases, runtimes
 from qvla_export.cli.research.activations import activations
 from qvla_export.cli.research.baseline import baseline
 from qvla_export.cli.research.compare import compare
@@ -79,6 +79,9 @@ GROUPS: dict[tuple[str, str, str], dict[str, Command]] = {
         "new": key_ring.new,
         "rotate": key_ring.rotate,
         "revoke": key_ring.revoke,
+    },
+    ("Deploy", "runtime", "Make the one file that a robot runs releases with."): {
+        "build": runtimes.build
     },
     ("Robot", "robot", "Install, check, switch and take back releases."): {
         "install": store.install,

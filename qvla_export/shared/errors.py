@@ -16,6 +16,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "onnxscript"), "host"),
     **dict.fromkeys(("scipy", "matplotlib", "jinja2", "pyarrow", "ml_dtypes", "h5py"), "host"),
     **dict.fromkeys(("mujoco", "metaworld", "gymnasium", "OpenGL"), "sim"),
+    **dict.fromkeys(("pex", "uv", "pip", "packaging"), "runtime"),
 }
 
 
