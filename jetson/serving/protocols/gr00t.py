@@ -13,7 +13,7 @@ read as a description.
 import logging
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +109,15 @@ class Gr00tEndpoint:
         if len(frames) != 3 or len(frames[1]):
             _LOG.warning("a ZMQ peer sent %d parts, a REQ socket sends 3", len(frames))
             return
-        reply = self._answer(frames[2])
-        self._socket.send_multipart([frames[0].bytes, b"", reply])
+        name = frames[0].bytes
+        reply = self._answer(frames[2], lambda: not self._relay.is_gone(name))
+        self._socket.send_multipart([name, b"", reply])
 
-    def _answer(self, frame: zmq.Frame) -> bytes:
+    def _answer(self, frame: zmq.Frame, wanted: Callable[[], bool]) -> bytes:
         try:
             # Who has no token makes the server unpack nothing.
             check_token(text_field(frame.buffer, "api_token"), self._settings.token)
-            return self._dispatch(unpack_map(frame.bytes))
+            return self._dispatch(unpack_map(frame.bytes), wanted)
         except QvlaError as error:
             reply = _refusal(error)
             forget_frames(error)
@@ -125,11 +126,11 @@ class Gr00tEndpoint:
             _LOG.exception("a failure of the server's own")
             return pack({"error": f"the server failed: {type(error).__name__}"})
 
-    def _dispatch(self, message: Mapping[Any, Any]) -> bytes:
+    def _dispatch(self, message: Mapping[Any, Any], wanted: Callable[[], bool]) -> bytes:
         endpoint = message.get("endpoint", "get_action")
         if endpoint == "get_action":
             with self._queue.place():
-                answer = self._queue.service.answer(message, decode_observation)
+                answer = self._queue.service.answer(message, decode_observation, wanted)
             if answer.error is not None:
                 raise answer.error
             return answer.body

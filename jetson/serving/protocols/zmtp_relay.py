@@ -9,6 +9,7 @@ Source: ZMTP 3.1, https://rfc.zeromq.org/spec/37 (3.0 frames its messages alike)
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -25,6 +26,8 @@ _LOG = logging.getLogger(__name__)
 _MORE, _LONG, _COMMAND = 0x01, 0x02, 0x04
 _GREETING_BYTES, _GREETING_S, _VERSION_AT = 64, 10.0, 10
 _MAX_COMMAND_BYTES = 4096
+# What a peer says of itself once it has greeted; and the property by which libzmq calls it.
+_READY, _IDENTITY = b"\x05READY", b"\x08Identity"
 _MESSAGE_S = 30.0
 _CLOSING_S = 1.0
 _BLOCK_BYTES = 1 << 16
@@ -72,6 +75,9 @@ class ZmtpRelay:
         self._refusal = refusal
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._names = itertools.count(1)
+        # What libzmq calls a client -> what comes of it.
+        self._readers: dict[bytes, asyncio.StreamReader] = {}
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="qvla-zmtp", daemon=True
         )
@@ -97,6 +103,11 @@ class ZmtpRelay:
         self._thread.join()
         self._loop.close()
 
+    def is_gone(self, name: bytes) -> bool:
+        """Say whether a client, by what libzmq calls it, has left; from any thread."""
+        reader = self._readers.get(name)
+        return reader is None or reader.at_eof() or reader.exception() is not None
+
     async def _end(self) -> None:
         self._server.close()
         # libzmq is closed by now: what it said last is on its way out.
@@ -113,17 +124,20 @@ class ZmtpRelay:
         peer = str((writer.get_extra_info("peername") or ("unknown",))[0])
         close = self._loop.call_soon_threadsafe
         place = Connection(peer, lambda: close(writer.transport.abort))
+        name = b"qvla-%d" % next(self._names)
+        self._readers[name] = reader
         try:
             self._limits.connections.admit(place)
             back = await asyncio.open_unix_connection(str(self._behind))
-            client = _Client(reader, writer, *back, place, self._limits, self._refusal)
-            await client.talk()
+            talk = _Client(reader, writer, *back, place, self._limits, self._refusal).talk(name)
+            await talk
         except (_Ended, QvlaError) as ended:
             _LOG.info("ZMQ client %s: %s", peer, ended)
         except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, asyncio.CancelledError):
             pass  # it left, or the server ends
         finally:
             self._limits.connections.remove(place)
+            del self._readers[name]
             writer.close()  # what was said last is still sent
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 await asyncio.wait_for(writer.wait_closed(), _CLOSING_S)
@@ -155,23 +169,23 @@ class _Client:
         # A frame to the client is never written inside another.
         self._speaking = asyncio.Lock()
 
-    async def talk(self) -> None:
-        """Relay both ways until one side is over."""
+    async def talk(self, name: bytes) -> None:
+        """Relay both ways until one side is over; libzmq is told to call the client by a name."""
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._back_writer.transport.abort)
-            ways = [asyncio.ensure_future(way()) for way in (self._inwards, self._outwards)]
+            ways = [asyncio.ensure_future(way) for way in (self._inwards(name), self._outwards())]
             stack.push_async_callback(_cancel, ways)
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             for way in ways:
                 if way.done():
                     way.result()
 
-    async def _inwards(self) -> None:
+    async def _inwards(self, name: bytes) -> None:
         await asyncio.wait_for(_greet(self._reader, self._back_writer), _GREETING_S)
         while True:
             flags, size, head = await _frame(self._reader)
             if flags & _COMMAND:
-                await self._command(head, size)
+                await self._command(head, size, name)
             elif flags != _MORE or size:
                 raise _Ended("it sends other messages than a REQ socket")
             else:
@@ -182,10 +196,15 @@ class _Client:
                     held.complete()
                     await self._answered.wait()
 
-    async def _command(self, head: bytes, size: int) -> None:
+    async def _command(self, head: bytes, size: int, name: bytes) -> None:
         if size > _MAX_COMMAND_BYTES:
             raise _Ended(f"a command of {size} bytes")
-        self._back_writer.write(head + await self._reader.readexactly(size))
+        command = await self._reader.readexactly(size)
+        if command.startswith(_READY):
+            # The last of two counts; a name that the client chose could be another's.
+            command += _IDENTITY + len(name).to_bytes(4, "big") + name
+            head = bytes([_COMMAND | _LONG]) + len(command).to_bytes(8, "big")
+        self._back_writer.write(head + command)
         await self._back_writer.drain()
 
     async def _body(self, delimiter: bytes, held: HeldBytes) -> None:

@@ -10,11 +10,13 @@ import time
 from contextlib import ExitStack, suppress
 
 import json_numpy
+import msgpack
 import numpy as np
 import psutil
 import pytest
 import requests
-from echo_policy import OFT, EchoPolicy, oft_fields, post
+from echo_policy import IMAGE, OFT, EchoPolicy, oft_fields, post
+from gr00t_client import Gr00tClient, free_port, npy
 from openpi_client import msgpack_numpy
 from places import ROOT
 from websockets.exceptions import ConnectionClosed
@@ -57,6 +59,12 @@ def websocket_client(url: str, stack: ExitStack) -> ClientConnection:
 def acts(client: ClientConnection) -> bool:
     client.send(msgpack_numpy.packb(oft_fields()))
     return msgpack_numpy.unpackb(client.recv(timeout=20))["actions"].shape == (4, 7)
+
+
+def zmq_request(instruction: str) -> bytes:
+    images = {name: npy(IMAGE[None, None]) for name in ("front", "hand")}
+    seen = {"state": {"state": npy(np.zeros((1, 1, 8)))}, "language": {"task": [[instruction]]}}
+    return msgpack.packb({"data": {"observation": {"video": images, **seen}}})
 
 
 def raw_frame(first: int, declared: int, payload: bytes = b"") -> bytes:
@@ -217,7 +225,9 @@ def test_work_whose_client_has_left_never_reaches_the_engine() -> None:
 
     policy = Gated(OFT)
     with ExitStack() as stack:
-        url = stack.enter_context(open_server(policy, ServerSettings(port=0, warmup=0)))
+        gr00t_port = free_port()
+        settings = ServerSettings(port=0, warmup=0, gr00t_port=gr00t_port)
+        url = stack.enter_context(open_server(policy, settings))
         message = msgpack_numpy.packb(oft_fields(prompt="leaver"))
         first = threading.Thread(target=post, args=(url, oft_fields(instruction="stayer")))
         first.start()
@@ -229,11 +239,16 @@ def test_work_whose_client_has_left_never_reaches_the_engine() -> None:
             with socket.create_connection(place_of(url)) as leaver:
                 body = json_numpy.dumps(oft_fields(instruction="leaver")).encode()
                 leaver.sendall(HEAD[:-2].replace(b"30000000", b"%d" % len(body)) + b"\n" + body)
+        with Gr00tClient(gr00t_port) as gone:
+            gone.socket.send(zmq_request("leaver"))
+            time.sleep(0.3)
         time.sleep(0.3)
         gate.set()
         first.join(20)
         assert post(url, oft_fields(instruction="last")).status_code == 200
-    assert policy.instructions == ["stayer", "last"]
+        with Gr00tClient(gr00t_port) as there:
+            assert isinstance(there.send(zmq_request("over ZMQ")), list)
+    assert policy.instructions == ["stayer", "last", "over ZMQ"]
 
 
 def test_the_slowest_message_makes_room() -> None:

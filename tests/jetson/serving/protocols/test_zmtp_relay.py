@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
+import msgpack
 import numpy as np
 import psutil
 import pytest
@@ -131,6 +132,27 @@ def test_a_refusal_leaves_the_connection_usable() -> None:
     with open_server(EchoPolicy(OFT), settings), Gr00tClient(number) as client:
         assert "1048576 bytes" in client.send(bytes(2 << 20))["error"]
         assert client.call("ping")["status"] == "ok"
+
+
+def test_a_name_that_a_client_chose_is_nobody_else_s(port: int) -> None:
+    """libzmq would refuse the second, and so whoever is named as an attacker guessed."""
+    with zmq.Context() as context:
+        clients = []
+        for _ in range(2):
+            client = context.socket(zmq.REQ)
+            for option, value in (
+                (zmq.IDENTITY, b"robot"),
+                (zmq.LINGER, 0),
+                (zmq.RCVTIMEO, 20_000),
+            ):
+                client.setsockopt(option, value)
+            client.connect(f"tcp://127.0.0.1:{port}")
+            clients.append(client)
+        for client in clients:
+            client.send(msgpack.packb({"endpoint": "ping", "api_token": TOKEN}))
+            assert msgpack.unpackb(client.recv())["status"] == "ok"
+        for client in clients:
+            client.close()
 
 
 def test_every_client_gets_its_own_reply(port: int) -> None:
