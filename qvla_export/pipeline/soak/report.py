@@ -128,7 +128,9 @@ class SoakReport:
         if not slower:
             return Promise(text, None, "nothing to compare")
         (phase, protocol), worst = max(slower.items(), key=lambda item: item[1])
-        fewest = min(len(tally.times_ms) for tally in self.good.values())
+        # Of what is compared: a server that is stopped has fewer, and is not.
+        compared = {*slower, *((QUIET, protocol) for _, protocol in slower)}
+        fewest = min(len(self.good[key].times_ms) for key in compared)
         figure = f"{worst:.2f} times ({phase}, {protocol})"
         if not self.has_own_core or fewest < LEAST_REPLIES:
             why = "attacker and server share a core" if not self.has_own_core else "too few replies"

@@ -18,7 +18,7 @@ from qvla_export.pipeline.soak.attacks import ATTACKS, mutated
 from qvla_export.pipeline.soak.driver import CommandCounts
 from qvla_export.pipeline.soak.good_clients import PROTOCOLS, ask
 from qvla_export.pipeline.soak.numbered_policy import answers, observation_of
-from qvla_export.pipeline.soak.report import ENGINE_FAULTS, QUIET, Sample, SoakReport
+from qvla_export.pipeline.soak.report import ENGINE_FAULTS, QUIET, STOPPED, Sample, SoakReport
 from qvla_export.pipeline.soak.soak import DISK_FULL, SoakPlan, run_soak
 from qvla_export.pipeline.soak.tally import NO_REPLY, Tally, kind_of
 from qvla_export.shared.errors import QvlaError
@@ -141,6 +141,18 @@ def test_a_report_without_faults_holds_and_says_what_was_not_judged() -> None:
     (latency,) = [p for p in shared.promises if p.holds is None]
     assert shared.ok and "share a core" in latency.figure
     assert abs(small_report().slope("resident_bytes")) < 1e9
+
+
+def test_a_stopped_server_s_few_replies_keep_latency_from_no_judgement() -> None:
+    report = small_report()
+    stopped = {
+        (STOPPED, name): Tally(9, 9, Counter(), Counter(), [900.0] * 9) for name in PROTOCOLS
+    }
+    with_pauses = replace(report, good={**report.good, **stopped})
+    assert with_pauses.ok and all(promise.holds for promise in with_pauses.promises)
+    del report.good["slow peers", "act"].times_ms[400:]  # type: ignore[index]
+    (latency,) = [promise for promise in report.promises if promise.holds is None]
+    assert "too few replies" in latency.figure
 
 
 def test_faults_of_the_engine_are_no_refusals_of_good_clients() -> None:
