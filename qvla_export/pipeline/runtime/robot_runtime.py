@@ -30,8 +30,10 @@ from qvla_export.pipeline.runtime.wheels import (
     write_lock,
 )
 from qvla_export.shared.artifacts import sha256_file, sync_folder, write_bytes, write_json
+from qvla_export.shared.errors import QvlaError
 
 FORMAT = "qvla-runtime-1"
+_SUFFIX = ".pex"
 CHECKOUT = Path(__file__).resolve().parents[3]
 
 
@@ -100,7 +102,13 @@ def build_runtime(request: RuntimeRequest, on_progress: OnProgress = ignore) -> 
         MissingExtra: a program that it is made with is not installed.
         FailedTool: something has no wheels for the robot, or cannot be fetched.
         RefusedWheel: a file would not run there.
+        QvlaError: the output is not named as such a file is.
     """
+    if request.output.suffix != _SUFFIX:
+        raise QvlaError(
+            f"a runtime's name ends with {_SUFFIX}, got {request.output.name!r}: .lock and .json "
+            "are those of the files beside it"
+        )
     require_tools()
     system, scans = request.system, []
     if request.own_python is not None:

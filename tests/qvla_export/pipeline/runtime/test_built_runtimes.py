@@ -14,6 +14,7 @@ from qvla_export.shared.artifacts import sha256_file
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(
         any(importlib.util.find_spec(name) is None for name in ("pex", "uv")),
         reason="needs the extra runtime: pip install 'qvla[runtime]'",

@@ -1,6 +1,7 @@
 """What would not run on a robot does not get into its runtime."""
 
 import hashlib
+import importlib.util
 import random
 import struct
 from pathlib import Path
@@ -154,3 +155,19 @@ def test_a_wrong_digest_of_ones_own_python_stops_it(
         build_runtime(RuntimeRequest(JETPACK_6, tmp_path / "out.pex", own_python=own))
     alone = qvla("runtime", "build", "--jetpack", "6", "--output", "x.pex", "--python", path)
     assert "--python and --python-sha256 go together" in alone.error
+
+
+def test_what_cannot_be_built_is_said_before_anything_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("runtime", "build", "--jetpack", "7", "--output")
+    assert "a runtime's name ends with .pex, got 'x.json'" in qvla(*words, "x.json").error
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "pex" else find(n))
+    missing = qvla(*words, tmp_path / "folder" / "x.pex").error
+    assert "needs" in missing and "pip install 'qvla[runtime]'" in missing
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("qvla_export.pipeline.runtime.robot_runtime.require_tools", lambda: None)
+    elsewhere = qvla(*words, tmp_path / "x.pex", "--source", tmp_path).error
+    assert "is no checkout of QVLA: it has no pyproject.toml" in elsewhere
+    assert list(tmp_path.iterdir()) == []

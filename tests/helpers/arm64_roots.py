@@ -1,0 +1,78 @@
+"""Systems for aarch64 and an emulator of an Orin's cores, for tests that execute a robot's runtime.
+
+    python tests/helpers/arm64_roots.py FOLDER
+
+fetches them from the mirror that this machine's apt uses, some 100 MB; nothing is installed, and
+none of the packages' scripts run. Then: QVLA_ARM64=FOLDER make test-slow
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# Suite of Debian -> minor of its Python 3. No suite has 3.10 or 3.12.
+SUITES = {"bookworm": 11, "trixie": 13}
+# The oldest emulator that runs ONNX Runtime on a cortex-a78ae is 11; only sid has it.
+_EMULATOR_SUITE, _EMULATOR = "sid", "qemu-user"
+_PACKAGES = ("python3", "libstdc++6", "libgcc-s1", "libc-bin", "coreutils", "bash", "base-files")
+
+
+def fetch(folder: Path) -> None:
+    """Fetch the emulator and a system of every suite."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unpacked = folder / "emulator"
+    _unpack(folder, _EMULATOR_SUITE, "amd64", (_EMULATOR,), unpacked)
+    shutil.copy2(unpacked / "usr/bin/qemu-aarch64", folder / "qemu-aarch64")
+    shutil.rmtree(unpacked)
+    for suite in SUITES:
+        _unpack(folder, suite, "arm64", _PACKAGES, folder / suite)
+
+
+def _unpack(
+    folder: Path, suite: str, architecture: str, packages: tuple[str, ...], root: Path
+) -> None:
+    """Download packages with what they depend on and unpack them into a folder."""
+    state = folder / f"apt-{suite}"
+    for name in ("etc/apt.conf.d", "etc/preferences.d", "state/lists/partial", "cache/archives"):
+        (state / name).mkdir(parents=True, exist_ok=True)
+    (state / "status").touch()
+    (state / "etc/sources.list").write_text(f"deb {_mirror()} {suite} main\n")
+    settings = {
+        "Dir": state, "Dir::Etc": "etc", "Dir::Etc::sourcelist": "sources.list",
+        "Dir::Etc::sourceparts": "-", "Dir::Etc::trustedparts": "/etc/apt/trusted.gpg.d",
+        "Dir::State": "state", "Dir::State::status": state / "status", "Dir::Cache": "cache",
+        "APT::Architecture": architecture, "APT::Install-Recommends": "false",
+        "Acquire::Languages": "none", "Acquire::Check-Valid-Until": "false",
+        "Debug::NoLocking": "true",
+    }  # fmt: skip
+    config = state / "apt.conf"
+    lines = [f'{name} "{value}";\n' for name, value in settings.items()]
+    config.write_text("".join(lines) + f'APT::Architectures {{"{architecture}";}};\n')
+    environment = {**os.environ, "APT_CONFIG": str(config)}
+    run = ("apt-get", "--quiet", "--assume-yes")
+    subprocess.run([*run, "update"], check=True, env=environment)
+    if packages == (_EMULATOR,):
+        # Linked statically: what it depends on is not needed.
+        archives = state / "cache/archives"
+        subprocess.run([*run, "download", *packages], check=True, env=environment, cwd=archives)
+    else:
+        words = [*run, "--download-only", "install", *packages]
+        subprocess.run(words, check=True, env=environment)
+    root.mkdir(exist_ok=True)
+    for archive in sorted((state / "cache/archives").glob("*.deb")):
+        tar = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE)
+        words = ["tar", "--extract", "--keep-directory-symlink", "--directory", str(root)]
+        subprocess.run(words, stdin=tar.stdout, check=True)
+    shutil.rmtree(state)
+
+
+def _mirror() -> str:
+    words = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
+    found = subprocess.run(words, capture_output=True, text=True, check=True)
+    return found.stdout.splitlines()[0]
+
+
+if __name__ == "__main__":
+    fetch(Path(sys.argv[1]).absolute())
