@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engines.base import BundleEngine, EngineError, Feeds, check_feeds, rounds_activations
 from engines.layer_times import LayerTime, LayerTimes
 from engines.ort_layers import profiling_options, read_profile
-from engines.program.ort_values import call_part, to_ort
+from engines.program.ort_values import call_part, copied, to_ort
 from engines.program.part_log import PartLog
 from qvla_export.shared.allocator import return_freed_memory
 from qvla_export.shared.bundle import Bundle
@@ -134,8 +134,12 @@ class OrtEngine(BundleEngine):
         def call(run: PartRuns, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
             # Loading, where a part is not kept, is part of what the part takes.
             with log.call(run):
-                session = sessions[name] if name in sessions else self._load(parts[name])
-                return call_part(session, parts[name], inputs, device)
+                if name in sessions:
+                    return call_part(sessions[name], parts[name], inputs, device)
+                # A runtime's tensor keeps all that its session took: copies let the session go.
+                outputs = copied(call_part(self._load(parts[name]), parts[name], inputs, device))
+                return_freed_memory()
+                return outputs
 
         values = run_program(self._bundle.program, self._bundle.reads, to_ort(feeds), call)
         return {spec.name: values[spec.name].numpy() for spec in self.outputs}

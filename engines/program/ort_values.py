@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
 from engines.base import Feeds
@@ -37,3 +38,13 @@ def call_part(session: Any, part: Part, inputs: OrtValues, device: str) -> dict[
     session.run_with_iobinding(binding)
     names = [spec.name for spec in part.outputs]
     return dict(zip(names, binding.get_outputs(), strict=True))
+
+
+def copied(values: OrtValues) -> dict[str, Any]:
+    """Return the same numbers in tensors that belong to no session, in host memory."""
+    copies = {}
+    for name, value in values.items():
+        array = value.numpy()
+        copies[name] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype)
+        copies[name].update_inplace(np.ascontiguousarray(array).reshape(array.shape))
+    return copies

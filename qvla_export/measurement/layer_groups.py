@@ -6,7 +6,7 @@ What a layer takes is counted here; a layer that is too large by itself is cut i
 import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,51 +37,72 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Bytes of one of the things that are done with a layer; they come one after another."""
+
+    # Whether observations run through the layer's part meanwhile, with a graph.
+    runs: bool
+    # What stays while the layer's group is in this phase: whatever the number of channels, and for
+    # each of them.
+    stays: int = 0
+    stays_per_channel: int = 0
+    # What comes and goes, one layer at a time.
+    passes: int = 0
+    passes_per_channel: int = 0
+
+
+@dataclass(frozen=True)
 class LayerNeeds:
-    """What measuring a layer takes: what stays while its group is measured, what comes and goes."""
+    """What measuring a layer takes."""
 
     channels: int
-    # Weights of one channel.
-    inputs: int
-    # Numbers that a pass puts in and out.
-    numbers_in: int
-    numbers_out: int
-    # Widths that are measured.
-    widths: tuple[int, ...]
-    # What else comes and goes: whatever the number of channels, and for each.
-    more_bytes: int = 0
-    more_bytes_per_channel: int = 0
+    # All layers that are measured together have the same ones, in the same order.
+    phases: tuple[Phase, ...]
 
-    def kept_bytes(self, channels: int) -> int:
-        """Return what some of the channels take.
+    def nbytes(self, channels: int | None = None, pass_bytes: int = 0) -> int:
+        """Return what some of the channels, or all, take by themselves.
 
-        The weight errors of every width but 0; for one pass, the inputs, outputs and gradients of
-        the layer, and of these channels the output errors of every width.
+        Args:
+            channels: their number; None for all.
+            pass_bytes: of an observation on its way through the part.
         """
-        errors = sum(bits != 0 for bits in self.widths) * channels * self.inputs
-        passed = self.numbers_in + 2 * self.numbers_out + len(self.widths) * self._share(channels)
-        return _FLOAT_BYTES * (errors + passed)
+        return _group_bytes([(self, channels or self.channels)], pass_bytes)
 
-    def passing_bytes(self, channels: int) -> int:
-        """Return what comes and goes: the quantizer's temporaries, a product of gradients."""
-        rounding = rounding_bytes(channels, self.inputs) if self.widths else 0
-        more = self.more_bytes + channels * self.more_bytes_per_channel
-        return max(rounding, more, _FLOAT_BYTES * self._share(channels))
-
-    def nbytes(self, channels: int | None = None) -> int:
-        """Return what some of the channels, or all, take by themselves."""
-        count = self.channels if channels is None else channels
-        return self.kept_bytes(count) + self.passing_bytes(count)
-
-    def fitting(self, nbytes: int) -> int:
+    def fitting(self, nbytes: int, pass_bytes: int = 0) -> int:
         """Return how many channels fit into some bytes; 0 if not even one in `_MOST_PIECES`."""
         fewest = -(-self.channels // _MOST_PIECES)
         counts = range(fewest, self.channels + 1)
-        fitting = bisect.bisect_right(counts, nbytes, key=self.nbytes)
+        fitting = bisect.bisect_right(counts, nbytes, key=lambda n: self.nbytes(n, pass_bytes))
         return counts[fitting - 1] if fitting else 0
 
-    def _share(self, channels: int) -> int:
-        return -(-self.numbers_out * channels // self.channels)
+
+def _group_bytes(members: Sequence[tuple[LayerNeeds, int]], pass_bytes: int) -> int:
+    """Return what some channels of each layer of a group take in the phase that takes most."""
+    most = 0
+    for phases in zip(*(needs.phases for needs, _ in members), strict=True):
+        counted = [(phase, count) for phase, (_, count) in zip(phases, members, strict=True)]
+        stays = sum(phase.stays + count * phase.stays_per_channel for phase, count in counted)
+        passes = max(phase.passes + count * phase.passes_per_channel for phase, count in counted)
+        most = max(most, stays + passes + (pass_bytes if phases[0].runs else 0))
+    return most
+
+
+def passed_bytes(channels: int, numbers: tuple[int, int], beside: int = 0) -> Phase:
+    """Return the phase in which a pass records what a layer takes and returns.
+
+    Args:
+        channels: of the layer.
+        numbers: that a pass puts in and out: inputs, outputs and their gradients stay.
+        beside: numbers as large as the outputs that stay for each channel as well.
+    """
+    taken, returned = numbers
+    tokens = -(-returned // channels)
+    return Phase(
+        True,
+        _FLOAT_BYTES * (taken + 2 * returned),
+        _FLOAT_BYTES * beside * tokens,
+        passes_per_channel=_FLOAT_BYTES * tokens,
+    )
 
 
 # Layers, and how many numbers a pass puts into and out of each -> what each needs.
@@ -120,7 +141,7 @@ def layer_groups(
 def layer_needs(
     layers: Layers, moved: Mapping[str, tuple[int, int]], widths: tuple[int, ...]
 ) -> dict[str, LayerNeeds]:
-    """Return what each layer takes.
+    """Return what each layer takes: its errors are made, then they meet what a pass moves.
 
     Args:
         layers: at least the named ones.
@@ -128,14 +149,23 @@ def layer_needs(
         widths: that are measured.
     """
     shapes = layer_shapes({name: layers[name] for name in moved})
-    return {
-        name: LayerNeeds(channels, inputs, moved[name][0], moved[name][1], widths)
-        for name, (channels, inputs) in shapes.items()
-    }
+    found = {}
+    for name, (channels, inputs) in shapes.items():
+        # The weight errors of every width but 0.
+        errors = _FLOAT_BYTES * sum(bits != 0 for bits in widths) * inputs
+        made = Phase(False, 0, errors, rounding_bytes(channels, inputs) if widths else 0)
+        met = passed_bytes(channels, moved[name], len(widths))
+        met = replace(met, stays_per_channel=met.stays_per_channel + errors)
+        found[name] = LayerNeeds(channels, (made, met))
+    return found
 
 
 def fitting_groups(
-    layers: Mapping[str, LayerNeeds], max_bytes: int | None, beside: int = 0, cut: bool = True
+    layers: Mapping[str, LayerNeeds],
+    max_bytes: int | None,
+    beside: int = 0,
+    cut: bool = True,
+    pass_bytes: int = 0,
 ) -> list[list[Piece]]:
     """Cut layers, in their order, into groups that fit; those too large alone into pieces.
 
@@ -146,36 +176,42 @@ def fitting_groups(
         max_bytes: bound of one group and what is beside it; None puts all layers into one.
         beside: bytes that are taken anyway.
         cut: whether a layer may be cut.
+        pass_bytes: of an observation on its way through the part.
 
     Raises:
         QvlaError: a small piece of a layer needs more; the message says how much.
     """
     groups: list[list[Piece]] = [[]]
-    kept = passing = 0
+    room = None if max_bytes is None else max_bytes - beside
     for name, needs in layers.items():
-        room = None if max_bytes is None else max_bytes - beside
-        step = needs.channels if room is None else needs.fitting(room)
+        step = needs.channels if room is None else needs.fitting(room, pass_bytes)
         if not step or (not cut and step < needs.channels):
             fewest = -(-needs.channels // _MOST_PIECES) if cut else needs.channels
-            raise _too_small(name, beside + needs.nbytes(fewest), max_bytes or 0, beside)
+            needed = beside + needs.nbytes(fewest, pass_bytes)
+            raise _too_small(name, needed, max_bytes or 0, beside)
         for start in range(0, needs.channels, step):
             piece = Piece(name, start, min(start + step, needs.channels))
-            count = piece.stop - start
-            kept += needs.kept_bytes(count)
-            passing = max(passing, needs.passing_bytes(count))
-            full = room is not None and kept + passing > room
+            full = room is not None and (
+                group_bytes(layers, [*groups[-1], piece], pass_bytes) > room
+            )
             if start or (full and groups[-1]):
                 groups.append([])
-                kept, passing = needs.kept_bytes(count), needs.passing_bytes(count)
             groups[-1].append(piece)
     return groups
 
 
-def group_bytes(layers: Mapping[str, LayerNeeds], group: Sequence[Piece]) -> int:
-    """Return what a group of layers takes while it is measured."""
-    counts = [(layers[piece.layer], piece.stop - piece.start) for piece in group]
-    kept = sum(needs.kept_bytes(count) for needs, count in counts)
-    return kept + max((needs.passing_bytes(count) for needs, count in counts), default=0)
+def group_bytes(
+    layers: Mapping[str, LayerNeeds], group: Sequence[Piece], pass_bytes: int = 0
+) -> int:
+    """Return what a group of layers takes while it is measured.
+
+    Args:
+        layers: what each takes.
+        group: of them.
+        pass_bytes: of an observation on its way through the part.
+    """
+    counted = [(layers[piece.layer], piece.stop - piece.start) for piece in group]
+    return max(_group_bytes(counted, pass_bytes), pass_bytes)
 
 
 def _too_small(name: str, need: int, max_bytes: int, beside: int) -> QvlaError:

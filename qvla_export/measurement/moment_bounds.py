@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.measurement.distributed import Alone, World
-from qvla_export.measurement.layer_groups import LayerNeeds
-from qvla_export.measurement.streamed import Stream, StreamLimits, open_stream
+from qvla_export.measurement.layer_groups import LayerNeeds, passed_bytes
+from qvla_export.measurement.stream_limits import StreamLimits, open_stream
+from qvla_export.measurement.streamed import Stream
 from qvla_export.measurement.weight_placement import WeightPlacement
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers, layer_shapes, traced_layers
@@ -81,7 +82,7 @@ def open_moment_stream(
     Raises:
         QvlaError: sums, and a part or one of its layers, need more than the bound.
     """
-    sums = sum(array.nbytes for array in moment_sums(layers, settings).values())
+    sums = sum_bytes(layers, settings)
     # Partners' sums lie beside this process's own when they are added up.
     held = sums * (2 if world.size > 1 else 1)
     limits = StreamLimits(
@@ -132,10 +133,18 @@ def moment_needs(
 ) -> dict[str, LayerNeeds]:
     """Return what each layer takes in a pass: products, weighted tokens, patches."""
     needs = {}
-    for name, (numbers_in, numbers_out) in moved.items():
+    for name, numbers in moved.items():
         channels, inputs = layer_shapes({name: layers[name]})[name]
-        patches = numbers_out // channels * inputs
+        patches = numbers[1] // channels * inputs
         block = max(block_size(width, settings.largest_block) for width in (channels, inputs))
-        passing = 4 * max(numbers_out, 3 * patches) + 12 * block**2
-        needs[name] = LayerNeeds(channels, inputs, numbers_in, numbers_out, (), passing)
+        products = 4 * max(numbers[1], 3 * patches) + 12 * block**2
+        needs[name] = LayerNeeds(
+            channels,
+            (replace(passed_bytes(channels, numbers), passes=products, passes_per_channel=0),),
+        )
     return needs
+
+
+def sum_bytes(layers: Layers, settings: MomentSettings) -> int:
+    """Return what the sums of some layers take."""
+    return sum(array.nbytes for array in moment_sums(layers, settings).values())

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import resource
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from qvla_export.shared.allocator import return_freed_memory
@@ -13,28 +14,51 @@ _SYSTEM = Path("/proc/meminfo")
 _RESET = Path("/proc/self/clear_refs")
 
 
+@dataclass(eq=False)
 class PeakMemory:
-    """Bytes by which the block raised the process's resident memory at its peak."""
+    """The process's resident memory at its highest while a block runs, in bytes."""
 
-    # None until the block has ended, and where the system does not tell.
+    # None where the system does not tell, and at first.
+    peak_bytes: int | None = None
+    # By which the block raised what was there when it began.
     extra_bytes: int | None = None
+
+    def so_far_bytes(self) -> int | None:
+        """Return the peak until now, of a block that has not ended."""
+        _note_high_water()
+        return self.peak_bytes
+
+
+# The kernel keeps one high-water mark a process: whoever sets it back tells the blocks that are
+# open, and its highest is kept for `high_water_bytes`.
+_OPEN: list[PeakMemory] = []
+_PROCESS = PeakMemory()
 
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[PeakMemory]:
-    """Measure the block: the kernel's own high-water mark, set back at its start."""
+    """Measure the block: the kernel's own high-water mark, set back at its start. Blocks may nest.
+
+    Threads of this process count, its children do not.
+    """
     found = PeakMemory()
-    before = None
+    before: int | None = None
     # What was freed before the block must not hide what the block takes.
-    gc.collect()
-    return_freed_memory()
+    there = resident_bytes()
     with contextlib.suppress(OSError):
+        _note_high_water()
         _RESET.write_text("5")
-        before = _bytes_of(_STATUS, "VmRSS")
-    yield found
-    if before is not None:
-        peak = _bytes_of(_STATUS, "VmHWM")
-        found.extra_bytes = None if peak is None else max(0, peak - before)
+        before = there
+    _OPEN.append(found)
+    try:
+        yield found
+    finally:
+        _note_high_water()
+        _OPEN.remove(found)
+        if before is None:
+            found.peak_bytes = None
+        elif found.peak_bytes is not None:
+            found.extra_bytes = max(0, found.peak_bytes - before)
 
 
 def high_water_bytes() -> int:
@@ -43,10 +67,26 @@ def high_water_bytes() -> int:
     `ru_maxrss` also counts what the process had that started it; it stands in where the system does
     not tell more.
     """
-    found = None
-    with contextlib.suppress(OSError):
-        found = _bytes_of(_STATUS, "VmHWM")
+    _note_high_water()
+    found = _PROCESS.peak_bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if found is None else found
+
+
+def _note_high_water() -> None:
+    """Tell the process and all open blocks of the kernel's mark as it stands."""
+    with contextlib.suppress(OSError):
+        if (mark := _bytes_of(_STATUS, "VmHWM")) is not None:
+            for peak in (_PROCESS, *_OPEN):
+                peak.peak_bytes = max(mark, peak.peak_bytes or 0)
+
+
+def resident_bytes() -> int | None:
+    """Return what this process has in memory, less what it freed; None where nobody tells."""
+    gc.collect()
+    return_freed_memory()
+    with contextlib.suppress(OSError):
+        return _bytes_of(_STATUS, "VmRSS")
+    return None
 
 
 def available_bytes() -> int | None:

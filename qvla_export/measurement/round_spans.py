@@ -9,14 +9,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from qvla_export.measurement.distributed import Alone, World
-from qvla_export.measurement.layer_groups import LayerNeeds
+from qvla_export.measurement.layer_groups import LayerNeeds, Phase
 from qvla_export.measurement.moment_bounds import MomentSettings, moment_needs
 from qvla_export.measurement.sharded_sums import OnProgress
-from qvla_export.measurement.span_sweeps import open_sweeps
-from qvla_export.measurement.streamed import StreamLimits
+from qvla_export.measurement.span_sweeps import SpanSweeps, SpanUse, open_sweeps
+from qvla_export.measurement.stream_limits import StreamLimits
 from qvla_export.measurement.torch_arrays import elimination_on
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers, layer_shapes
@@ -81,16 +84,8 @@ def round_spans(work: SpanRounding, on_progress: OnProgress | None = None) -> Ro
     finished = set(files.finished())
     missing = [name for name in files.names if name not in finished]
     if missing:
-        limits = StreamLimits(
-            settings.batch_size,
-            settings.probes,
-            lambda some, moved: _needs(some, moved, settings),
-            0,
-            settings.max_bytes,
-            cut=False,
-        )
         device = work.world.device
-        sweeps = open_sweeps(work.policy, work.observations, limits, settings, device)
+        sweeps = rounding_sweeps(work.policy, work.observations, settings, device)
         with contextlib.closing(sweeps):
             todo = [n for n, names in enumerate(sweeps.spans) if not finished.issuperset(names)]
             for number in todo:
@@ -107,18 +102,43 @@ def round_spans(work: SpanRounding, on_progress: OnProgress | None = None) -> Ro
     return files.joined()
 
 
+def rounding_sweeps(
+    policy: Policy,
+    observations: Sequence[Observation],
+    settings: MomentSettings,
+    device: torch.device,
+) -> SpanSweeps:
+    """Find out how the layers of a policy are gone through to be rounded; see `open_sweeps`.
+
+    Args:
+        policy: its weights were left on disk.
+        observations: at least one.
+        settings: of moments; with the bound of memory.
+        device: where to compute.
+
+    Raises:
+        QvlaError: what is needed exceeds the bound of memory.
+    """
+    use = SpanUse(_needs, by_group=False)
+    limits = StreamLimits(
+        settings.batch_size,
+        settings.probes,
+        partial(_needs, settings=settings),
+        0,
+        settings.max_bytes,
+        cut=False,
+    )
+    return open_sweeps(policy, observations, limits, settings, device, use)
+
+
 def _needs(
     layers: Layers, moved: Mapping[str, tuple[int, int]], settings: MomentSettings
 ) -> dict[str, LayerNeeds]:
-    """Return what each layer takes: its passes, or its rounding."""
+    """Return what each layer takes: its passes, then its rounding."""
     shapes = layer_shapes({name: layers[name] for name in moved})
-    return {
-        name: replace(
-            needs,
-            more_bytes=max(
-                needs.more_bytes,
-                rounding_cost(*shapes[name], settings.largest_block).memory_bytes,
-            ),
-        )
-        for name, needs in moment_needs(layers, moved, settings).items()
-    }
+    found = {}
+    for name, needs in moment_needs(layers, moved, settings).items():
+        cost = rounding_cost(*shapes[name], settings.largest_block)
+        rounded = Phase(False, passes=cost.memory_bytes)
+        found[name] = replace(needs, phases=(*needs.phases, rounded))
+    return found

@@ -7,28 +7,77 @@ the last span to the first; of more batches, every span takes sweeps of its own.
 
 import contextlib
 import itertools
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from qvla_export.measurement.backward import Pass, ProbedBatch, Probes
-from qvla_export.measurement.layer_groups import Piece
+from qvla_export.measurement.layer_groups import LayerNeeds, NeedsOf, Piece
 from qvla_export.measurement.measure_moments import add_pass, layer_moments
-from qvla_export.measurement.moment_bounds import SMALLEST_BLOCK, MomentSettings, moment_sums
+from qvla_export.measurement.moment_bounds import (
+    SMALLEST_BLOCK,
+    MomentSettings,
+    moment_needs,
+    moment_sums,
+    sum_bytes,
+)
 from qvla_export.measurement.peak_memory import available_bytes
-from qvla_export.measurement.streamed import GroupPasses, Stream, StreamLimits, open_stream
+from qvla_export.measurement.stream_limits import StreamLimits, open_stream
+from qvla_export.measurement.streamed import GroupPasses, Stream
 from qvla_export.measurement.weight_placement import WeightPlacement
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers, traced_layers
 from qvla_export.quantizer.moments import LayerMoments
+from qvla_export.shared.allocator import return_freed_memory
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
 # Of the memory that this machine has left, where no bound is set; of a bound, for a span's sums.
 _SHARE_OF_FREE, _SHARE_OF_SUMS = 0.8, 1 / 3
+
+
+# Layers, how many numbers a pass moves, how moments are measured -> what each layer needs.
+SpanNeedsOf = Callable[
+    [Layers, Mapping[str, tuple[int, int]], MomentSettings], Mapping[str, LayerNeeds]
+]
+
+
+@dataclass(frozen=True)
+class SpanUse:
+    """What is done with the moments of a span, as far as memory depends on it."""
+
+    # Beside the sums.
+    needs_of: SpanNeedsOf
+    # Where all observations go at once: whether sums are there for a group of layers at a time, the
+    # first pass for them and all other phases with the moments they became; else for a part.
+    by_group: bool
+
+    def needs(self, settings: MomentSettings, with_sums: bool) -> NeedsOf:
+        """Return what tells the needs of layers, of their sums too where they are a group's."""
+
+        def needs_of(
+            layers: Layers, moved: Mapping[str, tuple[int, int]]
+        ) -> Mapping[str, LayerNeeds]:
+            found = self.needs_of(layers, moved, settings)
+            if not (with_sums and self.by_group):
+                return found
+            summed = moment_needs(layers, moved, settings)
+            return {
+                name: _with_sums(needs, summed[name], sum_bytes({name: layers[name]}, settings))
+                for name, needs in found.items()
+            }
+
+        return needs_of
+
+
+def _with_sums(needs: LayerNeeds, summed: LayerNeeds, nbytes: int) -> LayerNeeds:
+    """Put the phase in which sums grow before what is done with moments, half as large."""
+    (first,) = (replace(phase, stays=phase.stays + nbytes) for phase in summed.phases)
+    others = (replace(phase, stays=phase.stays + nbytes // 2) for phase in needs.phases)
+    return replace(needs, phases=(first, *others))
 
 
 class SpanSweeps:
@@ -92,6 +141,8 @@ class SpanSweeps:
         for _, _, passes in self.groups(number, todo):
             add_passes(passes, sums)
         for name in layers:
+            # What passes, and the layer before, left in the C library's hands.
+            return_freed_memory()
             yield name, layer_moments(sums, name)
 
 
@@ -110,6 +161,7 @@ def open_sweeps(
     limits: StreamLimits,
     settings: MomentSettings,
     device: torch.device,
+    use: SpanUse,
 ) -> SpanSweeps:
     """Find out how many observations go through a policy at once, and where they stop.
 
@@ -117,16 +169,24 @@ def open_sweeps(
         policy: its weights were left on disk.
         observations: at least one.
         limits: observations that run together where not all of them fit, probes, what is held
-            beside a span's sums; the bound, or None for most of what this machine has left.
+            beside a span's sums; the bound, or None for most of what this machine has left. Needs
+            of layers are those of `use`.
         settings: blocks of moments, halved until they fit; seed of probes.
         device: where to compute.
+        use: what is done with the moments.
 
     Raises:
         QvlaError: what is needed exceeds the bound.
     """
+    layers, bound = traced_layers(policy), limits.max_bytes
+    if bound is None and (left := available_bytes()) is not None:
+        bound = int(_SHARE_OF_FREE * left)
+    placement, unbounded = WeightPlacement.on(device), replace(limits, max_bytes=None)
+    free = open_stream(policy, layers, observations, unbounded, placement)
+    bounded = replace(limits, max_bytes=bound)
     while True:
         try:
-            return _open(policy, observations, limits, settings, device)
+            return _open(free, observations, bounded, settings, use)
         except QvlaError:
             if settings.largest_block <= SMALLEST_BLOCK:
                 raise
@@ -134,30 +194,31 @@ def open_sweeps(
 
 
 def _open(
-    policy: Policy,
+    free: Stream,
     observations: Sequence[Observation],
     limits: StreamLimits,
     settings: MomentSettings,
-    device: torch.device,
+    use: SpanUse,
 ) -> SpanSweeps:
-    layers, count, bound = traced_layers(policy), len(observations), limits.max_bytes
-    if bound is None and (left := available_bytes()) is not None:
-        bound = int(_SHARE_OF_FREE * left)
-    placement, unbounded = WeightPlacement.on(device), replace(limits, max_bytes=None)
-    free = open_stream(policy, layers, observations, unbounded, placement)
+    """Open sweeps of moments in blocks of a size, from a stream without a bound."""
+    layers, count, bound = free.layers, len(observations), limits.max_bytes
     parts = [[piece.layer for group in part for piece in group] for part in free.groups]
     spans: list[Sequence[str]] = [list(dict.fromkeys(names)) for names in reversed(parts) if names]
-    taken = [_sum_bytes(layers, names, settings) for names in spans]
 
-    def opened(size: int, sum_bytes: int) -> Stream:
-        held = limits.held_bytes + sum_bytes
-        here = replace(limits, batch_size=size, held_bytes=held, max_bytes=bound)
-        return open_stream(policy, layers, observations, here, placement, free.needs)
+    def sums_of(names: Collection[str]) -> int:
+        return sum_bytes({name: layers[name] for name in names}, settings)
 
-    least, size = max(taken), min(limits.batch_size, count)
-    tries = [(count, least)]
-    if bound is not None and size < count:
-        tries += [(size, max(least, int(bound * _SHARE_OF_SUMS))), (size, least)]
+    def opened(size: int, room: int | None) -> Stream:
+        """Open a stream whose sums are those of a part, or have a room of their own."""
+        here = replace(limits, batch_size=size, needs_of=use.needs(settings, room is None))
+        if room is not None:
+            here = replace(here, held_bytes=limits.held_bytes + room)
+        elif not use.by_group:
+            here = replace(here, part_bytes=sums_of)
+        return open_stream(free.policy, layers, observations, here, free.placement, free.needs)
+
+    taken = [sums_of(names) for names in spans]
+    tries = ways_to_go(count, limits.batch_size, max(taken), bound)
     for size, room in tries[:-1]:
         with contextlib.suppress(QvlaError):
             stream = opened(size, room)
@@ -165,7 +226,7 @@ def _open(
     else:
         size, room = tries[-1]
         stream = opened(size, room)
-    if size < count:
+    if room is not None:
         spans = _joined(spans, taken, room)
     probes = Probes(limits.probes, settings.seed)
     batches = [
@@ -173,6 +234,28 @@ def _open(
         for number, start in enumerate(range(0, count, size))
     ]
     return SpanSweeps(stream, batches, spans, settings)
+
+
+def ways_to_go(
+    count: int, batch_size: int, least: int, bound: int | None
+) -> list[tuple[int, int | None]]:
+    """Return how observations may go through a policy, what takes the least time first.
+
+    Args:
+        count: of the observations.
+        batch_size: how many go together where not all do.
+        least: bytes of the sums of the part that has most.
+        bound: of memory.
+
+    Returns:
+        Observations that go together, and the room that the sums of a span get: None for those of
+        a part or group of layers at a time.
+    """
+    size = min(batch_size, count)
+    ways: list[tuple[int, int | None]] = [(count, None)]
+    if bound is not None and size < count:
+        ways += [(size, max(least, int(bound * _SHARE_OF_SUMS))), (size, least)]
+    return ways
 
 
 def _joined(spans: Sequence[Sequence[str]], taken: Sequence[int], room: int) -> list[Sequence[str]]:
@@ -187,8 +270,3 @@ def _joined(spans: Sequence[Sequence[str]], taken: Sequence[int], room: int) -> 
         joined[-1] = [*names, *joined[-1]]
         left -= nbytes
     return list(joined)
-
-
-def _sum_bytes(layers: Layers, names: Collection[str], settings: MomentSettings) -> int:
-    some = {name: layers[name] for name in names}
-    return sum(array.nbytes for array in moment_sums(some, settings).values())

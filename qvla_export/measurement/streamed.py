@@ -21,13 +21,9 @@ from qvla_export.measurement.backward import (
     WeightChanges,
 )
 from qvla_export.measurement.layer_groups import (
-    NeedsOf,
     Piece,
-    fitting_groups,
-    group_bytes,
-    too_small,
 )
-from qvla_export.measurement.part_needs import PartNeeds, part_needs
+from qvla_export.measurement.part_needs import PartNeeds
 from qvla_export.measurement.part_reader import PartReader, Weights
 from qvla_export.measurement.raised_weights import put_weight
 from qvla_export.measurement.recorded_calls import recording
@@ -36,7 +32,6 @@ from qvla_export.measurement.whole_deviations import WholeDeviations
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers
 from qvla_export.shared.allocator import return_freed_memory
-from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
 # Layers, or channels of them, that are measured together -> what each width adds to their weights.
@@ -44,26 +39,8 @@ ChangesOf = Callable[[Sequence[Piece]], WeightChanges]
 
 
 @dataclass(frozen=True)
-class StreamLimits:
-    """What goes through a policy at once, and the memory that it may take."""
-
-    # Observations that go through together.
-    batch_size: int
-    # Of an observation; None for one of each number of the action chunk.
-    probes: int | None
-    # Layers and how many numbers a pass moves -> what each layer needs.
-    needs_of: NeedsOf
-    # Sums and whatever else stays in memory.
-    held_bytes: int
-    # Bound of all that is in memory; None for one group a part.
-    max_bytes: int | None
-    # Whether a layer may be cut into its channels.
-    cut: bool = True
-
-
-@dataclass(frozen=True)
 class Stream:
-    """How batches go through a policy whose weights lie on disk; see `open_stream`."""
+    """How batches go through a policy whose weights lie on disk; see `stream_limits`."""
 
     policy: Policy
     layers: Layers
@@ -73,6 +50,8 @@ class Stream:
     groups: Sequence[Sequence[Sequence[Piece]]]
     # Of each part, whether it fits beside what a neighbour takes: it is read while that computes.
     ahead: Sequence[bool]
+    # All that is in memory at any time, as it was counted.
+    peak_bytes: int
 
     def passes(
         self, batch: ProbedBatch, chosen: Collection[str] | None = None
@@ -86,7 +65,7 @@ class Stream:
             chosen: layers to stop at, names; None for all.
         """
         device = self.placement.device
-        runs = [_Run(_feeds(self.policy, item, device)) for item in batch.observations]
+        runs = [_Run(model_inputs(self.policy, item, device)) for item in batch.observations]
         parts = [_some(groups, chosen) for groups in self.groups]
         first = next((number for number, groups in enumerate(parts) if any(groups)), len(parts))
         if chosen is None:
@@ -235,63 +214,6 @@ class _Run:
         return Pass(Recorded(group, inputs, outputs, 1, channels), gradients, weights)
 
 
-def open_stream(
-    policy: Policy,
-    layers: Layers,
-    observations: Sequence[Observation],
-    limits: StreamLimits,
-    placement: WeightPlacement,
-    needs: Sequence[PartNeeds] = (),
-) -> Stream:
-    """Find what every part needs and cut its layers into groups that fit.
-
-    At any time there are: what is held throughout; what goes from part to part, of a batch; the
-    gradients of each probe there; one part's weights; of one observation, all that the part
-    makes; what a group of its layers needs. Where there is room, also the next part's weights.
-
-    Args:
-        policy: its weights were left on disk.
-        layers: of the policy.
-        observations: all; the longest prompt counts.
-        limits: what goes through at once, and the bound of memory.
-        placement: where to compute, and the type of the weights there.
-        needs: of the parts, where they were found before.
-
-    Raises:
-        QvlaError: a part, or a small piece of one of its layers, needs more than the bound.
-    """
-    longest = max(observations, key=lambda o: len(policy.processor.prompt_ids(o)))
-    feeds = _feeds(policy, longest, torch.device("cpu"))
-    needs = needs or part_needs(policy, layers, feeds)
-    probes = limits.probes
-    if probes is None:
-        probes = policy.processor.spec.horizon * policy.processor.spec.action_dim
-    largest = max(n.output_bytes for n in needs)
-    between = sum(n.output_bytes for n in needs) + 2 * probes * largest
-    between += sum(tensor.nbytes for tensor in feeds.values())
-    held, bound = limits.held_bytes + limits.batch_size * between, limits.max_bytes
-    groups, taken = [], []
-    for n in needs:
-        beside = held + n.weight_bytes + n.pass_bytes
-        if bound is not None and beside > bound:
-            raise QvlaError(
-                f"part {n.part.name} needs {beside / 1e9:.4g} GB: weights "
-                f"{n.weight_bytes / 1e9:.3g}, activations {n.pass_bytes / 1e9:.3g}, sums and what "
-                f"goes between parts {held / 1e9:.3g}; {too_small(beside, bound)}"
-            )
-        of_layers = limits.needs_of(layers, n.moved)
-        groups.append(fitting_groups(of_layers, bound, beside, limits.cut))
-        taken.append(beside + max((group_bytes(of_layers, g) for g in groups[-1]), default=0))
-    ahead = [bound is None or _fits_beside(needs, taken, k, bound) for k in range(len(needs))]
-    return Stream(policy, layers, placement, needs, groups, ahead)
-
-
-def _fits_beside(needs: Sequence[PartNeeds], taken: Sequence[int], number: int, bound: int) -> bool:
-    """Whether a part's weights fit beside all that either neighbour takes while it computes."""
-    beside = [taken[k] for k in (number - 1, number + 1) if 0 <= k < len(taken)]
-    return max(beside, default=0) + needs[number].weight_bytes <= bound
-
-
 @contextlib.contextmanager
 def weights_in_memory(policy: Policy, weights: Weights, device: torch.device) -> Iterator[None]:
     """Hold some weights of a policy in memory while the block runs.
@@ -312,6 +234,9 @@ def weights_in_memory(policy: Policy, weights: Weights, device: torch.device) ->
         return_freed_memory()
 
 
-def _feeds(policy: Policy, observation: Observation, device: torch.device) -> dict[str, Tensor]:
+def model_inputs(
+    policy: Policy, observation: Observation, device: torch.device
+) -> dict[str, Tensor]:
+    """Return what a policy takes of an observation, on a device."""
     feeds = policy.processor.feeds(observation)
     return {name: torch.from_numpy(value).to(device) for name, value in feeds.items()}

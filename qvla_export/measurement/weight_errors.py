@@ -75,16 +75,15 @@ def error_needs(quantizer: QuantizerSpec, widths: tuple[int, ...]) -> NeedsOf:
         nearest = layer_needs(layers, moved, widths)
         if not quantizer.needs_moments:
             return nearest
-        return {name: _with_answers(needs) for name, needs in nearest.items()}
+        shapes = layer_shapes({name: layers[name] for name in moved})
+        return {name: _with_answers(needs, shapes[name][1]) for name, needs in nearest.items()}
 
     return needs_of
 
 
-def _with_answers(needs: LayerNeeds) -> LayerNeeds:
+def _with_answers(needs: LayerNeeds, inputs: int) -> LayerNeeds:
     """Add the inputs' moments, their factors, and the weights on their way."""
-    matrices = alone_bytes(needs.channels, needs.inputs) + 4 * needs.channels**2
-    return replace(
-        needs,
-        more_bytes=matrices,
-        more_bytes_per_channel=alone_bytes_per_weight() * needs.inputs,
-    )
+    made, met = needs.phases
+    matrices = alone_bytes(needs.channels, inputs) + 4 * needs.channels**2
+    answered = replace(made, passes=matrices, passes_per_channel=alone_bytes_per_weight() * inputs)
+    return replace(needs, phases=(answered, met))

@@ -1,24 +1,27 @@
 """What a deployment will take of this machine, said before anything starts or is written."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qvla_export.measurement.peak_memory import high_water_bytes
+from qvla_export.measurement.peak_memory import high_water_bytes, resident_bytes
 from qvla_export.pipeline.calibrate import fitting_draw, load_calibration
 from qvla_export.pipeline.deploy import Deployment, check_inputs, compares_exactly, whole_work
 from qvla_export.pipeline.sizing import step_costs as costs
+from qvla_export.pipeline.sizing.holding import blank_observation
 from qvla_export.pipeline.sizing.machine_rates import MachineRates, cpu_seconds, measure_machine
 from qvla_export.pipeline.sizing.policy_costs import PolicyCosts, policy_costs
 from qvla_export.pipeline.sizing.step_costs import StepCosts, Workload
+from qvla_export.pipeline.sizing.streamed_memory import streamed_memory
 
 if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
+    from qvla_export.shared.observation import Observation
 
 _FORMAT = "qvla.forecast/1"
 _MOST_PAIRS, _PAIRS_S = 500, 60.0
-# Of libraries that only later steps load, and of the report with its figures.
-_LIBRARY_BYTES, _REPORT_BYTES = 150_000_000, 320_000
+# Of the report with its figures.
+_REPORT_BYTES = 320_000
 _NOTES = (
     "Work of the run folder that is up to date already is not subtracted. Not foretold (-): "
     "drawing from the simulator and simulated episodes; starting up takes some seconds more."
@@ -90,20 +93,24 @@ def forecast(request: Deployment, policy: "Policy", rates: MachineRates | None =
     """
     check_inputs(request, policy)
     request.holding.require_whole_for(whole_work(request))
+    before = resident_bytes() or high_water_bytes()
     size = policy_costs(request.source, policy)
     usual, batch = size.usual_layer, request.holding.batch_size
     rates = rates or measure_machine(batch * usual.tokens, usual.inputs, usual.channels)
-    work = _work(request, size, rates)
-    before = high_water_bytes() + _LIBRARY_BYTES
     steps = [
-        StepCosts(s.name, s.cpu_s, s.memory_bytes + before, s.disk_bytes)
-        for s in _steps(request, policy, work)
+        replace(step, memory_bytes=step.memory_bytes + before)
+        for step in _steps(request, policy, _work(request, policy, size, rates))
     ]
     return Forecast(request.holding.describe(), rates, tuple(steps))
 
 
-def _work(request: Deployment, size: PolicyCosts, rates: MachineRates) -> Workload:
+def _work(
+    request: Deployment, policy: "Policy", size: PolicyCosts, rates: MachineRates
+) -> Workload:
     count, held_out = _observations(request)
+    streamed = None
+    if not request.holding.resident:
+        streamed = streamed_memory(request, policy, _observation(request, policy), count)
     return Workload(
         size,
         rates,
@@ -112,9 +119,19 @@ def _work(request: Deployment, size: PolicyCosts, rates: MachineRates) -> Worklo
         request.holding.batch_size,
         request.probes or size.action_numbers,
         request.quantizer == "compensated",
-        request.holding.resident,
-        request.holding.max_bytes,
+        streamed,
     )
+
+
+def _observation(request: Deployment, policy: "Policy") -> "Observation":
+    """Return one that is measured on, or is like them."""
+    drawn = request.calibration
+    if drawn is None:
+        stored = load_calibration(request.run).observations
+        return max(stored, key=lambda item: len(policy.processor.prompt_ids(item)))
+    if drawn.dataset is None:
+        return blank_observation(policy)
+    return drawn.dataset.frame(0, 0).observation
 
 
 def _observations(request: Deployment) -> tuple[int, int]:
@@ -150,7 +167,7 @@ def _steps(request: Deployment, policy: "Policy", work: Workload) -> list[StepCo
         steps.append(costs.latency_costs(work, len(request.settings), request.samples))
     if request.episodes:
         steps.append(StepCosts("episodes", None, 0, 0))
-    steps.append(StepCosts("report", 1.0, 0, _REPORT_BYTES))
+    steps.append(StepCosts("report", 1.0, costs.LIBRARY_BYTES, _REPORT_BYTES))
     return steps
 
 

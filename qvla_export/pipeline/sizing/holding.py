@@ -241,7 +241,7 @@ def _fitting(request: HoldingRequest, stored: "Policy", demand: "Demand", cut: H
     """Return a holding with as many observations together as fit, where none are asked for."""
     import torch
 
-    from qvla_export.measurement.streamed import StreamLimits, open_stream
+    from qvla_export.measurement.stream_limits import StreamLimits, open_stream
     from qvla_export.measurement.weight_placement import WeightPlacement
     from qvla_export.pipeline.sensitivities import first_order_demand
     from qvla_export.policies.layers import traced_layers

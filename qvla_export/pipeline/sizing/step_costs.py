@@ -1,10 +1,11 @@
 """What each step of a deployment takes of a machine, from multiply-adds, numbers and bytes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline.sizing.machine_rates import MachineRates
-from qvla_export.pipeline.sizing.policy_costs import LayerCosts, PartCosts, PolicyCosts
+from qvla_export.pipeline.sizing.policy_costs import LayerCosts, PolicyCosts
+from qvla_export.pipeline.sizing.streamed_memory import StreamedMemory
 from qvla_export.quantizer.moments import block_size
 from qvla_export.quantizer.rounding_costs import alone_bytes, rounding_cost
 
@@ -20,6 +21,11 @@ _TRACE_STEPS, _PLAN_STEPS = 8000, 1200
 _NODE_BYTES, _CODED_NODE_BYTES, _CHANNEL_BYTES = 2600, 4000, 1.6
 # Of a layer's outputs, for each probe: products, squares and sums of moments.
 _NUMBERS_A_PROBE = 3
+# Of libraries that only steps after the codes load.
+LIBRARY_BYTES = 150_000_000
+# Copies in float32 of a policy's weights while it is exported; of those of a part that is read by
+# itself, with what is read and rounded on the way: measured at the widths of 1024 and 4096.
+_WHOLE_COPIES, _PART_COPIES = 3, 1.25
 # What an observation that goes alone takes more than one in a batch of eight; such passes of a
 # held-out observation, without and with codes; opening an engine. Measured on the reference policy.
 _ALONE, _FLOAT_PASSES, _CODED_PASSES, _OPENING_S = 1.7, 2.5, 4, 0.4
@@ -50,17 +56,15 @@ class Workload:
     # Of an observation: random ones, or the action's numbers.
     probes: int
     compensated: bool
-    # Whether all weights are in memory.
-    resident: bool
-    # Bound of the part by part measurements.
-    max_bytes: int | None
+    # What planning the steps found that read a policy part by part; None: it is in memory.
+    streamed: StreamedMemory | None
     # Bytes of a weight that stays in float in the target's graph.
     float_bytes: int = 2
 
-    def bounded(self, nbytes: int) -> int:
-        """Return bytes, no more than the bound of what is read part by part."""
-        bound = None if self.resident else self.max_bytes
-        return nbytes if bound is None else min(nbytes, bound)
+    @property
+    def resident(self) -> bool:
+        """Return whether all weights are in memory."""
+        return self.streamed is None
 
     def passes_s(self, observations: int, probes: int, forwards: float = 1.0) -> float:
         """Return the CPU seconds of passes forward, and back once for each probe."""
@@ -74,26 +78,27 @@ class Workload:
         return 0.0 if self.resident else self.policy.weight_bytes / self.rates.bytes_per_s
 
     def pass_bytes(self) -> int:
-        """Return the bytes of a batch on its way, with its weights where they lie on disk."""
-        size, parts = self.batch_size, self.policy.parts
-        if self.resident:
-            return size * sum(part.pass_bytes for part in parts)
-        largest = max(part.weight_bytes + size * part.pass_bytes for part in parts)
-        between = sum(part.output_bytes for part in parts)
-        return largest + min(self.count, size) * between
+        """Return the bytes of a batch on its way through a policy that is in memory."""
+        return self.batch_size * sum(part.pass_bytes for part in self.policy.parts)
 
-    def single_pass_bytes(self) -> int:
-        """Return the bytes of observations that take turns in each part, as a bundle's do."""
-        return self.pass_bytes() if self.resident else replace(self, batch_size=1).pass_bytes()
+    def acting_bytes(self, copies: float) -> int:
+        """Return the bytes of observations that act, one after another.
+
+        Args:
+            copies: of the weights that are in memory: of all, or of the part that has most.
+        """
+        parts = self.policy.parts
+        if self.resident:
+            passed = sum(part.pass_bytes for part in parts)
+            return int(copies * self.policy.weight_bytes) + passed
+        return max(int(copies * part.weight_bytes) + part.pass_bytes for part in parts)
 
 
 def moment_costs(work: Workload) -> StepCosts:
-    """Return what measuring moments takes."""
+    """Return what measuring the moments of a policy in memory takes."""
     layers = work.policy.layers
     disk = sum(4 * (_moment_numbers(layer) + layer.inputs) for layer in layers)
-    held = 3 * disk if work.resident else 2 * max(map(_part_moments, work.policy.parts))
-    memory = work.bounded(held + work.pass_bytes())
-    return StepCosts("moments", _moments_s(work), memory, disk if work.resident else 0)
+    return StepCosts("moments", _moments_s(work), 3 * disk + work.pass_bytes(), disk)
 
 
 def sensitivity_costs(work: Workload) -> StepCosts:
@@ -109,15 +114,14 @@ def sensitivity_costs(work: Workload) -> StepCosts:
         taken += sum(_alone_s(layer, rates) for layer in layers)
         taken += 0.0 if work.resident else _moments_s(work)
     channels = sum(layer.channels for layer in layers)
-    sums = 8 * 2 * _WIDTHS * channels
-    own = max(_error_bytes(layer, work) for layer in layers)
-    memory = sums + work.pass_bytes() + own
-    if work.resident:
+    if work.streamed is not None:
+        memory = work.streamed.sensitivities
+    else:
+        memory = 8 * 2 * _WIDTHS * channels + work.pass_bytes()
+        memory += max(_error_bytes(layer, work) for layer in layers)
         memory += sum(4 * _CODED * layer.weights for layer in layers)
-    elif work.compensated:
-        memory += max(map(_part_moments, work.policy.parts))
     disk = 4 * channels * _WIDTHS
-    return StepCosts("sensitivities", taken, work.bounded(memory), disk)
+    return StepCosts("sensitivities", taken, memory, disk)
 
 
 def plan_costs(work: Workload, setting: Setting) -> StepCosts:
@@ -133,15 +137,13 @@ def rounding_costs(work: Workload, setting: Setting) -> StepCosts:
     layers = work.policy.layers
     costs = [rounding_cost(layer.channels, layer.inputs, _LARGEST_BLOCK, 64) for layer in layers]
     taken = sum(cost.cpu_s(work.rates.rounding) for cost in costs)
-    memory = max(cost.memory_bytes for cost in costs)
-    if work.resident:
-        memory += sum(4 * layer.weights for layer in layers)
-    else:
+    if work.streamed is not None:
         taken += _moments_s(work)
-        memory += max(map(_part_moments, work.policy.parts))
-        memory += max(part.weight_bytes for part in work.policy.parts)
+        memory = work.streamed.rounding
+    else:
+        memory = max(cost.memory_bytes for cost in costs) + sum(4 * x.weights for x in layers)
     disk = sum(cost.disk_bytes for cost in costs)
-    return StepCosts(f"{setting.name}: rounding", taken, work.bounded(memory), disk)
+    return StepCosts(f"{setting.name}: rounding", taken, memory, disk)
 
 
 def export_costs(work: Workload, setting: Setting, first: bool) -> StepCosts:
@@ -166,8 +168,7 @@ def export_costs(work: Workload, setting: Setting, first: bool) -> StepCosts:
     taken = len(policy.layers) * traced / work.rates.rounding.narrow_steps_per_s
     taken += 2 * (disk + policy.weight_bytes) / work.rates.bytes_per_s
     taken += work.passes_s(2 * _GOLDEN, 0)
-    largest = max(part.weight_bytes for part in policy.parts)
-    memory = 3 * (policy.weight_bytes if work.resident else largest) + work.single_pass_bytes()
+    memory = LIBRARY_BYTES + work.acting_bytes(_WHOLE_COPIES if work.resident else _PART_COPIES)
     return StepCosts(f"{setting.name}: bundle", taken, memory, int(disk))
 
 
@@ -176,8 +177,7 @@ def error_costs(work: Workload, setting: Setting) -> StepCosts:
     passes = _FLOAT_PASSES if setting.kind == "float" else _CODED_PASSES
     taken = _OPENING_S + _ALONE * passes * work.passes_s(work.held_out, 0)
     taken += work.policy.weight_bytes / work.rates.bytes_per_s
-    largest = max(part.weight_bytes for part in work.policy.parts)
-    memory = 2 * (work.policy.weight_bytes if work.resident else largest) + work.pass_bytes()
+    memory = LIBRARY_BYTES + work.acting_bytes(2 if work.resident else _PART_COPIES)
     disk = 4 * work.held_out * work.policy.action_numbers
     return StepCosts(f"{setting.name}: action error", taken, memory, disk)
 
@@ -232,10 +232,6 @@ def _error_bytes(layer: LayerCosts, work: Workload) -> int:
 def _moment_numbers(layer: LayerCosts) -> int:
     widths = layer.inputs, layer.channels
     return sum(width * block_size(width, _LARGEST_BLOCK) for width in widths)
-
-
-def _part_moments(part: PartCosts) -> int:
-    return 8 * sum(map(_moment_numbers, part.layers))
 
 
 def _golden_bytes(policy: PolicyCosts) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvla_export.measurement.peak_memory import peak_memory
 from qvla_export.pipeline.progress import OnProgress, Progress
 from qvla_export.pipeline.run_folder import RECORD_SUFFIX, RunFolder, record_file
 from qvla_export.shared.artifacts import read_json, write_bytes, write_json
@@ -65,6 +66,8 @@ class _Record:
     options: Mapping[str, Value]
     sources: tuple[str, ...]
     cpu_s: float
+    # The process's resident memory at its highest meanwhile; None where the system did not tell.
+    peak_bytes: int | None = None
 
 
 def short(digest: str) -> str:
@@ -78,6 +81,12 @@ def cpu_s(run: RunFolder, path: Path) -> float | None:
     return None if earlier is None else earlier.cpu_s
 
 
+def peak_bytes(run: RunFolder, path: Path) -> int | None:
+    """Return the resident memory at its highest while an artifact was made; None as for `cpu_s`."""
+    earlier = _read(ArtifactWork(run, path, {}).record)
+    return None if earlier is None else earlier.peak_bytes
+
+
 @contextmanager
 def recorded_work(
     work: ArtifactWork,
@@ -85,9 +94,10 @@ def recorded_work(
     world: "World | None" = None,
     cpu_now_s: Callable[[], float] | None = None,
 ) -> Iterator[OnProgress]:
-    """Run a block that makes an artifact, and record the CPU seconds it takes.
+    """Run a block that makes an artifact, and record the CPU seconds and memory it takes.
 
-    An interrupted block's seconds are noted as it goes on, and those of the next one are added.
+    An interrupted block's seconds are noted as it goes on, and those of the next one are added; of
+    the resident memory the highest counts.
 
     Args:
         work: what is made of what.
@@ -110,13 +120,13 @@ def recorded_work(
     now_s = cpu_now_s or _cpu_now_s
     earlier = _read(work.record)
     same = earlier is not None and not _changes(earlier, work)
-    before_s = earlier.cpu_s if earlier is not None and same else 0.0
+    before = earlier if earlier is not None and same else _Record(work.name, {}, (), 0.0)
     began_s, noted_s, was = now_s(), 0.0, _records_before(work, same)
 
     def note() -> None:
         nonlocal noted_s
         noted_s = now_s() - began_s
-        _write(work, before_s + noted_s)
+        _write(work, before, noted_s, memory.so_far_bytes())
 
     def hear(progress: Progress) -> None:
         if now_s() - began_s - noted_s > _NOTE_EVERY_S:
@@ -124,23 +134,24 @@ def recorded_work(
         on_progress(progress)
 
     # Before the block: whoever is killed once the artifact stands leaves its record with it.
-    _write(work, before_s)
+    _write(work, before)
     for path in was:
         if path != work.record:
             path.unlink(missing_ok=True)
-    try:
-        yield hear
-    except QvlaError:
-        if noted_s:
+    with peak_memory() as memory:
+        try:
+            yield hear
+        except QvlaError:
+            if noted_s:
+                note()
+            else:
+                # Refused before it began: what was there, and its records, are as they were.
+                _restore(work, was)
+            raise
+        except BaseException:
             note()
-        else:
-            # Refused before it began: what was there, and its records, are as they were.
-            _restore(work, was)
-        raise
-    except BaseException:
+            raise
         note()
-        raise
-    note()
 
 
 def _records_before(work: ArtifactWork, same: bool) -> dict[Path, bytes]:
@@ -197,7 +208,11 @@ def _dependents(work: ArtifactWork) -> list[_Record]:
     return [record for record in found if record.name != work.name]
 
 
-def _write(work: ArtifactWork, cpu_s: float) -> None:
+def _write(
+    work: ArtifactWork, before: _Record, cpu_s: float = 0.0, peak_bytes: int | None = None
+) -> None:
+    """Write a record of what was done before and of what was done since."""
+    peaks = [peak for peak in (before.peak_bytes, peak_bytes) if peak is not None]
     write_json(
         work.record,
         {
@@ -205,7 +220,8 @@ def _write(work: ArtifactWork, cpu_s: float) -> None:
             "artifact": work.name,
             "options": dict(work.options),
             "sources": [path.relative_to(work.run.root).as_posix() for path in work.sources],
-            "cpu_s": round(cpu_s, 3),
+            "cpu_s": round(before.cpu_s + cpu_s, 3),
+            "peak_bytes": max(peaks, default=None),
         },
     )
 
@@ -219,8 +235,14 @@ def _read(path: Path) -> _Record | None:
         if value["format"] != _FORMAT:
             return None
         sources = tuple(map(str, value["sources"]))
+        # Records of earlier versions say nothing of memory.
+        peak = value.get("peak_bytes")
         return _Record(
-            str(value["artifact"]), dict(value["options"]), sources, float(value["cpu_s"])
+            str(value["artifact"]),
+            dict(value["options"]),
+            sources,
+            float(value["cpu_s"]),
+            None if peak is None else int(peak),
         )
     except (ArtifactError, KeyError, TypeError, ValueError) as error:
         _LOG.warning("%s is left out: %s", path, error)

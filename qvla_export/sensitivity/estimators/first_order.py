@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from qvla_export.measurement.backward import (
@@ -29,9 +30,10 @@ from qvla_export.measurement.layer_groups import Piece, layer_groups
 from qvla_export.measurement.moment_bounds import MomentSettings
 from qvla_export.measurement.sharded_sums import OnProgress, ShardedSums
 from qvla_export.measurement.span_deviations import Fed, add_spans
-from qvla_export.measurement.span_sweeps import SpanSweeps, open_sweeps
+from qvla_export.measurement.span_sweeps import SpanSweeps, SpanUse, open_sweeps
 from qvla_export.measurement.standard_error import WHOLE, empty_sums, empty_whole, standard_error
-from qvla_export.measurement.streamed import Stream, StreamLimits, open_stream
+from qvla_export.measurement.stream_limits import StreamLimits, open_stream
+from qvla_export.measurement.streamed import Stream
 from qvla_export.measurement.weight_errors import error_needs, weight_errors
 from qvla_export.measurement.weight_placement import WeightPlacement
 from qvla_export.policies.base import Policy
@@ -184,24 +186,15 @@ def measure_first_order(
     if not observations:
         raise QvlaError("sensitivities need at least one observation, got none")
     layers = traced_layers(policy)
-    count, size, widths = len(observations), settings.batch_size, len(settings.widths)
-    needs_of = error_needs(settings.quantizer, settings.widths)
-    empty = empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths)
-    empty[WHOLE] = empty_whole(settings.probes, count, widths)
+    count, size = len(observations), settings.batch_size
+    empty = _empty_sums(layers, count, settings)
     stream = sweeps = None
     groups: Sequence[Sequence[str]] = [list(layers)]
     if weights_on_disk(policy):
-        held = sum(array.nbytes for array in empty.values())
-        limits = StreamLimits(size, settings.probes, needs_of, held, settings.max_bytes)
-        device = (world or Alone()).device
-        if settings.span_moments is None:
-            stream = open_stream(policy, layers, observations, limits, WeightPlacement.on(device))
-        else:
-            how = replace(settings.span_moments, seed=settings.seed)
-            sweeps = open_sweeps(policy, observations, limits, how, device)
-            stream, groups = sweeps.stream, sweeps.spans
+        stream, sweeps = open_first_order(policy, observations, settings, (world or Alone()).device)
+        groups = groups if sweeps is None else sweeps.spans
     else:
-        first = observations[:size]
+        needs_of, first = error_needs(settings.quantizer, settings.widths), observations[:size]
         groups = layer_groups(policy, layers, first, needs_of, settings.max_bytes)
     identity = _identity(policy, count, calibration_digest, settings, groups, stream)
     if sweeps is not None:
@@ -226,6 +219,44 @@ def measure_first_order(
         quantizer=settings.quantizer,
         standard_error=standard_error(total, list(layers)),
     )
+
+
+def open_first_order(
+    policy: Policy,
+    observations: Sequence[Observation],
+    settings: FirstOrder,
+    device: torch.device,
+) -> tuple[Stream, SpanSweeps | None]:
+    """Find out how observations go through a policy whose weights were left on disk.
+
+    Args:
+        policy: its weights were left on disk.
+        observations: at least one.
+        settings: with the bound of memory.
+        device: where to compute.
+
+    Returns:
+        Parts and groups of layers; where moments are measured on the way, also the spans.
+
+    Raises:
+        QvlaError: what is needed exceeds the bound of memory.
+    """
+    layers, needs_of = traced_layers(policy), error_needs(settings.quantizer, settings.widths)
+    held = sum(a.nbytes for a in _empty_sums(layers, len(observations), settings).values())
+    limits = StreamLimits(settings.batch_size, settings.probes, needs_of, held, settings.max_bytes)
+    if settings.span_moments is None:
+        placement = WeightPlacement.on(device)
+        return open_stream(policy, layers, observations, limits, placement), None
+    how = replace(settings.span_moments, seed=settings.seed)
+    use = SpanUse(lambda some, moved, settings: needs_of(some, moved), by_group=True)
+    sweeps = open_sweeps(policy, observations, limits, how, device, use)
+    return sweeps.stream, sweeps
+
+
+def _empty_sums(layers: Layers, count: int, settings: FirstOrder) -> dict[str, NDArray[np.float64]]:
+    widths = len(settings.widths)
+    empty = empty_sums({name: len(layer.weight) for name, layer in layers.items()}, widths)
+    return {**empty, WHOLE: empty_whole(settings.probes, count, widths)}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Codes made span by span from weights on disk: moments as of the whole, used and dropped."""
 
-import bisect
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,32 +14,32 @@ from tiny_bundles import mixed_plan
 from calibration.calibration_set import CalibrationSet
 from engines.targets import CPU
 from qvla_export.allocation.setting import parse_setting
-from qvla_export.measurement.layer_groups import NeedsOf
 from qvla_export.measurement.measure_moments import measure_moments
-from qvla_export.measurement.moment_bounds import MomentSettings, moment_needs, moment_sums
+from qvla_export.measurement.moment_bounds import MomentSettings, moment_needs
 from qvla_export.measurement.round_spans import SpanRounding, round_spans
-from qvla_export.measurement.span_sweeps import SpanSweeps, open_sweeps
-from qvla_export.measurement.standard_error import empty_sums, empty_whole
-from qvla_export.measurement.streamed import StreamLimits, open_stream
-from qvla_export.measurement.weight_errors import error_needs
-from qvla_export.measurement.weight_placement import WeightPlacement
+from qvla_export.measurement.span_sweeps import SpanSweeps, SpanUse, open_sweeps, ways_to_go
+from qvla_export.measurement.stream_limits import StreamLimits
 from qvla_export.pipeline.plan import plan as plan_setting
 from qvla_export.pipeline.progress import Progress
 from qvla_export.pipeline.round import round_setting
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
-from qvla_export.policies.layers import traced_layers
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.quantizer.moments import LayerMoments, Moments
 from qvla_export.quantizer.quantize import compensated_spec
 from qvla_export.quantizer.round_plan import round_plan
-from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
-from qvla_export.shared.errors import ArtifactError, QvlaError
+from qvla_export.sensitivity.estimators.first_order import (
+    FirstOrder,
+    measure_first_order,
+    open_first_order,
+)
+from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.observation import Observation
 
 Make = Callable[..., list[Observation]]
 HOW = MomentSettings(batch_size=2, probes=2)
 MOMENTS = partial(moment_needs, settings=HOW)
+CPU_DEVICE = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def stored(tiny_checkpoint: Path) -> OftPolicy:
 
 def sweeps_of(policy: OftPolicy, observations: list[Observation], bound: int | None) -> SpanSweeps:
     limits = StreamLimits(HOW.batch_size, HOW.probes, MOMENTS, 0, bound)
-    return open_sweeps(policy, observations, limits, HOW, torch.device("cpu"))
+    return open_sweeps(policy, observations, limits, HOW, CPU_DEVICE, SpanUse(moment_needs, False))
 
 
 def assert_close(found: LayerMoments, expected: LayerMoments) -> None:
@@ -61,12 +60,16 @@ def assert_close(found: LayerMoments, expected: LayerMoments) -> None:
 
 
 def test_spans_have_the_moments_of_the_whole(
-    stored: OftPolicy, tiny_policy: OftPolicy, tiny_observations: Make
+    stored: OftPolicy,
+    tiny_policy: OftPolicy,
+    tiny_observations: Make,
+    in_twos: Callable[[], None],
 ) -> None:
     """All observations in one sweep; in batches, a sweep for each span."""
     observations = tiny_observations(3)
     at_once = sweeps_of(stored, observations, None)
-    in_batches = sweeps_of(stored, observations, _bound_of_two(at_once))
+    in_twos()
+    in_batches = sweeps_of(stored, observations, None)
     assert at_once.at_once and len(at_once.spans) > 2
     assert not in_batches.at_once and 1 < len(in_batches.spans) <= len(at_once.spans)
     for sweeps, size in ((at_once, 3), (in_batches, 2)):
@@ -79,24 +82,26 @@ def test_spans_have_the_moments_of_the_whole(
             assert_close(fed, whole.layers[name])
 
 
-def _bound_of_two(sweeps: SpanSweeps, needs_of: NeedsOf = MOMENTS, beside: int = 0) -> int:
-    """Return a bound that two observations keep to and three do not."""
-    stream, (batch,) = sweeps.stream, sweeps.batches
-    layers, placement = stream.layers, WeightPlacement.on(torch.device("cpu"))
-    sums = [moment_sums({n: layers[n] for n in names}, HOW) for names in sweeps.spans]
-    held = beside + max(sum(array.nbytes for array in of_span.values()) for of_span in sums)
+@pytest.fixture
+def in_twos(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Returns what makes two observations go together, as if three did not fit.
 
-    def fits(count: int, bound: int) -> bool:
-        limits = StreamLimits(count, HOW.probes, needs_of, held, bound)
-        with suppress(QvlaError):
-            open_stream(stream.policy, layers, batch.observations, limits, placement, stream.needs)
-            return True
-        return False
+    Three always do at this size: what lies between parts is little beside sums.
+    """
 
-    bounds = range(0, 1 << 27, 1 << 10)
-    three = bounds[bisect.bisect_left(bounds, True, key=lambda bound: fits(3, bound))]
-    assert fits(2, three - 2048)
-    return three - 2048
+    def limit() -> None:
+        monkeypatch.setattr(
+            "qvla_export.measurement.span_sweeps.ways_to_go",
+            lambda count, size, least, bound: [(size, least)],
+        )
+
+    return limit
+
+
+def test_all_observations_go_at_once_where_they_fit() -> None:
+    assert ways_to_go(8, 8, 10, 300) == [(8, None)]
+    assert ways_to_go(64, 8, 10, None) == [(64, None)]
+    assert ways_to_go(64, 8, 10, 300) == [(64, None), (8, 100), (8, 10)]
 
 
 @pytest.mark.parametrize("together", [2, 3])
@@ -105,21 +110,20 @@ def test_sensitivities_with_moments_on_the_way_are_those_with_moments_before(
     tiny_policy: OftPolicy,
     tiny_observations: Make,
     together: int,
+    in_twos: Callable[[], None],
     tmp_path: Path,
 ) -> None:
     """In one sweep and in batches; a killed run goes on at the span it was in."""
     observations, spec = tiny_observations(3), compensated_spec(CPU)
-    max_bytes = None
-    if together == 2:
-        channels = {name: len(layer.weight) for name, layer in traced_layers(stored).items()}
-        sums = {**empty_sums(channels, 2), "": empty_whole(HOW.probes, 3, 2)}
-        beside = sum(array.nbytes for array in sums.values())
-        sweeps = sweeps_of(stored, observations, None)
-        max_bytes = _bound_of_two(sweeps, error_needs(spec, (0, 4)), beside)
     moments = measure_moments(tiny_policy, observations, "c", replace(HOW, batch_size=together))
     how = FirstOrder(spec, (0, 4), HOW.probes, HOW.seed, together, moments=moments)
     expected = measure_first_order(tiny_policy, observations, "c", how)
-    own = replace(how, moments=None, span_moments=HOW, batch_size=2, max_bytes=max_bytes)
+    own = replace(how, moments=None, span_moments=HOW, batch_size=2)
+
+    if together == 2:
+        in_twos()
+    sweeps = open_first_order(stored, observations, own, CPU_DEVICE)[1]
+    assert sweeps is not None and sweeps.at_once == (together == 3)
 
     class Killed(Exception):
         pass

@@ -221,7 +221,7 @@ class TestReadAhead:
 def test_parts_are_read_ahead_only_where_they_fit(
     stored: OftPolicy, tiny_observations: Make
 ) -> None:
-    from qvla_export.measurement.streamed import StreamLimits, open_stream
+    from qvla_export.measurement.stream_limits import StreamLimits, open_stream
     from qvla_export.measurement.weight_errors import error_needs
 
     layers, observations = traced_layers(stored), tiny_observations(1)

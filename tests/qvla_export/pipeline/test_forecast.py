@@ -15,6 +15,7 @@ from qvla_export.pipeline.sizing import step_costs
 from qvla_export.pipeline.sizing.machine_rates import MachineRates
 from qvla_export.pipeline.sizing.policy_costs import PolicyCosts, policy_costs
 from qvla_export.pipeline.sizing.step_costs import StepCosts, Workload
+from qvla_export.pipeline.sizing.streamed_memory import StreamedMemory
 from qvla_export.policies.layers import layer_shapes, traced_layers
 from qvla_export.quantizer.rounding_costs import Rates
 
@@ -36,7 +37,7 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def work_of(costs: PolicyCosts, count: int = 16, **changes: Any) -> Workload:
-    work = Workload(costs, RATES, count, 8, 8, 4, True, True, None)
+    work = Workload(costs, RATES, count, 8, 8, 4, True, None)
     return replace(work, **changes)
 
 
@@ -137,11 +138,11 @@ def test_costs_grow_with_observations_and_layers(tiny_costs: PolicyCosts) -> Non
 
 def test_part_by_part_takes_the_memory_of_one_part(tiny_costs: PolicyCosts) -> None:
     whole = work_of(replace(tiny_costs, parts=tiny_costs.parts * 8))
-    parts = replace(whole, resident=False)
-    for name, one, other in zip(range(6), all_steps(whole), all_steps(parts), strict=True):
-        assert other.memory_bytes <= one.memory_bytes, name
-    bound = replace(parts, max_bytes=1000)
-    assert step_costs.sensitivity_costs(bound).memory_bytes == 1000
+    parts = replace(whole, streamed=StreamedMemory(sensitivities=1000, rounding=2000))
+    one, other = all_steps(whole)[1:], all_steps(parts)[1:]
+    assert [step.memory_bytes for step in (other[0], other[2])] == [1000, 2000]
+    for own, taken in zip(other, one, strict=True):
+        assert own.memory_bytes <= taken.memory_bytes, own.name
 
 
 def test_a_policy_is_sized_as_it_is(tiny_costs: PolicyCosts, tiny_checkpoint: Path) -> None:

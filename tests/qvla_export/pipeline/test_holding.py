@@ -13,7 +13,7 @@ from calibration.calibration_set import CalibrationSet
 from calibration.draw_size import DrawSize, fitting_size
 from engines.targets import CPU
 from qvla_export.allocation.setting import parse_setting
-from qvla_export.measurement.streamed import StreamLimits
+from qvla_export.measurement.stream_limits import StreamLimits
 from qvla_export.pipeline.action_error import HeldOutError
 from qvla_export.pipeline.deploy import Deployment, deploy
 from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint

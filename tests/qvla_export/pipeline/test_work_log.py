@@ -7,12 +7,14 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_runs import Inputs, Outcome, listing, qvla
 
+from qvla_export.measurement.peak_memory import high_water_bytes, peak_memory
 from qvla_export.pipeline.progress import Progress, ignore
 from qvla_export.pipeline.run_folder import RunFolder
-from qvla_export.pipeline.work.log import ArtifactWork, Value, cpu_s, recorded_work
+from qvla_export.pipeline.work.log import ArtifactWork, Value, cpu_s, peak_bytes, recorded_work
 from qvla_export.shared.errors import FinishedWork
 
 
@@ -56,6 +58,27 @@ def test_work_of_a_minute_is_replaced_and_named_and_longer_work_is_refused(
     make(work_of(run, "table", {"--probes": 8, "--seed": 0}), 2)
     make(work_of(RunFolder(tmp_path, force=True), "table", {"--probes": 8, "--seed": 1}), 1)
     assert cpu_s(run, tmp_path / "table") == 1
+
+
+def test_the_memory_of_work_is_recorded_and_the_highest_counts(tmp_path: Path) -> None:
+    """Of a block within another, too; the process's own peak stays what it was."""
+    run = RunFolder(tmp_path)
+    table = work_of(run, "table", {})
+    large = np.ones(100_000_000, np.uint8)
+    with peak_memory() as outer, recorded_work(table, ignore):
+        large = np.ones(50_000_000, np.uint8)
+    high = peak_bytes(run, tmp_path / "table")
+    del large
+    make(table, 1)
+    assert high is not None and outer.peak_bytes is not None and outer.extra_bytes is not None
+    assert outer.peak_bytes >= high and outer.extra_bytes >= 45_000_000
+    assert peak_bytes(run, tmp_path / "table") == high <= high_water_bytes()
+    # Records of earlier versions say nothing of it.
+    stated = json.loads(table.record.read_text())
+    del stated["peak_bytes"]
+    table.record.write_text(json.dumps(stated))
+    assert peak_bytes(run, tmp_path / "table") is None
+    assert cpu_s(run, tmp_path / "table") is not None
 
 
 def test_what_was_made_of_an_artifact_counts_with_it(tmp_path: Path) -> None:
