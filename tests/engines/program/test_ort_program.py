@@ -1,6 +1,6 @@
 """ONNX Runtime runs a bundle's program: parts repeat, tensors stay in the runtime."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +8,19 @@ import numpy as np
 import onnxruntime
 import pytest
 from loop_bundles import LOOP, ROWS, loop_bundle
+from onnx import helper, numpy_helper
 
 from engines.load import load_engine
 from engines.ort import OrtEngine
+from engines.program.ort_values import call_part, copied, to_ort
 from engines.trt.builder import build_engines
 from engines.trt.modules import BuildError
 from engines.verify import judge
+from qvla_export.measurement.peak_memory import resident_bytes
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.part import Part, TensorSpec
 
 Observations = Callable[..., list[Observation]]
 
@@ -86,3 +90,32 @@ def test_tensorrt_refuses_what_repeats(
         build_engines(bundle, tmp_path / "engines")
     with pytest.raises(BuildError, match="qvla verify --runtime ort"):
         load_engine(bundle)
+
+
+def test_copies_let_a_session_go_with_its_weights() -> None:
+    """A tensor of the runtime's keeps what its session took; 64 MB here."""
+    weights = np.ones((4096, 4096), np.float32)
+    names = [helper.make_tensor_value_info(n, 1, [1, 4096]) for n in ("x", "y")]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        names[:1],
+        names[1:],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    content, part = model.SerializeToString(), Part("p", (), (TensorSpec("y", "float32", (1,)),))
+    fed = {"x": np.ones((1, 4096), np.float32)}
+
+    def call() -> Mapping[str, Any]:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        return call_part(session, part, to_ort(fed), "cpu")
+
+    before = resident_bytes()
+    held = call()
+    with_session = resident_bytes()
+    held = copied(held)
+    without = resident_bytes()
+    assert before is not None and with_session is not None and without is not None
+    assert with_session - before > 60_000_000 > 20_000_000 > without - before
+    assert np.array_equal(held["y"].numpy(), np.full((1, 4096), 4096, np.float32))
