@@ -13,6 +13,8 @@ from qvla_export.pipeline.runtime.tools import FailedTool, run_tool
 from qvla_export.shared.artifacts import sha256_file
 
 CONSTRAINTS = "constraints.txt"
+# uv knows no newer one.
+_NEWEST_GLIBC = (2, 40)
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^]]*\])?==(\S+)")
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 
@@ -65,11 +67,11 @@ def write_lock(needed: str, constraints: Path | None, system: RobotSystem, lock:
     """
     given = lock.with_suffix(".in")
     given.write_text(needed)
-    limit = "_".join(map(str, system.limits["GLIBC"]))
+    glibc = min(system.limits["GLIBC"], _NEWEST_GLIBC)
     arguments = (
         *("pip", "compile", given, "--quiet", "--generate-hashes", "--only-binary", ":all:"),
         *("--no-header", "--no-annotate", "--python-version", system.python),
-        *("--python-platform", f"aarch64-manylinux_{limit}", "--output-file", lock),
+        *("--python-platform", f"aarch64-manylinux_{glibc[0]}_{glibc[1]}", "--output-file", lock),
         *(("--constraints", constraints) if constraints is not None else ()),
     )
     failure = f"no set of wheels fits {system.name} with Python {system.python}"
