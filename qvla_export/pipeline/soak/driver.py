@@ -33,14 +33,17 @@ class CommandCounts:
     out_of_limits: int = 0
     # What the reader refused because its deadline had passed.
     expired: int = 0
-    # What the reader passed over: a second command in the pipe, and lines that are none.
+    # What the reader passed over: commands for newer ones, and lines that are none.
     replaced: int = 0
     malformed: int = 0
+    # Looks into the pipe that found more than a command in the reader's hand and the one after it,
+    # which comes while the process is not run.
+    bursts: int = 0
 
     @property
     def broken(self) -> int:
         """Commands that no driver may get, bursts, and lines that are no commands."""
-        return self.too_old + self.non_finite + self.out_of_limits + self.replaced + self.malformed
+        return self.too_old + self.non_finite + self.out_of_limits + self.bursts + self.malformed
 
     def take(self, command: Command, now_s: float) -> None:
         """Count a command that was handed out at a moment."""
@@ -70,7 +73,9 @@ def main() -> None:
     watch, counts = _Watch(), CommandCounts()
     reader = CommandReader(sys.stdin.buffer, DIMENSIONS, now_s=watch.now_s)
     while not reader.is_over:
+        before = reader.counters.replaced
         command = reader.read(_READ_S)
+        counts.bursts += reader.counters.replaced - before > 1
         if command is not None:
             # By the clock that the reader judged by: later, the process may have been stopped.
             counts.take(command, watch.last_s)

@@ -20,6 +20,7 @@ from PIL import Image
 from jetson.board import read_board_state
 from jetson.errors import PolicyFailure, Unauthorized
 from jetson.live.feed import LiveFeed, preview
+from jetson.recording.writer import McapRecorder
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.request_observer import ServedRequest
@@ -211,6 +212,19 @@ def test_pause_idle_and_a_lost_connection_are_said(page: Page) -> None:
         page.wait_for("document.getElementById('status').textContent.startsWith('Idle')")
     page.wait_for("document.getElementById('status').textContent == 'Connection lost'")
     assert "is old" in page.value("document.getElementById('trouble').textContent")
+
+
+def test_a_recorder_that_died_is_said(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ServerSettings(port=0, record=tmp_path / "run.mcap")
+    with open_server(EchoPolicy(OFT), settings) as url:
+        page.open(url + "/")
+        page.wait_for("document.getElementById('status').textContent == 'No action yet'")
+        assert page.value("document.getElementById('trouble').textContent") == ""
+        monkeypatch.setattr(McapRecorder, "failure", "OSError: No space left on device")
+        trouble = page.wait_for("document.getElementById('trouble').textContent")
+        assert trouble == "Nothing is recorded any more: OSError: No space left on device"
 
 
 def test_a_browser_that_knows_the_token_sees_the_page(page: Page) -> None:

@@ -119,7 +119,7 @@ def change_tally(report: SoakReport, change: Callable[[Tally], object]) -> SoakR
         ),
         (lambda: small_report(samples=[Sample(0, 9, 30), Sample(9, 9, 99)]), "descriptors"),
         (lambda: small_report(commands=CommandCounts(taken=9, too_old=1)), "no command"),
-        (lambda: small_report(commands=CommandCounts(taken=9, replaced=1)), "no command"),
+        (lambda: small_report(commands=CommandCounts(taken=9, bursts=1)), "no command"),
         (lambda: small_report(commands=CommandCounts()), "no command"),
         (lambda: small_report(faults=["the server ended with 1"]), "nothing died"),
     ],
