@@ -8,10 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qvla_export.quantizer.arrays import Float
 from qvla_export.quantizer.elimination import Elimination
-
-_DTYPES = {np.float32: torch.float32, np.float64: torch.float64}
 
 
 @dataclass(frozen=True)
@@ -33,23 +30,27 @@ class TorchArrays:
         """Return zeros."""
         return torch.zeros(shape, dtype=like.dtype, device=self.device)
 
-    def rint(self, array: Tensor) -> Tensor:
-        """Return the nearest integers."""
-        return torch.round(array)
-
-    def clip(self, array: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-        """Return an array within bounds."""
-        return torch.clamp(array, low, high)  # type: ignore[arg-type]  # both numbers or both arrays
+    def nearest(
+        self, values: Tensor, scales: Tensor, low: Tensor, high: Tensor, out: Tensor
+    ) -> None:
+        """Write the nearest integers."""
+        torch.div(values, scales, out=out)
+        torch.round(out, out=out)
+        torch.minimum(out, high, out=out)
+        torch.maximum(out, low, out=out)
 
     def above_diagonal(self, matrix: Tensor) -> Tensor:
         """Return a matrix with zeros on and below its diagonal."""
         return torch.triu(matrix, 1)
 
-    def factor(self, matrix: NDArray[np.float64], dtype: Float) -> Tensor:
+    def factor(self, matrix: NDArray[Any]) -> Tensor:
         """Return the upper triangle."""
         # As in `quantizer.arrays.NumpyArrays.factor`.
-        lower = torch.linalg.cholesky(self.put(matrix).flip(0, 1))
-        upper: Tensor = lower.flip(0, 1).to(_DTYPES[dtype])
+        backwards = self.put(matrix).flip(0, 1)
+        lower, fault = torch.linalg.cholesky_ex(backwards)
+        if fault.any():
+            lower = torch.linalg.cholesky(backwards.double()).to(backwards.dtype)
+        upper: Tensor = lower.flip(0, 1)
         return upper
 
     def solve(self, matrix: Tensor, right: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ as in GPTQ (Frantar et al. 2023) with an action-weighted H, and from channel to 
 that pruned and 2-bit channels are made up for by those that have the levels for it. numpy only.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -123,9 +124,9 @@ def _eliminate(
     for group in moments.channel_groups(kept):
         # Of equal widths the most important first, as along the inputs.
         order = group[np.lexsort((-moments.channel_diagonal(group), widths[group]))]
-        damped = moments.channel_matrix(order)
+        damped = moments.channel_matrix(order, inputs.blocking.dtype)
         add_to_diagonal(damped, addition)
-        factor = inputs.arrays.factor(damped, inputs.blocking.dtype)
+        factor = inputs.arrays.factor(damped)
         ordered = targets[inputs.places(order)]
         missing = ordered * 0
         for start, stop in _blocks(widths[order], inputs.blocking.channels):
@@ -133,8 +134,9 @@ def _eliminate(
             wanted = ordered[start:stop]
             answered = wanted
             if start:
-                before = factor[:start, start:stop].T @ missing[:start]
-                answered = wanted + inputs.arrays.solve(own.T, before)
+                # Solved for few channels, not for all inputs.
+                shares = inputs.arrays.solve(own.T, factor[:start, start:stop].T)
+                answered = wanted + shares @ missing[:start]
             rounded = work.round(chosen, answered, int(widths[chosen[0]]), own)
             missing[start:stop] = wanted - rounded
     # Nobody reads them, but a plan has codes of all its channels.
@@ -143,14 +145,12 @@ def _eliminate(
 
 
 def _blocks(widths: NDArray[np.int8], largest: int) -> Iterator[tuple[int, int]]:
-    """Runs of equal sorted widths, of at most `largest`; pruned channels are one."""
-    start = 0
-    while start < len(widths):
-        stop = start + int((widths[start:] == widths[start]).sum())
-        if widths[start]:
-            stop = min(stop, start + largest)
-        yield start, stop
-        start = stop
+    """Even shares, of at most `largest`, of equal sorted widths; pruned channels are one."""
+    for bits in np.unique(widths).tolist():
+        start, stop = np.searchsorted(widths, [bits, bits + 1]).tolist()
+        shares = -(-(stop - start) // largest) if bits else 1
+        ends = np.linspace(start, stop, shares + 1).astype(int).tolist()
+        yield from itertools.pairwise(ends)
 
 
 def _alike(widths: NDArray[np.int8]) -> Iterator[NDArray[np.int64]]:

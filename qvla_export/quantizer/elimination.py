@@ -2,10 +2,12 @@
 
 Rounding channel c at input i leaves an error, which the channel's later inputs answer through the
 factor of their moments and later channels at that input through theirs. So a weight waits for
-those before it in its row and in its column, and for no others: channels are taken in blocks, and
-while one block rounds an input, the block after it rounds the input before that. One step of the
-loop does this for all blocks; halves of the inputs pass what is missing on by one product. Array
-operations are an argument (`quantizer.arrays`), numpy alone is imported.
+those before it in its row and in its column, and for no others: channels are taken in blocks,
+inputs in runs, and while one block rounds a run, the block after it rounds the run before that.
+One step does this for all blocks: what other blocks and earlier runs miss comes by products, and
+only the inputs of a run go one by one. Panels of runs, and halves of all inputs, pass what is
+missing on by one product. Array operations are an argument (`quantizer.arrays`), numpy alone is
+imported.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.quantizer.arrays import Array, Arrays, Float, NumpyArrays
+from qvla_export.quantizer.shares import Shares
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,20 @@ class Blocking:
     channels: int
     # Of these, that are rounded in one block: they do not answer each other.
     block: int
-    # Inputs rounded one after another before one product passes on what is missing.
+    # Inputs that a block rounds one after another while the others wait for what it misses.
     inputs: int
-    # Of the elimination; matrices are factored in float64.
+    # Inputs that all blocks go through before one product passes on what is missing.
+    panel: int
+    # Of the elimination and of factors.
     dtype: Float
 
 
 # Layers of no more channels are rounded finely: scales for 16 channels at a time, in float64. On
-# 520 and more, random and strongly correlated, coarse blocks and float32 cost up to 2 % of the
-# squared error (of 2048: 0.1 %), and take a fourth of the time.
+# 520 to 2048, random and strongly correlated, coarse blocks and float32 cost up to 2 % of the
+# squared error, and take a fourth of the time.
 _FEW_CHANNELS = 512
-_FINE = Blocking(16, 16, 64, np.float64)
-_WIDE = Blocking(256, 16, 64, np.float32)
+_FINE = Blocking(16, 16, 16, 64, np.float64)
+_WIDE = Blocking(256, 16, 16, 512, np.float32)
 
 
 @dataclass(frozen=True)
@@ -66,21 +71,17 @@ class Levels:
 def eliminate(
     targets: Array,
     levels: Levels,
-    shares: Array,
+    shares: Shares,
     channels_factor: Array | None,
     arrays: Arrays,
     blocking: Blocking,
 ) -> Array:
     """Round weights one after another and return the whole numbers.
 
-    Of moments M = R R^T with R upper, place i answers best what is missing before it with the
-    shares R[:i, i] / R[i, i]: the linear feedback of QuIP (Chee et al. 2023), equal to GPTQ's,
-    without an inverse.
-
     Args:
         targets: [inputs, channels], inputs in the order of elimination.
         levels: of each.
-        shares: of the inputs; what is on the diagonal or below does not count.  [inputs, inputs]
+        shares: of the inputs.
         channels_factor: R of the channels', in their order; None where they do not answer each
             other.  [channels, channels]
         arrays: operations.
@@ -95,21 +96,21 @@ def eliminate(
 class _Waves:
     """Channels on their way through the inputs.
 
-    Columns are channels in blocks, the last block first: then the weights that a step rounds, one
-    input of each block, lie at equal distances in memory.
+    Columns are channels in blocks, the last block first: then what a step rounds, some inputs of
+    each block, lies at equal distances in memory.
     """
 
     def __init__(
         self,
         targets: Array,
         levels: Levels,
-        shares: Array,
+        shares: Shares,
         channels_factor: Array | None,
         arrays: Arrays,
         blocking: Blocking,
     ) -> None:
-        self._arrays, self._shares, self._inputs = arrays, shares, blocking.inputs
-        count = targets.shape[1]
+        self._arrays, self._shares, self._blocking = arrays, shares, blocking
+        self._inputs, count = targets.shape
         self._size = count if channels_factor is None else min(blocking.block, count)
         self._blocks = -(-count // self._size)
         # Channels that fill the last block up are zero, and stay it.
@@ -119,28 +120,35 @@ class _Waves:
         self._targets = self._laid_out(targets, 0)
         self._left = self._targets + 0
         self._scales = self._laid_out(arrays.put(levels.scales), 1)
-        self._low, self._high = (
-            self._laid_out(arrays.put(bound), 0) if isinstance(bound, np.ndarray) else bound
+        self._bounds = [
+            self._laid_out(arrays.put(bound), 0)
+            if isinstance(bound, np.ndarray)
+            else arrays.zeros((), targets) + bound
             for bound in (levels.low, levels.high)
+        ]
+        # What the rounded weights miss of the targets, and of the targets with the answers to
+        # other channels.
+        self._missing, self._gaps, self._levels = (
+            arrays.zeros(self._targets.shape, self._targets) for _ in range(3)
         )
-        # What the rounded weights miss of what they were to be after answering other channels.
-        self._gaps = arrays.zeros(self._targets.shape, self._targets)
-        self._levels = arrays.zeros(self._targets.shape, self._targets)
+        self._buffers: dict[int, tuple[list[Array], list[tuple[Array, ...]]]] = {}
         self._answers = None
         if channels_factor is not None and self._blocks > 1:
             self._answers = self._answers_of(channels_factor)
 
     def run(self) -> Array:
         """Round all inputs."""
-        self._round(0, len(self._targets))
-        result = self._arrays.zeros((len(self._targets), len(self._channels)), self._targets)
-        result[:, self._channels] = self._levels[:, self._filled]
+        self._round(0, self._inputs)
+        result = self._arrays.zeros((self._inputs, len(self._channels)), self._targets)
+        result[:, self._channels] = self._levels[: self._inputs, self._filled]
         return result
 
     def _laid_out(self, values: Array, rest: float) -> Array:
-        shape = len(values), self._blocks * self._size
-        result = self._arrays.zeros(shape, values) + rest
-        result[:, self._filled] = values[:, self._channels]
+        """Fill blocks and runs up; a row more lets views of the last run end in the array."""
+        length, width = self._blocking.inputs, self._blocks * self._size
+        rows = -(-len(values) // length) * length + 1
+        result = self._arrays.zeros((rows, width), values) + rest
+        result[: len(values), self._filled] = values[:, self._channels]
         return result
 
     def _answers_of(self, factor: Array) -> Array:
@@ -161,75 +169,90 @@ class _Waves:
 
     def _round(self, start: int, stop: int) -> None:
         """Round inputs [start, stop), which answer all inputs before them."""
-        if stop - start <= self._inputs:
-            self._round_few(start, stop)
+        panel = self._blocking.panel
+        if stop - start <= panel:
+            self._round_panel(start, stop)
             return
-        middle = start + self._inputs * -(-(stop - start) // (2 * self._inputs))
+        middle = start + panel * -(-(stop - start) // (2 * panel))
         self._round(start, middle)
-        shares = self._shares[start:middle, middle:stop]
+        shares = self._shares.matrix[start:middle, middle:stop]
         self._left[middle:stop] += shares.T @ self._gaps[start:middle]
         self._round(middle, stop)
 
-    def _round_few(self, start: int, stop: int) -> None:
-        """Round inputs [start, stop) one by one: block b the input t - b in step t.
+    def _round_panel(self, start: int, stop: int) -> None:
+        """Round inputs [start, stop) in runs: block b the run t - b in step t."""
+        blocks, length = self._blocks, self._blocking.inputs
+        runs, wide = -(-(stop - start) // length), self._size if blocks > 1 else 1
+        shares = self._shares.of_runs(start, stop, length, wide)
+        for step in range(runs + blocks - 1):
+            # Of the stored blocks, those that have a run in this step, and their runs.
+            first = max(0, blocks - 1 - step)
+            working = slice(first, min(blocks, runs + blocks - 1 - step))
+            run = step - (blocks - 1) + first
+            those = slice(run, run + working.stop - first)
+            self._round_runs(start, working, those, shares)
 
-        Rows of zeros before and after them keep all blocks busy in all steps.
+    def _round_runs(
+        self,
+        start: int,
+        working: slice,
+        runs: slice,
+        shares: tuple[Array, Array],
+    ) -> None:
+        """Round a run of each of some blocks.
+
+        Args:
+            start: first input of the panel.
+            working: blocks, as stored.
+            runs: of the panel, one for each of them.
+            shares: of the panel, see `Shares.of_runs`.
         """
-        arrays, blocks, size = self._arrays, self._blocks, self._size
-        count, width, before = stop - start, blocks * size, blocks - 1
-        inside = slice(before, before + count)
-        steps = np.arange(count + before)[:, None] + np.arange(blocks)
-        rows_of, blocks_of = arrays.put(steps), arrays.put(np.arange(blocks))
+        length, size, width = self._blocking.inputs, self._size, self._blocks * self._size
+        count, each = working.stop - working.start, length * width + size
+        first = (start + runs.start * length) * width + working.start * size
 
-        def tile(values: Array, rest: float = 0) -> Array:
-            padded = arrays.zeros((count + 2 * blocks, width), self._targets) + rest
-            padded[inside] = values[start:stop]
-            return padded
+        def own(values: Array) -> Array:
+            """Return a view of each block's run.  [length, blocks, block]"""
+            flat = values.reshape(-1)[first : first + count * each].reshape(count, each)
+            wide = flat[:, : length * width].reshape(count, length, width)
+            return wide[:, :, :size].swapaxes(0, 1)
 
-        def by_step(values: Array) -> Array:
-            """[rows, columns] -> [steps, blocks, block]"""
-            return values.reshape(-1, blocks, size)[rows_of, blocks_of]
+        (value, wanted, scale, level), rows = self._buffers_of(count)
+        value[:], wanted[:], scale[:] = own(self._left), own(self._targets), own(self._scales)
+        before, within = shares[0][runs], shares[1][:, :, runs]
+        answers = 0
+        if self._answers is not None:
+            inputs = slice(start + runs.start * length, start + runs.stop * length)
+            missing = self._missing[inputs].reshape(count, length, width)
+            answers = (missing @ self._answers[working]).swapaxes(0, 1)
+            value += answers
+            wanted += answers
+        known = (runs.stop - 1) * length
+        if known:
+            gaps = self._gaps[start : start + known].reshape(known, self._blocks, size)
+            value += (before[:, :, :known] @ gaps.swapaxes(0, 1)[working]).swapaxes(0, 1)
+        bounds = [own(some) if some.shape else [some] * length for some in self._bounds]
+        for place, (now, target, unit, whole, later) in enumerate(rows):
+            self._arrays.nearest(now, unit, bounds[0][place], bounds[1][place], whole)
+            later += within[place, place + 1 :] * (target - whole * unit)
+        gap = wanted - level * scale
+        own(self._gaps)[:], own(self._levels)[:] = gap, level
+        if self._answers is not None:
+            own(self._missing)[:] = gap - answers
 
-        def of_step(values: Array, step: int) -> Array:
-            """Return a view of what `by_step` has.  [blocks, block]"""
-            flat = values.reshape(-1)[step * width : (step + blocks) * width + width]
-            return flat.reshape(blocks, width + size)[:, :size]
+    def _buffers_of(self, count: int) -> tuple[list[Array], list[tuple[Array, ...]]]:
+        """Return where runs of some blocks are rounded, and its views, the same each time.
 
-        left, missing = tile(self._left), arrays.zeros((count + 2 * blocks, width), self._targets)
-        targets, scales = by_step(tile(self._targets)), by_step(tile(self._scales, 1))
-        low, high = (
-            [bound] * len(steps) if isinstance(bound, float) else by_step(tile(bound))
-            for bound in (self._low, self._high)
-        )
-        levels, gaps = arrays.zeros(targets.shape, left), arrays.zeros(targets.shape, left)
-        later, rest = self._later(start, stop), left[inside].reshape(count, blocks, size)
-        for step in range(len(steps)):
-            rows, scale = slice(step, step + blocks), scales[step]
-            value, wanted = of_step(left, step), targets[step]
-            if self._answers is not None:
-                answers = missing[rows].reshape(blocks, 1, width) @ self._answers
-                answers = answers.reshape(blocks, size)
-                value, wanted = value + answers, wanted + answers
-            level = arrays.clip(arrays.rint(value / scale), low[step], high[step])
-            weight = level * scale
-            gap = wanted - weight
-            levels[step], gaps[step] = level, gap
-            if self._answers is not None:
-                of_step(missing, step)[:] = targets[step] - weight
-            first = max(step - before, 0)
-            rest[first:] += later[first:, rows, None] * gap
-        for values, found in ((self._levels, levels), (self._gaps, gaps)):
-            padded = arrays.zeros((count + 2 * blocks, blocks, size), found)
-            padded[rows_of, blocks_of] = found
-            values[start:stop] = padded[inside].reshape(count, width)
-
-    def _later(self, start: int, stop: int) -> Array:
-        """Return the shares of inputs [start, stop) in those before them.
-
-        [inputs, before + inputs + before], zero outside
+        Returns:
+            Four arrays [length, count, block]: values, targets, scales and levels; of each input
+            those and the values of the inputs after it.
         """
-        before, count = self._blocks - 1, stop - start
-        result = self._arrays.zeros((count, count + 2 * before), self._shares)
-        own = self._arrays.above_diagonal(self._shares[start:stop, start:stop])
-        result[:, before : before + count] = own.T
-        return result
+        if count not in self._buffers:
+            shape = self._blocking.inputs, count, self._size
+            whole = [self._arrays.zeros(shape, self._targets) for _ in range(4)]
+            rows = [
+                (*(values[place] for values in whole), whole[0][place + 1 :])
+                for place in range(shape[0])
+            ]
+            self._buffers[count] = whole, rows
+        return self._buffers[count]

@@ -22,6 +22,7 @@ from qvla_export.quantizer.quantize import (
 from qvla_export.quantizer.quantized_weight import QuantizedWeight
 from qvla_export.quantizer.rounding import RoundedLayer
 from qvla_export.quantizer.scale_search import CODE_RANGE, Steps
+from qvla_export.quantizer.shares import Shares
 
 # Added to the inputs' diagonal, as a share of its mean: what is measured on few observations is
 # not known well where it is small.
@@ -42,7 +43,7 @@ class LayerInputs:
     # Inputs in the order of elimination; None rounds each weight by itself.  int64 [inputs]
     order: NDArray[np.int64] | None = None
     # In that order, what an input answers of what is missing before it; see `eliminate`.
-    shares: Array = None
+    shares: Shares | None = None
 
     @staticmethod
     def of(
@@ -70,10 +71,10 @@ class LayerInputs:
             return LayerInputs(arrays, blocking, importance)
         # What matters most has the most left to answer it.
         ranked = np.argsort(-diagonal, kind="stable")
-        damped = moments.input_matrix(order[ranked])
+        damped = moments.input_matrix(order[ranked], dtype=blocking.dtype)
         add_to_diagonal(damped, addition)
-        factor = arrays.factor(damped, blocking.dtype)
-        return LayerInputs(arrays, blocking, importance, ranked, factor / factor.diagonal())
+        factor = arrays.factor(damped)
+        return LayerInputs(arrays, blocking, importance, ranked, Shares(factor, arrays))
 
     def put(self, values: NDArray[Any]) -> Array:
         """Return values as what is computed with."""
@@ -180,6 +181,7 @@ class LayerWork:
     ) -> NDArray[Any]:
         """Return the codes that elimination gives.  [channels, inputs]"""
         inputs, (low, high) = self.inputs, map(float, CODE_RANGE[bits])
+        assert inputs.shares is not None
         spread = steps.by_input(self._spec.rule(bits).group_size, targets.shape[1])
         scales = np.ascontiguousarray(spread.scales[:, order].T.astype(inputs.blocking.dtype))
         levels = Levels(scales, low, high)
@@ -200,6 +202,6 @@ def damping_of(diagonal: NDArray[np.float64], share: float) -> float:
     return share * float(diagonal.sum()) / max(len(diagonal), 1) + _SMALLEST
 
 
-def add_to_diagonal(matrix: NDArray[np.float64], addition: float) -> None:
+def add_to_diagonal(matrix: NDArray[Any], addition: float) -> None:
     """Add a number to each value of a diagonal, in place."""
     matrix.flat[:: len(matrix) + 1] += addition

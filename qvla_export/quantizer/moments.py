@@ -45,27 +45,33 @@ class LayerMoments:
             raise QvlaError(f"blocks must be square, got {list(self.channels.shape)}")
 
     def input_matrix(
-        self, order: NDArray[np.int64], others: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float64]:
+        self,
+        order: NDArray[np.int64],
+        others: NDArray[np.int64] | None = None,
+        dtype: type[np.floating[Any]] = np.float64,
+    ) -> NDArray[Any]:
         """Return H of some inputs int64 [kept], in an order, and of others; None for the same.
 
         Blocks are about the mean, which joins all inputs: so no direction becomes negative where
-        blocks leave moments out.  float64 [kept, others]
+        blocks leave moments out.  [kept, others]
         """
         columns = order if others is None else others
-        result = _submatrix(self.inputs, order, columns)
-        mean = self.mean.astype(np.float64)
+        result = _submatrix(self.inputs, order, columns, dtype)
+        mean = self.mean.astype(dtype)
+        across = mean[columns]
         for row, value in zip(result, mean[order], strict=True):
-            row += value * mean[columns]
+            row += value * across
         return result
 
     def input_diagonal(self, order: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the diagonal of H of some inputs int64 [kept].  float64 [kept]"""
         return _diagonal(self.inputs)[order] + np.square(self.mean[order].astype(np.float64))
 
-    def channel_matrix(self, order: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return G of some channels int64 [kept], in an order.  float64 [kept, kept]"""
-        return _submatrix(self.channels, order, order)
+    def channel_matrix(
+        self, order: NDArray[np.int64], dtype: type[np.floating[Any]] = np.float64
+    ) -> NDArray[Any]:
+        """Return G of some channels int64 [kept], in an order.  [kept, kept]"""
+        return _submatrix(self.channels, order, order, dtype)
 
     def channel_diagonal(self, order: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the diagonal of G of some channels int64 [kept].  float64 [kept]"""
@@ -155,13 +161,19 @@ def _diagonal(blocks: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _submatrix(
-    blocks: NDArray[np.float32], order: NDArray[np.int64], others: NDArray[np.int64]
-) -> NDArray[np.float64]:
+    blocks: NDArray[np.float32],
+    order: NDArray[np.int64],
+    others: NDArray[np.int64],
+    dtype: type[np.floating[Any]],
+) -> NDArray[Any]:
     """Rows and columns of the whole matrix; zero outside the blocks."""
     size = blocks.shape[1]
-    result = np.zeros((len(order), len(others)))
+    result = np.zeros((len(order), len(others)), dtype)
     for number, values in enumerate(blocks):
         rows, columns = (np.flatnonzero(some // size == number) for some in (order, others))
-        inside = np.ix_(order[rows] % size, others[columns] % size)
-        result[np.ix_(rows, columns)] = values[inside]
+        # A row at a time, which stays in cache.
+        chosen = others[columns] % size
+        everything = len(columns) == len(others)
+        for row, place in zip(rows, order[rows] % size, strict=True):
+            result[row, slice(None) if everything else columns] = values[place].take(chosen)
     return result

@@ -14,11 +14,10 @@ from qvla_export.quantizer.layer_work import SECTION_CHANNELS
 from qvla_export.quantizer.moments import LayerMoments, block_size
 from qvla_export.quantizer.quantize import QuantizerSpec, WidthRule
 from qvla_export.quantizer.scale_search import searched_steps
+from qvla_export.quantizer.shares import Shares
 
-# For each pair of inputs, or of channels, while their moments are factored; for each pair of inputs
-# afterwards, where channels do not answer each other.
-_BYTES_PER_PAIR, _BYTES_PER_FACTORED = 22, 12
-_BYTES_PER_PAIR_ALONE = 30
+# For each pair of inputs, or of channels, while their moments are factored: in float32 in place.
+_BYTES_PER_PAIR = {4: 5, 8: 24}
 # For each weight of channels that do not answer each other; of those that go through the inputs
 # together, in numbers.
 _BYTES_PER_WEIGHT_ALONE, _NUMBERS_PER_ROUNDED = 24, 14
@@ -30,7 +29,7 @@ _WIDE_BLOCKING = Elimination().blocking_of(4096)
 class Rates:
     """How fast one core is at what rounding is made of."""
 
-    # Multiply-adds of float32 in products, of float64 in Cholesky factors.
+    # Multiply-adds of float32 in products, and in Cholesky factors.
     products_per_s: float
     factors_per_s: float
     # Steps of the loop over inputs, on 256 channels; of narrow layers, all else included.
@@ -48,7 +47,7 @@ class RoundingCost:
     memory_bytes: int
     # Codes and scales, as they lie in the file of codes.
     disk_bytes: int
-    # Multiply-adds in products of float32, and in factors of float64.
+    # Multiply-adds in products, and in factors.
     products: float
     factors: float
     # Steps of the loop over inputs, and whether they are of a narrow layer.
@@ -85,9 +84,10 @@ def rounding_cost(
     # The weights, and what they are to be; moments of the inputs, then of the channels, factored.
     both, answers = (4 + number) * weights, number * inputs**2
     together = _NUMBERS_PER_ROUNDED * blocking.channels * inputs + 2 * size * inputs + size**2
+    together += _numbers_of_runs(blocking, inputs)
     memory = max(
-        both + _BYTES_PER_PAIR * inputs**2,
-        both + answers + _BYTES_PER_PAIR * size**2,
+        both + _BYTES_PER_PAIR[number] * inputs**2,
+        both + answers + _BYTES_PER_PAIR[number] * size**2,
         both + answers + weights + number * together,
     )
     moments = 4 * (inputs * block_size(inputs, largest_block) + channels * size)
@@ -98,7 +98,7 @@ def rounding_cost(
         channels * (inputs + 4 * groups),
         weights * (inputs + size) / 2,
         inputs**3 / 3 + blocks * size**3 / 3,
-        channels / blocking.channels * inputs * (1 + waits / blocking.inputs),
+        channels / blocking.channels * inputs * (1 + waits * blocking.inputs / blocking.panel),
         blocking.channels < _WIDE_BLOCKING.channels,
         weights,
     )
@@ -108,25 +108,26 @@ def measured_rates() -> Rates:
     """Measure this machine's rates: a second, in CPU time of one thread's work."""
     generator, arrays = np.random.default_rng(0), NumpyArrays()
     matrix = generator.standard_normal((1024, 1024), dtype=np.float32)
-    positive = (matrix @ matrix.T).astype(np.float64) + 1024 * np.eye(1024)
+    positive = matrix @ matrix.T + 1024 * np.eye(1024, dtype=np.float32)
     groups = matrix[:256].reshape(256, -1, 64)
     return Rates(
         1024**3 / _cpu_s(lambda: matrix @ matrix),
-        1024**3 / 3 / _cpu_s(lambda: arrays.factor(positive, np.float64)),
-        _wide_steps_per_s(matrix[:256, :256]),
+        1024**3 / 3 / _cpu_s(lambda: arrays.factor(positive)),
+        _wide_steps_per_s(matrix[:512, :512]),
         _narrow_steps_per_s(matrix[:256, :256]),
         groups.size / _cpu_s(lambda: searched_steps(groups, 4, 16, None, False)),
     )
 
 
 def _wide_steps_per_s(rows: Any) -> float:
-    """Return the steps of a CPU second in the loop over 256 inputs.  rows float32 [256, 256]"""
-    levels = Levels(np.ones((256, 256), np.float32), -8.0, 7.0)
-    upper = np.triu(rows / 1024) + np.eye(256, dtype=np.float32)
-    blocking = Blocking(256, 16, 64, np.float32)
-    # Of 256 inputs, 64 at a time, 16 blocks of channels.
-    run = _cpu_s(lambda: eliminate(rows, levels, upper, upper, NumpyArrays(), blocking))
-    return 4 * (64 + 15) / run
+    """Return the steps of a CPU second in the loop over 512 inputs.  rows float32 [512, 512]"""
+    levels, arrays = Levels(np.ones((512, 256), np.float32), -8.0, 7.0), NumpyArrays()
+    upper = np.triu(rows / 1024) + np.eye(512, dtype=np.float32)
+    shares, of_channels = Shares(upper + 0, arrays), upper[:256, :256]
+    targets = rows[:, : _WIDE_BLOCKING.channels]
+    # Of 512 inputs, 16 blocks of channels that wait for each other 16 inputs each.
+    run = _cpu_s(lambda: eliminate(targets, levels, shares, of_channels, arrays, _WIDE_BLOCKING))
+    return (512 + 15 * 16) / run
 
 
 def _narrow_steps_per_s(rows: Any) -> float:
@@ -150,10 +151,15 @@ def alone_bytes(channels: int, inputs: int) -> int:
 
     Moments and factors of the inputs, and the channels on their way.
     """
-    together = min(channels, SECTION_CHANNELS) * inputs
-    rounding = _NUMBERS_PER_ROUNDED * _itemsize(channels) * together
-    pairs = inputs**2
-    return max(_BYTES_PER_PAIR_ALONE * pairs, _BYTES_PER_FACTORED * pairs + rounding)
+    number, blocking = _itemsize(channels), Elimination().blocking_of(channels)
+    rounded = _NUMBERS_PER_ROUNDED * min(channels, SECTION_CHANNELS) * inputs
+    together = inputs**2 + rounded + _numbers_of_runs(blocking, inputs)
+    return max(_BYTES_PER_PAIR[number] * inputs**2, number * together)
+
+
+def _numbers_of_runs(blocking: Blocking, inputs: int) -> int:
+    """Return the numbers of the inputs' shares, run by run."""
+    return inputs * (min(blocking.panel, inputs) + blocking.inputs * blocking.block)
 
 
 def alone_bytes_per_weight() -> int:

@@ -16,7 +16,7 @@ _MOMENT_PROBES, _LARGEST_BLOCK = 4, 4096
 _GOLDEN = 8
 # Of tracing a layer and lowering it to a graph, of writing another plan into it, in steps of Python
 # work as those of rounding a narrow layer; measured on the reference policy.
-_TRACE_STEPS, _PLAN_STEPS = 8000, 1200
+_TRACE_STEPS, _PLAN_STEPS = 11000, 1600
 # Of a layer's nodes in the graph, with and without codes, and of a channel in a plan's JSON.
 _NODE_BYTES, _CODED_NODE_BYTES, _CHANNEL_BYTES = 2600, 4000, 1.6
 # Of a layer's outputs, for each probe: products, squares and sums of moments.
@@ -128,7 +128,7 @@ def plan_costs(work: Workload, setting: Setting) -> StepCosts:
     """Return what drawing up a plan takes."""
     channels = sum(layer.channels for layer in work.policy.layers)
     disk = int(_CHANNEL_BYTES * channels)
-    steps = channels * _WIDTHS / work.rates.rounding.narrow_steps_per_s / 10
+    steps = channels * _WIDTHS / work.rates.rounding.narrow_steps_per_s / 7
     return StepCosts(f"{setting.name}: plan", steps, 100 * channels, disk)
 
 
