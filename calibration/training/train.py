@@ -52,7 +52,10 @@ def train_policy(
     Raises:
         QvlaError: the data do not fit the network or the batch.
         ArtifactMismatch: `output` holds a training with other settings, network or data.
+        CheckpointError: the pretrained tower that the network begins with is not installed.
     """
+    if size.pretrained is not None:
+        size.pretrained.tower.path()  # refused before anything is read
     _LOG.info("reading the demonstrations in %s", root)
     dataset = LeRobotDataset(root)
     frames = load_frames(dataset, policy, data_name, size.vocab_size, config.frames)

