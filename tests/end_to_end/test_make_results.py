@@ -37,11 +37,13 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     (folder / "qvla").write_text(_STAND_IN)
     (folder / "qvla").chmod(0o755)
     (folder / "python").symlink_to(sys.executable)
+    demo = folder / "demo"
+    demo.mkdir()
     # The two that it depends on are tested elsewhere.
     made = subprocess.run(
         [
             *("make", "--silent", "--old-file=demo", "--old-file=baselines-env", "results"),
-            *(f"BIN={folder}", f"PRECISE={folder / 'precise'}"),
+            *(f"BIN={folder}", f"RUN={demo}", f"PRECISE={folder / 'precise'}"),
         ],
         cwd=ROOT,
         capture_output=True,

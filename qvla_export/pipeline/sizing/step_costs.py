@@ -24,7 +24,7 @@ _NUMBERS_A_PROBE = 3
 # Of libraries that only steps after the codes load.
 LIBRARY_BYTES = 150_000_000
 # Copies in float32 of a policy's weights while it is exported; of those of a part that is read by
-# itself, with what is read and rounded on the way: measured at the widths of 1024 and 4096.
+# itself, with what is read and rounded on the way: measured at the width of 1024.
 _WHOLE_COPIES, _PART_COPIES = 3, 1.25
 # What an observation that goes alone takes more than one in a batch of eight; such passes of a
 # held-out observation, without and with codes; opening an engine. Measured on the reference policy.

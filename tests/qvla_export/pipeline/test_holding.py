@@ -87,7 +87,7 @@ def test_fewer_observations_go_together_where_memory_is_short(
         if limits.batch_size > 2:
             raise QvlaError("run fewer observations together")
 
-    monkeypatch.setattr("qvla_export.measurement.streamed.open_stream", two_fit)
+    monkeypatch.setattr("qvla_export.measurement.stream_limits.open_stream", two_fit)
     assert choose_holding(asked(inputs), stored).batch_size == 2
     with pytest.raises(QvlaError, match="fewer"):
         choose_holding(asked(inputs, batch_size=4), stored)
