@@ -26,12 +26,13 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
 .ONESHELL:
 .SHELLFLAGS := -euc
 .DELETE_ON_ERROR:
-.PHONY: help install system demo results test test-slow lint docs wheel baselines-env clean
+.PHONY: help install system demo results policies test test-slow lint docs wheel baselines-env clean
 
 help:
 	@cat <<-'TEXT'
 	make demo       reference policy -> quantized -> served and measured -> runs/demo/report.html
 	make results    tables of docs/results.md again, into runs/ and on stdout: days of two cores
+	make policies   a small policy of every family, trained -> runs/policies: about half an hour of a core
 	make test       the tests that take seconds each (WORKERS=2)
 	make test-slow  the tests that take minutes, or the network
 	make lint       ruff and mypy
@@ -200,6 +201,19 @@ results: demo baselines-env
 	done
 	evaluate float-delay4-seams float/bundle 84 float-delay0 $$now --delay-steps 4 --roll-forward \
 	    --seam-limit-mm 20
+
+# ACT reads no instruction and sees pictures, the others object state. Killed, it goes on.
+POLICIES := runs/policies
+
+policies: system install
+	@qvla=$(BIN)/qvla
+	$$qvla demonstrations $(POLICIES)/things --tasks push,pick-place,hand-insert --episodes 60
+	$$qvla demonstrations $(POLICIES)/pictures --tasks button-press-topdown,handle-press \
+	    --episodes 100
+	for family in openvla univla pi0 pi0.5 smolvla; do
+	    $$qvla train $(POLICIES)/things $(POLICIES)/$$family --family $$family --threads 1
+	done
+	$$qvla train $(POLICIES)/pictures $(POLICIES)/act --family act --threads 1
 
 test: system install
 	@$(PYTEST) -m 'not slow'

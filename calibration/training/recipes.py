@@ -6,10 +6,18 @@ from types import MappingProxyType
 
 from calibration.benchmarks.metaworld import object_state
 from calibration.benchmarks.metaworld.tasks import CAMERA, HAND_CAMERA
-from calibration.training.trainer import REFERENCE_CONFIG, TrainingConfig
+from calibration.training.base_trainer import TrainingConfig
+from calibration.training.learner import Learner
+from calibration.training.learners.chunks import ActLearner
+from calibration.training.learners.flows import PiLearner, SmolVlaLearner
+from calibration.training.learners.tokens import OpenVlaLearner, UniVlaLearner
+from calibration.training.trainer import REFERENCE_CONFIG
+from qvla_export.policies.act.new_checkpoint import ActSize
 from qvla_export.policies.oft.config import OftConfig
+from qvla_export.policies.pi.new_checkpoint import PiSize
 from qvla_export.policies.prismatic.new_checkpoint import NetworkSize
 from qvla_export.policies.prismatic.pretrained import DINOV2_SMALL, TowerChoice
+from qvla_export.policies.smolvla.new_checkpoint import SmolVlaSize
 from qvla_export.shared.errors import QvlaError
 
 
@@ -99,3 +107,93 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise QvlaError(f"no recipe is called {name!r}; choose from {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+@dataclass(frozen=True)
+class FamilyRecipe:
+    """What decides a small policy of a family apart from its demonstrations."""
+
+    learner: Learner
+    training: TrainingConfig
+
+
+_OF_THINGS = TrainingConfig(
+    steps=1500,
+    learning_rate=1.5e-3,
+    warmup_steps=100,
+    state_dropout=0.0,
+    precision="fp32",
+)
+_TOKEN_SIZE = NetworkSize(
+    image_size=object_state.IMAGE_SIZE,
+    patch_size=object_state.PATCH_SIZE,
+    vision_dim=64,
+    vision_depth=2,
+    hidden_dim=64,
+    mlp_dim=128,
+    depth=4,
+    heads=2,
+    vocab_size=704,
+)
+_PI_SIZE = PiSize(
+    image_size=object_state.IMAGE_SIZE,
+    patch_size=object_state.PATCH_SIZE,
+    vision_dim=64,
+    vision_mlp=128,
+    vision_depth=1,
+    language_dim=64,
+    language_mlp=128,
+    expert_dim=64,
+    expert_mlp=128,
+    depth=4,
+    heads=4,
+    head_dim=16,
+    action_width=8,
+)
+_SMOLVLA_SIZE = SmolVlaSize(
+    image_size=object_state.IMAGE_SIZE,
+    patch_size=object_state.PATCH_SIZE,
+    vision_depth=1,
+    action_width=8,
+)
+_THINGS = (object_state.OBJECT_STATE, "metaworld_things")
+# A family as people write it -> its small policy. All but ACT's see object state in place of
+# pictures; ACT reads no instruction.
+FAMILY_RECIPES: Mapping[str, FamilyRecipe] = MappingProxyType(
+    {
+        "openvla": FamilyRecipe(OpenVlaLearner(_THINGS[0], _TOKEN_SIZE, _THINGS[1]), _OF_THINGS),
+        "univla": FamilyRecipe(
+            UniVlaLearner(_THINGS[0], replace(_TOKEN_SIZE, vocab_size=448), _THINGS[1]), _OF_THINGS
+        ),
+        "pi0": FamilyRecipe(PiLearner(_THINGS[0], False, _PI_SIZE, _THINGS[1]), _OF_THINGS),
+        "pi0.5": FamilyRecipe(PiLearner(_THINGS[0], True, _PI_SIZE, _THINGS[1]), _OF_THINGS),
+        "smolvla": FamilyRecipe(SmolVlaLearner(_THINGS[0], _SMOLVLA_SIZE), _OF_THINGS),
+        "act": FamilyRecipe(
+            ActLearner("image", ActSize()),
+            replace(_OF_THINGS, steps=1500, learning_rate=1e-3, state_dropout=0.2),
+        ),
+    }
+)
+# The family of `RECIPES`.
+OFT = "oft"
+_USUAL = "pictures"
+
+
+def named_recipe(family: str, name: str | None = None) -> Recipe | FamilyRecipe:
+    """Return the recipe of a family's policy.
+
+    Args:
+        family: as people write it: "oft" or one of `FAMILY_RECIPES`.
+        name: which of `RECIPES`; None for the usual one. Other families have one each.
+
+    Raises:
+        QvlaError: there is no such family or recipe; the message lists those there are.
+    """
+    if family == OFT:
+        return find_recipe(name or _USUAL)
+    if family not in FAMILY_RECIPES:
+        known = ", ".join((OFT, *FAMILY_RECIPES))
+        raise QvlaError(f"no family is called {family!r}; choose from {known}")
+    if name is not None:
+        raise QvlaError(f"recipes are of {OFT}, {family} has one; leave --recipe {name} out")
+    return FAMILY_RECIPES[family]

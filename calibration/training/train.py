@@ -1,10 +1,10 @@
-"""Imitation training of a small OpenVLA-OFT policy from demonstrations. Resumable."""
+"""Imitation training of a small policy from demonstrations. Resumable."""
 
 import io
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,15 @@ from typing import Any
 import torch
 
 from calibration.sources.lerobot import LeRobotDataset
+from calibration.training.base_trainer import BaseTrainer, TrainingConfig
+from calibration.training.demonstrated_frames import load_demonstrations
+from calibration.training.family_trainer import FamilyTrainer
+from calibration.training.learner import Learner
+from calibration.training.recipes import FamilyRecipe, Recipe
 from calibration.training.tower_features import tower_features
-from calibration.training.trainer import REFERENCE_CONFIG, Trainer, TrainingConfig
+from calibration.training.trainer import REFERENCE_CONFIG, Trainer
 from calibration.training.training_data import load_frames
 from qvla_export.policies.oft.config import OftConfig
-from qvla_export.policies.oft.new_checkpoint import save_checkpoint
 from qvla_export.policies.prismatic.new_checkpoint import NetworkSize
 from qvla_export.shared.artifacts import versions, write_bytes, write_json
 from qvla_export.shared.errors import ArtifactError
@@ -24,6 +28,32 @@ from qvla_export.shared.errors import ArtifactError
 __all__ = ["REFERENCE_CONFIG", "NetworkSize", "TrainingConfig", "train_policy"]
 
 _LOG = logging.getLogger(__name__)
+
+
+def train_recipe(
+    root: Path,
+    output: Path,
+    recipe: Recipe | FamilyRecipe,
+    config: TrainingConfig,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Train what a recipe describes on a LeRobot data set; see `run_training`.
+
+    Args:
+        root: LeRobotDataset v3.0 folder.
+        output: folder of the training.
+        recipe: of the policy.
+        config: how it is trained: the recipe's, or one that differs from it.
+        on_progress: called with (steps done, steps in all).
+
+    Raises:
+        QvlaError: the data do not fit the policy or the batch.
+        ArtifactMismatch: `output` holds a training with other settings, network or data.
+    """
+    if isinstance(recipe, FamilyRecipe):
+        return train_family(root, output, recipe.learner, config, on_progress)
+    name, size = recipe.data_name, recipe.size
+    return train_policy(root, output, size, config, name, on_progress, recipe.policy)
 
 
 def train_policy(
@@ -35,10 +65,7 @@ def train_policy(
     on_progress: Callable[[int, int], None] | None = None,
     policy: OftConfig = REFERENCE_CONFIG,
 ) -> Path:
-    """Train on a LeRobot data set; returns the checkpoint folder `output/checkpoint`.
-
-    Killed and started again with the same arguments it continues from the last saved state;
-    `steps` and the decay may change between runs.
+    """Train an OpenVLA-OFT policy on a LeRobot data set; see `run_training`.
 
     Args:
         root: LeRobotDataset v3.0 folder.
@@ -63,7 +90,64 @@ def train_policy(
     if size.pretrained is not None:
         _LOG.info("what the pretrained tower makes of %d frames is kept in %s", len(frames), output)
         features = tower_features(frames, size, policy, output)
+    episodes = frames.statistics[data_name]["num_trajectories"]
+    about = {"size": asdict(size), "frames": len(frames), "episodes": episodes}
     trainer = Trainer(frames, size, config, policy, features)
+    return run_training(trainer, output, about, on_progress)
+
+
+def train_family(
+    root: Path,
+    output: Path,
+    learner: Learner,
+    config: TrainingConfig,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Train a policy of any family on a LeRobot data set; see `run_training`.
+
+    Args:
+        root: LeRobotDataset v3.0 folder.
+        output: folder of the training.
+        learner: what its family does.
+        config: how it is trained.
+        on_progress: called with (steps done, steps in all).
+
+    Raises:
+        QvlaError: the data do not fit the policy or the batch.
+        ArtifactMismatch: `output` holds a training with other settings, network or data.
+    """
+    _LOG.info("reading the demonstrations in %s", root)
+    demonstrations = load_demonstrations(LeRobotDataset(root), learner.camera)
+    trainer = FamilyTrainer(demonstrations, learner, config)
+    about = {
+        "learner": learner.description(),
+        "frames": len(demonstrations),
+        "episodes": len(demonstrations.actions),
+    }
+    return run_training(trainer, output, about, on_progress)
+
+
+def run_training(
+    trainer: BaseTrainer,
+    output: Path,
+    about: Mapping[str, Any],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Run a training to its end; returns the checkpoint folder `output/checkpoint`.
+
+    Killed and started again with the same arguments it continues from the last saved state;
+    `steps` and the decay may change between runs.
+
+    Args:
+        trainer: as it begins.
+        output: folder of the training.
+        about: what `training.json` says beside configuration and versions.
+        on_progress: called with (steps done, steps in all).
+
+    Raises:
+        ArtifactMismatch: `output` holds a training with other settings, network or data.
+    """
+    config = trainer.config
     state_path, log_path = output / "training_state.pt", output / "training_log.jsonl"
     if state_path.exists():
         trainer.load_state_dict(_load_state(state_path))
@@ -80,33 +164,22 @@ def train_policy(
         if trainer.step % config.save_every_steps == 0 or trainer.step == config.steps:
             _save(trainer, output, state_path, log_path, log)
     write_json(
-        output / "training.json",
-        {
-            "config": asdict(config),
-            "size": asdict(size),
-            "frames": len(frames),
-            "episodes": frames.statistics[data_name]["num_trajectories"],
-            "versions": versions(),
-        },
+        output / "training.json", {"config": asdict(config), **about, "versions": versions()}
     )
     return output / "checkpoint"
 
 
 def _save(
-    trainer: Trainer, output: Path, state_path: Path, log_path: Path, log: list[dict[str, float]]
+    trainer: BaseTrainer,
+    output: Path,
+    state_path: Path,
+    log_path: Path,
+    log: list[dict[str, float]],
 ) -> None:
     buffer = io.BytesIO()
     torch.save(trainer.state_dict(), buffer)
     # The state last: a finished state promises that the checkpoint is there.
-    save_checkpoint(
-        output / "checkpoint",
-        trainer.averaged,
-        trainer.policy,
-        trainer.frames.tokenizer,
-        trainer.frames.statistics,
-        trainer.step,
-        trainer.size.pretrained,
-    )
+    trainer.save(output / "checkpoint")
     write_bytes(log_path, "".join(json.dumps(row) + "\n" for row in log).encode())
     write_bytes(state_path, buffer.getvalue())
 

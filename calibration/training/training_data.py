@@ -87,19 +87,19 @@ def load_frames(
     """
     _require_features(dataset, config, choice)
     episodes = [dataset.episode(number) for number in range(len(dataset.episodes))]
-    statistics = _statistics(episodes)
+    statistics = data_statistics(episodes)
     action, state = _bounds(statistics["action"]), _bounds(statistics["proprio"])
     kept = slice(None, None, choice.stride)
     tokenizer, prompts, lengths, index = _prompts(episodes, config, vocab_size, kept)
     states = [state.normalize(e.state) for e in episodes]
-    chunks = [_chunks(action.normalize(e.action), config.horizon)[kept] for e in episodes]
+    chunks = [chunks_of(action.normalize(e.action), config.horizon)[kept] for e in episodes]
     ends = [np.broadcast_to(s[-1, :POSITION_DIM], (len(s), POSITION_DIM))[kept] for s in states]
     goals = np.concatenate(ends)
     if choice.goal_camera is not None:
-        pixels = _stacked_images(episodes, choice.goal_camera, kept).reshape(len(goals), -1)
+        pixels = stacked_images(episodes, choice.goal_camera, kept).reshape(len(goals), -1)
         shown = pixels / np.float32(127.5) - np.float32(1.0)
         goals = np.concatenate([goals, shown], axis=1)
-    images = [_stacked_images(episodes, camera, kept) for camera in config.cameras]
+    images = [stacked_images(episodes, camera, kept) for camera in config.cameras]
     return TrainingFrames(
         images=torch.from_numpy(np.stack(images, axis=1)),
         states=torch.from_numpy(np.concatenate([s[kept] for s in states])),
@@ -138,7 +138,10 @@ def _require_features(dataset: LeRobotDataset, config: OftConfig, choice: FrameC
             )
 
 
-def _stacked_images(episodes: Sequence[Episode], camera: str, kept: slice) -> NDArray[np.uint8]:
+def stacked_images(
+    episodes: Sequence[Episode], camera: str, kept: slice = slice(None)
+) -> NDArray[np.uint8]:
+    """Return a camera's pictures, which must be of one size.  uint8 [n, h, w, 3]"""
     images = [decode_png(png) for e in episodes for png in e.images[camera][kept]]
     shapes = {image.shape for image in images}
     if len(shapes) != 1:
@@ -146,7 +149,7 @@ def _stacked_images(episodes: Sequence[Episode], camera: str, kept: slice) -> ND
     return np.stack(images)
 
 
-def _chunks(actions: NDArray[np.float32], horizon: int) -> NDArray[np.float32]:
+def chunks_of(actions: NDArray[np.float32], horizon: int) -> NDArray[np.float32]:
     """Return the next `horizon` actions of every frame.  float32 [n, horizon, dim]"""
     steps = np.arange(len(actions))[:, None] + np.arange(horizon)
     chunks: NDArray[np.float32] = actions[np.minimum(steps, len(actions) - 1)]
@@ -179,7 +182,7 @@ def _prompts(
     return tokenizer, padded, lengths, index
 
 
-def _statistics(episodes: Sequence[Episode]) -> dict[str, Any]:
+def data_statistics(episodes: Sequence[Episode]) -> dict[str, Any]:
     """Return OpenVLA's statistics of one data set."""
     parts = {
         "action": np.concatenate([e.action for e in episodes]),

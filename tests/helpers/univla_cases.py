@@ -9,21 +9,19 @@ import torch
 from openvla_cases import INSTRUCTIONS
 from oracles import oracle_root
 from tiny_policy import TINY_SIZE, make_all_count
-from tokenizers import Tokenizer
 
 from qvla_export.policies.base import PolicyBatch
 from qvla_export.policies.prismatic.new_checkpoint import (
     BOS_ID,
     SUFFIX_ID,
     save_checkpoint,
-    train_tokenizer,
 )
 from qvla_export.policies.prismatic.state_files import read_state_file
 from qvla_export.policies.univla.action_decoder import ActionDecoder
 from qvla_export.policies.univla.architecture import DecoderShape
 from qvla_export.policies.univla.checkpoint import save_module
 from qvla_export.policies.univla.config import UniVlaConfig
-from qvla_export.policies.univla.new_checkpoint import new_module
+from qvla_export.policies.univla.new_checkpoint import latent_tokenizer, new_module
 from qvla_export.policies.univla.policy import UniVlaPolicy, load_univla_policy
 
 HORIZON, DIM, CODEBOOK = 12, 7, 32
@@ -85,14 +83,6 @@ class Case:
         return PolicyBatch(pixels, torch.from_numpy(ids), None, None)
 
 
-def latent_tokenizer(size: int) -> Tokenizer:
-    """Return a tokenizer whose latent tokens stand where a vocabulary of `size` ids has them."""
-    tokenizer = train_tokenizer(INSTRUCTIONS, size)
-    fill = [f"<extra_{number}>" for number in range(size - tokenizer.get_vocab_size() + 1)]
-    tokenizer.add_special_tokens([*fill, *(f"<ACT_{number}>" for number in range(CODEBOOK))])
-    return tokenizer
-
-
 def write_tiny_univla(path: Path, seed: int = 0) -> Path:
     """Write a seeded, untrained checkpoint whose every layer counts for the actions."""
     config = UniVlaConfig(
@@ -112,6 +102,6 @@ def write_tiny_univla(path: Path, seed: int = 0) -> Path:
         module.language_model.lm_head.weight.mul_(3)
     limits = {"q01": [-1.0] * DIM, "q99": [1.0] * DIM}
     statistics = {"tiny": {"action": {**limits, "mask": [True] * (DIM - 1) + [False]}}}
-    tokenizer = latent_tokenizer(TINY_SIZE.vocab_size)
+    tokenizer = latent_tokenizer(INSTRUCTIONS, TINY_SIZE, CODEBOOK)
     save_checkpoint(path, partial(save_module, module), module.arch, config, tokenizer, statistics)
     return path

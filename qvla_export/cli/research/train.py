@@ -13,14 +13,18 @@ from qvla_export.cli.progress import progress_shown
 def train(
     dataset: Annotated[Path, typer.Argument(help="LeRobotDataset folder.", callback=local_dataset)],
     output: Annotated[Path, typer.Argument(help="Folder of the training; continued if it exists.")],
-    recipe: Annotated[
+    family: Annotated[
         str,
+        typer.Option(help="oft, openvla, univla, pi0, pi0.5, smolvla or act: whose policy it is."),
+    ] = "oft",
+    recipe: Annotated[
+        str | None,
         typer.Option(
-            help="pictures: the reference policy. object-state: a small policy of the precise "
-            "tasks that sees no picture but where things are, in numbers. pretrained: the precise "
-            "tasks in pictures of two cameras, on a frozen DINOv2-small (qvla[pretrained])."
+            help="Of oft. pictures (default): the reference policy. object-state: of the precise "
+            "tasks, shown where things are, in numbers. pretrained: of these in pictures of two "
+            "cameras, on a frozen DINOv2-small (qvla[pretrained])."
         ),
-    ] = "pictures",
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps; the recipe's by default.")
     ] = None,
@@ -34,19 +38,17 @@ def train(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     seed: SeedOption = 0,
 ) -> None:
-    """Train a small OpenVLA-OFT policy from demonstrations by imitation."""
+    """Train a small policy of any family from demonstrations by imitation."""
     import torch
 
-    from calibration.training.recipes import find_recipe
-    from calibration.training.train import train_policy
+    from calibration.training.recipes import named_recipe
+    from calibration.training.train import train_recipe
     from qvla_export.pipeline.progress import bar
 
     torch.set_num_threads(threads)
-    chosen = find_recipe(recipe)
+    chosen = named_recipe(family, recipe)
     named = {"steps": steps, "batch_size": batch_size, "precision": precision, "seed": seed}
     config = replace(chosen.training, **{k: v for k, v in named.items() if v is not None})  # type: ignore[arg-type]  # by name
     with progress_shown() as on_progress:
-        tell = bar(on_progress, "training")
-        name, size = chosen.data_name, chosen.size
-        checkpoint = train_policy(dataset, output, size, config, name, tell, chosen.policy)
+        checkpoint = train_recipe(dataset, output, chosen, config, bar(on_progress, "training"))
     typer.echo(f"trained: {checkpoint}")

@@ -1,9 +1,10 @@
 """Read ACT checkpoints of LeRobot: which tensors are used, and the shapes that they say."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qvla_export.policies.act.config import read_act_config
@@ -37,6 +38,25 @@ def load_module(checkpoint: Path, config: LeRobotConfig) -> tuple[ActModule, Che
     arch = _architecture(config, weights)
     module = load_network(checkpoint, lambda: ActModule(arch), weights, resident=True)
     return module, weights
+
+
+def upstream_tensors(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return LeRobot's tensors, without `model.`, of ours: the projections of attention joined.
+
+    Args:
+        own: our name -> tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {}
+    for name, tensor in own.items():
+        owner, _, kind = name.rpartition(".")
+        parent, _, member = owner.rpartition(".")
+        members = dict(_PROJECTIONS.get(parent.rpartition(".")[2], ()))
+        if member in members:
+            parts.setdefault(f"{parent}{_MARK}{kind}", []).append(tensor)
+        else:
+            tensors[name] = tensor
+    return {**tensors, **{name: torch.cat(rows) for name, rows in parts.items()}}
 
 
 def _architecture(config: LeRobotConfig, weights: CheckpointWeights) -> ActArchitecture:

@@ -22,7 +22,6 @@ from qvla_export.shared.artifacts import new_folder, write_json
 from qvla_export.shared.policy_interface import save_policy_config
 
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
-_ACTION_WIDTH = 32
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ class PiSize:
     heads: int = 4
     head_dim: int = 32
     vocab_size: int = 512
+    # Numbers that an action and, in pi0, a state are filled up to with zeros.
+    action_width: int = 32
 
 
 def new_module(size: PiSize, config: PiConfig, seed: int) -> PiModule:
@@ -60,8 +61,8 @@ def new_module(size: PiSize, config: PiConfig, seed: int) -> PiModule:
         language=StackSize(size.language_dim, mlp=size.language_mlp, **stack),
         expert=StackSize(size.expert_dim, mlp=size.expert_mlp, **stack),
         vocab_size=size.vocab_size,
-        action_width=_ACTION_WIDTH,
-        state_width=0 if config.adaptive else _ACTION_WIDTH,
+        action_width=size.action_width,
+        state_width=0 if config.adaptive else size.action_width,
         flow=config.flow,
     )
     return PiModule(arch).eval().requires_grad_(False)
@@ -78,6 +79,7 @@ def save_checkpoint(
     config: PiConfig,
     tokenizer: Tokenizer,
     statistics: Mapping[str, Any],
+    stored: torch.dtype = torch.float32,
 ) -> None:
     """Write a whole checkpoint folder, atomically.
 
@@ -87,11 +89,14 @@ def save_checkpoint(
         config: written as `qvla_policy.json`.
         tokenizer: written as `tokenizer.json`.
         statistics: asset -> {"state": {...}, "actions": {...}}.
+        stored: type of the weights in the file.
     """
     own = module.state_dict()
     shapes = upstream_shapes(module.arch, own)
     tensors = {
-        key: own[our_name(key)].clone() if our_name(key) in own else torch.zeros(empty.shape)
+        key: (own[our_name(key)] if our_name(key) in own else torch.zeros(empty.shape)).to(
+            stored, copy=True
+        )
         for key, empty in shapes.items()
     }
     with new_folder(path) as folder:
@@ -101,7 +106,7 @@ def save_checkpoint(
             "action_horizon": config.horizon,
             "paligemma_variant": "other",
             "action_expert_variant": "other",
-            "precision": "float32",
+            "precision": str(stored).removeprefix("torch."),
         }
         (folder / "config.json").write_text(json.dumps(description, indent=1))
         for asset, table in statistics.items():

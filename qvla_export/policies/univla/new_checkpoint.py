@@ -1,8 +1,11 @@
-"""A new, untrained UniVLA network of any size."""
+"""A new, untrained UniVLA network of any size, and its tokenizer."""
+
+from collections.abc import Iterable
 
 import torch
+from tokenizers import Tokenizer
 
-from qvla_export.policies.prismatic.new_checkpoint import NetworkSize, new_shapes
+from qvla_export.policies.prismatic.new_checkpoint import NetworkSize, new_shapes, train_tokenizer
 from qvla_export.policies.univla.architecture import DecoderShape, UniVlaArchitecture
 from qvla_export.policies.univla.config import UniVlaConfig
 from qvla_export.policies.univla.module import UniVlaModule
@@ -21,3 +24,11 @@ def new_module(size: NetworkSize, config: UniVlaConfig, seed: int) -> UniVlaModu
         decoder=DecoderShape(size.hidden_dim, heads, 4 * size.hidden_dim),
     )
     return UniVlaModule(arch)
+
+
+def latent_tokenizer(prompts: Iterable[str], size: NetworkSize, codebook: int) -> Tokenizer:
+    """Return a tokenizer of the prompts, with the latent tokens where the network has them."""
+    tokenizer = train_tokenizer(prompts, size.vocab_size)
+    fill = [f"<extra_{n}>" for n in range(size.vocab_size - tokenizer.get_vocab_size() + 1)]
+    tokenizer.add_special_tokens([*fill, *(f"<ACT_{n}>" for n in range(codebook))])
+    return tokenizer

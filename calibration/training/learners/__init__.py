@@ -1,0 +1,1 @@
+"""What each family does in training, one `Learner` a kind of loss."""
