@@ -1,6 +1,7 @@
 """What torch computes for held-out observations: the actions that every engine is held against."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qvla_export.policies.base import Policy, PolicyPart
+from qvla_export.policies.base import Policy, PolicyBatch, PolicyPart
 from qvla_export.policies.layers import (
     fake_quantized,
     planned_rows,
@@ -37,6 +38,43 @@ def golden_actions(
         with fake_quantized(policy, plan):
             reference = _actions(policy, observations)
     return Golden(_feeds(policy, observations), reference, full_precision)
+
+
+@torch.no_grad()
+def token_divergence(
+    policy: Policy,
+    observations: Sequence[Observation],
+    changed: Callable[[], AbstractContextManager[None]],
+) -> float | None:
+    """Return the divergence of a policy's distributions over tokens once it is changed (eq. 2).
+
+    D_KL of what the policy as it is gives each token from what the changed one gives it, both given
+    the tokens that the former chooses: summed over the tokens of an action or chunk, which by the
+    chain rule is the divergence of the whole along these tokens, and averaged over observations.
+
+    Args:
+        policy: as it is; in memory.
+        observations: at least one.
+        changed: opens the block in which the policy acts otherwise.
+
+    Returns:
+        Nats; None where no tokens stand for the action.
+    """
+    batches = [policy.batch([item]) for item in observations]
+    before = [_log_shares(policy, batch) for batch in batches]
+    with changed():
+        after = [_log_shares(policy, batch) for batch in batches]
+    divergences = [
+        float((old.exp() * (old - new)).sum())
+        for old, new in zip(before, after, strict=True)
+        if old is not None and new is not None
+    ]
+    return float(np.mean(divergences)) if divergences else None
+
+
+def _log_shares(policy: Policy, batch: PolicyBatch) -> Tensor | None:
+    logits = policy.token_logits(batch)
+    return None if logits is None else logits.double().log_softmax(dim=-1)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,10 @@ class HeldOutError:
     # Largest normalized difference of the engine from torch with the same weights; None where no
     # engine ran.
     engine_drift_max: float | None = None
+    # Divergence of the distributions over an action's tokens from the float policy's, in nats
+    # (eq. 2, `graph.golden.token_divergence`); None where actions are no tokens, of float settings
+    # and where weights were left on disk.
+    token_kl: float | None = None
 
     def __repr__(self) -> str:
         return (
@@ -77,8 +81,8 @@ class HeldOutError:
     def to_json(self) -> dict[str, Any]:
         """Return what the file holds."""
         figures: dict[str, Any] = {name: getattr(self, name) for name in _FIGURES}
-        if self.engine_drift_max is not None:
-            figures["engine_drift_max"] = self.engine_drift_max
+        more = {"engine_drift_max": self.engine_drift_max, "token_kl": self.token_kl}
+        figures |= {name: value for name, value in more.items() if value is not None}
         return {**self.subject.to_json(), **figures}
 
     def save(self, path: Path) -> None:
@@ -107,6 +111,7 @@ def held_out_error(
     subject: ErrorSubject,
     drift: "ActionDrift",
     chunk_numbers: int,
+    token_kl: float | None,
     engine_drift_max: float | None = None,
 ) -> HeldOutError:
     """Return the error that a difference of actions comes to.
@@ -115,7 +120,7 @@ def held_out_error(
         subject: what acted.
         drift: its difference from the float policy.
         chunk_numbers: numbers in one chunk, horizon times dimensions.
-        engine_drift_max: see `HeldOutError`.
+        token_kl, engine_drift_max: see `HeldOutError`.
     """
     return HeldOutError(
         subject,
@@ -127,6 +132,7 @@ def held_out_error(
         mean_abs_physical=tuple(drift.mean_physical.tolist()),
         cosine=drift.cosine,
         engine_drift_max=engine_drift_max,
+        token_kl=token_kl,
     )
 
 
@@ -147,7 +153,7 @@ def _from_json(kind: Kind, value: dict[str, Any]) -> HeldOutError:
         tuple(map(float, value[name]))
         for name in ("mean_abs_normalized", "max_abs_normalized", "mean_abs_physical")
     )
-    drift = value.get("engine_drift_max")
+    drift, divergence = (value.get(name) for name in ("engine_drift_max", "token_kl"))
     return HeldOutError(
         subject,
         held_out=int(value["held_out"]),
@@ -158,4 +164,5 @@ def _from_json(kind: Kind, value: dict[str, Any]) -> HeldOutError:
         mean_abs_physical=physical,
         cosine=float(value["cosine"]),
         engine_drift_max=None if drift is None else float(drift),
+        token_kl=None if divergence is None else float(divergence),
     )

@@ -1,6 +1,7 @@
 """The step that has another library quantize the policy, and judges it like our own settings."""
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +191,7 @@ def action_error(
     from engines.drift import action_drift
     from qvla_export.baselines.applied import baseline_applied
     from qvla_export.baselines.results import baseline_paths
-    from qvla_export.graph.golden import golden_actions
+    from qvla_export.graph.golden import golden_actions, token_divergence
 
     setting = baseline.request.setting
     path = baseline_paths(run.root, setting).action_error
@@ -208,7 +209,9 @@ def action_error(
             actions = golden_actions(policy, None, calibration.held_out).full_precision
         unit = policy.processor.statistics.action.scale()
         drift = action_drift(reference, actions, unit, policy.processor.spec.action_bins)
-        error = held_out_error(subject, drift, reference[0].size)
+        applied = partial(baseline_applied, policy, baseline)
+        divergence = token_divergence(policy, calibration.held_out, applied)
+        error = held_out_error(subject, drift, reference[0].size, divergence)
         error.save(path)
     finish(on_progress, "action error", kept=False)
     return error

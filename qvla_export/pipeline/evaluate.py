@@ -15,6 +15,7 @@ from qvla_export.pipeline.action_error import (
     load_error_if_current,
 )
 from qvla_export.pipeline.calibrate import load_calibration, require_calibration
+from qvla_export.pipeline.fake_quantized import plan_divergence
 from qvla_export.pipeline.plan import load_plan
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
@@ -104,7 +105,9 @@ def action_error(
         drift = verdict.action_error
         assert drift is not None
         _, horizon, dimensions = reference.actions.shape
-        error = held_out_error(subject, drift, horizon * dimensions, verdict.drift.worst)
+        divergence = plan_divergence(policy, plan, calibration.held_out)
+        numbers, worst = horizon * dimensions, verdict.drift.worst
+        error = held_out_error(subject, drift, numbers, divergence, worst)
         assert reference.full_precision is not None
         HeldOutActions(*origin, verdict.actions, reference.full_precision).save(answers)
         error.save(path)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +98,8 @@ def action_error(
     with recorded_work(error_work(run, path, subject, run.plan(setting)), on_progress):
         drift = judge_plan(policy, plan, calibration.held_out)
         chunk_numbers = drift.actions // drift.observations * len(drift.rms_normalized)
-        error = held_out_error(subject, drift, chunk_numbers)
+        divergence = plan_divergence(policy, plan, calibration.held_out)
+        error = held_out_error(subject, drift, chunk_numbers, divergence)
         error.save(path)
     finish(on_progress, "action error", kept=False)
     return error
@@ -114,6 +116,21 @@ def judge_plan(
     unit = policy.processor.statistics.action.scale()
     bins = policy.processor.spec.action_bins
     return action_drift(golden.full_precision, golden.reference, unit, bins)
+
+
+def plan_divergence(
+    policy: "Policy", plan: "BitPlan | None", observations: "Sequence[Observation]"
+) -> float | None:
+    """Return eq. 2's divergence of a plan in torch; None without a plan, tokens or weights.
+
+    Engines put out actions, not distributions: torch computes it with the codes they compute with.
+    """
+    from qvla_export.graph.golden import token_divergence
+    from qvla_export.policies.layers import fake_quantized, weights_on_disk
+
+    if plan is None or weights_on_disk(policy):
+        return None
+    return token_divergence(policy, observations, partial(fake_quantized, policy, plan))
 
 
 def rollouts(

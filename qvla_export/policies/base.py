@@ -109,6 +109,14 @@ class Policy(Protocol):
         """
         ...
 
+    def token_logits(self, batch: PolicyBatch) -> Tensor | None:
+        """Return the logits of the tokens that stand for an action [B, tokens, choices].
+
+        Each is given the batch's tokens before it, where the policy decodes. None for a policy
+        whose actions are no tokens.
+        """
+        ...
+
     def greedy_actions(self, batch: PolicyBatch) -> Tensor:
         """Return the normalized actions the policy executes [B, horizon, dim]; no gradients."""
         ...

@@ -80,6 +80,10 @@ class WholePolicy(abc.ABC):
         )
         return batch.to(next(self.module.parameters()).device)
 
+    def token_logits(self, batch: PolicyBatch) -> Tensor | None:
+        """Return None: actions are no tokens."""
+        return None
+
     @torch.no_grad()
     def greedy_actions(self, batch: PolicyBatch) -> Tensor:
         """Return the normalized actions the policy executes [B, horizon, dim]."""

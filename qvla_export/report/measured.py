@@ -50,6 +50,8 @@ class ActionError:
     # Largest |difference| of the engine from torch with the same quantized weights: the floor.
     engine_drift_max: float
     cosine: float
+    # Divergence of the distributions over an action's tokens, nats; None without tokens.
+    token_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,9 @@ def read_object(path: Path, what: str, fields: tuple[str, ...]) -> dict[str, Any
 
 def read_action_error(path: Path) -> ActionError:
     """Read `action_error.json`."""
-    fields = tuple(ActionError.__dataclass_fields__)
+    fields = tuple(name for name in ActionError.__dataclass_fields__ if name != "token_kl")
     value = read_object(path, "action error", fields)
+    divergence = value.get("token_kl")
     with damage_named(path, "action error"):
         normalized, largest, physical = (
             tuple(finite(value[name]).reshape(-1).tolist())
@@ -167,6 +170,7 @@ def read_action_error(path: Path) -> ActionError:
             mean_abs_physical=physical,
             engine_drift_max=float(finite(value["engine_drift_max"])),
             cosine=float(finite(value["cosine"])),
+            token_kl=None if divergence is None else float(finite(divergence)),
         )
 
 

@@ -17,6 +17,7 @@ _COLUMNS = (
     "Quantized layers",
     "Bundle",
     "Action error",
+    "KL of tokens",
     "Solved episodes",
     "Latency",
     "Latency ratio",
@@ -175,6 +176,7 @@ def _setting_row(setting: SettingResult, data: RunData) -> tuple[Cell, ...]:
         ),
         Cell(f"{setting.bundle_bytes / 1e6:.2f} MB", f"{setting.bundle_bytes:,} bytes"),
         _error(setting),
+        _divergence(setting),
         _success(setting.rollouts.success if setting.rollouts else None),
         _latency(setting.latency),
         _ratio(setting.latency),
@@ -206,6 +208,13 @@ def _error(setting: SettingResult) -> Cell:
         return Cell(NONE)
     drift = f"engine drift {error.engine_drift_max:.1e}"
     return Cell(f"{error.rms:.3g} RMS", f"‖ΔA‖² {error.mse:.3g}, n\u00a0{error.held_out}; {drift}")
+
+
+def _divergence(setting: SettingResult) -> Cell:
+    error = setting.action_error
+    if error is None or error.token_kl is None:
+        return Cell(NONE)
+    return Cell(f"{error.token_kl:.3g} nats", "of all tokens of an action")
 
 
 def _success(share: Share | None) -> Cell:

@@ -21,6 +21,8 @@ class DeployedSetting:
     layer_ratio: float
     # Held-out RMS of normalized actions against the float policy's.
     action_rms: float
+    # Divergence of the distributions over action tokens, nats (eq. 2); None without tokens.
+    token_kl: float | None
     # Of simulated episodes, with its Wilson 95 % interval; None where none were run.
     success: float | None
     success_interval: tuple[float, float] | None
@@ -48,6 +50,7 @@ def deployed_settings(run: RunFolder, settings: Sequence[Setting]) -> tuple[Depl
             bundle.nbytes,
             1.0 if bundle.plan is None else layers / bundle.plan["float16_bytes"],
             error["rms"],
+            error.get("token_kl"),
             success,
             interval,
             p50,

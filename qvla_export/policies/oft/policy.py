@@ -51,9 +51,14 @@ class OftPolicy(PrismaticPolicy):
         output = self._output(batch)
         if self.config.head != "tokens":
             return output
-        first = self._first_action_token()
-        weights = output[..., first : first + len(self.token_centers)].softmax(dim=-1)
+        weights = self._of_action_tokens(output).softmax(dim=-1)
         return weights @ self.token_centers.to(weights)
+
+    def token_logits(self, batch: PolicyBatch) -> Tensor | None:
+        """Return logits of the action tokens [B, H * D, bins]; None for other heads."""
+        if self.config.head != "tokens":
+            return None
+        return self._of_action_tokens(self._output(batch)).flatten(1, 2)
 
     @torch.no_grad()
     def greedy_actions(self, batch: PolicyBatch) -> Tensor:
@@ -119,6 +124,11 @@ class OftPolicy(PrismaticPolicy):
         # Any token of the vocabulary may win; upstream clips it into the bins.
         index = output.argmax(dim=-1) - self._first_action_token()
         return self.token_centers[index.clip(0, len(self.token_centers) - 1)]
+
+    def _of_action_tokens(self, logits: Tensor) -> Tensor:
+        """Logits [..., vocab] -> those of the action tokens [..., bins]."""
+        first = self._first_action_token()
+        return logits[..., first : first + len(self.token_centers)]
 
     def _first_action_token(self) -> int:
         """Lowest id of an action token; the vocabulary's last ids stand for the lowest actions."""

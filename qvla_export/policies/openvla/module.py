@@ -35,11 +35,9 @@ class OpenVlaModule(TokenModule):
         """Return logits of every action token in one pass, given the tokens before it.
 
         Args:
-            pixel_values, input_ids, tokens, prompt_lengths: see `hidden_given`.
+            pixel_values, input_ids, tokens, prompt_lengths: see `logits_given`.
 
         Returns:
             float32 [B, dim, action tokens]
         """
-        found = self.hidden_given(pixel_values, input_ids, tokens, prompt_lengths)
-        logits: Tensor = self.language_model.lm_head(found.hidden[:, -tokens.shape[1] :])
-        return logits
+        return self.logits_given(pixel_values, input_ids, tokens, prompt_lengths)

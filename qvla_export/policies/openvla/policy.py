@@ -31,16 +31,9 @@ class OpenVlaPolicy(TokenPolicy):
     module: OpenVlaModule
     config: OpenVlaConfig
 
-    def action_logits(self, batch: PolicyBatch) -> Tensor:
-        """Return logits of the action tokens [B, dim, tokens], given the batch's tokens."""
-        logits: Tensor = self.module(
-            batch.pixel_values, batch.input_ids, self.tokens_of(batch), batch.prompt_lengths
-        )
-        return logits
-
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
         """Return expected bin centres [B, 1, dim], teacher-forced on the batch's tokens."""
-        weights = self.action_logits(batch).softmax(dim=-1)
+        weights = self.token_logits(batch).softmax(dim=-1)
         return (weights @ self.token_centers.to(weights))[:, None]
 
     @torch.no_grad()

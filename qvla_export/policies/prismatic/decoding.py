@@ -69,6 +69,25 @@ class TokenModule(PrismaticModule):
         hidden = self.language_model(torch.cat([sequence, follow], dim=1), length)
         return Decoded(tokens, hidden, length)
 
+    def logits_given(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        tokens: Tensor,
+        prompt_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits of all tokens in one pass, each given those before it.
+
+        Args:
+            pixel_values, input_ids, tokens, prompt_lengths: see `hidden_given`.
+
+        Returns:
+            float32 [B, steps, tokens of the vocabulary]
+        """
+        found = self.hidden_given(pixel_values, input_ids, tokens, prompt_lengths)
+        logits: Tensor = self.language_model.lm_head(found.hidden[:, -tokens.shape[1] :])
+        return logits
+
     @torch.no_grad()
     def decode(
         self, pixel_values: Tensor, input_ids: Tensor, prompt_lengths: Tensor | None = None

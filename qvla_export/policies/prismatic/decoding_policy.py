@@ -35,6 +35,12 @@ class TokenPolicy(PrismaticPolicy):
             )
         return replace(batch, tokens=self.decoded(batch).tokens)
 
+    def token_logits(self, batch: PolicyBatch) -> Tensor:
+        """Return logits of the tokens [B, tokens, choices], each given the batch's before it."""
+        return self.module.logits_given(
+            batch.pixel_values, batch.input_ids, self.tokens_of(batch), batch.prompt_lengths
+        )
+
     def decoded(self, batch: PolicyBatch) -> Decoded:
         """Return what greedy decoding finds now."""
         return self.module.decode(batch.pixel_values, batch.input_ids, batch.prompt_lengths)

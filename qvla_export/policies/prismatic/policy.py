@@ -62,6 +62,10 @@ class PrismaticPolicy(abc.ABC):
         """Return normalized actions [B, horizon, dim], differentiable."""
 
     @abc.abstractmethod
+    def token_logits(self, batch: PolicyBatch) -> Tensor | None:
+        """Return logits of the action's tokens [B, tokens, choices]; None without tokens."""
+
+    @abc.abstractmethod
     def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
         """Return the parts of the executed policy, from model inputs to "actions"."""
 

@@ -136,7 +136,7 @@ def test_a_batch_keeps_the_tokens_of_the_weights_it_was_made_with(policy: OpenVl
     name = next(name for name in layers if name.endswith("down_proj"))
     zeros = np.zeros(tuple(layers[name].weight.shape), np.float32)
     with torch.no_grad():
-        logits = policy.action_logits(batch)
+        logits = policy.token_logits(batch)
         assert torch.equal(logits.argmax(dim=-1), batch.tokens)
         with replaced_weights(layers, {name: zeros}):
             again = policy.batch(openvla_observations(2))

@@ -62,7 +62,7 @@ def test_every_intermediate_result(case: Case) -> None:
         )
     first = module.arch.first_action_token
     expected = case.golden["logits_at_action_positions"][:, first : first + BINS]
-    got = case.policy.action_logits(batch)[0].numpy()
+    got = case.policy.token_logits(batch)[0].numpy()
     np.testing.assert_allclose(got, expected, rtol=0, atol=LOGITS)
 
 
@@ -84,7 +84,7 @@ def test_a_prompt_with_and_without_the_last_token_is_one(case: Case) -> None:
 @torch.no_grad()
 def test_what_is_cached_is_what_one_pass_computes(case: Case) -> None:
     batch = case.policy.with_tokens(case.batch())
-    one_pass = case.policy.action_logits(batch)
+    one_pass = case.policy.token_logits(batch)
     torch.testing.assert_close(cached_logits(case.policy, case), one_pass, rtol=0, atol=FEATURES)
 
 

@@ -1,0 +1,77 @@
+"""Eq. 2: the divergence of the distributions over an action's tokens."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from openvla_cases import openvla_observations, write_tiny_openvla
+from scipy.stats import entropy
+from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
+from univla_cases import write_tiny_univla
+
+from engines.targets import CPU
+from qvla_export.graph.golden import token_divergence
+from qvla_export.policies.base import Policy
+from qvla_export.policies.families import load_policy
+from qvla_export.policies.layers import fake_quantized, layer_shapes
+from qvla_export.policies.oft.policy import OftPolicy
+from qvla_export.quantizer.uniform_plan import uniform_plan
+from qvla_export.shared.observation import Observation
+
+Make = Callable[..., list[Observation]]
+
+
+def write_tokens_of_one_pass(path: Path) -> Path:
+    return write_tiny_checkpoint(path, config=replace(TINY_CONFIG, head="tokens"))
+
+
+@contextmanager
+def sharpened(policy: Policy) -> Iterator[None]:
+    """Run the block with all logits doubled."""
+    weight = policy.module.get_parameter("language_model.lm_head.weight")
+    with torch.no_grad():
+        weight.mul_(2)
+        yield
+        weight.div_(2)
+
+
+@pytest.mark.parametrize(
+    ("write", "tokens"),
+    [(write_tiny_openvla, 7), (write_tiny_univla, 4), (write_tokens_of_one_pass, 16)],
+)
+def test_divergence_is_scipys(
+    write: Callable[[Path], Path], tokens: int, tiny_observations: Make, tmp_path: Path
+) -> None:
+    policy = load_policy(write(tmp_path / "checkpoint"))
+    seen = tiny_observations(3) if tokens == 16 else openvla_observations(3)
+    expected = 0.0
+    for observation in seen:
+        with torch.no_grad():
+            logits = policy.token_logits(policy.batch([observation]))
+        assert logits is not None and logits.shape[:2] == (1, tokens)
+        p, q = (values[0].double().softmax(dim=-1).numpy() for values in (logits, 2 * logits))
+        expected += entropy(p, q, axis=-1).sum() / len(seen)
+    got = token_divergence(policy, seen, partial(sharpened, policy))
+    assert expected > 1e-3
+    assert got == pytest.approx(expected, rel=1e-4)
+    assert token_divergence(policy, seen, nullcontext) == 0
+
+
+def test_fewer_bits_diverge_more(tmp_path: Path) -> None:
+    policy = load_policy(write_tiny_openvla(tmp_path / "checkpoint"))
+    shapes, seen = layer_shapes(policy.layers()), openvla_observations(4)
+    found = []
+    for bits in (8, 4, 2):
+        plan = uniform_plan(shapes, bits, CPU, policy.digest)
+        found.append(token_divergence(policy, seen, partial(fake_quantized, policy, plan)))
+    assert 0 < found[0] < found[1] < found[2]
+
+
+def test_actions_that_are_no_tokens_have_none(
+    tiny_policy: OftPolicy, tiny_observations: Make
+) -> None:
+    assert token_divergence(tiny_policy, tiny_observations(1), nullcontext) is None
