@@ -10,6 +10,7 @@ from qvla_export.pipeline import evaluate as judging
 from qvla_export.pipeline.activations import activations
 from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate, load_calibration
 from qvla_export.pipeline.deployment.rows import DeployedSetting, deployed_settings
+from qvla_export.pipeline.kept_layers import kept_layers
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import NumberedSteps, OnProgress, finish, ignore
 from qvla_export.pipeline.quantize import quantize_setting
@@ -195,6 +196,8 @@ def _measure(request: Deployment, policy: "Policy", steps: NumberedSteps) -> "Ag
         )
         resources = request.holding.resources()
         measured = sensitivities(run, policy, target, how, resources, hear)
+        if request.holding.resident:
+            kept_layers(run, policy, target, hear)
         estimators_of(run.root, measured)  # what the report would refuse at the end
     if compares_exactly(request):
         with steps.next("agreement with exact measurement") as hear:

@@ -82,6 +82,11 @@ class RunFolder:
         return self.root / "sensitivities.safetensors"
 
     @property
+    def kept_layers(self) -> Path:
+        """Sensitivities of the layers that no plan quantizes."""
+        return self.root / "kept_layers.safetensors"
+
+    @property
     def activations(self) -> Path:
         """Histograms of what the layers are fed."""
         return self.root / "activations.safetensors"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from qvla_export.pipeline.calibrate import load_calibration, require_calibration
+from qvla_export.pipeline.kept_layers import kept_layers
 from qvla_export.pipeline.plan import load_sensitivities
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
@@ -145,6 +146,8 @@ def open_and_measure(
     opened = open_within(resources, source, demand)
     within = replace(resources, max_bytes=opened.max_bytes)
     measured = sensitivities(run, opened.policy, target, request, within, on_progress)
+    if not resources.world.rank:
+        kept_layers(run, opened.policy, target, on_progress)
     if not check_pairs or resources.world.rank:
         return measured, None
     return measured, agreement(run, opened.policy, check_pairs, request.seed, on_progress)

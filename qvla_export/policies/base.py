@@ -125,6 +125,14 @@ class Policy(Protocol):
         """Return the quantizable layers that reach the action, by module name, in forward order."""
         ...
 
+    def kept_layers(self) -> Mapping[str, nn.Linear | nn.Conv2d]:
+        """Return the layers that reach the action and that no plan quantizes, by module name.
+
+        They stay in 16 bits, or in float32 where 16 would round: projectors, heads, layers of state
+        and time. See `quantizer.layer_names.WHY_KEPT`.
+        """
+        ...
+
     def parts(self, layers_per_part: int | None = None) -> Sequence[PolicyPart]:
         """Return the parts of the executed policy, from model inputs to "actions".
 

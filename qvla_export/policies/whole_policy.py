@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvla_export.policies.base import IGNORED_TOKEN_ID, PolicyBatch, PolicyPart
+from qvla_export.policies.reached_layers import linear_layers, reached_layers
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.clock import SpanClock
@@ -89,6 +90,13 @@ class WholePolicy(abc.ABC):
         """Return the normalized actions the policy executes [B, horizon, dim]."""
         return self.normalized_actions(batch)
 
+    def kept_layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
+        """Return the other layers that reach the action, those of constants too."""
+        every = linear_layers(self.module).items()
+        others = {name: layer for name, layer in every if not self.is_quantized(name)}
+        batch = self.probe_batch()
+        return reached_layers(others, lambda: self.probe_output(batch))
+
     @torch.enable_grad()
     def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
         """Return the linear and convolution layers that carry an observation to the action.
@@ -96,11 +104,8 @@ class WholePolicy(abc.ABC):
         Found by tracing: a layer whose weight gets no gradient from the action is dead; one whose
         input does not depend on what is observed is a constant of the policy.
         """
-        candidates = {
-            name: layer
-            for name, layer in self.module.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d) and self.is_quantized(name)
-        }
+        every = linear_layers(self.module).items()
+        candidates = {name: layer for name, layer in every if self.is_quantized(name)}
         batch = self.probe_batch()
         for tensor in (batch.pixel_values, batch.state, batch.noise):
             if tensor is not None:
@@ -118,7 +123,7 @@ class WholePolicy(abc.ABC):
             for handle in handles:
                 handle.remove()
         living = {name: layer for name, layer in candidates.items() if layer in fed}
-        return _reaching(self, batch, living)
+        return reached_layers(living, lambda: self.probe_output(batch))
 
     def probe_batch(self) -> PolicyBatch:
         """Return a batch of one observation of nothing."""
@@ -169,20 +174,3 @@ class WholePolicy(abc.ABC):
     def migrations(self) -> tuple[Migration, ...]:
         """Return where the network can be smoothed: nowhere, unless a family says so."""
         return ()
-
-
-def _reaching(
-    policy: WholePolicy, batch: PolicyBatch, layers: dict[str, nn.Linear | nn.Conv2d]
-) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Return the layers whose weights get a gradient from the action."""
-    weights = [layer.weight for layer in layers.values()]
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        output = policy.probe_output(batch)
-        gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)
-    reached = zip(layers.items(), gradients, strict=True)
-    return {name: layer for (name, layer), gradient in reached if gradient is not None}

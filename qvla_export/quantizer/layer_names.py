@@ -28,6 +28,41 @@ _MLPS = ((("fc1",), "fc2"), (("linear1",), "linear2"), (("gate_proj", "up_proj")
 # Last names of layers that share an input and become one.
 _PARALLEL = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+# What is never quantized -> the name it is known by; the first pattern that is found decides.
+_KEPT = (
+    (re.compile(r"\.dense$"), "adaptive norm"),
+    (re.compile(r"time_mlp"), "time MLP"),
+    (re.compile(r"^(state_proj$|proprio_projector\.|encoder_robot_state)"), "state projection"),
+    (re.compile(r"^(action_in_proj$|noisy_action_projector\.)"), "action projection"),
+    (
+        re.compile(r"^(action_out_proj$|action_head(\..*fc2)?$|action_decoder\.proj\.)"),
+        "last projection",
+    ),
+    (re.compile(r"^(action_head|action_decoder)\."), "action head"),
+    (re.compile(r"lm_head$"), "output layer"),
+    (re.compile(r"^film\."), "FiLM"),
+    (re.compile(r"(projector|^connector$|img_feat_input_proj$)"), "projector"),
+)
+_CARRIER = "VLAQuantBench (arXiv 2609.25376) names its like as a carrier of failure"
+# Such a name -> why the layer stays in 16 bits.
+WHY_KEPT = {
+    "adaptive norm": f"{_CARRIER}; it scales all that the expert computes",
+    "time MLP": f"{_CARRIER}; one vector for all positions",
+    "state projection": f"{_CARRIER}; few weights on numbers without redundancy",
+    "action projection": f"{_CARRIER}; few weights on numbers without redundancy",
+    "last projection": f"{_CARRIER}; its error is the action's",
+    "action head": "the paper's exclusion",
+    "output layer": "the paper's exclusion; its rows are the actions",
+    "FiLM": "it scales all that a tower's block computes",
+    "projector": "the paper's exclusion; all that is seen passes it",
+    "other": "it is of no tower, language model or expert",
+}
+
+
+def kept_kind_of(layer: str) -> str:
+    """Return what a layer that is never quantized is known by: a key of `WHY_KEPT`."""
+    return next((name for pattern, name in _KEPT if pattern.search(layer)), "other")
+
 
 def module_of(layer: str) -> str:
     """Return the module of a layer, for example "SigLIP attention".

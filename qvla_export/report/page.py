@@ -7,7 +7,14 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from qvla_export.report import estimators, figures, recommendation, result_figures, tables
+from qvla_export.report import (
+    estimators,
+    figures,
+    kept_layers,
+    recommendation,
+    result_figures,
+    tables,
+)
 from qvla_export.report.missing import missing_artifacts
 from qvla_export.report.run_data import RunData, read_run
 from qvla_export.report.svg import style
@@ -68,6 +75,8 @@ def render(data: RunData) -> str:
         estimators=estimators.estimator_table(data.estimators),
         estimators_caption=data.estimators and estimators.estimator_caption(data.estimators),
         standard_errors=estimators.standard_error_table(data.sensitivities),
+        kept_layers=kept_layers.kept_table(data.kept_layers),
+        kept_caption=data.kept_layers and kept_layers.kept_caption(data),
         drawings=drawings,
         missing=missing_artifacts(data),
     )

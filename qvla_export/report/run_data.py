@@ -84,6 +84,8 @@ class RunData:
     # What calibration/calibration.json says; None where it is missing.
     calibration: Mapping[str, Any] | None
     sensitivities: Sensitivities
+    # Of the layers that no plan quantizes; None where they were not measured.
+    kept_layers: Sensitivities | None
     agreement: RankAgreement | None
     # What `qvla estimators` wrote; None where it was not run.
     estimators: ComparedEstimators | None
@@ -124,6 +126,12 @@ def read_run(run: Path) -> RunData:
     if agreement is not None:
         made_for = agreement.sensitivities_digest
         _require("agreement and sensitivities", made_for, sensitivities.digest)
+    kept = _if_there(run / "kept_layers.safetensors", Sensitivities.load)
+    if kept is not None:
+        made_for = (kept.policy_digest, kept.calibration_digest)
+        expected = (info.policy_digest, sensitivities.calibration_digest)
+        for what, ours, theirs in zip(("run", "sensitivities"), expected, made_for, strict=True):
+            _require(f"{what} and kept_layers", ours, theirs)
     latencies = _if_there(run / "latency.json", read_latencies) or {}
     settings = tuple(
         _read_setting(run / "settings" / name, info, sensitivities, latencies.get(name))
@@ -140,6 +148,7 @@ def read_run(run: Path) -> RunData:
         info=info,
         calibration=_read_calibration(run / "calibration" / "calibration.json", sensitivities),
         sensitivities=sensitivities,
+        kept_layers=kept,
         agreement=agreement,
         estimators=estimators_of(run, sensitivities),
         settings=settings,

@@ -47,6 +47,9 @@ def make_report_run(policy: OftPolicy, seen: list[Observation], run: Path) -> Pa
     measured = measure_first_order(policy, seen, "calibration-digest", settings)
     run.mkdir()
     measured.save(run / "sensitivities.safetensors")
+    kept = FirstOrder(spec_for(CPU), (2, 4, 8), probes=2, of_kept=True)
+    found = measure_first_order(policy, seen, "calibration-digest", kept)
+    found.save(run / "kept_layers.safetensors")
     shapes = layer_shapes(traced_layers(policy))
     plans = {
         "float": None,

@@ -18,6 +18,7 @@ from qvla_export.policies.prismatic.config import PrismaticConfig
 from qvla_export.policies.prismatic.smoothing import find_migrations
 from qvla_export.policies.prismatic.vision import PrismaticModule
 from qvla_export.policies.prismatic.weights import CheckpointWeights
+from qvla_export.policies.reached_layers import linear_layers, reached_layers
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.clock import SpanClock
@@ -95,28 +96,16 @@ class PrismaticPolicy(abc.ABC):
         # Where no weights are in memory, parts run on the CPU.
         return batch if device.type == "meta" else batch.to(device)
 
-    @torch.enable_grad()
     def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
         """Return the linear and convolution layers of towers and decoder that reach the action.
 
         Found by tracing: a layer whose weight gets no gradient from the action is dead.
         """
-        candidates = {
-            name: layer
-            for name, layer in self.module.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d) and name.startswith(_QUANTIZED_PREFIXES)
-        }
-        weights = [layer.weight for layer in candidates.values()]
-        for weight in weights:
-            weight.requires_grad_(True)
-        try:
-            output = self.probe_output()
-            gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
-        finally:
-            for weight in weights:
-                weight.requires_grad_(False)
-        reached = zip(candidates.items(), gradients, strict=True)
-        return {name: layer for (name, layer), gradient in reached if gradient is not None}
+        return self._reached(quantized=True)
+
+    def kept_layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
+        """Return the other layers that reach the action: projectors, heads, FiLM."""
+        return self._reached(quantized=False)
 
     @torch.no_grad()
     def infer(self, observation: Observation) -> ActionChunk:
@@ -147,6 +136,11 @@ class PrismaticPolicy(abc.ABC):
         pixels = torch.zeros(1, 6 * len(self.config.cameras), side, side, device=device)
         ids = torch.tensor([[self.config.bos_token_id, self.config.suffix_token_id]], device=device)
         return pixels, ids
+
+    def _reached(self, quantized: bool) -> dict[str, nn.Linear | nn.Conv2d]:
+        every = linear_layers(self.module).items()
+        sought = {n: layer for n, layer in every if n.startswith(_QUANTIZED_PREFIXES) == quantized}
+        return reached_layers(sought, self.probe_output)
 
     def read_weight(self, name: str) -> NDArray[np.float32]:
         """Return a parameter or buffer by name, as float32, from memory or the checkpoint."""

@@ -83,6 +83,8 @@ class FirstOrder:
     moments: Moments | None = None
     # Or how they are measured on the way, used and dropped: of a policy on disk.
     span_moments: MomentSettings | None = None
+    # Whether of the layers that no plan quantizes, instead of the others.
+    of_kept: bool = False
 
     def __post_init__(self) -> None:
         sources = [self.moments, self.span_moments]
@@ -185,7 +187,7 @@ def measure_first_order(
     """
     if not observations:
         raise QvlaError("sensitivities need at least one observation, got none")
-    layers = traced_layers(policy)
+    layers = dict(policy.kept_layers()) if settings.of_kept else traced_layers(policy)
     count, size = len(observations), settings.batch_size
     empty = _empty_sums(layers, count, settings)
     stream = sweeps = None
@@ -352,7 +354,7 @@ def _identity(
     if settings.span_moments is not None:
         stated["span_moments"] = settings.span_moments.stated()
     # It shows in the groups, or changes nothing.
-    del stated["max_bytes"]
+    del stated["max_bytes"], stated["of_kept"]
     return {
         "policy_digest": policy.digest,
         "calibration_digest": calibration_digest,

@@ -11,13 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from report_runs import SETTINGS, Outline
+from report_runs import SETTINGS, Outline, edit_json
 
 from qvla_export.quantizer.layer_names import label_of, module_of
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.report.page import write_report
 from qvla_export.report.run_data import read_run
 from qvla_export.report.tables import summary
+from qvla_export.sensitivity.sensitivities import Sensitivities
+from qvla_export.shared.errors import ArtifactError
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,36 @@ def test_numbers_in_the_table_are_those_of_the_artifacts(
             ratio = next(r for r in latency["ratios"] if (r["name"], r["stage"]) == (name, "total"))
             assert f"{ratio['ratio']:.2f}×" in row
             assert f"[{ratio['low']:.2f}, {ratio['high']:.2f}]" in row
+
+
+def test_divergence_of_tokens_has_a_column_where_there_is_one(
+    pristine_report_run: Path, page: str, tmp_path: Path
+) -> None:
+    run = shutil.copytree(pristine_report_run, tmp_path / "run")
+    edit_json(run / "settings/w4/action_error.json", token_kl=0.0123)
+    assert ">KL of tokens<" not in page
+    decoding = write_report(run).read_text()
+    assert decoding.count(">KL of tokens<") >= 1 and decoding.count("0.0123 nats") == 1
+    edit_json(run / "settings/w4/action_error.json", token_kl="much")
+    with pytest.raises(ArtifactError, match="action error"):
+        write_report(run)
+
+
+def test_layers_that_stay_in_16_bits_are_shown_most_sensitive_first(
+    pristine_report_run: Path, page: str
+) -> None:
+    kept = Sensitivities.load(pristine_report_run / "kept_layers.safetensors")
+    assert {"projector.fc1", "action_head.model.fc2", "proprio_projector.fc1"} <= set(kept.values)
+    table = html.unescape(page)[page.index("Layers that stay in 16 bits") :].split("</table>")[0]
+    totals = {name: float(kept.at(name, 4).sum()) for name in kept.values}
+    for name, total in totals.items():
+        place = table.index(f"{_NUMBER.sub('*', name)}</span>")
+        if not _NUMBER.search(name):
+            assert f"{total:.3g}" in table[place:].split("</tr>")[0]
+    single = sorted((n for n in totals if not _NUMBER.search(n)), key=lambda n: -totals[n])
+    places = [table.index(f"<span>{name}</span>") for name in single]
+    assert places == sorted(places)
+    assert "last projection" in table and "the paper's exclusion" in table
 
 
 def test_summary_sentence_is_computed(page: str) -> None:
