@@ -31,6 +31,8 @@ class LayerShape:
     # Weights of one channel.
     inputs: int
     rows: int
+    # Rows that a number of its input stands in: a convolution's kernel, where it moves by one.
+    overlap: int = 1
 
     @staticmethod
     def of(name: str, shape: tuple[int, int], rows: int) -> "LayerShape":
@@ -86,7 +88,7 @@ class PolicyInputs:
     """What decides the rows of a policy's layers."""
 
     images: int
-    # Side of an image in pixels.
+    # Side of an image in pixels; its width where it is not square.
     image_size: int
     # Prompt tokens, BOS and suffix included.
     prompt_tokens: int
@@ -94,7 +96,7 @@ class PolicyInputs:
     action_dim: int
     # 0 where the policy takes no state.
     state_dim: int = 0
-    head: Literal["l1", "tokens", "latent"] = "l1"
+    head: Literal["l1", "tokens", "latent", "diffusion"] = "l1"
     # Every token needs a pass of its own, as in OpenVLA; False: one pass, as in OpenVLA-OFT.
     autoregressive: bool = False
     # Tokens of a chunk where they are not its numbers, but are decoded to it (head "latent").
@@ -108,6 +110,12 @@ class PolicyInputs:
     flow_steps: int = 0
     action_width: int = 0
     adaptive: bool = False
+    # Tokens of an image in a flow's prefix; 0: one for each patch. Where the prefix has the state
+    # as a token, the expert has not.
+    image_tokens: int = 0
+    state_in_prefix: bool = False
+    # Of an image that is not square, in pixels; 0: as its width.
+    image_height: int = 0
 
     @property
     def slots(self) -> int:
@@ -185,7 +193,15 @@ def _decoder(
             PartShape("head", (lm_head,), runs=tokens),
         )
     rows, steps = prompt + inputs.slots + 1, inputs.denoising_steps
+    if inputs.head == "diffusion":
+        rows += 1  # the time
     decoder = decoder_part(shapes, "decoder", rows, rows, steps)
+    if inputs.head == "diffusion":
+        noisy = (
+            LayerShape("noisy_action_projector.fc1", hidden, 1, inputs.slots),
+            LayerShape("noisy_action_projector.fc2", hidden, hidden, inputs.slots),
+        )
+        decoder = PartShape("decoder", noisy + decoder.layers, decoder.attentions, steps)
     if inputs.state_dim:
         state = (
             LayerShape("proprio_projector.fc1", hidden, inputs.state_dim, 1),

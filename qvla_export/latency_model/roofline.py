@@ -71,6 +71,8 @@ class _Product:
     reordered: bool
     # Whether these are quantized layers, so that 8-bit activations reach them.
     planned: bool
+    # See `LayerShape`.
+    overlap: int
 
 
 @dataclass(frozen=True)
@@ -200,12 +202,13 @@ class LatencyModel:
 
         Each kernel is taken to read the product's input and to pass over its output.
         """
-        numbers = product.rows * (product.inputs + 2 * product.outputs)
+        numbers = product.rows * (product.inputs / product.overlap + 2 * product.outputs)
         once = self._read_ms(numbers * self._element_bytes) + self._launch_ms
         total = self.rates.kernels_between * once
         if activations == "int8" and product.planned:
-            moved = product.rows * product.inputs * (self._element_bytes + _INT8_BYTES)
-            total += self._read_ms(moved) + self._launch_ms
+            inputs = product.rows * product.inputs / product.overlap
+            moved_bytes = inputs * (self._element_bytes + _INT8_BYTES)
+            total += self._read_ms(moved_bytes) + self._launch_ms
         if product.reordered:
             moved = 2 * product.rows * product.outputs * self._element_bytes
             total += self._read_ms(moved) + self._launch_ms
@@ -295,4 +298,5 @@ def _product(members: list[LayerShape], widths: Widths, units: _Units) -> _Produ
         # What an MLP produces is read in the stored order.
         reordered=several and not produces,
         planned=first.name in widths,
+        overlap=first.overlap,
     )

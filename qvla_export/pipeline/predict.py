@@ -1,7 +1,7 @@
 """What a latency is predicted for: a bundle, a published geometry, a checkpoint's inputs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.latency_model.flow_shape import find_any_geometry, shape_of
+from qvla_export.latency_model.flow_shape import (
+    find_any_geometry,
+    has_flow_tower,
+    shape_of,
+    with_prefix,
+)
 from qvla_export.latency_model.kernel_rates import DeviceRates
 from qvla_export.latency_model.network_shape import NetworkShape, PolicyInputs
+from qvla_export.latency_model.resnet_shape import has_resnet
 from qvla_export.latency_model.roofline import LatencyModel, LatencyPrediction
 from qvla_export.policies.families import recognize
+from qvla_export.quantizer.layer_shapes import LayerShapes
 from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import WIDTHS, ActivationSupport, Target
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     from qvla_export.allocation.setting import Setting
     from qvla_export.quantizer.plan import BitPlan
     from qvla_export.sensitivity.sensitivities import Sensitivities
+    from qvla_export.shared.bundle import Bundle
 
 
 @dataclass(frozen=True)
@@ -78,27 +86,58 @@ def subject_of_bundle(path: Path) -> Subject:
             f"{path} is a float bundle, which does not list its layers; give a quantized bundle "
             "of the same policy: its prediction shows float beside it"
         )
-    plan, spec = BitPlan.load(path / PLAN), bundle.processor.spec
+    plan = BitPlan.load(path / PLAN)
+    return Subject(
+        str(path),
+        shape_of(plan.shapes, _inputs_of(bundle, plan.shapes)),
+        dict(plan.widths),
+        "none" if plan.activations is None else "int8",
+        plan.target,
+    )
+
+
+def _inputs_of(bundle: "Bundle", shapes: LayerShapes) -> PolicyInputs:
+    """Return what a bundle's manifest says of the rows of its layers."""
+    spec, steps = bundle.processor.spec, max(run.times for run in bundle.program.runs)
     prompt = bundle.golden().feeds[0].get("input_ids")
+    height, width = spec.frame_size
     inputs = PolicyInputs(
         images=len(spec.cameras),
-        image_size=isqrt(spec.pixels),
+        image_size=width if has_resnet(shapes) else isqrt(spec.pixels),
+        image_height=height if has_resnet(shapes) else 0,
         prompt_tokens=0 if prompt is None else prompt.shape[1],
         horizon=spec.horizon,
         action_dim=spec.action_dim,
         # A state that is in the prompt is no token of its own.
         state_dim=0 if spec.state_bins else spec.state_dim,
-        flow_steps=0 if spec.noise is None else max(run.times for run in bundle.program.runs),
-        action_width=0 if spec.noise is None else spec.noise.shape[-1],
-        adaptive=bool(spec.state_bins),
+        head="tokens" if spec.action_bins else "l1",
     )
-    return Subject(
-        str(path),
-        shape_of(plan.shapes, inputs),
-        dict(plan.widths),
-        "none" if plan.activations is None else "int8",
-        plan.target,
-    )
+    if has_flow_tower(shapes):
+        assert spec.noise is not None
+        adaptive, action_width = bool(spec.state_bins), spec.noise.shape[-1]
+        inputs = replace(inputs, flow_steps=steps, action_width=action_width, adaptive=adaptive)
+        return with_prefix(inputs, shapes, _prefix_places(bundle))
+    if spec.noise is not None:
+        return replace(inputs, head="diffusion", denoising_steps=steps)
+    if any(run.name == "decode" for run in bundle.program.runs):
+        # The pass over the prompt makes the first token.
+        head: Literal["tokens", "latent"] = "tokens" if spec.action_bins else "latent"
+        latent = 0 if spec.action_bins else steps + 1
+        return replace(
+            inputs,
+            head=head,
+            autoregressive=True,
+            latent_tokens=latent,
+            vocab_size=spec.action_bins or inputs.vocab_size,
+        )
+    return inputs
+
+
+def _prefix_places(bundle: "Bundle") -> int:
+    """Places of a prefix beside those of the prompt: what is added to its axis of any size."""
+    sizes = [size for part in bundle.parts for spec in part.outputs for size in spec.shape]
+    added = [str(size).partition("+")[2] for size in sizes if str(size).startswith("prompt+")]
+    return int(added[0]) if added else 0
 
 
 def subject_of_geometry(name: str, bits: str, activations: ActivationSupport) -> Subject:

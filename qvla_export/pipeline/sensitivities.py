@@ -39,6 +39,8 @@ class SensitivityRequest:
     # Of all channels: measured exactly by two-stage.
     exact_share: float = 0.02
     seed: int = 0
+    # Whether each step of a flow is looked at by itself, instead of the action that they make.
+    per_step: bool = False
 
     def __post_init__(self) -> None:
         if self.quantizer == "compensated" and self.method != "first-order":
@@ -85,7 +87,11 @@ def sensitivities(
     question = new_question(run, policy, target, request.seed, means.batch_size)
     if request.codes == "compensated":
         question = compensated_question(run, question, target, means, on_progress)
-    journal = run.sensitivities.with_suffix(".progress")
+    if request.per_step:
+        question = replace(question, policy=policy.step_by_step(), per_step=True)
+    # A journal of its own: its sums have the same shapes.
+    ending = ".steps.progress" if request.per_step else ".progress"
+    journal = run.sensitivities.with_suffix(ending)
     measured = load_if_current(
         run.sensitivities, Sensitivities.load, lambda old: _answers(old, question, estimator)
     )
@@ -96,6 +102,8 @@ def sensitivities(
         record = _work(run, request, question, target)
         with recorded_work(record, on_progress, means.world) as hear:
             measured = estimator.table(question, Work(journal, bar(hear, work), means.world))
+            if request.per_step:
+                measured = replace(measured, settings={**measured.settings, "per_step": True})
             if means.world.rank == 0:
                 measured.save(run.sensitivities)
     if means.world.rank == 0:
@@ -120,6 +128,8 @@ def _work(
     }
     if request.method == "two-stage":
         options["--exact-share"] = request.exact_share
+    if request.per_step:
+        options["--per-step"] = True
     sources = [run.calibration, *([run.moments] if question.moments is not None else [])]
     return ArtifactWork(run, run.sensitivities, options, tuple(sources))
 
@@ -233,6 +243,8 @@ def agreement(
     if compared is not None:
         finish(on_progress, work, kept=True)
         return compared
+    if measured.settings.get("per_step"):
+        policy = policy.step_by_step()
     calibration = load_calibration(run)
     require_calibration(calibration, measured.calibration_digest, "sensitivities")
     observations = calibration.observations
@@ -264,7 +276,7 @@ def _answers(measured: Sensitivities, question: "Question", estimator: "Estimato
     # Files written before settings were recorded: first order with so many probes. Later ones name
     # a bound that is gone; null bounded nothing.
     stored = measured.settings or {"probes": measured.probes or None}
-    now = dict(estimator.settings)
+    now = {**estimator.settings, **({"per_step": True} if question.per_step else {})}
     return (
         measured.policy_digest,
         measured.calibration_digest,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
+from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.processor import Processor
 from qvla_export.shared.program import Program
@@ -38,6 +39,9 @@ class PolicyBatch:
     image_mask: Tensor | None = None
     # What a flow begins at; None for a policy without one.  float32 [B, horizon, n]
     noise: Tensor | None = None
+    # Where the flow stood before each step, with the weights that the policy had when the batch was
+    # made; None unless its steps are looked at one by one.  float32 [B, steps, horizon, n]
+    flows: Tensor | None = None
 
     def __len__(self) -> int:
         return self.pixel_values.shape[0]
@@ -133,6 +137,17 @@ class Policy(Protocol):
         """
         ...
 
+    def step_by_step(self) -> "Policy":
+        """Return the policy whose `normalized_actions` are what each step of its flow adds.
+
+        [B, steps * horizon, dim], each step beginning where the batch's own flow stood: what
+        happens to weights in one step does not reach the next.
+
+        Raises:
+            CheckpointError: it integrates no flow.
+        """
+        ...
+
     def parts(self, layers_per_part: int | None = None) -> Sequence[PolicyPart]:
         """Return the parts of the executed policy, from model inputs to "actions".
 
@@ -179,3 +194,11 @@ class Policy(Protocol):
     def infer(self, observation: Observation) -> ActionChunk:
         """Act on one observation, with the milliseconds of each span."""
         ...
+
+
+def no_flow() -> CheckpointError:
+    """Return the error of a policy whose steps cannot be looked at one by one."""
+    return CheckpointError(
+        "only the steps of a flow are measured one by one, and this policy integrates none; leave "
+        "--per-step out"
+    )

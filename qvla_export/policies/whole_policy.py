@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.policies.base import IGNORED_TOKEN_ID, PolicyBatch, PolicyPart
+from qvla_export.policies.base import IGNORED_TOKEN_ID, PolicyBatch, PolicyPart, no_flow
 from qvla_export.policies.reached_layers import linear_layers, reached_layers
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.action import ActionChunk
@@ -80,6 +80,14 @@ class WholePolicy(abc.ABC):
             noise=stacked("noise"),
         )
         return batch.to(next(self.module.parameters()).device)
+
+    def step_by_step(self) -> "WholePolicy":
+        """Refuse: there is no flow, unless a family says so.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise no_flow()
 
     def token_logits(self, batch: PolicyBatch) -> Tensor | None:
         """Return None: actions are no tokens."""

@@ -128,10 +128,9 @@ def read_run(run: Path) -> RunData:
         _require("agreement and sensitivities", made_for, sensitivities.digest)
     kept = _if_there(run / "kept_layers.safetensors", Sensitivities.load)
     if kept is not None:
-        made_for = (kept.policy_digest, kept.calibration_digest)
-        expected = (info.policy_digest, sensitivities.calibration_digest)
-        for what, ours, theirs in zip(("run", "sensitivities"), expected, made_for, strict=True):
-            _require(f"{what} and kept_layers", ours, theirs)
+        _require("run and kept_layers", info.policy_digest, kept.policy_digest)
+        measured_on = sensitivities.calibration_digest
+        _require("sensitivities and kept_layers", measured_on, kept.calibration_digest)
     latencies = _if_there(run / "latency.json", read_latencies) or {}
     settings = tuple(
         _read_setting(run / "settings" / name, info, sensitivities, latencies.get(name))

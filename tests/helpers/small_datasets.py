@@ -11,20 +11,28 @@ from calibration.sources.lerobot_writer import Episode, write_dataset
 INSTRUCTIONS = ("push the button", "open the small drawer slowly", "close the window")
 
 
-def make_episode(number: int, frames: int, side: int = 28, dims: int = 4) -> Episode:
+def make_episode(
+    number: int, frames: int, side: int = 28, dims: int = 4, action_dims: int | None = None
+) -> Episode:
     """Return one episode; its number is its red level and its instruction."""
     random = np.random.default_rng(number)
     states = np.cumsum(random.normal(0, 0.05, (frames, dims)), axis=0).astype(np.float32)
     pictures = random.integers(0, 256, (frames, side, side, 3), dtype=np.uint8)
     pictures[..., 0] = number
     instruction = INSTRUCTIONS[number % len(INSTRUCTIONS)]
-    actions = np.clip(np.sin(7 * states) + 0.1, -1, 1).astype(np.float32)
+    actions = np.clip(np.sin(7 * states[:, :action_dims]) + 0.1, -1, 1).astype(np.float32)
     return Episode(instruction, {"image": [encode_png(p) for p in pictures]}, states, actions)
 
 
-def write_small_dataset(root: Path, lengths: Sequence[int], side: int = 28, dims: int = 4) -> Path:
-    """Write a data set with episodes of these lengths."""
+def write_small_dataset(
+    root: Path,
+    lengths: Sequence[int],
+    side: int = 28,
+    dims: int = 4,
+    action_dims: int | None = None,
+) -> Path:
+    """Write a data set with episodes of these lengths; actions are as long as states by default."""
     with write_dataset(root, 40, "test") as writer:
         for number, frames in enumerate(lengths):
-            writer.add(make_episode(number, frames, side, dims))
+            writer.add(make_episode(number, frames, side, dims, action_dims))
     return root

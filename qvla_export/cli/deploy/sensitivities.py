@@ -50,6 +50,9 @@ def sensitivities(
     check_pairs: Annotated[
         int, typer.Option(help="(channel, width) pairs to compare with exact measurement.")
     ] = 0,
+    per_step: Annotated[
+        bool, typer.Option(help="Of a flow: what each step does, not the action that they make.")
+    ] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     batch_size: BatchSizeOption = 8,
@@ -71,7 +74,7 @@ def sensitivities(
 
     folder, device_target = RunFolder(run, force), find_target(target, zero_points, scales)
     source = PolicySource(str(policy), unnorm_key, preset)
-    request = SensitivityRequest(method, quantizer, probes or None, exact_share, seed)
+    request = SensitivityRequest(method, quantizer, probes or None, exact_share, seed, per_step)
     with (
         joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources,
         progress_shown(silent=resources.world.rank > 0) as on_progress,

@@ -77,9 +77,8 @@ def baseline(
 def _lines(verdict: "BaselineVerdict") -> str:
     baseline, error, evaluation = verdict.baseline, verdict.error, verdict.evaluation
     libraries = ", ".join(f"{name} {version}" for name, version in baseline.libraries.items())
-    divergence = "" if error.token_kl is None else f", token KL {error.token_kl:.3g} nats,"
     lines = [
-        f"{baseline.request.setting}: held-out action error {error.rms:.4f} RMS{divergence} on "
+        f"{baseline.request.setting}: held-out action error {error.rms:.4f} RMS on "
         f"{error.held_out} observations; {baseline.mean_bits_per_channel:.2f} mean bits per "
         f"channel, {baseline.stored_bits_per_weight:.2f} stored, {baseline.weight_bytes} bytes; "
         f"{baseline.seconds:.1f} s of {libraries}"

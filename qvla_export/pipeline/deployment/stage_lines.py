@@ -30,7 +30,8 @@ def tail_text(row: DeployedSetting) -> str:
 def _described(measured: Sensitivities) -> str:
     channels = sum(v.shape[1] for v in measured.values.values())
     codes = "compensated" if measured.quantizer.needs_moments else "nearest"
-    return f"{channels} channels, {measured.method}, {codes} codes, {measured.samples} observations"
+    how = f"{measured.method}{', step by step' * bool(measured.settings.get('per_step'))}"
+    return f"{channels} channels, {how}, {codes} codes, {measured.samples} observations"
 
 
 def _standard_error(measured: Sensitivities) -> str:

@@ -27,7 +27,8 @@ class ActFamily(LeRobotFamily):
         camera = next(iter(config.cameras.values()))
         return PolicyInputs(
             images=len(config.cameras),
-            image_size=max(camera.height, camera.width),
+            image_size=camera.width,
+            image_height=camera.height,
             prompt_tokens=0,
             horizon=own.horizon,
             action_dim=config.action_dim,

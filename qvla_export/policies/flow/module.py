@@ -88,6 +88,31 @@ class FlowModule(nn.Module, abc.ABC):
             flow = self.step(prefix, flow, index)
         return flow
 
+    @torch.no_grad()
+    def flows(self, inputs: PrefixInputs, noise: Tensor) -> Tensor:
+        """Return where the flow stands before each step [B, steps, horizon, width]."""
+        prefix, found = self.prefix(inputs), [noise]
+        for number in range(self.arch.flow.steps - 1):
+            index = torch.full((1,), number, dtype=torch.int64, device=noise.device)
+            found.append(self.step(prefix, found[-1], index))
+        return torch.stack(found, dim=1)
+
+    def moves(self, inputs: PrefixInputs, flows: Tensor) -> Tensor:
+        """Return what each step adds, from where the flow stands before it.
+
+        Args:
+            inputs: as in `forward`.
+            flows: from `flows`.
+
+        Returns:
+            Differentiable in each step by itself.  [B, steps * horizon, width]
+        """
+        prefix, found = self.prefix(inputs), []
+        for number, flow in enumerate(flows.unbind(dim=1)):
+            index = torch.full((1,), number, dtype=torch.int64, device=flow.device)
+            found.append(self.step(prefix, flow, index) - flow)
+        return torch.cat(found, dim=1)
+
     def step(self, prefix: Prefix, flow: Tensor, index: Tensor) -> Tensor:
         """Return the flow after one Euler step.
 

@@ -1,6 +1,8 @@
 """What a `Policy` does whose expert integrates a flow, whatever its networks."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,8 +12,10 @@ from qvla_export.policies.flow.module import FlowModule, PrefixInputs
 from qvla_export.policies.flow.parts import program_of, whole_parts
 from qvla_export.policies.whole_policy import WholePolicy
 from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.observation import Observation
 from qvla_export.shared.program import Program
 
+_Self = TypeVar("_Self", bound="FlowPolicy")  # typing.Self needs Python 3.11
 _STACKS = ("vision_tower.", "language_model.layers.", "action_expert.layers.")
 
 
@@ -20,6 +24,20 @@ class FlowPolicy(WholePolicy):
     """A loaded policy; see `Policy` for the meaning of its members."""
 
     module: FlowModule
+    # Whether `normalized_actions` are what each step adds, see `step_by_step`.
+    by_step: bool = field(default=False, kw_only=True)
+
+    def step_by_step(self: _Self) -> _Self:
+        """Return the policy whose `normalized_actions` are what each step of its flow adds."""
+        return replace(self, by_step=True)
+
+    def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
+        """Preprocess observations into one batch; note the flow where its steps are looked at."""
+        batch = super().batch(observations)
+        if not self.by_step:
+            return batch
+        assert batch.noise is not None
+        return replace(batch, flows=self.module.flows(prefix_inputs(batch), batch.noise))
 
     def is_quantized(self, name: str) -> bool:
         """Whether a layer is of the tower or of a stack of blocks.
@@ -30,8 +48,14 @@ class FlowPolicy(WholePolicy):
         return name.startswith(_STACKS)
 
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
-        """Return the flow's end [B, horizon, dim], differentiable through all steps."""
+        """Return the flow's end [B, horizon, dim], differentiable through all steps.
+
+        Of a batch that notes the flow: what each step adds, [B, steps * horizon, dim].
+        """
         assert batch.noise is not None
+        if batch.flows is not None:
+            moves = self.module.moves(prefix_inputs(batch), batch.flows)
+            return moves[:, :, : self.processor.spec.action_dim]
         actions: Tensor = self.module(prefix_inputs(batch), batch.noise)
         return actions[:, :, : self.processor.spec.action_dim]
 

@@ -33,7 +33,7 @@ class OftFamily(PrismaticFamily[OftConfig]):
         """Return what decides the rows of the layers: the head, and a diffusion head's steps."""
         return replace(
             inputs,
-            head="tokens" if config.head == "tokens" else "l1",
+            head=config.head,
             denoising_steps=config.diffusion_steps if config.head == "diffusion" else 1,
         )
 

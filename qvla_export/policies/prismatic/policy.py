@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qvla_export.policies.base import IGNORED_TOKEN_ID, PolicyBatch, PolicyPart
+from qvla_export.policies.base import IGNORED_TOKEN_ID, PolicyBatch, PolicyPart, no_flow
 from qvla_export.policies.prismatic.config import PrismaticConfig
 from qvla_export.policies.prismatic.smoothing import find_migrations
 from qvla_export.policies.prismatic.vision import PrismaticModule
@@ -61,6 +61,14 @@ class PrismaticPolicy(abc.ABC):
     @abc.abstractmethod
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
         """Return normalized actions [B, horizon, dim], differentiable."""
+
+    def step_by_step(self) -> "PrismaticPolicy":
+        """Refuse: there is no flow.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise no_flow()
 
     @abc.abstractmethod
     def token_logits(self, batch: PolicyBatch) -> Tensor | None:

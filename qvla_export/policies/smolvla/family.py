@@ -8,6 +8,7 @@ from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import PROMPT_TOKENS
 from qvla_export.policies.lerobot.family import LeRobotFamily
 from qvla_export.policies.lerobot.files import check_files
+from qvla_export.policies.prismatic.files import stored_headers
 from qvla_export.policies.smolvla.config import (
     STEPS,
     read_smolvla_config,
@@ -19,6 +20,8 @@ from qvla_export.shared.lerobot.lerobot_config import read_lerobot_config
 
 if TYPE_CHECKING:
     from qvla_export.policies.smolvla.policy import SmolVlaPolicy
+
+_PATCHES = "vision_model.embeddings.patch_embedding.weight"
 
 
 class SmolVlaFamily(LeRobotFamily):
@@ -35,7 +38,8 @@ class SmolVlaFamily(LeRobotFamily):
     def inputs(self, checkpoint: Path, preset: str | None) -> PolicyInputs:
         """Return what decides the rows of the layers; reads no weights."""
         config = read_lerobot_config(checkpoint, preset)
-        own = read_smolvla_config(config)
+        own, vlm = read_smolvla_config(config), read_vlm_config(vlm_folder(checkpoint, config))
+        patch = next(s.shape[-1] for s in stored_headers(checkpoint) if s.key.endswith(_PATCHES))
         return PolicyInputs(
             images=len(config.cameras),
             image_size=max(own.picture),
@@ -43,6 +47,10 @@ class SmolVlaFamily(LeRobotFamily):
             horizon=own.horizon,
             action_dim=config.action_dim,
             state_dim=config.state_dim,
+            flow_steps=own.flow.steps,
+            action_width=own.action_width,
+            image_tokens=(max(own.picture) // patch // vlm.scale_factor) ** 2,
+            state_in_prefix=True,
         )
 
     def load(self, checkpoint: Path, unnorm_key: str | None, preset: str | None) -> "SmolVlaPolicy":

@@ -53,6 +53,8 @@ class Question:
     moments: Moments | None = None
     # Or how they measure them on the way: of a policy whose weights were left on disk.
     span_moments: MomentSettings | None = None
+    # Whether each step of a flow is looked at by itself, instead of the action that they make.
+    per_step: bool = False
 
     def __post_init__(self) -> None:
         if not self.observations or self.batch_size < 1:

@@ -32,7 +32,8 @@ def test_pi0_has_its_published_sizes() -> None:
 
 
 def test_every_step_reads_the_expert() -> None:
-    for name, geometry in FLOW_GEOMETRIES.items():
+    for name in ("pi0-base", "pi05-base"):
+        geometry = FLOW_GEOMETRIES[name]
         vision, prefix, flow = geometry.network.parts
         assert (vision.runs, prefix.runs, flow.runs) == (1, 1, 10), name
         rows = {layer.rows for layer in flow.layers if "self_attn" in layer.name}

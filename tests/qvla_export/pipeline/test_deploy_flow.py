@@ -1,32 +1,83 @@
-"""A checkpoint that integrates a flow goes all the way to a served bundle."""
+"""A checkpoint whose program repeats a step goes all the way to a served bundle."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_runs import qvla
 from pi_cases import SLOTS, write_tiny_pi
 from small_datasets import write_small_dataset
+from smolvla_cases import ACTION, CAMERAS, STATE, write_tiny_smolvla
+from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
 
 from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.bundle import Bundle
 
 
+@dataclass(frozen=True)
+class Deployed:
+    write: Callable[[Path], Path]
+    # Numbers of a demonstrated state and action.
+    dims: tuple[int, int]
+    cameras: tuple[str, ...]
+    # Calls of each part for one action, and the span of the repeated one.
+    calls: dict[str, int]
+    span: str
+
+
+def write_pi0(path: Path) -> Path:
+    return write_tiny_pi(path, state_dim=7, cameras=SLOTS[:1])
+
+
+def write_pi05(path: Path) -> Path:
+    return write_tiny_pi(path, adaptive=True, state_dim=7, cameras=SLOTS[:1])
+
+
+def write_diffusion(path: Path) -> Path:
+    config = replace(TINY_CONFIG, head="diffusion", diffusion_train_steps=8, diffusion_steps=4)
+    return write_tiny_checkpoint(path, config=config)
+
+
+_FLOW = {"prefix": 1, "step": 4}
+POLICIES = {
+    "pi0": Deployed(write_pi0, (7, 7), SLOTS[:1], _FLOW, "flow"),
+    "pi05": Deployed(write_pi05, (7, 7), SLOTS[:1], _FLOW, "flow"),
+    "smolvla": Deployed(
+        write_tiny_smolvla, (STATE, ACTION), CAMERAS, {"prefix": 1, "step": 3}, "flow"
+    ),
+    "diffusion": Deployed(write_diffusion, (4, 4), ("image",), _FLOW, "denoise"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("adaptive", [False, True], ids=["pi0", "pi05"])
-def test_deploy_of_a_flow(adaptive: bool, tmp_path: Path) -> None:
-    checkpoint = write_tiny_pi(tmp_path / "checkpoint", adaptive, state_dim=7, cameras=SLOTS[:1])
-    demonstrations = write_small_dataset(tmp_path / "demos", [6] * 10, dims=7)
-    run = tmp_path / "run"
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", POLICIES)
+def test_deploy_of_a_policy_that_takes_steps(name: str, tmp_path: Path) -> None:
+    case = POLICIES[name]
+    checkpoint = case.write(tmp_path / "checkpoint")
+    demonstrations = write_small_dataset(
+        tmp_path / "demos", [6] * 10, dims=case.dims[0], action_dims=case.dims[1]
+    )
+    run, settings = tmp_path / "run", ("float", "w4", "w8a8", "w4a8")
+    columns = [("--camera", f"{camera}=observation.images.image") for camera in case.cameras]
     done = qvla(
         *("deploy", "--policy", checkpoint, "--dataset", demonstrations, "--run", run),
-        *("--settings", "float,w4,w8a8", "--episodes", 0, "--count", 6, "--held-out", 6),
-        *("--camera", f"{SLOTS[0]}=observation.images.image"),
+        *("--settings", ",".join(settings), "--episodes", 0, "--count", 6, "--held-out", 6),
+        *(text for column in columns for text in column),
         *("--check-pairs", 6, "--samples", 5),
     )
     assert done.code == 0, done.err
-    assert RunFolder(run).report.is_file()
-    for setting in ("float", "w4", "w8a8"):
+    assert "Layers that stay in 16 bits" in RunFolder(run).report.read_text()
+    kept = Sensitivities.load(RunFolder(run).kept_layers)
+    assert all(np.isfinite(values).all() for values in kept.values.values())
+    for setting in settings:
         bundle = Bundle.load(run / "settings" / setting / "bundle")
-        assert bundle.program.calls == {"prefix": 1, "step": 4}
-    told = qvla("profile", run / "settings" / "w4" / "bundle", "--samples", 3)
-    assert told.code == 0 and "engine.flow" in told.out
+        assert bundle.program.calls == case.calls
+    packed = run / "settings" / "w4" / "bundle"
+    told = qvla("profile", packed, "--samples", 3)
+    assert told.code == 0 and f"engine.{case.span}" in told.out
+    predicted = qvla("predict", packed, "--target", "orin-jp7")
+    assert predicted.code == 0, predicted.err

@@ -1,0 +1,94 @@
+"""Graphs of every family keep the rules of both Jetsons, and TensorRT-RTX builds their parts.
+
+Token by token, and pi0: see `test_export_program`, `test_export_latent_tokens`, `test_export_pi`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from act_cases import act_observations, write_tiny_act
+from graph_checks import require_clean
+from pi_cases import pi_observations, write_tiny_pi
+from rtx_parser import builds
+from smolvla_cases import smolvla_observations, write_tiny_smolvla
+from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
+
+from engines.targets import find_target
+from qvla_export.graph.export import export_bundle
+from qvla_export.policies.families import load_policy
+from qvla_export.policies.layers import layer_shapes
+from qvla_export.quantizer.activations import ActivationRanges
+from qvla_export.quantizer.uniform_plan import uniform_plan
+from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.observation import Observation
+from qvla_export.shared.part import TensorSpec
+
+TARGETS = ("rtx4070", "orin-jp7", "orin-jp6")
+
+
+def write_diffusion(path: Path) -> Path:
+    config = replace(TINY_CONFIG, head="diffusion", diffusion_train_steps=8, diffusion_steps=4)
+    return write_tiny_checkpoint(path, config=config)
+
+
+def write_tokens(path: Path) -> Path:
+    return write_tiny_checkpoint(path, config=replace(TINY_CONFIG, head="tokens"))
+
+
+def write_pi05(path: Path) -> Path:
+    return write_tiny_pi(path, adaptive=True)
+
+
+def oft_observations(count: int) -> list[Observation]:
+    picture = np.zeros((28, 28, 3), np.uint8)
+    return [Observation({"image": picture}, "push the button", np.zeros(4))] * count
+
+
+FAMILIES = {
+    "diffusion": (write_diffusion, oft_observations),
+    "tokens": (write_tokens, oft_observations),
+    "pi05": (write_pi05, pi_observations),
+    "smolvla": (write_tiny_smolvla, smolvla_observations),
+    "act": (write_tiny_act, act_observations),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("activation_bits", [None, 8], ids=["w4", "w8a8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_targets_take_every_part(family: str, activation_bits: int | None, tmp_path: Path) -> None:
+    write, observe = FAMILIES[family]
+    policy, target = load_policy(write(tmp_path / "checkpoint")), find_target("rtx4070")
+    shapes = layer_shapes(policy.layers())
+    plan = uniform_plan(shapes, 8 if activation_bits else 4, target, policy.digest)
+    if activation_bits:
+        ranges = ActivationRanges(8, "max", dict.fromkeys(shapes, 2.0))
+        plan = replace(plan, activations=ranges)
+    bundle = export_bundle(policy, plan, target, observe(1), tmp_path / "bundle")
+    for name in TARGETS:
+        require_clean(bundle, find_target(name))
+    for part in bundle.parts:
+        sizes = open_sizes(bundle, part.inputs)
+        assert builds(bundle.model_path(part), [sizes] if sizes else []), part.name
+
+
+def open_sizes(bundle: Bundle, inputs: Iterable[TensorSpec]) -> dict[str, int]:
+    """Return what each open size of inputs is with the prompt of the golden observation."""
+    ids = bundle.golden().feeds[0].get("input_ids")
+    prompt = 0 if ids is None else ids.shape[1]
+    named = {"prompt": prompt}
+    for part in bundle.parts:
+        for spec in part.outputs:
+            for size in spec.shape:
+                name, plus, more = str(size).partition("+")
+                if plus and name == "prompt":
+                    named[str(size)] = prompt + int(more)
+                    if spec.name.startswith("keys_"):
+                        named["places"] = prompt + int(more)
+    return {
+        spec.name: named[size] for spec in inputs for size in spec.shape if isinstance(size, str)
+    }
