@@ -169,23 +169,11 @@ def _print(result: "DeploymentResult", target: str, as_json: bool) -> None:
 
 
 def _table(result: "DeploymentResult") -> Table:
-    from qvla_export.pipeline.deployment.stage_lines import success_text, tail_text
+    from qvla_export.pipeline.deployment.stage_lines import setting_cells
 
-    table = Table(title="float against quantized")
-    decodes = any(row.token_kl is not None for row in result.rows)
-    columns = ("layers / FP16", "bundle", "action RMS", *["token KL"] * decodes)
-    for column in ("setting", *columns, "success", "p50", "p99"):
+    table, (columns, rows) = Table(title="float against quantized"), setting_cells(result.rows)
+    for column in columns:
         table.add_column(column, justify="left" if column == "setting" else "right")
-    for row in result.rows:
-        divergence = "" if row.token_kl is None else f"{row.token_kl:.3g}"
-        table.add_row(
-            row.setting,
-            f"{row.layer_ratio:.3f}",
-            f"{row.bundle_bytes / 1e6:.2f} MB",
-            f"{row.action_rms:.5f}",
-            *[divergence] * decodes,
-            success_text(row),
-            "not run" if row.p50_ms is None else f"{row.p50_ms:.2f} ms",
-            tail_text(row),
-        )
+    for cells in rows:
+        table.add_row(*cells)
     return table

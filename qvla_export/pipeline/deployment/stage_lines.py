@@ -1,5 +1,6 @@
 """What a stage says when it has ended, in lines for a terminal."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from qvla_export.pipeline.deployment.rows import DeployedSetting
@@ -10,6 +11,33 @@ def sensitivity_lines(measured: Sensitivities, path: Path) -> list[str]:
     """Return what was measured how, and how certain it is where the method says."""
     lines = [f"sensitivities: {_described(measured)} -> {path}"]
     return lines if measured.standard_error is None else [*lines, _standard_error(measured)]
+
+
+def setting_cells(
+    rows: Sequence[DeployedSetting],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the columns of the table of settings and the cells of each row.
+
+    Divergences have a column where actions are tokens.
+    """
+    decodes = any(row.token_kl is not None for row in rows)
+    errors = ("action RMS", "token KL") if decodes else ("action RMS",)
+    columns = ("setting", "layers / FP16", "bundle", *errors, "success", "p50", "p99")
+    return columns, [_cells(row, decodes) for row in rows]
+
+
+def _cells(row: DeployedSetting, decodes: bool) -> tuple[str, ...]:
+    divergence = "" if row.token_kl is None else f"{row.token_kl:.3g}"
+    return (
+        row.setting,
+        f"{row.layer_ratio:.3f}",
+        f"{row.bundle_bytes / 1e6:.2f} MB",
+        f"{row.action_rms:.5f}",
+        *([divergence] if decodes else []),
+        success_text(row),
+        "not run" if row.p50_ms is None else f"{row.p50_ms:.2f} ms",
+        tail_text(row),
+    )
 
 
 def success_text(row: DeployedSetting) -> str:

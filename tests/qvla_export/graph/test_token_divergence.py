@@ -15,6 +15,8 @@ from univla_cases import write_tiny_univla
 
 from engines.targets import CPU
 from qvla_export.graph.golden import token_divergence
+from qvla_export.pipeline.deployment.rows import DeployedSetting
+from qvla_export.pipeline.deployment.stage_lines import setting_cells
 from qvla_export.policies.base import Policy
 from qvla_export.policies.families import load_policy
 from qvla_export.policies.layers import fake_quantized, layer_shapes
@@ -75,3 +77,15 @@ def test_actions_that_are_no_tokens_have_none(
     tiny_policy: OftPolicy, tiny_observations: Make
 ) -> None:
     assert token_divergence(tiny_policy, tiny_observations(1), nullcontext) is None
+
+
+def test_the_table_has_a_column_only_where_actions_are_tokens() -> None:
+    row = DeployedSetting(
+        *("w4", Path("bundle"), 10**6, 0.25, 0.01, 0.0123, None, None), 5.0, "max", 6.0
+    )
+    columns, ((*cells,),) = setting_cells([row])
+    assert dict(zip(columns, cells, strict=True))["token KL"] == "0.0123"
+    columns, rows = setting_cells([replace(row, token_kl=None)])
+    assert "token KL" not in columns and len(rows[0]) == len(columns)
+    columns, rows = setting_cells([replace(row, token_kl=None), row])
+    assert [cells[columns.index("token KL")] for cells in rows] == ["", "0.0123"]
