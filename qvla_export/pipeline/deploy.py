@@ -9,8 +9,8 @@ from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline import evaluate as judging
 from qvla_export.pipeline.activations import activations
 from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate, load_calibration
+from qvla_export.pipeline.deployment.kept_layers import kept_layers
 from qvla_export.pipeline.deployment.rows import DeployedSetting, deployed_settings
-from qvla_export.pipeline.kept_layers import kept_layers
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import NumberedSteps, OnProgress, finish, ignore
 from qvla_export.pipeline.quantize import quantize_setting

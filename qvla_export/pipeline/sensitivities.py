@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from qvla_export.pipeline.calibrate import load_calibration, require_calibration
-from qvla_export.pipeline.kept_layers import kept_layers
+from qvla_export.pipeline.deployment.kept_layers import kept_layers
 from qvla_export.pipeline.plan import load_sensitivities
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
