@@ -121,13 +121,13 @@ def _contents(
     outputs = {spec.name: spec for part in parts for spec in part.outputs}
     inputs = {spec.name: spec for part in parts for spec in part.inputs}
     # What a part hands on, under its own name or another.
-    starts = {name: source for run in program.runs for name, source in run.start.items()}
-    inside = {*outputs, *starts}
+    starts = [pair for run in program.runs for pair in run.start.items()]
+    inside = {*outputs, *(name for name, _ in starts)}
     taken = [spec for name, spec in inputs.items() if name not in inside]
     # What no part makes and a loop begins with.
     taken += [
         replace(inputs[name], name=source)
-        for name, source in starts.items()
+        for name, source in starts
         if source not in outputs and source not in inputs
     ]
     return BundleContents(

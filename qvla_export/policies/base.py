@@ -37,7 +37,7 @@ class PolicyBatch:
     tokens: Tensor | None = None
     # Cameras that are there; None where none may be absent.  bool [B, images]
     image_mask: Tensor | None = None
-    # What a flow begins at; None for a policy without one.  float32 [B, horizon, n]
+    # What a flow begins at, or tokens are drawn by; None for a policy without.  float32 [B, ...]
     noise: Tensor | None = None
     # Where the flow stood before each step, with the weights that the policy had when the batch was
     # made; None unless its steps are looked at one by one.  float32 [B, steps, horizon, n]

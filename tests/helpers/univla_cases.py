@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class Case:
         return PolicyBatch(pixels, torch.from_numpy(ids), None, None)
 
 
-def write_tiny_univla(path: Path, seed: int = 0) -> Path:
+def write_tiny_univla(path: Path, seed: int = 0, **stated: Any) -> Path:
     """Write a seeded, untrained checkpoint whose every layer counts for the actions."""
     config = UniVlaConfig(
         cameras=("full_image",),
@@ -95,6 +96,7 @@ def write_tiny_univla(path: Path, seed: int = 0) -> Path:
         bos_token_id=BOS_ID,
         suffix_token_id=SUFFIX_ID,
         decoder_heads=4,
+        **stated,
     )
     module = new_module(TINY_SIZE, config, seed)
     make_all_count(module)

@@ -1,7 +1,7 @@
 """A network on Prismatic's towers that decodes tokens one after the other, each given those before.
 
 What the tokens stand for is the family's: of the output layer it has the rows of its own tokens
-alone, so no other token can win.
+alone, so no other token can win. The likeliest is taken, or one is drawn: see `sampling`.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qvla_export.policies.cached_decoder import CachedDecoder
 from qvla_export.policies.prismatic.architecture import PrismaticArchitecture
+from qvla_export.policies.prismatic.sampling import Sampling
 from qvla_export.policies.prismatic.vision import PrismaticModule
 
 
@@ -27,7 +28,7 @@ class TokenVocabulary:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What greedy decoding found."""
+    """What decoding found."""
 
     # Counted from the vocabulary's first.  int64 [B, steps]
     tokens: Tensor
@@ -41,9 +42,16 @@ class Decoded:
 class TokenModule(PrismaticModule):
     """Pixels and prompt to tokens, and to the hidden states that predict them."""
 
-    def __init__(self, arch: PrismaticArchitecture, vocabulary: TokenVocabulary) -> None:
+    def __init__(
+        self,
+        arch: PrismaticArchitecture,
+        vocabulary: TokenVocabulary,
+        sampling: Sampling | None = None,
+    ) -> None:
+        """Build it; `sampling` is None where the likeliest token is taken."""
         super().__init__(arch)
         self.vocabulary = vocabulary
+        self.sampling = sampling
         self.language_model = CachedDecoder(arch.llama, vocabulary.tokens)
 
     def hidden_given(
@@ -90,11 +98,19 @@ class TokenModule(PrismaticModule):
 
     @torch.no_grad()
     def decode(
-        self, pixel_values: Tensor, input_ids: Tensor, prompt_lengths: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        prompt_lengths: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Decoded:
-        """Return the tokens of greedy decoding.
+        """Return the tokens that are decoded.
 
         Every position is computed once; keys and values are kept.
+
+        Args:
+            pixel_values, input_ids, prompt_lengths: see `hidden_given`.
+            noise: what tokens are drawn by, where they are.  float32 [B, steps, tokens]
         """
         decoder, steps = self.language_model, self.vocabulary.steps
         hidden, length = self.embed(self.patches(pixel_values), input_ids, prompt_lengths)
@@ -104,10 +120,18 @@ class TokenModule(PrismaticModule):
         for step in range(steps):
             hidden, caches = decoder.blocks(hidden, length, caches, 0, depth)
             states.append(decoder.model.norm(hidden))
-            tokens.append(decoder.lm_head(states[-1][:, -1:]).argmax(dim=-1))
+            numbers = None if noise is None else noise[:, step : step + 1]
+            tokens.append(self.choose(decoder.lm_head(states[-1][:, -1:]), numbers))
             if step + 1 < steps:
                 hidden, length = self.embed_tokens(tokens[-1]), length + 1
         return Decoded(torch.cat(tokens, dim=1), torch.cat(states, dim=1), length)
+
+    def choose(self, logits: Tensor, numbers: Tensor | None) -> Tensor:
+        """Return the next token of logits [B, 1, tokens].  int64 [B, 1]"""
+        if self.sampling is None:
+            return logits.argmax(dim=-1)
+        assert numbers is not None
+        return self.sampling.choose(logits, numbers)
 
     def embed(
         self, patches: Tensor, input_ids: Tensor, prompt_lengths: Tensor | None = None

@@ -32,6 +32,8 @@ _PROMPT = {"input_ids": {1: "prompt"}}
 _ROWS, _ROOM = {1: "rows"}, {2: "room"}
 # Any number of positions, larger than what the tracer would specialize on.
 _EXAMPLE_ROWS, _EXAMPLE_ROOM = 5, 9
+# What tokens are drawn by: those of the next one stand first, and those used go to the end.
+_DRAWS, _NEXT_DRAWS = "draws", "next_draws"
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ class TokenParts:
         carry |= {name: name.removeprefix("next_") for name in caches}
         start = {"hidden": "sequence", "so_far": f"no_{self.result}", "length": "prompt_length"}
         start |= {name.removeprefix("next_"): "empty" for name in caches}
+        noise = self.spec.noise
+        if noise is not None:
+            start[_DRAWS], carry[_NEXT_DRAWS] = noise.name, _DRAWS
         prefill = PartRuns("prefill", decoder, start=start)
         if steps == 1:
             return *before, prefill
@@ -150,7 +155,7 @@ class TokenParts:
             kept = [tensor for cache in caches for tensor in (cache.keys, cache.values)]
             if not ends:
                 return hidden, *kept
-            return *self._choose(hidden, length, *rest[len(cached) :]), *kept
+            return *self._choose(hidden, length, rest[len(cached) :]), *kept
 
         device, width = device_of(module), module.arch.llama.hidden_size
         rows = torch.zeros(1, _EXAMPLE_ROWS, width, device=device)
@@ -166,17 +171,28 @@ class TokenParts:
             inputs["token_embeddings"] = torch.zeros(module.vocabulary.tokens, width, device=device)
             inputs["so_far"] = torch.zeros(self.shape, device=device)
             outputs = {"next_hidden": {}, "next_length": {}, self.result: {}}
+            if (noise := self.spec.noise) is not None:
+                inputs[_DRAWS] = torch.zeros(1, *noise.shape, device=device)
+                outputs[_NEXT_DRAWS] = {}
             outputs |= {STATES: _ROWS} if self.with_states else {}
         outputs |= {f"next_{name}": _ROOM for name in cached}
         return PolicyPart(name, PartModule(module, run).eval(), inputs, outputs, dynamic)
 
     def _choose(
-        self, hidden: Tensor, length: Tensor, embeddings: Tensor, so_far: Tensor
+        self, hidden: Tensor, length: Tensor, rest: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """Return the chosen token's embedding, the length with it, and the result with it."""
-        decoder = self.module.language_model
+        """Return the chosen token's embedding, the length with it, the result with it, and draws.
+
+        Args:
+            hidden: of the newest positions.
+            length: with them.
+            rest: embeddings of the tokens, the result so far, and what tokens are drawn by.
+        """
+        decoder, (embeddings, so_far, *draws) = self.module.language_model, rest
         states = decoder.model.norm(hidden if self.with_states else hidden[:, -1:])
-        token = decoder.lm_head(states[:, -1:]).argmax(dim=-1)
+        numbers = draws[0][:, :1] if draws else None
+        token = self.module.choose(decoder.lm_head(states[:, -1:]), numbers)
         result = self.extend(so_far, states[:, -1:], token)
-        chosen = (embeddings[token], length + 1, result)
+        later = [torch.cat([d[:, 1:], d[:, :1]], dim=1) for d in draws]
+        chosen = (embeddings[token], length + 1, result, *later)
         return (*chosen, states) if self.with_states else chosen

@@ -42,8 +42,10 @@ class TokenPolicy(PrismaticPolicy):
         )
 
     def decoded(self, batch: PolicyBatch) -> Decoded:
-        """Return what greedy decoding finds now."""
-        return self.module.decode(batch.pixel_values, batch.input_ids, batch.prompt_lengths)
+        """Return what decoding finds now."""
+        return self.module.decode(
+            batch.pixel_values, batch.input_ids, batch.prompt_lengths, batch.noise
+        )
 
     def tokens_of(self, batch: PolicyBatch) -> Tensor:
         """Return the batch's tokens; where it has none, those that the policy chooses now."""

@@ -10,7 +10,11 @@ from qvla_export.policies.prismatic.description import read_architecture, read_v
 from qvla_export.policies.prismatic.network import load_network
 from qvla_export.policies.prismatic.new_checkpoint import save_token_body
 from qvla_export.policies.prismatic.weights import CheckpointWeights
-from qvla_export.policies.univla.architecture import DecoderShape, UniVlaArchitecture
+from qvla_export.policies.univla.architecture import (
+    DecoderShape,
+    UniVlaArchitecture,
+    sampling_of,
+)
 from qvla_export.policies.univla.config import UniVlaConfig
 from qvla_export.policies.univla.files import DECODER
 from qvla_export.policies.univla.module import UniVlaModule
@@ -41,6 +45,7 @@ def load_module(
         latent_tokens=config.latent_tokens,
         codebook=config.codebook,
         decoder=_decoder(checkpoint, config, weights.shapes),
+        sampling=sampling_of(config),
     )
     return load_network(checkpoint, lambda: UniVlaModule(arch), weights, resident), weights
 

@@ -12,7 +12,10 @@ from qvla_export.shared.policy_interface import (
     LATENT_HORIZON,
 )
 
-_MOST_TOKENS, _MOST_CODES, _MOST_HEADS = 256, 1 << 16, 1024
+_MOST_TOKENS, _MOST_CODES, _MOST_HEADS, _MOST_SEED = 256, 1 << 16, 1024, (1 << 63) - 1
+# Codes are compared with each other where tokens are drawn.
+_MOST_DRAWN = 1024
+_COLDEST, _HOTTEST, _LEAST_TOP_P = 0.01, 100.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,14 @@ class UniVlaConfig(PrismaticConfig):
     codebook: int = 32
     # Attention heads of the action decoder; 0 for one every 64 of its width, as published.
     decoder_heads: int = 0
+    # Of the softmax that latent tokens are drawn from; 0: the likeliest is taken.
+    temperature: float = 0.0
+    # The smallest set of likeliest tokens with this probability is drawn from.
+    top_p: float = 1.0
+    # Of what they are drawn by, beside the observation.
+    noise_seed: int = 0
+    # Steps before, whose latent tokens the prompt repeats; only 0 is served.
+    history: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,6 +45,34 @@ class UniVlaConfig(PrismaticConfig):
         self._require_whole("latent_tokens", 1, _MOST_TOKENS)
         self._require_whole("codebook", 2, _MOST_CODES)
         self._require_whole("decoder_heads", 0, _MOST_HEADS)
+        self._require_whole("noise_seed", 0, _MOST_SEED)
+        if type(self.history) is not int or self.history:
+            raise CheckpointError(
+                f"history must be 0, got {self.history!r:.80}: a prompt that repeats the tokens of "
+                "steps before ('History action <ACT_..>') is not supported, as no policy here "
+                "keeps anything between observations; each step is asked as the first one is"
+            )
+        for name, low, high in (("temperature", 0.0, _HOTTEST), ("top_p", _LEAST_TOP_P, 1.0)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not low <= value <= high:
+                raise CheckpointError(
+                    f"{name} must be a number from {low:g} to {high:g}, got {value!r:.80}"
+                )
+        if 0 < self.temperature < _COLDEST:
+            raise CheckpointError(
+                f"temperature must be 0, which takes the likeliest token, or {_COLDEST:g} to "
+                f"{_HOTTEST:g}, got {self.temperature!r}"
+            )
+        if self.temperature and self.codebook > _MOST_DRAWN:
+            raise CheckpointError(
+                f"tokens can be drawn from a codebook of {_MOST_DRAWN}, got {self.codebook}; write "
+                "temperature 0, which takes the likeliest"
+            )
+        if not self.temperature and self.top_p != 1:
+            raise CheckpointError(
+                f"top_p {self.top_p!r} cuts what tokens are drawn from, and at temperature 0 none "
+                "is drawn; write temperature, 0.75 in UniVLA's evaluation, or leave top_p out"
+            )
 
 
 def load_config(checkpoint: Path, preset: str | None = None) -> UniVlaConfig:

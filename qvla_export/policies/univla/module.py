@@ -1,4 +1,4 @@
-"""The UniVLA network: latent tokens by greedy decoding or given, then the action decoder.
+"""The UniVLA network: latent tokens decoded or given, then the action decoder.
 
 Source: UniVLA `prismatic/extern/hf/modeling_prismatic.py`,
 `OpenVLAForActionPrediction.predict_latent_action`. The output layer has the rows of the latent
@@ -20,7 +20,7 @@ class UniVlaModule(TokenModule):
 
     def __init__(self, arch: UniVlaArchitecture) -> None:
         vocabulary = TokenVocabulary(arch.first_latent_token, arch.codebook, arch.latent_tokens)
-        super().__init__(arch, vocabulary)
+        super().__init__(arch, vocabulary, arch.sampling)
         width = int(arch.llama.hidden_size)
         self.action_decoder = ActionDecoder(width, arch.decoder, arch.horizon, arch.action_dim)
 

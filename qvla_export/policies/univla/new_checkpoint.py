@@ -6,7 +6,11 @@ import torch
 from tokenizers import Tokenizer
 
 from qvla_export.policies.prismatic.new_checkpoint import NetworkSize, new_shapes, train_tokenizer
-from qvla_export.policies.univla.architecture import DecoderShape, UniVlaArchitecture
+from qvla_export.policies.univla.architecture import (
+    DecoderShape,
+    UniVlaArchitecture,
+    sampling_of,
+)
 from qvla_export.policies.univla.config import UniVlaConfig
 from qvla_export.policies.univla.module import UniVlaModule
 
@@ -22,6 +26,7 @@ def new_module(size: NetworkSize, config: UniVlaConfig, seed: int) -> UniVlaModu
         latent_tokens=config.latent_tokens,
         codebook=config.codebook,
         decoder=DecoderShape(size.hidden_dim, heads, 4 * size.hidden_dim),
+        sampling=sampling_of(config),
     )
     return UniVlaModule(arch)
 

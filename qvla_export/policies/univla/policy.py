@@ -21,6 +21,7 @@ from qvla_export.policies.univla.config import UniVlaConfig, load_config
 from qvla_export.policies.univla.files import decoder_file
 from qvla_export.policies.univla.module import UniVlaModule
 from qvla_export.policies.univla.parts import action_parts, latent_parts, program_of
+from qvla_export.shared.inputs.noise import NoiseSpec
 from qvla_export.shared.program import Program
 
 
@@ -40,7 +41,7 @@ class UniVlaPolicy(TokenPolicy):
 
     @torch.no_grad()
     def greedy_actions(self, batch: PolicyBatch) -> Tensor:
-        """Return the normalized actions of greedily decoded tokens [B, horizon, dim]."""
+        """Return the normalized actions of decoded tokens [B, horizon, dim]."""
         return self.module.act(self.decoded(batch))
 
     def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
@@ -89,7 +90,10 @@ def load_univla_policy(
     config = config or load_config(require_folder(checkpoint))
     module, weights = load_module(require_folder(checkpoint), config, resident)
     no_bins = torch.zeros(0)
-    processor = load_processor(checkpoint, config, module.arch, unnorm_key, no_bins)
+    shape = (config.latent_tokens, config.codebook)
+    draws = NoiseSpec("noise", shape, "gumbel", seed=config.noise_seed)
+    noise = draws if config.temperature else None
+    processor = load_processor(checkpoint, config, module.arch, unnorm_key, no_bins, noise)
     decoder = [decoder_file(checkpoint).name]
     return UniVlaPolicy(
         module,

@@ -8,7 +8,7 @@ from graph_checks import require_clean
 from openvla_cases import openvla_observations
 from rtx_parser import builds
 from tiny_bundles import exported_oracle, mixed_plan
-from univla_cases import CASES, Case, write_tiny_univla
+from univla_cases import CASES, CODEBOOK, Case, write_tiny_univla
 
 from engines.ort import OrtEngine
 from engines.targets import CPU, find_target
@@ -17,6 +17,7 @@ from qvla_export.graph.export import ExportOptions, export_bundle
 from qvla_export.graph.float_graph import export_float
 from qvla_export.policies.univla.policy import UniVlaPolicy, load_univla_policy
 from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.inputs.noise import NoiseSpec
 
 CALLS = {"prefix": 1, "prefill": 1, "visual": 1, "decode": 3, "action": 1}
 
@@ -24,6 +25,13 @@ CALLS = {"prefix": 1, "prefill": 1, "visual": 1, "decode": 3, "action": 1}
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> UniVlaPolicy:
     return load_univla_policy(write_tiny_univla(tmp_path_factory.mktemp("tiny") / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory: pytest.TempPathFactory) -> UniVlaPolicy:
+    """The same network, drawing tokens as UniVLA's evaluation does."""
+    folder = tmp_path_factory.mktemp("drawing") / "checkpoint"
+    return load_univla_policy(write_tiny_univla(folder, temperature=0.75, top_p=0.9, noise_seed=3))
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +59,25 @@ def test_an_engine_makes_torchs_chunk(bundles: tuple[Bundle, Bundle], policy: Un
             feeds = whole.processor.feeds(observation)
             expected = policy.greedy_actions(policy.inputs([observation])).numpy()
             got = engine.infer(feeds)["actions"]
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("layers_per_part", [None, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_engine_draws_torchs_tokens(
+    drawing: UniVlaPolicy, tmp_path: Path, layers_per_part: int | None
+) -> None:
+    """Noise is an input that the manifest describes; whole graphs and cut ones draw alike."""
+    seen, options = openvla_observations(6, seed=4), ExportOptions(layers_per_part=layers_per_part)
+    bundle = export_bundle(drawing, None, CPU, seen[:2], tmp_path / "bundle", options)
+    require_clean(bundle)
+    spec = Bundle.load(bundle.path).processor.spec
+    assert spec.noise == NoiseSpec("noise", (4, CODEBOOK), "gumbel", seed=3)
+    assert [item.name for item in bundle.inputs][-1] == "noise"
+    with OrtEngine(bundle, threads=1) as engine:
+        assert judge(bundle, engine).passed
+        for observation in seen:
+            got = engine.infer(bundle.processor.feeds(observation))["actions"]
+            expected = drawing.greedy_actions(drawing.inputs([observation])).numpy()
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
 
 

@@ -97,6 +97,14 @@ def test_a_preset_is_refused_with_what_to_do(folder: Path) -> None:
         ({"codebook": 64}, "have no room for them; check pad_to_multiple_of"),
         ({"codebook": 1}, "codebook must be a whole number from 2"),
         ({"color": 1}, "is not a policy configuration"),
+        ({"temperature": -0.1}, "temperature must be a number from 0 to 100"),
+        ({"temperature": 1e-6}, "temperature must be 0, which takes the likeliest token, or 0.01"),
+        ({"temperature": True}, "temperature must be a number"),
+        ({"temperature": 0.75, "top_p": 0}, "top_p must be a number from 0.01 to 1"),
+        ({"top_p": 0.9}, "at temperature 0 none is drawn; write temperature, 0.75"),
+        ({"temperature": 1, "codebook": 1025}, "drawn from a codebook of 1024"),
+        ({"history": 1}, "history must be 0, got 1: a prompt that repeats .* is not supported"),
+        ({"noise_seed": -1}, "noise_seed must be a whole number from 0"),
     ],
 )
 def test_what_is_configured_wrongly_is_refused(
