@@ -16,7 +16,7 @@ from qvla_export.cli.app import app
 from qvla_export.shared.errors import QvlaError
 
 # Options of other programs that the texts name: pip, rsync, systemctl, ROS, torchrun, trtexec,
-# docker, systemd-run, tegrastats, jetson_clocks, ps, du, venv, hf, h5repack, tfds; of
+# uv, pex, docker, systemd-run, tegrastats, jetson_clocks, ps, du, venv, hf, h5repack, tfds; of
 # openvla-oft's script.
 _OF_OTHERS = {
     *("--delete", "--checksum", "--list-devices", "--lock", "--system-site-packages"),
@@ -25,6 +25,12 @@ _OF_OTHERS = {
     *("--interval", "--fan", "--sort", "--max-depth"),
     *("--base_checkpoint", "--lora_finetuned_checkpoint_dir"),
     *("--repo-type", "--local-dir", "--merge", "--file_format"),
+    *("--hash", "--wheel", "--out-dir", "--generate-hashes", "--only-binary", "--no-header"),
+    *("--no-annotate", "--python-version", "--python-platform", "--output-file", "--platform"),
+    *("--abi", "--implementation", "--dest", "--require-hashes", "--disable-pip-version-check"),
+    *("--requirement", "--constraints", "--complete-platform", "--no-build", "--venv"),
+    *("--venv-system-site-packages", "--console-script", "--python-shebang", "--pex-root"),
+    *("--disable-cache", "--pre-resolved-dist"),
     *("--wait", "--pipe", "--collect", "--unit", "--setenv", "--no-block"),
 }
 _OPTION = re.compile(r"(?<![\w/-])(--[a-zA-Z][\w-]*)")

@@ -125,7 +125,7 @@ def acting(url: str, **changes: Any) -> Iterator[None]:
         index = 0
         while not ended.wait(0.02):
             index += 1
-            post(url, oft_fields(full_image=np.full((32, 24, 3), index % 200, np.uint8), **changes))
+            post(url, oft_fields(full_image=np.full((32, 24, 3), index % 3, np.uint8), **changes))
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -190,7 +190,7 @@ def test_what_clients_say_stays_text(page: Page) -> None:
         assert page.value("document.getElementById('instruction').textContent") == HOSTILE
         post(url, oft_fields(instruction="x", unnorm_key=HOSTILE))
         trouble = page.wait_for("document.getElementById('trouble').textContent")
-        assert "<script>window.hit" in trouble
+        assert "<script>wi" in trouble, "a refusal shows the start of what was sent"
         assert page.value("window.hit === undefined")
         assert page.value("document.querySelectorAll('script').length") == 1
         assert page.value("document.images.length") == 2
