@@ -151,6 +151,78 @@ def test_torch_makes_the_codes_that_numpy_makes(
         np.testing.assert_array_equal(*(getattr(layer, field) for layer in made))
 
 
+class NotedArrays(NumpyArrays):
+    """numpy's; notes what comes to be rounded, in steps of its scale, and the codes it becomes."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[NDArray[Any], NDArray[Any]]] = []
+
+    def nearest(self, values: Any, scales: Any, low: Any, high: Any, out: Any) -> None:
+        assert values.dtype == scales.dtype == np.float32
+        real = values / scales
+        super().nearest(values, scales, low, high, out)
+        self.notes.append((real, out.copy()))
+
+
+class LedArrays(TorchArrays):
+    """torch's, going on from the noted codes, so that one other code brings no others about."""
+
+    def __init__(self, notes: list[tuple[NDArray[Any], NDArray[Any]]]) -> None:
+        super().__init__(torch.device("cpu"))
+        self._notes = iter(notes)
+        self.compared = self.others = 0
+        # Of codes that differ: how far numpy's value was from the middle of two, at most.
+        self.farthest_from_tie = 0.0
+
+    def nearest(self, values: Any, scales: Any, low: Any, high: Any, out: Any) -> None:
+        assert values.dtype == scales.dtype == torch.float32
+        super().nearest(values, scales, low, high, out)
+        real, codes = next(self._notes)
+        other = out.numpy() != codes
+        from_tie = np.abs(real.astype(np.float64) - np.floor(real) - 0.5)[other]
+        self.compared += codes.size
+        self.others += from_tie.size
+        self.farthest_from_tie = max(self.farthest_from_tie, from_tie.max(initial=0.0))
+        out.copy_(torch.from_numpy(codes))
+
+
+@pytest.mark.parametrize(
+    ("channels", "inputs", "blocking"),
+    [
+        (40, 90, replace(SMALL, dtype=np.float32)),
+        (300, 200, replace(Elimination().blocking_of(4096), panel=64)),
+        # As wide layers are.
+        (600, 700, Elimination().blocking_of(600)),
+    ],
+)
+def test_torch_makes_the_codes_that_numpy_makes_in_float32(
+    channels: int, inputs: int, blocking: Blocking
+) -> None:
+    """All but those of values within 1e-4 of the middle between two codes."""
+    assert blocking.dtype is np.float32
+    generator = np.random.default_rng(channels)
+    rows = generator.standard_normal((inputs, channels)).astype(np.float32)
+    of_inputs, of_channels = (
+        second_moments(size, generator).astype(np.float32) for size in (inputs, channels)
+    )
+    levels = Levels(np.exp(generator.uniform(-2, 0, rows.shape)).astype(np.float32), -8.0, 7.0)
+
+    def codes_by(arrays: NumpyArrays | TorchArrays) -> NDArray[Any]:
+        factors = [arrays.factor(moments.copy()) for moments in (of_inputs, of_channels)]
+        shares = Shares(factors[0], arrays)
+        targets = arrays.put(rows.copy())
+        return arrays.get(eliminate(targets, levels, shares, factors[1], arrays, blocking))
+
+    noted = NotedArrays()
+    codes = codes_by(noted)
+    led = LedArrays(noted.notes)
+    np.testing.assert_array_equal(codes_by(led), codes)
+    assert len(np.unique(codes)) == 16
+    assert led.compared >= rows.size
+    assert led.farthest_from_tie <= 1e-4
+    assert led.others <= 1e-3 * rows.size
+
+
 def test_wide_layers_are_rounded_as_well_in_large_blocks_of_float32() -> None:
     """Scales that are chosen earlier, single precision: hardly more squared error."""
     channels, inputs = 520, 192
