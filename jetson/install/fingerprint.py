@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engines.trt.gpu import find_gpu, read_power_mode
 from jetson.board.software import read_l4t, read_tensorrt
+from jetson.install.store_state import read_boot_id
 
 
 def machine_facts() -> dict[str, str]:
@@ -31,3 +32,8 @@ def machine_fingerprint() -> str:
     """Return sixteen hex digits that change with any of the machine's facts."""
     text = json.dumps(machine_facts(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def this_machine() -> tuple[str, str]:
+    """Return the fingerprint of this machine and what names this start of it."""
+    return machine_fingerprint(), read_boot_id()

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from jetson.clients.http_client import RemotePolicy
-from jetson.install.store import StoreError
+from jetson.install.activation import CURRENT, Switched, prove
+from jetson.install.store import Store, StoreError
+from jetson.install.store_state import StoreState, read_boot_id
 from qvla_export.shared.errors import QvlaError
 
 
@@ -39,9 +41,37 @@ class ProbationResult:
     p95_ms: float
     max_ms: float
 
+
+@dataclass(frozen=True)
+class Proof:
+    """A release that is proven, and what a client saw of it; None where none measured it."""
+
+    measured: ProbationResult | None
+    switched: Switched
+
     def to_json(self) -> dict[str, Any]:
         """Return what `qvla robot prove` prints."""
-        return asdict(self)
+        measured = None if self.measured is None else asdict(self.measured)
+        return {"measured": measured, **self.switched.to_json()}
+
+
+def prove_current(store: Store, url: str | None, terms: ProbationTerms, token: str | None) -> Proof:
+    """End the probation of `current`, measured by a client first where a URL is given.
+
+    Args:
+        store: the robot's.
+        url: of the server of `current`; None believes it without.
+        terms: what it must do.
+        token: what the server asks for.
+
+    Raises:
+        FailedProbation, StoreError: as `measure_probation` and `activation.prove`.
+    """
+    measured, digest = None, None if url is None else store.linked(CURRENT)
+    if url is not None and digest is not None:
+        bundle_digest = StoreState.load(store).known(digest).bundle_digest
+        measured = measure_probation(url, terms, token, bundle_digest)
+    return Proof(measured, prove(store, read_boot_id(), digest))
 
 
 def measure_probation(

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,12 @@ class SupervisionSettings:
     boot_id: Callable[[], str] = read_boot_id
     machine: Callable[[], str] = machine_fingerprint
     measure: Callable[..., object] = measure_probation
+
+
+def serve_command(port: int, options: Sequence[str]) -> Callable[[Path], list[str]]:
+    """Return what makes the words that start `qvla serve` of a bundle on a port."""
+    program = [sys.executable, "-m", "qvla_export", "serve"]
+    return lambda bundle: [*program, str(bundle), "--port", str(port), *options]
 
 
 class SupervisionEnd(StoreError):

@@ -3,6 +3,7 @@
 Written for systemd 249 (JetPack 6) and later: systemd.unit(5), systemd.service(5), systemd.exec(5).
 """
 
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +111,19 @@ def write_units(folder: Path, settings: UnitSettings) -> list[Path]:
         paths.append(folder / name)
         write_bytes(paths[-1], text.encode())
     return paths
+
+
+def restart(unit: str | None) -> None:
+    """Restart a unit that runs, after another release was made `current`; None restarts none.
+
+    Raises:
+        StoreError: systemd refused.
+    """
+    words = ["systemctl", "try-restart", str(unit)]
+    if unit is not None and subprocess.run(words, check=False).returncode != 0:
+        raise StoreError(
+            f"another release is current, but {' '.join(words)} failed; see journalctl"
+        )
 
 
 def _serve(settings: UnitSettings, robot: str, store: str) -> str:

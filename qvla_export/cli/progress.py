@@ -1,10 +1,15 @@
-"""How far a call is: bars on a terminal, elsewhere plain lines that a log keeps."""
+"""What commands show: how far a call is, on stderr, and the one document of `--json`.
 
+Bars on a terminal, elsewhere plain lines that a log keeps.
+"""
+
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 
 from qvla_export.pipeline.progress import OnProgress, Progress, ignore
@@ -15,6 +20,11 @@ if TYPE_CHECKING:
 
 # A log hears of the same work again after so many seconds.
 _REPEAT_S = 30.0
+
+
+def print_json(document: object) -> None:
+    """Print a document on stdout."""
+    typer.echo(json.dumps(document, indent=1))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """`qvla bench allocation`: time, memory and gap of the allocators at a published policy's size."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvla_export.cli.options import JsonOption, TargetOption
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 from qvla_export.shared.artifacts import write_json
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def allocation(
     if output is not None:
         write_json(output, compared.to_json())
     if as_json:
-        typer.echo(json.dumps(compared.to_json(), indent=1))
+        print_json(compared.to_json())
     else:
         Console().print(_table(compared))
 

@@ -1,6 +1,5 @@
 """`qvla bench engines`: latency of every engine on this machine's CPU, in one run."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvla_export.cli.options import JsonOption
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 
 # Wide enough wherever nobody looks at a terminal.
 _TABLE_WIDTH = 132
@@ -45,7 +44,7 @@ def engines(
         request = EngineBenchRequest(threads, rounds, modelopt, quick, clock, chosen, layers)
         bench = bench_engines(request, output, on_progress)
     if as_json:
-        typer.echo(json.dumps(bench.to_json(), indent=1))
+        print_json(bench.to_json())
         return
     for measured in bench.regimes:
         Console(width=_TABLE_WIDTH).print(_table(measured))

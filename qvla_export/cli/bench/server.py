@@ -1,6 +1,5 @@
 """`qvla bench server`: what serving adds to the engine, beside servers of published structure."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvla_export.cli.options import JsonOption
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 from qvla_export.shared.artifacts import write_json
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def server(
         bench = bench_server(count, side, frames, on_progress)
     write_json(output, bench.to_json())
     if as_json:
-        typer.echo(json.dumps(bench.to_json(), indent=1))
+        print_json(bench.to_json())
         return
     for table in (_round_trips(bench.servers), _preprocessing(bench.preprocessing)):
         Console(width=_TABLE_WIDTH).print(table)

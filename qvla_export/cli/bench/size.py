@@ -1,6 +1,5 @@
 """`qvla bench size`: a policy of a published size through export, engines and one action."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvla_export.cli.options import JsonOption
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 from qvla_export.shared.artifacts import write_json
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def size(
     if output is not None:
         write_json(output, figures.to_json())
     if as_json:
-        typer.echo(json.dumps(figures.to_json(), indent=1))
+        print_json(figures.to_json())
     else:
         Console().print(_table(figures.steps))
 

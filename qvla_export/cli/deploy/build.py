@@ -1,6 +1,5 @@
 """`qvla build`: a bundle's TensorRT engines, on the device."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvla_export.cli.options import BundleArgument, JsonOption
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +67,7 @@ def build(
     with progress_shown() as on_progress:
         built = build_bundle_engines(loaded, output, settings, on_progress)
     if as_json:
-        typer.echo(json.dumps(built.to_json(), indent=1))
+        print_json(built.to_json())
         return
     Console().print(_table(built.sidecars))
     typer.echo(f"engines: {built.nbytes / 1e6:.2f} MB -> {built.folder}")

@@ -1,6 +1,5 @@
 """`qvla deploy`: every stage in order, from a checkpoint to a report."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ from qvla_export.cli.options import (
     with_holding,
     with_tolerance,
 )
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
 from qvla_export.pipeline.recommend.tolerance import USUAL_TOLERANCE, Tolerance
 from qvla_export.pipeline.sizing.holding import USUAL_HOLDING, HoldingOptions
@@ -149,7 +148,7 @@ def _print(result: "DeploymentResult", target: str, as_json: bool) -> None:
     from qvla_export.pipeline.recommend.sentences import recommendation_lines
 
     if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=1))
+        print_json(result.to_json())
         return
     compared = result.agreement
     if compared is not None:

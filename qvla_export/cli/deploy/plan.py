@@ -1,6 +1,5 @@
 """`qvla plan`: widths of channels under a budget, by any of the allocators."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,7 +18,7 @@ from qvla_export.cli.options import (
     SettingOption,
     TargetOption,
 )
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def plan(
     if planned is None:
         raise QvlaError("the float setting has no plan; choose w4, w8a8, w4-rtn, ...")
     if as_json:
-        typer.echo(json.dumps(_figures(planned, folder.plan(parsed)), indent=1))
+        print_json(_figures(planned, folder.plan(parsed)))
         return
     typer.echo(_summary(planned, folder.plan(parsed)))
     typer.echo(plan_figures(planned, measured, request, device, limit))

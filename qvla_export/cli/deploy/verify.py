@@ -1,6 +1,5 @@
 """`qvla verify`: an engine against torch or any other engine."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,7 +18,7 @@ from qvla_export.cli.options import (
     ThreadsOption,
     WeightsOption,
 )
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 from qvla_export.shared.artifacts import write_json
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def verify(
     if output is not None:
         write_json(output, report.to_json())
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1))
+        print_json(report.to_json())
     else:
         _say(report)
     report.verdict.require_passed()

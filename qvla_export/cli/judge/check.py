@@ -1,6 +1,5 @@
 """`qvla check`: a bundle or graph against what a target documents, without running it."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qvla_export.cli.options import A_GRAPH, JsonOption
+from qvla_export.cli.progress import print_json
 
 if TYPE_CHECKING:
     from engines.check.finding import GraphFinding
@@ -39,7 +39,7 @@ def check(
     if output is not None:
         report.save(output)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1))
+        print_json(report.to_json())
     else:
         if report.findings:
             Console().print(_table(report.findings))

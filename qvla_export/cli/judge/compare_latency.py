@@ -1,6 +1,5 @@
 """`qvla compare-latency`: what changed between two latencies, and whether that is noise."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +7,7 @@ import typer
 from rich.console import Console
 
 from qvla_export.cli.options import A_LATENCY, JsonOption
+from qvla_export.cli.progress import print_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,7 +54,7 @@ def compare_latency(
     if output is not None:
         write_json(output, content)
     if as_json:
-        typer.echo(json.dumps(content, indent=1))
+        print_json(content)
     else:
         _print(changes, two_runs=changed is not None)
     for change in changes:

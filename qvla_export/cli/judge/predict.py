@@ -1,12 +1,12 @@
 """`qvla predict`: an action's milliseconds from a roofline of the target."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qvla_export.cli.options import A_BUNDLE, JsonOption, RatesOption
+from qvla_export.cli.progress import print_json
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def predict(
     if output is not None:
         report.save(output)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1))
+        print_json(report.to_json())
         return
     typer.echo(f"predicted, not measured: {report.subject}")
     for row in report.rows:

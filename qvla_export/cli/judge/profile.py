@@ -1,6 +1,5 @@
 """`qvla profile`: what an action takes, span by span."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ from qvla_export.cli.options import (
     ThreadsOption,
     WeightsOption,
 )
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 
 if TYPE_CHECKING:
     from jetson.latency.comparison import LatencyComparison
@@ -89,7 +88,7 @@ def profile(
     with progress_shown() as on_progress:
         comparison = profile_policies(request, output, on_progress)
     if as_json:
-        typer.echo(json.dumps(comparison.to_json(), indent=1))
+        print_json(comparison.to_json())
     else:
         _print(comparison)
     if output is not None:

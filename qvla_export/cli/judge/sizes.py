@@ -1,6 +1,5 @@
 """`qvla sizes`: the bytes a plan promises beside those of the graph and of the engine."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvla_export.cli.options import A_BUNDLE, JsonOption
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,7 +34,7 @@ def sizes(
     if output is not None:
         report.save(output)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1))
+        print_json(report.to_json())
         return
     Console().print(_table(report.bundles))
     for bundle in report.bundles:

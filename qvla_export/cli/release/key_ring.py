@@ -1,12 +1,12 @@
 """`qvla keys`: who may sign releases."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from qvla_export.cli.options import Existing
+from qvla_export.cli.progress import print_json
 
 SOME_KEYS = Existing("folder of keys", "make them first with: qvla keys new")
 KeysArgument = Annotated[Path, typer.Argument(help="Folder of keys.", callback=SOME_KEYS.require)]
@@ -25,7 +25,7 @@ def new(
     from qvla_export.pipeline.release.keys import KeyPolicy, describe, new_keys
 
     policy = KeyPolicy(root_keys, root_threshold, targets_keys, targets_threshold, days)
-    typer.echo(json.dumps(describe(new_keys(folder, policy)), indent=1))
+    print_json(describe(new_keys(folder, policy)))
 
 
 def rotate(
@@ -39,7 +39,7 @@ def rotate(
     """Replace every key of a role; sign and publish again after it. Prints JSON."""
     from qvla_export.pipeline.release.keys import describe, rotate_keys
 
-    typer.echo(json.dumps(describe(rotate_keys(folder, role, days)), indent=1))
+    print_json(describe(rotate_keys(folder, role, days)))
 
 
 def revoke(
@@ -50,4 +50,4 @@ def revoke(
     """Take the right to sign from a key and give it to a new one. Prints JSON."""
     from qvla_export.pipeline.release.keys import describe, revoke_key
 
-    typer.echo(json.dumps(describe(revoke_key(folder, key, days)), indent=1))
+    print_json(describe(revoke_key(folder, key, days)))

@@ -1,6 +1,5 @@
 """`qvla release`: make, sign, publish and look at releases."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qvla_export.cli.options import BundleArgument, Existing, JsonOption
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 from qvla_export.cli.release.key_ring import SOME_KEYS
 
 A_RELEASE = Existing("release folder", "make it first with: qvla release create")
@@ -49,7 +48,7 @@ def create(
     limits = ReleaseLimits(max_drift, max_p95_ms)
     release = create_release(bundle, output, name, minimum_runtime, limits)
     if as_json:
-        typer.echo(json.dumps({"digest": release.digest, **asdict(release)}, indent=1))
+        print_json({"digest": release.digest, **asdict(release)})
         return
     typer.echo(
         f"release {release.name} {release.digest[:16]} for {release.target}: "
@@ -76,7 +75,7 @@ def sign(
     with progress_shown() as on_progress:
         signed = sign_release(release, Repository(repository), keys, request, on_progress)
     if as_json:
-        typer.echo(json.dumps(asdict(signed), indent=1))
+        print_json(asdict(signed))
         return
     for delta in signed.deltas:
         share = delta.nbytes / delta.whole_bytes
@@ -114,7 +113,7 @@ def publish(
             Repository(repository), keys, PublishRequest(release, days), on_progress
         )
     if as_json:
-        typer.echo(json.dumps(asdict(published), indent=1))
+        print_json(asdict(published))
         return
     typer.echo(
         f"published: {published.release or 'nothing new'}, list {published.targets_version}, "
@@ -139,7 +138,7 @@ def verify(
     with progress_shown() as on_progress:
         verified = verify_repository(repository, root, on_progress)
     if as_json:
-        typer.echo(json.dumps(asdict(verified), indent=1))
+        print_json(asdict(verified))
         return
     typer.echo(
         f"verified: list {verified.targets_version} until {verified.expires}, {verified.files} "
@@ -158,7 +157,7 @@ def inspect(
     """Print what a release or a repository says it holds, unverified, as JSON."""
     from qvla_export.pipeline.release.inspection import describe
 
-    typer.echo(json.dumps(describe(place), indent=1))
+    print_json(describe(place))
 
 
 def diff(
@@ -170,4 +169,4 @@ def diff(
     """Print what differs between two releases and what the second costs a robot, as JSON."""
     from qvla_export.pipeline.release.inspection import diff as compare_releases
 
-    typer.echo(json.dumps(compare_releases(before, after).to_json(), indent=1))
+    print_json(compare_releases(before, after).to_json())

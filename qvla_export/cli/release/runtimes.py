@@ -1,13 +1,12 @@
 """`qvla runtime`: what a robot runs releases with."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from qvla_export.cli.options import A_FILE, JsonOption
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 from qvla_export.shared.errors import QvlaError
 
 _FILE = A_FILE.require
@@ -40,7 +39,7 @@ def build(
     with progress_shown(silent=as_json) as on_progress:
         built = runtime.build_runtime(request, on_progress)
     if as_json:
-        typer.echo(json.dumps(built.to_json(), indent=1))
+        print_json(built.to_json())
         return
     for line in built.lines():
         typer.echo(line)

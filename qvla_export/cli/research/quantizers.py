@@ -1,6 +1,5 @@
 """`qvla quantizers`: what each part of the quantizer does to held-out actions."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from qvla_export.cli.options import (
     TargetOption,
     UnnormKeyOption,
 )
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 
 
 def quantizers(
@@ -46,7 +45,7 @@ def quantizers(
         )
     comparison.save(output)
     if as_json:
-        typer.echo(json.dumps(comparison.to_json(), indent=1))
+        print_json(comparison.to_json())
         return
     for row in comparison.rows:
         typer.echo(

@@ -1,6 +1,5 @@
 """`qvla smooth`: an equal checkpoint whose layers are fed no outliers."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from qvla_export.cli.options import (
     TargetOption,
     UnnormKeyOption,
 )
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 
 
 def smooth(
@@ -65,7 +64,7 @@ def smooth(
             on_progress,
         )
     if as_json:
-        typer.echo(json.dumps(checkpoint.to_json(), indent=1))
+        print_json(checkpoint.to_json())
         return
     for trial in checkpoint.trials:
         what = "not smoothed" if trial.strength is None else f"strength {trial.strength}"

@@ -1,6 +1,5 @@
 """`qvla doctor`: each wrong setting of this machine, with the command that mends it."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qvla_export.cli.options import JsonOption, PresetOption, UnnormKeyOption, with_columns
+from qvla_export.cli.progress import print_json
 from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def doctor(
     )
     examination = examine_machine(request, dataset, columns)
     if as_json:
-        typer.echo(json.dumps(examination.to_json(), indent=1))
+        print_json(examination.to_json())
     else:
         _print(examination)
     counts = examination.counts

@@ -1,6 +1,5 @@
 """`qvla robot prove`, `supervise` and `units`: a release that serves, and what keeps it serving."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -8,16 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qvla_export.cli.progress import print_json
 from qvla_export.cli.robot.serve_options import TokenFileOption
-from qvla_export.cli.robot.store import (
-    DEFAULT_STORE,
-    RestartOption,
-    StoreOption,
-    answer,
-    boot_id,
-    machine,
-    restart,
-)
+from qvla_export.cli.robot.store import DEFAULT_STORE, RestartOption, StoreOption, answer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,22 +41,15 @@ def prove(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """End the probation of `current`, measured by a client: others may go back to it."""
-    from jetson.install.activation import CURRENT
-    from jetson.install.activation import prove as end_probation
-    from jetson.install.probation import ProbationTerms, measure_probation
+    from jetson.install.probation import ProbationTerms, prove_current
     from jetson.install.store_state import StoreState
     from jetson.serving.security import read_token
 
     def act(opened: "Store") -> "Mapping[str, object]":
         if unless_proven and StoreState.load(opened).probation is None:
             return {"measured": None}
-        measured = digest = None
-        if url is not None and (digest := opened.linked(CURRENT)) is not None:
-            terms = ProbationTerms(actions, seconds, max_p95_ms)
-            bundle_digest = StoreState.load(opened).known(digest).bundle_digest
-            token = read_token(token_file)
-            measured = measure_probation(url, terms, token, bundle_digest).to_json()
-        return {"measured": measured, **end_probation(opened, boot_id(), digest).to_json()}
+        terms = ProbationTerms(actions, seconds, max_p95_ms)
+        return prove_current(opened, url, terms, read_token(token_file)).to_json()
 
     answer(store, act, hold=False)
 
@@ -74,12 +59,14 @@ def update(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Install, check and activate the newest release; one that failed here is not tried again."""
+    from jetson.install.fingerprint import this_machine
     from jetson.install.installation import InstallRequest
+    from jetson.install.units import restart
     from jetson.install.update import update as update_store
 
     def act(opened: "Store") -> "Mapping[str, object]":
         with opened.open():
-            updated = update_store(opened, InstallRequest(), *machine())
+            updated = update_store(opened, InstallRequest(), *this_machine())
         if updated.changed:
             restart(restart_unit)
         return updated.to_json()
@@ -102,22 +89,16 @@ def supervise(
 
     from jetson.install.probation import ProbationTerms
     from jetson.install.store import Store
-    from jetson.install.supervision import SupervisionSettings
+    from jetson.install.supervision import SupervisionSettings, serve_command
     from jetson.install.supervision import supervise as keep_serving
     from jetson.serving.security import read_token
 
     token_words = [] if token_file is None else ["--token-file", str(token_file)]
-    more = [*token_words, *(serve_options or ())]
-
-    def command(bundle: Path) -> list[str]:
-        words = [sys.executable, "-m", "qvla_export", "serve", str(bundle)]
-        return [*words, "--port", str(port), *more]
-
     stopping = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     settings = SupervisionSettings(
-        command,
+        serve_command(port, [*token_words, *(serve_options or ())]),
         f"http://127.0.0.1:{port}",
         ProbationTerms(actions, seconds, max_p95_ms),
         read_token(token_file),
@@ -142,4 +123,4 @@ def units(
     options = tuple(serve_options or ())
     settings = UnitSettings(program, store, user, port, options, power_mode)
     written = write_units(output, settings)
-    typer.echo(json.dumps({"ok": True, "units": [str(path) for path in written]}, indent=1))
+    print_json({"ok": True, "units": [str(path) for path in written]})

@@ -1,6 +1,5 @@
 """`qvla load`: what a server does when requests come at their own times, not at its own."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvla_export.cli.options import A_FILE, A_RECORDING, JsonOption
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 
 if TYPE_CHECKING:
     from jetson.clients.load_result import LoadResult
@@ -82,7 +81,7 @@ def load(
     if output is not None:
         result.save(output)
     if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=1))
+        print_json(result.to_json())
     else:
         _print(result)
         written = "" if output is None else f" -> {output}"

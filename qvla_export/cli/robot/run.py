@@ -1,6 +1,5 @@
 """`qvla run`: a policy on a robot."""
 
-import json
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,6 +11,7 @@ from qvla_export.cli.options import (
     WeightsOption,
     with_columns,
 )
+from qvla_export.cli.progress import print_json
 from qvla_export.cli.robot.run_options import (
     CommandJointsOption,
     CommandsOption,
@@ -91,7 +91,7 @@ def run(
     # Not on stdout where the commands are, or the one document.
     typer.echo(_summary(result), err=as_json or commands == "stdout")
     if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=1))
+        print_json(result.to_json())
     if not result.ok:
         raise typer.Exit(2)
 

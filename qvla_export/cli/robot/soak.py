@@ -1,6 +1,5 @@
 """`qvla soak`: a server and a control loop under attack for hours."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qvla_export.cli.options import JsonOption, SeedOption
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_json, progress_shown
 from qvla_export.cli.robot.serve_options import TlsCertOption, TlsKeyOption
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def soak(
     if output is not None:
         report.save(output)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1))
+        print_json(report.to_json())
     else:
         _print(report)
     if not report.ok:

@@ -1,14 +1,14 @@
 """`qvla robot`: releases on a robot. Every command may be repeated and answers in JSON."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qvla_export.cli.options import Existing
+from qvla_export.cli.progress import print_json
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ def install(
 def build(release: NameArgument = None, store: StoreOption = DEFAULT_STORE) -> None:
     """Build a release's engines for this very machine, where its target has engines."""
     from jetson.install.checking import build_release
+    from jetson.install.fingerprint import this_machine
 
-    answer(store, lambda s: build_release(s, release, *machine()).to_json())
+    answer(store, lambda s: build_release(s, release, *this_machine()).to_json())
 
 
 def verify(
@@ -69,14 +70,15 @@ def verify(
 ) -> None:
     """Run a release on its golden observations: drift and latency within its limits, or exit 2."""
     from jetson.install.checking import check_release, renew_current
+    from jetson.install.fingerprint import this_machine
 
     if if_changed and release is not None:
         raise QvlaError("--if-changed checks `current`; name no release with it")
 
     def act(opened: "Store") -> Mapping[str, Any]:
         if not if_changed:
-            return check_release(opened, release, *machine(), samples).to_json()
-        renewed = renew_current(opened, *machine(), samples)
+            return check_release(opened, release, *this_machine(), samples).to_json()
+        renewed = renew_current(opened, *this_machine(), samples)
         return {"passed": None} if renewed is None else renewed.to_json()
 
     answer(store, act)
@@ -85,8 +87,9 @@ def verify(
 def activate(release: NameArgument = None, store: StoreOption = DEFAULT_STORE) -> None:
     """Let a checked release be `current`, on probation; the one before stays `previous`."""
     from jetson.install.activation import activate as activate_release
+    from jetson.install.fingerprint import this_machine
 
-    answer(store, lambda s: activate_release(s, release, *machine()).to_json(), hold=False)
+    answer(store, lambda s: activate_release(s, release, *this_machine()).to_json(), hold=False)
 
 
 def rollback(
@@ -103,9 +106,11 @@ def rollback(
 ) -> None:
     """Let `previous` be `current` again; the one that is left counts as failed."""
     from jetson.install import activation
+    from jetson.install.store_state import read_boot_id
+    from jetson.install.units import restart
 
     def act(opened: "Store") -> Mapping[str, Any]:
-        boot = boot_id()
+        boot = read_boot_id()
         if rebooted:
             switched = activation.roll_back_after_reboot(opened, boot)
         elif unproven:
@@ -132,8 +137,9 @@ def gc(
 ) -> None:
     """Remove what neither `current`, `previous` nor the newest release needs."""
     from jetson.install.garbage import collect
+    from jetson.install.store_state import read_boot_id
 
-    answer(store, lambda s: collect(s, keep, boot_id()).to_json())
+    answer(store, lambda s: collect(s, keep, read_boot_id()).to_json())
 
 
 def status(store: StoreOption = DEFAULT_STORE) -> None:
@@ -149,39 +155,11 @@ def answer(root: Path, act: "Callable[[Store], Mapping[str, Any]]", hold: bool =
 
     opened = Store(root)
     try:
-        with opened.open() if hold else _unheld():
+        with opened.open() if hold else nullcontext():
             result = act(opened)
     except (QvlaError, OSError) as error:
         refused = getattr(error, "reason", None)
         failure = {"ok": False, "error": " ".join(str(error).split()), "refused": refused}
-        typer.echo(json.dumps(failure, indent=1))
+        print_json(failure)
         raise
-    typer.echo(json.dumps({"ok": True, **result}, indent=1))
-
-
-@contextmanager
-def _unheld() -> Iterator[None]:
-    yield
-
-
-def restart(unit: str | None) -> None:
-    """Restart a unit of systemd that runs, after another release was made `current`."""
-    import subprocess
-
-    words = ["systemctl", "try-restart", str(unit)]
-    if unit is not None and subprocess.run(words, check=False).returncode != 0:
-        raise QvlaError(f"another release is current, but {' '.join(words)} failed; see journalctl")
-
-
-def machine() -> tuple[str, str]:
-    """Return the fingerprint of this machine and what names this start of it."""
-    from jetson.install.fingerprint import machine_fingerprint
-
-    return machine_fingerprint(), boot_id()
-
-
-def boot_id() -> str:
-    """Return what names this start of the machine."""
-    from jetson.install.store_state import read_boot_id
-
-    return read_boot_id()
+    print_json({"ok": True, **result})

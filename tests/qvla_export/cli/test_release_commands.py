@@ -10,9 +10,9 @@ from command_runs import Outcome, qvla
 from small_releases import MACHINE, sum_bundle
 from tiny_bundles import change_manifest
 
+from jetson.install import fingerprint
 from jetson.install.store import Store, signed_release
 from jetson.install.store_state import StoreState
-from qvla_export.cli.robot import keep_serving, store
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.bundle import Bundle
 
@@ -36,8 +36,7 @@ def test_the_whole_way(
     robot: Callable[..., dict[str, Any]],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for module in (store, keep_serving):
-        monkeypatch.setattr(module, "machine", lambda: (MACHINE, "boot"))
+    monkeypatch.setattr(fingerprint, "this_machine", lambda: (MACHINE, "boot"))
     keys = json.loads(qvla("keys", "new", "keys").out)
     assert keys["roles"]["root"]["threshold"] == 2 and len(keys["roles"]["root"]["keys"]) == 3
     first = None
