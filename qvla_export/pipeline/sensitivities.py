@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from qvla_export.pipeline.calibrate import load_calibration, require_calibration
-from qvla_export.pipeline.deployment.kept_layers import kept_layers
 from qvla_export.pipeline.plan import load_sensitivities
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
@@ -41,6 +40,8 @@ class SensitivityRequest:
     seed: int = 0
     # Whether each step of a flow is looked at by itself, instead of the action that they make.
     per_step: bool = False
+    # Whether layers that stay in 16 bits are measured too, for the report.
+    kept_too: bool = False
 
     def __post_init__(self) -> None:
         if self.quantizer == "compensated" and self.method != "first-order":
@@ -156,7 +157,9 @@ def open_and_measure(
     opened = open_within(resources, source, demand)
     within = replace(resources, max_bytes=opened.max_bytes)
     measured = sensitivities(run, opened.policy, target, request, within, on_progress)
-    if not resources.world.rank:
+    if request.kept_too and not resources.world.rank:
+        from qvla_export.pipeline.deployment.kept_layers import kept_layers
+
         kept_layers(run, opened.policy, target, on_progress)
     if not check_pairs or resources.world.rank:
         return measured, None

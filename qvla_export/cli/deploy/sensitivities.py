@@ -53,6 +53,9 @@ def sensitivities(
     per_step: Annotated[
         bool, typer.Option(help="Of a flow: what each step does, not the action that they make.")
     ] = False,
+    kept_layers: Annotated[
+        bool, typer.Option(help="Of layers that stay in 16 bits too: the report says what for.")
+    ] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     batch_size: BatchSizeOption = 8,
@@ -74,7 +77,8 @@ def sensitivities(
 
     folder, device_target = RunFolder(run, force), find_target(target, zero_points, scales)
     source = PolicySource(str(policy), unnorm_key, preset)
-    request = SensitivityRequest(method, quantizer, probes or None, exact_share, seed, per_step)
+    how = (method, quantizer, probes or None, exact_share, seed, per_step, kept_layers)
+    request = SensitivityRequest(*how)
     with (
         joined_resources(device, wait_minutes, batch_size, max_memory_gb) as resources,
         progress_shown(silent=resources.world.rank > 0) as on_progress,

@@ -41,6 +41,4 @@ def build(
     if as_json:
         print_json(built.to_json())
         return
-    for line in built.lines():
-        typer.echo(line)
-    typer.echo(f"-> {output}")
+    typer.echo("\n".join([*built.lines(), f"-> {output}"]))

@@ -111,8 +111,8 @@ def test_two_processes_give_the_numbers_of_one(case: Case) -> None:
     assert_same(Sensitivities.load(case.run.sensitivities), case.alone)
     assert done.stdout.count("sensitivities: ") == 1, "process 0 speaks for all"
     left = {path.name for path in case.run.root.iterdir()}
-    files = {"sensitivities.safetensors", "kept_layers.safetensors"}
-    assert left == {"calibration", *files, *(f"{name}.work" for name in files)}
+    record = "sensitivities.safetensors.work"
+    assert left == {"calibration", "sensitivities.safetensors", record}
 
 
 def test_what_a_killed_process_kept_is_not_measured_again(
@@ -127,8 +127,7 @@ def test_what_a_killed_process_kept_is_not_measured_again(
     original = ShardedSums.mark
     monkeypatch.setattr(ShardedSums, "mark", lambda s, u: (marked.append(u), original(s, u)))
     assert_same(case.measure(), case.alone)
-    # The layers that stay in 16 bits are measured after, and marked by the same numbers.
-    assert set(marked[: BATCHES - len(kept)]) == set(range(BATCHES)) - kept
+    assert set(marked) == set(range(BATCHES)) - kept
     assert not journal_files(case.journal)
 
 

@@ -81,11 +81,11 @@ def test_the_command_keeps_one_way_apart_from_the_other(tmp_path: Path) -> None:
     )
     assert drawn.code == 0, drawn.err
     found = []
-    for more in (("--per-step",), ("--per-step",), ()):
+    for more in (("--per-step",), ("--per-step",), ("--kept-layers",)):
         done = qvla("sensitivities", "--run", run, *common, "--probes", 1, *more)
         assert done.code == 0, done.err
-        assert ("step by step" in done.out) == bool(more)
+        assert ("step by step" in done.out) == ("--per-step" in more)
+        assert (run / "kept_layers.safetensors").is_file() == ("--kept-layers" in more)
         found.append(Sensitivities.load(run / "sensitivities.safetensors"))
     assert found[0].digest == found[1].digest != found[2].digest
     assert found[0].settings["per_step"] is True and "per_step" not in found[2].settings
-    assert (run / "kept_layers.safetensors").is_file()
