@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -183,7 +184,7 @@ def test_only_the_release_that_was_meant_is_proven_or_left(robot: Robot) -> None
     with pytest.raises(StoreError, match=r"was activated while .* was measured; measure again"):
         on(robot, lambda s: prove(s, BOOT, other))
     for act in (roll_back, activation.roll_back_unproven):
-        on(robot, lambda s, act=act: act(s, "bad", BOOT, other))  # type: ignore[misc]  # bound now
+        on(robot, partial(act, reason="bad", boot_id=BOOT, meant=other))
         assert serving(robot) == ("b", "a")
 
 

@@ -4,7 +4,7 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -129,7 +129,7 @@ def cases(befores: dict[str, Before], root: Path) -> list[tuple[str, int, How]]:
     found = []
     for name, before in befores.items():
         robot = before.again(root / "counted")
-        code, changes = interrupted(lambda b=before, r=robot: b.act(r), None, "kill")  # type: ignore[misc]  # bound now
+        code, changes = interrupted(partial(before.act, robot), None, "kill")
         assert code == 0 and changes > 3, name
         found += [(name, moment, how) for moment in range(1, changes + 1) for how in HOWS]
         shutil.rmtree(root / "counted")

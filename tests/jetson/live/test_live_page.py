@@ -28,6 +28,8 @@ from qvla_export.shared.normalization import Bounds
 from qvla_export.shared.observation import Observation
 
 HOSTILE = '"><script>window.hit=1</script><img src=x onerror="window.hit=2">\u202e${7*7}'
+# Messages shorten what is longer.
+SHORT = "<script>hit=1</script>"
 LIMITS = Bounds(np.full(7, -1.0), np.full(7, 2.0), np.ones(7, bool))
 SHOWN = "document.querySelectorAll('#actions .dimension').length == 7"
 LOADED = "document.images.length == 2 && [...document.images].every(i => i.naturalWidth > 0)"
@@ -188,9 +190,9 @@ def test_what_clients_say_stays_text(page: Page) -> None:
             page.wait_for(SHOWN)
             page.wait_for(LOADED)
         assert page.value("document.getElementById('instruction').textContent") == HOSTILE
-        post(url, oft_fields(instruction="x", unnorm_key=HOSTILE))
+        post(url, oft_fields(instruction="x", unnorm_key=SHORT))
         trouble = page.wait_for("document.getElementById('trouble').textContent")
-        assert "<script>wi" in trouble, "a refusal shows the start of what was sent"
+        assert SHORT in trouble
         assert page.value("window.hit === undefined")
         assert page.value("document.querySelectorAll('script').length") == 1
         assert page.value("document.images.length") == 2
