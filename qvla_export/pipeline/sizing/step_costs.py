@@ -12,15 +12,16 @@ from qvla_export.quantizer.rounding_costs import alone_bytes, rounding_cost
 # Widths whose errors are measured; of them those with codes, those with a search for scales.
 _WIDTHS, _CODED, _SEARCHED = 4, 3, 2
 _MOMENT_PROBES, _LARGEST_BLOCK = 4, 4096
-# Observations that lie in a bundle with their actions.
+# Held-out observations that lie in a bundle with their actions, at most.
 _GOLDEN = 8
 # Of tracing a layer and lowering it to a graph, of writing another plan into it, in steps of Python
-# work as those of rounding a narrow layer; measured on the reference policy.
-_TRACE_STEPS, _PLAN_STEPS = 11000, 1600
+# work as those of rounding a narrow layer; measured on the reference policy. The same of a graph
+# by itself: what two parts without or with three layers took, of a policy read part by part.
+_TRACE_STEPS, _PLAN_STEPS, _GRAPH_STEPS = 11000, 1600, 100_000
 # Of a layer's nodes in the graph, with and without codes, and of a channel in a plan's JSON.
 _NODE_BYTES, _CODED_NODE_BYTES, _CHANNEL_BYTES = 2600, 4000, 1.6
-# Of a layer's outputs, for each probe: products, squares and sums of moments.
-_NUMBERS_A_PROBE = 3
+# Of a layer's outputs, for each probe, and of its inputs: products, squares and sums of moments.
+_NUMBERS_MOVED = 3
 # Of libraries that only steps after the codes load.
 LIBRARY_BYTES = 150_000_000
 # Copies in float32 of a policy's weights while it is exported; of those of a part that is read by
@@ -97,8 +98,10 @@ class Workload:
 def moment_costs(work: Workload) -> StepCosts:
     """Return what measuring the moments of a policy in memory takes."""
     layers = work.policy.layers
-    disk = sum(4 * (_moment_numbers(layer) + layer.inputs) for layer in layers)
-    return StepCosts("moments", _moments_s(work), 3 * disk + work.pass_bytes(), disk)
+    disk = sum(4 * (sum(_moment_numbers(layer)) + layer.inputs) for layer in layers)
+    return StepCosts(
+        "moments", _moments_s(work, _MOMENT_PROBES), 3 * disk + work.pass_bytes(), disk
+    )
 
 
 def sensitivity_costs(work: Workload) -> StepCosts:
@@ -112,7 +115,7 @@ def sensitivity_costs(work: Workload) -> StepCosts:
     taken += _searched_s(work) + 2 * work.reads_s()
     if work.compensated:
         taken += sum(_alone_s(layer, rates) for layer in layers)
-        taken += 0.0 if work.resident else _moments_s(work)
+        taken += 0.0 if work.resident else _moments_s(work, work.probes)
     channels = sum(layer.channels for layer in layers)
     if work.streamed is not None:
         memory = work.streamed.sensitivities
@@ -138,7 +141,7 @@ def rounding_costs(work: Workload, setting: Setting) -> StepCosts:
     costs = [rounding_cost(layer.channels, layer.inputs, _LARGEST_BLOCK, 64) for layer in layers]
     taken = sum(cost.cpu_s(work.rates.rounding) for cost in costs)
     if work.streamed is not None:
-        taken += _moments_s(work)
+        taken += _moments_s(work, _MOMENT_PROBES)
         memory = work.streamed.rounding
     else:
         memory = max(cost.memory_bytes for cost in costs) + sum(4 * x.weights for x in layers)
@@ -160,14 +163,17 @@ def export_costs(work: Workload, setting: Setting, first: bool) -> StepCosts:
     )
     numbers = policy.graph_numbers - weights
     stored = weights * (setting.bits / 8 if coded else work.float_bytes)
-    disk = stored + work.float_bytes * numbers + _GOLDEN * _golden_bytes(policy)
+    golden = min(_GOLDEN, work.held_out)
+    disk = stored + work.float_bytes * numbers + golden * _golden_bytes(policy)
     disk += len(policy.layers) * (_CODED_NODE_BYTES if coded else _NODE_BYTES)
     # Scales: one of 16 bits for 64 inputs.
     disk += (weights / 32 + _CHANNEL_BYTES * channels) if coded else 0
     traced = _TRACE_STEPS if first or not work.resident else _PLAN_STEPS
-    taken = len(policy.layers) * traced / work.rates.rounding.narrow_steps_per_s
+    steps = len(policy.layers) * traced
+    steps += 0 if work.resident else len(policy.parts) * _GRAPH_STEPS
+    taken = steps / work.rates.rounding.narrow_steps_per_s
     taken += 2 * (disk + policy.weight_bytes) / work.rates.bytes_per_s
-    taken += work.passes_s(2 * _GOLDEN, 0)
+    taken += work.passes_s(2 * golden, 0)
     memory = LIBRARY_BYTES + work.acting_bytes(_WHOLE_COPIES if work.resident else _PART_COPIES)
     return StepCosts(f"{setting.name}: bundle", taken, memory, int(disk))
 
@@ -188,23 +194,20 @@ def latency_costs(work: Workload, settings: int, samples: int) -> StepCosts:
     return StepCosts("latency", taken, 2 * settings * work.policy.weight_bytes, 13_000 * settings)
 
 
-def _moments_s(work: Workload) -> float:
+def _moments_s(work: Workload, probes: int) -> float:
     layers, rates = work.policy.layers, work.rates
+    numbers = [_moment_numbers(layer) for layer in layers]
     products = sum(
-        layer.tokens
-        * (
-            _MOMENT_PROBES * layer.channels * block_size(layer.channels, _LARGEST_BLOCK)
-            + layer.inputs * block_size(layer.inputs, _LARGEST_BLOCK)
-        )
-        for layer in layers
+        layer.tokens * (inputs + probes * channels)
+        for layer, (inputs, channels) in zip(layers, numbers, strict=True)
     )
-    moved = sum(layer.tokens * layer.channels for layer in layers)
-    numbers = moved * _NUMBERS_A_PROBE * _MOMENT_PROBES
-    batches = -(-work.count // work.batch_size)
-    # Of each batch's products for each probe, raised to float64 and added.
-    added = 3 * batches * _MOMENT_PROBES * sum(map(_moment_numbers, layers))
-    each = products / rates.products_per_s + numbers / rates.numbers_per_s
-    passed = work.passes_s(work.count, _MOMENT_PROBES, 1.0 if work.resident else 2.0)
+    moved = sum(layer.tokens * (layer.inputs + probes * layer.channels) for layer in layers)
+    # Products are raised to float64 and added: of a batch, or of each observation where these go
+    # through a part one after another.
+    additions = -(-work.count // work.batch_size) if work.resident else work.count
+    added = 3 * additions * sum(inputs + probes * channels for inputs, channels in numbers)
+    each = products / rates.products_per_s + _NUMBERS_MOVED * moved / rates.numbers_per_s
+    passed = work.passes_s(work.count, probes, 1.0 if work.resident else 2.0)
     return passed + work.count * each + added / rates.numbers_per_s + 2 * work.reads_s()
 
 
@@ -229,9 +232,12 @@ def _error_bytes(layer: LayerCosts, work: Workload) -> int:
     return answers + 4 * (_CODED * layer.weights + work.batch_size * moved)
 
 
-def _moment_numbers(layer: LayerCosts) -> int:
-    widths = layer.inputs, layer.channels
-    return sum(width * block_size(width, _LARGEST_BLOCK) for width in widths)
+def _moment_numbers(layer: LayerCosts) -> tuple[int, int]:
+    """Return the numbers of a layer's moments: of its inputs, of its channels."""
+    inputs, channels = (
+        width * block_size(width, _LARGEST_BLOCK) for width in (layer.inputs, layer.channels)
+    )
+    return inputs, channels
 
 
 def _golden_bytes(policy: PolicyCosts) -> int:

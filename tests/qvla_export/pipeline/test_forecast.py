@@ -145,6 +145,42 @@ def test_part_by_part_takes_the_memory_of_one_part(tiny_costs: PolicyCosts) -> N
         assert own.memory_bytes <= taken.memory_bytes, own.name
 
 
+def test_a_bundle_has_no_more_observations_than_are_held_out(tiny_costs: PolicyCosts) -> None:
+    """Eight of them at most."""
+    two, eight, twenty = (
+        step_costs.export_costs(work_of(tiny_costs, held_out=number), W4, first=True)
+        for number in (2, 8, 20)
+    )
+    assert eight.disk_bytes - two.disk_bytes >= 6 * tiny_costs.feed_bytes
+    assert twenty == eight
+
+
+def test_part_by_part_moments_are_added_for_each_observation(tiny_costs: PolicyCosts) -> None:
+    """And those of sensitivities are measured by their own probes."""
+    streamed = StreamedMemory(sensitivities=1000, rounding=2000)
+    small = work_of(tiny_costs, 16, streamed=streamed, batch_size=4)
+    assert step_costs.rounding_costs(replace(small, batch_size=16), W4).cpu_s == pytest.approx(
+        step_costs.rounding_costs(small, W4).cpu_s
+    )
+    whole = replace(small, streamed=None)
+    added = [step_costs.moment_costs(replace(whole, batch_size=n)).cpu_s for n in (4, 16)]
+    assert added[0] is not None and added[1] is not None and added[0] > added[1]
+    one, four = (step_costs.sensitivity_costs(replace(small, probes=n)).cpu_s for n in (1, 4))
+    rounding = [step_costs.rounding_costs(replace(small, probes=n), W4).cpu_s for n in (1, 4)]
+    assert one is not None and four is not None and one < four
+    assert rounding[0] == rounding[1]
+
+
+def test_each_graph_of_a_policy_part_by_part_is_traced(tiny_costs: PolicyCosts) -> None:
+    """Parts without layers take their time as well."""
+    streamed = StreamedMemory(sensitivities=1000, rounding=2000)
+    work = work_of(tiny_costs, streamed=streamed)
+    empty = [replace(part, layers=()) for part in tiny_costs.parts]
+    more = replace(work, policy=replace(tiny_costs, parts=(*tiny_costs.parts, *empty)))
+    one, other = (step_costs.export_costs(w, W4, first=False).cpu_s for w in (work, more))
+    assert one is not None and other is not None and other > one
+
+
 def test_a_policy_is_sized_as_it_is(tiny_costs: PolicyCosts, tiny_checkpoint: Path) -> None:
     policy = open_checkpoint(tiny_checkpoint)
     shapes = layer_shapes(traced_layers(policy))
