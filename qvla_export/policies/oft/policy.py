@@ -121,9 +121,12 @@ class OftPolicy(PrismaticPolicy):
         """The head's output [B, H, D] or logits [B, H, D, vocab] -> executed actions [B, H, D]."""
         if self.config.head != "tokens":
             return output
-        # Any token of the vocabulary may win; upstream clips it into the bins.
-        index = output.argmax(dim=-1) - self._first_action_token()
-        return self.token_centers[index.clip(0, len(self.token_centers) - 1)]
+        # Any token of the vocabulary may win; upstream clips it into the bins. A table of them all
+        # does, as TensorRT clips no integers.
+        centers, first = self.token_centers, self._first_action_token()
+        above = output.shape[-1] - first - len(centers)
+        table = torch.cat([centers[:1].expand(first), centers, centers[-1:].expand(above)])
+        return table[output.argmax(dim=-1)]
 
     def _of_action_tokens(self, logits: Tensor) -> Tensor:
         """Logits [..., vocab] -> those of the action tokens [..., bins]."""

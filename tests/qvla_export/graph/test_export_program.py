@@ -1,12 +1,15 @@
 """A policy that decodes: its two graphs, run as the program says, are torch's tokens."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from command_runs import qvla
 from graph_checks import require_clean
 from openvla_cases import (
     CASES,
@@ -69,6 +72,39 @@ def test_the_decoder_is_stored_once(bundles: tuple[Bundle, Bundle], policy: Open
     layers = sum(layer.weight.numel() for layer in policy.layers().values())
     coded = sum(mixed.weight_bytes[bits] for bits in ("2", "4", "8", "16"))
     assert coded < 2 * layers
+
+
+def test_sizes_show_shared_bytes_once(
+    bundles: tuple[Bundle, Bundle], policy: OpenVlaPolicy
+) -> None:
+    """What prefill and decode share is counted once, as it is stored."""
+    shown = qvla("sizes", *(bundle.path for bundle in bundles), "--json")
+    assert shown.code == 0, shown.err
+    printed = qvla("sizes", *(bundle.path for bundle in bundles)).out
+    for bundle, told in zip(bundles, json.loads(shown.out)["bundles"], strict=True):
+        runs = {run.name: run.parts for run in bundle.program.runs}
+        assert runs["prefill"] == runs["decode"] == ("decoder",)
+        stored = {part.name: stored_bytes(bundle.model_path(part)) for part in bundle.parts}
+        assert told["onnx_bytes"] == pytest.approx(sum(stored.values()), rel=0.02)
+        assert f"{told['onnx_bytes'] / 1e6:.3f}" in printed
+        # Far more than the tolerance: a second copy would be seen.
+        assert stored["decoder"] > 0.04 * told["onnx_bytes"]
+    language = policy.module.language_model
+    weights = [
+        weight.numel()
+        for module in (language.model.layers, language.model.norm, language.lm_head)
+        for weight in module.parameters()
+    ]
+    # Of 16 bits, each once; what runs twice is in one file.
+    assert stored_bytes(bundles[0].model_path(bundles[0].parts[1])) == pytest.approx(
+        2 * sum(weights), rel=0.1
+    )
+
+
+def stored_bytes(path: Path) -> int:
+    """Return the bytes of a graph's constants."""
+    values = ir.load(path).graph.initializers.values()
+    return sum(v.const_value.nbytes for v in values if v.const_value is not None)
 
 
 def test_every_parts_outputs_are_torchs(

@@ -1,11 +1,12 @@
-"""A checkpoint whose program repeats a step goes all the way to a served bundle."""
+"""A checkpoint whose program repeats a step goes all the way to a served bundle; so does ACT's."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from act_cases import SIDES, write_tiny_act
 from command_runs import qvla
 from pi_cases import SLOTS, write_tiny_pi
 from small_datasets import write_small_dataset
@@ -23,7 +24,9 @@ class Deployed:
     # Numbers of a demonstrated state and action.
     dims: tuple[int, int]
     cameras: tuple[str, ...]
-    # Calls of each part for one action, and the span of the repeated one.
+    # Height and width of a demonstrated picture.
+    sides: tuple[int, int] = field(default=(28, 28), kw_only=True)
+    # Calls of each part for one action, and the span of the repeated one; "" for none.
     calls: dict[str, int]
     span: str
 
@@ -49,20 +52,22 @@ POLICIES = {
         write_tiny_smolvla, (STATE, ACTION), CAMERAS, {"prefix": 1, "step": 3}, "flow"
     ),
     "diffusion": Deployed(write_diffusion, (4, 4), ("image",), _FLOW, "denoise"),
+    "act": Deployed(write_tiny_act, (STATE, ACTION), CAMERAS, {"policy": 1}, "", sides=SIDES),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", POLICIES)
-def test_deploy_of_a_policy_that_takes_steps(name: str, tmp_path: Path) -> None:
+def test_deploy_of_a_policy(name: str, tmp_path: Path) -> None:
     case = POLICIES[name]
     checkpoint = case.write(tmp_path / "checkpoint")
+    state_dim, action_dim = case.dims
     demonstrations = write_small_dataset(
-        tmp_path / "demos", [6] * 10, dims=case.dims[0], action_dims=case.dims[1]
+        tmp_path / "demos", [6] * 10, case.sides, state_dim, action_dim, case.cameras
     )
     run, settings = tmp_path / "run", ("float", "w4", "w8a8", "w4a8")
-    columns = [("--camera", f"{camera}=observation.images.image") for camera in case.cameras]
+    columns = [("--camera", f"{camera}=observation.images.{camera}") for camera in case.cameras]
     done = qvla(
         *("deploy", "--policy", checkpoint, "--dataset", demonstrations, "--run", run),
         *("--settings", ",".join(settings), "--episodes", 0, "--count", 6, "--held-out", 6),
@@ -78,6 +83,7 @@ def test_deploy_of_a_policy_that_takes_steps(name: str, tmp_path: Path) -> None:
         assert bundle.program.calls == case.calls
     packed = run / "settings" / "w4" / "bundle"
     told = qvla("profile", packed, "--samples", 3)
-    assert told.code == 0 and f"engine.{case.span}" in told.out
+    assert told.code == 0 and (f"engine.{case.span}" if case.span else "engine") in told.out
     predicted = qvla("predict", packed, "--target", "orin-jp7")
     assert predicted.code == 0, predicted.err
+    assert "predicted, not measured" in predicted.out and " ms " in predicted.out
