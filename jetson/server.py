@@ -38,6 +38,7 @@ from jetson.server_settings import ServerSettings
 from jetson.serving.byte_budget import ByteBudget
 from jetson.serving.connections import Connections, connection_limit
 from jetson.serving.event_loop import ServingLoop
+from jetson.serving.garbage import rings_collected_early
 from jetson.serving.guard import Guard
 from jetson.serving.http_protocol import HttpConnection
 from jetson.serving.policy_contract import PolicyContract, contract_of
@@ -109,7 +110,8 @@ def serve(
         RefusedSetting: an address is refused or taken.
         PolicyFailure: the policy does not act on a valid observation.
     """
-    with _ready(policy, settings, contract, warmup) as (server, bound), _quiet_signals():
+    ready = _ready(policy, settings, contract, warmup)
+    with ready as (server, bound), rings_collected_early(), _quiet_signals():
 
         def opened() -> None:
             on_open(_url(bound, settings))

@@ -46,6 +46,9 @@ class ReaderCounters:
     replaced: int = 0
     # Commands whose deadline had passed.
     expired: int = 0
+    # Lines that one look found behind another: the pipe of `qvla run` never holds a second, so a
+    # writer that kept to it leaves this 0.
+    queued: int = 0
     # Lines that are no command of this robot.
     malformed: int = 0
 
@@ -115,6 +118,7 @@ class CommandReader:
         while not self.is_over and ready.poll(wait_ms):
             received = os.read(descriptor, _MAX_LINE_BYTES)
             self.is_over = not received
+            self.counters.queued += max(0, received.count(b"\n") - 1)
             self._pending += received
             wait_ms = 0.0
             if len(self._pending) > 2 * _MAX_LINE_BYTES and b"\n" not in self._pending:

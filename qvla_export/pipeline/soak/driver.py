@@ -33,12 +33,13 @@ class CommandCounts:
     out_of_limits: int = 0
     # What the reader refused because its deadline had passed.
     expired: int = 0
-    # What the reader passed over: commands for newer ones, and lines that are none.
+    # Commands that the reader passed over for a newer one. No fault: a driver that is stopped
+    # between taking a line and looking again finds the one that was written in its place, and
+    # is handed that alone. Two in the pipe at once are a burst.
     replaced: int = 0
-    malformed: int = 0
-    # Looks into the pipe that found more than a command in the reader's hand and the one after it,
-    # which comes while the process is not run.
+    # Commands that lay in the pipe behind another, and lines that are no commands.
     bursts: int = 0
+    malformed: int = 0
 
     @property
     def broken(self) -> int:
@@ -73,14 +74,13 @@ def main() -> None:
     watch, counts = _Watch(), CommandCounts()
     reader = CommandReader(sys.stdin.buffer, DIMENSIONS, now_s=watch.now_s)
     while not reader.is_over:
-        before = reader.counters.replaced
         command = reader.read(_READ_S)
-        counts.bursts += reader.counters.replaced - before > 1
         if command is not None:
             # By the clock that the reader judged by: later, the process may have been stopped.
             counts.take(command, watch.last_s)
-    for name in ("expired", "replaced", "malformed"):
-        setattr(counts, name, getattr(reader.counters, name))
+    lines = reader.counters
+    counts.expired, counts.replaced = lines.expired, lines.replaced
+    counts.bursts, counts.malformed = lines.queued, lines.malformed
     json.dump(asdict(counts), sys.stdout)
 
 

@@ -14,11 +14,13 @@ from qvla_export.shared.artifacts import versions, write_json
 
 _FORMAT = "qvla.soak/1"
 QUIET, QUIET_AGAIN, ENGINE_FAULTS = "quiet", "quiet again", "engine faults"
-# In which the server itself stands still: how long replies take says nothing of it.
 STOPPED = "server stopped"
+# Their replies take as long as the soak itself makes the engine or the server wait.
+DELAYED = (ENGINE_FAULTS, STOPPED)
 # A good client's p99 under attack over its quiet one.
 MOST_SLOWER = 3.0
-# Replies of a phase from which on its p99 is judged.
+# Replies of the quiet phase from which on p99 is judged, in all phases: none is shorter than the
+# quiet one of a single round, so that fewer replies are those of a slow server.
 LEAST_REPLIES = 500
 # Of memory, after all attacks over before them; and the shortest soak that is judged by it.
 MOST_MEMORY = 1.10
@@ -124,14 +126,18 @@ class SoakReport:
 
     def _latency(self) -> Promise:
         text = f"a good client's p99 under attack at most {MOST_SLOWER:g} times the quiet one"
-        slower = {key: value for key, value in self.slower().items() if key[0] != ENGINE_FAULTS}
+        slower = {key: value for key, value in self.slower().items() if key[0] not in DELAYED}
         if not slower:
             return Promise(text, None, "nothing to compare")
         (phase, protocol), worst = max(slower.items(), key=lambda item: item[1])
-        # Of what is compared: a server that is stopped has fewer, and is not.
-        compared = {*slower, *((QUIET, protocol) for _, protocol in slower)}
-        fewest = min(len(self.good[key].times_ms) for key in compared)
-        figure = f"{worst:.2f} times ({phase}, {protocol})"
+        judged = ", ".join(dict.fromkeys(phase for phase, _ in slower))
+        left_out = ", ".join(
+            phase for phase in DELAYED if any(phase == key[0] for key in self.good)
+        )
+        figure = f"{worst:.2f} times ({phase}, {protocol}) of {judged}"
+        if left_out:
+            figure += f"; left out, since the soak itself delays replies: {left_out}"
+        fewest = min(len(self.good[QUIET, name].times_ms) for _, name in slower)
         if not self.has_own_core or fewest < LEAST_REPLIES:
             why = "attacker and server share a core" if not self.has_own_core else "too few replies"
             return Promise(text, None, f"{figure}; not judged: {why}")

@@ -37,6 +37,11 @@ def command(slot: int, sent_s: float, deadline_s: float) -> Command:
     return Command(slot, np.full(3, slot / 10, np.float32), sent_s, sent_s, "running", deadline_s)
 
 
+def line_of(slot: int) -> str:
+    value = {"slot": slot, "action": [0, 0, 0], "sent_s": 1.0, "observed_s": None}
+    return json.dumps({**value, "deadline_s": 9.0, "state": "running"}) + "\n"
+
+
 def test_a_driver_that_paused_finds_one_command_and_refuses_it() -> None:
     """Six seconds at 20 Hz were 117 commands at once."""
     bench = Bench(settings(rate_hz=20, execute=8))
@@ -48,12 +53,48 @@ def test_a_driver_that_paused_finds_one_command_and_refuses_it() -> None:
         before = bench.loop.counters.dropped_commands
         records = bench.ticks(120)
         assert reader.read() is None and reader.counters.expired == 1
-        assert reader.counters.replaced == 0, "the pipe holds one"
+        assert reader.counters.replaced == reader.counters.queued == 0, "the pipe holds one"
         dropped = bench.loop.counters.dropped_commands - before
         assert dropped == sum(record.sent_s is None for record in records) == 119
         assert any("driver has not read" in event for r in records for event in r.events)
         bench.ticks(2)
         assert reader.read() is not None, "and the run went on"
+
+
+def test_a_driver_stopped_with_a_command_in_hand_is_handed_the_newer_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pipe was empty when the second was written: it never held two."""
+    read, later = os.read, [command(2, 2.0, 9.0)]
+    with pipe() as (driver, commands):
+        sink = StreamSink(commands)
+        reader = CommandReader(driver, 3, now_s=lambda: 2.0)
+
+        def stopped_after(descriptor: int, size: int) -> bytes:
+            received = read(descriptor, size)
+            while later:
+                sink.send(later.pop())
+            return received
+
+        monkeypatch.setattr(os, "read", stopped_after)
+        sink.send(command(1, 1.0, 9.0))
+        received = reader.read()
+        assert received is not None and received.slot == 2
+        assert (reader.counters.replaced, reader.counters.queued) == (1, 0)
+        assert reader.read() is None and reader.counters.taken == 1
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_pipe_that_held_several_commands_is_told(count: int) -> None:
+    with pipe() as (driver, commands):
+        reader = CommandReader(driver, 3, now_s=lambda: 2.0)
+        for slot in range(count):
+            # Without looking whether the one before was read.
+            commands.write(line_of(slot))
+        commands.flush()
+        received = reader.read()
+        assert received is not None and received.slot == count - 1
+        assert reader.counters.queued == count - 1 and reader.counters.taken == 1
 
 
 def test_after_a_pause_the_next_command_is_near_the_last_that_was_taken() -> None:
@@ -298,8 +339,8 @@ def faulty_run(seed: int, ticks: int) -> tuple[int, int, int]:
                 check(received, clock.time_s)
             if rng.random() < 0.03:
                 wakes_s = clock.time_s + float(rng.exponential(2.0))
-        assert reader.counters.malformed == reader.counters.replaced == 0
         counters = reader.counters
+        assert counters.malformed == counters.replaced == counters.queued == 0
     return counters.taken, counters.expired, bench.loop.counters.dropped_commands
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_runs import qvla
+from places import ROOT
 
 from jetson.errors import RemoteError
 from jetson.serving.security import TlsFiles
@@ -18,7 +20,14 @@ from qvla_export.pipeline.soak.attacks import ATTACKS, mutated
 from qvla_export.pipeline.soak.driver import CommandCounts
 from qvla_export.pipeline.soak.good_clients import PROTOCOLS, ask
 from qvla_export.pipeline.soak.numbered_policy import answers, observation_of
-from qvla_export.pipeline.soak.report import ENGINE_FAULTS, QUIET, STOPPED, Sample, SoakReport
+from qvla_export.pipeline.soak.report import (
+    ENGINE_FAULTS,
+    QUIET,
+    STOPPED,
+    Promise,
+    Sample,
+    SoakReport,
+)
 from qvla_export.pipeline.soak.soak import DISK_FULL, SoakPlan, run_soak
 from qvla_export.pipeline.soak.tally import NO_REPLY, Tally, kind_of
 from qvla_export.shared.errors import QvlaError
@@ -143,6 +152,11 @@ def test_a_report_without_faults_holds_and_says_what_was_not_judged() -> None:
     assert abs(small_report().slope("resident_bytes")) < 1e9
 
 
+def latency(report: SoakReport) -> Promise:
+    (promise,) = [one for one in report.promises if "p99 under attack" in one.text]
+    return promise
+
+
 def test_a_stopped_server_s_few_replies_keep_latency_from_no_judgement() -> None:
     report = small_report()
     stopped = {
@@ -150,9 +164,24 @@ def test_a_stopped_server_s_few_replies_keep_latency_from_no_judgement() -> None
     }
     with_pauses = replace(report, good={**report.good, **stopped})
     assert with_pauses.ok and all(promise.holds for promise in with_pauses.promises)
-    del report.good["slow peers", "act"].times_ms[400:]  # type: ignore[index]
-    (latency,) = [promise for promise in report.promises if promise.holds is None]
-    assert "too few replies" in latency.figure
+    del report.good[QUIET, "act"].times_ms[400:]  # type: ignore[index]
+    assert latency(report).holds is None and "too few replies" in latency(report).figure
+
+
+def test_an_attack_that_leaves_few_replies_is_judged_by_those() -> None:
+    report = small_report()
+    report.good["slow peers", "act"].times_ms[:] = [900.0] * 9
+    assert latency(report).holds is False and "(slow peers, act)" in latency(report).figure
+
+
+def test_phases_whose_latency_is_judged_and_those_left_out_are_named() -> None:
+    tally = Tally(2000, 2000, Counter(), Counter(), [1.0] * 2000)
+    phases = [*dict.fromkeys(SoakPlan(1.0).phases)]
+    good = {(phase, name): tally for phase in phases for name in PROTOCOLS}
+    judged, left_out = latency(small_report(good=good)).figure.split("; left out")
+    assert left_out.endswith(f": {ENGINE_FAULTS}, {STOPPED}")
+    named = judged.split(" of ")[1].split(", ")
+    assert {*named} == {*phases} - {QUIET, ENGINE_FAULTS, STOPPED} and {*ATTACKS} <= {*named}
 
 
 def test_faults_of_the_engine_are_no_refusals_of_good_clients() -> None:
@@ -256,3 +285,19 @@ def test_a_driver_counts_what_it_should_never_get() -> None:
     counts.take(command(np.nan, 10.0), 10.1)
     counts.take(command(1.5, None), 10.1)
     assert (counts.too_old, counts.non_finite, counts.out_of_limits) == (1, 1, 1)
+
+
+def test_a_driver_s_account_has_a_burst_of_two() -> None:
+    """Two lines in the pipe before it looks; the loop's own sink writes the second for no one."""
+    value = {"slot": 1, "action": [0.0] * 4, "sent_s": 1.0, "observed_s": None}
+    line = json.dumps({**value, "deadline_s": 9.0, "state": "running"}).encode() + b"\n"
+    for lines, bursts in ((line, 0), (line * 2, 1)):
+        outcome = subprocess.run(
+            [sys.executable, "-m", "qvla_export.pipeline.soak.driver"],
+            cwd=ROOT,
+            input=lines,
+            capture_output=True,
+            check=True,
+        )
+        counts = CommandCounts(**json.loads(outcome.stdout))
+        assert counts.bursts == counts.broken == bursts and counts.expired == 1
