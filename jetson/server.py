@@ -38,9 +38,9 @@ from jetson.server_settings import ServerSettings
 from jetson.serving.byte_budget import ByteBudget
 from jetson.serving.connections import Connections, connection_limit
 from jetson.serving.event_loop import ServingLoop
-from jetson.serving.garbage import rings_collected_early
 from jetson.serving.guard import Guard
 from jetson.serving.http_protocol import HttpConnection
+from jetson.serving.object_rings import rings_collected_early
 from jetson.serving.policy_contract import PolicyContract, contract_of
 from jetson.serving.protocols.act import ActEndpoint
 from jetson.serving.protocols.openpi import OpenpiEndpoint

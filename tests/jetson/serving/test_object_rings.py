@@ -3,7 +3,7 @@
 import gc
 from collections import deque
 
-from jetson.serving.garbage import rings_collected_early
+from jetson.serving.object_rings import rings_collected_early
 
 # As many as live at once, as connections do, and so reach the oldest generation.
 LIVING = 2_000
