@@ -1,7 +1,7 @@
 """Training of policies that decode tokens: OpenVLA's are its action, UniVLA's stand for a chunk."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,10 @@ class OpenVlaLearner:
     ) -> Mapping[str, Tensor]:
         """Return the cross entropy of each token, given the right ones before it."""
         actions = chunks[:, 0]
-        away = actions[:, :, None] - policy.token_centers
-        tokens = away.abs().argmin(dim=2)
-        targets = (-0.5 * (away / _SOFTNESS).square()).softmax(dim=2)
-        module = policy.module
-        logits = module(batch.pixel_values, batch.input_ids, tokens, batch.prompt_lengths)
+        distances = actions[:, :, None] - policy.token_centers
+        tokens = distances.abs().argmin(dim=2)
+        targets = (-0.5 * (distances / _SOFTNESS).square()).softmax(dim=2)
+        logits = policy.token_logits(replace(batch, tokens=tokens))
         return {"cross_entropy": nn.functional.cross_entropy(logits.mT, targets.mT)}
 
     def _config(self, demonstrations: DemonstratedFrames) -> OpenVlaConfig:
@@ -127,13 +126,11 @@ class UniVlaLearner:
         module = policy.module
         places = (chunks.mean(dim=1) + 1) / 2 * self.codebook
         tokens = places.to(torch.int64).clamp(0, self.codebook - 1)
-        found = module.hidden_given(
-            batch.pixel_values, batch.input_ids, tokens, batch.prompt_lengths
-        )
-        logits = module.language_model.lm_head(found.hidden[:, -tokens.shape[1] :])
+        decoded = policy.teacher_forced(replace(batch, tokens=tokens))
+        logits = module.logits(decoded)
         return {
             "cross_entropy": nn.functional.cross_entropy(logits.mT, tokens),
-            "action_l1": (module.act(found) - chunks).abs().mean(),
+            "action_l1": (module.act(decoded) - chunks).abs().mean(),
         }
 
     def _config(self, demonstrations: DemonstratedFrames) -> UniVlaConfig:

@@ -24,20 +24,3 @@ class OpenVlaModule(TokenModule):
         # On device "meta" where the weights are: parts are traced there.
         table = token_centers.to(self.projector.fc1.weight.device)
         self.register_buffer("token_centers", table, persistent=False)
-
-    def forward(
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        tokens: Tensor,
-        prompt_lengths: Tensor | None = None,
-    ) -> Tensor:
-        """Return logits of every action token in one pass, given the tokens before it.
-
-        Args:
-            pixel_values, input_ids, tokens, prompt_lengths: see `logits_given`.
-
-        Returns:
-            float32 [B, dim, action tokens]
-        """
-        return self.logits_given(pixel_values, input_ids, tokens, prompt_lengths)

@@ -53,12 +53,7 @@ class OpenVlaPolicy(TokenPolicy):
 
     def probe_output(self) -> Tensor:
         """Return the logits of an empty image and the shortest prompt."""
-        pixels, ids = self.probe_inputs()
-        shape = (1, self.config.action_dim)
-        output: Tensor = self.module(
-            pixels, ids, torch.zeros(shape, dtype=torch.int64, device=ids.device)
-        )
-        return output
+        return self.module.logits(self.probe_decoded())
 
     def filled(self, weights: CheckpointWeights) -> OpenVlaModule:
         """Return the network with its weights read."""

@@ -28,7 +28,7 @@ class TokenVocabulary:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What decoding found."""
+    """What decoding found, or one pass over tokens that are known."""
 
     # Counted from the vocabulary's first.  int64 [B, steps]
     tokens: Tensor
@@ -77,23 +77,13 @@ class TokenModule(PrismaticModule):
         hidden = self.language_model(torch.cat([sequence, follow], dim=1), length)
         return Decoded(tokens, hidden, length)
 
-    def logits_given(
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        tokens: Tensor,
-        prompt_lengths: Tensor | None = None,
-    ) -> Tensor:
-        """Return the logits of all tokens in one pass, each given those before it.
+    def logits(self, decoded: Decoded) -> Tensor:
+        """Return the logits of all tokens, each given those before it.
 
-        Args:
-            pixel_values, input_ids, tokens, prompt_lengths: see `hidden_given`.
-
-        Returns:
-            float32 [B, steps, tokens of the vocabulary]
+        float32 [B, steps, tokens of the vocabulary]
         """
-        found = self.hidden_given(pixel_values, input_ids, tokens, prompt_lengths)
-        logits: Tensor = self.language_model.lm_head(found.hidden[:, -tokens.shape[1] :])
+        hidden = decoded.hidden[:, -decoded.tokens.shape[1] :]
+        logits: Tensor = self.language_model.lm_head(hidden)
         return logits
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from qvla_export.policies.base import PolicyBatch
@@ -37,9 +38,20 @@ class TokenPolicy(PrismaticPolicy):
 
     def token_logits(self, batch: PolicyBatch) -> Tensor:
         """Return logits of the tokens [B, tokens, choices], each given the batch's before it."""
-        return self.module.logits_given(
+        return self.module.logits(self.teacher_forced(batch))
+
+    def teacher_forced(self, batch: PolicyBatch) -> Decoded:
+        """Return what one pass over the batch's tokens finds; they are not decoded."""
+        return self.module.hidden_given(
             batch.pixel_values, batch.input_ids, self.tokens_of(batch), batch.prompt_lengths
         )
+
+    def probe_decoded(self) -> Decoded:
+        """Return what one pass finds over an empty image, the shortest prompt and first tokens."""
+        pixels, ids = self.probe_inputs()
+        shape = (1, self.module.vocabulary.steps)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=ids.device)
+        return self.module.hidden_given(pixels, ids, tokens)
 
     def decoded(self, batch: PolicyBatch) -> Decoded:
         """Return what decoding finds now."""

@@ -24,24 +24,10 @@ class UniVlaModule(TokenModule):
         width = int(arch.llama.hidden_size)
         self.action_decoder = ActionDecoder(width, arch.decoder, arch.horizon, arch.action_dim)
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        tokens: Tensor,
-        prompt_lengths: Tensor | None = None,
-    ) -> Tensor:
-        """Return normalized actions [B, horizon, dim] in one pass, given the latent tokens.
-
-        Args:
-            pixel_values, input_ids, tokens, prompt_lengths: see `hidden_given`.
-        """
-        return self.act(self.hidden_given(pixel_values, input_ids, tokens, prompt_lengths))
-
-    def act(self, found: Decoded) -> Tensor:
+    def act(self, decoded: Decoded) -> Tensor:
         """Return the actions [B, horizon, dim] of latent tokens' states and the image's."""
-        visual = self.pooled(self._from_first(found))
-        latents = found.hidden[:, -self.arch.latent_tokens :]
+        visual = self.pooled(self._from_first(decoded))
+        latents = decoded.hidden[:, -self.arch.latent_tokens :]
         actions: Tensor = self.action_decoder(latents, visual)
         return actions
 
@@ -54,8 +40,8 @@ class UniVlaModule(TokenModule):
         visual: Tensor = self.action_decoder.visual_pool(states[:, : self.arch.patches])
         return visual
 
-    def _from_first(self, found: Decoded) -> Tensor:
+    def _from_first(self, decoded: Decoded) -> Tensor:
         """Return states of as many positions as there are patches, from each row's first one."""
-        missing = found.hidden.shape[1] - found.length
+        missing = decoded.hidden.shape[1] - decoded.length
         index = missing[:, None] + torch.arange(self.arch.patches, device=missing.device)
-        return found.hidden.gather(1, index[:, :, None].expand(-1, -1, found.hidden.shape[2]))
+        return decoded.hidden.gather(1, index[:, :, None].expand(-1, -1, decoded.hidden.shape[2]))

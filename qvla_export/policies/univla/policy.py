@@ -34,10 +34,7 @@ class UniVlaPolicy(TokenPolicy):
 
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
         """Return the action decoder's output [B, horizon, dim], given the batch's tokens."""
-        actions: Tensor = self.module(
-            batch.pixel_values, batch.input_ids, self.tokens_of(batch), batch.prompt_lengths
-        )
-        return actions
+        return self.module.act(self.teacher_forced(batch))
 
     @torch.no_grad()
     def greedy_actions(self, batch: PolicyBatch) -> Tensor:
@@ -55,10 +52,7 @@ class UniVlaPolicy(TokenPolicy):
 
     def probe_output(self) -> Tensor:
         """Return the actions of an empty image and the shortest prompt."""
-        pixels, ids = self.probe_inputs()
-        tokens = torch.zeros(1, self.config.latent_tokens, dtype=torch.int64, device=ids.device)
-        output: Tensor = self.module(pixels, ids, tokens)
-        return output
+        return self.module.act(self.probe_decoded())
 
     def filled(self, weights: CheckpointWeights) -> UniVlaModule:
         """Return the network with its weights read."""
