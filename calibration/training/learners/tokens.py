@@ -16,6 +16,7 @@ from qvla_export.policies.openvla.config import OpenVlaConfig
 from qvla_export.policies.openvla.module import OpenVlaModule
 from qvla_export.policies.openvla.new_checkpoint import new_module as new_openvla
 from qvla_export.policies.openvla.policy import OpenVlaPolicy
+from qvla_export.policies.prismatic.config import PrismaticConfig
 from qvla_export.policies.prismatic.new_checkpoint import (
     BOS_ID,
     SUFFIX_ID,
@@ -76,16 +77,8 @@ class OpenVlaLearner:
         return {"cross_entropy": nn.functional.cross_entropy(logits.mT, targets.mT)}
 
     def _config(self, demonstrations: DemonstratedFrames) -> OpenVlaConfig:
-        return OpenVlaConfig(
-            cameras=(self.camera,),
-            horizon=self.horizon,
-            action_dim=demonstrations.action_dim,
-            state_dim=0,
-            normalization="q99",
-            vision_heads=_HEADS,
-            bos_token_id=BOS_ID,
-            suffix_token_id=SUFFIX_ID,
-        )
+        shared = _shared_config(self.camera, self.horizon, demonstrations)
+        return OpenVlaConfig(**vars(shared))
 
 
 @dataclass(frozen=True)
@@ -134,18 +127,25 @@ class UniVlaLearner:
         }
 
     def _config(self, demonstrations: DemonstratedFrames) -> UniVlaConfig:
-        return UniVlaConfig(
-            cameras=(self.camera,),
-            horizon=self.horizon,
-            action_dim=demonstrations.action_dim,
-            state_dim=0,
-            normalization="q99",
-            vision_heads=_HEADS,
-            bos_token_id=BOS_ID,
-            suffix_token_id=SUFFIX_ID,
-            latent_tokens=demonstrations.action_dim,
-            codebook=self.codebook,
-        )
+        shared = _shared_config(self.camera, self.horizon, demonstrations)
+        tokens = demonstrations.action_dim
+        return UniVlaConfig(**vars(shared), latent_tokens=tokens, codebook=self.codebook)
+
+
+def _shared_config(
+    camera: str, horizon: int, demonstrations: DemonstratedFrames
+) -> PrismaticConfig:
+    """Return what policies of both families see and do."""
+    return PrismaticConfig(
+        cameras=(camera,),
+        horizon=horizon,
+        action_dim=demonstrations.action_dim,
+        state_dim=0,
+        normalization="q99",
+        vision_heads=_HEADS,
+        bos_token_id=BOS_ID,
+        suffix_token_id=SUFFIX_ID,
+    )
 
 
 def _prompts(demonstrations: DemonstratedFrames) -> list[str]:
