@@ -118,14 +118,15 @@ def roll_back(store: Store, reason: str, boot_id: str, meant: str | None = None)
         StoreError: there is none.
     """
     with store.switching():
-        state = recover(store, boot_id)
-        if meant not in (None, store.linked(CURRENT)):
-            return _switched(store, False)
-        return _roll_back(store, state, reason, boot_id)
+        return _roll_back(store, recover(store, boot_id), reason, boot_id, meant)
 
 
-def _roll_back(store: Store, state: StoreState, reason: str, boot_id: str) -> Switched:
+def _roll_back(
+    store: Store, state: StoreState, reason: str, boot_id: str, meant: str | None = None
+) -> Switched:
     current, previous = store.linked(CURRENT), store.linked(PREVIOUS)
+    if meant not in (None, current):
+        return _switched(store, False)
     if current is None or previous is None:
         raise StoreError(
             "there is no previous release to go back to; install one: qvla robot install"
@@ -143,22 +144,18 @@ def roll_back_unproven(
     """Roll back a release on probation; leave a proven one, or the only one, where it is.
 
     Args:
-        store: the robot's.
-        reason: why.
-        boot_id: of this start of the machine.
-        meant: as `roll_back`.
+        store, reason, boot_id, meant: as `roll_back`.
     """
     with store.switching():
-        state = recover(store, boot_id)
-        if meant not in (None, store.linked(CURRENT)):
-            return _switched(store, False)
-        return _roll_back_unproven(store, state, reason, boot_id)
+        return _roll_back_unproven(store, recover(store, boot_id), reason, boot_id, meant)
 
 
-def _roll_back_unproven(store: Store, state: StoreState, reason: str, boot_id: str) -> Switched:
+def _roll_back_unproven(
+    store: Store, state: StoreState, reason: str, boot_id: str, meant: str | None = None
+) -> Switched:
     if state.probation is None or store.linked(PREVIOUS) is None:
         return _switched(store, False)
-    return _roll_back(store, state, reason, boot_id)
+    return _roll_back(store, state, reason, boot_id, meant)
 
 
 def roll_back_after_reboot(store: Store, boot_id: str) -> Switched:
