@@ -68,17 +68,13 @@ def train_policy(
     """Train an OpenVLA-OFT policy on a LeRobot data set; see `run_training`.
 
     Args:
-        root: LeRobotDataset v3.0 folder.
-        output: folder of the training.
+        root, output, config, on_progress: see `train_recipe`.
         size: of the network.
-        config: how it is trained.
         data_name: key of the data's statistics in the checkpoint.
-        on_progress: called with (steps done, steps in all).
         policy: what it sees and does.
 
     Raises:
-        QvlaError: the data do not fit the network or the batch.
-        ArtifactMismatch: `output` holds a training with other settings, network or data.
+        QvlaError, ArtifactMismatch: as `train_recipe`.
         CheckpointError: the pretrained tower that the network begins with is not installed.
     """
     if size.pretrained is not None:
@@ -106,15 +102,11 @@ def train_family(
     """Train a policy of any family on a LeRobot data set; see `run_training`.
 
     Args:
-        root: LeRobotDataset v3.0 folder.
-        output: folder of the training.
+        root, output, config, on_progress: see `train_recipe`.
         learner: what its family does.
-        config: how it is trained.
-        on_progress: called with (steps done, steps in all).
 
     Raises:
-        QvlaError: the data do not fit the policy or the batch.
-        ArtifactMismatch: `output` holds a training with other settings, network or data.
+        QvlaError, ArtifactMismatch: as `train_recipe`.
     """
     _LOG.info("reading the demonstrations in %s", root)
     demonstrations = load_demonstrations(LeRobotDataset(root), learner.camera)
