@@ -13,8 +13,8 @@ from calibration.training.learners.flows import PiLearner, SmolVlaLearner
 from calibration.training.learners.tokens import OpenVlaLearner, UniVlaLearner
 from calibration.training.trainer import REFERENCE_CONFIG
 from qvla_export.policies.act.new_checkpoint import ActSize
+from qvla_export.policies.flow.new_checkpoint import FlowSize
 from qvla_export.policies.oft.config import OftConfig
-from qvla_export.policies.pi.new_checkpoint import PiSize
 from qvla_export.policies.prismatic.new_checkpoint import NetworkSize
 from qvla_export.policies.prismatic.pretrained import DINOV2_SMALL, TowerChoice
 from qvla_export.policies.smolvla.new_checkpoint import SmolVlaSize
@@ -135,22 +135,7 @@ _TOKEN_SIZE = NetworkSize(
     heads=2,
     vocab_size=704,
 )
-_PI_SIZE = PiSize(
-    image_size=object_state.IMAGE_SIZE,
-    patch_size=object_state.PATCH_SIZE,
-    vision_dim=64,
-    vision_mlp=128,
-    vision_depth=1,
-    language_dim=64,
-    language_mlp=128,
-    expert_dim=64,
-    expert_mlp=128,
-    depth=4,
-    heads=4,
-    head_dim=16,
-    action_width=8,
-)
-_SMOLVLA_SIZE = SmolVlaSize(
+_FLOW_SIZE = FlowSize(
     image_size=object_state.IMAGE_SIZE,
     patch_size=object_state.PATCH_SIZE,
     vision_depth=1,
@@ -165,9 +150,9 @@ FAMILY_RECIPES: Mapping[str, FamilyRecipe] = MappingProxyType(
         "univla": FamilyRecipe(
             UniVlaLearner(_THINGS[0], replace(_TOKEN_SIZE, vocab_size=448), _THINGS[1]), _OF_THINGS
         ),
-        "pi0": FamilyRecipe(PiLearner(_THINGS[0], False, _PI_SIZE, _THINGS[1]), _OF_THINGS),
-        "pi0.5": FamilyRecipe(PiLearner(_THINGS[0], True, _PI_SIZE, _THINGS[1]), _OF_THINGS),
-        "smolvla": FamilyRecipe(SmolVlaLearner(_THINGS[0], _SMOLVLA_SIZE), _OF_THINGS),
+        "pi0": FamilyRecipe(PiLearner(_THINGS[0], False, _FLOW_SIZE, _THINGS[1]), _OF_THINGS),
+        "pi0.5": FamilyRecipe(PiLearner(_THINGS[0], True, _FLOW_SIZE, _THINGS[1]), _OF_THINGS),
+        "smolvla": FamilyRecipe(SmolVlaLearner(_THINGS[0], SmolVlaSize(**vars(_FLOW_SIZE))), _OF_THINGS),
         "act": FamilyRecipe(
             ActLearner("image", ActSize()),
             replace(_OF_THINGS, steps=1500, learning_rate=1e-3, state_dropout=0.2),

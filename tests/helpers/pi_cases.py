@@ -12,16 +12,12 @@ from oracles import oracle_root
 from tiny_policy import make_all_count
 
 from qvla_export.policies.flow.module import PrefixInputs
+from qvla_export.policies.flow.new_checkpoint import FlowSize
 from qvla_export.policies.flow.spec import FlowSpec
 from qvla_export.policies.pi.checkpoint import load_module
 from qvla_export.policies.pi.config import PROMPT, PROMPT_TOKENS, PiConfig
 from qvla_export.policies.pi.module import PiModule
-from qvla_export.policies.pi.new_checkpoint import (
-    PiSize,
-    new_module,
-    save_checkpoint,
-    train_tokenizer,
-)
+from qvla_export.policies.pi.new_checkpoint import new_module, save_checkpoint, train_tokenizer
 from qvla_export.shared.observation import Observation
 
 FOLDER = oracle_root()
@@ -91,16 +87,7 @@ def folder_of(case: Case, to: Path) -> Path:
     return folder
 
 
-_SIZE = PiSize(
-    image_size=28,
-    vision_dim=64,
-    vision_mlp=128,
-    vision_depth=1,
-    language_dim=64,
-    language_mlp=128,
-    depth=2,
-    heads=2,
-)
+_SIZE = FlowSize(image_size=28, vision_depth=1, depth=2, heads=2, head_dim=32)
 INSTRUCTIONS = ("push the button", "open the small_drawer slowly", "close the window")
 _ASSET = "tiny"
 

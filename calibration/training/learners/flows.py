@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from calibration.training.demonstrated_frames import DemonstratedFrames
 from calibration.training.learners.lerobot_tables import feature_tables
 from qvla_export.policies.base import PolicyBatch
+from qvla_export.policies.flow.new_checkpoint import FlowSize
 from qvla_export.policies.flow.policy import FlowPolicy, prefix_inputs
 from qvla_export.policies.lerobot.new_checkpoint import Features
 from qvla_export.policies.pi import new_checkpoint as pi
@@ -49,7 +50,7 @@ class PiLearner:
 
     camera: str
     adaptive: bool
-    size: pi.PiSize
+    size: FlowSize
     data_name: str
     horizon: int = 8
 

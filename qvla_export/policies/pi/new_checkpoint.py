@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from qvla_export.policies.flow.architecture import StackSize
-from qvla_export.policies.flow.tower import siglip_config
+from qvla_export.policies.flow.new_checkpoint import FlowSize
 from qvla_export.policies.pi.architecture import PiArchitecture
 from qvla_export.policies.pi.config import PiConfig
 from qvla_export.policies.pi.keys import our_name, upstream_shapes
@@ -24,42 +22,14 @@ from qvla_export.shared.policy_interface import save_policy_config
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
-@dataclass(frozen=True)
-class PiSize:
-    """Widths and depths of a network; every width a multiple of 64 quantizes without padding."""
-
-    image_size: int = 56
-    patch_size: int = 14
-    vision_dim: int = 128
-    vision_mlp: int = 256
-    vision_depth: int = 2
-    language_dim: int = 128
-    language_mlp: int = 256
-    expert_dim: int = 64
-    expert_mlp: int = 128
-    depth: int = 3
-    heads: int = 4
-    head_dim: int = 32
-    vocab_size: int = 512
-    # Numbers that an action and, in pi0, a state are filled up to with zeros.
-    action_width: int = 32
-
-
-def new_module(size: PiSize, config: PiConfig, seed: int) -> PiModule:
+def new_module(size: FlowSize, config: PiConfig, seed: int) -> PiModule:
     """Return a randomly initialized network."""
     torch.manual_seed(seed)
-    stack = {"depth": size.depth, "heads": size.heads, "kv_heads": 1, "head_dim": size.head_dim}
+    language, expert = size.stacks(kv_heads=1)
     arch = PiArchitecture(
-        siglip=siglip_config(
-            size.vision_dim,
-            size.vision_depth,
-            config.vision_heads,
-            size.vision_mlp,
-            size.patch_size,
-            size.image_size,
-        ),
-        language=StackSize(size.language_dim, mlp=size.language_mlp, **stack),
-        expert=StackSize(size.expert_dim, mlp=size.expert_mlp, **stack),
+        siglip=size.tower(config.vision_heads),
+        language=language,
+        expert=expert,
         vocab_size=size.vocab_size,
         action_width=size.action_width,
         state_width=0 if config.adaptive else size.action_width,

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from qvla_export.policies.flow.architecture import StackSize
+from qvla_export.policies.flow.new_checkpoint import FlowSize
 from qvla_export.policies.flow.spec import FlowSpec
-from qvla_export.policies.flow.tower import siglip_config
 from qvla_export.policies.lerobot.new_checkpoint import Features, save_description, save_weights
 from qvla_export.policies.smolvla.architecture import SmolVlaArchitecture
 from qvla_export.policies.smolvla.checkpoint import upstream_name
@@ -23,27 +22,13 @@ _PROMPT_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class SmolVlaSize:
-    """Widths and depths of a network; every width a multiple of 64 quantizes without padding."""
+class SmolVlaSize(FlowSize):
+    """Widths and depths of a network, and what its configuration says."""
 
-    image_size: int = 56
-    patch_size: int = 14
+    # Side of the blocks of patches that become one token.
     scale_factor: int = 2
-    vision_dim: int = 64
-    vision_mlp: int = 128
-    vision_depth: int = 2
     vision_heads: int = 4
-    language_dim: int = 64
-    language_mlp: int = 128
-    expert_dim: int = 64
-    expert_mlp: int = 128
-    depth: int = 4
-    heads: int = 4
     kv_heads: int = 2
-    head_dim: int = 16
-    vocab_size: int = 512
-    # Numbers that an action and a state are filled up to with zeros.
-    action_width: int = 32
     horizon: int = 8
     flow_steps: int = 10
 
@@ -51,20 +36,12 @@ class SmolVlaSize:
 def new_module(size: SmolVlaSize, seed: int) -> SmolVlaModule:
     """Return a randomly initialized network."""
     torch.manual_seed(seed)
-    stack = {"depth": size.depth, "heads": size.heads, "kv_heads": size.kv_heads}
-    stack |= {"head_dim": size.head_dim}
+    language, expert = size.stacks(size.kv_heads, eps=1e-5)
     arch = SmolVlaArchitecture(
-        siglip=siglip_config(
-            size.vision_dim,
-            size.vision_depth,
-            size.vision_heads,
-            size.vision_mlp,
-            size.patch_size,
-            size.image_size,
-        ),
+        siglip=size.tower(size.vision_heads),
         scale_factor=size.scale_factor,
-        language=StackSize(size.language_dim, mlp=size.language_mlp, eps=1e-5, **stack),
-        expert=StackSize(size.expert_dim, mlp=size.expert_mlp, eps=1e-5, **stack),
+        language=language,
+        expert=expert,
         vocab_size=size.vocab_size,
         self_attention_every=2,
         action_width=size.action_width,

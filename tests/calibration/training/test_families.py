@@ -23,7 +23,7 @@ from calibration.training.recipes import FAMILY_RECIPES, RECIPES, named_recipe
 from calibration.training.train import train_family
 from qvla_export.policies.act.new_checkpoint import ActSize
 from qvla_export.policies.families import FAMILIES, load_policy, recognize
-from qvla_export.policies.pi.new_checkpoint import PiSize
+from qvla_export.policies.flow.new_checkpoint import FlowSize
 from qvla_export.policies.smolvla.new_checkpoint import SmolVlaSize
 from qvla_export.shared.artifacts import sha256_tree
 from qvla_export.shared.errors import ArtifactMismatch, QvlaError
@@ -31,21 +31,7 @@ from qvla_export.shared.observation import Observation
 
 LENGTHS = (9, 12, 7)
 CALM = replace(CONFIG, learning_rate=3e-3, state_dropout=0.0)
-_PI = PiSize(
-    image_size=28,
-    vision_dim=16,
-    vision_mlp=32,
-    vision_depth=1,
-    language_dim=32,
-    language_mlp=32,
-    expert_dim=32,
-    expert_mlp=32,
-    depth=2,
-    head_dim=8,
-    vocab_size=320,
-    action_width=6,
-)
-_SMOLVLA = SmolVlaSize(
+_FLOW = FlowSize(
     image_size=28,
     vision_dim=16,
     vision_mlp=32,
@@ -61,9 +47,9 @@ _SMOLVLA = SmolVlaSize(
 LEARNERS: Mapping[str, Learner] = {
     "openvla": OpenVlaLearner("image", replace(SIZE, vocab_size=560), "small"),
     "univla": UniVlaLearner("image", SIZE, "small"),
-    "pi0": PiLearner("image", False, _PI, "small"),
-    "pi0.5": PiLearner("image", True, replace(_PI, vocab_size=600), "small"),
-    "smolvla": SmolVlaLearner("image", _SMOLVLA),
+    "pi0": PiLearner("image", False, replace(_FLOW, vocab_size=320), "small"),
+    "pi0.5": PiLearner("image", True, replace(_FLOW, vocab_size=600), "small"),
+    "smolvla": SmolVlaLearner("image", SmolVlaSize(**vars(_FLOW))),
     "act": ActLearner("image", ActSize((4, 4, 8, 8), 32, 32)),
 }
 # Of a recipe's name -> the family that opens it.
