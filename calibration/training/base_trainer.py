@@ -37,7 +37,7 @@ class TrainingConfig:
     # Compute type of matrix products; bf16 is fast on CPUs with AVX512-BF16, slow elsewhere.
     precision: str = "bf16"
     save_every_steps: int = 250
-    # Every how manieth frame is trained on; None for every one.
+    # One frame in so many is trained on; None for all.
     frame_stride: int | None = None
     # The camera whose pixels are among the goals; None for none.
     goal_camera: str | None = None
@@ -48,8 +48,8 @@ class TrainingConfig:
         return FrameChoice(self.frame_stride or 1, self.goal_camera)
 
     def __post_init__(self) -> None:
-        low = {"steps": 1, "batch_size": 1, "warmup_steps": 1, "save_every_steps": 1, "seed": 0}
-        for name, least in low.items():
+        limits = {"steps": 1, "batch_size": 1, "warmup_steps": 1, "save_every_steps": 1, "seed": 0}
+        for name, least in limits.items():
             if getattr(self, name) < least:
                 raise QvlaError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.precision not in ("bf16", "fp32"):
@@ -92,8 +92,8 @@ class BaseTrainer(abc.ABC):
         self.module = module
         self.averaged = copy.deepcopy(module).requires_grad_(False)
         self.goals = goals
-        trained = [p for p in module.parameters() if p.requires_grad]
-        self.parameters = [*trained, *goals.parameters()]
+        weights = [weight for weight in module.parameters() if weight.requires_grad]
+        self.parameters = [*weights, *goals.parameters()]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -102,7 +102,7 @@ class BaseTrainer(abc.ABC):
         )
         self.step = 0
         self._frames = frames
-        self._beside = dict(identity)
+        self._own_identity = dict(identity)
 
     @abc.abstractmethod
     def losses(self, rows: Tensor, random: torch.Generator) -> Mapping[str, Tensor]:
@@ -125,8 +125,8 @@ class BaseTrainer(abc.ABC):
             group["lr"] = self._learning_rate()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16"):
             losses = self.losses(rows, random)
-            weighted = [self.weights.get(name, 1.0) * loss for name, loss in losses.items()]
-        torch.stack(weighted).sum().backward()  # type: ignore[no-untyped-call]  # torch's own
+            terms = [self.weights.get(name, 1.0) * loss for name, loss in losses.items()]
+        torch.autograd.backward(torch.stack(terms).sum())
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -176,8 +176,8 @@ class BaseTrainer(abc.ABC):
         for name in ("steps", "decay_fraction", "save_every_steps"):
             settings.pop(name)
         # What is None was not there in older trainings, which go on.
-        beside = {**settings, **self._beside}
-        return {name: value for name, value in beside.items() if value is not None}
+        identity = {**settings, **self._own_identity}
+        return {name: value for name, value in identity.items() if value is not None}
 
     def _rows(self) -> Tensor:
         config = self.config
@@ -197,7 +197,7 @@ class BaseTrainer(abc.ABC):
     def _average(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         pairs = zip(self.averaged.parameters(), self.module.parameters(), strict=True)
-        trained = [(a, p.detach()) for a, p in pairs if p.requires_grad]
-        averaged: list[Tensor] = [a for a, _ in trained]
-        current = [p for _, p in trained]
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        weights = [(average, weight) for average, weight in pairs if weight.requires_grad]
+        averages: list[Tensor] = [average for average, _ in weights]
+        current = [weight.detach() for _, weight in weights]
+        torch._foreach_lerp_(averages, current, 1 - decay)

@@ -117,7 +117,7 @@ class FamilyRecipe:
     training: TrainingConfig
 
 
-_OF_THINGS = TrainingConfig(
+_TRAINING = TrainingConfig(
     steps=1500,
     learning_rate=1.5e-3,
     warmup_steps=100,
@@ -141,21 +141,21 @@ _FLOW_SIZE = FlowSize(
     vision_depth=1,
     action_width=8,
 )
-_THINGS = (object_state.OBJECT_STATE, "metaworld_things")
+_STATE, _DATA = object_state.OBJECT_STATE, "metaworld_things"
 # A family as people write it -> its small policy. All but ACT's see object state in place of
 # pictures; ACT reads no instruction.
 FAMILY_RECIPES: Mapping[str, FamilyRecipe] = MappingProxyType(
     {
-        "openvla": FamilyRecipe(OpenVlaLearner(_THINGS[0], _TOKEN_SIZE, _THINGS[1]), _OF_THINGS),
+        "openvla": FamilyRecipe(OpenVlaLearner(_STATE, _TOKEN_SIZE, _DATA), _TRAINING),
         "univla": FamilyRecipe(
-            UniVlaLearner(_THINGS[0], replace(_TOKEN_SIZE, vocab_size=448), _THINGS[1]), _OF_THINGS
+            UniVlaLearner(_STATE, replace(_TOKEN_SIZE, vocab_size=448), _DATA), _TRAINING
         ),
-        "pi0": FamilyRecipe(PiLearner(_THINGS[0], False, _FLOW_SIZE, _THINGS[1]), _OF_THINGS),
-        "pi0.5": FamilyRecipe(PiLearner(_THINGS[0], True, _FLOW_SIZE, _THINGS[1]), _OF_THINGS),
-        "smolvla": FamilyRecipe(SmolVlaLearner(_THINGS[0], SmolVlaSize(**vars(_FLOW_SIZE))), _OF_THINGS),
+        "pi0": FamilyRecipe(PiLearner(_STATE, False, _FLOW_SIZE, _DATA), _TRAINING),
+        "pi0.5": FamilyRecipe(PiLearner(_STATE, True, _FLOW_SIZE, _DATA), _TRAINING),
+        "smolvla": FamilyRecipe(SmolVlaLearner(_STATE, SmolVlaSize(**vars(_FLOW_SIZE))), _TRAINING),
         "act": FamilyRecipe(
             ActLearner("image", ActSize()),
-            replace(_OF_THINGS, steps=1500, learning_rate=1e-3, state_dropout=0.2),
+            replace(_TRAINING, learning_rate=1e-3, state_dropout=0.2),
         ),
     }
 )

@@ -44,15 +44,15 @@ def tower_features(
     count = path.with_suffix(".count")
     done = int(count.read_text()) if count.exists() and path.exists() else 0
     folder.mkdir(parents=True, exist_ok=True)
-    kept = np.memmap(path, np.float16, "r+" if done else "w+", shape=shape)
+    features = np.memmap(path, np.float16, "r+" if done else "w+", shape=shape)
     while done < len(frames):
         stop = min(done + _BLOCK, len(frames))
         for start in range(done, stop, _BATCH):
             rows = slice(start, min(start + _BATCH, stop))
             with torch.no_grad():
-                found = tower.features(normalize_pixels(frames.images[rows]), "dino")
-            kept[rows] = found.numpy().astype(np.float16)
-        kept.flush()
+                batch = tower.features(normalize_pixels(frames.images[rows]), "dino")
+            features[rows] = batch.numpy().astype(np.float16)
+        features.flush()
         done = stop
         write_bytes(count, str(done).encode())
         _LOG.info("features of %d of %d frames", done, len(frames))

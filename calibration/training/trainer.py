@@ -93,12 +93,12 @@ class Trainer(BaseTrainer):
     def losses(self, rows: Tensor, random: torch.Generator) -> dict[str, Tensor]:
         """Return the mean absolute errors of the actions and of the goals."""
         module, frames, config = self.module, self.frames, self.config
-        shown = torch.rand(len(rows), 1, generator=random) >= config.state_dropout
+        state_mask = torch.rand(len(rows), 1, generator=random) >= config.state_dropout
         pixels = normalize_pixels(_jitter(frames.images[rows], config.color_jitter, random))
         prompts = frames.prompt_index[rows]
         ids, lengths = frames.prompts[prompts], frames.prompt_lengths[prompts]
-        patches = module.projector(self._seen(pixels, rows))
-        embeddings = module.embed(patches, ids, frames.states[rows] * shown, lengths)
+        patches = module.projector(self._features_of(pixels, rows))
+        embeddings = module.embed(patches, ids, frames.states[rows] * state_mask, lengths)
         hidden = module.language_model(embeddings, module.padding_mask(embeddings, ids, lengths))
         action_hidden = module.action_hidden(hidden, ids, lengths)
         actions = module.act(action_hidden).float()
@@ -126,7 +126,7 @@ class Trainer(BaseTrainer):
             return weights
         return {name: value for name, value in weights.items() if not name.startswith(TOWER)}
 
-    def _seen(self, pixels: Tensor, rows: Tensor) -> Tensor:
+    def _features_of(self, pixels: Tensor, rows: Tensor) -> Tensor:
         """Return what both towers make of pixels."""
         towers = self.module.vision_backbone
         if self._features is None:

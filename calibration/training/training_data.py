@@ -63,7 +63,7 @@ class TrainingFrames:
 class FrameChoice:
     """Which frames of a data set are trained on, and what is predicted beside their actions."""
 
-    # Every how manieth of an episode's.
+    # One frame in so many.
     stride: int = 1
     # The camera whose pixels are predicted too; None for none.
     goal_camera: str | None = None
@@ -89,20 +89,20 @@ def load_frames(
     episodes = [dataset.episode(number) for number in range(len(dataset.episodes))]
     statistics = data_statistics(episodes)
     action, state = _bounds(statistics["action"]), _bounds(statistics["proprio"])
-    kept = slice(None, None, choice.stride)
-    tokenizer, prompts, lengths, index = _prompts(episodes, config, vocab_size, kept)
+    frames = slice(None, None, choice.stride)
+    tokenizer, prompts, lengths, index = _prompts(episodes, config, vocab_size, frames)
     states = [state.normalize(e.state) for e in episodes]
-    chunks = [chunks_of(action.normalize(e.action), config.horizon)[kept] for e in episodes]
-    ends = [np.broadcast_to(s[-1, :POSITION_DIM], (len(s), POSITION_DIM))[kept] for s in states]
+    chunks = [chunks_of(action.normalize(e.action), config.horizon)[frames] for e in episodes]
+    ends = [np.broadcast_to(s[-1, :POSITION_DIM], (len(s), POSITION_DIM))[frames] for s in states]
     goals = np.concatenate(ends)
     if choice.goal_camera is not None:
-        pixels = stacked_images(episodes, choice.goal_camera, kept).reshape(len(goals), -1)
-        shown = pixels / np.float32(127.5) - np.float32(1.0)
-        goals = np.concatenate([goals, shown], axis=1)
-    images = [stacked_images(episodes, camera, kept) for camera in config.cameras]
+        pixels = stacked_images(episodes, choice.goal_camera, frames).reshape(len(goals), -1)
+        levels = pixels / np.float32(127.5) - np.float32(1.0)
+        goals = np.concatenate([goals, levels], axis=1)
+    images = [stacked_images(episodes, camera, frames) for camera in config.cameras]
     return TrainingFrames(
         images=torch.from_numpy(np.stack(images, axis=1)),
-        states=torch.from_numpy(np.concatenate([s[kept] for s in states])),
+        states=torch.from_numpy(np.concatenate([s[frames] for s in states])),
         chunks=torch.from_numpy(np.concatenate(chunks)),
         goals=torch.from_numpy(goals),
         prompt_index=torch.from_numpy(index),
@@ -127,10 +127,10 @@ def _require_features(dataset: LeRobotDataset, config: OftConfig, choice: FrameC
         )
     if dataset.keys.action is None:
         raise QvlaError(f"{dataset.root} has no column of actions, which training imitates")
-    needed = {dataset.keys.action: config.action_dim}
+    lengths = {dataset.keys.action: config.action_dim}
     if dataset.keys.state is not None:
-        needed[dataset.keys.state] = config.state_dim
-    for key, length in needed.items():
+        lengths[dataset.keys.state] = config.state_dim
+    for key, length in lengths.items():
         width = dataset.width(key)
         if width != length:
             raise QvlaError(
@@ -139,10 +139,10 @@ def _require_features(dataset: LeRobotDataset, config: OftConfig, choice: FrameC
 
 
 def stacked_images(
-    episodes: Sequence[Episode], camera: str, kept: slice = slice(None)
+    episodes: Sequence[Episode], camera: str, frames: slice = slice(None)
 ) -> NDArray[np.uint8]:
     """Return a camera's pictures, which must be of one size.  uint8 [n, h, w, 3]"""
-    images = [decode_png(png) for e in episodes for png in e.images[camera][kept]]
+    images = [decode_png(png) for e in episodes for png in e.images[camera][frames]]
     shapes = {image.shape for image in images}
     if len(shapes) != 1:
         raise QvlaError(f"all frames must have one size, got {sorted(shapes)}")
@@ -157,10 +157,10 @@ def chunks_of(actions: NDArray[np.float32], horizon: int) -> NDArray[np.float32]
 
 
 def _prompts(
-    episodes: Sequence[Episode], config: OftConfig, vocab_size: int, kept: slice
+    episodes: Sequence[Episode], config: OftConfig, vocab_size: int, frames: slice
 ) -> tuple[Tokenizer, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return tokenizer, padded prompts, lengths and each frame's prompt row."""
-    phrases = [e.instruction_at(frame) for e in episodes for frame in range(len(e))[kept]]
+    phrases = [e.instruction_at(frame) for e in episodes for frame in range(len(e))[frames]]
     instructions = sorted(set(phrases))
     texts = [OPENVLA_PROMPT.format(instruction=i.lower()) for i in instructions]
     tokenizer = train_tokenizer(texts, vocab_size)
