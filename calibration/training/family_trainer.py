@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from calibration.training.base_trainer import BaseTrainer, TrainingConfig
 from calibration.training.demonstrated_frames import DemonstratedFrames
 from calibration.training.learner import Learner
-from qvla_export.policies.base import Policy, PolicyBatch
+from qvla_export.policies.base import Policy
 from qvla_export.policies.families import load_policy
-from qvla_export.policies.prismatic.policy import PrismaticPolicy
-from qvla_export.shared.observation import Observation
 
 
 class FamilyTrainer(BaseTrainer):
@@ -41,23 +39,15 @@ class FamilyTrainer(BaseTrainer):
 
     def losses(self, rows: Tensor, random: torch.Generator) -> Mapping[str, Tensor]:
         """Return the family's losses on frames, some of them without their state."""
-        seen = [self.demonstrations.observation(int(row)) for row in rows]
-        batch = model_inputs(self.policy, seen)
+        batch = self.policy.inputs([self.demonstrations.observation(int(row)) for row in rows])
         if batch.state is not None:
-            shown = torch.rand(len(rows), 1, generator=random) >= self.config.state_dropout
-            batch = replace(batch, state=batch.state * shown)
+            mask = torch.rand(len(rows), 1, generator=random) >= self.config.state_dropout
+            batch = replace(batch, state=batch.state * mask)
         return self.learner.losses(self.policy, batch, self._chunks[rows], random)
 
     def save(self, checkpoint: Path) -> None:
         """Write the averaged weights as a checkpoint folder, atomically."""
         self.learner.write(checkpoint, self.averaged, self.demonstrations)
-
-
-def model_inputs(policy: Policy, observations: list[Observation]) -> PolicyBatch:
-    """Return what a policy's network is fed; nothing is decoded."""
-    if isinstance(policy, PrismaticPolicy):
-        return policy.inputs(observations)
-    return policy.batch(observations)
 
 
 def _new_policy(learner: Learner, demonstrations: DemonstratedFrames, seed: int) -> Policy:

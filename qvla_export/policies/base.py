@@ -97,6 +97,10 @@ class Policy(Protocol):
         """
         ...
 
+    def inputs(self, observations: Sequence[Observation]) -> PolicyBatch:
+        """Preprocess observations into one padded batch; the network does not run."""
+        ...
+
     def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
         """Preprocess observations into one padded batch.
 

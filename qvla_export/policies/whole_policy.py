@@ -10,53 +10,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.policies.base import IGNORED_TOKEN_ID, PolicyBatch, PolicyPart, no_flow
+from qvla_export.policies.base import IGNORED_TOKEN_ID, PolicyBatch
+from qvla_export.policies.base_policy import BasePolicy
 from qvla_export.policies.reached_layers import linear_layers, reached_layers
 from qvla_export.policies.smoothing import Migration
-from qvla_export.shared.action import ActionChunk
-from qvla_export.shared.clock import SpanClock
 from qvla_export.shared.observation import Observation
-from qvla_export.shared.processor import Processor
-from qvla_export.shared.program import Program
 
 _NO_WORDS = np.zeros(0, np.int64)
 _Self = TypeVar("_Self", bound="WholePolicy")  # typing.Self needs Python 3.11
 
 
-@dataclass(frozen=True)
-class WholePolicy(abc.ABC):
+@dataclass(frozen=True, repr=False)
+class WholePolicy(BasePolicy):
     """A loaded policy; see `Policy` for the meaning of its members."""
-
-    module: nn.Module
-    processor: Processor
-    digest: str
-
-    def __repr__(self) -> str:
-        size, spec = sum(p.numel() for p in self.module.parameters()), self.processor.spec
-        return (
-            f"<{type(self).__name__}: {size / 1e6:.1f} million weights, "
-            f"cameras {', '.join(spec.cameras)}, {spec.horizon} actions of "
-            f"{spec.action_dim} dimensions, {self.digest[:12]}>"
-        )
 
     @abc.abstractmethod
     def is_quantized(self, name: str) -> bool:
         """Whether a layer of this name is quantized, provided that it reaches the action."""
 
-    @abc.abstractmethod
-    def normalized_actions(self, batch: PolicyBatch) -> Tensor:
-        """Return normalized actions [B, horizon, dim], differentiable."""
-
-    @abc.abstractmethod
-    def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
-        """Return the parts of the executed policy, from model inputs to "actions"."""
-
-    @abc.abstractmethod
-    def program(self, layers_per_part: int | None = None) -> Program:
-        """Return how the parts of `parts(layers_per_part)` run for one action."""
-
-    def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
-        """Preprocess observations into one batch."""
+    def inputs(self, observations: Sequence[Observation]) -> PolicyBatch:
+        """Preprocess observations into one padded batch of model inputs."""
         feeds = [self.processor.feeds(observation) for observation in observations]
 
         def stacked(name: str) -> Tensor | None:
@@ -80,14 +53,6 @@ class WholePolicy(abc.ABC):
             noise=stacked("noise"),
         )
         return batch.to(next(self.module.parameters()).device)
-
-    def step_by_step(self) -> "WholePolicy":
-        """Refuse: there is no flow, unless a family says so.
-
-        Raises:
-            CheckpointError: always.
-        """
-        raise no_flow()
 
     def token_logits(self, batch: PolicyBatch) -> Tensor | None:
         """Return None: actions are no tokens."""
@@ -144,16 +109,6 @@ class WholePolicy(abc.ABC):
     def probe_output(self, batch: PolicyBatch) -> Tensor:
         """Return what every layer that reaches the action reaches."""
         return self.normalized_actions(batch)
-
-    @torch.no_grad()
-    def infer(self, observation: Observation) -> ActionChunk:
-        """Act on one observation."""
-        clock = SpanClock()
-        with clock.span("preprocess"):
-            batch = self.batch([observation])
-        with clock.span("engine"):
-            normalized = self.greedy_actions(batch)[0].cpu().numpy()
-        return self.processor.chunk(normalized, clock.timing_ms)
 
     def read_weight(self, name: str) -> NDArray[np.float32]:
         """Return a parameter or buffer by name, as float32."""

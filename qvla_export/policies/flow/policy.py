@@ -33,7 +33,7 @@ class FlowPolicy(WholePolicy):
 
     def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
         """Preprocess observations into one batch; note the flow where its steps are looked at."""
-        batch = super().batch(observations)
+        batch = self.inputs(observations)
         if not self.by_step:
             return batch
         assert batch.noise is not None

@@ -1,6 +1,5 @@
 """OpenVLA-OFT as a `Policy`: load a checkpoint, batch observations, act."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from qvla_export.policies.prismatic.weights import CheckpointWeights
 from qvla_export.policies.smoothing import Migration
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.inputs.noise import NoiseSpec
-from qvla_export.shared.observation import Observation
 from qvla_export.shared.program import Program
 
 
@@ -41,10 +39,6 @@ class OftPolicy(PrismaticPolicy):
     config: OftConfig
     # Whether the DINOv2 tower lies in another package's file, which nobody changes.
     tower_elsewhere: bool = False
-
-    def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
-        """Preprocess observations into one padded batch."""
-        return self.inputs(observations)
 
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
         """Return normalized actions [B, horizon, dim]; expected bin centres for token heads."""
@@ -192,8 +186,8 @@ def _load(checkpoint: Path, unnorm_key: str | None, config: OftConfig, resident:
     return OftPolicy(
         module,
         processor,
-        config,
         checkpoint_digest(checkpoint, config, processor.statistics.key, head_files),
+        config,
         token_centers,
         None if resident else weights,
         (checkpoint / PRETRAINED).is_file(),

@@ -90,8 +90,8 @@ def load_openvla_policy(
     return OpenVlaPolicy(
         module,
         processor,
-        config,
         checkpoint_digest(checkpoint, config, processor.statistics.key),
+        config,
         centers,
         None if resident else weights,
     )

@@ -13,18 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qvla_export.policies.base import IGNORED_TOKEN_ID, PolicyBatch, PolicyPart, no_flow
+from qvla_export.policies.base import IGNORED_TOKEN_ID, PolicyBatch
+from qvla_export.policies.base_policy import BasePolicy
 from qvla_export.policies.prismatic.config import PrismaticConfig
 from qvla_export.policies.prismatic.smoothing import find_migrations
 from qvla_export.policies.prismatic.vision import PrismaticModule
 from qvla_export.policies.prismatic.weights import CheckpointWeights
 from qvla_export.policies.reached_layers import linear_layers, reached_layers
 from qvla_export.policies.smoothing import Migration
-from qvla_export.shared.action import ActionChunk
-from qvla_export.shared.clock import SpanClock
 from qvla_export.shared.observation import Observation
-from qvla_export.shared.processor import Processor
-from qvla_export.shared.program import Program
 
 # Present in transformers' modules, absent from timm checkpoints.
 NOT_UPSTREAM = ("vision_backbone.featurizer.embeddings.mask_token",)
@@ -33,54 +30,20 @@ _ROTARY = "language_model.model.rotary_emb."
 _Self = TypeVar("_Self", bound="PrismaticPolicy")  # typing.Self needs Python 3.11
 
 
-@dataclass(frozen=True)
-class PrismaticPolicy(abc.ABC):
+@dataclass(frozen=True, repr=False)
+class PrismaticPolicy(BasePolicy):
     """A loaded policy; see `Policy` for the meaning of its members."""
 
     module: PrismaticModule
-    processor: Processor
     config: PrismaticConfig
-    digest: str
     # Centre of each action token's bin, ordered by token id.  float32 [256]; empty without tokens.
     token_centers: Tensor
     # Where the weights lie if `module` has none of them in memory, else None.
     on_disk: CheckpointWeights | None = None
 
-    def __repr__(self) -> str:
-        size, config = sum(p.numel() for p in self.module.parameters()), self.config
-        return (
-            f"<{type(self).__name__}: {size / 1e6:.1f} million weights, "
-            f"cameras {', '.join(config.cameras)}, {config.horizon} actions of "
-            f"{config.action_dim} dimensions, {self.digest[:12]}>"
-        )
-
-    @abc.abstractmethod
-    def batch(self, observations: Sequence[Observation]) -> PolicyBatch:
-        """Preprocess observations into one padded batch; note the tokens a decoder chooses now."""
-
-    @abc.abstractmethod
-    def normalized_actions(self, batch: PolicyBatch) -> Tensor:
-        """Return normalized actions [B, horizon, dim], differentiable."""
-
-    def step_by_step(self) -> "PrismaticPolicy":
-        """Refuse: there is no flow.
-
-        Raises:
-            CheckpointError: always.
-        """
-        raise no_flow()
-
     @abc.abstractmethod
     def token_logits(self, batch: PolicyBatch) -> Tensor | None:
         """Return logits of the action's tokens [B, tokens, choices]; None without tokens."""
-
-    @abc.abstractmethod
-    def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
-        """Return the parts of the executed policy, from model inputs to "actions"."""
-
-    @abc.abstractmethod
-    def program(self, layers_per_part: int | None = None) -> Program:
-        """Return how the parts of `parts(layers_per_part)` run for one action."""
 
     def inputs(self, observations: Sequence[Observation]) -> PolicyBatch:
         """Preprocess observations into one padded batch of model inputs."""
@@ -114,20 +77,6 @@ class PrismaticPolicy(abc.ABC):
     def kept_layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
         """Return the other layers that reach the action: projectors, heads, FiLM."""
         return self._reached(quantized=False)
-
-    @torch.no_grad()
-    def infer(self, observation: Observation) -> ActionChunk:
-        """Act on one observation."""
-        clock = SpanClock()
-        with clock.span("preprocess"):
-            batch = self.inputs([observation])
-        with clock.span("engine"):
-            normalized = self.greedy_actions(batch)[0].numpy()
-        return self.processor.chunk(normalized, clock.timing_ms)
-
-    @abc.abstractmethod
-    def greedy_actions(self, batch: PolicyBatch) -> Tensor:
-        """Return the normalized actions the policy executes [B, horizon, dim]."""
 
     @abc.abstractmethod
     def probe_output(self) -> Tensor:

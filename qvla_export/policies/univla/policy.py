@@ -92,8 +92,8 @@ def load_univla_policy(
     return UniVlaPolicy(
         module,
         processor,
-        config,
         checkpoint_digest(checkpoint, config, processor.statistics.key, decoder),
+        config,
         no_bins,
         None if resident else weights,
     )

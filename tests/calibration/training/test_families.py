@@ -14,7 +14,7 @@ from small_training import CONFIG, SIZE
 from calibration.benchmarks.metaworld.object_state import IMAGE_SIZE, OBJECT_STATE
 from calibration.sources.lerobot import LeRobotDataset
 from calibration.training.demonstrated_frames import DemonstratedFrames, load_demonstrations
-from calibration.training.family_trainer import FamilyTrainer, model_inputs
+from calibration.training.family_trainer import FamilyTrainer
 from calibration.training.learner import Learner
 from calibration.training.learners.chunks import ActLearner
 from calibration.training.learners.flows import PiLearner, SmolVlaLearner
@@ -98,8 +98,10 @@ def test_a_family_learns(name: str, demonstrations: DemonstratedFrames, tmp_path
     assert recognize(tmp_path / "checkpoint").name == HOMES.get(name, name)
     policy = load_policy(tmp_path / "checkpoint")
     observation = demonstrations.observation(5)
-    trained = replace(trainer.policy, module=trainer.averaged.eval())  # type: ignore[type-var]  # a dataclass
-    expected = trained.greedy_actions(model_inputs(trained, [observation]))[0].numpy()
+    network = trainer.policy.module.eval()
+    network.load_state_dict(trainer.averaged.state_dict())
+    inputs = trainer.policy.inputs([observation])
+    expected = trainer.policy.greedy_actions(inputs)[0].numpy()
     chunk = policy.infer(observation)
     assert chunk.actions.shape == (LEARNERS[name].horizon, 4)
     # Weights are stored in bfloat16; a token that just wins may be another then.
