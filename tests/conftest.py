@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from oracles import ReadingReport, oracle_root, watch_reading
-from tiny_policy import TINY_INSTRUCTIONS, write_tiny_checkpoint
+from tiny_policy import tiny_observations as make_tiny_observations
+from tiny_policy import write_tiny_checkpoint
 
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.shared.observation import Observation
@@ -57,19 +57,7 @@ def tiny_policy(tiny_checkpoint: Path) -> OftPolicy:
 @pytest.fixture(scope="session")
 def tiny_observations() -> Callable[..., list[Observation]]:
     """Return `make(count, seed=0)`: random observations that the tiny policy takes."""
-
-    def make(count: int, seed: int = 0) -> list[Observation]:
-        generator = np.random.default_rng(seed)
-        return [
-            Observation(
-                images={"image": generator.integers(0, 256, (28, 28, 3), dtype=np.uint8)},
-                instruction=TINY_INSTRUCTIONS[i % len(TINY_INSTRUCTIONS)],
-                state=generator.uniform(-1, 1, 4).astype(np.float32),
-            )
-            for i in range(count)
-        ]
-
-    return make
+    return make_tiny_observations
 
 
 @pytest.fixture(scope="session")

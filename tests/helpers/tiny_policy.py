@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,6 +15,7 @@ from qvla_export.policies.prismatic.new_checkpoint import (
     NetworkSize,
     train_tokenizer,
 )
+from qvla_export.shared.observation import Observation
 
 TINY_SIZE = NetworkSize(
     image_size=28,
@@ -59,3 +61,16 @@ def write_tiny_checkpoint(
     module = new_module(size, config, seed)
     save_checkpoint(path, module, config, tokenizer, statistics, step=0)
     return path
+
+
+def tiny_observations(count: int, seed: int = 0) -> list[Observation]:
+    """Return random observations that the tiny policy takes."""
+    generator = np.random.default_rng(seed)
+    return [
+        Observation(
+            images={"image": generator.integers(0, 256, (28, 28, 3), dtype=np.uint8)},
+            instruction=TINY_INSTRUCTIONS[i % len(TINY_INSTRUCTIONS)],
+            state=generator.uniform(-1, 1, 4).astype(np.float32),
+        )
+        for i in range(count)
+    ]

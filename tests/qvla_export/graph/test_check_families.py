@@ -7,14 +7,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from act_cases import act_observations, write_tiny_act
+from family_cases import FAMILY_CASES
 from graph_checks import require_clean
-from pi_cases import pi_observations, write_tiny_pi
 from rtx_parser import builds
-from smolvla_cases import smolvla_observations, write_tiny_smolvla
-from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
 
 from engines.targets import find_target
 from qvla_export.graph.export import export_bundle
@@ -23,37 +19,10 @@ from qvla_export.policies.layers import layer_shapes
 from qvla_export.quantizer.activations import ActivationRanges
 from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.bundle import Bundle
-from qvla_export.shared.observation import Observation
 from qvla_export.shared.part import TensorSpec
 
 TARGETS = ("rtx4070", "orin-jp7", "orin-jp6")
-
-
-def write_diffusion(path: Path) -> Path:
-    config = replace(TINY_CONFIG, head="diffusion", diffusion_train_steps=8, diffusion_steps=4)
-    return write_tiny_checkpoint(path, config=config)
-
-
-def write_tokens(path: Path) -> Path:
-    return write_tiny_checkpoint(path, config=replace(TINY_CONFIG, head="tokens"))
-
-
-def write_pi05(path: Path) -> Path:
-    return write_tiny_pi(path, adaptive=True)
-
-
-def oft_observations(count: int) -> list[Observation]:
-    picture = np.zeros((28, 28, 3), np.uint8)
-    return [Observation({"image": picture}, "push the button", np.zeros(4))] * count
-
-
-FAMILIES = {
-    "diffusion": (write_diffusion, oft_observations),
-    "tokens": (write_tokens, oft_observations),
-    "pi05": (write_pi05, pi_observations),
-    "smolvla": (write_tiny_smolvla, smolvla_observations),
-    "act": (write_tiny_act, act_observations),
-}
+FAMILIES = ("diffusion", "tokens", "pi05", "smolvla", "act")
 
 
 @pytest.mark.slow
@@ -61,14 +30,14 @@ FAMILIES = {
 @pytest.mark.parametrize("activation_bits", [None, 8], ids=["w4", "w8a8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_targets_take_every_part(family: str, activation_bits: int | None, tmp_path: Path) -> None:
-    write, observe = FAMILIES[family]
-    policy, target = load_policy(write(tmp_path / "checkpoint")), find_target("rtx4070")
+    case = FAMILY_CASES[family]
+    policy, target = load_policy(case.write(tmp_path / "checkpoint")), find_target("rtx4070")
     shapes = layer_shapes(policy.layers())
     plan = uniform_plan(shapes, 8 if activation_bits else 4, target, policy.digest)
     if activation_bits:
         ranges = ActivationRanges(8, "max", dict.fromkeys(shapes, 2.0))
         plan = replace(plan, activations=ranges)
-    bundle = export_bundle(policy, plan, target, observe(1), tmp_path / "bundle")
+    bundle = export_bundle(policy, plan, target, case.observations(1), tmp_path / "bundle")
     for name in TARGETS:
         require_clean(bundle, find_target(name))
     for part in bundle.parts:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_cases import FAMILY_CASES
 from openvla_cases import openvla_observations, write_tiny_openvla
 from scipy.stats import entropy
-from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
-from univla_cases import write_tiny_univla
 
 from engines.targets import CPU
 from qvla_export.graph.golden import token_divergence
@@ -27,10 +26,6 @@ from qvla_export.shared.observation import Observation
 Make = Callable[..., list[Observation]]
 
 
-def write_tokens_of_one_pass(path: Path) -> Path:
-    return write_tiny_checkpoint(path, config=replace(TINY_CONFIG, head="tokens"))
-
-
 @contextmanager
 def sharpened(policy: Policy) -> Iterator[None]:
     """Run the block with all logits doubled."""
@@ -41,15 +36,11 @@ def sharpened(policy: Policy) -> Iterator[None]:
         weight.div_(2)
 
 
-@pytest.mark.parametrize(
-    ("write", "tokens"),
-    [(write_tiny_openvla, 7), (write_tiny_univla, 4), (write_tokens_of_one_pass, 16)],
-)
-def test_divergence_is_scipys(
-    write: Callable[[Path], Path], tokens: int, tiny_observations: Make, tmp_path: Path
-) -> None:
-    policy = load_policy(write(tmp_path / "checkpoint"))
-    seen = tiny_observations(3) if tokens == 16 else openvla_observations(3)
+@pytest.mark.parametrize(("family", "tokens"), [("openvla", 7), ("univla", 4), ("tokens", 16)])
+def test_divergence_is_scipys(family: str, tokens: int, tmp_path: Path) -> None:
+    case = FAMILY_CASES[family]
+    policy = load_policy(case.write(tmp_path / "checkpoint"))
+    seen = case.observations(3)
     expected = 0.0
     for observation in seen:
         with torch.no_grad():

@@ -5,15 +5,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from act_cases import act_observations, write_tiny_act
-from openvla_cases import openvla_observations, write_tiny_openvla
-from pi_cases import pi_observations, write_tiny_pi
-from smolvla_cases import smolvla_observations, write_tiny_smolvla
-from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
-from univla_cases import write_tiny_univla
+from family_cases import FAMILY_CASES
+from smolvla_cases import write_tiny_smolvla
 
 from engines.targets import ORIN_JP7
 from qvla_export.latency_model.flow_shape import FLOW_GEOMETRIES, shape_of, with_prefix
@@ -27,38 +22,12 @@ from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
 
-def write_pi05(path: Path) -> Path:
-    return write_tiny_pi(path, adaptive=True)
-
-
-def write_diffusion(path: Path) -> Path:
-    config = replace(TINY_CONFIG, head="diffusion", diffusion_train_steps=6, diffusion_steps=3)
-    return write_tiny_checkpoint(path, config=config)
-
-
-def oft_observations(count: int) -> list[Observation]:
-    picture = np.zeros((28, 28, 3), np.uint8)
-    return [Observation({"image": picture}, "push the button", np.zeros(4))] * count
-
-
-FAMILIES = {
-    "oft": (write_tiny_checkpoint, oft_observations),
-    "diffusion": (write_diffusion, oft_observations),
-    "openvla": (write_tiny_openvla, openvla_observations),
-    "univla": (write_tiny_univla, openvla_observations),
-    "pi0": (write_tiny_pi, pi_observations),
-    "pi05": (write_pi05, pi_observations),
-    "smolvla": (write_tiny_smolvla, smolvla_observations),
-    "act": (write_tiny_act, act_observations),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_CASES)
 def test_products_are_those_of_torch(family: str, tmp_path: Path) -> None:
-    maker, observe = FAMILIES[family]
-    checkpoint = maker(tmp_path / "checkpoint")
+    case = FAMILY_CASES[family]
+    checkpoint = case.write(tmp_path / "checkpoint")
     policy = load_policy(checkpoint)
-    (seen,) = observe(1)
+    (seen,) = case.observations(1)
     shapes = layer_shapes(policy.layers())
     prompt = policy.processor.feeds(seen).get("input_ids")
     inputs = replace(

@@ -1,17 +1,17 @@
 """A checkpoint whose program repeats a step goes all the way to a served bundle; so does ACT's."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 from act_cases import SIDES, write_tiny_act
 from command_runs import qvla
+from family_cases import FAMILY_CASES
 from pi_cases import SLOTS, write_tiny_pi
 from small_datasets import write_small_dataset
 from smolvla_cases import ACTION, CAMERAS, STATE, write_tiny_smolvla
-from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
 
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.sensitivity.sensitivities import Sensitivities
@@ -39,11 +39,6 @@ def write_pi05(path: Path) -> Path:
     return write_tiny_pi(path, adaptive=True, state_dim=7, cameras=SLOTS[:1])
 
 
-def write_diffusion(path: Path) -> Path:
-    config = replace(TINY_CONFIG, head="diffusion", diffusion_train_steps=8, diffusion_steps=4)
-    return write_tiny_checkpoint(path, config=config)
-
-
 _FLOW = {"prefix": 1, "step": 4}
 POLICIES = {
     "pi0": Deployed(write_pi0, (7, 7), SLOTS[:1], _FLOW, "flow"),
@@ -51,7 +46,7 @@ POLICIES = {
     "smolvla": Deployed(
         write_tiny_smolvla, (STATE, ACTION), CAMERAS, {"prefix": 1, "step": 3}, "flow"
     ),
-    "diffusion": Deployed(write_diffusion, (4, 4), ("image",), _FLOW, "denoise"),
+    "diffusion": Deployed(FAMILY_CASES["diffusion"].write, (4, 4), ("image",), _FLOW, "denoise"),
     "act": Deployed(write_tiny_act, (STATE, ACTION), CAMERAS, {"policy": 1}, "", sides=SIDES),
 }
 

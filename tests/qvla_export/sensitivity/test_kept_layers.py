@@ -1,18 +1,11 @@
 """Layers that no plan quantizes are known in every family, and measured as the others are."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from act_cases import act_observations, write_tiny_act
-from openvla_cases import openvla_observations, write_tiny_openvla
-from pi_cases import pi_observations, write_tiny_pi
-from smolvla_cases import smolvla_observations, write_tiny_smolvla
-from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
-from univla_cases import write_tiny_univla
+from family_cases import FAMILY_CASES
 
 from engines.targets import CPU
 from qvla_export.policies.base import Policy
@@ -23,55 +16,30 @@ from qvla_export.quantizer.quantize import spec_for
 from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 from qvla_export.shared.observation import Observation
 
-Make = Callable[..., list[Observation]]
-
-
-def write_pi05(path: Path) -> Path:
-    return write_tiny_pi(path, adaptive=True)
-
-
-def write_diffusion(path: Path) -> Path:
-    config = replace(TINY_CONFIG, head="diffusion", diffusion_train_steps=6, diffusion_steps=3)
-    return write_tiny_checkpoint(path, config=config)
-
-
-def tiny(count: int) -> list[Observation]:
-    random = np.random.default_rng(0)
-    picture = random.integers(0, 256, (28, 28, 3), dtype=np.uint8)
-    return [Observation({"image": picture}, "push the button", np.zeros(4))] * count
-
-
 _TIME = {"projector", "state projection", "action projection", "last projection", "time MLP"}
 _HEAD = {"projector", "state projection", "last projection", "action head"}
-FAMILIES = {
-    "oft": (write_tiny_checkpoint, tiny, _HEAD),
-    "diffusion": (write_diffusion, tiny, _HEAD | {"action projection"}),
-    "openvla": (write_tiny_openvla, openvla_observations, {"projector", "output layer"}),
-    "univla": (
-        write_tiny_univla,
-        openvla_observations,
-        {"projector", "last projection", "action head"},
-    ),
-    "pi0": (write_tiny_pi, pi_observations, _TIME),
-    "pi05": (write_pi05, pi_observations, _TIME - {"state projection"} | {"adaptive norm"}),
-    "smolvla": (write_tiny_smolvla, smolvla_observations, _TIME),
-    "act": (
-        write_tiny_act,
-        act_observations,
-        {"projector", "state projection", "last projection"},
-    ),
+# Of each case -> the kinds of its layers that no plan quantizes.
+KINDS: Mapping[str, set[str]] = {
+    "oft": _HEAD,
+    "diffusion": _HEAD | {"action projection"},
+    "openvla": {"projector", "output layer"},
+    "univla": {"projector", "last projection", "action head"},
+    "pi0": _TIME,
+    "pi05": _TIME - {"state projection"} | {"adaptive norm"},
+    "smolvla": _TIME,
+    "act": {"projector", "state projection", "last projection"},
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_every_carrier_of_failure_is_kept_and_measured(family: str, tmp_path: Path) -> None:
-    write, observe, kinds = FAMILIES[family]
-    policy = load_policy(write(tmp_path / "checkpoint"))
+    case = FAMILY_CASES[family]
+    policy = load_policy(case.write(tmp_path / "checkpoint"))
     kept = policy.kept_layers()
-    assert {kept_kind_of(name) for name in kept} == kinds <= set(WHY_KEPT)
+    assert {kept_kind_of(name) for name in kept} == KINDS[family] <= set(WHY_KEPT)
     assert not set(kept) & set(traced_layers(policy))
     settings = FirstOrder(spec_for(CPU), (2, 4, 8), of_kept=True)
-    seen = observe(2)
+    seen = case.observations(2)
     measured = measure_first_order(policy, seen, "set", settings)
     assert set(measured.values) == set(kept)
     for name, values in measured.values.items():
