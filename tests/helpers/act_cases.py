@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lerobot_cases import lerobot_folder, write_statistics
+from lerobot_cases import SIDES, small_features, write_description
 from openvla_cases import FOLDER
 from safetensors.torch import save_file
 
@@ -18,7 +18,7 @@ CASES = (
     sorted(ORACLE.glob("case*.npz")) if (ORACLE / "checkpoint/model.safetensors").exists() else []
 )
 WIDTH, HEADS, HIDDEN, HORIZON, STATE, ACTION = 32, 2, 48, 5, 6, 4
-CAMERAS, SIDES = ("top", "wrist"), (16, 24)
+CAMERAS = ("top", "wrist")
 
 
 class ActCase:
@@ -48,7 +48,7 @@ def write_tiny_act(
     action: int = ACTION,
 ) -> Path:
     """Write a seeded, untrained checkpoint of LeRobot's layout whose every layer counts."""
-    more = {
+    fields = {
         "n_obs_steps": 1,
         "pre_norm": False,
         "feedforward_activation": "relu",
@@ -59,7 +59,6 @@ def write_tiny_act(
         "n_action_steps": HORIZON,
         "temporal_ensemble_coeff": None,
     }
-    lerobot_folder(path, state, action, "MEAN_STD", CAMERAS, more)
     generator = np.random.default_rng(seed)
 
     def table(size: int) -> dict[str, np.ndarray]:
@@ -70,7 +69,7 @@ def write_tiny_act(
     for name in CAMERAS:
         channels = {k: v[:, None, None] for k, v in table(3).items()}
         tables[f"observation.images.{name}"] = channels
-    write_statistics(path, tables)
+    write_description(path, small_features(state, action, cameras=CAMERAS), tables, fields)
     weights = _weights(torch.Generator().manual_seed(seed), decoder_layers, state, action)
     save_file({f"model.{k}": v for k, v in weights.items()}, path / "model.safetensors")
     return path

@@ -1,70 +1,42 @@
 """Small checkpoints in LeRobot's layout: configuration, processor files, statistics."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from calibration.sources.image_codec import encode_png
 from calibration.sources.lerobot_writer import Episode, write_dataset
+from qvla_export.policies.lerobot.new_checkpoint import Features, save_description
 
-_BEFORE, _AFTER = "observation.safetensors", "action.safetensors"
 SIDES = (16, 24)
 
 
-def lerobot_folder(
-    path: Path,
+def small_features(
     state: int,
     action: int,
-    mode: str,
+    mode: str = "MEAN_STD",
     cameras: Sequence[str] = ("top",),
-    more: Mapping[str, Any] | None = None,
+    visual: str = "MEAN_STD",
+) -> Features:
+    """Return what a policy sees and returns; `mode` normalizes states and actions."""
+    modes = {"VISUAL": visual, "STATE": mode, "ACTION": mode}
+    return Features(dict.fromkeys(cameras, SIDES), state, action, modes)
+
+
+def write_description(
+    path: Path,
+    features: Features,
+    statistics: Mapping[str, Mapping[str, Any]],
+    fields: Mapping[str, Any] | None = None,
+    steps: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
-    """Write config.json and processor files without statistics."""
+    """Write all but weights of a checkpoint: ACT's, unless `fields` of config.json say more."""
     path.mkdir(parents=True, exist_ok=True)
-    shape = [3, *SIDES]
-    inputs = {f"observation.images.{c}": {"type": "VISUAL", "shape": shape} for c in cameras}
-    inputs["observation.state"] = {"type": "STATE", "shape": [state]}
-    outputs = {"action": {"type": "ACTION", "shape": [action]}}
-    modes = {"VISUAL": "MEAN_STD", "STATE": mode, "ACTION": mode}
-    config = {
-        "type": "act",
-        "input_features": inputs,
-        "output_features": outputs,
-        "use_peft": False,
-        "chunk_size": 5,
-        "normalization_mapping": modes,
-        **(more or {}),
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    how = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": modes}
-    before = [
-        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
-        {"registry_name": "to_batch_processor", "config": {}},
-        {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}},
-        {"registry_name": "normalizer_processor", "config": how, "state_file": _BEFORE},
-    ]
-    after = [
-        {"registry_name": "unnormalizer_processor", "config": how, "state_file": _AFTER},
-        {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}},
-    ]
-    for name, steps in (("policy_preprocessor", before), ("policy_postprocessor", after)):
-        (path / f"{name}.json").write_text(json.dumps({"name": name, "steps": steps}))
+    whole = {"type": "act", "chunk_size": 5, **(fields or {})}
+    save_description(path, features, whole, statistics, steps)
     return path
-
-
-def write_statistics(path: Path, tables: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the statistics of features, the same to both processors' files."""
-    tensors = {
-        f"{feature}.{name}": np.asarray(values, np.float32)
-        for feature, table in tables.items()
-        for name, values in table.items()
-    }
-    for name in (_BEFORE, _AFTER):
-        save_file(tensors, path / name)
 
 
 def write_act_dataset(root: Path, lengths: Sequence[int], sides: tuple[int, int]) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from act_cases import write_tiny_act
-from lerobot_cases import lerobot_folder, write_statistics
+from lerobot_cases import small_features, write_description
 from pi_cases import SLOTS, write_tiny_pi
 from places import DATA
 from smolvla_cases import write_tiny_smolvla
@@ -26,7 +26,7 @@ from qvla_export.policies.prismatic.weights import open_body
 from qvla_export.shared.observation import Observation
 
 _PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
-_STATISTICS = ("observation.safetensors", "action.safetensors")
+_STATISTICS = tuple(f"{Path(name).stem}_statistics.safetensors" for name in _PROCESSORS)
 # Of checkpoints that were taken although damaged, every so manieth also acts.
 ACTS = 20
 
@@ -76,7 +76,7 @@ def _described(folder: Path, names: Iterable[str]) -> Victim:
             spec = policy.processor.spec
             images = {name: np.zeros((*spec.frame_size, 3), np.uint8) for name in spec.cameras}
             state = np.zeros(spec.state_dim, np.float32)
-            chunk = policy.infer(Observation(images, "push the button", state))  # type: ignore[attr-defined]  # all families have it
+            chunk = policy.infer(Observation(images, "push the button", state))
             assert np.isfinite(chunk.actions).all()
 
     return Victim(tuple(folder / name for name in names), read)
@@ -113,30 +113,20 @@ def lerobot_pi(root: Path) -> Victim:
     folder = write_tiny_pi(root / "lerobot_pi")
     shutil.rmtree(folder / "assets")
     (folder / "qvla_policy.json").write_text(json.dumps({"vision_heads": 4}))
-    more: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "type": "pi0",
         "chunk_size": 4,
         "num_inference_steps": 4,
         "min_period": 0.004,
         "max_period": 4.0,
         "image_resolution": [28, 28],
-        "normalization_mapping": {
-            "VISUAL": "IDENTITY",
-            "STATE": "MEAN_STD",
-            "ACTION": "MEAN_STD",
-        },
     }
-    lerobot_folder(folder, 8, 7, "MEAN_STD", SLOTS[:2], more)
-    path = folder / _PROCESSORS[0]
-    document = json.loads(path.read_text())
-    words = {"max_length": 48, "padding_side": "right"}
-    document["steps"].insert(2, {"registry_name": "tokenizer_processor", "config": words})
-    path.write_text(json.dumps(document))
+    features = small_features(8, 7, cameras=SLOTS[:2], visual="IDENTITY")
     sizes = {"observation.state": 8, "action": 7}
-    write_statistics(
-        folder,
-        {name: {"mean": np.zeros(size), "std": np.ones(size)} for name, size in sizes.items()},
-    )
+    statistics = {name: {"mean": [0.0] * n, "std": [1.0] * n} for name, n in sizes.items()}
+    words = {"max_length": 48, "padding_side": "right"}
+    steps = [{"registry_name": "tokenizer_processor", "config": words}]
+    write_description(folder, features, statistics, fields, steps)
     names = ("config.json", "qvla_policy.json", *_PROCESSORS, *_STATISTICS)
     return _described(folder, names)
 

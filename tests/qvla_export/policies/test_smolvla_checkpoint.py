@@ -48,13 +48,13 @@ def test_it_is_recognized_and_acts(checkpoint: Path) -> None:
 def test_what_the_vlms_file_leaves_out_is_said(checkpoint: Path, tmp_path: Path) -> None:
     folder = copied(checkpoint, tmp_path / "checkpoint")
     (folder / "vlm").chmod(0o755)
-    kinds = {"text_config": {"hidden_act": "silu"}, "vision_config": {"hidden_act": _TANH}}
     path = folder / "vlm/config.json"
-    whole = json.loads(path.read_text())
-    stated = {**whole, **{part: {**whole[part], **more} for part, more in kinds.items()}}
-    path.write_text(json.dumps(stated))
+    stated = json.loads(path.read_text())
     told = describe_checkpoint(folder)
-    assert told == f"{folder}: smolvla, 5 actions of 4, cameras top/wrist, state 6"
+    assert told == (
+        f"{folder}: smolvla, 5 actions of 4, cameras top/wrist, state 6; LeRobot executes 5 of a "
+        "chunk: qvla run --mode receding --execute 5"
+    )
     del stated["text_config"]["rms_norm_eps"], stated["vision_config"]["hidden_act"]
     path.write_text(json.dumps(stated))
     assumed = f"vlm vision_config.hidden_act {_TANH}, vlm text_config.rms_norm_eps 1e-05"
@@ -62,6 +62,7 @@ def test_what_the_vlms_file_leaves_out_is_said(checkpoint: Path, tmp_path: Path)
 
 
 def _without_vlm(folder: Path) -> None:
+    configured("someone/SmolVLM2", "vlm_model_name")(folder)
     (folder / "vlm/tokenizer.json").unlink()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lerobot_cases import lerobot_folder, write_statistics
+from lerobot_cases import small_features, write_description
 from safetensors.numpy import load_file, save_file
 
 from qvla_export.shared.errors import QvlaError
@@ -32,6 +32,8 @@ TABLE = {
     "q99": [1.0, 0.5, 2.0, 3.0],
     "count": [20.0],
 }
+TABLES = {"observation.state": TABLE, "action": TABLE}
+FEATURES = small_features(4, 4)
 
 
 def statistics_of(folder: Path, known: tuple[str, ...] = ()) -> Statistics:
@@ -56,8 +58,7 @@ def upstream(values: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("mode", ["MEAN_STD", "MIN_MAX", "QUANTILES", "IDENTITY"])
 def test_every_mode_is_upstreams(mode: str, tmp_path: Path) -> None:
-    folder = lerobot_folder(tmp_path, state=4, action=4, mode=mode)
-    write_statistics(folder, {"observation.state": TABLE, "action": TABLE})
+    folder = write_description(tmp_path, small_features(4, 4, mode), TABLES)
     found = statistics_of(folder)
     assert found.state is not None
     there, back = upstream(VALUES, mode)
@@ -76,9 +77,8 @@ def test_every_mode_is_upstreams(mode: str, tmp_path: Path) -> None:
 
 
 def test_the_old_layout_gives_the_same_numbers(tmp_path: Path) -> None:
-    new = lerobot_folder(tmp_path / "new", state=4, action=4, mode="MEAN_STD")
-    write_statistics(new, {"observation.state": TABLE, "action": TABLE})
-    old = lerobot_folder(tmp_path / "old", state=4, action=4, mode="MEAN_STD")
+    new = write_description(tmp_path / "new", FEATURES, TABLES)
+    old = write_description(tmp_path / "old", FEATURES, {})
     buffers = {
         f"{place}.buffer_{feature}.{name}": np.asarray(TABLE[name], np.float32)
         for place, feature in (
@@ -91,6 +91,7 @@ def test_the_old_layout_gives_the_same_numbers(tmp_path: Path) -> None:
     save_file({**buffers, "model.weight": np.zeros(1, np.float32)}, old / "model.safetensors")
     for name in (PREPROCESSOR, POSTPROCESSOR):
         (old / f"{name}.json").unlink()
+        (old / f"{name}_statistics.safetensors").unlink()
     expected, found = statistics_of(new), statistics_of(old)
     assert expected.state is not None and found.state is not None
     np.testing.assert_array_equal(found.state.normalize(VALUES), expected.state.normalize(VALUES))
@@ -104,8 +105,7 @@ def test_the_old_layout_gives_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_a_moved_state_file_is_found_by_its_name(tmp_path: Path) -> None:
-    folder = lerobot_folder(tmp_path, state=4, action=4, mode="MEAN_STD")
-    write_statistics(folder, {"observation.state": TABLE, "action": TABLE})
+    folder = write_description(tmp_path, FEATURES, TABLES)
     before = statistics_of(folder).action.unnormalize(VALUES)
     path = folder / f"{POSTPROCESSOR}.json"
     document = json.loads(path.read_text())
@@ -144,7 +144,7 @@ def _edit(name: str, old: str, new: str) -> Any:
             "'secret_step' is not",
         ),
         (
-            _edit(BEFORE, "observation.safetensors", "../x.safetensors"),
+            _edit(BEFORE, f"{PREPROCESSOR}_statistics.safetensors", "../x.safetensors"),
             "folder",
         ),
         (
@@ -158,8 +158,7 @@ def _edit(name: str, old: str, new: str) -> Any:
     ],
 )
 def test_what_would_act_wrongly_is_refused(change: Any, message: str, tmp_path: Path) -> None:
-    folder = lerobot_folder(tmp_path, state=4, action=4, mode="MEAN_STD")
-    write_statistics(folder, {"observation.state": TABLE, "action": TABLE})
+    folder = write_description(tmp_path, FEATURES, TABLES)
     statistics_of(folder)
     change(folder)
     with pytest.raises(QvlaError, match=message):
@@ -167,15 +166,15 @@ def test_what_would_act_wrongly_is_refused(change: Any, message: str, tmp_path: 
 
 
 def test_statistics_that_no_robot_can_have_are_refused(tmp_path: Path) -> None:
-    folder = lerobot_folder(tmp_path, state=4, action=4, mode="MEAN_STD")
     for name, numbers in (("mean", [0, 0, 0, np.nan]), ("std", [1, 1, 1, -2.0]), ("max", [9.0])):
-        write_statistics(folder, {"observation.state": TABLE, "action": {**TABLE, name: numbers}})
+        tables = {"observation.state": TABLE, "action": {**TABLE, name: numbers}}
+        folder = write_description(tmp_path, FEATURES, tables)
         with pytest.raises(QvlaError, match=r"action"):
             statistics_of(folder)
 
 
 def test_the_interface_is_the_configs(tmp_path: Path) -> None:
-    folder = lerobot_folder(tmp_path, state=4, action=3, mode="MEAN_STD", cameras=("top", "wrist"))
+    folder = write_description(tmp_path, small_features(4, 3, cameras=("top", "wrist")), {})
     assert is_lerobot(folder)
     interface = load_interface(folder)
     assert interface.cameras == ("top", "wrist")
