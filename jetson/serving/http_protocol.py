@@ -32,7 +32,9 @@ class HttpConnection(H11Protocol):
         self._connection: Connection | None = None
         self._head_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(  # type: ignore[override]  # the transport is narrower, as uvicorn's is
+        self, transport: asyncio.Transport
+    ) -> None:
         """Take the connection, or say that there are too many."""
         super().connection_made(transport)
         peer = self.client[0] if self.client else "unknown"

@@ -73,9 +73,8 @@ def checkpoint_json(folder: Path) -> Victim:
             size = policy.processor.spec.state_dim
             images = dict.fromkeys(policy.processor.spec.cameras, blank["image"])
             state = np.zeros(size, np.float32)
-            assert np.isfinite(
-                policy.infer(Observation(images, observation.instruction, state)).actions  # type: ignore[attr-defined]  # Prismatic's
-            ).all()
+            chunk = policy.infer(Observation(images, observation.instruction, state))
+            assert np.isfinite(chunk.actions).all()
 
     return Victim((sharded(folder), *(folder / name for name in names)), read)
 
