@@ -271,6 +271,7 @@ def test_damage_is_read_or_refused(
 LONG_NAME = "x" * 300
 ONE_STATE = {"observation.state": {"type": "STATE", "shape": [6]}}
 NORMALIZER = ("steps", 3)
+ONE_TOWER = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 @pytest.mark.parametrize(
@@ -283,6 +284,7 @@ NORMALIZER = ("steps", 3)
         ("smolvla", "vlm/config.json", ("vision_config", "layer_norm_eps"), -1),
         ("smolvla", "vlm/config.json", ("text_config", "rms_norm_eps"), 0),
         ("univla", "qvla_policy.json", ("latent_tokens",), 1 << 40),
+        ("univla", "preprocessor_config.json", ("tvf_normalize_params",), [ONE_TOWER]),
         ("pi", "qvla_policy.json", ("min_period",), "x"),
         ("pi", "qvla_policy.json", ("optional_cameras",), 3),
         ("pi", "qvla_policy.json", ("optional_cameras",), [[]]),

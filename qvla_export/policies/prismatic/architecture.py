@@ -6,6 +6,9 @@ from transformers import Dinov2WithRegistersConfig, LlamaConfig, SiglipVisionCon
 
 from qvla_export.policies.towers import tower_grid
 
+# DINOv2 and SigLIP, side by side.
+TOWERS = 2
+
 
 @dataclass(frozen=True)
 class PrismaticArchitecture:

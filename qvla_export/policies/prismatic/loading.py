@@ -17,7 +17,7 @@ from qvla_export.policies.adapters import (
     model_config,
     settings_file,
 )
-from qvla_export.policies.prismatic.architecture import PrismaticArchitecture
+from qvla_export.policies.prismatic.architecture import TOWERS, PrismaticArchitecture
 from qvla_export.policies.prismatic.config import PrismaticConfig
 from qvla_export.policies.prismatic.files import body_files, merges_on_load
 from qvla_export.policies.prismatic.pretrained import PRETRAINED
@@ -71,6 +71,12 @@ def load_processor(
         raise CheckpointError(
             f"{checkpoint}: preprocessor makes {image.size} pixel images, "
             f"the towers take {arch.dino.image_size}"
+        )
+    # With two cameras, pixels for one tower each would pass as one camera's for both.
+    if len(image.means) != TOWERS:
+        raise CheckpointError(
+            f"{checkpoint / _PREPROCESSOR} makes pixels for {len(image.means)} towers, the network "
+            f"has {TOWERS}: DINOv2 and SigLIP need tvf_normalize_params each"
         )
     statistics = load_statistics(
         checkpoint / STATISTICS,

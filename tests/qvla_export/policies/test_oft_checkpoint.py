@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
 
 from qvla_export.policies.oft.config import PRESETS, OftConfig, load_config
 from qvla_export.policies.oft.new_checkpoint import save_checkpoint
@@ -204,3 +205,15 @@ def test_digest_follows_configuration_and_statistics(checkpoint: Path) -> None:
         for changed in (config, replace(config, center_crop=True))
     }
     assert len(digests) == 4
+
+
+def test_pixels_for_one_tower_of_two_cameras_are_not_one_cameras_for_both(tmp_path: Path) -> None:
+    """The channels come out the same: nothing further on would notice."""
+    config = replace(TINY_CONFIG, cameras=("image", "wrist"))
+    folder = write_tiny_checkpoint(tmp_path / "c", config=config)
+    path = folder / "preprocessor_config.json"
+    document = json.loads(path.read_text())
+    document["tvf_normalize_params"].pop()
+    path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="pixels for 1 towers, the network has 2"):
+        load_oft_policy(folder)
