@@ -1,23 +1,26 @@
-"""What commands show: how far a call is, on stderr, and the one document of `--json`.
+"""What commands show: how far a call is, on stderr, and what came of it: texts, or JSON.
 
 Bars on a terminal, elsewhere plain lines that a log keeps.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 from rich.console import Console
 
 from qvla_export.pipeline.progress import OnProgress, Progress, ignore
+from qvla_export.shared.tables.text_table import TextTable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
+# Of tables wherever nobody looks at a terminal.
+NARROW, WIDE, WIDEST = 100, 120, 132
 # A log hears of the same work again after so many seconds.
 _REPEAT_S = 30.0
 
@@ -25,6 +28,48 @@ _REPEAT_S = 30.0
 def print_json(document: object) -> None:
     """Print a document on stdout."""
     typer.echo(json.dumps(document, indent=1))
+
+
+class Result(Protocol):
+    """What came of a command, as `--json` prints it."""
+
+    def to_json(self) -> Mapping[str, Any]:
+        """Return the document."""
+        ...
+
+
+def print_result(
+    result: Result, texts: Iterable[str | TextTable], as_json: bool, width: int | None = None
+) -> None:
+    """Print what came of a command: its document with `--json`, else its texts."""
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print_texts(texts, width)
+
+
+def print_texts(texts: Iterable[str | TextTable], width: int | None = None) -> None:
+    """Print lines and tables on stdout; tables as wide as the terminal, or as said."""
+    for text in texts:
+        if isinstance(text, TextTable):
+            _print_table(text, width)
+        else:
+            typer.echo(text)
+
+
+def _print_table(table: TextTable, width: int | None) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn, left = Table(title=escape(table.title) or None), (table.columns[0], *table.words)
+    for column in table.columns:
+        drawn.add_column(
+            Text(column), justify="left" if column in left else "right", overflow="fold"
+        )
+    for row in table.rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    Console(width=width).print(drawn)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The step that has another library quantize the policy, and judges it like our own settings."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,22 @@ class BaselineVerdict:
             "episodes": success,
             "folder": str(self.folder),
         }
+
+    def lines(self) -> Iterator[str]:
+        """Yield the figures for a terminal."""
+        from calibration.benchmarks.evaluation_lines import success_text
+
+        baseline, error = self.baseline, self.error
+        libraries = ", ".join(f"{name} {version}" for name, version in baseline.libraries.items())
+        yield (
+            f"{baseline.request.setting}: held-out action error {error.rms:.4f} RMS on "
+            f"{error.held_out} observations; {baseline.mean_bits_per_channel:.2f} mean bits per "
+            f"channel, {baseline.stored_bits_per_weight:.2f} stored, {baseline.weight_bytes} "
+            f"bytes; {baseline.seconds:.1f} s of {libraries}"
+        )
+        if self.evaluation is not None:
+            yield success_text(self.evaluation)
+        yield f"baseline: {self.folder}"
 
 
 def judge_baseline(

@@ -1,11 +1,13 @@
 """The step that builds a bundle's TensorRT engines."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvla_export.pipeline.progress import OnProgress, Progress, ignore
 from qvla_export.shared.artifacts import require_same
+from qvla_export.shared.tables.text_table import TextTable, megabytes
 
 if TYPE_CHECKING:
     from engines.trt.builder import BuildSettings
@@ -40,6 +42,27 @@ class BuiltEngines:
         }
         verdict = None if self.verdict is None else self.verdict.to_json()
         return {"folder": str(self.folder), "parts": parts, "verdict": verdict}
+
+    def texts(self) -> Iterator[str | TextTable]:
+        """Yield the engines' sizes, and whether they were verified, for a terminal."""
+        first = self.sidecars[0].origin
+        title = f"{first.module} {first.module_version} for {first.compute_capability}"
+        yield TextTable(("part", "engine, MB", "weights, MB"), title=title).with_rows(
+            (s.origin.part, megabytes(s.engine_bytes), megabytes(s.weights_bytes))
+            for s in self.sidecars
+        )
+        yield f"engines: {self.nbytes / 1e6:.2f} MB -> {self.folder}"
+        if self.verdict is None:
+            yield (
+                "not verified: this machine has no NVIDIA GPU; on the device run qvla build, "
+                f"then qvla verify {self.bundle}"
+            )
+            return
+        drift = self.verdict.drift
+        yield (
+            f"verified: cosine {drift.cosine:.6f}, largest difference {drift.worst:.1e} "
+            f"(normalized) on {drift.observations} observations"
+        )
 
 
 def require_target(bundle: "Bundle", target: str) -> None:

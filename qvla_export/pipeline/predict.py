@@ -1,6 +1,6 @@
 """What a latency is predicted for: a bundle, a published geometry, a checkpoint's inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
@@ -27,9 +27,7 @@ from qvla_export.shared.target import WIDTHS, ActivationSupport, Target
 
 if TYPE_CHECKING:
     from qvla_export.allocation.allocate import LatencyLimit
-    from qvla_export.allocation.plan_request import PlanRequest
     from qvla_export.allocation.setting import Setting
-    from qvla_export.quantizer.plan import BitPlan
     from qvla_export.sensitivity.sensitivities import Sensitivities
     from qvla_export.shared.bundle import Bundle
 
@@ -165,6 +163,13 @@ class PredictedAction:
     # Part of the network -> its milliseconds.
     parts_ms: Mapping[str, float]
 
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_digits(ms)}" for name, ms in self.parts_ms.items())
+        return (
+            f"{self.power_mode:>6} {self.weights:>5}: predicted {_digits(self.ms)} ms "
+            f"[{_digits(self.low_ms)}, {_digits(self.high_ms)}] = {parts}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         return {
@@ -194,6 +199,12 @@ class PredictionReport:
     def save(self, path: Path) -> None:
         """Write JSON, atomically."""
         write_json(path, self.to_json())
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line a row, between what is predicted and what rates it comes from."""
+        yield f"predicted, not measured: {self.subject}"
+        yield from map(str, self.rows)
+        yield f"rates: {self.rates}"
 
 
 def predict_action(subject: Subject, device: Device) -> PredictionReport:
@@ -225,6 +236,11 @@ def _predicted_action(
     )
 
 
+def _digits(ms: float) -> str:
+    """Return three digits of small numbers: a small policy takes less than a millisecond."""
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def latency_limit(
     max_ms: float,
     device: Device,
@@ -250,28 +266,6 @@ def latency_limit(
     shapes = {n: (v.shape[1], measured.weights_per_channel[n]) for n, v in measured.values.items()}
     model = device.models(shape_of(shapes, recognize(policy).inputs(policy, preset)))[0]
     return LatencyLimit(max_ms, model, "int8" if setting.activation_bits else "none")
-
-
-def plan_figures(
-    planned: "BitPlan",
-    measured: "Sensitivities",
-    request: "PlanRequest | None",
-    target: Target,
-    limit: "LatencyLimit | None",
-) -> str:
-    """Say how far an allocated plan is from the bound, and how long an action is predicted."""
-    from qvla_export.allocation.allocate import least_error
-
-    if planned.expected_error is None or request is None:
-        return "additive error: unknown, the plan is uniform"
-    text = f"{request.allocator.name}: additive error {planned.expected_error:.4g}"
-    if request.budget.kind != "bytes":
-        least = least_error(measured, request.budget, target, request.widths, request.pruning)
-        text += f", at least {least:.4g} under this budget"
-    if limit is None:
-        return text
-    predicted = limit.model.predict(planned.widths, limit.activations)
-    return f"{text}; an action: predicted {predicted.total_ms:.2f} ms ({limit})"
 
 
 def _shares(text: str) -> dict[int, float]:

@@ -1,6 +1,6 @@
 """The step that compares the bytes a plan promises with those of graph and engine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qvla_export.pipeline.build import engines_or_why_not
 from qvla_export.pipeline.progress import OnProgress, ignore
 from qvla_export.shared.artifacts import versions, write_json
+from qvla_export.shared.tables.text_table import TextTable, megabytes
 
 if TYPE_CHECKING:
     from engines.trt.sizes import BundleSizes
@@ -29,6 +30,30 @@ class SizesReport:
     def save(self, path: Path) -> None:
         """Write JSON, atomically."""
         write_json(path, self.to_json())
+
+    def texts(self) -> Iterator[str | TextTable]:
+        """Yield a table of the bundles, then why an engine is missing, for a terminal."""
+        columns = ("bundle", "target", "plan", "graph", "engine", "off", "engine file", "/ FP16")
+        yield TextTable(columns, title="weights, MB (1e6 bytes)", words=("target",)).with_rows(
+            _cells(bundle) for bundle in self.bundles
+        )
+        for bundle in self.bundles:
+            if bundle.engine_missing:
+                yield f"{bundle.name}: no engine: {bundle.engine_missing}"
+
+
+def _cells(bundle: "BundleSizes") -> tuple[str, ...]:
+    error = bundle.engine_error
+    return (
+        bundle.name,
+        bundle.target,
+        megabytes(bundle.planned_bytes),
+        megabytes(bundle.onnx_bytes),
+        megabytes(bundle.engine_weight_bytes),
+        "" if error is None else f"{error:+.1%}",
+        megabytes(bundle.engine_bytes),
+        f"{bundle.ratio:.3f}",
+    )
 
 
 def compare_sizes(bundles: Sequence[Path], on_progress: OnProgress = ignore) -> SizesReport:

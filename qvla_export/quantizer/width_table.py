@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.quantizer.layer_names import module_of
-from qvla_export.shared.html_table import html_table
+from qvla_export.shared.tables.html_table import html_table
 from qvla_export.shared.target import WIDTHS
 
 

@@ -16,7 +16,7 @@ from qvla_export.quantizer.layer_names import module_of
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.shared.artifacts import require_fields, versions
 from qvla_export.shared.errors import ArtifactError, QvlaError
-from qvla_export.shared.html_table import html_table
+from qvla_export.shared.tables.html_table import html_table
 from qvla_export.shared.target import WIDTHS
 from qvla_export.shared.tensor_files import TensorArtifact, Tensors, read_tensor_file
 

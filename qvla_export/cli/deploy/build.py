@@ -1,20 +1,12 @@
 """`qvla build`: a bundle's TensorRT engines, on the device."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from qvla_export.cli.options import BundleArgument, JsonOption
-from qvla_export.cli.progress import print_json, progress_shown
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from engines.trt.sidecar import Sidecar
-    from qvla_export.pipeline.build import BuiltEngines
+from qvla_export.cli.progress import print_result, progress_shown
 
 
 def build(
@@ -66,33 +58,4 @@ def build(
     )
     with progress_shown() as on_progress:
         built = build_bundle_engines(loaded, output, settings, on_progress)
-    if as_json:
-        print_json(built.to_json())
-        return
-    Console().print(_table(built.sidecars))
-    typer.echo(f"engines: {built.nbytes / 1e6:.2f} MB -> {built.folder}")
-    typer.echo(_verdict(built))
-
-
-def _verdict(built: "BuiltEngines") -> str:
-    verdict = built.verdict
-    if verdict is None:
-        return (
-            "not verified: this machine has no NVIDIA GPU; on the device run qvla build, "
-            f"then qvla verify {built.bundle}"
-        )
-    return (
-        f"verified: cosine {verdict.drift.cosine:.6f}, largest difference "
-        f"{verdict.drift.worst:.1e} (normalized) on {verdict.drift.observations} observations"
-    )
-
-
-def _table(sidecars: "Sequence[Sidecar]") -> Table:
-    first = sidecars[0].origin
-    table = Table(title=f"{first.module} {first.module_version} for {first.compute_capability}")
-    for column in ("part", "engine, MB", "weights, MB"):
-        table.add_column(column, justify="left" if column == "part" else "right")
-    for sidecar in sidecars:
-        weights = "" if sidecar.weights_bytes is None else f"{sidecar.weights_bytes / 1e6:.3f}"
-        table.add_row(sidecar.origin.part, f"{sidecar.engine_bytes / 1e6:.3f}", weights)
-    return table
+    print_result(built, built.texts(), as_json)

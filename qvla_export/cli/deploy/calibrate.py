@@ -15,7 +15,7 @@ from qvla_export.cli.options import (
     with_columns,
 )
 from qvla_export.cli.progress import progress_shown
-from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
+from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions, open_dataset
 
 
 @with_columns
@@ -35,7 +35,6 @@ def calibrate(
     from calibration.calibration_set import describe
     from qvla_export.pipeline.calibrate import CalibrationRequest, chosen_tasks
     from qvla_export.pipeline.calibrate import calibrate as draw_observations
-    from qvla_export.pipeline.data_source import open_dataset
     from qvla_export.pipeline.run_folder import RunFolder
 
     folder = RunFolder(run, force)

@@ -3,11 +3,10 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from qvla_export.cli.options import (
     CountOption,
@@ -34,13 +33,10 @@ from qvla_export.cli.options import (
     with_holding,
     with_tolerance,
 )
-from qvla_export.cli.progress import print_json, progress_shown
-from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
+from qvla_export.cli.progress import print_result, progress_shown
+from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions, open_dataset
 from qvla_export.pipeline.recommend.tolerance import USUAL_TOLERANCE, Tolerance
 from qvla_export.pipeline.sizing.holding import USUAL_HOLDING, HoldingOptions
-
-if TYPE_CHECKING:
-    from qvla_export.pipeline.deploy import DeploymentResult
 
 
 @with_columns
@@ -101,13 +97,13 @@ def deploy(
     from engines.targets import find_target
     from qvla_export.allocation.setting import parse_setting
     from qvla_export.pipeline.calibrate import CalibrationRequest, chosen_tasks
-    from qvla_export.pipeline.data_source import open_dataset
     from qvla_export.pipeline.deploy import Deployment
     from qvla_export.pipeline.deploy import deploy as run_steps
     from qvla_export.pipeline.policy_source import PolicySource
     from qvla_export.pipeline.run_folder import RunFolder
     from qvla_export.pipeline.sizing.forecast import forecast
     from qvla_export.pipeline.sizing.hold import hold
+    from qvla_export.pipeline.texts.stage_texts import deployment_texts
 
     found = find_target(target, zero_points, scales)
     opened_data = open_dataset(dataset, columns) if dataset else None
@@ -136,43 +132,9 @@ def deploy(
         return
     with progress_shown() as on_progress:
         result = run_steps(request, opened, on_progress)
-    _print(result, found.name, as_json)
+    print_result(result, deployment_texts(result, found.name), as_json)
 
 
 def _say(text: str) -> None:
     """Print a line beside the progress, on stderr, whole."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
-
-
-def _print(result: "DeploymentResult", target: str, as_json: bool) -> None:
-    from qvla_export.pipeline.recommend.sentences import recommendation_lines
-
-    if as_json:
-        print_json(result.to_json())
-        return
-    compared = result.agreement
-    if compared is not None:
-        typer.echo(
-            f"sensitivities: Spearman {compared.spearman:.4f} with exact, at "
-            f"{compared.time_ratio:.4f} of its time"
-        )
-    if not result.native:
-        typer.echo(
-            f"this machine cannot run engines for {target}: its graphs are judged on ONNX "
-            "Runtime, latency is not measured"
-        )
-    Console().print(_table(result))
-    for line in recommendation_lines(result.recommendation):
-        typer.echo(line)
-    typer.echo(f"report: {result.report}")
-
-
-def _table(result: "DeploymentResult") -> Table:
-    from qvla_export.pipeline.deployment.stage_lines import setting_cells
-
-    table, (columns, rows) = Table(title="float against quantized"), setting_cells(result.rows)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "setting" else "right")
-    for cells in rows:
-        table.add_row(*cells)
-    return table

@@ -1,8 +1,6 @@
 """`qvla plan`: widths of channels under a budget, by any of the allocators."""
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,24 +16,8 @@ from qvla_export.cli.options import (
     SettingOption,
     TargetOption,
 )
-from qvla_export.cli.progress import print_json, progress_shown
+from qvla_export.cli.progress import print_json, print_texts, progress_shown
 from qvla_export.shared.errors import QvlaError
-
-if TYPE_CHECKING:
-    from qvla_export.allocation.allocate import PruningRule
-    from qvla_export.allocation.plan_request import BudgetBy, PlanRequest
-    from qvla_export.allocation.setting import Setting
-    from qvla_export.quantizer.plan import BitPlan
-    from qvla_export.sensitivity.sensitivities import Sensitivities
-    from qvla_export.shared.target import Target
-
-# Name of a regularizer -> field of `PruningRule`.
-_REGULARIZERS = {
-    "absolute-threshold": "absolute_threshold",
-    "relative-threshold": "relative_threshold",
-    "max-share": "max_share",
-    "max-share-of-layer": "max_share_of_layer",
-}
 
 MethodOption = Annotated[
     Literal["hull", "algorithm1", "staged", "gates", "per-layer", "per-module", "uniform"] | None,
@@ -101,16 +83,18 @@ def plan(
 ) -> None:
     """Allocate bits to channels under a budget, and under a predicted latency if one is given."""
     from engines.targets import find_target
+    from qvla_export.allocation.allocation_words import AllocationWords
     from qvla_export.allocation.setting import parse_setting
     from qvla_export.pipeline.plan import PlanOptions, load_sensitivities
     from qvla_export.pipeline.plan import plan as plan_setting
-    from qvla_export.pipeline.predict import Device, latency_limit, plan_figures
+    from qvla_export.pipeline.predict import Device, latency_limit
     from qvla_export.pipeline.run_folder import RunFolder
+    from qvla_export.pipeline.texts.plan_summary import plan_figures, plan_lines
     from qvla_export.quantizer.packed_storage import stored_on
 
     folder, device = RunFolder(run, force), find_target(target)
     parsed, measured = parse_setting(setting, device), load_sensitivities(folder)
-    words = _AllocationWords(method, gates, widths, budget_by, budget, tuple(regularizers or ()))
+    words = AllocationWords(method, gates, widths, budget_by, budget, tuple(regularizers or ()))
     request = words.request(parsed, measured, device)
     limit = None
     if max_predicted_ms is not None:
@@ -121,107 +105,8 @@ def plan(
         planned = plan_setting(folder, parsed, device, measured.policy_digest, options, hear)
     if planned is None:
         raise QvlaError("the float setting has no plan; choose w4, w8a8, w4-rtn, ...")
+    path = folder.plan(parsed)
     if as_json:
-        print_json(_figures(planned, folder.plan(parsed)))
-        return
-    typer.echo(_summary(planned, folder.plan(parsed)))
-    typer.echo(plan_figures(planned, measured, request, device, limit))
-
-
-@dataclass(frozen=True)
-class _AllocationWords:
-    """What the command line says about an allocation beside the setting."""
-
-    method: str | None
-    gates: str | None
-    widths: str | None
-    budget_by: "BudgetBy"
-    budget: float | None
-    regularizers: tuple[str, ...]
-
-    def request(
-        self, setting: "Setting", measured: "Sensitivities", target: "Target"
-    ) -> "PlanRequest | None":
-        """Return the request for a planned setting; None for another.
-
-        Raises:
-            QvlaError: something is no number, no name, or given beside fixed widths.
-        """
-        from qvla_export.allocation.plan_request import PlanOverrides, PlanRequest
-
-        if setting.kind != "planned":
-            named = [name for name, value in asdict(self).items() if value]
-            if named != ["budget_by"] or self.budget_by != "setting":
-                raise QvlaError(
-                    f"setting {setting.name} is not allocated; leave out what is given for that: "
-                    f"{', '.join(named)}"
-                )
-            return None
-        overrides = PlanOverrides(
-            self.budget_by,
-            self.budget,
-            self.method,
-            _gates(self.gates),
-            _widths(self.widths),
-            _pruning_rule(self.regularizers),
-        )
-        return PlanRequest.for_setting(setting, measured, target, overrides)
-
-
-def _summary(planned: "BitPlan", path: Path) -> str:
-    return (
-        f"plan: {planned.mean_bits_per_channel:.2f} mean bits per channel, "
-        f"{planned.mean_bits_per_weight:.2f} per weight, "
-        f"{planned.stored_bits_per_weight:.2f} stored, {planned.ratio:.3f} of float16 "
-        f"-> {path}"
-    )
-
-
-def _figures(planned: "BitPlan", path: Path) -> dict[str, Any]:
-    return {
-        "plan": str(path),
-        "mean_bits_per_channel": planned.mean_bits_per_channel,
-        "mean_bits_per_weight": planned.mean_bits_per_weight,
-        "stored_bits_per_weight": planned.stored_bits_per_weight,
-        "weight_bytes": planned.weight_bytes,
-        "ratio": planned.ratio,
-        "expected_error": planned.expected_error,
-    }
-
-
-def _widths(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(bits) for bits in text.split(","))
-    except ValueError as error:
-        raise QvlaError(f"--widths takes widths such as 0,2,4,8,16, got {text!r}") from error
-
-
-def _gates(text: str | None) -> dict[int, float] | None:
-    if text is None:
-        return None
-    try:
-        pairs = [part.partition(":") for part in text.split(",")]
-        return {int(bits): float(share) for bits, _, share in pairs}
-    except ValueError as error:
-        raise QvlaError(
-            f"--gates takes WIDTH:SHARE,... such as 0:0.01,2:0.05,4:0.22,8:0.56,16:0.16, "
-            f"got {text!r}"
-        ) from error
-
-
-def _pruning_rule(texts: tuple[str, ...]) -> "PruningRule":
-    from qvla_export.allocation.allocate import PruningRule
-
-    limits = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        try:
-            limits[_REGULARIZERS[name]] = float(value)
-        except (KeyError, ValueError) as error:
-            raise QvlaError(
-                f"--regularizer takes NAME=NUMBER with a name of {sorted(_REGULARIZERS)}, "
-                f"got {text!r}"
-            ) from error
-    return PruningRule(**limits)
+        print_json(plan_figures(planned, path))
+    else:
+        print_texts(plan_lines(planned, path, measured, device, options))

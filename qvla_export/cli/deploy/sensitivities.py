@@ -22,7 +22,7 @@ from qvla_export.cli.options import (
     WaitOption,
     ZeroPointsOption,
 )
-from qvla_export.cli.progress import progress_shown
+from qvla_export.cli.progress import print_texts, progress_shown
 
 MethodOption = Annotated[
     str,
@@ -69,11 +69,11 @@ def sensitivities(
     torchrun --nproc-per-node 2 -m qvla_export sensitivities ...
     """
     from engines.targets import find_target
-    from qvla_export.pipeline.deployment.stage_lines import sensitivity_lines
     from qvla_export.pipeline.policy_source import PolicySource
     from qvla_export.pipeline.resources import joined_resources
     from qvla_export.pipeline.run_folder import RunFolder
     from qvla_export.pipeline.sensitivities import SensitivityRequest, open_and_measure
+    from qvla_export.pipeline.texts.stage_texts import sensitivity_lines
 
     folder, device_target = RunFolder(run, force), find_target(target, zero_points, scales)
     source = PolicySource(str(policy), unnorm_key, preset)
@@ -88,10 +88,4 @@ def sensitivities(
         )
     if resources.world.rank:
         return  # process 0 speaks for all
-    for line in sensitivity_lines(measured, folder.sensitivities):
-        typer.echo(line)
-    if compared is not None:
-        typer.echo(
-            f"agreement with exact: Spearman {compared.spearman:.4f} on {len(compared.pairs)} "
-            f"pairs, time ratio {compared.time_ratio:.5f} -> {folder.agreement}"
-        )
+    print_texts(sensitivity_lines(measured, folder.sensitivities, compared, folder.agreement))

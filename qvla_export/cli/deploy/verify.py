@@ -2,11 +2,9 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from qvla_export.cli.options import (
     A_BUNDLE,
@@ -18,12 +16,8 @@ from qvla_export.cli.options import (
     ThreadsOption,
     WeightsOption,
 )
-from qvla_export.cli.progress import print_json, progress_shown
+from qvla_export.cli.progress import print_result, progress_shown
 from qvla_export.shared.artifacts import write_json
-
-if TYPE_CHECKING:
-    from engines.drift import ActionDrift
-    from qvla_export.pipeline.verify import VerificationReport
 
 _GOLDEN = "golden"
 RuntimeName = Literal["auto", "ort"]
@@ -73,6 +67,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Compare an engine's actions with torch's or another engine's; exit 2 if they differ."""
+    from qvla_export.pipeline.texts.verification_texts import verification_texts
     from qvla_export.pipeline.verify import Verification
     from qvla_export.pipeline.verify import verify as verify_bundle
     from qvla_export.shared.bundle import Bundle
@@ -93,47 +88,5 @@ def verify(
         report = verify_bundle(Bundle.load(bundle), request, on_progress)
     if output is not None:
         write_json(output, report.to_json())
-    if as_json:
-        print_json(report.to_json())
-    else:
-        _say(report)
+    print_result(report, verification_texts(report), as_json)
     report.verdict.require_passed()
-
-
-def _say(report: "VerificationReport") -> None:
-    verdict = report.verdict
-    engine = verdict.engine
-    typer.echo(
-        f"{engine.runtime} ({engine.target}) against {verdict.against}, "
-        f"{verdict.drift.observations} {verdict.observations} observations"
-    )
-    rows = {
-        "engine": ("engine against its reference", verdict.drift),
-        "action": ("engine against full precision", verdict.action_error),
-        "plan": ("its reference against full precision", verdict.plan_error),
-        "floor": ("float engine against torch", verdict.float_floor),
-    }
-    shown = {name: (text, drift) for name, (text, drift) in rows.items() if drift is not None}
-    for name, (text, drift) in shown.items():
-        typer.echo(f"{name}: {text}: cosine {drift.cosine:.7f}, RMS {drift.rms:.1e}")
-    Console().print(_table({name: drift for name, (_, drift) in shown.items()}))
-    if report.latency is not None:
-        total = report.latency["summary_ms"]["total"]
-        where = f"latency on {engine.runtime}"
-        p99 = total["p99"]
-        worst = f"max {total['max']:.2f} ms" if p99 is None else f"p99 {p99:.2f} ms"
-        typer.echo(f"{where}: p50 {total['p50']:.2f} ms, {worst}")
-    if verdict.passed:
-        typer.echo(f"verified: within {verdict.thresholds.reason}")
-
-
-def _table(drifts: "dict[str, ActionDrift]") -> Table:
-    table = Table(title="|difference| of normalized actions (range 2) and in the robot's units")
-    for column in ("", "dimension", "max", "mean", "max, units", "mean, units"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, drift in drifts.items():
-        normalized = drift.max_normalized, drift.mean_normalized
-        physical = drift.max_physical, drift.mean_physical
-        for i, figures in enumerate(zip(*normalized, *physical, strict=True)):
-            table.add_row(name if i == 0 else "", str(i), *(f"{f:.1e}" for f in figures))
-    return table

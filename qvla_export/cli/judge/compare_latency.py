@@ -1,25 +1,12 @@
 """`qvla compare-latency`: what changed between two latencies, and whether that is noise."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from qvla_export.cli.options import A_LATENCY, JsonOption
-from qvla_export.cli.progress import print_json
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from jetson.latency.regression import LatencyChange
-
-_TWO_RUNS = (
-    "note: the intervals know what varies within a run, not from run to run; to be sure, profile "
-    "both in one run and compare its pairs: qvla profile OLD NEW --output RUN.json"
-)
-# Wide enough wherever nobody looks at a terminal.
-_TABLE_WIDTH = 120
+from qvla_export.cli.progress import WIDE, print_json, print_texts
 
 
 def compare_latency(
@@ -44,6 +31,7 @@ def compare_latency(
     as_json: JsonOption = False,
 ) -> None:
     """Compare latencies with bootstrap intervals; exit 2 if the total is slower than tolerated."""
+    from jetson.latency.latency_texts import change_texts
     from qvla_export.pipeline.compare_latency import compare_latency_files
     from qvla_export.shared.artifacts import write_json
 
@@ -56,17 +44,6 @@ def compare_latency(
     if as_json:
         print_json(content)
     else:
-        _print(changes, two_runs=changed is not None)
+        print_texts(change_texts(changes, two_runs=changed is not None), WIDE)
     for change in changes:
         change.require_not_slower()
-
-
-def _print(changes: "Iterable[LatencyChange]", two_runs: bool) -> None:
-    from qvla_export.cli.judge.latency_tables import change_table
-
-    for change in changes:
-        Console(width=_TABLE_WIDTH).print(change_table(change))
-        for note in change.notes:
-            typer.echo(f"note: {note}")
-    if two_runs:
-        typer.echo(_TWO_RUNS)

@@ -1,10 +1,9 @@
 """`qvla evaluate`: a policy in closed loop."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,10 +17,7 @@ from qvla_export.cli.options import (
     UnnormKeyOption,
     WorkersOption,
 )
-from qvla_export.cli.progress import progress_shown
-
-if TYPE_CHECKING:
-    from calibration.benchmarks.evaluation import Evaluation
+from qvla_export.cli.progress import print_texts, progress_shown
 
 
 def evaluate(
@@ -89,6 +85,7 @@ def evaluate(
 ) -> None:
     """Run closed-loop episodes in the simulator; success with its Wilson 95 % interval."""
     from calibration.benchmarks.evaluation import RolloutConfig, load_evaluation, parse_control
+    from calibration.benchmarks.evaluation_lines import evaluation_lines
     from qvla_export.pipeline.calibrate import chosen_tasks
     from qvla_export.pipeline.evaluate import evaluate_policy
     from qvla_export.pipeline.paired_evaluations import pair_evaluations
@@ -118,24 +115,6 @@ def evaluate(
         beside = {} if pair is None else {"against": asdict(pair)}
         typer.echo(json.dumps({**json.loads(output.read_text()), **beside}))
         return
-    for line in _lines(evaluation, output):
-        typer.echo(line)
+    print_texts(evaluation_lines(evaluation, output))
     if pair is not None:
         typer.echo(f"against {against}: {pair}")
-
-
-def _lines(evaluation: "Evaluation", output: Path) -> Iterator[str]:
-    for task in evaluation.config.tasks:
-        yield f"  {task}: {evaluation.success(task):.0%}"
-    for name, share in evaluation.success_by_shift().items():
-        yield f"  {name}: {share:.0%}"
-    low, high = evaluation.interval()
-    yield (
-        f"success {evaluation.success():.1%} [{low:.1%}, {high:.1%}] of "
-        f"{len(evaluation.results)} episodes, {evaluation.solved_per_hour():.0f} solved an hour "
-        f"of motion -> {output}"
-    )
-    if (taken := evaluation.infer_ms()) is not None:
-        yield f"  thinking took {taken[0]:.1f} ms, 99 % within {taken[1]:.1f} ms"
-    if (motion := evaluation.motion()) is not None:
-        yield f"  {motion}"

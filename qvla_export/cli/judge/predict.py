@@ -1,16 +1,13 @@
 """`qvla predict`: an action's milliseconds from a roofline of the target."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from qvla_export.cli.options import A_BUNDLE, JsonOption, RatesOption
-from qvla_export.cli.progress import print_json
+from qvla_export.cli.progress import print_result
 from qvla_export.shared.errors import QvlaError
-
-if TYPE_CHECKING:
-    from qvla_export.pipeline.predict import PredictedAction
 
 
 def predict(
@@ -62,23 +59,4 @@ def predict(
     report = predict_action(subject, device)
     if output is not None:
         report.save(output)
-    if as_json:
-        print_json(report.to_json())
-        return
-    typer.echo(f"predicted, not measured: {report.subject}")
-    for row in report.rows:
-        typer.echo(_line(row))
-    typer.echo(f"rates: {report.rates}")
-
-
-def _line(row: "PredictedAction") -> str:
-    parts = ", ".join(f"{name} {_digits(ms)}" for name, ms in row.parts_ms.items())
-    return (
-        f"{row.power_mode:>6} {row.weights:>5}: predicted {_digits(row.ms)} ms "
-        f"[{_digits(row.low_ms)}, {_digits(row.high_ms)}] = {parts}"
-    )
-
-
-def _digits(ms: float) -> str:
-    """Return three digits of small numbers: a small policy takes less than a millisecond."""
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+    print_result(report, report.lines(), as_json)

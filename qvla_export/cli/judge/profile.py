@@ -1,10 +1,9 @@
 """`qvla profile`: what an action takes, span by span."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from qvla_export.cli.options import (
     A_BUNDLE_OR_SERVER,
@@ -13,13 +12,7 @@ from qvla_export.cli.options import (
     ThreadsOption,
     WeightsOption,
 )
-from qvla_export.cli.progress import print_json, progress_shown
-
-if TYPE_CHECKING:
-    from jetson.latency.comparison import LatencyComparison
-
-# Wide enough wherever nobody looks at a terminal.
-_TABLE_WIDTH = 120
+from qvla_export.cli.progress import WIDE, print_result, progress_shown
 
 
 def profile(
@@ -69,6 +62,7 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Measure decode, preprocess, engine, postprocess and encode, policies interleaved."""
+    from jetson.latency.latency_texts import profile_texts
     from qvla_export.pipeline.policy_source import PolicySource
     from qvla_export.pipeline.profile import ProfileRequest, profile_policies
     from qvla_export.shared.latency_statistics import Deadline
@@ -87,24 +81,6 @@ def profile(
     )
     with progress_shown() as on_progress:
         comparison = profile_policies(request, output, on_progress)
-    if as_json:
-        print_json(comparison.to_json())
-    else:
-        _print(comparison)
+    print_result(comparison, profile_texts(comparison), as_json, WIDE)
     if output is not None:
         typer.echo(f"latency: {output}", err=as_json)
-
-
-def _print(comparison: "LatencyComparison") -> None:
-    from jetson.doctor.examination import slow_settings
-    from qvla_export.cli.judge.latency_tables import layer_heading, layer_tables, profile_tables
-
-    console = Console(width=_TABLE_WIDTH)
-    for table in profile_tables(comparison):
-        console.print(table)
-    for name, times in comparison.layers.items():
-        typer.echo(layer_heading(name, times))
-        for table in layer_tables(times):
-            console.print(table)
-    if slow := slow_settings(comparison.profiles[0].board_before):
-        typer.echo(f"slower than it could be, see qvla doctor: {slow}")

@@ -1,8 +1,7 @@
 """`qvla baseline`: another library's quantization of the same policy, judged like our own."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,10 +18,7 @@ from qvla_export.cli.options import (
     UnnormKeyOption,
     WorkersOption,
 )
-from qvla_export.cli.progress import progress_shown
-
-if TYPE_CHECKING:
-    from qvla_export.pipeline.baseline import BaselineVerdict
+from qvla_export.cli.progress import print_result, progress_shown
 
 _METHOD = "max, smoothquant or awq (modelopt), gptq (llm-compressor), auto-round."
 _INPUTS = "Of layers' inputs: 8 or 4 for max, 8 for smoothquant; left out: float."
@@ -71,22 +67,4 @@ def baseline(
             workers,
             on_progress,
         )
-    typer.echo(json.dumps(verdict.to_json(), indent=1) if as_json else _lines(verdict))
-
-
-def _lines(verdict: "BaselineVerdict") -> str:
-    baseline, error, evaluation = verdict.baseline, verdict.error, verdict.evaluation
-    libraries = ", ".join(f"{name} {version}" for name, version in baseline.libraries.items())
-    lines = [
-        f"{baseline.request.setting}: held-out action error {error.rms:.4f} RMS on "
-        f"{error.held_out} observations; {baseline.mean_bits_per_channel:.2f} mean bits per "
-        f"channel, {baseline.stored_bits_per_weight:.2f} stored, {baseline.weight_bytes} bytes; "
-        f"{baseline.seconds:.1f} s of {libraries}"
-    ]
-    if evaluation is not None:
-        low, high = evaluation.interval()
-        lines.append(
-            f"success {evaluation.success():.1%} [{low:.1%}, {high:.1%}] of "
-            f"{len(evaluation.results)} episodes"
-        )
-    return "\n".join([*lines, f"baseline: {verdict.folder}"])
+    print_result(verdict, verdict.lines(), as_json)

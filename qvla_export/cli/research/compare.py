@@ -21,7 +21,7 @@ from qvla_export.cli.options import (
     with_columns,
 )
 from qvla_export.cli.progress import progress_shown
-from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
+from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions, open_dataset
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
@@ -86,7 +86,6 @@ def compare(
     from qvla_export.pipeline.calibrate import chosen_tasks
     from qvla_export.pipeline.compare.compare import compare_contestants, write_pages
     from qvla_export.pipeline.compare.job import ComparisonJob
-    from qvla_export.pipeline.data_source import open_dataset
     from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
 
     first = WITH_EPISODES if episodes_for is None else _listed(episodes_for)

@@ -15,7 +15,7 @@ from qvla_export.pipeline.policy_source import open_checkpoint
 from qvla_export.pipeline.progress import OnProgress, bar, ignore
 from qvla_export.shared.artifacts import versions, write_bytes, write_json
 from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.html_table import html_table
+from qvla_export.shared.tables.html_table import html_table
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,6 @@ from small_latency_models import SMALL, model_of, small_sensitivities
 
 from engines.targets import ORIN_JP7
 from qvla_export.allocation.setting import parse_setting
-from qvla_export.cli.judge.predict import _line
 from qvla_export.latency_model.network_shape import network_of
 from qvla_export.pipeline.predict import PredictedAction
 from qvla_export.pipeline.run_folder import RunFolder
@@ -100,7 +99,7 @@ def test_sensitivities_of_other_scales_are_refused(run: RunFolder) -> None:
 
 @pytest.mark.parametrize(("ms", "shown"), [(0.0042, "0.0042"), (0.437, "0.437"), (839.41, "839")])
 def test_small_predictions_keep_their_digits(ms: float, shown: str) -> None:
-    line = _line(PredictedAction("MAXN", "plan", ms, ms / 2, ms * 2, {"decoder": ms}))
+    line = str(PredictedAction("MAXN", "plan", ms, ms / 2, ms * 2, {"decoder": ms}))
     assert f"predicted {shown} ms [" in line and line.endswith(f"decoder {shown}")
 
 

@@ -5,11 +5,13 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
 from command_runs import Inputs, Outcome
 from rich.console import Console
 
-from qvla_export.cli.progress import _Lines, progress_shown
+from qvla_export.cli.progress import _Lines, print_texts, progress_shown
 from qvla_export.pipeline.progress import NumberedSteps, Progress, bar, finish
+from qvla_export.shared.tables.text_table import TextTable
 
 STEPS = [
     "calibration",
@@ -120,3 +122,17 @@ def test_a_terminal_sees_bars_and_a_silent_process_nothing() -> None:
     with progress_shown(Console(file=nothing), silent=True) as on_progress:
         finish(on_progress, "report", kept=True)
     assert not nothing.getvalue()
+
+
+def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    table = TextTable(
+        ("name", "what", "ms"), (("[red]w4[/]", ":smile:", "1.0 [0.9, 1.1]"),), "of [x]"
+    )
+    print_texts(["before [bold]", table.with_rows([*table.rows, ("w", "x" * 90, "")])], width=60)
+    shown = capsys.readouterr().out
+    first, title, *_ = shown.splitlines()
+    assert first == "before [bold]" and title.strip() == "of [x]"
+    for text in ("[red]w4[/]", ":smile:", "1.0 [0.9, 1.1]"):
+        assert text in shown
+    # What does not fit goes on in the next line; nothing is cut.
+    assert shown.count("x") == 90 + 1

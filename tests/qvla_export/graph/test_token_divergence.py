@@ -15,7 +15,7 @@ from scipy.stats import entropy
 from engines.targets import CPU
 from qvla_export.graph.golden import token_divergence
 from qvla_export.pipeline.deployment.rows import DeployedSetting
-from qvla_export.pipeline.deployment.stage_lines import setting_cells
+from qvla_export.pipeline.texts.stage_texts import setting_cells
 from qvla_export.policies.base import Policy
 from qvla_export.policies.families import load_policy
 from qvla_export.policies.layers import fake_quantized, layer_shapes

@@ -1,16 +1,47 @@
-"""What a stage says when it has ended, in lines for a terminal."""
+"""What a stage, or a whole deployment, says when it has ended, for a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from qvla_export.pipeline.deploy import DeploymentResult
 from qvla_export.pipeline.deployment.rows import DeployedSetting
+from qvla_export.pipeline.recommend.sentences import recommendation_lines
+from qvla_export.sensitivity.agreement import Agreement
 from qvla_export.sensitivity.sensitivities import Sensitivities
+from qvla_export.shared.tables.text_table import TextTable
 
 
-def sensitivity_lines(measured: Sensitivities, path: Path) -> list[str]:
-    """Return what was measured how, and how certain it is where the method says."""
-    lines = [f"sensitivities: {_described(measured)} -> {path}"]
-    return lines if measured.standard_error is None else [*lines, _standard_error(measured)]
+def deployment_texts(result: DeploymentResult, target: str) -> Iterator[str | TextTable]:
+    """Yield what came of a deployment for a target: figures, recommendation and report."""
+    compared = result.agreement
+    if compared is not None:
+        yield (
+            f"sensitivities: Spearman {compared.spearman:.4f} with exact, at "
+            f"{compared.time_ratio:.4f} of its time"
+        )
+    if not result.native:
+        yield (
+            f"this machine cannot run engines for {target}: its graphs are judged on ONNX "
+            "Runtime, latency is not measured"
+        )
+    columns, rows = setting_cells(result.rows)
+    yield TextTable(columns, tuple(rows), title="float against quantized")
+    yield from recommendation_lines(result.recommendation)
+    yield f"report: {result.report}"
+
+
+def sensitivity_lines(
+    measured: Sensitivities, path: Path, compared: Agreement | None, agreement_path: Path
+) -> Iterator[str]:
+    """Yield what was measured how, how certain it is, and how it agrees with exact measurement."""
+    yield f"sensitivities: {_described(measured)} -> {path}"
+    if measured.standard_error is not None:
+        yield _standard_error(measured)
+    if compared is not None:
+        yield (
+            f"agreement with exact: Spearman {compared.spearman:.4f} on {len(compared.pairs)} "
+            f"pairs, time ratio {compared.time_ratio:.5f} -> {agreement_path}"
+        )
 
 
 def setting_cells(

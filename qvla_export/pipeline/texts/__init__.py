@@ -1,0 +1,1 @@
+"""What results say at a terminal: lines and tables; `cli` prints them."""

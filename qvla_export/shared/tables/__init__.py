@@ -1,0 +1,1 @@
+"""Tables of texts: for a terminal, for a notebook."""
