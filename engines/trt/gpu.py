@@ -61,11 +61,15 @@ def read_power_mode(root: Path = Path("/")) -> str | None:
 def read_power_modes(root: Path = Path("/")) -> dict[int, str]:
     """Return the names of a Jetson's power modes by number; none elsewhere."""
     try:
-        listed = _MODE.findall((root / "etc/nvpmodel.conf").read_text(errors="replace"))
+        return power_modes_of((root / "etc/nvpmodel.conf").read_text(errors="replace"))
     except OSError:
         return {}
+
+
+def power_modes_of(text: str) -> dict[int, str]:
+    """Return the names of the power modes that a configuration of nvpmodel lists, by number."""
     read = {}
-    for attributes in listed:
+    for attributes in _MODE.findall(text):
         number, name = _MODE_ID.search(attributes), _MODE_NAME.search(attributes)
         if number is not None and name is not None:
             read[int(number[1])] = name[1]

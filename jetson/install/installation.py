@@ -84,7 +84,7 @@ def install(store: Store, request: InstallRequest) -> Installed:
     if release.target != target:
         raise _wrong_target(release.name, release.target, target)
     require_runtime(release, importlib.metadata.version("qvla"))
-    write_json(store.robot, {"format": _ROBOT_FORMAT, "repository": place, "target": target})
+    remember(store, place, target)
     digest = release.digest
     if not store.release(digest).is_dir():
         absent = [file for file in release.files if not has_blob(store, file)]
@@ -96,6 +96,11 @@ def install(store: Store, request: InstallRequest) -> Installed:
     with store.switching():
         StoreState.load(store).matched(store)
     return _installed(release, fetched)
+
+
+def remember(store: Store, repository: str, target: str) -> None:
+    """Write down what a robot is and where it gets releases; an empty place has to be given yet."""
+    write_json(store.robot, {"format": _ROBOT_FORMAT, "repository": repository, "target": target})
 
 
 def choose(catalogue: Catalogue, target: str, wanted: str | None = None) -> VouchedFile:

@@ -1,0 +1,1 @@
+"""What a Jetson is flashed with: an overlay on NVIDIA's BSP, and the commands that flash it."""

@@ -1,0 +1,348 @@
+"""The step that lays an overlay on a BSP: what a flashed robot is to be, from its first boot on."""
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engines.targets import CPU
+from engines.trt.gpu import power_modes_of
+from engines.trt.modules import admits
+from jetson.install.garbage import collect
+from jetson.install.installation import Installed, InstallRequest, install, remember
+from jetson.install.release import RefusedRelease
+from jetson.install.store import DEFAULT, NoSpace, Store
+from jetson.install.units import UnitSettings, unit_files
+from qvla_export.pipeline.flash.bsp import FLASH_TOOL, Bsp
+from qvla_export.pipeline.flash.overlay import (
+    Entry,
+    LaidFile,
+    Overlay,
+    files_put_aside,
+    lay,
+    look,
+    require_inside,
+    take_back,
+)
+from qvla_export.pipeline.flash.refusal import FlashRefused
+from qvla_export.pipeline.flash.storage import Storage, find_storage, require_room
+from qvla_export.pipeline.progress import OnProgress, Progress, ignore
+from qvla_export.pipeline.runtime.robot_runtime import FORMAT as RUNTIME_FORMAT
+from qvla_export.shared.artifacts import read_json, sha256_file
+
+RUNTIME, PROGRAM = "opt/qvla/qvla.pex", "usr/local/bin/qvla"
+_UNITS, _ACCOUNT = "etc/systemd/system", "usr/lib/sysusers.d/qvla.conf"
+_SPARE_SHARE = 1.1
+_STARTED = ("qvla-first-boot.service", "qvla-clocks.service", "qvla-serve.service")
+_TIMER = "qvla-update.timer"
+
+
+@dataclass(frozen=True)
+class PrepareRequest:
+    """What a BSP is prepared with, and for."""
+
+    bsp: Path
+    # Folder of the repository, and the root that robots are to trust.
+    repository: Path
+    root: Path
+    # As `qvla runtime build` made it, its .json beside it.
+    runtime: Path
+    board: str = "jetson-agx-orin-devkit"
+    storage: str = "nvme0n1p1"
+    rootfs_ab: bool = False
+    # Size of the system's partition, GiB; None for the layout's.
+    app_gib: int | None = None
+    # Name, or start of the digest; None for the newest of the target.
+    release: str | None = None
+    # None for the one of the BSP's JetPack.
+    target: str | None = None
+    # URL that the robot pulls newer releases from; None for none.
+    pull_from: str | None = None
+    # nvpmodel's mode, set at the first boot; None leaves it.
+    power_mode: int | None = None
+    port: int = 8000
+    # Account that serves; made at the first boot.
+    user: str = "qvla"
+
+
+@dataclass(frozen=True)
+class PreparedBsp:
+    """A BSP that is ready to be flashed."""
+
+    overlay: Overlay
+    jetpack: str
+    storage: Storage
+    # Paths that this preparation changed: none where all was so already.
+    changed: tuple[str, ...]
+    # What whoever flashes should know.
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        overlay = asdict(self.overlay)
+        return {"jetpack": self.jetpack, "storage": asdict(self.storage), "overlay": overlay} | {
+            "changed": list(self.changed),
+            "notes": list(self.notes),
+        }
+
+    def lines(self) -> list[str]:
+        """Return what people want to know of it."""
+        one = self.overlay
+        return [
+            f"{one.board}, Jetson Linux {one.l4t} (JetPack {self.jetpack}), {one.device} by "
+            f"{self.storage.layout}{', two systems (A/B)' if one.rootfs_ab else ''}",
+            f"release {one.release_name} {one.release[:16]} for {one.target}, runtime "
+            f"{one.runtime[:16]}",
+            f"{len(one.files)} paths of the rootfs are the overlay's, {len(one.replaced)} files of "
+            f"before are put aside; {len(self.changed)} changed now",
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+
+def prepare_bsp(request: PrepareRequest, on_progress: OnProgress = ignore) -> PreparedBsp:
+    """Check a BSP and lay runtime, units, trusted keys and release on its root file system.
+
+    Doing it again changes nothing. What does not fit is refused before anything is written; of
+    the release it is known only when it is fetched, and the same call goes on.
+
+    Raises:
+        FlashRefused: by its name, with the remedy.
+        RefusedRelease: the repository is not what the keys vouch for.
+    """
+    on_progress(Progress("checks"))
+    bsp = Bsp.read(request.bsp.absolute())
+    bsp.require_board(request.board)
+    bsp.require_tool(FLASH_TOOL, "unpack the BSP again")
+    storage = find_storage(bsp, request.storage, request.rootfs_ab)
+    target = request.target or bsp.target
+    runtime, notes = _require_runtime(request.runtime, bsp, target)
+    _require_power_mode(bsp, request.power_mode)
+    _require_free(bsp.rootfs, request.runtime.stat().st_size)
+    require_room(storage, _bytes_below(bsp.rootfs), request.app_gib)
+    before = Overlay.load(bsp.root)
+    place = bsp.rootfs / DEFAULT.relative_to("/")
+    if before is None and os.path.lexists(place):
+        raise FlashRefused(
+            "foreign file",
+            f"{place} is there and not of an overlay; remove it, or prepare a new rootfs",
+        )
+    entries = list(_entries(request, bsp))
+    overlay = Overlay(
+        bsp.l4t, request.board, storage.device, storage.rootfs_ab, request.app_gib, target, "", "",
+        runtime,
+    )  # fmt: skip
+    _leave(bsp, before, {entry.path for entry in entries})
+    _save_intent(bsp, overlay, before, entries)
+    on_progress(Progress("overlay"))
+    laid = lay(bsp.root, bsp.rootfs, entries, before)
+    on_progress(Progress("release"))
+    installed = _install(request, bsp, target)
+    files, folders = _store_files(bsp)
+    overlay = replace(
+        overlay,
+        release=installed.digest,
+        release_name=installed.name,
+        files=(*(entry.laid() for entry in entries), *files),
+        folders=tuple(dict.fromkeys((*laid.folders, *folders))),
+        replaced=files_put_aside(bsp.root),
+    )
+    overlay.save(bsp.root)
+    require_room(storage, _bytes_below(bsp.rootfs), request.app_gib)
+    changed = (*laid.changed, *_changed(files, before))
+    return PreparedBsp(overlay, bsp.jetpack, storage, changed, (*notes, *_notes(bsp)))
+
+
+def take_overlay_back(root: Path) -> Overlay:
+    """Let a BSP's root file system be what it was before it was prepared.
+
+    Raises:
+        FlashRefused: there is no overlay, or somebody changed it since.
+    """
+    bsp = Bsp.read(root.absolute())
+    overlay = Overlay.load(bsp.root)
+    if overlay is None:
+        raise FlashRefused("no overlay", f"nothing was put on {bsp.rootfs}; qvla flash prepare")
+    take_back(bsp.root, bsp.rootfs, overlay)
+    return overlay
+
+
+def _entries(request: PrepareRequest, bsp: Bsp) -> Iterator[Entry]:
+    """Yield what is to be on the root file system beside the store."""
+    yield Entry(RUNTIME, mode=0o755, source=request.runtime)
+    yield Entry(PROGRAM, "link", to=f"/{RUNTIME}")
+    settings = UnitSettings(
+        Path("/", PROGRAM), DEFAULT, request.user, request.port, (), request.power_mode
+    )
+    for name, text in unit_files(settings).items():
+        yield Entry(f"{_UNITS}/{name}", data=text.encode())
+    for name in _STARTED:
+        yield Entry(f"{_UNITS}/multi-user.target.wants/{name}", "link", to=f"/{_UNITS}/{name}")
+    if request.pull_from is not None:
+        yield Entry(f"{_UNITS}/timers.target.wants/{_TIMER}", "link", to=f"/{_UNITS}/{_TIMER}")
+    user, store = settings.user, settings.store
+    # sysusers.d(5): the account, and the groups whose devices it opens.
+    account = f'u {user} - "Actions of a QVLA policy" {store}\nm {user} video\nm {user} render\n'
+    yield Entry(_ACCOUNT, data=account.encode())
+    drop_in = f"[Service]\nExecStartPre=/usr/bin/systemd-sysusers /{_ACCOUNT}\n"
+    yield Entry(f"{_UNITS}/qvla-first-boot.service.d/account.conf", data=drop_in.encode())
+    # Images are cloned: each robot makes itself an identity at its first boot (machine-id(5)).
+    yield Entry("etc/machine-id", mode=0o444)
+    for path in sorted((bsp.rootfs / "etc/ssh").glob("ssh_host_*_key*")):
+        yield Entry(str(path.relative_to(bsp.rootfs)), "absent")
+    before = Overlay.load(bsp.root)
+    for one in before.files if before else ():
+        if one.kind == "absent" and not os.path.lexists(bsp.rootfs / one.path):
+            yield Entry(one.path, "absent")
+
+
+def _require_runtime(path: Path, bsp: Bsp, target: str) -> tuple[str, tuple[str, ...]]:
+    """Return a runtime's digest and what is to be said of it.
+
+    Raises:
+        FlashRefused: it is for another JetPack, is not the one described beside it, or cannot run
+            the target's bundles.
+    """
+    described = path.with_suffix(".json")
+    value: Any = read_json(described, "description of the runtime")
+    if not isinstance(value, dict) or value.get("format") != RUNTIME_FORMAT:
+        raise FlashRefused(
+            "wrong runtime", f"{described} describes no runtime; qvla runtime build makes both"
+        )
+    build = f"qvla runtime build --jetpack {bsp.jetpack}"
+    if value.get("system") != f"JetPack {bsp.jetpack}":
+        raise FlashRefused(
+            "wrong runtime",
+            f"{path} is for {value.get('system')!r:.40}, the BSP is JetPack {bsp.jetpack} (Jetson "
+            f"Linux {bsp.l4t}); {build}",
+        )
+    if (digest := sha256_file(path)) != value.get("sha256"):
+        raise FlashRefused("wrong runtime", f"{path} is not what {described} describes; {build}")
+    packages = value.get("packages")
+    onnxruntime = packages.get("onnxruntime") if isinstance(packages, dict) else None
+    if target == CPU.name and not (onnxruntime and admits(CPU.runtime_versions, str(onnxruntime))):
+        raise FlashRefused(
+            "wrong jetpack",
+            f"bundles for {CPU.name} need ONNX Runtime {CPU.runtime_versions}, this runtime has "
+            f"{onnxruntime}; take a release for {bsp.target}, or a runtime with a newer --python",
+        )
+    if target not in (CPU.name, bsp.target):
+        raise FlashRefused(
+            "wrong jetpack",
+            f"releases for {target} do not run on JetPack {bsp.jetpack} (Jetson Linux {bsp.l4t}), "
+            f"whose target is {bsp.target}; export and release for it, or take another BSP",
+        )
+    own = value.get("own_python_sha256")
+    return digest, () if own is None else (
+        f"the runtime wants a Python {value.get('python')} of its own on the robot (archive "
+        f"{str(own)[:16]}): put it into the rootfs too",
+    )
+
+
+def _require_power_mode(bsp: Bsp, mode: int | None) -> None:
+    texts = [p.read_text(errors="replace") for p in bsp.rootfs.glob("etc/nvpmodel/*p3701*.conf")]
+    known = {number: name for text in texts for number, name in power_modes_of(text).items()}
+    if mode is not None and known and mode not in known:
+        raise FlashRefused(
+            "wrong power mode", f"nvpmodel has no mode {mode} on an AGX Orin; it has {known}"
+        )
+
+
+def _require_free(rootfs: Path, nbytes: int) -> None:
+    disk = os.statvfs(rootfs)
+    free = disk.f_bavail * disk.f_frsize
+    if free < nbytes * _SPARE_SHARE:
+        raise FlashRefused(
+            "no space",
+            f"the runtime needs {nbytes / 1e6:.1f} MB on the disk of {rootfs}, {free / 1e6:.1f} MB "
+            "are free; make room there",
+        )
+
+
+def _leave(bsp: Bsp, before: Overlay | None, wanted: set[str]) -> None:
+    """Remove what an earlier preparation put there and this one does not want."""
+    store = str(DEFAULT.relative_to("/"))
+    for one in before.files if before else ():
+        if one.path not in wanted and one.kind != "absent" and not one.path.startswith(store):
+            require_inside(bsp.rootfs, one.path).unlink(missing_ok=True)
+
+
+def _save_intent(bsp: Bsp, overlay: Overlay, before: Overlay | None, entries: list[Entry]) -> None:
+    """Write down what will be ours before it is there: an interrupted preparation is known."""
+    ours = {one.path for one in before.files} if before else set[str]()
+    fresh = [e.laid() for e in entries if look(bsp.rootfs, e.path).kind == "absent"]
+    files = {one.path: one for one in (*(before.files if before else ()), *fresh)}
+    if before is None or set(files) - ours:
+        parents = {str(folder) for e in entries for folder in list(Path(e.path).parents)[:-1]}
+        new = sorted(one for one in parents if not (bsp.rootfs / one).is_dir())
+        folders = tuple(dict.fromkeys((*(before.folders if before else ()), *new)))
+        replaced = files_put_aside(bsp.root)
+        replace(
+            before or overlay, files=tuple(files.values()), folders=folders, replaced=replaced
+        ).save(bsp.root)
+
+
+def _install(request: PrepareRequest, bsp: Bsp, target: str) -> Installed:
+    """Bring the release into the robot's store as the robot would, checked against its keys."""
+    place = require_inside(bsp.rootfs, str(DEFAULT.relative_to("/")))
+    store = Store(place)
+    wanted = InstallRequest(
+        str(request.repository.absolute()), target, request.root, request.release
+    )
+    try:
+        with store.open():
+            installed = install(store, wanted)
+            # Robots look for newer ones elsewhere than on this machine.
+            remember(store, request.pull_from or "", target)
+            collect(store, 0, "")
+    except NoSpace as error:
+        raise FlashRefused("no space", str(error)) from None
+    except RefusedRelease as error:
+        if error.reason != "wrong target":
+            raise
+        raise FlashRefused(
+            "wrong jetpack",
+            f"{error}. The BSP is Jetson Linux {bsp.l4t} (JetPack {bsp.jetpack}): take the BSP of "
+            f"the release's JetPack, or a release for {target}",
+        ) from None
+    return installed
+
+
+def _store_files(bsp: Bsp) -> tuple[tuple[LaidFile, ...], tuple[str, ...]]:
+    """Return the files and folders of the store on the root file system."""
+    store = bsp.rootfs / DEFAULT.relative_to("/")
+    names = sorted(str(path.relative_to(bsp.rootfs)) for path in (store, *store.rglob("*")))
+    looked = [look(bsp.rootfs, name) for name in names]
+    return (
+        tuple(one for one in looked if one.kind != "folder"),
+        tuple(one.path for one in looked if one.kind == "folder"),
+    )
+
+
+def _changed(files: tuple[LaidFile, ...], before: Overlay | None) -> tuple[str, ...]:
+    known = {one.path: one for one in (before.files if before else ())}
+    return tuple(one.path for one in files if known.get(one.path) != one)
+
+
+def _notes(bsp: Bsp) -> Iterator[str]:
+    """Yield what does not keep from flashing and is a surprise afterwards."""
+    accounts = (line.split(":") for line in (bsp.rootfs / "etc/passwd").read_text().splitlines())
+    people = [a[0] for a in accounts if len(a) > 2 and a[2].isdigit() and 1000 <= int(a[2]) < 60000]
+    if not people:
+        yield (
+            "the rootfs has no account to log in: the first boot asks for one on a screen and the "
+            f"robot waits; cd {bsp.root} && sudo tools/l4t_create_default_user.sh -u NAME -p "
+            "PASSWORD -n ROBOT --accept-license"
+        )
+
+
+def _bytes_below(folder: Path) -> int:
+    """Return the bytes of all files below a folder, those of several names once."""
+    seen: dict[tuple[int, int], int] = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            found = Path(root, name).lstat()
+            if stat.S_ISREG(found.st_mode):
+                seen[found.st_dev, found.st_ino] = found.st_size
+    return sum(seen.values())
