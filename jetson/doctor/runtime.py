@@ -16,7 +16,7 @@ _JETPACK_PYTHONS = {"36": (3, 10), "38": (3, 12), "39": (3, 12)}
 _PYTHON = Check("Python", "runtimes are published for some versions of Python only")
 _ORT = Check("ONNX Runtime", "older versions cannot read the bundle's operators")
 _TENSORRT = Check("TensorRT", "engines are built and run by the target's own versions only")
-_BINDINGS = Check("CUDA bindings", "engines reach the GPU's memory through pycuda", "pycuda")
+_BINDINGS = Check("CUDA bindings", "engines reach the GPU's memory through them", "cuda-bindings")
 _GPU = Check("GPU", "a bundle's kernels exist for its target's GPU only")
 _ENGINES = Check("engines", "an engine loads only where it was built", "built here")
 _ENGINE_VERSION = Check("engines' TensorRT", "versions do not read each other's engines")
@@ -114,10 +114,10 @@ def check_bindings(machine: Machine, facts: BundleFacts | None) -> BoardFinding:
         return _BINDINGS.inapplicable(_no_engine(facts))
     if facts.is_for_another(machine.board):
         return _BINDINGS.inapplicable(NO_ORIN)
-    version = machine.packages.get("pycuda")
-    if version is None:
-        return _BINDINGS.error("not installed", "pip install pycuda")
-    return _BINDINGS.ok(f"pycuda {version}")
+    for package in ("cuda-bindings", "pycuda"):
+        if (version := machine.packages.get(package)) is not None:
+            return _BINDINGS.ok(f"{package} {version}")
+    return _BINDINGS.error("not installed", "pip install 'cuda-bindings<13'")
 
 
 def check_gpu(machine: Machine, facts: BundleFacts | None) -> BoardFinding:

@@ -34,6 +34,8 @@ from qvla_export.shared.errors import QvlaError
 
 FORMAT = "qvla-runtime-1"
 _SUFFIX = ".pex"
+# What TensorRT's memory goes through.
+_EXTRA = "device"
 CHECKOUT = Path(__file__).resolve().parents[3]
 
 
@@ -125,7 +127,7 @@ def build_runtime(request: RuntimeRequest, on_progress: OnProgress = ignore) -> 
             on_progress(Progress("lock"))
             constraints = request.source / CONSTRAINTS
             named = constraints if constraints.is_file() else None
-            write_lock(requirements(own), named, system, lock)
+            write_lock(requirements(own, _EXTRA), named, system, lock)
         else:
             write_bytes(lock, request.lock.read_bytes())
         packages = read_lock(lock)
@@ -202,10 +204,10 @@ def notes_on(system: RobotSystem, packages: dict[str, str]) -> tuple[str, ...]:
             f"{CPU.runtime_versions}, Python {system.python} has {onnxruntime} at most; give a "
             "newer Python with --python"
         )
-    if "pycuda" not in packages:
+    if "cuda-bindings" not in packages:
         notes.append(
-            "TensorRT engines need pycuda in the robot's own Python, which is compiled there: it "
-            "has no wheels"
+            "TensorRT engines need cuda-bindings or pycuda in the robot's own Python; make the "
+            "lock again, without --lock"
         )
     return tuple(notes)
 

@@ -44,13 +44,13 @@ def build_own_wheel(source: Path, folder: Path) -> Path:
     return wheel
 
 
-def requirements(wheel: Path) -> str:
-    """Return what a wheel needs without extras, one requirement a line."""
+def requirements(wheel: Path, extra: str) -> str:
+    """Return what a wheel needs with one of its extras and no other, one requirement a line."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = email.message_from_bytes(archive.read(name))
-    needed = metadata.get_all("Requires-Dist") or []
-    return "".join(f"{one}\n" for one in needed if "extra ==" not in one)
+    needed = (one.partition("; extra == ") for one in metadata.get_all("Requires-Dist") or [])
+    return "".join(f"{one}\n" for one, _, of in needed if of.strip("\"'") in ("", extra))
 
 
 def write_lock(needed: str, constraints: Path | None, system: RobotSystem, lock: Path) -> None:

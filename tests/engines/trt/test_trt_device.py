@@ -1,4 +1,4 @@
-"""The real device seam, on a pycuda and a driver that keep the rules of theirs.
+"""The device through pycuda, on one and a driver that keep the rules of theirs.
 
 pycuda frees an object only where its context is current; anywhere else it leaks with a warning.
 """
@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.trt.device import CaptureError, DeviceError, PycudaDevice
+from engines.trt.device import CaptureError, DeviceError
+from engines.trt.devices import open_device
+from engines.trt.pycuda_device import PycudaDevice
 
 
 class Pycuda:
@@ -157,7 +159,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Pycuda:
     monkeypatch.setitem(sys.modules, "pycuda", package)
     monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
     libraries = SimpleNamespace(CDLL=lambda name: fake)
-    for module in ("gpu", "device"):
+    for module in ("gpu", "pycuda_device"):
         ctypes = sys.modules[f"engines.trt.{module}"].ctypes  # type: ignore[attr-defined]
         names = {name: getattr(ctypes, name) for name in dir(ctypes) if name != "CDLL"}
         replaced = SimpleNamespace(**names, CDLL=libraries.CDLL)
@@ -245,11 +247,19 @@ def test_failures_of_the_gpu_are_ours(cuda: Pycuda) -> None:
     assert not cuda.stack
 
 
-def test_without_a_gpu_or_pycuda(cuda: Pycuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pycuda_is_used_where_nothing_else_is(
+    cuda: Pycuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert isinstance(open_device(), PycudaDevice)
+
+
+def test_without_a_gpu_or_a_binding(cuda: Pycuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     monkeypatch.setitem(sys.modules, "pycuda", None)
     monkeypatch.delitem(sys.modules, "pycuda.driver")
-    with pytest.raises(DeviceError, match=r"needs pycuda.*pip install 'qvla\[board\]'"):
-        PycudaDevice()
+    with pytest.raises(DeviceError, match=r"needs cuda-bindings, or pycuda.*'qvla\[board\]'"):
+        open_device()
     cuda.failing = {"cuInit": 100}
     with pytest.raises(DeviceError, match=r"needs an NVIDIA GPU.*qvla verify --runtime ort"):
-        PycudaDevice()
+        open_device()

@@ -1,5 +1,6 @@
 """On an NVIDIA GPU of a target: build, load, verify and compare with ONNX Runtime."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def target_here() -> str:
             except BuildError as error:
                 reasons.append(str(error))
             else:
-                pytest.importorskip("pycuda.driver", reason="no pycuda")
+                if not any(importlib.util.find_spec(name) for name in ("cuda", "pycuda")):
+                    pytest.skip("neither cuda-bindings nor pycuda")
                 return target.name
     pytest.skip(f"no target for {gpu}: {reasons}")
 

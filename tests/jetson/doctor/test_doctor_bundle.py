@@ -107,7 +107,10 @@ def test_a_missing_driver_is_named(here: Subject) -> None:
 
 def test_a_missing_library_of_the_gpu_is_named(here: Subject) -> None:
     finding = only(findings_of(changed(here, packages={"onnxruntime": "1.32.0"})), "CUDA bindings")
-    assert finding.remedy == "pip install pycuda"
+    assert finding.remedy == "pip install 'cuda-bindings<13'"
+    for package in ("cuda-bindings", "pycuda"):
+        machine = changed(here, packages={"onnxruntime": "1.32.0", package: "12.9.10"})
+        assert "CUDA bindings" not in findings_of(machine)
 
 
 @pytest.mark.parametrize(

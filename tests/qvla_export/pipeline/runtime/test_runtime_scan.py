@@ -139,10 +139,10 @@ def test_a_python_of_ones_own_decides_the_wheels(tmp_path: Path) -> None:
 
 def test_what_a_runtime_cannot_run_is_said() -> None:
     old, new = {"onnxruntime": "1.23.2"}, {"onnxruntime": CPU.runtime_versions.removeprefix(">=")}
-    (said, pycuda) = notes_on(JETPACK_6, old)
+    (said, device) = notes_on(JETPACK_6, old)
     assert "Python 3.10 has 1.23.2 at most; give a newer Python with --python" in said
-    assert notes_on(JETPACK_7, new) == (pycuda,) and "pycuda" in pycuda
-    assert notes_on(JETPACK_7, {**new, "pycuda": "2026.1"}) == ()
+    assert notes_on(JETPACK_7, new) == (device,) and "cuda-bindings or pycuda" in device
+    assert notes_on(JETPACK_7, {**new, "cuda-bindings": "12.9.10"}) == ()
 
 
 def test_a_wrong_digest_of_ones_own_python_stops_it(
