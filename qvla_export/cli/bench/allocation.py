@@ -1,18 +1,13 @@
 """`qvla bench allocation`: time, memory and gap of the allocators at a published policy's size."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from qvla_export.cli.options import JsonOption, TargetOption
-from qvla_export.cli.progress import print_json, progress_shown
+from qvla_export.cli.progress import print_result, progress_shown
 from qvla_export.shared.artifacts import write_json
-
-if TYPE_CHECKING:
-    from qvla_export.pipeline.bench.allocation import AllocationComparison
 
 
 def allocation(
@@ -34,23 +29,4 @@ def allocation(
         compared = bench_allocation(geometry, names, bits, target, rounds, on_progress)
     if output is not None:
         write_json(output, compared.to_json())
-    if as_json:
-        print_json(compared.to_json())
-    else:
-        Console().print(_table(compared))
-
-
-def _table(compared: "AllocationComparison") -> Table:
-    table = Table(title=f"{compared.geometry}, {compared.budget}")
-    for column in ("method", "channels", "seconds, best", "worst", "peak memory", "above bound"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for figures in compared.methods:
-        table.add_row(
-            figures.method,
-            f"{figures.channels:,}",
-            f"{min(figures.seconds):.2f}",
-            f"{max(figures.seconds):.2f}",
-            f"{figures.peak_bytes / 1e6:.0f} MB",
-            f"{figures.gap:.2g}",
-        )
-    return table
+    print_result(compared, [compared.table()], as_json)

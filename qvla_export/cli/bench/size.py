@@ -1,19 +1,13 @@
 """`qvla bench size`: a policy of a published size through export, engines and one action."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from qvla_export.cli.options import JsonOption
-from qvla_export.cli.progress import print_json, progress_shown
+from qvla_export.cli.progress import print_result, progress_shown
 from qvla_export.shared.artifacts import write_json
-
-if TYPE_CHECKING:
-    from qvla_export.pipeline.bench.size import Step
 
 
 def size(
@@ -43,19 +37,4 @@ def size(
         figures = measure_real_size(request, on_progress)
     if output is not None:
         write_json(output, figures.to_json())
-    if as_json:
-        print_json(figures.to_json())
-    else:
-        Console().print(_table(figures.steps))
-
-
-def _table(steps: "Sequence[Step]") -> Table:
-    table = Table(title="real size")
-    for column in ("step", "minutes", "peak above the interpreter", "result"):
-        table.add_column(column)
-    for step in steps:
-        shown = {k: v for k, v in step.result.items() if isinstance(v, int | float)}
-        texts = [f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in shown.items()]
-        peak = f"{step.peak_bytes / 1e9:.2f} GB"
-        table.add_row(step.name, f"{step.seconds / 60:.1f}", peak, ", ".join(texts))
-    return table
+    print_result(figures, [figures.table()], as_json)

@@ -1,11 +1,9 @@
 """`qvla estimators`: ranks of all estimators against exact measurement, time, memory."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from qvla_export.cli.options import (
     A_RUN,
@@ -19,13 +17,7 @@ from qvla_export.cli.options import (
     TargetOption,
     UnnormKeyOption,
 )
-from qvla_export.cli.progress import progress_shown
-
-if TYPE_CHECKING:
-    from qvla_export.sensitivity.estimator_comparison import EstimatorComparison, OfficialTime
-
-# Wide enough wherever nobody looks at a terminal.
-_TABLE_WIDTH = 132
+from qvla_export.cli.progress import WIDEST, print_texts, progress_shown
 
 
 def estimators(
@@ -74,6 +66,7 @@ def estimators(
     from qvla_export.pipeline.estimators import EstimatorRequest, compare_estimators
     from qvla_export.pipeline.policy_source import open_checkpoint
     from qvla_export.pipeline.run_folder import RunFolder
+    from qvla_export.pipeline.texts.estimator_texts import estimator_texts
     from qvla_export.sensitivity.estimators.registry import Options
 
     torch.set_num_threads(threads)
@@ -95,34 +88,4 @@ def estimators(
     if as_json:
         typer.echo(output.read_text())
         return
-    Console(width=_TABLE_WIDTH).print(_table(comparison))
-    if comparison.official is not None:
-        typer.echo(_official_line(comparison.official))
-    typer.echo(f"{len(comparison.pairs)} pairs of {comparison.pairs_in_all} -> {output}")
-
-
-def _table(comparison: "EstimatorComparison") -> Table:
-    widths = [str(bits) for bits in comparison.question["widths"]]
-    table = Table()
-    names = ["estimator", "Spearman", *(f"{b} bits" for b in widths), "all pairs, s", "peak, MB"]
-    for name in names:
-        table.add_column(name, justify="left" if name == "estimator" else "right")
-    for row in comparison.figures:
-        by_width = [row.spearman_by_width.get(bits) for bits in widths]
-        table.add_row(
-            row.name,
-            f"{row.spearman:.4f}",
-            *("" if spearman is None else f"{spearman:.4f}" for spearman in by_width),
-            f"{row.whole_seconds:.1f}{' (scaled)' if row.scaled else ''}",
-            "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
-        )
-    return table
-
-
-def _official_line(official: "OfficialTime") -> str:
-    ours = ", ".join(f"{seconds:.1f}" for seconds in official.estimator_seconds)
-    return (
-        f"official structure {official.official_seconds:.1f} s; {official.estimator} before, amid "
-        f"and after it {ours} s: {official.ratio:.1f} times less "
-        f"({official.cpu_ratio:.1f} in CPU time)"
-    )
+    print_texts(estimator_texts(comparison, output), WIDEST)

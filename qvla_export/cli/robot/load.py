@@ -1,20 +1,12 @@
 """`qvla load`: what a server does when requests come at their own times, not at its own."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from qvla_export.cli.options import A_FILE, A_RECORDING, JsonOption
-from qvla_export.cli.progress import print_json, progress_shown
-
-if TYPE_CHECKING:
-    from jetson.clients.load_result import LoadResult
-
-# Wide enough wherever nobody looks at a terminal.
-_TABLE_WIDTH = 100
+from qvla_export.cli.progress import NARROW, print_result, progress_shown
 
 
 def load(
@@ -70,6 +62,7 @@ def load(
     time from sending to reply is reported beside it. Exit 1 where nothing was answered.
     """
     from jetson.clients.load import LoadPlan
+    from jetson.clients.load_texts import load_texts
     from qvla_export.pipeline.robot.load import LoadRequest, load_server
 
     plan = LoadPlan(rate, duration, clients, arrivals, seed, timeout)
@@ -80,50 +73,6 @@ def load(
         result = load_server(request, on_progress)
     if output is not None:
         result.save(output)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        _print(result)
-        written = "" if output is None else f" -> {output}"
-        typer.echo(f"load: {len(result.times.due_s)} requests{written}")
+    print_result(result, load_texts(result, output), as_json, NARROW)
     if not result.has_reply.any():
         raise typer.Exit(1)
-
-
-def _print(result: "LoadResult") -> None:
-    from qvla_export.shared.latency_statistics import PERCENTS, percentile_text
-
-    table = Table(title=f"{result.protocol} at {result.server}, {result.observations}, ms")
-    table.add_column("time")
-    for column in (*(f"p{percent:g}" for percent in PERCENTS), "max"):
-        table.add_column(column, justify="right")
-    rows = {
-        "due to reply (corrected)": result.corrected_ms,
-        "sent to reply (service)": result.service_ms,
-        "waited for a connection": result.waited_ms,
-        "the generator's own delay": result.lag_ms,
-    }
-    for name, samples in rows.items():
-        if samples.size:
-            figures = [percentile_text(samples, percent) for percent in PERCENTS]
-            table.add_row(name, *figures, f"{samples.max():.2f}")
-    Console(width=_TABLE_WIDTH).print(table)
-    for line in _lines(result):
-        typer.echo(line)
-
-
-def _lines(result: "LoadResult") -> list[str]:
-    total, answered = len(result.times.due_s), int(result.has_reply.sum())
-    lines = [
-        f"{answered} of {total} requests answered, {result.achieved_hz:.4g} Hz achieved, "
-        f"{result.plan.rate_hz:g} Hz asked ({result.plan.arrivals}, "
-        f"{result.plan.clients} connections)"
-    ]
-    misses = result.misses
-    if misses is not None:
-        lines.append(
-            f"{misses.count} ({misses.share:.2%}) missed the deadline of {result.deadline_ms:g} "
-            f"ms, at most {misses.longest_run} in a row"
-        )
-    lines += [f"failed: {count} x {reason}" for reason, count in result.reasons.items()]
-    return lines + result.notes()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvla_export.pipeline.progress import OnProgress, bar, ignore
 from qvla_export.shared.artifacts import versions
+from qvla_export.shared.tables.text_table import TextTable
 
 if TYPE_CHECKING:
     from qvla_export.allocation.allocate import Budget
@@ -25,6 +26,21 @@ class AllocationComparison:
         rows = [{**asdict(figures), "gap": figures.gap} for figures in self.methods]
         figures = {"geometry": self.geometry, "budget": self.budget.to_json(), "methods": rows}
         return {**figures, "versions": versions()}
+
+    def table(self) -> TextTable:
+        """Return a row for each method, for a terminal."""
+        columns = ("method", "channels", "seconds, best", "worst", "peak memory", "above bound")
+        return TextTable(columns, title=f"{self.geometry}, {self.budget}").with_rows(
+            (
+                figures.method,
+                f"{figures.channels:,}",
+                f"{min(figures.seconds):.2f}",
+                f"{max(figures.seconds):.2f}",
+                f"{figures.peak_bytes / 1e6:.0f} MB",
+                f"{figures.gap:.2g}",
+            )
+            for figures in self.methods
+        )
 
 
 def bench_allocation(

@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from qvla_export.pipeline.progress import OnProgress, bar, ignore
 from qvla_export.shared.artifacts import versions, write_json
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.tables.text_table import TextTable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from engines.bench.peaks import MachinePeaks
     from engines.bench.rounds import Clock
 
@@ -43,12 +43,12 @@ class EngineBench:
     """What was measured, on which machine."""
 
     # CPU, threads, versions, the command.
-    machine: "Mapping[str, Any]"
+    machine: Mapping[str, Any]
     rounds: int
     clock: "Clock"
     peaks: "MachinePeaks"
     # Of each regime: its sizes, and of every engine milliseconds and shares of the peaks.
-    regimes: "Sequence[Mapping[str, Any]]"
+    regimes: Sequence[Mapping[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -59,6 +59,31 @@ class EngineBench:
             "peaks": asdict(self.peaks),
             "regimes": list(self.regimes),
         }
+
+    def texts(self, path: Path) -> Iterator[str | TextTable]:
+        """Yield a table of each regime, and what the machine could do, for a terminal."""
+        yield from map(_table, self.regimes)
+        peaks = self.peaks
+        yield (
+            f"peaks, {self.machine['threads']} thread(s): float32 {peaks.float32_gflops:.0f} "
+            f"GFLOP/s, int8 {peaks.int8_gops:.0f} GOP/s, {peaks.bandwidth_gb_s:.1f} GB/s -> {path}"
+        )
+
+
+def _table(regime: Mapping[str, Any]) -> TextTable:
+    title = "{regime}: width {width}, MLP {mlp}, {depth} layers, {tokens} token(s)"
+    heads = ("engine", "ms [p10, p90]", "x FP32 [95 %]", "of FP16 bytes", "peak", "bandwidth")
+    return TextTable(heads, title=title.format(**regime)).with_rows(
+        (
+            row["name"],
+            f"{row['median_ms']:.2f} [{row['p10_ms']:.2f}, {row['p90_ms']:.2f}]",
+            "{median:.2f} [{low:.2f}, {high:.2f}]".format(**row["speedup"]),
+            f"{row['share_of_float16']:.3f}",
+            f"{row['gemm_peak_share']:.0%}",
+            f"{row['bandwidth_share']:.0%}",
+        )
+        for row in regime["engines"]
+    )
 
 
 def bench_engines(

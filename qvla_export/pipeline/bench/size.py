@@ -6,7 +6,7 @@ Its weights are random and stay on disk; what counts is memory, bytes and time.
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +17,7 @@ from qvla_export.measurement.peak_memory import high_water_bytes
 from qvla_export.pipeline.progress import NumberedSteps, OnProgress, bar, ignore
 from qvla_export.shared.artifacts import versions
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.tables.text_table import TextTable
 
 if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
@@ -105,6 +106,27 @@ class RealSizeFigures:
             "versions": versions(),
             "steps": [asdict(step) for step in self.steps],
         }
+
+    def table(self) -> TextTable:
+        """Return a row for each step, for a terminal."""
+        columns = ("step", "minutes", "peak above the interpreter", "result")
+        return TextTable(columns, title="real size", words=columns).with_rows(
+            (
+                step.name,
+                f"{step.seconds / 60:.1f}",
+                f"{step.peak_bytes / 1e9:.2f} GB",
+                ", ".join(_figures(step.result)),
+            )
+            for step in self.steps
+        )
+
+
+def _figures(result: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in result.items():
+        if isinstance(value, int):
+            yield f"{name} {value:,}"
+        elif isinstance(value, float):
+            yield f"{name} {value:.4g}"
 
 
 def measure_real_size(request: RealSize, on_progress: OnProgress = ignore) -> RealSizeFigures:
