@@ -132,10 +132,23 @@ def read_target(source: ReleaseSource, target: VouchedFile) -> bytes:
 def _fetch_whole(
     store: Store, source: ReleaseSource, target: VouchedFile, file: ReleaseFile
 ) -> int:
-    """Download a file from where an earlier download was cut; return the bytes that came."""
-    temporary = store.blobs / f"{TEMPORARY}{file.sha256}"
+    """Download a file into the store; return the bytes that came."""
+    temporary, nbytes = _download(store, source, target, file.name)
+    _accept(store, temporary, file)
+    return nbytes
+
+
+def _download(
+    store: Store, source: ReleaseSource, target: VouchedFile, what: str
+) -> tuple[Path, int]:
+    """Download a target from where an earlier download was cut.
+
+    Returns:
+        Where it lies, whole and synced; the bytes that came.
+    """
+    temporary = store.blobs / f"{TEMPORARY}{target.sha256}"
     start = temporary.stat().st_size if temporary.exists() else 0
-    if start > file.nbytes:
+    if start > target.nbytes:
         start = 0
     for offset in (start, 0) if start else (0,):
         with temporary.open("r+b" if offset else "w+b") as out:
@@ -143,30 +156,29 @@ def _fetch_whole(
             for chunk in iter(lambda: out.read(_CHUNK_BYTES), b""):
                 digest.update(chunk)
             nbytes = offset
-            if offset < file.nbytes:
+            if offset < target.nbytes:
                 for chunk in _missing_named(source, target.name, offset):
                     nbytes += len(chunk)
-                    _require_short_or_drop(temporary, target.name, nbytes, file.nbytes)
+                    _require_short_or_drop(temporary, target.name, nbytes, target.nbytes)
                     digest.update(chunk)
                     out.write(chunk)
             _sync(out)
-        if digest.hexdigest() == file.sha256:
-            _accept(store, temporary, file)
-            return nbytes - offset
+        if digest.hexdigest() == target.sha256:
+            return temporary, nbytes - offset
     temporary.unlink()
-    _require_whole(file.name, nbytes, file.nbytes)
-    raise _altered(file.name, digest.hexdigest(), file.sha256)
+    _require_whole(what, nbytes, target.nbytes)
+    raise _altered(what, digest.hexdigest(), target.sha256)
 
 
 def _fetch_patched(
     store: Store, source: ReleaseSource, file: ReleaseFile, old: str, patch: VouchedFile
 ) -> Fetched:
-    frame = read_target(source, patch)
+    frame, came = _download(store, source, patch, patch.name)
     temporary = store.blobs / f"{TEMPORARY}patched-{file.sha256}"
     digest, nbytes = hashlib.sha256(), 0
     try:
-        with temporary.open("wb") as out:
-            for chunk in unpatched(store.blob(old), frame):
+        with temporary.open("wb") as out, frame.open("rb") as patches:
+            for chunk in unpatched(store.blob(old), patches):
                 nbytes += len(chunk)
                 _require_short(file.name, nbytes, file.nbytes)
                 digest.update(chunk)
@@ -174,14 +186,17 @@ def _fetch_patched(
             _sync(out)
         if digest.hexdigest() != file.sha256:
             raise _altered(patch.name, digest.hexdigest(), file.sha256)
+        # Before the file has its name: nobody would come back for the patch.
+        frame.unlink()
         _accept(store, temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
-    return Fetched(file.sha256, patch.nbytes, old)
+        frame.unlink(missing_ok=True)
+    return Fetched(file.sha256, came, old)
 
 
-def unpatched(old: Path, frame: bytes) -> Iterator[bytes]:
-    """Yield what a patch makes of a file.
+def unpatched(old: Path, frame: bytes | IO[bytes]) -> Iterator[bytes]:
+    """Yield what a patch, as bytes or as an open file, makes of a file.
 
     Raises:
         ZstdError: it is not a patch of this file.

@@ -2,14 +2,16 @@
 
 import importlib.metadata
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jetson.install.blobs import Fetched, fetch_blob, has_blob, read_target
+from jetson.install.blobs import Fetched, fetch_blob, find_patch, has_blob, read_target
+from jetson.install.choice import choose, require_nobodys, wrong_target
 from jetson.install.release import (
     BUNDLE,
+    GROUP_NAME,
     MOST_RELEASE_BYTES,
     RELEASE,
     Reason,
@@ -18,10 +20,16 @@ from jetson.install.release import (
     ReleaseFile,
     require_runtime,
 )
-from jetson.install.release_source import ReleaseSource, open_source
+from jetson.install.release_source import STREAM, ReleaseSource, open_source
 from jetson.install.store import TEMPORARY, NoSpace, Store, StoreError, remove
 from jetson.install.store_state import StoreState
-from jetson.install.trust import Catalogue, VouchedFile, anchor_trust, refresh
+from jetson.install.trust import (
+    Catalogue,
+    VouchedFile,
+    anchor_trust,
+    group_release_name,
+    refresh,
+)
 from qvla_export.shared.artifacts import sync_folder, write_bytes, write_json
 from qvla_export.shared.bundle import MANIFEST, Bundle
 from qvla_export.shared.json_documents import read_json
@@ -35,7 +43,7 @@ _SPARE_SHARE, _SPARE_BYTES = 1.1, 1 << 20
 class InstallRequest:
     """What to install; None for what this store was told before."""
 
-    # Folder or URL of the repository.
+    # Folder or URL of the repository; "-": what the other end of stdin hands out, this once.
     repository: str | None = None
     # Target of this robot's bundles.
     target: str | None = None
@@ -43,6 +51,14 @@ class InstallRequest:
     root: Path | None = None
     # Name, or start of the digest, of a release; None for the newest of the target.
     release: str | None = None
+    # Lists of releases that this robot reads beside everyone's, the closest first; its own, its
+    # group's.
+    groups: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for group in self.groups or ():
+            if GROUP_NAME.fullmatch(group) is None:
+                raise StoreError(f"--group must match {GROUP_NAME.pattern}, got {group!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -76,19 +92,24 @@ def install(store: Store, request: InstallRequest) -> Installed:
         StoreError: the store does not know whom to trust, what it is or where to look.
     """
     anchor = anchor_trust(store.trust, request.root)
-    place, target = _robot(store, request)
+    place, target, groups = _robot(store, request)
     source = open_source(place)
-    catalogue = refresh(store.trust, anchor, source)
-    vouched = choose(catalogue, target, request.release)
+    catalogue = refresh(store.trust, anchor, source, groups)
+    try:
+        vouched = choose(catalogue, target, request.release)
+    except RefusedRelease as error:
+        if error.reason == "unknown release" and request.release is not None:
+            require_nobodys(refresh(store.trust, anchor, source, None), request.release, groups)
+        raise
     release = read_release(source, vouched)
     if release.target != target:
-        raise _wrong_target(release.name, release.target, target)
+        raise wrong_target(release.name, release.target, target)
     require_runtime(release, importlib.metadata.version("qvla"))
-    remember(store, place, target)
+    remember(store, _pull_from(store, place), target, groups)
     digest = release.digest
     if not store.release(digest).is_dir():
         absent = [file for file in release.files if not has_blob(store, file)]
-        _require_space(store, absent)
+        _require_space(store, catalogue, absent)
         fetched = [fetch_blob(store, source, catalogue, file) for file in absent]
         _assemble(store, release)
     else:
@@ -98,37 +119,10 @@ def install(store: Store, request: InstallRequest) -> Installed:
     return _installed(release, fetched)
 
 
-def remember(store: Store, repository: str, target: str) -> None:
+def remember(store: Store, repository: str, target: str, groups: Sequence[str] = ()) -> None:
     """Write down what a robot is and where it gets releases; an empty place has to be given yet."""
-    write_json(store.robot, {"format": _ROBOT_FORMAT, "repository": repository, "target": target})
-
-
-def choose(catalogue: Catalogue, target: str, wanted: str | None = None) -> VouchedFile:
-    """Return the release that a robot is to have.
-
-    Args:
-        catalogue: what the repository offers.
-        target: of the robot.
-        wanted: name or start of the digest; None for the newest of the target.
-
-    Raises:
-        RefusedRelease: "unknown release", or "wrong target".
-    """
-    offers = sorted(
-        (t for name, t in catalogue.targets.items() if name.startswith("releases/")),
-        key=lambda t: -_serial(t),
-    )
-    if wanted is not None:
-        offers = [t for t in offers if wanted == t.custom.get("name") or _begins(t, wanted)]
-    fitting = [t for t in offers if t.custom.get("target") == target]
-    if fitting:
-        return fitting[0]
-    if offers:
-        raise _wrong_target(
-            str(offers[0].custom.get("name")), str(offers[0].custom.get("target")), target
-        )
-    what = "no release" if wanted is None else f"no release called {wanted!r:.80}"
-    raise RefusedRelease("unknown release", f"the repository has {what}; see qvla release inspect")
+    robot = {"format": _ROBOT_FORMAT, "repository": repository, "target": target}
+    write_json(store.robot, {**robot, "groups": list(groups)} if groups else robot)
 
 
 def read_release(source: ReleaseSource, vouched: VouchedFile) -> Release:
@@ -140,14 +134,14 @@ def read_release(source: ReleaseSource, vouched: VouchedFile) -> Release:
     if vouched.nbytes > MOST_RELEASE_BYTES:
         raise RefusedRelease("endless", f"{vouched.name} has {vouched.nbytes} bytes")
     release = Release.from_bytes(read_target(source, vouched), vouched.name)
-    if vouched.name != release_name(release.digest):
+    if vouched.name != release_name(release.digest, vouched.group):
         raise RefusedRelease("mixed", f"{vouched.name} holds release {release.digest[:16]}")
     return release
 
 
-def release_name(digest: str) -> str:
-    """Return a release's name among the repository's targets."""
-    return f"releases/{digest}.json"
+def release_name(digest: str, group: str = "") -> str:
+    """Return a release's name among the repository's targets; of everyone's without a group."""
+    return group_release_name(group, digest) if group else f"releases/{digest}.json"
 
 
 def require_complete(release: Release, folder: Path) -> Bundle:
@@ -179,10 +173,10 @@ def require_complete(release: Release, folder: Path) -> Bundle:
     return bundle
 
 
-def _robot(store: Store, request: InstallRequest) -> tuple[str, str]:
+def _robot(store: Store, request: InstallRequest) -> tuple[str, str, tuple[str, ...]]:
     known = read_json(store.robot, "what this robot is") if store.robot.is_file() else {}
     place = request.repository or known.get("repository")
-    if place and not str(place).startswith(("http://", "https://")):
+    if place and place != STREAM and not str(place).startswith(("http://", "https://")):
         place = str(Path(place).absolute())
     target = request.target or known.get("target")
     if not place or not target:
@@ -195,11 +189,24 @@ def _robot(store: Store, request: InstallRequest) -> tuple[str, str]:
             f"this robot is a {known['target']}, --target says {request.target}; take another "
             "--store for another robot"
         )
-    return str(place), str(target)
+    groups = known.get("groups", ()) if request.groups is None else request.groups
+    return str(place), str(target), tuple(map(str, groups))
 
 
-def _require_space(store: Store, absent: Iterable[ReleaseFile]) -> None:
-    needed = int(sum(file.nbytes for file in absent) * _SPARE_SHARE) + _SPARE_BYTES
+def _pull_from(store: Store, place: str) -> str:
+    """Return where the robot looks by itself from now on: what is streamed comes once."""
+    if place != STREAM:
+        return place
+    known = read_json(store.robot, "what this robot is") if store.robot.is_file() else {}
+    return str(known.get("repository", ""))
+
+
+def _require_space(store: Store, catalogue: Catalogue, absent: Iterable[ReleaseFile]) -> None:
+    absent = list(absent)
+    # A patch lies beside the file that is made of it, one at a time.
+    patches = [found[1].nbytes for f in absent if (found := find_patch(store, catalogue, f))]
+    whole = sum(file.nbytes for file in absent) + max(patches, default=0)
+    needed = int(whole * _SPARE_SHARE) + _SPARE_BYTES
     disk = os.statvfs(store.root)
     begun = sum(path.stat().st_size for path in store.blobs.glob(f"{TEMPORARY}*"))
     free = disk.f_bavail * disk.f_frsize + begun
@@ -241,20 +248,4 @@ def _installed(release: Release, fetched: list[Fetched]) -> Installed:
         sum(file.nbytes for file in release.files if file.sha256 not in came),
         release.nbytes,
         tuple(f.name for f in release.files if f.sha256 in came and came[f.sha256].patched_from),
-    )
-
-
-def _serial(vouched: VouchedFile) -> int:
-    serial = vouched.custom.get("serial")
-    return serial if type(serial) is int else 0
-
-
-def _begins(vouched: VouchedFile, wanted: str) -> bool:
-    return len(wanted) >= 6 and vouched.name.startswith(f"releases/{wanted}")
-
-
-def _wrong_target(name: str, its: str, target: str) -> RefusedRelease:
-    return RefusedRelease(
-        "wrong target",
-        f"release {name!r} is for {its}, this robot is a {target}; export and release for it",
     )

@@ -26,6 +26,8 @@ _LIMITS = JsonLimits(size_bytes=MOST_RELEASE_BYTES, values=200_000, depth=8)
 # Names of files lie in one folder; none leaves it, none is hidden.
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Of a list of releases that is meant for some robots only: a group's, or one robot's.
+GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"\d+(\.\d+){0,3}")
 _MOST_FILE_BYTES = 1 << 40
@@ -44,6 +46,8 @@ Reason = Literal[
     "extra file",
     "missing file",
     "unknown release",
+    "unknown group",
+    "not for this robot",
     "runtime too old",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)

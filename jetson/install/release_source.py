@@ -1,10 +1,16 @@
-"""The noun `ReleaseSource`: where a repository's files come from, a folder or a static HTTP server.
+"""The noun `ReleaseSource`: where a repository's files come from.
 
-Both give a file's bytes from any offset on, so that a download that was cut goes on.
+A folder, a static HTTP server, or whoever started this process and holds its stdin and stdout, as
+`qvla push` does over ssh. All give a file's bytes from any offset on, so that a download that was
+cut goes on.
 """
 
+import json
+import os
+import select
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -17,6 +23,10 @@ _CHUNK_BYTES = 1 << 20
 _CONNECT_S, _SILENCE_S = 10.0, 30.0
 # A peer that trickles is given up after a minute that was slower than this.
 _PATIENCE_S, _LEAST_BYTES_PER_S = 60.0, 1000
+# What a place is called that is at the other end of stdin and stdout.
+STREAM = "-"
+# Of a line of the stream.
+MOST_LINE_BYTES = 4096
 
 
 class NoSuchFile(QvlaError):
@@ -117,8 +127,87 @@ class HttpSource:
                 yield part
 
 
+@dataclass(frozen=True)
+class StreamReply:
+    """What the other end of a stream says before it sends a file."""
+
+    # That follow; None where it has no such file.
+    nbytes: int | None
+
+    def to_line(self) -> bytes:
+        """Return the line that announces the bytes."""
+        return json.dumps({"nbytes": self.nbytes}).encode() + b"\n"
+
+
+class StreamedSource:
+    """A repository at the other end of two pipes: a line asks for a file, its bytes come.
+
+    Asked for is `{"get": NAME, "offset": N}`; `{"nbytes": N}` and so many bytes answer, or null.
+    """
+
+    place = "the other end of stdin"
+
+    def __init__(self, incoming: int, outgoing: int, silence_s: float = _SILENCE_S) -> None:
+        """Take the descriptors of the pipes, and how long the other end may be silent."""
+        self._incoming, self._outgoing = incoming, outgoing
+        self._silence_s = silence_s
+        self._rest = b""
+
+    def stream(self, name: str, offset: int = 0) -> Iterator[bytes]:
+        """Yield a file's bytes from an offset on; see `ReleaseSource`."""
+        say_line({"get": name, "offset": offset}, self._outgoing)
+        left = self._reply()
+        if left is None:
+            raise NoSuchFile(f"{self.place} has no {name}")
+        while left:
+            # Read to the end of what was announced, and no further.
+            chunk = self._rest[:left] or self._read(min(left, _CHUNK_BYTES))
+            self._rest = self._rest[len(chunk) :] if self._rest else b""
+            left -= len(chunk)
+            yield chunk
+
+    def _reply(self) -> int | None:
+        while b"\n" not in self._rest:
+            if len(self._rest) > MOST_LINE_BYTES:
+                raise RemoteError(f"{self.place} speaks another language than qvla push")
+            self._rest += self._read(MOST_LINE_BYTES)
+        line, _, self._rest = self._rest.partition(b"\n")
+        try:
+            nbytes = json.loads(line)["nbytes"]
+        except (KeyError, TypeError, ValueError):
+            nbytes = -1
+        if nbytes is not None and (type(nbytes) is not int or nbytes < 0):
+            raise RemoteError(f"{self.place} speaks another language than qvla push: {line!r:.80}")
+        return nbytes
+
+    def _read(self, most: int) -> bytes:
+        # Whoever is cut off without a word must not hold the store for ever.
+        ready, _, _ = select.select([self._incoming], [], [], self._silence_s)
+        chunk = os.read(self._incoming, most) if ready else b""
+        if not chunk:
+            how = "hung up" if ready else f"said nothing for {self._silence_s:.0f} s"
+            raise RemoteError(f"{self.place} {how}; what came is kept, the same command goes on")
+        return chunk
+
+
+def say_line(message: dict[str, object], outgoing: int = 1) -> None:
+    """Send a line to the other end of a stream.
+
+    Raises:
+        RemoteError: nobody is there any more.
+    """
+    data = json.dumps(message).encode() + b"\n"
+    try:
+        while data:
+            data = data[os.write(outgoing, data) :]
+    except OSError as error:
+        raise RemoteError(f"the other end of stdout is gone: {error.strerror}") from None
+
+
 def open_source(place: str) -> ReleaseSource:
-    """Return the source of a URL or a folder."""
+    """Return the source of a URL, a folder, or "-": the other end of stdin and stdout."""
+    if place == STREAM:
+        return StreamedSource(0, 1)
     if place.startswith(("http://", "https://")):
         return HttpSource(place)
     return FolderSource(Path(place))

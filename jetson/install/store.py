@@ -39,6 +39,9 @@ class StoreError(QvlaError):
 class StoreBusy(StoreError):
     """Another command holds the store."""
 
+    # What commands answer as "refused": the same again, later, may do.
+    reason = "busy"
+
 
 class NoSpace(StoreError):
     """A release does not fit on the disk; nothing was written."""

@@ -8,19 +8,19 @@ shown something older.
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
-from tuf.api.metadata import Metadata, Root, Targets
+from tuf.api.metadata import Delegations, Metadata, Root, Snapshot, Targets
 from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 
 from jetson.install.refusals import RootKeys, refusal
-from jetson.install.release import RefusedRelease
+from jetson.install.release import GROUP_NAME, RefusedRelease
 from jetson.install.release_source import NoSuchFile, ReleaseSource
 from jetson.install.store import TEMPORARY, StoreError
 from qvla_export.shared.artifacts import write_bytes
@@ -28,6 +28,8 @@ from qvla_export.shared.artifacts import write_bytes
 ANCHOR = "anchor.json"
 METADATA, TARGETS = "metadata", "targets"
 _HISTORY = "root_history"
+# Folder of the lists that are meant for some robots only.
+_GROUPS = "groups"
 _KEPT = ("timestamp.json", "snapshot.json", "targets.json")
 # Some 60,000 files of releases.
 _MOST_TARGETS_BYTES = 20_000_000
@@ -37,11 +39,14 @@ _MOST_TARGETS_BYTES = 20_000_000
 class VouchedFile:
     """A file that the repository's keys vouch for."""
 
-    # "blobs/<sha256>", "releases/<digest>.json", "deltas/<sha256>-<sha256>.zst".
+    # "blobs/<sha256>", "releases/<digest>.json", "deltas/<sha256>-<sha256>.zst"; a group's
+    # release is "releases/<group>/<digest>.json".
     name: str
     sha256: str
     nbytes: int
     custom: Mapping[str, Any]
+    # Whose list names it; empty for everyone's.
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,18 @@ class Catalogue:
     version: int
     # When a newer list must be there, ISO 8601.
     expires: str
+    # Groups that the repository has lists for, and those whose lists were read, the closest first.
+    groups: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+
+    def releases(self) -> list[VouchedFile]:
+        """Return the releases of all lists that were read."""
+        return [one for name, one in self.targets.items() if name.startswith("releases/")]
+
+    def for_groups(self, groups: Sequence[str]) -> "Catalogue":
+        """Return what a robot of some groups, the closest first, may take."""
+        targets = {name: one for name, one in self.targets.items() if one.group in ("", *groups)}
+        return replace(self, targets=targets, lists=tuple(groups))
 
 
 def anchor_trust(trust: Path, root: Path | None) -> bytes:
@@ -85,7 +102,12 @@ def anchor_trust(trust: Path, root: Path | None) -> bytes:
     return given
 
 
-def refresh(trust: Path, anchor: bytes, source: ReleaseSource) -> Catalogue:
+def refresh(
+    trust: Path,
+    anchor: bytes,
+    source: ReleaseSource,
+    groups: Sequence[str] | None = (),
+) -> Catalogue:
     """Fetch and check what a repository offers.
 
     Args:
@@ -93,15 +115,16 @@ def refresh(trust: Path, anchor: bytes, source: ReleaseSource) -> Catalogue:
             where something after it is refused.
         anchor: the root that this robot was given.
         source: the repository.
+        groups: whose lists are read beside everyone's, the closest first; None for all.
 
     Raises:
-        RefusedRelease: something is not what the keys vouch for, by name.
+        RefusedRelease: something is not what the keys vouch for, by name; there is no such group.
         RemoteError: the repository cannot be read.
     """
     fetcher = _Fetcher(source)
     work = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=trust))
     try:
-        _copy(trust, work)
+        _copy(trust, work, groups or ())
         try:
             updater = Updater(
                 str(work),
@@ -111,7 +134,7 @@ def refresh(trust: Path, anchor: bytes, source: ReleaseSource) -> Catalogue:
                 bootstrap=anchor,
             )
             updater.refresh()
-            return _catalogue(work)
+            return _catalogue(work, updater, groups)
         except (RepositoryError, DownloadError) as error:
             raise refusal(error, fetcher.name, fetcher.data, _root_keys(work)) from error
         except (AttributeError, KeyError, RecursionError, TypeError) as error:
@@ -120,7 +143,7 @@ def refresh(trust: Path, anchor: bytes, source: ReleaseSource) -> Catalogue:
                 "altered", f"{fetcher.name} is no TUF metadata: {type(error).__name__}: {error}"
             ) from error
         finally:
-            _keep(work, trust)
+            _keep(work, trust, groups or ())
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -144,7 +167,10 @@ class _Fetcher(FetcherInterface):
             raise DownloadHTTPError(str(error), 404) from None
 
 
-def _copy(trust: Path, work: Path) -> None:
+def _copy(trust: Path, work: Path, groups: Sequence[str]) -> None:
+    for group in groups:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(trust / _GROUPS / f"{group}.json", work / f"{group}.json")
     for name in _KEPT:
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(trust / name, work / name)
@@ -152,23 +178,82 @@ def _copy(trust: Path, work: Path) -> None:
         shutil.copytree(trust / _HISTORY, work / _HISTORY)
 
 
-def _keep(work: Path, trust: Path) -> None:
+def _keep(work: Path, trust: Path, groups: Sequence[str]) -> None:
     """Write what was vouched for into the store: python-tuf's own files are not synced."""
-    for path in (*sorted((work / _HISTORY).glob("*.root.json")), *(work / name for name in _KEPT)):
+    places = {
+        path: trust / path.relative_to(work) for path in (work / _HISTORY).glob("*.root.json")
+    }
+    places |= {work / name: trust / name for name in _KEPT}
+    places |= {work / f"{group}.json": trust / _GROUPS / f"{group}.json" for group in groups}
+    for path, kept in sorted(places.items()):
         if path.is_file():
-            kept, data = trust / path.relative_to(work), path.read_bytes()
+            data = path.read_bytes()
             if not kept.is_file() or kept.read_bytes() != data:
                 write_bytes(kept, data)
 
 
-def _catalogue(work: Path) -> Catalogue:
-    signed = Metadata[Targets].from_bytes((work / "targets.json").read_bytes()).signed
-    targets = {}
-    for name, file in signed.targets.items():
-        sha256 = file.hashes.get("sha256", "")
-        custom = file.custom if isinstance(file.custom, dict) else {}
-        targets[name] = VouchedFile(name, sha256, file.length, custom)
-    return Catalogue(targets, signed.version, signed.expires.isoformat())
+def _catalogue(work: Path, updater: Updater, groups: Sequence[str] | None) -> Catalogue:
+    everyone = Metadata[Targets].from_bytes((work / "targets.json").read_bytes()).signed
+    shown = Metadata[Snapshot].from_bytes((work / "snapshot.json").read_bytes()).signed.meta
+    known = group_names(everyone)
+    read = known if groups is None else tuple(groups)
+    signed = {"": everyone}
+    for group in read:
+        if group not in known:
+            raise RefusedRelease(
+                "unknown group", f"the repository has no list for {group!r:.80}, only {known[:16]}"
+            )
+        # Without a list nothing was published for it yet; once there, it cannot be left out again.
+        if f"{group}.json" in shown:
+            updater.get_targetinfo(group_release_name(group, "list"))
+            data = (work / f"{group}.json").read_bytes()
+            signed[group] = Metadata[Targets].from_bytes(data).signed
+    return merge_lists(signed, read)
+
+
+def merge_lists(signed: Mapping[str, Targets], lists: Sequence[str]) -> Catalogue:
+    """Return what several lists offer together.
+
+    Args:
+        signed: by group; everyone's by the empty name.
+        lists: the groups that were asked for, the closest first.
+
+    Raises:
+        RefusedRelease: they differ about a file, or a group's names what it may not vouch for.
+    """
+    everyone = signed[""]
+    targets: dict[str, VouchedFile] = {}
+    for group, listed in signed.items():
+        for name, file in listed.targets.items():
+            custom = file.custom if isinstance(file.custom, dict) else {}
+            vouched = VouchedFile(name, file.hashes.get("sha256", ""), file.length, custom, group)
+            if group and not _delegations(everyone).roles[group].is_delegated_path(name):
+                raise RefusedRelease("unsigned", f"{group} may not vouch for {name:.120}")
+            before = targets.setdefault(name, vouched)
+            if (before.sha256, before.nbytes) != (vouched.sha256, vouched.nbytes):
+                raise RefusedRelease("mixed", f"two lists differ about {name:.120}")
+    return Catalogue(
+        targets,
+        everyone.version,
+        everyone.expires.isoformat(),
+        group_names(everyone),
+        tuple(lists),
+    )
+
+
+def group_names(everyone: Targets) -> tuple[str, ...]:
+    """Return the groups that everyone's list names."""
+    return tuple(name for name in _delegations(everyone).roles if GROUP_NAME.fullmatch(name))
+
+
+def group_release_name(group: str, digest: str) -> str:
+    """Return the name of a group's release among the targets."""
+    return f"releases/{group}/{digest}.json"
+
+
+def _delegations(everyone: Targets) -> Any:
+    found = everyone.delegations
+    return Delegations({}, {}) if found is None or found.roles is None else found
 
 
 def _root_keys(work: Path) -> RootKeys:

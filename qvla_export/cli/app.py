@@ -16,6 +16,7 @@ from qvla_export.cli.deploy.calibrate import calibrate
 from qvla_export.cli.deploy.deploy import deploy
 from qvla_export.cli.deploy.export import export
 from qvla_export.cli.deploy.plan import plan
+from qvla_export.cli.deploy.push import push
 from qvla_export.cli.deploy.report import report
 from qvla_export.cli.deploy.sensitivities import sensitivities
 from qvla_export.cli.deploy.verify import verify
@@ -54,7 +55,7 @@ def name_of(command: Command) -> str:
 
 # Title of a panel -> its commands, most used first.
 PANELS: dict[str, tuple[Command, ...]] = {
-    "Deploy": (deploy, calibrate, sensitivities, plan, export, build, verify, report),
+    "Deploy": (deploy, calibrate, sensitivities, plan, export, build, verify, report, push),
     "Judge": (evaluate, profile, compare_latency, sizes, check, predict),
     "Robot": (serve, run, replay, load, doctor, soak),
     "Research": (
@@ -77,6 +78,7 @@ GROUPS: dict[tuple[str, str, str], dict[str, Command]] = {
     },
     ("Deploy", "keys", "Say who may sign releases."): {
         "new": key_ring.new,
+        "delegate": key_ring.delegate,
         "rotate": key_ring.rotate,
         "revoke": key_ring.revoke,
     },

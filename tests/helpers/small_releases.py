@@ -155,11 +155,11 @@ class Host:
     def publish(self, folder: Path | None = None, **request: Any) -> Published:
         return publish(self.repository, self.keys, PublishRequest(folder, **request))
 
-    def release(self, bundle: Path, name: str, **limits: Any) -> Release:
+    def release(self, bundle: Path, name: str, group: str = "", **limits: Any) -> Release:
         """Create, sign and publish."""
         folder = self.create(bundle, name, **limits)
-        self.sign(folder)
-        self.publish(folder)
+        self.sign(folder, group=group)
+        self.publish(folder, group=group)
         return Release.load(folder)
 
     @property
@@ -184,8 +184,10 @@ class Robot:
     def of(host: Host, root: Path, place: str | None = None) -> "Robot":
         return Robot(Store(root), place or str(host.repository.root), host.anchor)
 
-    def install(self, release: str | None = None) -> Installed:
-        request = InstallRequest(self.repository, self.target, self.anchor, release)
+    def install(
+        self, release: str | None = None, groups: tuple[str, ...] | None = None
+    ) -> Installed:
+        request = InstallRequest(self.repository, self.target, self.anchor, release, groups)
         with self.store.open():
             return install(self.store, request)
 

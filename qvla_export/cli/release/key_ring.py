@@ -1,7 +1,7 @@
 """`qvla keys`: who may sign releases."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -22,24 +22,40 @@ def new(
     days: DaysOption = 365,
 ) -> None:
     """Make the keys of every role and 1.root.json, which robots are given; prints JSON."""
-    from qvla_export.pipeline.release.keys import KeyPolicy, describe, new_keys
+    from qvla_export.pipeline.release.groups import describe
+    from qvla_export.pipeline.release.keys import KeyPolicy, new_keys
 
     policy = KeyPolicy(root_keys, root_threshold, targets_keys, targets_threshold, days)
-    print_json(describe(new_keys(folder, policy)))
+    new_keys(folder, policy)
+    print_json(describe(folder))
+
+
+def delegate(
+    folder: KeysArgument,
+    group: Annotated[str, typer.Argument(help="What robots are called together, or one robot.")],
+    keys: Annotated[int, typer.Option(min=1, help="Keys of the group.")] = 1,
+    threshold: Annotated[int, typer.Option(min=1, help="Of them that must sign.")] = 1,
+) -> None:
+    """Make the keys of a group, who vouch for its releases alone; prints JSON."""
+    from qvla_export.pipeline.release.groups import describe, new_group
+
+    new_group(folder, group, keys, threshold)
+    print_json(describe(folder))
 
 
 def rotate(
     folder: KeysArgument,
     role: Annotated[
-        Literal["root", "targets", "snapshot", "timestamp"],
-        typer.Argument(help="Whose keys are replaced."),
+        str, typer.Argument(help="root, targets, snapshot, timestamp or a group: whose keys.")
     ],
     days: DaysOption = 365,
 ) -> None:
     """Replace every key of a role; sign and publish again after it. Prints JSON."""
-    from qvla_export.pipeline.release.keys import describe, rotate_keys
+    from qvla_export.pipeline.release.groups import describe
+    from qvla_export.pipeline.release.groups import rotate as rotate_keys
 
-    print_json(describe(rotate_keys(folder, role, days)))
+    rotate_keys(folder, role, days)
+    print_json(describe(folder))
 
 
 def revoke(
@@ -48,6 +64,8 @@ def revoke(
     days: DaysOption = 365,
 ) -> None:
     """Take the right to sign from a key and give it to a new one. Prints JSON."""
-    from qvla_export.pipeline.release.keys import describe, revoke_key
+    from qvla_export.pipeline.release.groups import describe
+    from qvla_export.pipeline.release.groups import revoke as revoke_key
 
-    print_json(describe(revoke_key(folder, key, days)))
+    revoke_key(folder, key, days)
+    print_json(describe(folder))

@@ -23,6 +23,7 @@ RepositoryArgument = Annotated[
 KeysOption = Annotated[
     Path, typer.Option("--keys", help="Folder of keys.", callback=SOME_KEYS.require)
 ]
+GroupOption = Annotated[str, typer.Option("--group", help="Whose list; default: everyone's.")]
 
 
 def create(
@@ -64,14 +65,15 @@ def sign(
     deltas_from: Annotated[
         int, typer.Option(min=0, help="Newest releases of its target that get patches to it.")
     ] = 1,
+    group: GroupOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Vouch for a release with the targets keys that lie here; nothing is shown to robots yet."""
+    """Vouch for a release with the keys that lie here; nothing is shown to robots yet."""
     from qvla_export.pipeline.release.repository import Repository
     from qvla_export.pipeline.release.sign import SignRequest
     from qvla_export.pipeline.release.sign import sign as sign_release
 
-    request = SignRequest(days, deltas_from)
+    request = SignRequest(days, deltas_from, group)
     with progress_shown() as on_progress:
         signed = sign_release(release, Repository(repository), keys, request, on_progress)
     if as_json:
@@ -101,6 +103,7 @@ def publish(
         float,
         typer.Option(min=1, help="Until robots take it that something newer is held back."),
     ] = 30,
+    group: GroupOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Copy a signed release into a repository and say, signed, that it is the newest."""
@@ -108,10 +111,9 @@ def publish(
     from qvla_export.pipeline.release.publish import publish as publish_release
     from qvla_export.pipeline.release.repository import Repository
 
+    request = PublishRequest(release, group, days)
     with progress_shown() as on_progress:
-        published = publish_release(
-            Repository(repository), keys, PublishRequest(release, days), on_progress
-        )
+        published = publish_release(Repository(repository), keys, request, on_progress)
     if as_json:
         print_json(asdict(published))
         return

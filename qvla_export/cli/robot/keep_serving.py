@@ -9,7 +9,17 @@ import typer
 
 from qvla_export.cli.progress import print_json
 from qvla_export.cli.robot.serve_options import TokenFileOption
-from qvla_export.cli.robot.store import DEFAULT_STORE, RestartOption, StoreOption, answer
+from qvla_export.cli.robot.store import (
+    DEFAULT_STORE,
+    FromOption,
+    GroupOption,
+    NameArgument,
+    RestartOption,
+    RootOption,
+    StoreOption,
+    TargetOption,
+    answer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,21 +65,32 @@ def prove(
 
 
 def update(
+    release: NameArgument = None,
+    repository: FromOption = None,
+    target: TargetOption = None,
+    root: RootOption = None,
+    groups: GroupOption = None,
     restart_unit: RestartOption = None,
+    proven_within: Annotated[
+        float | None, typer.Option(min=0, help="Wait so many seconds until it is proven.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Install, check and activate the newest release; one that failed here is not tried again."""
     from jetson.install.fingerprint import this_machine
     from jetson.install.installation import InstallRequest
     from jetson.install.units import restart
+    from jetson.install.update import await_proof
     from jetson.install.update import update as update_store
+
+    request = InstallRequest(repository, target, root, release, tuple(groups or ()) or None)
 
     def act(opened: "Store") -> "Mapping[str, object]":
         with opened.open():
-            updated = update_store(opened, InstallRequest(), *this_machine())
+            updated = update_store(opened, request, *this_machine())
         if updated.changed:
             restart(restart_unit)
-        return updated.to_json()
+        return await_proof(opened, updated, proven_within).to_json()
 
     answer(store, act, hold=False)
 

@@ -24,30 +24,36 @@ NameArgument = Annotated[
 RestartOption = Annotated[
     str | None, typer.Option(help="Unit of systemd to restart if another release serves.")
 ]
+FromOption = Annotated[
+    str | None, typer.Option("--from", help="Folder or URL of the repository; given once.")
+]
+TargetOption = Annotated[
+    str | None, typer.Option(help="What this robot is: orin-jp7, cpu ...; given once.")
+]
+RootOption = Annotated[
+    Path | None,
+    typer.Option("--root", help="Root of the keys to trust; given once.", callback=A_ROOT.require),
+]
+GroupOption = Annotated[
+    list[str] | None,
+    typer.Option("--group", help="Whose releases it takes first: its own, its group's; repeat."),
+]
 DEFAULT_STORE = Path("/var/lib/qvla")
 
 
 def install(
     release: NameArgument = None,
-    repository: Annotated[
-        str | None, typer.Option("--from", help="Folder or URL of the repository; given once.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="What this robot is: orin-jp7, cpu ...; given once.")
-    ] = None,
-    root: Annotated[
-        Path | None,
-        typer.Option(
-            "--root", help="Root of the keys to trust; given once.", callback=A_ROOT.require
-        ),
-    ] = None,
+    repository: FromOption = None,
+    target: TargetOption = None,
+    root: RootOption = None,
+    groups: GroupOption = None,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Fetch a release, check it against its keys and put it beside the others; nothing switches."""
     from jetson.install.installation import InstallRequest
     from jetson.install.installation import install as install_release
 
-    request = InstallRequest(repository, target, root, release)
+    request = InstallRequest(repository, target, root, release, tuple(groups or ()) or None)
     answer(store, lambda opened: install_release(opened, request).to_json())
 
 

@@ -70,12 +70,8 @@ def verify_repository(
     """
     with tempfile.TemporaryDirectory() as trust:
         source = open_source(place)
-        catalogue = refresh(Path(trust), anchor_trust(Path(trust), root), source)
-    releases = tuple(
-        read_release(source, vouched)
-        for name, vouched in catalogue.targets.items()
-        if name.startswith("releases/")
-    )
+        catalogue = refresh(Path(trust), anchor_trust(Path(trust), root), source, None)
+    releases = tuple(read_release(source, vouched) for vouched in catalogue.releases())
     for release in releases:
         for file in release.files:
             blob_target(catalogue, file)
@@ -98,23 +94,26 @@ def describe(place: Path) -> dict[str, Any]:
     if (place / RELEASE).is_file():
         release = Release.load(place)
         return {"digest": release.digest, "bytes": release.nbytes, **asdict(release)}
-    offers = Repository(place).offers()
-    if offers is None:
+    if Repository(place).offers() is None:
         raise ArtifactError(f"{place} is neither a release nor a repository; qvla release create")
-    releases = [
-        {"digest": name[len("releases/") : -len(".json")], **(file.custom or {})}
-        for name, file in offers.signed.targets.items()
-        if name.startswith("releases/")
+    catalogue = Repository(place).catalogue()
+    releases: list[dict[str, Any]] = [
+        {
+            "digest": one.name.rpartition("/")[2].removesuffix(".json"),
+            **({"group": one.group} if one.group else {}),
+            **one.custom,
+        }
+        for one in catalogue.releases()
     ]
     releases.sort(key=lambda release: str(release.get("serial", "")).zfill(12))
-    deltas = sum(name.startswith("deltas/") for name in offers.signed.targets)
     return {
-        "targets_version": offers.signed.version,
-        "expires": offers.signed.expires.isoformat(),
+        "targets_version": catalogue.version,
+        "expires": catalogue.expires,
+        "groups": list(catalogue.groups),
         "releases": releases,
-        "files": len(offers.signed.targets),
-        "deltas": deltas,
-        "bytes": sum(file.length for file in offers.signed.targets.values()),
+        "files": len(catalogue.targets),
+        "deltas": sum(name.startswith("deltas/") for name in catalogue.targets),
+        "bytes": sum(one.nbytes for one in catalogue.targets.values()),
     }
 
 

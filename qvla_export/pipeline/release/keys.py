@@ -19,7 +19,7 @@ from typing import Literal, get_args
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import CryptoSigner, Signer
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, Root
+from tuf.api.metadata import Metadata, Role, Root
 
 from qvla_export.shared.artifacts import sync_folder, write_bytes
 from qvla_export.shared.errors import QvlaError
@@ -99,13 +99,7 @@ class KeyRing:
 
     def signers(self, role: str, root: Root | None = None) -> list[Signer]:
         """Return the signers of a role whose private keys lie here; see `require_signers`."""
-        root = root or self.root
-        signers: list[Signer] = []
-        for keyid in root.roles[role].keyids:
-            path = key_path(self.folder, role, keyid)
-            if path.is_file():
-                signers.append(_load_signer(path))
-        return signers
+        return load_signers(self.folder, role, (root or self.root).roles[role].keyids)
 
     def require_signers(self, role: str, root: Root | None = None) -> list[Signer]:
         """Return enough signers of a role for its threshold.
@@ -113,20 +107,58 @@ class KeyRing:
         Raises:
             KeyRingError: too few private keys lie here.
         """
-        root = root or self.root
-        signers, threshold = self.signers(role, root), root.roles[role].threshold
-        if len(signers) < threshold:
-            names = [key_path(self.folder, role, keyid).name for keyid in root.roles[role].keyids]
-            raise KeyRingError(
-                f"{threshold} private keys must sign as {role}, {len(signers)} lie in "
-                f"{self.folder}; bring more of {names}"
-            )
-        return signers
+        return require_enough(self.folder, role, (root or self.root).roles[role])
 
 
 def key_path(folder: Path, role: str, keyid: str) -> Path:
     """Return where a private key lies."""
     return folder / f"{role}-{keyid[:16]}.pem"
+
+
+def load_signers(folder: Path, role: str, keyids: Sequence[str]) -> list[Signer]:
+    """Return the signers whose private keys lie in a folder."""
+    paths = [key_path(folder, role, keyid) for keyid in keyids]
+    return [_load_signer(path) for path in paths if path.is_file()]
+
+
+def require_enough(folder: Path, name: str, role: Role) -> list[Signer]:
+    """Return enough signers of a role for its threshold.
+
+    Raises:
+        KeyRingError: too few private keys lie in the folder.
+    """
+    signers = load_signers(folder, name, role.keyids)
+    if len(signers) < role.threshold:
+        files = [key_path(folder, name, keyid).name for keyid in role.keyids]
+        raise KeyRingError(
+            f"{role.threshold} private keys must sign as {name}, {len(signers)} lie in {folder}; "
+            f"bring more of {files}"
+        )
+    return signers
+
+
+def find_key(roles: Mapping[str, Sequence[str]], key: str) -> tuple[str, str]:
+    """Return the role and the whole id of a key by the start of its id.
+
+    Args:
+        roles: ids of keys by role.
+        key: the start.
+
+    Raises:
+        KeyRingError: no key, or several, begin so.
+    """
+    found = [
+        (role, keyid)
+        for role, keyids in roles.items()
+        for keyid in keyids
+        if len(key) >= 6 and keyid.startswith(key)
+    ]
+    if len(found) != 1:
+        known = {role: [keyid[:16] for keyid in keyids] for role, keyids in roles.items()}
+        raise KeyRingError(
+            f"{key!r:.80} must be the start of one key's id, 6 digits at least: {known}"
+        )
+    return found[0]
 
 
 def new_keys(folder: Path, policy: KeyPolicy) -> KeyRing:
@@ -172,18 +204,8 @@ def revoke_key(folder: Path, key: str, days: int = 365) -> KeyRing:
         KeyRingError: no key, or several, begin so; or too few of the root's private keys lie here.
     """
     ring = KeyRing.load(folder)
-    matching = [
-        (role, keyid)
-        for role in ROLES
-        for keyid in ring.root.roles[role].keyids
-        if len(key) >= 6 and keyid.startswith(key)
-    ]
-    if len(matching) != 1:
-        known = {role: [k[:16] for k in ring.root.roles[role].keyids] for role in ROLES}
-        raise KeyRingError(
-            f"{key!r:.80} must be the start of one key's id, 6 digits at least: {known}"
-        )
-    role, keyid = matching[0]
+    found, keyid = find_key({role: ring.root.roles[role].keyids for role in ROLES}, key)
+    (role,) = (role for role in ROLES if role == found)
     return _replace_keys(ring, role, (keyid,), days)
 
 
@@ -214,15 +236,25 @@ def _replace_keys(ring: KeyRing, role: RoleName, leaving: Sequence[str], days: i
     for signer in ring.signers("root", root):
         signers[signer.public_key.keyid] = signer
     renewed = _sign_root(ring, root, list(signers.values()))
-    for keyid in leaving:
-        path = key_path(ring.folder, role, keyid)
-        if path.is_file():
-            (ring.folder / _RETIRED).mkdir(mode=0o700, exist_ok=True)
-            path.rename(ring.folder / _RETIRED / path.name)
+    retire_keys(ring.folder, role, leaving)
     return renewed
 
 
+def retire_keys(folder: Path, role: str, keyids: Sequence[str]) -> None:
+    """Put private keys that sign no more out of the way."""
+    for keyid in keyids:
+        path = key_path(folder, role, keyid)
+        if path.is_file():
+            (folder / _RETIRED).mkdir(mode=0o700, exist_ok=True)
+            path.rename(folder / _RETIRED / path.name)
+
+
 def _add_key(folder: Path, root: Root, role: str) -> None:
+    root.add_key(new_signer(folder, role).public_key, role)
+
+
+def new_signer(folder: Path, role: str) -> CryptoSigner:
+    """Make a key; its private part lies in the folder before anybody is told of it."""
     signer = CryptoSigner.generate_ed25519()
     path = key_path(folder, role, signer.public_key.keyid)
     # The private key is there, whole and nobody else's, before any root names it.
@@ -232,7 +264,7 @@ def _add_key(folder: Path, root: Root, role: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync_folder(folder)
-    root.add_key(signer.public_key, role)
+    return signer
 
 
 def _load_signer(path: Path) -> Signer:
@@ -248,23 +280,3 @@ def _sign_root(ring: KeyRing, root: Root, signers: Sequence[Signer]) -> KeyRing:
         signed.sign(signer, append=True)
     write_bytes(ring.folder / f"{root.version}.root.json", signed.to_bytes())
     return KeyRing(ring.folder, (*ring.roots, signed))
-
-
-def describe(ring: KeyRing) -> Mapping[str, object]:
-    """Return a folder of keys as JSON: ids, thresholds, whose private keys lie there."""
-    root = ring.root
-    return {
-        "folder": str(ring.folder),
-        "root_version": root.version,
-        "root_expires": root.expires.isoformat(),
-        "roles": {
-            role: {
-                "threshold": root.roles[role].threshold,
-                "keys": {
-                    keyid[:16]: key_path(ring.folder, role, keyid).is_file()
-                    for keyid in root.roles[role].keyids
-                },
-            }
-            for role in ROLES
-        },
-    }

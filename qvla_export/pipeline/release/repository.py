@@ -1,7 +1,8 @@
 """The noun `Repository`: a folder of signed metadata and files that any static server hands out.
 
-    metadata/   <n>.root.json, <n>.targets.json, <n>.snapshot.json, timestamp.json
-    targets/    blobs/<sha256>, releases/<digest>.json, deltas/<sha256>-<sha256>.zst
+    metadata/   <n>.root.json, <n>.targets.json, <n>.<group>.json, <n>.snapshot.json, timestamp.json
+    targets/    blobs/<sha256>, releases/<digest>.json, deltas/<sha256>-<sha256>.zst,
+                releases/<group>/<digest>.json
 
 The newest timestamp is written last: until then nobody sees what is new.
 """
@@ -13,7 +14,7 @@ from typing import TypeVar
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Snapshot, Targets, Timestamp
 
-from jetson.install.trust import METADATA, TARGETS
+from jetson.install.trust import METADATA, TARGETS, Catalogue, group_names, merge_lists
 from qvla_export.shared.errors import ArtifactError
 
 TIMESTAMP = "timestamp.json"
@@ -53,13 +54,30 @@ class Repository:
         version = timestamp.signed.snapshot_meta.version
         return _read(self.metadata / f"{version}.snapshot.json", Snapshot)
 
-    def offers(self) -> Metadata[Targets] | None:
-        """Return the newest list of files, None before the first."""
+    def offers(self, group: str = "") -> Metadata[Targets] | None:
+        """Return the newest list of files, everyone's or a group's; None before the first."""
         snapshot = self.snapshot()
-        if snapshot is None:
+        name = group or "targets"
+        if snapshot is None or f"{name}.json" not in snapshot.signed.meta:
             return None
-        version = snapshot.signed.meta["targets.json"].version
-        return _read(self.metadata / f"{version}.targets.json", Targets)
+        version = snapshot.signed.meta[f"{name}.json"].version
+        return _read(self.metadata / f"{version}.{name}.json", Targets)
+
+    def catalogue(self) -> Catalogue:
+        """Return all that is offered to anybody, unverified: robots verify it.
+
+        Raises:
+            ArtifactError: nothing was published yet, or it is damaged.
+        """
+        everyone = self.offers()
+        if everyone is None:
+            raise ArtifactError(
+                f"{self.root} is no repository, or an empty one; qvla release publish"
+            )
+        groups = group_names(everyone.signed)
+        lists = {group: offers for group in groups if (offers := self.offers(group)) is not None}
+        signed = {"": everyone.signed, **{group: one.signed for group, one in lists.items()}}
+        return merge_lists(signed, groups)
 
 
 def _read(path: Path, kind: type[_Signed]) -> Metadata[_Signed]:

@@ -1,16 +1,14 @@
 """Install releases from a folder and over HTTP: whole or not at all, and nothing twice."""
 
-import functools
-import http.server
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from small_releases import Host, Robot, sum_bundle
+from static_server import StaticFiles, static_server
 
 from jetson.errors import RemoteError
 from jetson.install import installation
@@ -174,50 +172,14 @@ def test_a_damaged_file_of_the_store_is_fetched_again(
     assert Bundle.load(robot.store.bundle(second.digest))
 
 
-class _Files(http.server.SimpleHTTPRequestHandler):
-    """Hands out files; answers ranges as servers do, and may cut a download."""
-
-    cut_after: int | None = None
-    asked: list[tuple[str, str | None]]
-
-    def do_GET(self) -> None:
-        path = Path(self.translate_path(self.path))
-        self.asked.append((self.path, self.headers["Range"]))
-        if not path.is_file():
-            self.send_error(404)
-            return
-        data = path.read_bytes()
-        start = int((self.headers["Range"] or "bytes=0-")[6:].rstrip("-"))
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
-        self.end_headers()
-        body = data[start:]
-        if type(self).cut_after is not None and len(body) > type(self).cut_after:
-            self.wfile.write(body[: type(self).cut_after])
-            self.wfile.flush()
-            self.connection.close()
-            return
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        return
-
-
 @pytest.fixture
-def served(host: Host) -> Iterator[tuple[str, type[_Files]]]:
-    kind = type("Served", (_Files,), {"asked": [], "cut_after": None})
-    handler = functools.partial(kind, directory=str(host.repository.root))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", kind
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def served(host: Host) -> Iterator[tuple[str, type[StaticFiles]]]:
+    with static_server(host.repository.root) as served:
+        yield served
 
 
 def test_a_static_server_is_a_repository_and_a_cut_download_goes_on(
-    host: Host, served: tuple[str, type[_Files]], tmp_path: Path
+    host: Host, served: tuple[str, type[StaticFiles]], tmp_path: Path
 ) -> None:
     url, kind = served
     robot = Robot.of(host, tmp_path / "store", url)

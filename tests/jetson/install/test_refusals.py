@@ -3,9 +3,10 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_releases import (
@@ -23,6 +24,7 @@ from jetson.install.installation import InstallRequest, install, release_name
 from jetson.install.release import REASONS, RELEASE, RefusedRelease, Release
 from jetson.install.release_source import FolderSource
 from jetson.install.store import Store
+from qvla_export.pipeline.release.groups import new_group
 from qvla_export.pipeline.release.inspection import verify_repository
 from qvla_export.pipeline.release.keys import revoke_key, rotate_keys
 from qvla_export.policies.oft.policy import OftPolicy
@@ -37,6 +39,14 @@ class Scene:
     # The repository as the robot saw it.
     seen: Path
     second: Release
+    # What the robot is told beside where to look.
+    request: dict[str, Any] = field(default_factory=dict)
+
+    def wants(self, release: str) -> None:
+        self.request["release"] = release
+
+    def belongs(self, *groups: str) -> None:
+        self.request["groups"] = groups
 
     @property
     def metadata(self) -> Path:
@@ -240,6 +250,18 @@ def nothing_for_anybody(scene: Scene) -> None:
     publish_list(scene.host, sign_as(scene.host.ring, "targets", offers.signed))
 
 
+def another_groups_release(scene: Scene) -> None:
+    new_group(scene.host.keys, "line-b")
+    folder = scene.host.create(scene.host.root / "release-b" / "bundle", "for-b")
+    scene.host.sign(folder, group="line-b")
+    scene.host.publish(folder, group="line-b")
+    scene.wants("for-b")
+
+
+def no_such_group(scene: Scene) -> None:
+    scene.belongs("line-c")
+
+
 def offer(scene: Scene, serial: int) -> dict[str, object]:
     return {"name": scene.second.name, "target": scene.robot.target, "serial": serial}
 
@@ -276,6 +298,8 @@ ATTACKS: tuple[tuple[str, Callable[[Scene], None]], ...] = (
     ("missing file", missing_list),
     ("runtime too old", needs_a_newer_runtime),
     ("unknown release", nothing_for_anybody),
+    ("unknown group", no_such_group),
+    ("not for this robot", another_groups_release),
 )
 
 
@@ -293,7 +317,7 @@ def test_an_attack_is_refused_by_its_name(
     before = sorted(path.name for path in scene.robot.store.releases.iterdir())
     state = scene.robot.state()
     with pytest.raises(RefusedRelease) as refused:
-        scene.robot.install()
+        scene.robot.install(**scene.request)
     assert refused.value.reason == reason, refused.value
     assert str(refused.value).startswith(f"{reason}: ")
     assert sorted(path.name for path in scene.robot.store.releases.iterdir()) == before
