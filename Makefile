@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 BASELINES := .baselines
+KERNELS := .kernels
 
 # The simulator draws with software OpenGL; a browser is only wanted for looking at reports.
 OPENGL := libosmesa6 libegl1 libgl1 libgles2 libglx-mesa0 libegl-mesa0
@@ -29,7 +30,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
 .ONESHELL:
 .SHELLFLAGS := -euc
 .DELETE_ON_ERROR:
-.PHONY: help install system demo results policies test test-slow lint docs wheel baselines-env clean
+.PHONY: help install system demo results policies test test-slow kernels lint docs wheel \
+    baselines-env clean
 
 help:
 	@cat <<-'TEXT'
@@ -38,6 +40,7 @@ help:
 	make policies   a small policy of every family, trained -> runs/policies: about half an hour of a core
 	make test       the tests that take seconds each (WORKERS=2)
 	make test-slow  the tests that take minutes, or the network
+	make kernels    the Triton kernel's tests, with its compiler (286 MB) in $(KERNELS)
 	make lint       ruff and mypy
 	make docs       the pages, strictly checked -> site/index.html
 	make install    $(VENV) with the pinned versions of constraints.txt
@@ -266,6 +269,19 @@ $(BASELINES)/installed.stamp: constraints-baselines.txt | install
 	    -r constraints-baselines.txt
 	touch $@
 
+# The same way round: Triton, and QVLA's packages behind it.
+kernels: $(KERNELS)/installed.stamp
+	@$(KERNELS)/bin/python -m pytest -q -m "slow or not slow" tests/engines/kernels
+
+$(KERNELS)/installed.stamp: pyproject.toml | install
+	@test -x $(KERNELS)/bin/python || $(BIN)/python -m venv $(KERNELS)
+	packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+	$(BIN)/python -c "$$packages" >"$$($(KERNELS)/bin/python -c "$$packages")/qvla.pth"
+	echo "installing Triton into $(KERNELS) ..."
+	$(KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    $$(sed -n 's/^triton = .*"\(triton==[0-9.]*\)".*/\1/p' pyproject.toml)
+	touch $@
+
 clean:
-	@rm -rf $(VENV) $(BASELINES) build dist site qvla.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(BASELINES) $(KERNELS) build dist site qvla.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from house import HOST_ONLY, HOST_TOOLS, MODULES, PACKAGES, imports_of, top
+from house import (
+    HOST_ONLY,
+    HOST_TOOLS,
+    MODULES,
+    OPENED_BY_NAME,
+    PACKAGES,
+    imports_of,
+    top,
+)
 from places import ROOT
 
 # The command reaches across the stages, inside its functions.
@@ -29,7 +37,9 @@ def reached(start: str) -> dict[str, str]:
 
 
 ROBOT_SIDE = [
-    m for m in LIBRARY if top(m) in ("engines", "jetson") and not m.startswith(HOST_TOOLS)
+    m
+    for m in LIBRARY
+    if top(m) in ("engines", "jetson") and not m.startswith(HOST_TOOLS + OPENED_BY_NAME)
 ]
 
 

@@ -1,6 +1,6 @@
 """Every module of the robot side imports where only the base dependencies are installed."""
 
-from house import HOST_ONLY, HOST_TOOLS
+from house import HOST_ONLY, HOST_TOOLS, OPENED_BY_NAME
 from robot_runs import run_on_robot
 
 # Of JetPack or of one target; an engine that needs one is loaded for that target only.
@@ -19,7 +19,7 @@ count = 0
 for package in ("engines", "jetson"):
     package = importlib.import_module(package)
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if module.name.startswith({HOST_TOOLS!r}):
+        if module.name.startswith({HOST_TOOLS + OPENED_BY_NAME!r}):
             continue
         try:
             importlib.import_module(module.name)

@@ -47,9 +47,12 @@ HOST_ONLY = {
     "scipy",
     "torch",
     "transformers",
+    "triton",
 }
 # Of the host although its package is the robot's; test_imports: nothing else reaches it.
 HOST_TOOLS = ("engines.check", "engines.bench")
+# Opened by name, on a machine with a GPU and torch; nothing else of the robot side reaches them.
+OPENED_BY_NAME = ("engines.kernels", "engines.torch")
 
 
 def module_name(path: Path) -> str:
