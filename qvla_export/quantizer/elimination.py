@@ -10,6 +10,7 @@ missing on by one product. Array operations are an argument (`quantizer.arrays`)
 imported.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,25 +114,21 @@ class _Waves:
         self._inputs, count = targets.shape
         self._size = count if channels_factor is None else min(blocking.block, count)
         self._blocks = -(-count // self._size)
-        # Channels that fill the last block up are zero, and stay it.
-        places = np.arange(self._blocks * self._size).reshape(self._blocks, -1)[::-1].reshape(-1)
-        self._filled = arrays.put(np.flatnonzero(places < count))
-        self._channels = arrays.put(places[places < count])
-        self._targets = self._laid_out(targets, 0)
-        self._left = self._targets + 0
-        self._scales = self._laid_out(arrays.put(levels.scales), 1)
+        self._count = count
+        # What is left of the targets, the targets themselves, and their scales.
+        self._given = self._laid_out((targets, 0), (targets, 0), (arrays.put(levels.scales), 1))
+        self._left = self._given[0]
         self._bounds = [
-            self._laid_out(arrays.put(bound), 0)
+            self._laid_out((arrays.put(bound), 0))
             if isinstance(bound, np.ndarray)
             else arrays.zeros((), targets) + bound
             for bound in (levels.low, levels.high)
         ]
-        # What the rounded weights miss of the targets, and of the targets with the answers to
-        # other channels.
-        self._missing, self._gaps, self._levels = (
-            arrays.zeros(self._targets.shape, self._targets) for _ in range(3)
-        )
-        self._buffers: dict[int, tuple[list[Array], list[tuple[Array, ...]]]] = {}
+        # What the rounded weights miss of the targets, of the targets with the answers to other
+        # channels, and their levels.
+        self._made = arrays.zeros(self._given.shape, targets)
+        self._missing, self._gaps, self._levels = self._made
+        self._buffers: dict[int, tuple[Array, list[tuple[Array, ...]]]] = {}
         self._answers = None
         if channels_factor is not None and self._blocks > 1:
             self._answers = self._answers_of(channels_factor)
@@ -139,16 +136,31 @@ class _Waves:
     def run(self) -> Array:
         """Round all inputs."""
         self._round(0, self._inputs)
-        result = self._arrays.zeros((self._inputs, len(self._channels)), self._targets)
-        result[:, self._channels] = self._levels[: self._inputs, self._filled]
+        result = self._arrays.zeros((self._inputs, self._count), self._left)
+        for stored, channels in self._places():
+            result[:, channels] = self._levels[: self._inputs, stored]
         return result
 
-    def _laid_out(self, values: Array, rest: float) -> Array:
-        """Fill blocks and runs up; a row more lets views of the last run end in the array."""
+    def _places(self) -> Iterator[tuple[slice, slice]]:
+        """Yield where a block is stored, and which channels it has."""
+        for number in range(self._blocks):
+            start = number * self._size
+            stop = min(start + self._size, self._count)
+            stored = (self._blocks - 1 - number) * self._size
+            yield slice(stored, stored + stop - start), slice(start, stop)
+
+    def _laid_out(self, *filled: tuple[Array, float]) -> Array:
+        """Return arrays as they are stored, each with what fills its blocks and runs up.
+
+        A row more lets views of the last run end in the array.  [arrays, rows, columns]
+        """
         length, width = self._blocking.inputs, self._blocks * self._size
-        rows = -(-len(values) // length) * length + 1
-        result = self._arrays.zeros((rows, width), values) + rest
-        result[: len(values), self._filled] = values[:, self._channels]
+        rows = -(-self._inputs // length) * length + 1
+        result = self._arrays.zeros((len(filled), rows, width), filled[0][0])
+        for whole, (values, rest) in zip(result, filled, strict=True):
+            whole += rest
+            for stored, channels in self._places():
+                whole[: self._inputs, stored] = values[:, channels]
         return result
 
     def _answers_of(self, factor: Array) -> Array:
@@ -212,13 +224,14 @@ class _Waves:
         first = (start + runs.start * length) * width + working.start * size
 
         def own(values: Array) -> Array:
-            """Return a view of each block's run.  [length, blocks, block]"""
-            flat = values.reshape(-1)[first : first + count * each].reshape(count, each)
-            wide = flat[:, : length * width].reshape(count, length, width)
-            return wide[:, :, :size].swapaxes(0, 1)
+            """Return views of each block's run.  [arrays, length, blocks, block]"""
+            flat = values.reshape(len(values), -1)[:, first : first + count * each]
+            wide = flat.reshape(-1, count, each)[:, :, : length * width]
+            return wide.reshape(-1, count, length, width)[:, :, :, :size].swapaxes(1, 2)
 
-        (value, wanted, scale, level), rows = self._buffers_of(count)
-        value[:], wanted[:], scale[:] = own(self._left), own(self._targets), own(self._scales)
+        buffers, rows = self._buffers_of(count)
+        buffers[:3] = own(self._given)
+        value, wanted, scale, level = buffers
         before, within = shares[0][runs], shares[1][:, :, runs]
         answers = 0
         if self._answers is not None:
@@ -231,28 +244,26 @@ class _Waves:
         if known:
             gaps = self._gaps[start : start + known].reshape(known, self._blocks, size)
             value += (before[:, :, :known] @ gaps.swapaxes(0, 1)[working]).swapaxes(0, 1)
-        bounds = [own(some) if some.shape else [some] * length for some in self._bounds]
+        bounds = [own(some)[0] if some.shape else [some] * length for some in self._bounds]
         for place, (now, target, unit, whole, later) in enumerate(rows):
             self._arrays.nearest(now, unit, bounds[0][place], bounds[1][place], whole)
             later += within[place, place + 1 :] * (target - whole * unit)
         gap = wanted - level * scale
-        own(self._gaps)[:], own(self._levels)[:] = gap, level
+        missed, gaps, levels = own(self._made)
+        gaps[:], levels[:] = gap, level
         if self._answers is not None:
-            own(self._missing)[:] = gap - answers
+            missed[:] = gap - answers
 
-    def _buffers_of(self, count: int) -> tuple[list[Array], list[tuple[Array, ...]]]:
+    def _buffers_of(self, count: int) -> tuple[Array, list[tuple[Array, ...]]]:
         """Return where runs of some blocks are rounded, and its views, the same each time.
 
         Returns:
-            Four arrays [length, count, block]: values, targets, scales and levels; of each input
-            those and the values of the inputs after it.
+            Values, targets, scales and levels [4, length, count, block]; of each input those, and
+            the values of the inputs after it.
         """
         if count not in self._buffers:
-            shape = self._blocking.inputs, count, self._size
-            whole = [self._arrays.zeros(shape, self._targets) for _ in range(4)]
-            rows = [
-                (*(values[place] for values in whole), whole[0][place + 1 :])
-                for place in range(shape[0])
-            ]
+            length = self._blocking.inputs
+            whole = self._arrays.zeros((4, length, count, self._size), self._left)
+            rows = [(*whole[:, place], whole[0, place + 1 :]) for place in range(length)]
             self._buffers[count] = whole, rows
         return self._buffers[count]
