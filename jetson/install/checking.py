@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jetson.install.account import ServingAccount
 from jetson.install.activation import CURRENT, activate, recover
 from jetson.install.release import Release
 from jetson.install.self_check import needs_engines
@@ -90,7 +91,10 @@ def build_release(store: Store, wanted: str | None, machine: str, boot_id: str) 
         return BuiltRelease(digest, release.name, None, {})
     folder = engine_folder(store, release, machine)
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = _isolated(("build", store.bundle(digest), folder), _BUILD_TIMEOUT_S)
+    account = ServingAccount.of(store)
+    if account is not None:
+        account.own(folder)
+    sizes = _isolated(account, ("build", store.bundle(digest), folder), _BUILD_TIMEOUT_S)
     if "error" in sizes:
         raise StoreError(f"engines of release {release.name!r}: {sizes['error']}")
     _let_serve(store, digest, release, folder)
@@ -170,7 +174,9 @@ def _check(
     if release.digest != digest:
         raise FailedCheck(f"release.json has digest {release.digest[:16]}, not {digest[:16]}")
     folder = engine_folder(store, stored, machine)
-    found = _isolated(("check", store.bundle(digest), folder, samples), _CHECK_TIMEOUT_S)
+    found = _isolated(
+        ServingAccount.of(store), ("check", store.bundle(digest), folder, samples), _CHECK_TIMEOUT_S
+    )
     if "error" in found:
         raise FailedCheck(found["error"])
     if found["bundle_digest"] != release.bundle_digest:
@@ -198,25 +204,30 @@ def _check(
     )
 
 
-def unit_command(systemd: Path = _SYSTEMD) -> tuple[str, ...]:
+def unit_command(account: ServingAccount | None, systemd: Path = _SYSTEMD) -> tuple[str, ...]:
     """Return what starts a command in a unit of its own; nothing where systemd does not run."""
     program = shutil.which("systemd-run")
     if program is None or not systemd.is_dir() or os.geteuid() != 0:
         return ()
     options = ("--wait", "--pipe", "--collect", "--quiet", f"--unit=qvla-build-{os.getpid()}")
-    properties = ("Nice=10", "IOSchedulingClass=idle", "MemoryMax=80%", "OOMPolicy=stop")
+    properties = ["Nice=10", "IOSchedulingClass=idle", "MemoryMax=80%", "OOMPolicy=stop"]
+    if account is not None:
+        properties.append(f"User={account.name}")
     return (program, *options, *(f"--property={one}" for one in properties))
 
 
-def _isolated(arguments: Sequence[object], timeout_s: float) -> dict[str, Any]:
+def _isolated(
+    account: ServingAccount | None, arguments: Sequence[object], timeout_s: float
+) -> dict[str, Any]:
     """Run `jetson.install.self_check` in a process of its own; return what it found.
 
     Raises:
         FailedCheck: it crashed, or takes too long.
     """
-    prefix = unit_command() if arguments[0] == "build" else ()
+    prefix = unit_command(account) if arguments[0] == "build" else ()
+    state = {} if account is None else account.environment
     kept = {name: os.environ[name] for name in ("PYTHONPATH", "HOME") if name in os.environ}
-    settings = [f"--setenv={name}={value}" for name, value in kept.items()] if prefix else []
+    settings = [f"--setenv={n}={value}" for n, value in {**kept, **state}.items()] if prefix else []
     words = [*prefix, *settings, sys.executable, "-m", "jetson.install.self_check"]
     try:
         done = subprocess.run(
@@ -225,6 +236,9 @@ def _isolated(arguments: Sequence[object], timeout_s: float) -> dict[str, Any]:
             text=True,
             timeout=timeout_s,
             check=False,
+            env={**os.environ, **state},
+            # systemd starts it as whom it is told.
+            **({} if account is None or prefix else account.process()),
         )
     except subprocess.TimeoutExpired:
         raise FailedCheck(f"{arguments[0]} has not ended after {timeout_s:.0f} s") from None

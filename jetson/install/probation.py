@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jetson.clients.http_client import RemotePolicy
-from jetson.install.activation import CURRENT, Switched, prove
+from jetson.install.activation import CURRENT, Switched, prove, roll_back_unproven
 from jetson.install.store import Store, StoreError
 from jetson.install.store_state import StoreState, read_boot_id
 from qvla_export.shared.errors import QvlaError
@@ -72,6 +72,24 @@ def prove_current(store: Store, url: str | None, terms: ProbationTerms, token: s
         bundle_digest = StoreState.load(store).known(digest).bundle_digest
         measured = measure_probation(url, terms, token, bundle_digest)
     return Proof(measured, prove(store, read_boot_id(), digest))
+
+
+def prove_or_leave(store: Store, url: str, terms: ProbationTerms, token: str | None) -> Proof:
+    """Prove `current` as `prove_current`; where it fails, go back to the release before.
+
+    A release that another command made `current` meanwhile is left alone.
+
+    Raises:
+        StoreError: as `prove_current`; the server serves another bundle.
+    """
+    digest = store.linked(CURRENT)
+    try:
+        return prove_current(store, url, terms, token)
+    except FailedProbation as error:
+        switched = roll_back_unproven(store, str(error), read_boot_id(), digest)
+        if not switched.changed:
+            raise
+        return Proof(None, switched)
 
 
 def measure_probation(

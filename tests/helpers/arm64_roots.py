@@ -38,7 +38,7 @@ def _unpack(
     for name in ("etc/apt.conf.d", "etc/preferences.d", "state/lists/partial", "cache/archives"):
         (state / name).mkdir(parents=True, exist_ok=True)
     (state / "status").touch()
-    (state / "etc/sources.list").write_text(f"deb {_mirror()} {suite} main\n")
+    (state / "etc/sources.list").write_text(f"deb {mirror()} {suite} main\n")
     settings = {
         "Dir": state, "Dir::Etc": "etc", "Dir::Etc::sourcelist": "sources.list",
         "Dir::Etc::sourceparts": "-", "Dir::Etc::trustedparts": "/etc/apt/trusted.gpg.d",
@@ -68,7 +68,8 @@ def _unpack(
     shutil.rmtree(state)
 
 
-def _mirror() -> str:
+def mirror() -> str:
+    """Return where this machine's apt gets its packages."""
     words = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
     found = subprocess.run(words, capture_output=True, text=True, check=True)
     return found.stdout.splitlines()[0]

@@ -1,6 +1,5 @@
 """`qvla robot prove`, `supervise` and `units`: a release that serves, and what keeps it serving."""
 
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,19 +46,28 @@ def prove(
     unless_proven: Annotated[
         bool, typer.Option("--unless-proven", help="Do nothing if nothing is on probation.")
     ] = False,
+    or_rollback: Annotated[
+        bool, typer.Option("--or-rollback", help="Leave a release that fails, and end with 0.")
+    ] = False,
+    restart_unit: RestartOption = None,
     token_file: TokenFileOption = None,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """End the probation of `current`, measured by a client: others may go back to it."""
-    from jetson.install.probation import ProbationTerms, prove_current
+    from jetson.install.probation import ProbationTerms, prove_current, prove_or_leave
     from jetson.install.store_state import StoreState
+    from jetson.install.units import restart
     from jetson.serving.security import read_token
 
     def act(opened: "Store") -> "Mapping[str, object]":
         if unless_proven and StoreState.load(opened).probation is None:
             return {"measured": None}
-        terms = ProbationTerms(actions, seconds, max_p95_ms)
-        return prove_current(opened, url, terms, read_token(token_file)).to_json()
+        terms, token = ProbationTerms(actions, seconds, max_p95_ms), read_token(token_file)
+        if not or_rollback or url is None:
+            return prove_current(opened, url, terms, token).to_json()
+        proof = prove_or_leave(opened, url, terms, token)
+        restart(restart_unit if proof.switched.changed else None)
+        return proof.to_json()
 
     answer(store, act, hold=False)
 
@@ -140,8 +148,7 @@ def units(
     """Write systemd units: first boot, clocks, serving, going back, an optional timer."""
     from jetson.install.units import UnitSettings, write_units
 
-    program = Path(shutil.which("qvla") or sys.argv[0]).absolute()
     options = tuple(serve_options or ())
-    settings = UnitSettings(program, store, user, port, options, power_mode)
+    settings = UnitSettings(Path(sys.executable), store, user, port, options, power_mode)
     written = write_units(output, settings)
     print_json({"ok": True, "units": [str(path) for path in written]})

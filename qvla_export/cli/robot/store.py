@@ -90,12 +90,22 @@ def verify(
     answer(store, act)
 
 
-def activate(release: NameArgument = None, store: StoreOption = DEFAULT_STORE) -> None:
+def activate(
+    release: NameArgument = None,
+    restart_unit: RestartOption = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
     """Let a checked release be `current`, on probation; the one before stays `previous`."""
     from jetson.install.activation import activate as activate_release
     from jetson.install.fingerprint import this_machine
+    from jetson.install.units import restart
 
-    answer(store, lambda s: activate_release(s, release, *this_machine()).to_json(), hold=False)
+    def act(opened: "Store") -> Mapping[str, Any]:
+        switched = activate_release(opened, release, *this_machine())
+        restart(restart_unit if switched.changed else None)
+        return switched.to_json()
+
+    answer(store, act, hold=False)
 
 
 def rollback(

@@ -160,7 +160,8 @@ def _pack(wheels: Sequence[Path], system: RobotSystem, work: Path) -> Path:
     write_json(platform, system.to_pex())
     arguments = (
         *(word for wheel in wheels for word in ("--pre-resolved-dist", wheel)),
-        *("qvla", "--complete-platform", platform, "--no-build", "--venv", "prepend"),
+        # PEX packs what this asks for, and none of the other wheels.
+        *(f"qvla[{_EXTRA}]", "--complete-platform", platform, "--no-build", "--venv", "prepend"),
         # TensorRT is the system's: JetPack brings it as a package of its Python.
         *("--venv-system-site-packages", "--console-script", "qvla"),
         *("--python-shebang", f"/usr/bin/env python{system.python}", "--output-file", packed),

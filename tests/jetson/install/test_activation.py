@@ -313,11 +313,13 @@ def test_limits_of_a_release_are_kept(
         "bundle_digest": release.bundle_digest, "breaches": [], "drift": 0.0, "runtime": "it",
         "p50_ms": 1.0, "p95_ms": 2.0, "observations": 1,
     }  # fmt: skip
-    monkeypatch.setattr(checking, "_isolated", lambda arguments, timeout_s: {**good, **found})
+    monkeypatch.setattr(
+        checking, "_isolated", lambda account, arguments, timeout_s: {**good, **found}
+    )
     with robot.store.open(), pytest.raises(FailedCheck, match=breach):
         check_release(robot.store, None, MACHINE, BOOT)
     assert StoreState.load(robot.store).known(release.digest).standing == "failed"
-    monkeypatch.setattr(checking, "_isolated", lambda arguments, timeout_s: good)
+    monkeypatch.setattr(checking, "_isolated", lambda account, arguments, timeout_s: good)
     with robot.store.open():
         check_release(robot.store, None, MACHINE, BOOT)
     assert standing(robot, "limited") == "checked"
@@ -348,8 +350,8 @@ def test_a_build_has_a_unit_of_its_own_where_systemd_runs(
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert unit_command(tmp_path / "no-systemd") == ()
+    assert unit_command(None, tmp_path / "no-systemd") == ()
     monkeypatch.setattr(checking.os, "geteuid", lambda: 0)
-    words = unit_command(tmp_path)
+    words = unit_command(None, tmp_path)
     assert words[0] == str(program) and "--property=Nice=10" in words
     assert any(word.startswith("--unit=qvla-build-") for word in words)

@@ -1,6 +1,5 @@
 """A release that crashes, hangs or is too slow: the one before it serves again."""
 
-import json
 import signal
 import socket
 import subprocess
@@ -25,7 +24,6 @@ from jetson.install.installation import InstallRequest
 from jetson.install.probation import FailedProbation, ProbationTerms, measure_probation
 from jetson.install.store import StoreError
 from jetson.install.supervision import SupervisionEnd, SupervisionSettings, supervise
-from jetson.install.units import UnitSettings, unit_files
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.systemd_notify import notify, signs_of_life, watchdog_s
@@ -248,7 +246,9 @@ def test_a_release_is_checked_anew_where_the_machine_has_changed(
     state, checks = robot.state(), []
     digests = {digest: one.bundle_digest for digest, one in state.releases.items()}
 
-    def check(arguments: tuple[object, ...], timeout_s: float) -> dict[str, object]:
+    def check(
+        account: object, arguments: tuple[object, ...], timeout_s: float
+    ) -> dict[str, object]:
         digest = Path(str(arguments[1])).parent.name
         checks.append(state.releases[digest].name)
         if not passes and checks[-1] == "better":
@@ -380,24 +380,3 @@ def test_systemd_hears_that_a_server_is_ready_and_alive(
             assert manager.recv(100) == b"WATCHDOG=1"
         monkeypatch.setenv("WATCHDOG_PID", "1")
         assert watchdog_s() is None
-
-
-def test_units_say_what_systemd_must_do() -> None:
-    files = unit_files(UnitSettings(Path("/opt/qvla/bin/qvla"), power_mode=0))
-    serve = files["qvla-serve.service"]
-    for line in (
-        "Type=notify",
-        "WatchdogSec=5",
-        "OnFailure=qvla-rollback.service",
-        "StartLimitBurst=3",
-        "ExecStart=/opt/qvla/bin/qvla serve /var/lib/qvla/current/bundle --port 8000",
-        "ProtectSystem=strict",
-    ):
-        assert f"\n{line}\n" in serve
-    assert "robot verify --if-changed --store /var/lib/qvla" in files["qvla-renew.service"]
-    # The server of a release that was left may be running still.
-    assert "--restart-unit qvla-serve.service" in files["qvla-rollback.service"]
-    assert "nvpmodel -m 0" in files["qvla-first-boot.service"]
-    with pytest.raises(StoreError, match="without blanks"):
-        UnitSettings(Path("/opt/qvla"), user="x\nExecStart=/bin/sh")
-    json.dumps(files)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,12 @@ def test_a_jetpack_has_one_file(tmp_path: Path, jetpack: str) -> None:
     assert json.loads(output.with_suffix(".json").read_text())["sha256"] == sha256_file(output)
     assert output.read_bytes().startswith(f"#!/usr/bin/env python{system.python}\n".encode())
     assert os.access(output, os.X_OK) and built.nbytes < 100e6
+    with zipfile.ZipFile(output) as packed:
+        inside = {name.removeprefix(".deps/").split("-")[0] for name in packed.namelist()}
+    # What is in the lock is in the file: PEX leaves out what nothing asks for.
+    assert {name.replace("-", "_") for name in built.packages} <= {
+        name.lower().replace(".", "_") for name in inside
+    }
     scan = scan_zip(output, system)
     assert scan.native_files == built.native_files > 50
     assert {"onnxruntime", "numpy", "tuf", "cuda-bindings"} <= set(built.packages)
