@@ -76,8 +76,8 @@ class UnitSettings:
         for path in (self.python, self.store):
             if any(path.is_relative_to(home) for home in _HOMES):
                 raise StoreError(
-                    f"the units hide homes from the server, and {path} lies in one; put a venv "
-                    "elsewhere (python3 -m venv /opt/qvla), or let a runtime unpack itself there: "
+                    f"the units hide homes from the server, and {path} lies in one; put it "
+                    "elsewhere: a venv by python3 -m venv /opt/qvla, one file by "
                     "PEX_ROOT=/opt/qvla ./qvla-jp7.pex robot units ..."
                 )
 
