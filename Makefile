@@ -61,7 +61,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	echo "installing the pinned versions into $(VENV) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip==$(PIP_VERSION)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    -c constraints.txt -e '.[host,sim,rtx,camera,runtime,docs,dev]'
+	    -c constraints.txt -e '.[host,sim,rtx,camera,openvino,runtime,docs,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(OPENPI_CLIENT)
 	touch $@
 

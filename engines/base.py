@@ -110,6 +110,11 @@ class BundleEngine(abc.ABC):
         """Names, dtypes and shapes that `infer` returns."""
         return self._bundle.outputs
 
+    @property
+    def weight_form(self) -> str:
+        """How weights are held, in words: "packed", "12 layers in float"."""
+        return "packed"
+
     @abc.abstractmethod
     def layer_times(self, feeds: Feeds, passes: int = 50) -> LayerTimes:
         """Run the whole bundle some times under the runtime's own profiler."""

@@ -1,18 +1,21 @@
 """Choose and load the engine of a bundle's target."""
 
+import logging
 from pathlib import Path
 from typing import Literal
 
 from engines.base import Engine, EngineError
 from engines.targets import find_target
 from qvla_export.shared.bundle import Bundle
-from qvla_export.shared.target import Runtime, Target
+from qvla_export.shared.target import Runtime, Target, WeightForm
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def load_engine(
     bundle: Bundle,
     threads: int | None = None,
-    weights: Literal["packed", "unpacked"] = "packed",
+    weights: WeightForm = "packed",
     runtime: Runtime | None = None,
     engines: Path | None = None,
     keep_loaded: bool = True,
@@ -23,9 +26,10 @@ def load_engine(
         bundle: verified by `Bundle.load`.
         threads: CPU threads of one operator; None for one a physical core.
         weights: "packed" computes with the stored codes; "unpacked" makes them float32 at load,
-            which takes a float policy's memory and can be faster.
+            which takes a float policy's memory and can be faster; "tuned" is what `qvla tune`
+            chose here, runtime included, and packed where nothing was.
         runtime: None for the target's own; "ort" runs any bundle on a CPU, to check its graphs
-            where the device is not.
+            where the device is not; "openvino" runs those of target `cpu`.
         engines: folder of built TensorRT engines; None for the one beside the bundle.
         keep_loaded: False holds one part at a time in memory, on ONNX Runtime; see `OrtEngine`.
 
@@ -34,7 +38,7 @@ def load_engine(
         EngineError: the runtime is not installed, refuses the graph, or has no engine yet.
     """
     target = find_target(bundle.target)
-    runtime = runtime or target.runtime
+    own, runtime = runtime, runtime or target.runtime
     if runtime in ("tensorrt", "tensorrt_rtx"):
         if runtime != target.runtime:
             raise EngineError(
@@ -44,6 +48,13 @@ def load_engine(
         from engines.trt.engine import TensorRtEngine
 
         return TensorRtEngine(bundle, engines)
+    if weights == "tuned":
+        tuned = _load_tuned(bundle, target, threads, own, keep_loaded)
+        if tuned is not None:
+            return tuned
+        weights = "packed"
+    if runtime == "openvino":
+        return _load_openvino(bundle, target, threads, weights, keep_loaded)
     return _load_ort(bundle, target, threads, weights, runtime, keep_loaded)
 
 
@@ -65,6 +76,53 @@ def runtime_here(target: Target) -> Runtime:
         has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         return "ort-cuda" if has_cuda else "ort"
     return target.runtime
+
+
+def _load_tuned(
+    bundle: Bundle,
+    target: Target,
+    threads: int | None,
+    runtime: Runtime | None,
+    keep_loaded: bool,
+) -> Engine | None:
+    """Return the engine that `qvla tune` chose here; None where it chose none of this runtime."""
+    if target.runtime != "ort":
+        return None
+    try:
+        from engines.forms.candidates import Candidate
+        from engines.forms.tuning import find_tuning
+    except ImportError:  # the runtime's own branch says which
+        return None
+    tuning = find_tuning(bundle, threads)
+    if tuning is None or runtime not in (None, tuning.runtime):
+        return None
+    _LOGGER.info("weights as qvla tune chose: %s", tuning.form)
+    chosen = Candidate(tuning.runtime, "tuned", tuning.float_layers)
+    return chosen.open(bundle, threads, keep_loaded)
+
+
+def _load_openvino(
+    bundle: Bundle,
+    target: Target,
+    threads: int | None,
+    weights: Literal["packed", "unpacked"],
+    keep_loaded: bool,
+) -> Engine:
+    if target.runtime != "ort":
+        raise EngineError(
+            f"OpenVINO runs bundles for target cpu, this one is for {target.name!r}; "
+            "export it with --target cpu, or check it with --runtime ort"
+        )
+    try:
+        from engines.openvino import OpenVinoEngine
+    except ImportError as error:
+        raise EngineError(
+            f"OpenVINO is not installed ({error}); pip install 'qvla[openvino]'"
+        ) from error
+    from engines.forms.float_layers import all_layers
+
+    float_layers = all_layers(bundle) if weights == "unpacked" else {}
+    return OpenVinoEngine(bundle, threads, keep_loaded, float_layers)
 
 
 def _load_ort(

@@ -1,15 +1,18 @@
 """ONNX Runtime on a CPU, or on a GPU by its CUDA execution provider."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import onnxruntime
 from numpy.typing import NDArray
 
 from engines.base import BundleEngine, EngineError, Feeds, check_feeds, rounds_activations
+from engines.forms.float_layers import FloatLayers, form_of, with_float_layers
+from engines.forms.graph_file import GraphFile
 from engines.layer_times import LayerTime, LayerTimes
 from engines.ort_layers import profiling_options, read_profile
 from engines.program.ort_values import call_part, copied, to_ort
@@ -26,9 +29,10 @@ _EXACT_INTEGERS = "session.x64quantprecision"
 _ERRORS_ONLY = 3
 # First passes of a profile: allocations and cold caches.
 _UNTIMED_PASSES = 5
+_FOLDER = "session.model_external_initializers_file_folder_path"
 # "packed": MatMulNBits reads the stored codes. "unpacked": codes become float32 at load; the memory
 # of a float policy, and its speed where many rows make a layer compute-bound.
-WeightForm = Literal["packed", "unpacked"]
+WholeForm = Literal["packed", "unpacked"]
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider"]
 
 
@@ -42,9 +46,10 @@ class OrtEngine(BundleEngine):
         self,
         bundle: Bundle,
         threads: int | None = None,
-        weights: WeightForm = "packed",
+        weights: WholeForm = "packed",
         keep_loaded: bool = True,
         provider: Provider = "CPUExecutionProvider",
+        float_layers: FloatLayers = MappingProxyType({}),
     ) -> None:
         """Load a bundle.
 
@@ -55,6 +60,7 @@ class OrtEngine(BundleEngine):
             keep_loaded: False loads each part when its turn comes and frees it afterwards: one
                 part's memory instead of the policy's, at the cost of loading for every call.
             provider: what computes. Operators that CUDA lacks run on the CPU.
+            float_layers: those whose weights become float32 at load though others stay packed.
 
         Raises:
             EngineError: the runtime refuses the graph or a setting, or lacks the provider.
@@ -63,7 +69,8 @@ class OrtEngine(BundleEngine):
         self._provider = provider
         super().__init__(bundle)
         self._new_options = partial(session_options, bundle, threads, weights)
-        self._options = self._new_options()
+        self._new_options()  # refuses a wrong setting now, though a part may be loaded much later
+        self._weights, self._float_layers = weights, float_layers
         self._keep_loaded = keep_loaded
         self._open = True
         # Part name -> session.
@@ -77,6 +84,11 @@ class OrtEngine(BundleEngine):
     def runtime(self) -> str:
         """Name, version and execution provider of the runtime."""
         return f"onnxruntime {onnxruntime.__version__} {self._provider}"
+
+    @property
+    def weight_form(self) -> str:
+        """How weights are held, in words; see `BundleEngine`."""
+        return form_of(self._float_layers) or self._weights
 
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Return the named outputs of named inputs."""
@@ -147,10 +159,10 @@ class OrtEngine(BundleEngine):
     def _load(self, part: Part, options: Any = None) -> Any:
         path = self._bundle.model_path(part)
         providers = list(dict.fromkeys((self._provider, "CPUExecutionProvider")))
+        options = options or self._new_options()
+        layers = self._float_layers.get(part.name, ())
         try:
-            session = onnxruntime.InferenceSession(
-                str(path), options or self._options, providers=providers
-            )
+            session = open_session(path, options, layers, providers)
         except Exception as error:  # the runtime's exceptions share no public base
             raise EngineError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}. The bundle "
@@ -165,6 +177,27 @@ class OrtEngine(BundleEngine):
         return session
 
 
+def open_session(
+    path: Path,
+    options: Any,
+    float_layers: Collection[str] = (),
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> Any:
+    """Return a session of a graph, with some layers' weights as float32.
+
+    Args:
+        path: of the graph; its weights lie beside it.
+        options: of the session alone: they learn where the weights are.
+        float_layers: names as `engines.forms.float_layers.layers_of` gives them.
+        providers: what computes, best first.
+    """
+    model: str | bytes = str(path)
+    if float_layers:
+        model = with_float_layers(GraphFile.read(path), float_layers).to_bytes()
+        options.add_session_config_entry(_FOLDER, str(path.parent))
+    return onnxruntime.InferenceSession(model, options, providers=list(providers))
+
+
 def _require_provider(provider: Provider) -> None:
     available = onnxruntime.get_available_providers()
     if provider not in available:
@@ -174,7 +207,7 @@ def _require_provider(provider: Provider) -> None:
         )
 
 
-def session_options(bundle: Bundle, threads: int | None, weights: WeightForm = "packed") -> Any:
+def session_options(bundle: Bundle, threads: int | None, weights: WholeForm = "packed") -> Any:
     """Return the session options a bundle asks for.
 
     `accuracy_level` 0 computes with float32 activations. Without it ONNX Runtime 1.32 uses 4:
@@ -192,7 +225,7 @@ def keep_integers_exact(options: Any) -> None:
     Not for others: ONNX Runtime 1.32 then fails on 8-bit weights of float activations, and where
     integers do not saturate the same numbers take four times as long.
     """
-    if saturates(_cpu_description()):
+    if saturates(cpu_description()):
         options.add_session_config_entry(_EXACT_INTEGERS, "1")
 
 
@@ -207,14 +240,15 @@ def saturates(cpu_description: str) -> bool:
     return flags is not None and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags)
 
 
-def _cpu_description() -> str:
+def cpu_description() -> str:
+    """Return Linux's /proc/cpuinfo; nothing on other systems."""
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         return ""
 
 
-def ort_options(level: object, threads: int | None, weights: WeightForm = "packed") -> Any:
+def ort_options(level: object, threads: int | None, weights: WholeForm = "packed") -> Any:
     """Return session options; `level` is the accuracy level of `session_options`."""
     if threads is not None and threads < 1:
         raise EngineError(f"threads must be at least 1 or None, got {threads}")

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.clock import SpanClock, inner_span
 from qvla_export.shared.observation import Observation
-from qvla_export.shared.target import Runtime
+from qvla_export.shared.target import Runtime, WeightForm
 
 
 class UnsafeAction(EngineError):
@@ -74,7 +73,7 @@ class EnginePolicy:
 def open_bundle(
     bundle: Bundle | Path | str,
     threads: int | None = None,
-    weights: Literal["packed", "unpacked"] = "packed",
+    weights: WeightForm = "tuned",
     runtime: Runtime | None = None,
 ) -> EnginePolicy:
     """Open a bundle as a policy that acts: `with open_bundle(path) as robot: robot.infer(seen)`.
@@ -82,8 +81,10 @@ def open_bundle(
     Args:
         bundle: its folder, or what `Bundle.load` returned.
         threads: CPU threads of one operator; None for one a physical core.
-        weights: "packed" computes with the stored codes; "unpacked" makes them float32 at load.
-        runtime: None for the target's own; "ort" executes the graphs of any target on a CPU.
+        weights: "packed" computes with the stored codes; "unpacked" makes them float32 at load;
+            "tuned" is what `qvla tune` chose here, packed where nothing was.
+        runtime: None for the tuned or the target's own; "ort" executes the graphs of any target on
+            a CPU.
 
     Raises:
         ArtifactError: the folder is no bundle, or a file of it was changed.

@@ -12,7 +12,7 @@ from engines.bench.contenders import BASELINE, DYNAMIC, Contender, prepare
 from engines.bench.decoder import DecoderGeometry, DecoderStack
 from engines.bench.modelopt import ModeloptEnvironment
 from engines.bench.peaks import MachinePeaks
-from engines.bench.rounds import Clock, speedup, time_in_turn
+from engines.rounds import Clock, speedup, time_in_turn
 
 
 @dataclass(frozen=True)

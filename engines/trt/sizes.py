@@ -39,6 +39,8 @@ class BundleSizes:
     built_by: str | None = None
     # Why there is no engine.
     engine_missing: str | None = None
+    # Forms of its weights in memory here, with their times, in lines; empty where not tuned.
+    forms: tuple[str, ...] = ()
 
     @property
     def engine_error(self) -> float | None:

@@ -42,7 +42,7 @@ def build(bundle: Bundle, engines: Path) -> dict[str, Any]:
 def check(bundle: Bundle, engines: Path, samples: int) -> dict[str, Any]:
     """Return how far a bundle's engine is off on its golden observations, and how long it takes."""
     folder = engines if needs_engines(bundle.target) else None
-    with load_engine(bundle, engines=folder) as engine:
+    with load_engine(bundle, weights="tuned", engines=folder) as engine:
         verdict = judge(bundle, engine)
         feeds = bundle.golden().feeds
         times_ms = []

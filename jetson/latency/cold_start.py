@@ -6,9 +6,10 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qvla_export.shared.errors import ArtifactError, QvlaError
+from qvla_export.shared.target import WeightForm
 
 _PATIENCE_S = 1800.0
 _LONGEST_MS = 1e9
@@ -53,7 +54,7 @@ class ColdStart:
 
 
 def measure_cold_starts(
-    bundle: Path, count: int, threads: int | None, weights: Literal["packed", "unpacked"]
+    bundle: Path, count: int, threads: int | None, weights: WeightForm
 ) -> tuple[ColdStart, ...]:
     """Start so many processes one after the other, each of which acts once.
 
@@ -79,9 +80,7 @@ def measure_cold_starts(
     return tuple(starts)
 
 
-def _act_once(
-    bundle: Path, threads: int | None, weights: Literal["packed", "unpacked"], started_ns: int
-) -> ColdStart:
+def _act_once(bundle: Path, threads: int | None, weights: WeightForm, started_ns: int) -> ColdStart:
     from engines.load import load_engine
     from jetson.policy import EnginePolicy
     from jetson.serving.service import ActionService

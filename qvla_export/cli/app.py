@@ -26,6 +26,7 @@ from qvla_export.cli.judge.evaluate import evaluate
 from qvla_export.cli.judge.predict import predict
 from qvla_export.cli.judge.profile import profile
 from qvla_export.cli.judge.sizes import sizes
+from qvla_export.cli.judge.tune import tune
 from qvla_export.cli.release import key_ring, releases, runtimes
 from qvla_export.cli.research.activations import activations
 from qvla_export.cli.research.baseline import baseline
@@ -56,7 +57,7 @@ def name_of(command: Command) -> str:
 # Title of a panel -> its commands, most used first.
 PANELS: dict[str, tuple[Command, ...]] = {
     "Deploy": (deploy, calibrate, sensitivities, plan, export, build, verify, report, push),
-    "Judge": (evaluate, profile, compare_latency, sizes, check, predict),
+    "Judge": (evaluate, profile, compare_latency, tune, sizes, check, predict),
     "Robot": (serve, run, replay, load, doctor, soak),
     "Research": (
         *(compare, estimators, quantizers, baseline, smooth, moments),

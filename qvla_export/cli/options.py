@@ -15,7 +15,7 @@ from qvla_export.pipeline.recommend.tolerance import Tolerance
 from qvla_export.pipeline.sizing.holding import HoldingOptions
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.field_parameters import with_fields
-from qvla_export.shared.target import ScaleForm
+from qvla_export.shared.target import ScaleForm, WeightForm
 
 
 @dataclass(frozen=True)
@@ -254,8 +254,8 @@ SettingOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random draw.")]
 WeightsOption = Annotated[
-    Literal["packed", "unpacked"],
-    typer.Option(help="packed: compute with stored codes; unpacked: float32 in memory, faster."),
+    WeightForm,
+    typer.Option(help="packed: stored codes; unpacked: float32 in memory; tuned: see qvla tune."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default one a core.")]
 DeviceOption = Annotated[

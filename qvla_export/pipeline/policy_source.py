@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from qvla_export.policies.adapters import model_config
 from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.target import Runtime
+from qvla_export.shared.target import Runtime, WeightForm
 
 if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
@@ -23,8 +23,8 @@ class PolicySource:
     preset: str | None = None
     # CPU threads; None for the runtime's own choice.
     threads: int | None = None
-    # Of a bundle: compute with the stored codes, or make them float32 at load.
-    weights: Literal["packed", "unpacked"] = "packed"
+    # Of a bundle: compute with the stored codes, make them float32 at load, or as tuned.
+    weights: WeightForm = "packed"
     # Of a bundle: None for its target's own; "ort" executes its graphs on a CPU.
     runtime: Runtime | None = None
     # Of a checkpoint: False leaves its weights on disk; it can be exported only.

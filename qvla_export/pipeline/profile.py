@@ -117,7 +117,8 @@ def _open_policies(
         policy: Any = source()
         load_ms = (time.perf_counter() - start) * 1e3
         threads = "all" if source.threads is None else source.threads
-        conditions = "" if source.kind == "server" else f"{threads} threads, {source.weights}"
+        form = getattr(getattr(policy, "engine", None), "weight_form", source.weights)
+        conditions = "" if source.kind == "server" else f"{threads} threads, {form}"
         subjects[source.place] = ProfileSubject(policy, load_ms, conditions)
         close = getattr(policy, "close", getattr(getattr(policy, "engine", None), "close", None))
         if close is not None:

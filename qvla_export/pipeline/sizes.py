@@ -1,7 +1,7 @@
 """The step that compares the bytes a plan promises with those of graph and engine."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ class SizesReport:
         for bundle in self.bundles:
             if bundle.engine_missing:
                 yield f"{bundle.name}: no engine: {bundle.engine_missing}"
+            if bundle.forms:
+                yield "\n".join((f"{bundle.name}: in memory here, see qvla tune", *bundle.forms))
 
 
 def _cells(bundle: "BundleSizes") -> tuple[str, ...]:
@@ -64,11 +66,14 @@ def compare_sizes(bundles: Sequence[Path], on_progress: OnProgress = ignore) -> 
     Raises:
         ArtifactError: a bundle is missing or damaged.
     """
+    from engines.forms.tuning import find_any_tuning
     from engines.trt.sizes import measure_sizes
     from qvla_export.shared.bundle import Bundle
 
     found = []
     for path in bundles:
         bundle = Bundle.load(path)
-        found.append(measure_sizes(bundle, *engines_or_why_not(bundle, on_progress)))
+        sizes = measure_sizes(bundle, *engines_or_why_not(bundle, on_progress))
+        tuning = find_any_tuning(bundle)
+        found.append(sizes if tuning is None else replace(sizes, forms=tuning.lines))
     return SizesReport(tuple(found))

@@ -12,6 +12,7 @@ from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import OnProgress, bar, ignore
 from qvla_export.shared.artifacts import require_same, versions
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.target import WeightForm
 
 if TYPE_CHECKING:
     from engines.base import Engine
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 GOLDEN = "golden"
 _FORMAT = "qvla.verification/1"
-RuntimeName = Literal["auto", "ort"]
+RuntimeName = Literal["auto", "ort", "openvino"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Verification:
     float_bundle: Path | None = None
     # Refuses a bundle for another; its engines are built if absent.
     target: str | None = None
-    # "auto" is the target's own, "ort" ONNX Runtime on the CPU.
+    # "auto" is the tuned or the target's own, "ort" ONNX Runtime on the CPU.
     runtime: RuntimeName = "auto"
     against_runtime: RuntimeName = "ort"
     # Actions of a latency profile of an engine that passes; 0 for none.
@@ -46,7 +47,7 @@ class Verification:
     # Of a checkpoint that is compared with.
     preset: str | None = None
     threads: int | None = None
-    weights: Literal["packed", "unpacked"] = "packed"
+    weights: WeightForm = "tuned"
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ def open_engine(
     bundle: "Bundle",
     runtime: RuntimeName,
     threads: int | None,
-    weights: Literal["packed", "unpacked"] = "packed",
+    weights: WeightForm = "packed",
 ) -> "Engine":
-    """Load a bundle's engine: of its target, or of ONNX Runtime on this CPU."""
+    """Load a bundle's engine: of its target, or of another runtime on this CPU."""
     from engines.load import load_engine
 
     return load_engine(bundle, threads, weights, runtime=None if runtime == "auto" else runtime)
@@ -238,7 +239,8 @@ def _profile(
     from jetson.serving.policy_contract import contract_of
 
     policy, name = EnginePolicy(bundle, engine), bundle.path.resolve().name
-    conditions = f"{request.threads or 'all'} threads, {request.weights}"
+    form = getattr(engine, "weight_form", request.weights)
+    conditions = f"{request.threads or 'all'} threads, {form}"
     compared = profile_latency(
         {name: ProfileSubject(policy, load_ms, conditions)},
         held_out or [contract_of(policy).blank_observation()],

@@ -15,7 +15,7 @@ _NAMED = re.compile(r"(?P<layer>[^/\s]+?)(?:\.b(?P<bits>\d+))?/(?P<op>(?!\w*Fusi
 # The constants that `qvla_export` makes of a layer, and torch's own.
 _CONSTANT = re.compile(
     r"(?:module\.)?(?P<layer>.+?)(?:\.b(?P<bits>\d+))?"
-    r"\.(?:codes|halves|scales|order|members|channels|fill|pads|pad_axis|zero|weight|bias|"
+    r"\.(?:codes|halves|scales|multipliers|columns|order|members|channels|fill|pads|pad_axis|zero|weight|bias|"
     r"folded_bias|input_scale|input_zero|hidden|\d+\.pieces)(?:\..*)?"
 )
 

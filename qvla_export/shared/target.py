@@ -8,8 +8,12 @@ from qvla_export.shared.errors import QvlaError
 
 WIDTHS = (0, 2, 4, 8, 16)
 
-# ONNX Runtime's CPU and CUDA execution providers, TensorRT, TensorRT for RTX.
-Runtime = Literal["ort", "ort-cuda", "tensorrt", "tensorrt_rtx"]
+# ONNX Runtime's CPU and CUDA execution providers, OpenVINO, TensorRT, TensorRT for RTX.
+Runtime = Literal["ort", "ort-cuda", "openvino", "tensorrt", "tensorrt_rtx"]
+# How an engine holds quantized weights. "packed": as they are stored, integers of rounded inputs
+# expanded to int8. "unpacked": as float32. "tuned": each layer as `qvla tune` found best on this
+# machine, packed where it was not run.
+WeightForm = Literal["tuned", "packed", "unpacked"]
 # Type of activations and of what a plan leaves at 16 bits, wherever the graph multiplies.
 ComputeType = Literal["float32", "float16", "bfloat16"]
 # "group": a float scale for every group of inputs. "two-level": one for every channel, and a whole

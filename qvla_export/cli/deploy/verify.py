@@ -63,7 +63,7 @@ def verify(
     ] = None,
     preset: PresetOption = None,
     threads: ThreadsOption = None,
-    weights: WeightsOption = "packed",
+    weights: WeightsOption = "tuned",
     as_json: JsonOption = False,
 ) -> None:
     """Compare an engine's actions with torch's or another engine's; exit 2 if they differ."""

@@ -32,7 +32,7 @@ def profile(
         ),
     ] = None,
     threads: ThreadsOption = None,
-    weights: WeightsOption = "packed",
+    weights: WeightsOption = "tuned",
     rate: Annotated[
         float | None, typer.Option(help="Commands a second; counts what comes too late.")
     ] = None,

@@ -37,7 +37,7 @@ def replay(
         typer.Option(help="Exit with 1 where a normalized action differs by more than this."),
     ] = None,
     threads: ThreadsOption = None,
-    weights: WeightsOption = "packed",
+    weights: WeightsOption = "tuned",
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
 ) -> None:

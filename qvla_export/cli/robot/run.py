@@ -72,7 +72,7 @@ def run(
     joints: JointsOption = "",
     command_joints: CommandJointsOption = "",
     threads: ThreadsOption = None,
-    weights: WeightsOption = "packed",
+    weights: WeightsOption = "tuned",
     as_json: JsonOption = False,
 ) -> None:
     """Run a policy closed loop, on time: safe commands out, whatever is late or broken.

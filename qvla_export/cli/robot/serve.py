@@ -56,7 +56,7 @@ def serve(
     record: McapOption = None,
     record_images: RecordImagesOption = "png",
     threads: ThreadsOption = None,
-    weights: WeightsOption = "packed",
+    weights: WeightsOption = "tuned",
     unnorm_key: UnnormKeyOption = None,
     preset: PresetOption = None,
 ) -> None:

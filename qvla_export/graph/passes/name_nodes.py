@@ -34,8 +34,7 @@ def _is_carrier(node: ir.Node) -> bool:
 
 def _layer_of(node: ir.Node, named: dict[ir.Node, LayerNode]) -> LayerNode | None:
     for value in node.inputs:
-        constant = _constant_of(value)
-        found = None if constant is None else parse_constant_name(constant)
+        found = _owner_of(value)
         if found is not None:
             # Only a product reads a bucket's codes; an Add behind it serves the layer.
             layer, bits = found
@@ -50,6 +49,38 @@ def _layer_of(node: ir.Node, named: dict[ir.Node, LayerNode]) -> LayerNode | Non
 def _producers(node: ir.Node) -> list[ir.Node]:
     producers = (None if value is None else value.producer() for value in node.inputs)
     return [producer for producer in producers if producer is not None]
+
+
+def _owner_of(value: ir.Value | None) -> tuple[str, int | None] | None:
+    """Return layer and width of the constant behind a value; see `_constant_of`.
+
+    Codes that were expanded and joined are of a layer and of no width.
+    """
+    constant = _constant_of(value)
+    if constant is not None:
+        return parse_constant_name(constant)
+    producer = None if value is None else value.producer()
+    if producer is None:
+        return None
+    if producer.op_type in (*_CARRIERS, "QuantizeLinear"):
+        return _owner_of(producer.inputs[0]) if _is_fixed(producer) else None
+    if producer.op_type == "Gather":
+        # One member's columns of a matrix that layers share.
+        return _owner_of(producer.inputs[1]) if _is_fixed(producer) else None
+    if producer.op_type != "Concat" or not _is_fixed(producer):
+        return None
+    owners = {_owner_of(joined) for joined in producer.inputs}
+    return next(((owner[0], None) for owner in owners if owner is not None), None)
+
+
+def _is_fixed(node: ir.Node) -> bool:
+    """Say whether a node computes from constants alone, as runtimes do once."""
+    producers = [None if value is None else value.producer() for value in node.inputs]
+    return all(
+        (value is not None and value.is_initializer())
+        or (producer is not None and _is_fixed(producer))
+        for value, producer in zip(node.inputs, producers, strict=True)
+    )
 
 
 def _constant_of(value: ir.Value | None) -> str | None:

@@ -16,7 +16,7 @@ from qvla_export.shared.tables.text_table import TextTable
 
 if TYPE_CHECKING:
     from engines.bench.peaks import MachinePeaks
-    from engines.bench.rounds import Clock
+    from engines.rounds import Clock
 
 
 @dataclass(frozen=True)

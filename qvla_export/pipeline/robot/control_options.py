@@ -6,6 +6,7 @@ from typing import Literal
 
 from qvla_export.pipeline.data_source import USUAL_COLUMNS, ColumnOptions
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.target import WeightForm
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class RunOptions:
     joints: str = ""
     command_joints: str = ""
     threads: int | None = None
-    weights: Literal["packed", "unpacked"] = "packed"
+    weights: WeightForm = "tuned"
 
     @property
     def source_kind(self) -> str:

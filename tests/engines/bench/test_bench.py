@@ -15,7 +15,7 @@ from engines.bench.contenders import BASELINE, DYNAMIC, Contender
 from engines.bench.decoder import DecoderGeometry, DecoderStack, measure_ranges
 from engines.bench.mixes import MIXES, W4_UNPRUNED
 from engines.bench.modelopt import ModeloptEnvironment
-from engines.bench.rounds import speedup, time_in_turn
+from engines.rounds import speedup, time_in_turn
 from engines.targets import CPU
 from qvla_export.cli.app import app
 from qvla_export.shared.errors import QvlaError

@@ -1,0 +1,1 @@
+"""In which form a runtime holds a layer's weights, chosen when a graph is loaded; without onnx."""
