@@ -77,7 +77,7 @@ def test_help_lists_the_commands_in_panels_most_used_first(
     assert {title: " ".join(names) for title, names in listed.items()} == {
         "Deploy": "deploy calibrate sensitivities plan export build verify report release keys "
         "runtime",
-        "Judge": "evaluate profile compare-latency sizes check predict",
+        "Judge": "evaluate profile compare-latency tune sizes check predict",
         "Robot": "serve run replay load doctor soak robot",
         "Research": "compare estimators quantizers baseline smooth moments round activations train "
         "demonstrations bench",
