@@ -32,6 +32,10 @@ CPU = Target(
         8: Container(8, None, 32),
         16: Container(16, None, 0),
     },
+    forms={
+        "dequantized": "ONNX Runtime, MatMulNBits on packed codes",
+        "expanded": "ONNX Runtime, one int8 product a layer (two-level scales, rounded inputs)",
+    },
     refusals={
         "fp8": "ONNX Runtime's CPU kernels multiply no fp8 (operator tables of 1.32)",
         "fp4": "ONNX Runtime's CPU kernels multiply no fp4 (operator tables of 1.32)",
@@ -61,6 +65,12 @@ _TENSORRT = Target(
     },
     compute="float16",
     channel_multiple=32,
+    forms={
+        "dequantized": "TensorRT, int4 codes behind float16 products, a MatMul a width; built in "
+        "CI for RTX, run nowhere",
+        "expanded": "TensorRT, int8 Q/DQ as plain ONNX; bundles of it are still to come",
+        "kernel": "this project's Triton kernels under torch; in no TensorRT engine",
+    },
     refusals={
         "zero points": "TensorRT quantizes symmetrically, a zero point must be all zeros "
         "(IDequantizeLayer, NvInfer.h 11.1)",
@@ -124,6 +134,7 @@ CUDA = replace(
     runtime="ort-cuda",
     runtime_versions=">=1.23",
     channel_multiple=1,
+    forms={"dequantized": "ONNX Runtime's CUDA provider, float16 products; run nowhere"},
     refusals={
         "zero points": "this project never ran ONNX Runtime's CUDA kernels with them; target cpu "
         "has them",

@@ -20,9 +20,10 @@ from qvla_export.latency_model.network_shape import (
     NetworkShape,
     PartShape,
 )
+from qvla_export.latency_model.product_forms import FormOnTarget
 from qvla_export.quantizer.coupling import find_couplings
 from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.target import ActivationSupport, PowerMode, Target
+from qvla_export.shared.target import ActivationSupport, PowerMode, ProductForm, Target
 
 # Layer name -> width of each channel.  int8 [channels]
 Widths = Mapping[str, NDArray[np.int8]]
@@ -93,6 +94,18 @@ class LatencyModel:
     target: Target
     mode: PowerMode
     rates: KernelRates
+    # Of planned layers.
+    form: ProductForm = "dequantized"
+
+    def weight_bytes(self, widths: Widths, activations: ActivationSupport = "none") -> float:
+        """Return the bytes of the planned layers in memory, as products of this form read them."""
+        form = self._form(True)
+        total = 0.0
+        for name, values in widths.items():
+            inputs, counts = self.network.layers[name][1], np.bincount(values, minlength=17)
+            for bits in np.flatnonzero(counts[1:]) + 1:
+                total += counts[bits] * form.row_bits(inputs, int(bits), activations) / 8
+        return float(total)
 
     def predict(
         self, widths: Widths | None = None, activations: ActivationSupport = "none"
@@ -141,7 +154,7 @@ class LatencyModel:
     def _channel_ms(self, shape: LayerShape, bits: int, activations: ActivationSupport) -> float:
         if bits == 0:
             return 0.0
-        return self._matmul_ms(shape.rows, shape.inputs, 1.0, bits, activations)
+        return self._matmul_ms(shape.rows, shape.inputs, {bits: 1.0}, activations)
 
     def _part(
         self, part: PartShape, widths: Widths, units: _Units, activations: ActivationSupport
@@ -161,41 +174,45 @@ class LatencyModel:
 
     def _product_ms(self, product: _Product, activations: ActivationSupport) -> float:
         setting: ActivationSupport = activations if product.planned else "none"
-        tile = self.rates.channel_tile
-        total = 0.0
-        for bits, channels in product.channels.items():
-            # Unused channels of a tile are multiplied but neither stored nor read.
-            filled = -(-channels // tile) * tile / channels
-            ms = self._matmul_ms(product.rows, product.inputs, channels, bits, setting, filled)
-            total += ms + self._launch_ms
-        return total
+        launches = self._form(product.planned).launches(product.channels, setting)
+        return sum(
+            self._matmul_ms(product.rows, product.inputs, widths, setting, self.rates.channel_tile)
+            + self._launch_ms
+            for widths in launches
+        )
 
     def _matmul_ms(
         self,
         rows: int,
         inputs: int,
-        channels: float,
-        bits: int,
+        channels: Mapping[int, float],
         activations: ActivationSupport,
-        filled: float = 1.0,
+        tile: int = 0,
     ) -> float:
-        """Rows [rows, inputs] times the channels of one width, without launch."""
-        stored = self._stored_bits(bits)
-        codes = channels * inputs
-        row_bits = inputs * stored if bits == 16 else self.target.containers[bits].row_bits(inputs)
+        """Rows [rows, inputs] times channels by width in one kernel, without launch.
+
+        Unused channels of a tile are multiplied but neither stored nor read; 0 fills no tiles.
+        """
+        form, rates = self._form(True), self.rates
         element = _INT8_BYTES if activations == "int8" else self._element_bytes
-        # The inputs are read once for all channels: not a cost of a channel.
-        read = channels * row_bits / 8 + rows * channels * element
-        operations = 2 * rows * codes * filled
-        share = self.rates.compute_share
-        arithmetic = self._arithmetic(stored, activations)
-        if arithmetic != "int8" and bits != 16:
-            share *= self.rates.expanded_share.get(stored, 1.0)
-        compute_ms = operations / (self._dense_tops(arithmetic) * share * 1e9)
-        expansion_ms = 0.0
-        if arithmetic != "int8" and stored in self.rates.expanded_gcodes_s and bits != 16:
-            expansion_ms = codes / (self.rates.expanded_gcodes_s[stored] * 1e6)
+        read = compute_ms = expansion_ms = 0.0
+        for bits, count in channels.items():
+            stored = form.stored_bits(bits, activations)
+            # The inputs are read once for all channels: not a cost of a channel.
+            read += count * form.row_bits(inputs, bits, activations) / 8 + rows * count * element
+            filled = -(-count // tile) * tile if tile else count
+            integers = form.multiplies_integers(bits, activations)
+            share = rates.compute_share
+            if form.unpacks_beforehand(bits, activations):
+                share *= rates.expanded_share.get(stored, 1.0)
+                if stored in rates.expanded_gcodes_s:
+                    expansion_ms += count * inputs / (rates.expanded_gcodes_s[stored] * 1e6)
+            tops = self._dense_tops("int8" if integers else self._float_arithmetic)
+            compute_ms += 2 * rows * inputs * filled / (tops * share * 1e9)
         return max(self._read_ms(read), compute_ms) + expansion_ms
+
+    def _form(self, planned: bool) -> FormOnTarget:
+        return FormOnTarget(self.form if planned else "dequantized", self.target)
 
     def _between_ms(self, product: _Product, activations: ActivationSupport) -> float:
         """Norms, activation functions, residuals, Q/DQ and channel order around one product.
@@ -209,7 +226,7 @@ class LatencyModel:
             inputs = product.rows * product.inputs / product.overlap
             moved_bytes = inputs * (self._element_bytes + _INT8_BYTES)
             total += self._read_ms(moved_bytes) + self._launch_ms
-        if product.reordered:
+        if product.reordered and self._form(product.planned).restores_order:
             moved = 2 * product.rows * product.outputs * self._element_bytes
             total += self._read_ms(moved) + self._launch_ms
         return total
@@ -221,19 +238,6 @@ class LatencyModel:
         compute = self._dense_tops(self._float_arithmetic) * self.rates.compute_share
         read_ms = self._read_ms(numbers * self._element_bytes)
         return max(operations / (compute * 1e9), read_ms) + self._launch_ms
-
-    def _stored_bits(self, bits: int) -> int:
-        """Bits of one weight where the product reads it; 16-bit weights in the compute type."""
-        return 8 * self._element_bytes if bits == 16 else self.target.containers[bits].bits
-
-    def _arithmetic(self, stored: int, activations: ActivationSupport) -> str:
-        """8-bit weights multiply 8-bit activations as integers; narrower ones do not.
-
-        TensorRT's int4 products take float activations only, and ONNX Runtime's graphs keep them
-        in float (`qvla_export.graph.passes.integer_products`).
-        """
-        both = activations == "int8" and stored == 8
-        return "int8" if both else self._float_arithmetic
 
     @property
     def _float_arithmetic(self) -> str:

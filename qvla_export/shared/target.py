@@ -19,6 +19,11 @@ ComputeType = Literal["float32", "float16", "bfloat16"]
 # "group": a float scale for every group of inputs. "two-level": one for every channel, and a whole
 # number for every group.
 ScaleForm = Literal["group", "two-level"]
+# How a runtime multiplies codes. "dequantized": made numbers of the compute type, in or before a
+# product for each width; 8-bit codes of rounded inputs as integers. "expanded": of rounded inputs,
+# one product of int8 over all widths. "kernel": one of this project's own for all widths, which
+# reads packed codes.
+ProductForm = Literal["dequantized", "expanded", "kernel"]
 # "none": activations stay in the compute type. "int8": one symmetric scale per tensor.
 ActivationSupport = Literal["none", "int8"]
 
@@ -111,6 +116,8 @@ class Target:
     # CUDA compute capability, "sm_87"; None on a CPU.
     compute_capability: str | None = None
     power_modes: tuple[PowerMode, ...] = ()
+    # How its products may run -> by what, and how far that was taken.
+    forms: Mapping[ProductForm, str] = field(default_factory=dict)
     # What users ask for and the target lacks -> why, with the source.
     refusals: Mapping[str, str] = field(default_factory=dict)
 
@@ -153,6 +160,15 @@ class Target:
             for bits, container in self.containers.items()
         }
         return replace(self, containers=stored)
+
+    def product_form(self, activations: ActivationSupport, two_level: bool) -> ProductForm:
+        """Return the form in which its bundles run today, which plans are costed in.
+
+        Args:
+            activations: of the plan; "int8" where inputs are rounded.
+            two_level: whether 2- and 4-bit codes expand to int8.
+        """
+        return "expanded" if activations == "int8" and two_level else "dequantized"
 
     def power_mode(self, name: str | None = None) -> PowerMode:
         """Return a power mode by name; the first, the device's fastest, for None.

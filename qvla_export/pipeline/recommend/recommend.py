@@ -234,7 +234,10 @@ def _predicted_times(
         if candidate.is_float:
             continue
         device = Device(target, target.power_modes[0].name, None)
-        for row in predict_action(subject_of_bundle(places[candidate.setting]), device).rows:
+        report = predict_action(subject_of_bundle(places[candidate.setting]), device)
+        for row in report.rows:
+            if row.form not in ("float", report.today):
+                continue
             where = f"on {target.name} in power mode {row.power_mode} (a roofline, not measured)"
             name = candidate.setting if row.weights == "plan" else "float"
             times[name] = ActionTime(row.ms, False, where, row.low_ms, row.high_ms)

@@ -8,6 +8,7 @@ import pytest
 from command_runs import qvla
 from small_latency_models import SMALL, model_of, small_sensitivities
 
+from engines.bench.published_actions import published_actions
 from engines.targets import ORIN_JP7
 from qvla_export.allocation.setting import parse_setting
 from qvla_export.latency_model.network_shape import network_of
@@ -27,13 +28,25 @@ def test_the_command_labels_everything_as_predicted(tmp_path: Path) -> None:
     lines = shown.out.splitlines()
     assert "predicted, not measured" in lines[0]
     rows = [line for line in lines if " ms " in line]
-    assert len(rows) == 2 * len(ORIN_JP7.power_modes)
-    assert all("predicted" in row for row in rows)
+    predicted = [row for row in rows if "published" not in row]
+    # The float graph, and each form of the plan's products without rounded inputs.
+    assert len(predicted) == 3 * len(ORIN_JP7.power_modes)
+    assert all("predicted" in row for row in predicted)
+    # What others measured of other policies is told apart.
+    assert len(rows) - len(predicted) == len(published_actions(ORIN_JP7)) == 4
     content = json.loads(output.read_text())
     stored = content["rows"]
     assert all(row["low_ms"] < row["predicted_ms"] < row["high_ms"] for row in stored)
     one = qvla("predict", "--geometry", "openvla-7b", "--target", "rtx4070", "--power-mode", "200W")
-    assert one.code == 0 and one.out.count("predicted ") == 2
+    assert one.code == 0 and one.out.count("predicted ") == 3 and "published" not in one.out
+    rounded = qvla(
+        *("predict", "--geometry", "openvla-oft-7b", "--bits", "8:0.3,4:0.6,0:0.1", "--json"),
+        *("--activations", "int8", "--power-mode", "MAXN"),
+    )
+    found = {row["form"]: row for row in json.loads(rounded.out)["rows"]}
+    assert list(found) == ["float", "dequantized", "expanded", "kernel"]
+    assert found["expanded"]["float_share"] < found["dequantized"]["float_share"] < 1
+    assert found["kernel"]["weight_bytes"] < found["expanded"]["weight_bytes"]
 
 
 @pytest.fixture
@@ -99,7 +112,11 @@ def test_sensitivities_of_other_scales_are_refused(run: RunFolder) -> None:
 
 @pytest.mark.parametrize(("ms", "shown"), [(0.0042, "0.0042"), (0.437, "0.437"), (839.41, "839")])
 def test_small_predictions_keep_their_digits(ms: float, shown: str) -> None:
-    line = str(PredictedAction("MAXN", "plan", ms, ms / 2, ms * 2, {"decoder": ms}))
+    line = str(
+        PredictedAction(
+            "MAXN", "plan", "dequantized", 1e6, 1.0, ms, ms / 2, ms * 2, {"decoder": ms}
+        )
+    )
     assert f"predicted {shown} ms [" in line and line.endswith(f"decoder {shown}")
 
 

@@ -93,6 +93,52 @@ def test_decode_is_bound_by_bytes_and_one_pass_by_multiplications() -> None:
     assert narrow > stage_ms(once, "decoder", 4)
 
 
+def test_expanded_codes_take_the_time_and_memory_of_eight_bits() -> None:
+    once = GEOMETRIES["openvla-oft-7b"].network
+    expanded = replace(model_of(once), form="expanded")
+    eight = model_of(once).predict(uniform(once, 8), "int8").total_ms
+    for bits in (8, 4, 2):
+        widths = uniform(once, bits)
+        assert expanded.predict(widths, "int8").total_ms == pytest.approx(eight, rel=1e-3)
+        # 32-bit scales of channels instead of the target's 16-bit ones.
+        assert expanded.weight_bytes(widths, "int8") == pytest.approx(
+            model_of(once).weight_bytes(uniform(once, 8), "int8"), rel=1e-3
+        )
+    # Without rounded inputs nothing expands.
+    plain = uniform(once, 4)
+    assert expanded.predict(plain) == model_of(once).predict(plain)
+
+
+def test_a_kernel_reads_packed_codes_and_multiplies_integers() -> None:
+    steps = GEOMETRIES["openvla-7b"].network
+    kernel = replace(model_of(steps), form="kernel")
+    nbytes = {bits: kernel.weight_bytes(uniform(steps, bits), "int8") for bits in (8, 4, 2)}
+    assert 1.9 < nbytes[8] / nbytes[4] < 2 and 1.8 < nbytes[4] / nbytes[2] < 2
+    decode = {}
+    for bits in (8, 4, 2):
+        found = kernel.predict(uniform(steps, bits), "int8").parts
+        decode[bits] = next(part.total_ms for part in found if part.name == "decode")
+    assert decode[2] < 0.7 * decode[4] < 0.5 * decode[8]
+    once = GEOMETRIES["openvla-oft-7b"].network
+    passes = replace(model_of(once), form="kernel")
+    expanded = replace(passes, form="expanded")
+    widths = uniform(once, 4)
+    assert passes.predict(widths, "int8").total_ms == pytest.approx(
+        expanded.predict(widths, "int8").total_ms, rel=0.02
+    )
+
+
+@given(any_widths(), st.sampled_from(["none", "int8"]))
+def test_no_form_of_one_launch_is_slower_than_buckets(widths: Widths, activations: str) -> None:
+    rates = replace(ORIN_RATES, channel_tile=1)
+    found = {
+        form: replace(model_of(SMALL.network, rates), form=form).predict(widths, activations)  # type: ignore[arg-type]  # Literals
+        for form in ("dequantized", "expanded", "kernel")
+    }
+    assert found["kernel"].total_ms <= found["dequantized"].total_ms * (1 + 1e-9)
+    assert found["kernel"].total_ms <= found["expanded"].total_ms * (1 + 1e-9)
+
+
 def stage_ms(network: NetworkShape, name: str, bits: int) -> float:
     found = model_of(network).predict(uniform(network, bits))
     return next(stage.total_ms for stage in found.parts if stage.name == name)
