@@ -2,8 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from engines.bench.contender import Contender, Run, stored_size
 from engines.bench.decoder import INPUT, DecoderStack, measure_ranges, trace_decoder
 from engines.bench.mixes import MIXES, Mix
 from engines.bench.modelopt import ModeloptEnvironment
+from engines.bench.openvino_contenders import OpenVinoBench
 from engines.ort import keep_integers_exact, ort_options
 from engines.targets import CPU
 from qvla_export.graph.external_data import ExternalData
@@ -25,26 +26,9 @@ from qvla_export.quantizer.activations import ActivationRanges
 from qvla_export.quantizer.plan import BitPlan
 
 BASELINE, DYNAMIC = "ORT FP32", "ORT dynamic INT8"
-Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 _LOGGER = logging.getLogger(__name__)
 # ONNX Runtime 1.32 otherwise refuses modelopt's signed activations behind a Reshape.
 _SIGNED_CODES_BUG = ("QDQS8ToU8Transformer",)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to run the stack."""
-
-    name: str
-    run: Run
-    # Graph and weights on disk; float32 parameters of torch.
-    stored_bytes: int
-    # Constants that one run reads.
-    read_bytes: int
-    # Multiply-adds of the quantizable layers per token.
-    multiplications: int
-    # Arithmetic of most products: "float32" or "int8"; decides the peak it is compared with.
-    arithmetic: str
 
 
 def prepare(
@@ -64,7 +48,12 @@ def prepare(
     parameters = 4 * sum(p.numel() for p in stack.parameters())
     found = [
         Contender(
-            BASELINE, _session(float_path, threads), _size(float_path), 4 * every, every, "float32"
+            BASELINE,
+            _session(float_path, threads),
+            stored_size(float_path),
+            4 * every,
+            every,
+            "float32",
         ),
         Contender("torch eager FP32", _torch(stack), parameters, 4 * every, every, "float32"),
         _dynamic(float_path, threads, every),
@@ -76,6 +65,16 @@ def prepare(
     paths: dict[str, tuple[Path, int]] = {}
     for mix in MIXES:
         found.append(_ours(stack, graph, mix, ranges, folder, threads, paths))
+    if OpenVinoBench.is_installed():
+        openvino = OpenVinoBench(folder, threads, every)
+        found += openvino.own(float_path, sample)
+        made = {c.name: c for c in found}
+        rounded = {
+            mix.name: (paths[mix.plan(stack.shapes, CPU, ranges).digest][0], made[mix.name])
+            for mix in MIXES
+            if mix.rounds_inputs
+        }
+        found += openvino.ours(rounded)
     return found
 
 
@@ -98,7 +97,7 @@ def _ours(
         made[plan.digest] = (path, figures.multiplications - figures.multiplications_removed)
     path, left = made[plan.digest]
     run = _session(path, threads, mix.accuracy_level, mix.unpacked, mix.rounds_inputs)
-    stored = _size(path)
+    stored = stored_size(path)
     # Unpacked codes are float32 in memory, expanded ones int8.
     read = 4 * left if mix.unpacked else left if mix.rounds_inputs else stored
     integer = mix.rounds_inputs or mix.accuracy_level > 0
@@ -118,7 +117,7 @@ def _dynamic(float_path: Path, threads: int, every: int) -> Contender:
             use_external_data_format=True,
         )
     run = _session(path, threads, rounds_inputs=True)
-    return Contender(DYNAMIC, run, _size(path), every, every, "int8")
+    return Contender(DYNAMIC, run, stored_size(path), every, every, "int8")
 
 
 def _modelopt(
@@ -135,7 +134,9 @@ def _modelopt(
         disabled = _SIGNED_CODES_BUG if mode == "int8" else ()
         run = _session(path, threads, level, disabled=disabled)
         read = every * bits // 8
-        found.append(Contender(f"modelopt {mode.upper()}", run, _size(path), read, every, "int8"))
+        found.append(
+            Contender(f"modelopt {mode.upper()}", run, stored_size(path), read, every, "int8")
+        )
     return found
 
 
@@ -186,8 +187,3 @@ def _quiet_root_logger() -> Iterator[None]:
 def _save(model: ir.Model, path: Path) -> None:
     with ExternalData(path) as data:
         data.save(model)
-
-
-def _size(path: Path) -> int:
-    """Bytes of a graph and of the weights beside it."""
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))

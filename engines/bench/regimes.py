@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.bench.contenders import BASELINE, DYNAMIC, Contender, prepare
+from engines.bench.contender import Contender
+from engines.bench.contenders import BASELINE, DYNAMIC, prepare
 from engines.bench.decoder import DecoderGeometry, DecoderStack
 from engines.bench.modelopt import ModeloptEnvironment
+from engines.bench.pairs import compare_pairs
 from engines.bench.peaks import MachinePeaks
 from engines.rounds import Clock, speedup, time_in_turn
 
@@ -80,7 +82,14 @@ def run_regime(
     for contender in contenders:
         row = _row(contender, samples, regime.geometry.tokens, 2 * weights, peaks)
         rows.append({**row, "cosine_to_float": _cosine(outputs, contender.name)})
-    return {"regime": regime.name, **asdict(regime.geometry), "weights": weights, "engines": rows}
+    pairs = compare_pairs(samples, regime.geometry.tokens)
+    return {
+        "regime": regime.name,
+        **asdict(regime.geometry),
+        "weights": weights,
+        "engines": rows,
+        "pairs": [{**asdict(pair), "text": str(pair)} for pair in pairs],
+    }
 
 
 def _row(

@@ -21,6 +21,8 @@ from qvla_export.shared.part import Part
 
 _WEIGHTS_FILE = "session.optimized_model_external_initializers_file_name"
 _WEIGHTS_LEAST = "session.optimized_model_external_initializers_min_size_in_bytes"
+# Computes constants, and leaves operators of ONNX alone.
+BASIC = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
 # Smaller constants lie in the graph itself.
 _LEAST_BYTES = 1024
 
@@ -47,7 +49,7 @@ def fold(bundle: Bundle, part: Part, float_layers: Collection[str], folder: Path
         EngineError: ONNX Runtime refuses the graph, or 2- or 4-bit weights stay.
     """
     path = folder / part.model
-    _save(bundle, part, float_layers, path, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC)
+    _save(bundle, part, float_layers, path, BASIC)
     narrow = [c.name for c in GraphFile.read(path).constants.values() if c.dtype in NARROW]
     if narrow:
         raise EngineError(
@@ -94,15 +96,31 @@ def _bytes_by_layer(graph: GraphFile) -> dict[str, int]:
 def _save(
     bundle: Bundle, part: Part, float_layers: Collection[str], path: Path, level: Any
 ) -> None:
-    options = session_options(bundle, 1)
+    save_optimized(bundle.model_path(part), path, session_options(bundle, 1), level, float_layers)
+
+
+def save_optimized(
+    source: Path, path: Path, options: Any, level: Any = BASIC, float_layers: Collection[str] = ()
+) -> None:
+    """Write a graph as ONNX Runtime has it after a level of its optimizations.
+
+    Args:
+        source, path: what to read, and what to write with its weights beside it.
+        options: of a session, for this call alone.
+        level: `onnxruntime.GraphOptimizationLevel`; the first computes constants only.
+        float_layers: whose weights become float32.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the graph.
+    """
     options.graph_optimization_level = level
     options.optimized_model_filepath = str(path)
     options.add_session_config_entry(_WEIGHTS_FILE, f"{path.name}.data")
     options.add_session_config_entry(_WEIGHTS_LEAST, str(_LEAST_BYTES))
     try:
-        open_session(bundle.model_path(part), options, float_layers)
+        open_session(source, options, float_layers)
     except Exception as error:  # the runtime's exceptions share no public base
         raise EngineError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot compute the constants of part "
-            f"{part.name!r}: {error}; use the version the bundle was made with"
+            f"ONNX Runtime {onnxruntime.__version__} cannot compute the constants of {source}: "
+            f"{error}; use the version the bundle was made with"
         ) from error

@@ -62,7 +62,9 @@ class EngineBench:
 
     def texts(self, path: Path) -> Iterator[str | TextTable]:
         """Yield a table of each regime, and what the machine could do, for a terminal."""
-        yield from map(_table, self.regimes)
+        for regime in self.regimes:
+            yield _table(regime)
+            yield from (pair["text"] for pair in regime["pairs"])
         peaks = self.peaks
         yield (
             f"peaks, {self.machine['threads']} thread(s): float32 {peaks.float32_gflops:.0f} "

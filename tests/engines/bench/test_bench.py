@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from engines.bench import contenders
-from engines.bench.contenders import BASELINE, DYNAMIC, Contender
+from engines.bench.contender import Contender
+from engines.bench.contenders import BASELINE, DYNAMIC
 from engines.bench.decoder import DecoderGeometry, DecoderStack, measure_ranges
 from engines.bench.mixes import MIXES, W4_UNPRUNED
 from engines.bench.modelopt import ModeloptEnvironment
+from engines.bench.openvino_contenders import FLOAT, INT4, INT8, OpenVinoBench
+from engines.bench.pairs import compare_pairs
 from engines.rounds import speedup, time_in_turn
 from engines.targets import CPU
 from qvla_export.cli.app import app
@@ -38,7 +41,11 @@ def found(stack: DecoderStack, tmp_path_factory: pytest.TempPathFactory) -> dict
 def test_all_contenders_are_there_and_take_one_row_or_many(
     stack: DecoderStack, found: dict[str, Contender]
 ) -> None:
-    assert set(found) == {BASELINE, "torch eager FP32", DYNAMIC, *(mix.name for mix in MIXES)}
+    own = {BASELINE, "torch eager FP32", DYNAMIC, *(mix.name for mix in MIXES)}
+    if OpenVinoBench.is_installed():
+        own |= {f"{mix.name} (OpenVINO)" for mix in MIXES if mix.rounds_inputs} | {FLOAT}
+    # NNCF is in the baselines' environment only.
+    assert set(found) - {INT8, INT4} == own
     for contender in found.values():
         for tokens in (1, 5):
             output = contender.run(stack.example(tokens))
@@ -149,3 +156,18 @@ def test_an_environment_that_cannot_be_made_says_why(tmp_path: Path) -> None:
     taken.write_text("no folder")
     with pytest.raises(QvlaError, match="without --modelopt"):
         ModeloptEnvironment(taken / "inside").create()
+
+
+def test_what_was_not_timed_is_compared_with_nothing() -> None:
+    base = np.array([10.0, 11.0, 12.0])
+    samples = {
+        "ours w4a8, 30 % pruned": base,
+        "ours w8a8, 30 % pruned": 2 * base,
+        "ours w3": base / 2,
+        INT4: base,
+    }
+    (one,) = compare_pairs(samples, tokens=300)
+    assert (one.name, one.against) == ("ours w4a8, 30 % pruned", "ours w8a8, 30 % pruned")
+    assert one.ratio.median == pytest.approx(2)
+    decoded = {(p.name, p.against): p.ratio.median for p in compare_pairs(samples, tokens=1)}
+    assert decoded["ours w3", INT4] == pytest.approx(2) and len(decoded) == 3
