@@ -78,7 +78,7 @@ class OpenVinoBench:
         """
         import openvino
 
-        found = []
+        found: list[Contender] = []
         for name, (path, other) in graphs.items():
             folder = self.folder / f"expanded_{len(found)}"
             folder.mkdir()

@@ -216,7 +216,7 @@ class PredictionReport:
     # The form in which bundles of the target run in this version.
     today: ProductForm
     # Form -> by what it runs on the target, and how far that was taken.
-    forms: Mapping[str, str]
+    forms: Mapping[ProductForm, str]
     # Of other policies and runtimes on the same device.
     published: "tuple[PublishedAction, ...]"
 
