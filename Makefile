@@ -111,6 +111,7 @@ $(SSHD)/stamp: $(INSTALLED)
 
 demo: system install
 	@$(BIN)/qvla deploy --policy $(POLICY) --target $(TARGET) --run $(RUN) --settings $(SETTINGS)
+	test $(TARGET) != cpu || $(BIN)/qvla tune $(RUN)/settings/*/bundle
 	test $(POLICY) = checkpoints/reference || exit 0
 	$(BIN)/qvla deploy --policy checkpoints/object-state --tasks precise --run $(RUN)-precise \
 	    --settings float,w2,w2-rtn --count 32 --held-out 32 --check-pairs 0 --samples 20 --episodes 2

@@ -21,7 +21,12 @@ from qvla_export.pipeline.recommend.open_loop import (
     groups_no_better_than_a_constant,
     open_loop_error,
 )
-from qvla_export.pipeline.recommend.recommendation import Candidate, choose, exceeded
+from qvla_export.pipeline.recommend.recommendation import (
+    ActionTime,
+    Candidate,
+    choose,
+    exceeded,
+)
 from qvla_export.pipeline.recommend.sentences import choice_sentences, doubts
 from qvla_export.pipeline.recommend.tolerance import Tolerance
 from qvla_export.shared.action_space import ActionLabels, ActionSpace, action_space
@@ -173,6 +178,19 @@ def test_room_below_the_bounds_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     Path("mine").mkdir()
     parse(sentences[-1].partition("may do: ")[2].removesuffix("."))
+
+
+def test_a_choice_that_is_slower_than_float_says_so() -> None:
+    actions, (plain, candidate) = judged([1e-4])
+    bounds = bounds_of(actions)
+
+    def said(own_ms: float, measured: bool) -> str:
+        times = (ActionTime(ms, measured, "here", ms, ms) for ms in (10.0, own_ms))
+        timed = [replace(c, time=t) for c, t in zip((plain, candidate), times, strict=True)]
+        return " ".join(choice_sentences(timed[1], timed, bounds, COMMAND))
+
+    assert "slower than float" in said(12.0, True) and "qvla tune" in said(12.0, True)
+    assert "slower" not in said(9.0, True) and "slower" not in said(12.0, False)
 
 
 def test_a_gripper_that_flips_and_a_recording_of_something_else_are_doubted() -> None:
