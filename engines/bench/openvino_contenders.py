@@ -49,7 +49,10 @@ class OpenVinoBench:
         import nncf
 
         eight = nncf.quantize(
-            model, nncf.Dataset([{INPUT: sample}]), model_type=nncf.ModelType.TRANSFORMER
+            model,
+            nncf.Dataset([{INPUT: sample}]),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=1,
         )
         four = nncf.compress_weights(
             openvino.Core().read_model(float_path),
