@@ -23,7 +23,7 @@ from qvla_export.measurement.moment_bounds import (
 from qvla_export.measurement.sharded_sums import OnProgress, ShardedSums
 from qvla_export.measurement.streamed import Stream
 from qvla_export.policies.base import Policy
-from qvla_export.policies.layers import Layers, as_tokens, traced_layers, weights_on_disk
+from qvla_export.policies.layers import Layer, Layers, as_tokens, traced_layers, weights_on_disk
 from qvla_export.quantizer.moments import LayerMoments, Moments
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
@@ -107,7 +107,7 @@ def _add_batch(
             del item  # the next pass is made before the name is bound anew
 
 
-def layer_tokens(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> Tensor:
+def layer_tokens(layer: Layer, inputs: Tensor) -> Tensor:
     """Return what each output token is a linear map of.  [N, tokens, weights of a channel]
 
     Raises:
@@ -126,19 +126,49 @@ def layer_tokens(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> Tensor:
 
 
 def add_pass(probed: Pass, sums: _Sums) -> None:
-    """Add the moments of recorded layers to the sums."""
+    """Add the moments of recorded layers to the sums; see `_evened` for what observations count."""
     layers, inputs = probed.recorded.layers, probed.recorded.inputs
+    # Layer name -> |x|^2 of each token.  [N, tokens]
+    powers = {name: _powers(layer, inputs[name]) for name, layer in layers.items()}
     # Layer name -> |g|^2 of each token, mean over probes.  [N * tokens]
     worths: dict[str, Tensor] = {}
     for number, weight in enumerate(probed.weights):
         for (name, layer), gradient in zip(layers.items(), probed.gradients(number), strict=True):
-            tokens = as_tokens(layer, gradient).flatten(0, 1)
-            _add_products(sums[f"{name}/channels"], tokens, tokens * weight)
-            worth = weight * tokens.square().sum(dim=1)
+            tokens = as_tokens(layer, gradient)
+            worth = tokens.square().sum(dim=-1)
+            share = weight * _evened(worth * powers[name], probed.recorded.count)
+            flat = tokens.flatten(0, 1)
+            _add_products(sums[f"{name}/channels"], flat, (tokens * share).flatten(0, 1))
+            worth = (worth * share[..., 0]).flatten()
             worths[name] = worths[name] + worth if number else worth
     for name, layer in layers.items():
         tokens = layer_tokens(layer, inputs.pop(name)).flatten(0, 1)
         _add_inputs(sums, name, tokens, worths[name])
+
+
+def _powers(layer: Layer, inputs: Tensor) -> Tensor:
+    """Return |x|^2 of what each output token is a linear map of.  [N, tokens]"""
+    return torch.linalg.vector_norm(layer_tokens(layer, inputs), dim=-1).square()
+
+
+def _evened(energies: Tensor, count: int) -> Tensor:
+    """Return what each image's tokens count in the moments: observations nearly alike.
+
+    Where an action is about to become another one, its gradients are tens of times those of other
+    observations, and their squares would be nearly all that moments are of. There first order does
+    not hold either: the action goes over and no further. So each observation's squares are divided
+    by their root.
+
+    Args:
+        energies: |g|^2 |x|^2 of each token under one probe.  [N, tokens]
+        count: observations, of N / count images each.
+
+    Returns:
+        [N, 1, 1]
+    """
+    whole = energies.double().reshape(count, -1).sum(dim=1)
+    shares = torch.where(whole > 0, whole, torch.inf).rsqrt()
+    return shares.repeat_interleave(len(energies) // count).to(energies.dtype)[:, None, None]
 
 
 def _add_inputs(sums: _Sums, name: str, tokens: Tensor, worth: Tensor) -> None:

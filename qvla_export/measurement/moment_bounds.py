@@ -43,7 +43,8 @@ class MomentSettings:
 
     def stated(self) -> dict[str, Any]:
         """Return what tells sums apart, as JSON; the bound of memory shows in the blocks."""
-        stated = asdict(self)
+        # Sums of earlier versions counted observations by their squared gradients alone.
+        stated = {**asdict(self), "observations": "evened"}
         del stated["max_bytes"]
         return stated
 

@@ -3,7 +3,9 @@
 To second order and to first order in the action: with the weight error E of a layer, its inputs x
 and the gradient g of the action at its outputs, the expected squared deviation of the action is
 about tr(G E H E^T), where H = E[|g|^2 x x^T] / E[|g|^2] and G = E[g g^T], over tokens. H says
-which inputs matter together, G which channels do. `measurement.measure_moments` measures them,
+which inputs matter together, G which channels do. The means are weighted: an observation whose
+gradients are many times those of others would be nearly all that they are of, so each counts by
+the root of its squares. `measurement.measure_moments` measures them,
 `qvla_export.quantizer.compensation` rounds with them.
 """
 
@@ -91,7 +93,7 @@ class Moments(LayerArtifact):
     """
 
     kind = FileKind(
-        "qvla-moments-2", "moments", "measure them anew: qvla moments", LayerMoments, True
+        "qvla-moments-3", "moments", "measure them anew: qvla moments", LayerMoments, True
     )
 
     # Layer name -> its moments, in forward order.

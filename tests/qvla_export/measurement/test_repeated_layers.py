@@ -137,6 +137,31 @@ def test_moments_and_ranges_are_of_all_steps(question: Question) -> None:
     assert histograms["read",].counts.sum() == seen[0].numel()
 
 
+def test_one_observation_does_not_make_all_moments(question: Question) -> None:
+    """At the edge between two actions gradients are many times those of elsewhere."""
+
+    class Edge(FlowNetwork):
+        # Of the observation whose first number is largest, on which all else depends a lot.
+        gain = 100.0
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            steep = tokens[:, 0, 0] == tokens[:, 0, 0].max()
+            return super().forward(tokens) * torch.where(steep, self.gain, 1.0)[:, None, None]
+
+    how = MomentSettings(batch_size=5, probes=8)
+    policy, edge = FlowPolicy(FlowNetwork()), FlowPolicy(Edge())
+    steepest = int(np.argmax([o.state[0] for o in question.observations]))
+    others = [o for n, o in enumerate(question.observations) if n != steepest]
+    largest = measure_moments(policy, [question.observations[steepest]], "c", how)
+    without = measure_moments(policy, others, "c", how)
+    found = measure_moments(edge, question.observations, "c", how)
+    for name in edge.layers():
+        # A product of squares would be 10,000 times the others; its root leaves them a share.
+        means = [each.layers[name].mean for each in (without, largest, found)]
+        apart = np.linalg.norm(means[1] - means[0])
+        assert np.linalg.norm(means[2] - means[1]) > 0.01 * apart, name
+
+
 def test_a_convolution_runs_once(question: Question) -> None:
     class Twice(FlowNetwork):
         def __init__(self) -> None:

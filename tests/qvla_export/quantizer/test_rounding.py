@@ -149,8 +149,12 @@ def test_moments_are_those_of_the_inputs(
         for sign in signs:
             flat = (actions.reshape(2, -1) * sign).sum()
             (gradient,) = torch.autograd.grad(flat, [outputs[name]], retain_graph=True)
-            seen.append(layer_tokens(layer, inputs[name]).flatten(0, 1).double().numpy())
-            worths.append(weight * as_tokens(layer, gradient).square().sum(dim=-1).flatten())
+            fed = layer_tokens(layer, inputs[name])
+            seen.append(fed.flatten(0, 1).double().numpy())
+            worth = as_tokens(layer, gradient).square().sum(dim=-1)
+            # Observations count by the root of their squares.
+            whole = (worth * fed.square().sum(dim=-1)).reshape(2, -1).sum(dim=1).sqrt()
+            worths.append(weight * (worth.reshape(2, -1) / whole[:, None]).flatten())
     tokens, worth = np.concatenate(seen), torch.cat(worths).double().numpy()
     worth /= worth.sum()
     found = moments.layers[name]
@@ -220,7 +224,7 @@ def test_files_written_with_bias_correction_are_refused(
         Sensitivities.load(tmp_path / "old")
     assert plan.rounding is not None
     for made, command in ((moments, "qvla moments"), (plan.rounding, "qvla round")):
-        old = {**made._provenance(), "format": made.kind.form.replace("-2", "-1")}
+        old = {**made._provenance(), "format": f"{made.kind.form[:-1]}1"}
         write_tensor_file(tmp_path / "old", made._tensors(), old)
         with pytest.raises(ArtifactError, match=command):
             type(made).load(tmp_path / "old")
