@@ -54,10 +54,17 @@ class ProbedBatch:
     probes: Probes
     # Of all batches, from 0; seeds the probes.
     number: int
+    # What each observation counts, 1 on average; None for all alike.  float64 [B]
+    shares: NDArray[np.float64] | None = None
 
     def draw(self, actions: Tensor) -> tuple[list[Tensor], float]:
         """Return the probes of the batch's actions [B, outputs] and the weight of each."""
-        return self.probes.draw(actions, self.number)
+        probes, weight = self.probes.draw(actions, self.number)
+        if self.shares is None:
+            return probes, weight
+        # Deviations are squares of what a probe gives.
+        roots = torch.from_numpy(np.sqrt(self.shares)).to(actions)[:, None]
+        return [probe * roots for probe in probes], weight
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
 _Sums = Mapping[str, NDArray[np.float64]]
+# Among the sums, of each observation; no layer has this name.
+_ENERGIES = "#energies"
 
 
 def measure_moments(
@@ -71,13 +73,17 @@ def measure_moments(
         "observations": len(observations),
         "settings": settings.stated(),
     }
-    sums = ShardedSums(moment_sums(layers, settings), identity, progress_file, world)
+    empty = {**moment_sums(layers, settings), _ENERGIES: np.zeros(len(observations))}
+    sums = ShardedSums(empty, identity, progress_file, world)
     size = settings.batch_size
     batches = list(range(-(-len(observations) // size)))
     for batch in sums.share(batches):
         chosen = observations[batch * size : (batch + 1) * size]
         probed = ProbedBatch(chosen, Probes(settings.probes, settings.seed), batch)
-        _add_batch(policy, layers, probed, stream, sums.values)
+        first = batch * size
+        sums.values[_ENERGIES][first : first + len(chosen)] += _add_batch(
+            policy, layers, probed, stream, sums.values
+        )
         sums.mark(batch)
         if on_progress is not None:
             done = min(sums.done(batches) * size, len(observations))
@@ -91,20 +97,26 @@ def measure_moments(
         seed=settings.seed,
         policy_digest=policy.digest,
         calibration_digest=calibration_digest,
+        energies=tuple(total[_ENERGIES].tolist()),
     )
 
 
 def _add_batch(
     policy: Policy, layers: Layers, batch: ProbedBatch, stream: Stream | None, sums: _Sums
-) -> None:
-    """Add a batch's moments to the sums; with a stream, the weights come from disk."""
+) -> NDArray[np.float64]:
+    """Add a batch's moments to the sums; with a stream, the weights come from disk.
+
+    Returns:
+        What `add_pass` does, of all layers.  [B]
+    """
     if stream is None:
-        add_pass(probed_pass(policy, layers, batch), sums)
-        return
+        return add_pass(probed_pass(policy, layers, batch), sums)
+    energies = np.zeros(len(batch.observations))
     for _, passes in stream.passes(batch):
-        for item in passes:
-            add_pass(item, sums)
+        for number, item in enumerate(passes):
+            energies[number] += add_pass(item, sums)[0]
             del item  # the next pass is made before the name is bound anew
+    return energies
 
 
 def layer_tokens(layer: Layer, inputs: Tensor) -> Tensor:
@@ -125,9 +137,14 @@ def layer_tokens(layer: Layer, inputs: Tensor) -> Tensor:
     return patches.transpose(1, 2)
 
 
-def add_pass(probed: Pass, sums: _Sums) -> None:
-    """Add the moments of recorded layers to the sums; see `_evened` for what observations count."""
+def add_pass(probed: Pass, sums: _Sums) -> NDArray[np.float64]:
+    """Add the moments of recorded layers to the sums; see `_evened` for what observations count.
+
+    Returns:
+        |g|^2 |x|^2 of each observation, summed over tokens and layers, mean over probes.  [B]
+    """
     layers, inputs = probed.recorded.layers, probed.recorded.inputs
+    energies = np.zeros(probed.recorded.count)
     # Layer name -> |x|^2 of each token.  [N, tokens]
     powers = {name: _powers(layer, inputs[name]) for name, layer in layers.items()}
     # Layer name -> |g|^2 of each token, mean over probes.  [N * tokens]
@@ -136,7 +153,9 @@ def add_pass(probed: Pass, sums: _Sums) -> None:
         for (name, layer), gradient in zip(layers.items(), probed.gradients(number), strict=True):
             tokens = as_tokens(layer, gradient)
             worth = tokens.square().sum(dim=-1)
-            share = weight * _evened(worth * powers[name], probed.recorded.count)
+            own = (worth * powers[name]).double().reshape(len(energies), -1).sum(dim=1)
+            energies += weight * own.cpu().numpy()
+            share = weight * _evened(own, len(tokens)).to(tokens)
             flat = tokens.flatten(0, 1)
             _add_products(sums[f"{name}/channels"], flat, (tokens * share).flatten(0, 1))
             worth = (worth * share[..., 0]).flatten()
@@ -144,6 +163,7 @@ def add_pass(probed: Pass, sums: _Sums) -> None:
     for name, layer in layers.items():
         tokens = layer_tokens(layer, inputs.pop(name)).flatten(0, 1)
         _add_inputs(sums, name, tokens, worths[name])
+    return energies
 
 
 def _powers(layer: Layer, inputs: Tensor) -> Tensor:
@@ -151,7 +171,7 @@ def _powers(layer: Layer, inputs: Tensor) -> Tensor:
     return torch.linalg.vector_norm(layer_tokens(layer, inputs), dim=-1).square()
 
 
-def _evened(energies: Tensor, count: int) -> Tensor:
+def _evened(energies: Tensor, images: int) -> Tensor:
     """Return what each image's tokens count in the moments: observations nearly alike.
 
     Where an action is about to become another one, its gradients are tens of times those of other
@@ -160,15 +180,14 @@ def _evened(energies: Tensor, count: int) -> Tensor:
     by their root.
 
     Args:
-        energies: |g|^2 |x|^2 of each token under one probe.  [N, tokens]
-        count: observations, of N / count images each.
+        energies: |g|^2 |x|^2 of each observation's tokens under one probe.  [B]
+        images: of all observations, each of as many.
 
     Returns:
-        [N, 1, 1]
+        [images, 1, 1]
     """
-    whole = energies.double().reshape(count, -1).sum(dim=1)
-    shares = torch.where(whole > 0, whole, torch.inf).rsqrt()
-    return shares.repeat_interleave(len(energies) // count).to(energies.dtype)[:, None, None]
+    shares = torch.where(energies > 0, energies, torch.inf).rsqrt()
+    return shares.repeat_interleave(images // len(energies))[:, None, None]
 
 
 def _add_inputs(sums: _Sums, name: str, tokens: Tensor, worth: Tensor) -> None:

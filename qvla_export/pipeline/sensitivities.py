@@ -280,6 +280,7 @@ def _answers(measured: Sensitivities, question: "Question", estimator: "Estimato
     # a bound that is gone; null bounded nothing.
     stored = measured.settings or {"probes": measured.probes or None}
     now = {**estimator.settings, **({"per_step": True} if question.per_step else {})}
+    now |= question.stated_shares
     return (
         measured.policy_digest,
         measured.calibration_digest,

@@ -9,7 +9,7 @@ the root of its squares. `measurement.measure_moments` measures them,
 `qvla_export.quantizer.compensation` rounds with them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -104,6 +104,8 @@ class Moments(LayerArtifact):
     seed: int
     policy_digest: str
     calibration_digest: str
+    # Sum over all layers' tokens of |g|^2 |x|^2, of each observation; empty where not measured.
+    energies: Sequence[float] = ()
     made_with: Mapping[str, str] = field(default_factory=versions)
 
     def of(self, layer: str, shape: tuple[int, int]) -> LayerMoments:
@@ -127,6 +129,24 @@ class Moments(LayerArtifact):
                 f"{blocks * size} channels, it has {inputs} and {channels}; qvla moments"
             )
         return moments
+
+    def shares(self, observations: int) -> NDArray[np.float64] | None:
+        """Return what each observation counts, 1 on average: the root of its energy's inverse.
+
+        As in the moments themselves: an observation at the edge of two actions has gradients many
+        times those of others, and would be nearly all that a mean of squares is of.
+
+        Args:
+            observations: their number; None is returned where the moments are of another one.
+
+        Returns:
+            float64 [observations], or None.
+        """
+        energies = np.asarray(self.energies, np.float64)
+        if len(energies) != observations or not energies.any():
+            return None
+        roots = 1 / np.sqrt(np.where(energies > 0, energies, np.inf))
+        return np.asarray(roots / roots.mean(), np.float64)
 
     def has_blocks(self, largest: int) -> bool:
         """Say whether matrices are kept in the blocks that `largest` asks for."""

@@ -41,7 +41,9 @@ class Sensitivities(TensorArtifact):
     """Expected squared action deviation of quantizing one channel, all else in float (eq. 4).
 
     The deviation is of the normalized action chunk, summed over its horizon * dim numbers, averaged
-    over the observations. 16 bits is the reference and zero.
+    over the observations: of compensated codes, each counts by the root of its squared gradients
+    (`Moments.shares`; not where moments were measured on the way, of a policy on disk). 16 bits is
+    the reference and zero.
 
     Raises:
         QvlaError: shapes that disagree, negative or non-finite values.

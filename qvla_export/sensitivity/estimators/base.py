@@ -68,6 +68,16 @@ class Question:
                 f"{len(self.observations)} observations; give the length of every episode"
             )
 
+    @property
+    def shares(self) -> NDArray[np.float64] | None:
+        """Return what each observation counts, see `Moments.shares`; None for all alike."""
+        return None if self.moments is None else self.moments.shares(len(self.observations))
+
+    @property
+    def stated_shares(self) -> Mapping[str, Any]:
+        """Return what `Sensitivities.settings` say of them; nothing where all count alike."""
+        return {} if self.shares is None else {"observations": "evened"}
+
 
 @dataclass(frozen=True)
 class Work:

@@ -99,6 +99,10 @@ class FirstOrder:
                 f"contraction must be one of {get_args(Contraction)}, got {self.contraction!r}"
             )
 
+    def shares(self, observations: int) -> NDArray[np.float64] | None:
+        """Return what each of so many observations counts; None for all alike."""
+        return None if self.moments is None else self.moments.shares(observations)
+
 
 @dataclass(frozen=True)
 class FirstOrderEstimator:
@@ -148,7 +152,7 @@ class FirstOrderEstimator:
             work.on_progress,
             work.world,
         )
-        return replace(measured, settings=self.settings)
+        return replace(measured, settings={**self.settings, **question.stated_shares})
 
     def of_pairs(
         self, question: Question, pairs: Sequence[ChannelWidth], work: Work = QUIETLY
@@ -307,7 +311,11 @@ class _Work:
     def _add(self, number: int, group: Layers, changes: WeightChanges) -> None:
         size = self.settings.batch_size
         observations = self.observations[number * size : (number + 1) * size]
-        batch = ProbedBatch(observations, Probes(self.settings.probes, self.settings.seed), number)
+        shares = self.settings.shares(len(self.observations))
+        if shares is not None:
+            shares = shares[number * size : (number + 1) * size]
+        probes = Probes(self.settings.probes, self.settings.seed)
+        batch = ProbedBatch(observations, probes, number, shares)
         values = self.sums.values
         whole = values[WHOLE][:, number * size : number * size + len(observations)]
         sums = {**values, WHOLE: whole}

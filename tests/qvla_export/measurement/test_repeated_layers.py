@@ -8,19 +8,29 @@ import torch
 from linear_policies import PICTURE, QUANTIZER
 from scipy.stats import spearmanr
 
+from qvla_export.measurement.backward import Probes, recorded_pass
 from qvla_export.measurement.measure_activations import measure_activations
 from qvla_export.measurement.measure_moments import measure_moments
 from qvla_export.measurement.moment_bounds import MomentSettings
 from qvla_export.policies.base import PolicyBatch
 from qvla_export.policies.layers import Layer, replaced_weights, weight_rows
-from qvla_export.quantizer.quantize import fake_quantize
+from qvla_export.quantizer.quantize import QuantizerSpec, WidthRule, fake_quantize
 from qvla_export.sensitivity.estimators.base import ChannelWidth, Question
 from qvla_export.sensitivity.estimators.exact import ExactEstimator
-from qvla_export.sensitivity.estimators.first_order import FirstOrderEstimator
+from qvla_export.sensitivity.estimators.first_order import (
+    FirstOrder,
+    FirstOrderEstimator,
+    measure_first_order,
+)
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
 STEPS = 4
+COMPENSATED = QuantizerSpec(
+    {bits: WidthRule(None, "mse") for bits in (2, 4, 8)},
+    weighted_scales=True,
+    compensation="inputs and channels",
+)
 
 
 class Block(torch.nn.Module):
@@ -160,6 +170,37 @@ def test_one_observation_does_not_make_all_moments(question: Question) -> None:
         means = [each.layers[name].mean for each in (without, largest, found)]
         apart = np.linalg.norm(means[1] - means[0])
         assert np.linalg.norm(means[2] - means[1]) > 0.01 * apart, name
+
+
+def test_sensitivities_of_compensated_codes_count_observations_as_moments_do(
+    question: Question,
+) -> None:
+    """A weighted mean of each observation's own, by the roots of their squared gradients."""
+    policy, observations = question.policy, question.observations
+    moments = measure_moments(policy, observations, "c", MomentSettings(batch_size=2))
+    probes, energies = Probes(moments.probes, moments.seed), []
+    for number, start in enumerate(range(0, len(observations), 2)):
+        some = observations[start : start + 2]
+        actions, calls = recorded_pass(policy, policy.layers(), some)
+        flat, fed = actions.reshape(len(some), -1), calls.joined_inputs()
+        signs, weight = probes.draw(flat, number)
+        of_batch = torch.zeros(len(some))
+        for sign in signs:
+            found = torch.autograd.grad(flat, calls.targets, sign, retain_graph=True)
+            for name, gradient in zip(policy.layers(), calls.joined(found), strict=True):
+                token = gradient.square().sum(dim=-1) * fed[name].square().sum(dim=-1)
+                of_batch += weight * token.sum(dim=1)
+        energies += of_batch.tolist()
+    np.testing.assert_allclose(moments.energies, energies, rtol=1e-4)
+    shares = 1 / np.sqrt(energies)
+    shares /= shares.mean()
+    how = FirstOrder(COMPENSATED, (2, 4), batch_size=2, moments=moments)
+    alike = replace(how, moments=replace(moments, energies=()))
+    together = measure_first_order(policy, observations, "c", how)
+    alone = [measure_first_order(policy, [o], "c", alike) for o in observations]
+    for name, values in together.values.items():
+        weighted = sum(s * one.values[name] for s, one in zip(shares, alone, strict=True))
+        np.testing.assert_allclose(values, weighted / len(alone), rtol=1e-3, atol=1e-12)
 
 
 def test_a_convolution_runs_once(question: Question) -> None:
