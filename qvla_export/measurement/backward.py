@@ -54,17 +54,12 @@ class ProbedBatch:
     probes: Probes
     # Of all batches, from 0; seeds the probes.
     number: int
-    # What each observation counts, 1 on average; None for all alike.  float64 [B]
+    # What each observation's deviations count, 1 on average; None for all alike.  float64 [B]
     shares: NDArray[np.float64] | None = None
 
     def draw(self, actions: Tensor) -> tuple[list[Tensor], float]:
         """Return the probes of the batch's actions [B, outputs] and the weight of each."""
-        probes, weight = self.probes.draw(actions, self.number)
-        if self.shares is None:
-            return probes, weight
-        # Deviations are squares of what a probe gives.
-        roots = torch.from_numpy(np.sqrt(self.shares)).to(actions)[:, None]
-        return [probe * roots for probe in probes], weight
+        return self.probes.draw(actions, self.number)
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ def add_batch(
     """
     moved = deviations(probed_pass(policy, layers, batch), changes)
     for name, layer_deviations in moved.items():
-        layer_deviations.add_to(sums, name, batch.probes.count is not None)
+        layer_deviations.add_to(sums, name, batch)
 
 
 @dataclass(frozen=True)
@@ -153,10 +148,16 @@ class Deviations:
         means = torch.cat([each.means for each in observations])
         return Deviations(means, torch.cat([each.layer_sums for each in observations], dim=1))
 
-    def add_to(self, sums: Mapping[str, NDArray[np.float64]], name: str, sampled: bool) -> None:
-        """Add to the sums of layer `name`; `sampled`: the probes are random."""
-        sums[name][:] += self.means.sum(dim=0).cpu().numpy()
-        add_moments(sums, name, self.means, self.layer_sums, sampled)
+    def add_to(
+        self, sums: Mapping[str, NDArray[np.float64]], name: str, batch: ProbedBatch
+    ) -> None:
+        """Add to the sums of layer `name` what each observation of the batch counts."""
+        means, layer_sums = self.means, self.layer_sums
+        if batch.shares is not None:
+            shares = torch.from_numpy(batch.shares).to(means)[:, None]
+            means, layer_sums = means * shares[:, None], layer_sums * shares
+        sums[name][:] += means.sum(dim=0).cpu().numpy()
+        add_moments(sums, name, means, layer_sums, batch.probes.count is not None)
 
 
 def deviations(probed: Pass, changes: WeightChanges) -> dict[str, Deviations]:

@@ -4,7 +4,7 @@ Weights that were left on disk are read part by part (`measurement.streamed`). W
 in memory throughout: 8 bytes for each number of the blocks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from qvla_export.shared.observation import Observation
 
 _Sums = Mapping[str, NDArray[np.float64]]
 # Among the sums, of each observation; no layer has this name.
-_ENERGIES = "#energies"
+ENERGIES = "#energies"
 
 
 def measure_moments(
@@ -73,7 +73,7 @@ def measure_moments(
         "observations": len(observations),
         "settings": settings.stated(),
     }
-    empty = {**moment_sums(layers, settings), _ENERGIES: np.zeros(len(observations))}
+    empty = {**moment_sums(layers, settings), ENERGIES: np.zeros(len(observations))}
     sums = ShardedSums(empty, identity, progress_file, world)
     size = settings.batch_size
     batches = list(range(-(-len(observations) // size)))
@@ -81,7 +81,7 @@ def measure_moments(
         chosen = observations[batch * size : (batch + 1) * size]
         probed = ProbedBatch(chosen, Probes(settings.probes, settings.seed), batch)
         first = batch * size
-        sums.values[_ENERGIES][first : first + len(chosen)] += _add_batch(
+        sums.values[ENERGIES][first : first + len(chosen)] += _add_batch(
             policy, layers, probed, stream, sums.values
         )
         sums.mark(batch)
@@ -97,7 +97,7 @@ def measure_moments(
         seed=settings.seed,
         policy_digest=policy.digest,
         calibration_digest=calibration_digest,
-        energies=tuple(total[_ENERGIES].tolist()),
+        energies=tuple(total[ENERGIES].tolist()),
     )
 
 
@@ -153,7 +153,7 @@ def add_pass(probed: Pass, sums: _Sums) -> NDArray[np.float64]:
         for (name, layer), gradient in zip(layers.items(), probed.gradients(number), strict=True):
             tokens = as_tokens(layer, gradient)
             worth = tokens.square().sum(dim=-1)
-            own = (worth * powers[name]).double().reshape(len(energies), -1).sum(dim=1)
+            own = _of_observations(worth * powers[name], len(energies))
             energies += weight * own.cpu().numpy()
             share = weight * _evened(own, len(tokens)).to(tokens)
             flat = tokens.flatten(0, 1)
@@ -166,9 +166,29 @@ def add_pass(probed: Pass, sums: _Sums) -> NDArray[np.float64]:
     return energies
 
 
+def pass_energies(probed: Pass, names: Collection[str]) -> NDArray[np.float64]:
+    """Return what `add_pass` does, of some layers of a pass, and add nothing.  float64 [B]"""
+    layers, recorded = probed.recorded.layers, probed.recorded
+    powers = {name: _powers(layers[name], recorded.inputs.pop(name)) for name in names}
+    energies = np.zeros(recorded.count)
+    for number, weight in enumerate(probed.weights):
+        for (name, layer), gradient in zip(layers.items(), probed.gradients(number), strict=True):
+            if name in powers:
+                worth = as_tokens(layer, gradient).square().sum(dim=-1)
+                own = _of_observations(worth * powers[name], recorded.count)
+                energies += weight * own.cpu().numpy()
+    return energies
+
+
+def _of_observations(energies: Tensor, count: int) -> Tensor:
+    """Add up what the tokens of each of `count` observations have.  [N, tokens] -> float64 [B]"""
+    return energies.double().reshape(count, -1).sum(dim=1)
+
+
 def _powers(layer: Layer, inputs: Tensor) -> Tensor:
     """Return |x|^2 of what each output token is a linear map of.  [N, tokens]"""
-    return torch.linalg.vector_norm(layer_tokens(layer, inputs), dim=-1).square()
+    lengths: Tensor = torch.linalg.vector_norm(layer_tokens(layer, inputs), dim=-1)
+    return lengths.square()
 
 
 def _evened(energies: Tensor, images: int) -> Tensor:

@@ -4,12 +4,12 @@ A layer's moments are there when its channels' errors are made, and gone when th
 gradients. Where all observations go through a policy at once, a span runs its passes twice.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qvla_export.measurement.backward import ProbedBatch, WeightChanges
+from qvla_export.measurement.backward import WeightChanges
 from qvla_export.measurement.layer_groups import Piece
 from qvla_export.measurement.measure_moments import layer_moments
 from qvla_export.measurement.moment_bounds import moment_sums
@@ -17,7 +17,7 @@ from qvla_export.measurement.sharded_sums import OnProgress, ShardedSums
 from qvla_export.measurement.span_sweeps import SpanSweeps, add_passes
 from qvla_export.measurement.standard_error import WHOLE
 from qvla_export.measurement.whole_deviations import WholeDeviations
-from qvla_export.quantizer.moments import LayerMoments
+from qvla_export.quantizer.moments import LayerMoments, shares_of
 
 Fed = Mapping[str, LayerMoments]
 # Layers or pieces of them, and the layers' moments -> what each width adds to their weights.
@@ -32,6 +32,8 @@ def add_spans(
 ) -> None:
     """Add this process's share of the squared deviations of all layers to sums.
 
+    What an observation counts is found by a sweep before the others.
+
     A unit is a span on a batch; what is marked is not measured again.
 
     Args:
@@ -42,13 +44,20 @@ def add_spans(
     """
     count, layers = len(sweeps.batches), sweeps.stream.layers
     units = range(len(sweeps.spans) * count)
+    if sums.resumed.issuperset(units):
+        return
+    shares = shares_of(sweeps.energies(sums.world))
+    starts = np.cumsum([0, *(len(batch.observations) for batch in sweeps.batches)]).tolist()
     mine = sums.share(units)
     todo = sorted({unit // count for unit in mine})
     for span in todo:
         fed = {} if sweeps.at_once else dict(sweeps.moments(span, todo))
         for unit in (unit for unit in mine if unit // count == span):
-            batch = sweeps.batches[unit % count]
-            whole = WholeDeviations(layers, batch, _of_batch(sums.values, sweeps.batches, batch))
+            number = unit % count
+            batch, own = sweeps.batches[number], slice(starts[number], starts[number + 1])
+            counted = replace(batch, shares=None if shares is None else shares[own])
+            of_batch = {**sums.values, WHOLE: sums.values[WHOLE][:, own]}
+            whole = WholeDeviations(layers, counted, of_batch)
             if sweeps.at_once:
                 _add_at_once(sweeps, span, todo, changes_of, whole)
             else:
@@ -77,11 +86,3 @@ def _add_at_once(
         for piece in group:
             if piece.stop == len(layers[piece.layer].weight):
                 del fed[piece.layer]
-
-
-def _of_batch(
-    sums: Mapping[str, NDArray[np.float64]], batches: Iterable[ProbedBatch], batch: ProbedBatch
-) -> Mapping[str, NDArray[np.float64]]:
-    """Return the sums with those of a batch's observations as `WHOLE`."""
-    start = sum(len(other.observations) for other in batches if other.number < batch.number)
-    return {**sums, WHOLE: sums[WHOLE][:, start : start + len(batch.observations)]}

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from qvla_export.measurement.backward import Pass, ProbedBatch, Probes
+from qvla_export.measurement.distributed import World
 from qvla_export.measurement.layer_groups import LayerNeeds, NeedsOf, Piece
-from qvla_export.measurement.measure_moments import add_pass, layer_moments
+from qvla_export.measurement.measure_moments import ENERGIES, add_pass, layer_moments, pass_energies
 from qvla_export.measurement.moment_bounds import (
     SMALLEST_BLOCK,
     MomentSettings,
@@ -25,6 +26,7 @@ from qvla_export.measurement.moment_bounds import (
     sum_bytes,
 )
 from qvla_export.measurement.peak_memory import available_bytes
+from qvla_export.measurement.sharded_sums import ShardedSums
 from qvla_export.measurement.stream_limits import StreamLimits, open_stream
 from qvla_export.measurement.streamed import GroupPasses, Stream
 from qvla_export.measurement.weight_placement import WeightPlacement
@@ -133,6 +135,20 @@ class SpanSweeps:
         )
         for group, passes in itertools.islice(self._sweep, count):
             yield self.batches[0], group, passes
+
+    def energies(self, world: World) -> NDArray[np.float64]:
+        """Return `Moments.energies`, by a sweep of its own that the processes of a world share."""
+        count = sum(len(batch.observations) for batch in self.batches)
+        sums = ShardedSums({ENERGIES: np.zeros(count)}, {}, None, world)
+        starts = np.cumsum([0, *(len(batch.observations) for batch in self.batches)])
+        for number in sums.share(range(len(self.batches))):
+            for group, passes in self.stream.passes(self.batches[number]):
+                # A layer that is cut into pieces is looked at with the first.
+                names = [piece.layer for piece in group if piece.start == 0]
+                for place, item in enumerate(passes, int(starts[number])):
+                    sums.values[ENERGIES][place] += pass_energies(item, names)[0]
+                    del item  # the next pass is made before the name is bound anew
+        return sums.total()[ENERGIES]
 
     def moments(self, number: int, todo: Sequence[int]) -> Iterator[tuple[str, LayerMoments]]:
         """Yield each of a span's layers with its moments, in forward order."""

@@ -39,5 +39,4 @@ class WholeDeviations:
                 of_observation.append(each[name])
             if piece.stop == count:
                 whole = [Deviations.joined(one) for one in self._open.pop(name)]
-                sampled = self._batch.probes.count is not None
-                Deviations.of_batch(whole).add_to(self._sums, name, sampled)
+                Deviations.of_batch(whole).add_to(self._sums, name, self._batch)

@@ -166,22 +166,26 @@ def load_calibration(run: RunFolder) -> "CalibrationSet":
     return CalibrationSet.load(require_artifact(run.calibration, "calibrate"))
 
 
-def other_observations(run: RunFolder, place: Path) -> "tuple[Observation, ...]":
-    """Return all observations of another run's calibration set, to judge this run's plans by.
+def judging_observations(run: RunFolder, place: Path) -> "tuple[Observation, ...]":
+    """Return observations of a calibration set to judge a run's plans by.
+
+    All of another run's; of the run's own those that are held out, which no plan is made from.
 
     Raises:
         ArtifactError: a set is missing or damaged.
-        QvlaError: it is the run's own, which its plans were made from.
+        QvlaError: the set is the run's own, and nothing was held out.
     """
     from calibration.calibration_set import CalibrationSet
 
     judges = CalibrationSet.load(place)
-    if judges.digest == load_calibration(run).digest:
+    if judges.digest != load_calibration(run).digest:
+        return (*judges.observations, *judges.held_out)
+    if not judges.held_out:
         raise QvlaError(
-            f"{place} is the set that the plans of {run.root} are made from; name another run's, "
-            "drawn with another --seed"
+            f"the plans of {run.root} are made from all of {place}; name another run's set, drawn "
+            "with another --seed"
         )
-    return (*judges.observations, *judges.held_out)
+    return tuple(judges.held_out)
 
 
 def require_calibration(calibration: "CalibrationSet", digest: str, what: str) -> None:

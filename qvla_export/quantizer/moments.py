@@ -131,22 +131,12 @@ class Moments(LayerArtifact):
         return moments
 
     def shares(self, observations: int) -> NDArray[np.float64] | None:
-        """Return what each observation counts, 1 on average: the root of its energy's inverse.
+        """Return `shares_of` the energies; None where they are of another number of observations.
 
-        As in the moments themselves: an observation at the edge of two actions has gradients many
-        times those of others, and would be nearly all that a mean of squares is of.
-
-        Args:
-            observations: their number; None is returned where the moments are of another one.
-
-        Returns:
-            float64 [observations], or None.
+        float64 [observations]
         """
         energies = np.asarray(self.energies, np.float64)
-        if len(energies) != observations or not energies.any():
-            return None
-        roots = 1 / np.sqrt(np.where(energies > 0, energies, np.inf))
-        return np.asarray(roots / roots.mean(), np.float64)
+        return shares_of(energies) if len(energies) == observations else None
 
     def has_blocks(self, largest: int) -> bool:
         """Say whether matrices are kept in the blocks that `largest` asks for."""
@@ -166,6 +156,24 @@ class Moments(LayerArtifact):
         if calibration_digest is not None:
             what = "calibration sets of moments and plan"
             require_same(what, self.calibration_digest, calibration_digest, again)
+
+
+def shares_of(energies: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """Return what each observation counts, 1 on average: the root of its energy's inverse.
+
+    As in the moments themselves: an observation at the edge of two actions has gradients many times
+    those of others, and would be nearly all that a mean of squares is of.
+
+    Args:
+        energies: see `Moments.energies`.
+
+    Returns:
+        float64 [observations]; None where no observation has any.
+    """
+    if not energies.any():
+        return None
+    roots = 1 / np.sqrt(np.where(energies > 0, energies, np.inf))
+    return np.asarray(roots / roots.mean(), np.float64)
 
 
 def block_size(width: int, largest: int) -> int:

@@ -42,8 +42,7 @@ class Sensitivities(TensorArtifact):
 
     The deviation is of the normalized action chunk, summed over its horizon * dim numbers, averaged
     over the observations: of compensated codes, each counts by the root of its squared gradients
-    (`Moments.shares`; not where moments were measured on the way, of a policy on disk). 16 bits is
-    the reference and zero.
+    (`Moments.shares`). 16 bits is the reference and zero.
 
     Raises:
         QvlaError: shapes that disagree, negative or non-finite values.

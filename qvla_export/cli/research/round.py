@@ -29,15 +29,15 @@ def round_command(
         Path | None,
         typer.Option(
             "--judge-by",
-            help="Calibration set of another run (RUN/calibration): the action error on all its "
-            "observations is printed, in torch with the whole policy in memory.",
+            help="Calibration set: the action error on all of another run's observations, or on "
+            "this one's held-out, is printed, in torch with the whole policy in memory.",
             callback=A_CALIBRATION.require,
         ),
     ] = None,
 ) -> None:
     """Make the codes of a plan whose quantizer compensates errors; qvla export packs them."""
     from qvla_export.allocation.setting import parse_setting
-    from qvla_export.pipeline.calibrate import other_observations
+    from qvla_export.pipeline.calibrate import judging_observations
     from qvla_export.pipeline.fake_quantized import judge_plan
     from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
     from qvla_export.pipeline.resources import can_stay_on_disk
@@ -45,7 +45,7 @@ def round_command(
     from qvla_export.pipeline.run_folder import RunFolder
 
     folder, parsed = RunFolder(run, force), parse_setting(setting)
-    judges = None if judge_by is None else other_observations(folder, judge_by)
+    judges = None if judge_by is None else judging_observations(folder, judge_by)
     stays = judges is None and can_stay_on_disk(PolicySource(str(policy), unnorm_key, preset))
     opened = open_checkpoint(policy, unnorm_key, preset, resident=not stays)
     with progress_shown() as on_progress:

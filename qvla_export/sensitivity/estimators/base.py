@@ -75,8 +75,12 @@ class Question:
 
     @property
     def stated_shares(self) -> Mapping[str, Any]:
-        """Return what `Sensitivities.settings` say of them; nothing where all count alike."""
-        return {} if self.shares is None else {"observations": "evened"}
+        """Return what `Sensitivities.settings` say of them; nothing where all count alike.
+
+        With moments that are measured on the way, shares are as well.
+        """
+        evened = self.shares is not None or self.span_moments is not None
+        return {"observations": "evened"} if evened else {}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import typer.main
 from command_runs import SETTINGS, Inputs, Outcome, listing, qvla
 from places import ROOT
 from small_datasets import write_small_dataset
+from tiny_policy import tiny_observations
 
 from calibration.calibration_set import CalibrationSet
 from jetson.latency.comparison import LatencyComparison
@@ -219,22 +220,32 @@ def test_the_stages_one_by_one_give_what_deploy_gives(
     assert "settings/w4/bundle/manifest.json" in ours
 
 
-def test_codes_are_judged_by_another_set(
+def test_codes_are_judged_by_what_no_plan_is_made_from(
     deployed: tuple[Path, Outcome], inputs: Inputs, tmp_path: Path
 ) -> None:
     run = deployed[0]
     common = ("round", "--run", run, "--policy", inputs.checkpoint, "--setting", "w4")
-    own = qvla(*common, "--judge-by", run / "calibration")
-    assert "is the set that the plans of" in own.error and "another --seed" in own.error
     held_out = CalibrationSet.load(run / "calibration").held_out
     CalibrationSet(held_out[:2], held_out[2:], {"test": 1}).save(tmp_path / "others")
-    outcome = qvla(*common, "--judge-by", tmp_path / "others")
-    assert outcome.code == 0, outcome.err
-    found = re.search(r"action error: RMS ([\d.]+) .* on 6 observations of", outcome.out)
-    assert found is not None, outcome.out
-    # Of the same observations the bundle's engine has the same error.
-    measured = json.loads(RunFolder(run).action_error(parse_setting("w4")).read_text())
-    assert float(found[1]) == pytest.approx(measured["rms"], abs=2e-5)
+    for judges in (tmp_path / "others", run / "calibration"):
+        outcome = qvla(*common, "--judge-by", judges)
+        assert outcome.code == 0, outcome.err
+        found = re.search(r"action error: RMS ([\d.]+) .* on 6 observations of", outcome.out)
+        assert found is not None, outcome.out
+        # Of the same observations the bundle's engine has the same error.
+        measured = json.loads(RunFolder(run).action_error(parse_setting("w4")).read_text())
+        assert float(found[1]) == pytest.approx(measured["rms"], abs=2e-5)
+
+
+def test_a_set_without_held_out_observations_does_not_judge_its_own_plans(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path)
+    observations = tiny_observations(3)
+    CalibrationSet(observations, (), {"test": 1}).save(run.calibration)
+    judged = ("--policy", inputs.checkpoint, "--setting", "w4", "--judge-by", run.calibration)
+    own = qvla("round", "--run", tmp_path, *judged)
+    assert "the plans of" in own.error and "another --seed" in own.error
 
 
 @pytest.mark.parametrize(
