@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
@@ -118,6 +119,18 @@ class _Bars:
             )
 
 
+@dataclass
+class _Work:
+    """Work that runs: when it began, when a line was last said."""
+
+    began: float
+    last: float
+    # Of the units that are counted: what they are, when and at how many they began.
+    detail: str
+    counting: float
+    first: int
+
+
 class _Lines:
     """A line when work begins, ends or has gone on for long, with an estimate of the time left."""
 
@@ -125,36 +138,33 @@ class _Lines:
         self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._say, self._clock = say, clock
-        # Of the work that runs: its text, when it began, when a line was last said.
-        self._text = ""
-        self._began = self._last = 0.0
-        # Of the units that are counted: what they are, when and at how many they began.
-        self._detail = ""
-        self._counting, self._first = 0.0, 0
+        # By its text: several may run side by side.
+        self._works: dict[str, _Work] = {}
 
     def hear(self, progress: Progress) -> None:
         now, text = self._clock(), _text(progress)
-        if text != self._text:
-            self._text, self._began, self._last = text, now, now
-            self._detail, self._counting, self._first = progress.detail, now, progress.done
+        if text not in self._works:
+            self._works[text] = _Work(now, now, progress.detail, now, progress.done)
             if progress.state == "running":
                 self._say(text)
-        if progress.detail != self._detail:
-            self._detail, self._counting, self._first = progress.detail, now, progress.done
+        work = self._works[text]
+        if progress.detail != work.detail:
+            work.detail, work.counting, work.first = progress.detail, now, progress.done
         if progress.state != "running":
-            self._say(f"{text}: {progress.state}, {now - self._began:.0f} s")
-            self._text = ""
-        elif now - self._last >= _REPEAT_S and progress.total:
-            self._last = now
+            self._say(f"{text}: {progress.state}, {now - work.began:.0f} s")
+            del self._works[text]
+        elif now - work.last >= _REPEAT_S and progress.total:
+            work.last = now
             part = f": {progress.detail}" if progress.detail else ""
             count = f"{progress.done} of {progress.total}"
-            self._say(f"{text}{part}: {count}{self._left(progress, now)}")
+            self._say(f"{text}{part}: {count}{self._left(work, progress, now)}")
 
-    def _left(self, progress: Progress, now: float) -> str:
-        units = progress.done - self._first
+    @staticmethod
+    def _left(work: _Work, progress: Progress, now: float) -> str:
+        units = progress.done - work.first
         if units <= 0:
             return ""
-        left_s = (now - self._counting) / units * (progress.total - progress.done)
+        left_s = (now - work.counting) / units * (progress.total - progress.done)
         return (
             f", about {left_s:.0f} s left"
             if left_s < 120

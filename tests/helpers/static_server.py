@@ -13,6 +13,8 @@ class StaticFiles(http.server.SimpleHTTPRequestHandler):
 
     cut_after: int | None = None
     asked: list[tuple[str, str | None]]
+    # Of bodies.
+    sent_bytes = 0
 
     def do_GET(self) -> None:
         path = Path(self.translate_path(self.path))
@@ -31,6 +33,7 @@ class StaticFiles(http.server.SimpleHTTPRequestHandler):
             self.wfile.flush()
             self.connection.close()
             return
+        type(self).sent_bytes += len(body)
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:

@@ -228,8 +228,9 @@ def _push_wave(
         state.add(outcome)
         if outcome.answer != "healthy":
             stopped.set()
-        said = f": {outcome.reason}" if outcome.reason else ""
-        on_progress(Progress(f"{name} {outcome.answer}{said}", state="made"))
+            on_progress(Progress(f"{name} {outcome.answer}: {outcome.reason}"))
+        else:
+            on_progress(Progress(name, state="made"))
         return outcome
 
     with ThreadPoolExecutor(min(plan.request.parallel, len(robots))) as pool:

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -99,6 +100,7 @@ def converse(fleet: Fleet, robot: FleetRobot, words: list[str], traffic: Traffic
         Unreachable: there was no connection, or it ended before the answer.
         QvlaError: the answer is none.
     """
+    start_s = time.monotonic()
     with tempfile.TemporaryFile() as errors, _ssh(fleet, robot, words, errors) as process:
         answer = b""
         with suppress(BrokenPipeError, ConnectionResetError):
@@ -115,7 +117,8 @@ def converse(fleet: Fleet, robot: FleetRobot, words: list[str], traffic: Traffic
     except (ValueError, RecursionError):
         pass
     if status == _CONNECTION_LOST or status < 0:
-        raise _unreachable(said, robot.settings.within_s if status < 0 else None)
+        late = time.monotonic() - start_s >= robot.settings.within_s
+        raise _unreachable(said, robot.settings.within_s if late else None)
     raise QvlaError(f"{shlex.join(words[:4])} ended with status {status} and no answer: {said}")
 
 

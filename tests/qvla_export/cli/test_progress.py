@@ -136,3 +136,21 @@ def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
         assert text in shown
     # What does not fit goes on in the next line; nothing is cut.
     assert shown.count("x") == 90 + 1
+
+
+def test_works_side_by_side_are_said_once_each_and_end_once_each() -> None:
+    said: list[str] = []
+    now = [0.0]
+    lines = _Lines(said.append, lambda: now[0])
+    for second in (0, 10, 31):
+        now[0] = second
+        for name in ("arm-01", "arm-02"):
+            lines.hear(Progress(name, second, 62, detail="install"))
+    lines.hear(Progress("arm-02", state="made"))
+    assert said == [
+        "arm-01",
+        "arm-02",
+        "arm-01: install: 31 of 62, about 31 s left",
+        "arm-02: install: 31 of 62, about 31 s left",
+        "arm-02: made, 31 s",
+    ]

@@ -127,3 +127,34 @@ def test_keys_are_replaced_and_taken_back(tmp_path: Path) -> None:
         "a threshold of 4 with 3 keys"
         in qvla("keys", "new", tmp_path / "x", "--root-threshold", 4).error
     )
+
+
+def test_a_group_has_keys_and_releases_of_its_own(
+    tiny_policy: OftPolicy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    robot: Callable[..., dict[str, Any]],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    qvla("keys", "new", "keys")
+    first = json.loads(qvla("keys", "delegate", "keys", "line-a").out)["groups"]["line-a"]
+    assert first["threshold"] == 1 and list(first["keys"].values()) == [True]
+    sum_bundle(tiny_policy, tmp_path / "bundle", table=64)
+    qvla("release", "create", "bundle", "--output", "a", "--name", "a")
+    more = ("--keys", "keys", "--group", "line-a")
+    assert "a as list 1" in qvla("release", "sign", "a", "repo", *more).out
+    unsigned = qvla("release", "publish", "repo", "--keys", "keys", "--release", "a")
+    assert "is not signed; first: qvla release sign" in unsigned.error
+    shown = qvla("release", "publish", "repo", *more, "--release", "a")
+    assert shown.out.startswith("published: a, list 1, until "), shown.err
+    place = ("--from", "repo", "--target", "cpu", "--root", "keys/1.root.json")
+    assert robot("install", *place)["refused"] == "unknown release"
+    assert robot("install", "a", *place)["refused"] == "not for this robot"
+    assert robot("install", *place, "--group", "line-a")["name"] == "a"
+    rotated = json.loads(qvla("keys", "rotate", "keys", "line-a").out)["groups"]["line-a"]
+    assert rotated["keys"].keys() != first["keys"].keys()
+    qvla("release", "publish", "repo", "--keys", "keys")
+    assert robot("install")["name"] == "a"
+    unknown = qvla("release", "sign", "a", "repo", "--keys", "keys", "--group", "line-b")
+    assert "knows no group 'line-b', only ['line-a']" in unknown.error
+    assert "must be one of" in qvla("keys", "rotate", "keys", "line-b").error
