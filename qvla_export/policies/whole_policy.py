@@ -3,6 +3,7 @@
 import abc
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -65,18 +66,28 @@ class WholePolicy(BasePolicy):
 
     def kept_layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
         """Return the other layers that reach the action, those of constants too."""
-        every = linear_layers(self.module).items()
-        others = {name: layer for name, layer in every if not self.is_quantized(name)}
-        batch = self.probe_batch()
-        return reached_layers(others, lambda: self.probe_output(batch))
+        return {n: x for n, x in linear_layers(self.module).items() if n in self._kept}
 
-    @torch.enable_grad()
     def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
         """Return the linear and convolution layers that carry an observation to the action.
 
         Found by tracing: a layer whose weight gets no gradient from the action is dead; one whose
         input does not depend on what is observed is a constant of the policy.
         """
+        return {n: x for n, x in linear_layers(self.module).items() if n in self._living}
+
+    @cached_property
+    def _kept(self) -> frozenset[str]:
+        """Names of the kept layers: traced once."""
+        every = linear_layers(self.module).items()
+        others = {name: layer for name, layer in every if not self.is_quantized(name)}
+        batch = self.probe_batch()
+        return frozenset(reached_layers(others, lambda: self.probe_output(batch)))
+
+    @cached_property
+    @torch.enable_grad()
+    def _living(self) -> frozenset[str]:
+        """Names of the layers: traced once, since every step asks for them."""
         every = linear_layers(self.module).items()
         candidates = {name: layer for name, layer in every if self.is_quantized(name)}
         batch = self.probe_batch()
@@ -96,7 +107,7 @@ class WholePolicy(BasePolicy):
             for handle in handles:
                 handle.remove()
         living = {name: layer for name, layer in candidates.items() if layer in fed}
-        return reached_layers(living, lambda: self.probe_output(batch))
+        return frozenset(reached_layers(living, lambda: self.probe_output(batch)))
 
     def probe_batch(self) -> PolicyBatch:
         """Return a batch of one observation of nothing."""

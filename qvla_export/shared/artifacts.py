@@ -1,6 +1,7 @@
 """Artifacts on disk: atomic writes, digests and provenance. Standard library only."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -119,10 +120,17 @@ def new_folder(path: Path) -> Iterator[Path]:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that can change an artifact's numbers."""
     found = {"python": platform.python_version()}
-    for name in _RECORDED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+    found.update((name, version) for name in _RECORDED if (version := _version_of(name)))
     return found
+
+
+@functools.cache
+def _version_of(name: str) -> str | None:
+    """Return the version of an installed library; reading its metadata takes milliseconds."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def require_same(what: str, expected: str, got: str, remedy: str) -> None:

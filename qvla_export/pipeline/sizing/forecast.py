@@ -97,9 +97,10 @@ def forecast(request: Deployment, policy: "Policy", rates: MachineRates | None =
     size = policy_costs(request.source, policy)
     usual, batch = size.usual_layer, request.holding.batch_size
     rates = rates or measure_machine(batch * usual.tokens, usual.inputs, usual.channels)
+    work = _work(request, policy, size, rates)
     steps = [
-        replace(step, memory_bytes=step.memory_bytes + before)
-        for step in _steps(request, policy, _work(request, policy, size, rates))
+        replace(work.recorded(step), memory_bytes=step.memory_bytes + before)
+        for step in _steps(request, policy, work)
     ]
     return Forecast(request.holding.describe(), rates, tuple(steps))
 

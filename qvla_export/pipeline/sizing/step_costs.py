@@ -1,6 +1,6 @@
 """What each step of a deployment takes of a machine, from multiply-adds, numbers and bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline.sizing.machine_rates import MachineRates
@@ -18,6 +18,12 @@ _GOLDEN = 8
 # work as those of rounding a narrow layer; measured on the reference policy. The same of a graph
 # by itself: what two parts without or with three layers took, of a policy read part by part.
 _TRACE_STEPS, _PLAN_STEPS, _GRAPH_STEPS = 11000, 1600, 100_000
+# Of Python work, in the same steps: what any step opens, records and writes, and a layer each time
+# that an observation goes through it by itself, forward or back. Measured on calibrations, and on
+# moments of a policy 640 wide that was read part by part.
+_RECORD_STEPS, _CALL_STEPS = 10_000, 50
+# Of a channel in a plan: 1.8 million of a 7B policy are allocated in 2.5 s and written in as many.
+_CHANNEL_STEPS = 0.15
 # Of a layer's nodes in the graph, with and without codes, and of a channel in a plan's JSON.
 _NODE_BYTES, _CODED_NODE_BYTES, _CHANNEL_BYTES = 2600, 4000, 1.6
 # Of a layer's outputs, for each probe, and of its inputs: products, squares and sums of moments.
@@ -30,6 +36,9 @@ _WHOLE_COPIES, _PART_COPIES = 3, 1.25
 # What an observation that goes alone takes more than one in a batch of eight; such passes of a
 # held-out observation, without and with codes; opening an engine. Measured on the reference policy.
 _ALONE, _FLOAT_PASSES, _CODED_PASSES, _OPENING_S = 1.7, 2.5, 4, 0.4
+# Of a policy read part by part: torch computes as often as weights are read, without codes and with
+# them, the engine once, and opens each part for each observation (640 wide: 12 of them in 1.1 s).
+_PART_OPENING_S = 0.09
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,21 @@ class Workload:
         passes = forwards + probes
         products = passes * self.policy.products / self.rates.products_per_s
         made = sum(part.pass_bytes for part in self.policy.parts) / 4
-        return observations * (products + passes * made / self.rates.numbers_per_s)
+        taken = observations * (products + passes * made / self.rates.numbers_per_s)
+        if self.resident:
+            return taken
+        calls = observations * passes * len(self.policy.layers)
+        return taken + self.python_s(calls * _CALL_STEPS)
+
+    def python_s(self, steps: float) -> float:
+        """Return the CPU seconds of steps of Python work, as those of rounding a narrow layer."""
+        return steps / self.rates.rounding.narrow_steps_per_s
+
+    def recorded(self, costs: "StepCosts") -> "StepCosts":
+        """Return a step's costs with what any step opens, records and writes."""
+        if costs.cpu_s is None:
+            return costs
+        return replace(costs, cpu_s=costs.cpu_s + self.python_s(_RECORD_STEPS))
 
     def reads_s(self) -> float:
         """Return the CPU seconds of reading all weights once, where they lie on disk."""
@@ -131,8 +154,8 @@ def plan_costs(work: Workload, setting: Setting) -> StepCosts:
     """Return what drawing up a plan takes."""
     channels = sum(layer.channels for layer in work.policy.layers)
     disk = int(_CHANNEL_BYTES * channels)
-    steps = channels * _WIDTHS / work.rates.rounding.narrow_steps_per_s / 7
-    return StepCosts(f"{setting.name}: plan", steps, 100 * channels, disk)
+    taken = work.python_s(_CHANNEL_STEPS * channels)
+    return StepCosts(f"{setting.name}: plan", taken, 100 * channels, disk)
 
 
 def rounding_costs(work: Workload, setting: Setting) -> StepCosts:
@@ -171,7 +194,7 @@ def export_costs(work: Workload, setting: Setting, first: bool) -> StepCosts:
     traced = _TRACE_STEPS if first or not work.resident else _PLAN_STEPS
     steps = len(policy.layers) * traced
     steps += 0 if work.resident else len(policy.parts) * _GRAPH_STEPS
-    taken = steps / work.rates.rounding.narrow_steps_per_s
+    taken = work.python_s(steps)
     taken += 2 * (disk + policy.weight_bytes) / work.rates.bytes_per_s
     taken += work.passes_s(2 * golden, 0)
     memory = LIBRARY_BYTES + work.acting_bytes(_WHOLE_COPIES if work.resident else _PART_COPIES)
@@ -180,9 +203,14 @@ def export_costs(work: Workload, setting: Setting, first: bool) -> StepCosts:
 
 def error_costs(work: Workload, setting: Setting) -> StepCosts:
     """Return what acting on the held-out observations takes: torch's policy, and the engine."""
-    passes = _FLOAT_PASSES if setting.kind == "float" else _CODED_PASSES
-    taken = _OPENING_S + _ALONE * passes * work.passes_s(work.held_out, 0)
-    taken += work.policy.weight_bytes / work.rates.bytes_per_s
+    coded = setting.kind != "float"
+    if work.resident:
+        passes, reads, opening_s = _CODED_PASSES if coded else _FLOAT_PASSES, 1, _OPENING_S
+    else:
+        reads = 2 if coded else 1
+        passes, opening_s = reads + 1, _PART_OPENING_S * len(work.policy.parts) * work.held_out
+    taken = opening_s + _ALONE * passes * work.passes_s(work.held_out, 0)
+    taken += reads * work.policy.weight_bytes / work.rates.bytes_per_s
     memory = LIBRARY_BYTES + work.acting_bytes(2 if work.resident else _PART_COPIES)
     disk = 4 * work.held_out * work.policy.action_numbers
     return StepCosts(f"{setting.name}: action error", taken, memory, disk)

@@ -4,6 +4,7 @@ import abc
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import isqrt
 from typing import TypeVar
 
@@ -95,9 +96,13 @@ class PrismaticPolicy(BasePolicy):
         return pixels, ids
 
     def _reached(self, quantized: bool) -> dict[str, nn.Linear | nn.Conv2d]:
-        every = linear_layers(self.module).items()
-        sought = {n: layer for n, layer in every if n.startswith(_QUANTIZED_PREFIXES) == quantized}
-        return reached_layers(sought, self.probe_output)
+        living = {n: x for n, x in linear_layers(self.module).items() if n in self._living}
+        return {n: x for n, x in living.items() if n.startswith(_QUANTIZED_PREFIXES) == quantized}
+
+    @cached_property
+    def _living(self) -> frozenset[str]:
+        """Names of the layers that reach the action: traced once, every step asks for them."""
+        return frozenset(reached_layers(linear_layers(self.module), self.probe_output))
 
     def read_weight(self, name: str) -> NDArray[np.float32]:
         """Return a parameter or buffer by name, as float32, from memory or the checkpoint."""

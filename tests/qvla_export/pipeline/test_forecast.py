@@ -188,3 +188,24 @@ def test_a_policy_is_sized_as_it_is(tiny_costs: PolicyCosts, tiny_checkpoint: Pa
     assert tiny_costs.stored_numbers >= tiny_costs.graph_numbers
     assert tiny_costs.graph_numbers > sum(x.weights for x in tiny_costs.layers)
     assert tiny_costs.usual_layer in tiny_costs.layers
+
+
+def test_parts_are_opened_for_each_observation_that_is_judged(tiny_costs: PolicyCosts) -> None:
+    def error_s(held_out: int) -> float:
+        streamed = StreamedMemory(sensitivities=1000, rounding=2000)
+        work = work_of(tiny_costs, streamed=streamed, held_out=held_out)
+        taken = step_costs.error_costs(work, W4).cpu_s
+        assert taken is not None
+        return taken
+
+    opened_s = 0.09 * len(tiny_costs.parts)
+    assert error_s(4) - error_s(2) > 2 * opened_s
+
+
+def test_every_step_takes_what_any_step_does(tiny_costs: PolicyCosts) -> None:
+    work = work_of(tiny_costs)
+    nothing = StepCosts("calibration", 0.0, 0, 0)
+    least_s = work.recorded(nothing).cpu_s
+    assert least_s is not None
+    assert 0.1 < least_s < 0.5
+    assert work.recorded(replace(nothing, cpu_s=None)).cpu_s is None
