@@ -1,10 +1,10 @@
-"""The noun `ColdStart`: what it takes from a new process to a policy's first action."""
+"""The noun `ColdStart`: what a new process takes until a policy's first action, and the memory."""
 
 import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ from qvla_export.shared.errors import ArtifactError, QvlaError
 from qvla_export.shared.target import WeightForm
 
 _PATIENCE_S = 1800.0
+_STATUS = Path("/proc/self/status")
 _LONGEST_MS = 1e9
+# A GPU's graphs are captured after the first action of a shape.
+_FURTHER_ACTIONS = 2
 
 
 @dataclass(frozen=True)
 class ColdStart:
-    """One start, milliseconds.
+    """One start: milliseconds, and the memory of a process that holds this policy alone.
 
     The operating system may have the files in memory still; after booting it has not.
 
@@ -30,11 +33,18 @@ class ColdStart:
     load_ms: float
     # The first request, from its body to the reply's.
     first_action_ms: float
+    # Its resident memory at the highest, and the most that it took of the first GPU's memory where
+    # that was looked at: after loading and after each action. None where nobody tells.
+    resident_bytes: int | None = None
+    device_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name, ms in asdict(self).items():
+        for name, ms in (("load_ms", self.load_ms), ("first_action_ms", self.first_action_ms)):
             if type(ms) not in (int, float) or not 0 <= ms <= _LONGEST_MS:
                 raise ArtifactError(f"{name} of a cold start must be a time >= 0, got {ms!r:.60}")
+        for size in (self.resident_bytes, self.device_bytes):
+            if size is not None and (type(size) is not int or size < 0):
+                raise ArtifactError(f"memory of a cold start must be bytes >= 0, got {size!r:.60}")
 
     @property
     def total_ms(self) -> float:
@@ -50,7 +60,8 @@ class ColdStart:
         """
         if not isinstance(value, dict):
             raise ArtifactError(f"a cold start must be an object, got {value!r:.100}")
-        return cls(value.get("load_ms"), value.get("first_action_ms"))  # type: ignore[arg-type]  # checked there
+        known: dict[str, Any] = {part.name: value.get(part.name) for part in fields(cls)}
+        return cls(**known)
 
 
 def measure_cold_starts(
@@ -82,15 +93,24 @@ def measure_cold_starts(
 
 def _act_once(bundle: Path, threads: int | None, weights: WeightForm, started_ns: int) -> ColdStart:
     from engines.load import load_engine
+    from engines.trt.device_memory import device_memory
+    from jetson.board.files import meminfo_bytes, text_of
     from jetson.policy import EnginePolicy
     from jetson.serving.service import ActionService
     from qvla_export.shared.bundle import Bundle
 
     loaded = Bundle.load(bundle)
-    with load_engine(loaded, threads, weights) as engine:
+    with device_memory() as device, load_engine(loaded, threads, weights) as engine:
         service = ActionService(EnginePolicy(loaded, engine))
         load_ms = (time.perf_counter_ns() - started_ns) / 1e6
-        return ColdStart(load_ms, service.warm_up(1))
+        device.look()
+        first_action_ms = service.warm_up(1)
+        for _ in range(_FURTHER_ACTIONS):
+            device.look()
+            service.warm_up(1)
+        device.look()
+        resident_bytes = meminfo_bytes(text_of(_STATUS), "VmHWM")
+        return ColdStart(load_ms, first_action_ms, resident_bytes, device.taken_bytes)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,11 @@ class LatencyComparison:
         Raises:
             ArtifactError: the file is missing, damaged or of another format.
         """
-        value = read_json(path, "latency profile")
+        return cls.from_json(read_json(path, "latency profile"), str(path))
+
+    @classmethod
+    def from_json(cls, value: Any, path: str) -> "LatencyComparison":
+        """Read what `to_json` wrote, from a file of that name; see `load`."""
         found = value.get("format") if isinstance(value, dict) else None
         if found != LATENCY_FORMAT:
             raise ArtifactError(

@@ -80,6 +80,7 @@ def _spans(profile: LatencyProfile) -> TextTable:
 def _starts(comparison: LatencyComparison) -> TextTable:
     deadline = comparison.deadline
     columns = ["policy", "load, ms", "first action, ms", "load + first, ms", "new process, ms"]
+    columns += ["memory, MB", "GPU memory, MB"]
     if deadline is not None:
         columns += [f"later than {deadline.ms:.1f} ms", "most in a row"]
     rows = (_start(comparison, profile) for profile in comparison.profiles)
@@ -99,8 +100,16 @@ def _start(comparison: LatencyComparison, profile: LatencyProfile) -> tuple[str,
         _number(profile.first_action_ms),
         _number(profile.cold_start_ms),
         f"{_number(fresh)} (of {len(starts)})" if starts else _NONE,
+        _largest([start.resident_bytes for start in starts]),
+        _largest([start.device_bytes for start in starts]),
         *misses,
     )
+
+
+def _largest(sizes: Iterable[int | None]) -> str:
+    """Return the largest of some processes' bytes, in MB."""
+    known = [size for size in sizes if size is not None]
+    return f"{max(known) / 1e6:.1f}" if known else _NONE
 
 
 def _interval(interval: Interval | None, value: float | None) -> str:

@@ -27,7 +27,7 @@ from qvla_export.cli.judge.predict import predict
 from qvla_export.cli.judge.profile import profile
 from qvla_export.cli.judge.sizes import sizes
 from qvla_export.cli.judge.tune import tune
-from qvla_export.cli.release import key_ring, releases, runtimes
+from qvla_export.cli.release import flashing, key_ring, releases, runtimes
 from qvla_export.cli.research.activations import activations
 from qvla_export.cli.research.baseline import baseline
 from qvla_export.cli.research.compare import compare
@@ -38,7 +38,7 @@ from qvla_export.cli.research.quantizers import quantizers
 from qvla_export.cli.research.round import round_command
 from qvla_export.cli.research.smooth import smooth
 from qvla_export.cli.research.train import train
-from qvla_export.cli.robot import keep_serving, store
+from qvla_export.cli.robot import board_profile, keep_serving, store
 from qvla_export.cli.robot.doctor import doctor
 from qvla_export.cli.robot.load import load
 from qvla_export.cli.robot.replay import replay
@@ -86,6 +86,11 @@ GROUPS: dict[tuple[str, str, str], dict[str, Command]] = {
     ("Deploy", "runtime", "Make the one file that a robot runs releases with."): {
         "build": runtimes.build
     },
+    ("Deploy", "flash", "Flash Jetsons with a release on them."): {
+        "prepare": flashing.prepare,
+        "run": flashing.run,
+        "undo": flashing.undo,
+    },
     ("Robot", "robot", "Install, check, switch and take back releases."): {
         "install": store.install,
         "build": store.build,
@@ -96,6 +101,7 @@ GROUPS: dict[tuple[str, str, str], dict[str, Command]] = {
         "list": store.list_releases,
         "gc": store.gc,
         "status": store.status,
+        "profile": board_profile.profile,
         "update": keep_serving.update,
         "supervise": keep_serving.supervise,
         "units": keep_serving.units,

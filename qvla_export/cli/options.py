@@ -257,6 +257,14 @@ WeightsOption = Annotated[
     WeightForm,
     typer.Option(help="packed: stored codes; unpacked: float32 in memory; tuned: see qvla tune."),
 ]
+ColdStartsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="New processes of each bundle, from their start to the first action, and their "
+        "memory; default: one.",
+    ),
+]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default one a core.")]
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"],

@@ -36,8 +36,9 @@ class ProfileRequest:
     deadline: "Deadline | None" = None
     # Timed passes in which every layer is timed too; 0 for none.
     layer_passes: int = 0
-    # New processes, each from its start to its first action; 0 for none.
-    cold_starts: int = 0
+    # New processes, each from its start to its first action, and its memory; 0 for none, None for
+    # one of each bundle.
+    cold_starts: int | None = 0
     # Files in trtexec's JSON, of one policy: every action, and every layer.
     export_times: Path | None = None
     export_layers: Path | None = None
@@ -96,8 +97,9 @@ def profile_policies(
         if request.layer_passes:
             layers = _layer_times(policies, observations[0], request.layer_passes)
             comparison = replace(comparison, layers=layers)
-    if request.cold_starts:
-        starts = _cold_starts(request.sources, request.cold_starts)
+    if request.cold_starts != 0:
+        bundles = [source for source in request.sources if source.kind == "bundle"]
+        starts = _cold_starts(bundles, request.cold_starts or 1)
         comparison = replace(comparison, cold_starts=starts)
     if output is not None:
         comparison.save(output)

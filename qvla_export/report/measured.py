@@ -5,8 +5,8 @@ raw episodes and samples; the summaries in the files are for readers and are not
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,9 @@ class Latency:
     first_action_ms: float
     # Until when actions were wanted; None where nobody said.
     deadline: Deadline | None
+    # Largest of processes that held this policy alone; None where none was started.
+    resident_bytes: int | None = None
+    device_bytes: int | None = None
 
     def percentile(self, percent: float, span: str = "total") -> float:
         """Return a percentile of a span's samples, milliseconds."""
@@ -210,19 +213,29 @@ def read_latencies(path: Path) -> dict[str, Latency]:
         )
     require_fields(value, ("profiles", "ratios", "deadline"), f"latency {path}")
     with damage_named(path, "latency"):
-        ratios = {
-            str(r["name"]): Ratio(
-                str(r["baseline"]),
-                *(float(finite(r[k])) for k in ("ratio", "low", "high", "confidence")),
-            )
-            for r in value["ratios"]
-            if r["stage"] == "total"
-        }
-        deadline = _deadline(value["deadline"])
-        return {
-            str(item["name"]): _latency(item, ratios.get(str(item["name"])), deadline)
-            for item in value["profiles"]
-        }
+        return latencies_of(value)
+
+
+def latencies_of(value: Mapping[str, Any]) -> dict[str, Latency]:
+    """Return the profiles of a latency's document by name; what is misshapen raises anything."""
+    starts = value.get("cold_starts", {})
+    ratios = {
+        str(r["name"]): Ratio(
+            str(r["baseline"]),
+            *(float(finite(r[k])) for k in ("ratio", "low", "high", "confidence")),
+        )
+        for r in value["ratios"]
+        if r["stage"] == "total"
+    }
+    deadline = _deadline(value["deadline"])
+    return {
+        str(item["name"]): replace(
+            _latency(item, ratios.get(str(item["name"])), deadline),
+            resident_bytes=_largest(starts.get(item["name"], ()), "resident_bytes"),
+            device_bytes=_largest(starts.get(item["name"], ()), "device_bytes"),
+        )
+        for item in value["profiles"]
+    }
 
 
 def read_agreement(path: Path) -> RankAgreement:
@@ -270,6 +283,10 @@ def _latency(item: Mapping[str, Any], ratio: Ratio | None, deadline: Deadline | 
         float(finite(item["first_action_ms"])),
         deadline,
     )
+
+
+def _largest(starts: Iterable[Mapping[str, Any]], name: str) -> int | None:
+    return max((int(s[name]) for s in starts if s.get(name) is not None), default=None)
 
 
 def _share(solved: list[bool]) -> Share:

@@ -13,6 +13,7 @@ from qvla_export.report import (
     kept_layers,
     recommendation,
     result_figures,
+    robots,
     tables,
 )
 from qvla_export.report.missing import missing_artifacts
@@ -72,6 +73,7 @@ def render(data: RunData) -> str:
         tasks=tables.tasks(data),
         plans=tables.plans(data),
         latencies=tables.latencies(data),
+        robots=robots.robot_table(data.robots),
         estimators=estimators.estimator_table(data.estimators),
         estimators_caption=data.estimators and estimators.estimator_caption(data.estimators),
         standard_errors=estimators.standard_error_table(data.sensitivities),

@@ -20,6 +20,7 @@ from qvla_export.report.measured import (
     read_rollouts,
 )
 from qvla_export.report.recommendation import Recommended, read_recommendation
+from qvla_export.report.robots import RobotMeasurement, read_robots
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.artifacts import require_same, sha256_file
 from qvla_export.shared.bundle import Bundle
@@ -94,6 +95,8 @@ class RunData:
     controls: Mapping[str, Rollouts]
     # What `qvla deploy` recommends; None where it was not run to its end.
     recommendation: Recommended | None
+    # What robots measured of the settings, file by file.
+    robots: tuple[RobotMeasurement, ...]
     # Latency profiles of no setting, by name: bundles that were reached through a server.
     other_latencies: Mapping[str, Latency]
 
@@ -153,6 +156,7 @@ def read_run(run: Path) -> RunData:
         settings=settings,
         controls=controls,
         recommendation=_read_recommended(run / "recommendation.json", settings, sensitivities),
+        robots=read_robots(run),
         other_latencies={n: v for n, v in latencies.items() if n not in info.settings},
     )
 

@@ -148,7 +148,9 @@ def latencies(data: RunData) -> Table:
 
 def _starts(latency: Latency) -> str:
     loaded = "" if latency.load_ms is None else f"loaded in {latency.load_ms:.0f} ms, "
-    return f"{latency.transport}; {loaded}first action {latency.first_action_ms:.1f} ms"
+    held = latency.resident_bytes
+    memory = "" if held is None else f", {held / 1e6:.0f} MB resident"
+    return f"{latency.transport}; {loaded}first action {latency.first_action_ms:.1f} ms{memory}"
 
 
 def _span_cells(latency: Latency, span: str) -> Iterator[Cell]:

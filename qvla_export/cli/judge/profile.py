@@ -8,6 +8,7 @@ import typer
 from qvla_export.cli.options import (
     A_BUNDLE_OR_SERVER,
     A_RECORDING,
+    ColdStartsOption,
     JsonOption,
     ThreadsOption,
     WeightsOption,
@@ -39,9 +40,7 @@ def profile(
     execute: Annotated[
         int, typer.Option(min=1, help="Commands sent while the next chunk is computed.")
     ] = 1,
-    cold_starts: Annotated[
-        int, typer.Option(min=0, help="New processes, each from its start to its first action.")
-    ] = 0,
+    cold_starts: ColdStartsOption = None,
     layers: Annotated[
         bool, typer.Option(help="Time every layer too, in passes of their own.")
     ] = False,
