@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_runs import qvla
 from small_bsp import (
     FLASH,
     NANO,
@@ -102,6 +103,25 @@ def test_what_a_flashed_robot_gets(request_of: PrepareRequest) -> None:
     there = {name for name in snapshot(rootfs) if not (rootfs / name).is_dir()}
     assert laid == there - {name for name in there if name in _mine()}
     assert not prepared.overlay.changed(rootfs) and not prepared.notes
+
+
+def test_the_way_by_commands(request_of: PrepareRequest) -> None:
+    bsp = request_of.bsp
+    before = snapshot(bsp)
+    prepared = qvla(
+        "flash", "prepare", bsp, "--repository", request_of.repository, "--root", request_of.root,
+        "--runtime", request_of.runtime, "--rootfs-ab", "--app-gib", 25, "--power-mode", 0,
+    )  # fmt: skip
+    assert prepared.code == 0, prepared.err
+    assert "Jetson Linux 39.2.0 (JetPack 7)" in prepared.out and "0 changed" not in prepared.out
+    shown = qvla("flash", "run", bsp, "--", "--no-flash")
+    assert shown.code == 0 and "not run" in shown.out
+    assert f"sudo ROOTFS_AB=1 ./{FLASH}" in shown.out and "--no-flash" in shown.out
+    said = json.loads(qvla("flash", "run", bsp, "--ota-from", "R36-4", "--json").out)
+    assert [c["where"] for c in said["commands"]] == ["host", "robot", "robot", "robot"]
+    wrong = qvla("flash", "run", bsp, "--ota-from", "36")
+    assert (wrong.code, wrong.error[:20]) == (2, "error: unknown base:")
+    assert qvla("flash", "undo", bsp).code == 0 and snapshot(bsp) == before
 
 
 def _mine() -> set[str]:
