@@ -25,6 +25,8 @@ def profile_texts(comparison: LatencyComparison) -> Iterator[str | TextTable]:
     for profile in comparison.profiles:
         yield _spans(profile)
     yield _starts(comparison)
+    if comparison.cold_starts:
+        yield _memory(comparison)
     for name, times in comparison.layers.items():
         yield from layer_texts(name, times)
     if slow := slow_settings(comparison.profiles[0].board_before):
@@ -80,11 +82,22 @@ def _spans(profile: LatencyProfile) -> TextTable:
 def _starts(comparison: LatencyComparison) -> TextTable:
     deadline = comparison.deadline
     columns = ["policy", "load, ms", "first action, ms", "load + first, ms", "new process, ms"]
-    columns += ["memory, MB", "GPU memory, MB"]
     if deadline is not None:
         columns += [f"later than {deadline.ms:.1f} ms", "most in a row"]
     rows = (_start(comparison, profile) for profile in comparison.profiles)
     return TextTable(tuple(columns), title="starts and deadlines").with_rows(rows)
+
+
+def _memory(comparison: LatencyComparison) -> TextTable:
+    columns = ("policy", "memory, MB", "GPU memory, MB")
+    return TextTable(columns, title="peak memory of a process that holds one policy").with_rows(
+        (
+            name,
+            _largest(start.resident_bytes for start in starts),
+            _largest(start.device_bytes for start in starts),
+        )
+        for name, starts in comparison.cold_starts.items()
+    )
 
 
 def _start(comparison: LatencyComparison, profile: LatencyProfile) -> tuple[str, ...]:
@@ -100,8 +113,6 @@ def _start(comparison: LatencyComparison, profile: LatencyProfile) -> tuple[str,
         _number(profile.first_action_ms),
         _number(profile.cold_start_ms),
         f"{_number(fresh)} (of {len(starts)})" if starts else _NONE,
-        _largest([start.resident_bytes for start in starts]),
-        _largest([start.device_bytes for start in starts]),
         *misses,
     )
 
