@@ -32,7 +32,20 @@ from qvla_export.pipeline.progress import OnProgress, Progress, ignore
 from qvla_export.pipeline.runtime.robot_runtime import FORMAT as RUNTIME_FORMAT
 from qvla_export.shared.artifacts import read_json, sha256_file
 
-RUNTIME, PROGRAM = "opt/qvla/qvla.pex", "usr/local/bin/qvla"
+RUNTIME, UNPACK, PROGRAM = "opt/qvla/qvla.pex", "opt/qvla/unpack", "usr/local/bin/qvla"
+# Once, as root: who serves may not write there. A Python of a link's place finds its packages.
+_UNPACK_TEXT = f"""#!/bin/sh
+# Written by qvla flash prepare: unpacks the runtime.
+set -e
+export PEX_ROOT=/opt/qvla/pex PEX_INTERPRETER=1
+ln -sfn "$(/{RUNTIME} -c 'import sys; print(sys.prefix)')" /opt/qvla/venv
+"""
+_PROGRAM_TEXT = f"""#!/bin/sh
+# Written by qvla flash prepare: starts QVLA, or with -m a module, in the runtime's own Python.
+[ -x /opt/qvla/venv/bin/python ] || /{UNPACK}
+[ "$1" = -m ] || set -- -m qvla_export "$@"
+exec /opt/qvla/venv/bin/python "$@"
+"""
 _UNITS, _ACCOUNT = "etc/systemd/system", "usr/lib/sysusers.d/qvla.conf"
 _SPARE_SHARE = 1.1
 _STARTED = ("qvla-first-boot.service", "qvla-clocks.service", "qvla-serve.service")
@@ -171,7 +184,8 @@ def take_overlay_back(root: Path) -> Overlay:
 def _entries(request: PrepareRequest, bsp: Bsp) -> Iterator[Entry]:
     """Yield what is to be on the root file system beside the store."""
     yield Entry(RUNTIME, mode=0o755, source=request.runtime)
-    yield Entry(PROGRAM, "link", to=f"/{RUNTIME}")
+    yield Entry(UNPACK, mode=0o755, data=_UNPACK_TEXT.encode())
+    yield Entry(PROGRAM, mode=0o755, data=_PROGRAM_TEXT.encode())
     settings = UnitSettings(
         Path("/", PROGRAM), DEFAULT, request.user, request.port, (), request.power_mode
     )
@@ -185,8 +199,10 @@ def _entries(request: PrepareRequest, bsp: Bsp) -> Iterator[Entry]:
     # sysusers.d(5): the account, and the groups whose devices it opens.
     account = f'u {user} - "Actions of a QVLA policy" {store}\nm {user} video\nm {user} render\n'
     yield Entry(_ACCOUNT, data=account.encode())
-    drop_in = f"[Service]\nExecStartPre=/usr/bin/systemd-sysusers /{_ACCOUNT}\n"
-    yield Entry(f"{_UNITS}/qvla-first-boot.service.d/account.conf", data=drop_in.encode())
+    drop_in = (
+        f"[Service]\nExecStartPre=/usr/bin/systemd-sysusers /{_ACCOUNT}\nExecStartPre=/{UNPACK}\n"
+    )
+    yield Entry(f"{_UNITS}/qvla-first-boot.service.d/flashed.conf", data=drop_in.encode())
     # Images are cloned: each robot makes itself an identity at its first boot (machine-id(5)).
     yield Entry("etc/machine-id", mode=0o444)
     for path in sorted((bsp.rootfs / "etc/ssh").glob("ssh_host_*_key*")):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,6 @@ def test_what_a_flashed_robot_gets(request_of: PrepareRequest) -> None:
     assert (prepared.jetpack, prepared.overlay.target) == ("7", "orin-jp7")
     program = rootfs / "opt/qvla/qvla.pex"
     assert program.read_bytes() == request.runtime.read_bytes() and os.access(program, os.X_OK)
-    assert (rootfs / "usr/local/bin/qvla").readlink() == Path("/opt/qvla/qvla.pex")
     units = rootfs / "etc/systemd/system"
     settings = UnitSettings(Path("/usr/local/bin/qvla"), port=8777, power_mode=3)
     for name, text in unit_files(settings).items():
@@ -129,6 +129,31 @@ def _mine() -> set[str]:
         "etc/passwd", "etc/nv_tegra_release", "etc/nvpmodel/nvpmodel_p3701_0000.conf",
         "etc/ssh/sshd_config",
     }  # fmt: skip
+
+
+def test_what_starts_the_runtime(request_of: PrepareRequest, tmp_path: Path) -> None:
+    """The laid scripts, in another place than /opt, with a runtime that unpacks itself."""
+    prepare_bsp(request_of)
+    rootfs, place = request_of.bsp / "rootfs", tmp_path / "opt"
+    python = place / "pex/venvs/4/it/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    runtime_text = f"#!/bin/sh\necho once >> {place}/starts\necho {python.parents[1]}\n"
+    for path, text in {
+        "qvla.pex": runtime_text,
+        "unpack": (rootfs / "opt/qvla/unpack").read_text(),
+        "qvla": (rootfs / "usr/local/bin/qvla").read_text(),
+    }.items():
+        (place / path).write_text(text.replace("/opt/qvla", str(place)))
+    for path in (python, *(place / name for name in ("qvla.pex", "unpack", "qvla"))):
+        path.chmod(0o755)
+    said = [
+        subprocess.run([place / "qvla", *words], capture_output=True, text=True, check=True).stdout
+        for words in (["robot", "status"], ["-m", "qvla_export", "robot", "list"])
+    ]
+    assert said == ["-m qvla_export robot status\n", "-m qvla_export robot list\n"]
+    # Unpacked once, where the server's account need not write.
+    assert (place / "starts").read_text() == "once\n"
 
 
 def test_a_second_preparation_changes_nothing(request_of: PrepareRequest) -> None:
