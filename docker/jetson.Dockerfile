@@ -1,52 +1,64 @@
-# The robot side: serve a bundle and profile it; no torch, transformers or onnx. Build it on the
-# board. Not built where this was written, which has neither a docker engine nor a board.
+# The robot side: serves a bundle, profiles it; no torch, transformers or onnx, no compiler. Build it on
+# the board, or anywhere for a cpu bundle. Serves as a user of its own on a root that may be read-only:
 #
-# Any arm64 board with Ubuntu 24.04 (JetPack 7, Python 3.12), the cpu target:
 #   docker build -f docker/jetson.Dockerfile -t qvla-jetson .
-# With the TensorRT packages of NVIDIA's SBSA repository, which BASE must already have set up:
-#   docker build -f docker/jetson.Dockerfile -t qvla-jetson \
-#       --build-arg BASE=<your Ubuntu 24.04 CUDA 13 arm64 image> \
-#       --build-arg TENSORRT="libnvinfer-bin python3-libnvinfer" .
-# JetPack 6 (Ubuntu 22.04, Python 3.10; BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0) installs and imports
-# everything but cannot run a cpu bundle: ONNX Runtime's last release for 3.10 is too old for it.
-#
-#   docker run --rm --runtime nvidia --ipc=host --ulimit memlock=-1 --network host \
+#   docker run --rm --read-only --tmpfs /tmp -v qvla-state:/state --network host \
 #       -v /path/to/bundle:/bundle:ro qvla-jetson serve /bundle
 #
-# A bundle for orin-jp7 or orin-jp6 needs engines, built once on this board: mount the setting's
-# folder, and keep the key by which an engine is known to have been built here:
+# BASE is any arm64 Ubuntu 24.04 (JetPack 7, Python 3.12); with TensorRT of NVIDIA's SBSA repository,
+# which BASE must already have set up:
+#       --build-arg BASE=<your Ubuntu 24.04 CUDA 13 arm64 image> \
+#       --build-arg TENSORRT="libnvinfer-bin python3-libnvinfer"
+# and `docker run --runtime nvidia --group-add video --group-add render --ulimit memlock=-1 --ipc=host`.
+# JetPack 6 (Ubuntu 22.04, Python 3.10; NVIDIA's image of it as BASE) installs and imports
+# everything but cannot run a cpu bundle: ONNX Runtime's last release for 3.10 is too old for it.
 #
-#   RUN="docker run --rm --runtime nvidia --ipc=host --ulimit memlock=-1 --network host \
-#       -v /path/to/settings/w4:/w4 -v qvla-state:/state -e XDG_STATE_HOME=/state qvla-jetson"
-#   $RUN build /w4/bundle && $RUN serve /w4/bundle
-#
-# The server listens on loopback; --host opens it to those who know the token (--token-file).
+# A bundle for orin-jp7 or orin-jp6 needs engines, built once on this board, in a folder that user 10001
+# may write: `-v /path/to/settings/w4:/w4 qvla-jetson build /w4/bundle`. /state keeps the key by which an
+# engine is known to have been built here. The server listens on loopback; --host opens it to those who
+# know the token (--token-file).
 ARG BASE=ubuntu:24.04
-FROM ${BASE}
-ARG TENSORRT=""
 
-# The compiler is for pycuda, which has no arm64 wheel.
+FROM ${BASE} AS build
+# Versions are those of BASE, by its digest.
+# hadolint ignore=DL3008
 RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        build-essential python3-dev python3-pip python3-venv ${TENSORRT} \
-    && rm -rf /var/lib/apt/lists/*
-
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 # JetPack's own tensorrt module lies in the system's site-packages.
 RUN python3 -m venv --system-site-packages /opt/venv
-# PYTHONPATH goes before site-packages: JetPack images may bring another `jetson` package.
-ENV PATH=/opt/venv/bin:/usr/local/cuda/bin:${PATH} \
-    PYTHONPATH=/opt/qvla \
-    PYTHONUNBUFFERED=1
-
-WORKDIR /opt/qvla
-# Dependencies first: editing a source file does not install them again.
+WORKDIR /src
+# Dependencies first: editing a source file does not fetch them again.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir calibration qvla_export engines jetson \
-    && touch calibration/__init__.py qvla_export/__init__.py engines/__init__.py jetson/__init__.py \
-    && pip install --no-cache-dir --upgrade pip==26.1 \
-    && pip install --no-cache-dir -c constraints.txt -e . \
-    && if command -v nvcc >/dev/null; then pip install --no-cache-dir 'pycuda>=2024.1'; fi
+    && touch calibration/__init__.py engines/__init__.py jetson/__init__.py \
+    && echo '__version__ = "0"' > qvla_export/__init__.py \
+    && /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[device]'
 COPY . .
+# What installs is left out of what serves.
+RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
+    && /opt/venv/bin/pip uninstall -y pip setuptools \
+    && find /opt/venv -name __pycache__ -prune -exec rm -rf {} +
 
+FROM ${BASE}
+ARG TENSORRT=""
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 ${TENSORRT} \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
+    && groupadd --gid 10001 qvla \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /state qvla \
+    && install -d -o 10001 -g 10001 /state
+COPY --from=build /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:${PATH} \
+    HOME=/state XDG_STATE_HOME=/state \
+    PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    QVLA_PORT=8000
+VOLUME ["/state"]
+WORKDIR /state
+USER 10001:10001
+# Whether the server's process answers; /readyz says whether its policy does.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
+    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ['QVLA_PORT'] + '/healthz', timeout=2)"]
 ENTRYPOINT ["qvla"]
 CMD ["--help"]

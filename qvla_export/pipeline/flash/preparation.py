@@ -33,6 +33,8 @@ from qvla_export.pipeline.runtime.robot_runtime import FORMAT as RUNTIME_FORMAT
 from qvla_export.shared.artifacts import read_json, sha256_file
 
 RUNTIME, UNPACK, PROGRAM = "opt/qvla/qvla.pex", "opt/qvla/unpack", "usr/local/bin/qvla"
+# The Python of the runtime, once it is unpacked: what the units start.
+PYTHON = Path("/opt/qvla/venv/bin/python")
 # Once, as root: who serves may not write there. A Python of a link's place finds its packages.
 _UNPACK_TEXT = f"""#!/bin/sh
 # Written by qvla flash prepare: unpacks the runtime.
@@ -41,12 +43,11 @@ export PEX_ROOT=/opt/qvla/pex PEX_INTERPRETER=1
 ln -sfn "$(/{RUNTIME} -c 'import sys; print(sys.prefix)')" /opt/qvla/venv
 """
 _PROGRAM_TEXT = f"""#!/bin/sh
-# Written by qvla flash prepare: starts QVLA, or with -m a module, in the runtime's own Python.
-[ -x /opt/qvla/venv/bin/python ] || /{UNPACK}
-[ "$1" = -m ] || set -- -m qvla_export "$@"
-exec /opt/qvla/venv/bin/python "$@"
+# Written by qvla flash prepare: starts QVLA in the runtime's own Python.
+[ -x {PYTHON} ] || /{UNPACK}
+exec {PYTHON} -m qvla_export "$@"
 """
-_UNITS, _ACCOUNT = "etc/systemd/system", "usr/lib/sysusers.d/qvla.conf"
+_UNITS = "etc/systemd/system"
 _SPARE_SHARE = 1.1
 _STARTED = ("qvla-first-boot.service", "qvla-clocks.service", "qvla-serve.service")
 _TIMER = "qvla-update.timer"
@@ -186,22 +187,14 @@ def _entries(request: PrepareRequest, bsp: Bsp) -> Iterator[Entry]:
     yield Entry(RUNTIME, mode=0o755, source=request.runtime)
     yield Entry(UNPACK, mode=0o755, data=_UNPACK_TEXT.encode())
     yield Entry(PROGRAM, mode=0o755, data=_PROGRAM_TEXT.encode())
-    settings = UnitSettings(
-        Path("/", PROGRAM), DEFAULT, request.user, request.port, (), request.power_mode
-    )
+    settings = UnitSettings(PYTHON, DEFAULT, request.user, request.port, (), request.power_mode)
     for name, text in unit_files(settings).items():
         yield Entry(f"{_UNITS}/{name}", data=text.encode())
     for name in _STARTED:
         yield Entry(f"{_UNITS}/multi-user.target.wants/{name}", "link", to=f"/{_UNITS}/{name}")
     if request.pull_from is not None:
         yield Entry(f"{_UNITS}/timers.target.wants/{_TIMER}", "link", to=f"/{_UNITS}/{_TIMER}")
-    user, store = settings.user, settings.store
-    # sysusers.d(5): the account, and the groups whose devices it opens.
-    account = f'u {user} - "Actions of a QVLA policy" {store}\nm {user} video\nm {user} render\n'
-    yield Entry(_ACCOUNT, data=account.encode())
-    drop_in = (
-        f"[Service]\nExecStartPre=/usr/bin/systemd-sysusers /{_ACCOUNT}\nExecStartPre=/{UNPACK}\n"
-    )
+    drop_in = f"[Service]\nExecStartPre=/{UNPACK}\n"
     yield Entry(f"{_UNITS}/qvla-first-boot.service.d/flashed.conf", data=drop_in.encode())
     # Images are cloned: each robot makes itself an identity at its first boot (machine-id(5)).
     yield Entry("etc/machine-id", mode=0o444)

@@ -78,7 +78,7 @@ def test_what_a_flashed_robot_gets(request_of: PrepareRequest) -> None:
     program = rootfs / "opt/qvla/qvla.pex"
     assert program.read_bytes() == request.runtime.read_bytes() and os.access(program, os.X_OK)
     units = rootfs / "etc/systemd/system"
-    settings = UnitSettings(Path("/usr/local/bin/qvla"), port=8777, power_mode=3)
+    settings = UnitSettings(Path("/opt/qvla/venv/bin/python"), port=8777, power_mode=3)
     for name, text in unit_files(settings).items():
         assert (units / name).read_text() == text
     started = {path.name for path in units.glob("*.wants/*")}
@@ -87,7 +87,8 @@ def test_what_a_flashed_robot_gets(request_of: PrepareRequest) -> None:
         "qvla-update.timer",
     }  # fmt: skip
     assert all(path.is_symlink() for path in units.glob("*.wants/*"))
-    assert "u qvla " in (rootfs / "usr/lib/sysusers.d/qvla.conf").read_text()
+    unpacks = (units / "qvla-first-boot.service.d/flashed.conf").read_text()
+    assert "ExecStartPre=/opt/qvla/unpack\n" in unpacks
     # Each robot makes its own.
     assert (rootfs / "etc/machine-id").read_bytes() == b""
     assert not list(rootfs.glob("etc/ssh/ssh_host_*")) and (rootfs / "etc/ssh/sshd_config").exists()
@@ -149,7 +150,7 @@ def test_what_starts_the_runtime(request_of: PrepareRequest, tmp_path: Path) -> 
         path.chmod(0o755)
     said = [
         subprocess.run([place / "qvla", *words], capture_output=True, text=True, check=True).stdout
-        for words in (["robot", "status"], ["-m", "qvla_export", "robot", "list"])
+        for words in (["robot", "status"], ["robot", "list"])
     ]
     assert said == ["-m qvla_export robot status\n", "-m qvla_export robot list\n"]
     # Unpacked once, where the server's account need not write.
@@ -182,7 +183,7 @@ def test_another_request_leaves_nothing_of_the_first(request_of: PrepareRequest)
     prepare_bsp(pulled)
     prepare_bsp(request_of)
     assert not list(rootfs.glob("etc/systemd/system/timers.target.wants/*"))
-    assert "u arm" not in (rootfs / "usr/lib/sysusers.d/qvla.conf").read_text()
+    assert "User=qvla\n" in (rootfs / "etc/systemd/system/qvla-serve.service").read_text()
     # A robot that was told of no repository says so, instead of looking on the host.
     store = Store(rootfs / "var/lib/qvla")
     with store.open(), pytest.raises(StoreError, match="not told yet where releases come from"):
