@@ -19,6 +19,6 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about a run."""
-    from qvla_export.pipeline.run_report import report_run
+    from qvla_export.pipeline.robot.run_report import report_run
 
     typer.echo(f"report: {report_run(run, robot or ())}")

@@ -17,7 +17,7 @@ def profile(
     samples: Annotated[int, typer.Option(min=1, help="Actions of each bundle.")] = 1000,
     warmup: Annotated[int, typer.Option(min=0, help="Actions before the samples.")] = 50,
     threads: ThreadsOption = None,
-    weights: WeightsOption = "packed",
+    weights: WeightsOption = "tuned",
     as_is: Annotated[
         bool, typer.Option("--as-is", help="Leave the clocks; else jetson_clocks holds them.")
     ] = False,

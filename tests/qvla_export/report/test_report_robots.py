@@ -16,7 +16,7 @@ from jetson.latency.robot_profile import RobotProfile
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.profile import ProfileRequest
 from qvla_export.pipeline.robot.board_profile import RobotProfileRequest, profile_robot
-from qvla_export.pipeline.run_report import report_run
+from qvla_export.pipeline.robot.run_report import report_run
 from qvla_export.report import page
 from qvla_export.report.robots import read_robots, robot_table
 from qvla_export.report.run_data import read_run
