@@ -272,7 +272,7 @@ $(BASELINES)/installed.stamp: constraints-baselines.txt | install
 
 # The same way round: Triton, and QVLA's packages behind it.
 kernels: $(KERNELS)/installed.stamp
-	@$(KERNELS)/bin/python -m pytest -q -m "slow or not slow" tests/engines/kernels
+	@$(KERNELS)/bin/python -m pytest -q -m "slow or not slow" tests/engines/kernels tests/engines/torch
 
 $(KERNELS)/installed.stamp: pyproject.toml | install
 	@test -x $(KERNELS)/bin/python || $(BIN)/python -m venv $(KERNELS)

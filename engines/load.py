@@ -1,6 +1,7 @@
 """Choose and load the engine of a bundle's target."""
 
 import logging
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,8 @@ def load_engine(
             which takes a float policy's memory and can be faster; "tuned" is what `qvla tune`
             chose here, runtime included, and packed where nothing was.
         runtime: None for the target's own; "ort" runs any bundle on a CPU, to check its graphs
-            where the device is not; "openvino" runs those of target `cpu`.
+            where the device is not; "openvino" runs those of target `cpu`; "torch"
+            walks any bundle's graphs on a GPU or a CPU.
         engines: folder of built TensorRT engines; None for the one beside the bundle.
         keep_loaded: False holds one part at a time in memory, on ONNX Runtime; see `OrtEngine`.
 
@@ -39,6 +41,8 @@ def load_engine(
     """
     target = find_target(bundle.target)
     own, runtime = runtime, runtime or target.runtime
+    if runtime == "torch":
+        return _load_torch(bundle, weights)
     if runtime in ("tensorrt", "tensorrt_rtx"):
         if runtime != target.runtime:
             raise EngineError(
@@ -123,6 +127,18 @@ def _load_openvino(
 
     float_layers = all_layers(bundle) if weights == "unpacked" else {}
     return OpenVinoEngine(bundle, threads, keep_loaded, float_layers)
+
+
+def _load_torch(bundle: Bundle, weights: WeightForm) -> Engine:
+    try:
+        # By its name: nothing else of the robot side reaches torch.
+        module = import_module("engines.torch.torch_engine")
+    except ImportError as error:
+        raise EngineError(
+            f"the torch engine needs torch and onnx ({error}); pip install 'qvla[host,triton]'"
+        ) from error
+    engine: Engine = module.TorchEngine(bundle, tiled=False if weights == "unpacked" else None)
+    return engine
 
 
 def _load_ort(

@@ -48,8 +48,7 @@ def launch_form(
         while parts * 2 <= most and parts * tiles < _MANY_PROGRAMS:
             parts *= 2
         return ProductForm(FEWEST_ROWS, parts, factor_bytes, whole, integers, warps=4, stages=3)
-    if integers:
-        return ProductForm(64, 1, factor_bytes, whole, integers, warps=2, stages=3)
-    # Halves of a factor take registers that two warps do not have.
-    warps = 2 if factor_bytes < 2 else 4
-    return ProductForm(64, 1, factor_bytes, whole, integers, warps, stages=2)
+    # Two warps unpack a tile's codes half as often as four. Halves of a factor, and what is left
+    # out at the inputs' end, take registers that two do not have.
+    warps = 2 if whole and factor_bytes < 2 else 4
+    return ProductForm(64, 1, factor_bytes, whole, integers, warps, stages=3 if integers else 2)

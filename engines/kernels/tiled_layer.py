@@ -16,7 +16,7 @@ from engines.kernels.mixed_width import (
     TilePointers,
     multiply_tiles,
 )
-from engines.kernels.tile_layout import TILE, TileLayout
+from engines.kernels.tile_layout import BITS, TILE, TileLayout
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -34,6 +34,8 @@ class TiledLayer:
         """
         self.inputs, self.channels = layout.inputs, layout.channels
         self.nbytes = layout.nbytes
+        # Width of each tile; 0 where its channels are pruned.
+        self.tile_bits: tuple[int, ...] = tuple(layout.table[:, BITS].tolist())
         self._tiles, self._factor_bytes = layout.tiles, layout.factor_bytes
         arrays = (layout.codes, layout.table, layout.factors, layout.scales, layout.biases)
         filled = [np.pad(array.ravel(), (0, int(array.size == 0))) for array in arrays]
@@ -74,7 +76,8 @@ class TiledLayer:
             ProductSizes(count, self.inputs, self.channels),
         )
         grid = (blocks, self._tiles, form.parts)
-        multiply_tiles[grid](product, form, num_warps=form.warps, num_stages=form.stages)
+        options = {"num_warps": form.warps, "num_stages": form.stages, "enable_fp_fusion": True}
+        multiply_tiles[grid](product, form, **options)
         return out
 
     def _parts(

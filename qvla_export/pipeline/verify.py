@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GOLDEN = "golden"
 _FORMAT = "qvla.verification/1"
-RuntimeName = Literal["auto", "ort", "openvino"]
+RuntimeName = Literal["auto", "ort", "openvino", "torch"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Verification:
     float_bundle: Path | None = None
     # Refuses a bundle for another; its engines are built if absent.
     target: str | None = None
-    # "auto" is the tuned or the target's own, "ort" ONNX Runtime on the CPU.
+    # "auto" is the tuned or the target's own, "ort" ONNX Runtime on the CPU,
+    # "torch" its graphs on a GPU or the CPU.
     runtime: RuntimeName = "auto"
     against_runtime: RuntimeName = "ort"
     # Actions of a latency profile of an engine that passes; 0 for none.

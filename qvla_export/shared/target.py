@@ -8,8 +8,9 @@ from qvla_export.shared.errors import QvlaError
 
 WIDTHS = (0, 2, 4, 8, 16)
 
-# ONNX Runtime's CPU and CUDA execution providers, OpenVINO, TensorRT, TensorRT for RTX.
-Runtime = Literal["ort", "ort-cuda", "openvino", "tensorrt", "tensorrt_rtx"]
+# ONNX Runtime's CPU and CUDA execution providers, OpenVINO, TensorRT, TensorRT for RTX,
+# torch walking the graphs.
+Runtime = Literal["ort", "ort-cuda", "openvino", "tensorrt", "tensorrt_rtx", "torch"]
 # How an engine holds quantized weights. "packed": as they are stored, integers of rounded inputs
 # expanded to int8. "unpacked": as float32. "tuned": each layer as `qvla tune` found best on this
 # machine, packed where it was not run.

@@ -23,9 +23,6 @@ def gpu(
     device = require_gpu()
     with progress_shown() as on_progress:
         bench = bench_gpu(policy, output, device, on_progress=on_progress)
-    for step in bench.steps:
-        typer.echo(
-            f"{step.name}: {step.gpu_s:.3g} s, CPU {step.cpu_s:.3g} s, largest difference "
-            f"{step.difference:.2e}"
-        )
+    for line in bench.lines():
+        typer.echo(line)
     typer.echo(f"gpu: {output}, {output.with_suffix('.html')}")

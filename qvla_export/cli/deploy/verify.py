@@ -20,7 +20,7 @@ from qvla_export.cli.progress import print_result, progress_shown
 from qvla_export.shared.artifacts import write_json
 
 _GOLDEN = "golden"
-RuntimeName = Literal["auto", "ort"]
+RuntimeName = Literal["auto", "ort", "torch"]
 
 
 def verify(
@@ -51,10 +51,10 @@ def verify(
         str | None, typer.Option(help="Refuse a bundle for another; build its engines if absent.")
     ] = None,
     runtime: Annotated[
-        RuntimeName, typer.Option(help="auto: the target's own; ort: ONNX Runtime on the CPU.")
+        RuntimeName, typer.Option(help="auto: the target's; ort: ONNX Runtime, CPU; torch: torch.")
     ] = "auto",
     against_runtime: Annotated[
-        RuntimeName, typer.Option(help="Runtime of the bundle of --against: ort or auto.")
+        RuntimeName, typer.Option(help="Runtime of the bundle of --against: ort, auto or torch.")
     ] = "ort",
     latency: Annotated[bool, typer.Option("--latency", help="Also profile a good engine.")] = False,
     samples: Annotated[int, typer.Option(min=1, help="Actions of the latency profile.")] = 200,

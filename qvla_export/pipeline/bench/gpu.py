@@ -1,9 +1,13 @@
-"""What a GPU does: sensitivities, moments, rounding and the target `cuda`, each beside the CPU."""
+"""What a GPU does: a policy's steps and actions beside the CPU; products by the kernel and others.
+
+The products are those of a 7B language model, the kernel for a width per channel beside cuBLAS and
+torch's own int8 and int4; all of it takes minutes.
+"""
 
 import html
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +24,17 @@ from qvla_export.shared.tables.html_table import html_table
 if TYPE_CHECKING:
     import torch
 
+    from engines.bench.kernel_times import ProductTime
     from qvla_export.policies.base import Policy
     from qvla_export.quantizer.moments import Moments
+    from qvla_export.shared.bundle import Bundle
     from qvla_export.shared.observation import Observation
 
 _COUNT, _SIDE, _BITS = 4, 224, 4
 _STEPS = ("sensitivities", "sensitivities, weights read part by part", "moments", "rounding")
 _ENGINE = "engine of the target"
+# Engines that walk a bundle's graphs in torch, loaded beforehand.
+_ACTIONS = ("action in torch, float", "action in torch, 4 bits")
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,23 @@ class GpuBench:
     # Device, policy, versions.
     machine: Mapping[str, Any]
     steps: tuple[GpuStep, ...]
+    # Of every layer, number of rows and contestant.
+    products: "tuple[ProductTime, ...]"
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line for each step and product."""
+        for step in self.steps:
+            yield (
+                f"{step.name}: {step.gpu_s:.3g} s, CPU {step.cpu_s:.3g} s, largest difference "
+                f"{step.difference:.2e}"
+            )
+        yield from map(str, self.products)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        return {**self.machine, "steps": [asdict(step) for step in self.steps]}
+        steps = [asdict(step) for step in self.steps]
+        products = [product.to_json() for product in self.products]
+        return {**self.machine, "steps": steps, "products": products}
 
     def page(self) -> str:
         """Return one HTML page without any outside resource."""
@@ -62,6 +83,18 @@ class GpuBench:
         heads = ("step", "device, s", "CPU, s", "largest difference")
         title = f"qvla bench gpu: {self.machine['device']}"
         table = html_table(title, heads, rows, facts)
+        found = [
+            (
+                p.layer,
+                str(p.rows),
+                p.contestant,
+                p.reason or f"{p.ms:.3g}",
+                f"{p.difference or 0:.1e}",
+            )
+            for p in self.products
+        ]
+        columns = ("layer", "rows", "by", "ms, or why not", "largest difference")
+        table += html_table("products", columns, found, {})
         return f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>{table}\n'
 
 
@@ -93,6 +126,7 @@ def bench_gpu(
     output: Path,
     device: "torch.device",
     target: str = "cuda",
+    layers: Mapping[str, tuple[int, int]] | None = None,
     on_progress: OnProgress = ignore,
 ) -> GpuBench:
     """Do each step on a device and on the CPU; write JSON, and a page beside it.
@@ -102,6 +136,7 @@ def bench_gpu(
         output: JSON file; the page has its name with `.html`.
         device: where to compute; the CPU itself in tests.
         target: whose engine is run.
+        layers: name -> channels and inputs of products to time; None for a 7B model's.
         on_progress: hears of every step.
 
     Raises:
@@ -109,6 +144,7 @@ def bench_gpu(
     """
     import torch
 
+    from engines.bench.kernel_times import LAYERS_7B, product_times
     from jetson.clients.load import random_observations
     from jetson.serving.policy_contract import contract_of
 
@@ -123,10 +159,12 @@ def bench_gpu(
             found, gpu_s = _timed(step, device)
             expected, cpu_s = _timed(step, cpu)
             steps.append(GpuStep(name, gpu_s, cpu_s, _difference(found, expected)))
-            hear(number + 1, len(work))
+            hear(number + 1, len(work) + 1)
+        products = tuple(product_times(device, LAYERS_7B if layers is None else layers))
+        hear(len(work) + 1, len(work) + 1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     machine = {"device": name, "target": target, "policy": policy.digest, "versions": versions()}
-    bench = GpuBench(machine, tuple(steps))
+    bench = GpuBench(machine, tuple(steps), products)
     write_json(output, bench.to_json())
     write_bytes(output.with_suffix(".html"), bench.page().encode())
     return bench
@@ -176,8 +214,10 @@ def _work(
         flat,
         lambda device: _rounded(stored, measured, device),
     )
-    engine = _engine_step(stored, observations, target, folder)
-    return {**dict(zip(_STEPS, steps, strict=True)), _ENGINE: engine}
+    bundles = _bundles(stored, observations, target, folder)
+    found = {**dict(zip(_STEPS, steps, strict=True)), _ENGINE: _engine_step(bundles[0])}
+    actions = (_torch_step(bundle) for bundle in bundles)
+    return {**found, **dict(zip(_ACTIONS, actions, strict=True))}
 
 
 def _rounded(policy: "Policy", moments: "Moments", device: "torch.device") -> NDArray[Any]:
@@ -195,21 +235,44 @@ def _rounded(policy: "Policy", moments: "Moments", device: "torch.device") -> ND
     return weights
 
 
-def _engine_step(
+def _bundles(
     policy: "Policy", observations: "Sequence[Observation]", target: str, folder: Path
-) -> _Step:
-    """Export the float bundle; return what gives its actions by the target's runtime or a CPU."""
-    from engines.load import load_engine
+) -> "tuple[Bundle, Bundle]":
+    """Export a float bundle, and one of 4 bits without any rounding but to the nearest."""
     from engines.targets import find_target
-    from engines.verify import run_engine
     from qvla_export.graph.export import export_bundle
+    from qvla_export.policies.layers import layer_shapes
+    from qvla_export.quantizer.uniform_plan import uniform_plan
 
-    path = folder / "float"
-    bundle = export_bundle(policy.in_memory(), None, find_target(target), observations, path)
+    whole, device = policy.in_memory(), find_target(target)
+    plan = uniform_plan(layer_shapes(whole.layers()), _BITS, device, whole.digest)
+    plain = export_bundle(whole, None, device, observations, folder / "float")
+    return plain, export_bundle(whole, plan, device, observations, folder / "quantized")
+
+
+def _engine_step(bundle: "Bundle") -> _Step:
+    """Return what gives a bundle's actions by the target's runtime, or on a CPU."""
+    from engines.load import load_engine
+    from engines.verify import run_engine
 
     def actions(device: "torch.device") -> NDArray[Any]:
         with load_engine(bundle, runtime=None if device.type == "cuda" else "ort") as engine:
             return run_engine(engine, bundle.golden().feeds)
+
+    return actions
+
+
+def _torch_step(bundle: "Bundle") -> _Step:
+    """Return what gives a bundle's first action in torch; the first time it loads an engine."""
+    from engines.torch.torch_engine import TorchEngine
+    from engines.verify import run_engine
+
+    engines: dict[str, TorchEngine] = {}
+
+    def actions(device: "torch.device") -> NDArray[Any]:
+        if device.type not in engines:
+            engines[device.type] = TorchEngine(bundle, device.type)
+        return run_engine(engines[device.type], bundle.golden().feeds[:1])
 
     return actions
 

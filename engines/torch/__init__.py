@@ -1,0 +1,1 @@
+"""A bundle's graphs in torch; imported when opened by name."""
