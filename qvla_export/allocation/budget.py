@@ -1,6 +1,6 @@
 """The noun `Budget`: how much a plan may cost, and how long an action may take. numpy only."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,14 +18,16 @@ class Budget:
 
     Budget("bits per channel", 4.0)                          # the paper's average
     Budget("bits per channel", 4.0, max_stored_ratio=0.29)   # and at most 29 % of float16's bytes
-    Budget("bytes", 3_000_000)                               # stored on the target, with scales
+    Budget("bytes", 3_000_000)                               # all that the target stores
     """
 
     kind: BudgetKind
     # Mean bits, or bytes.
     value: float
-    # Largest stored share of the float16 bytes, scales included; None for no such limit.
+    # Largest stored share of the float16 bytes, with scales, order and biases; None for no limit.
     max_stored_ratio: float | None = None
+    # Whether layers will read rounded inputs: their graph holds other constants then.
+    rounded_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(BudgetKind):
@@ -38,11 +40,12 @@ class Budget:
     def times(self, share: float) -> "Budget":
         """Return a share of the budget, of both its limits."""
         cap = self.max_stored_ratio
-        return Budget(self.kind, share * self.value, None if cap is None else share * cap)
+        capped = None if cap is None else share * cap
+        return replace(self, value=share * self.value, max_stored_ratio=capped)
 
     def to_json(self) -> dict[str, Any]:
         """Return what a plan records."""
-        return {"kind": self.kind, "value": self.value, "max_stored_ratio": self.max_stored_ratio}
+        return asdict(self)
 
     def __str__(self) -> str:
         if self.kind == "bytes":

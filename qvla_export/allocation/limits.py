@@ -15,7 +15,7 @@ from qvla_export.shared.errors import QvlaError
 
 # (table, levels, cost, limit, what) -> levels; see `qvla_export.allocation.methods`.
 Step = Callable[[DemotionTable, Levels, NDArray[np.int64], float, str], Levels]
-# Units below which filled-up bytes are removed step by step: the fewest steps are found then.
+# Units below which steps are taken one by one: the fewest are found then.
 _ONE_BY_ONE = 10_000
 # Tries to use up what coupled layers save, and the share of the limit that may stay unused.
 _FILLINGS = 12
@@ -32,8 +32,9 @@ def within_bytes(
 ) -> Levels:
     """Take steps until the plan's own bytes are within the limit.
 
-    Columns and groups that are filled up are in no channel's own bits: where they exceed the
-    limit, further steps are taken, one by one where that is quick.
+    Columns and groups that are filled up, and what restores the order of channels, are in no
+    channel's own bits: where they exceed the limit, further steps are taken, one by one where that
+    is quick.
 
     Args:
         table: all demotions.
@@ -52,7 +53,9 @@ def within_bytes(
         if excess <= 0:
             break
         spent = np.take_along_axis(stored, levels[None].astype(np.int64), 0).sum()
-        allowed = float(spent) - (1.0 if table.units < _ONE_BY_ONE else max(excess, 1.0))
+        # Half of what is too much takes few steps too many where there are too many to go singly.
+        step_bits = 1.0 if table.units < _ONE_BY_ONE else max(excess / 2, 1.0)
+        allowed = max(float(spent) - step_bits, 0.0) if spent else -1.0
     return _use_up_slack(table, start, levels, step, limit, allowed, weight_bytes)
 
 

@@ -163,7 +163,8 @@ def _budget(
         amount = setting.bits if budget_by != "bytes" else cap * _float16_bytes(measured)
     elif budget_by == "setting":
         raise QvlaError(f"--budget {amount:g} needs --budget-by channel, weight or bytes")
-    return Budget(_KINDS[budget_by], amount, cap if budget_by == "setting" else None)
+    capped = cap if budget_by == "setting" else None
+    return Budget(_KINDS[budget_by], amount, capped, setting.activation_bits is not None)
 
 
 def _float16_bytes(measured: Sensitivities) -> int:

@@ -16,6 +16,8 @@ from qvla_export.shared.target import WIDTHS
 class ChannelBuckets:
     """Channel order, runs of equal width, inverse order of one layer."""
 
+    # Of each channel.  int8 [channels]
+    widths: NDArray[np.int8]
     # Channels by falling width; equal widths keep their order.  int64 [channels]
     order: NDArray[np.int64]
     # (bits, start, stop) into `order`, only for widths that occur; 0 bits is last.
@@ -62,7 +64,7 @@ def bucket_channels(widths: NDArray[np.int8]) -> ChannelBuckets:
         if stop > start:
             runs.append((bits, start, stop))
         start = stop
-    return ChannelBuckets(order, tuple(runs), inverse)
+    return ChannelBuckets(widths, order, tuple(runs), inverse)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """One bucketed linear map as ONNX nodes: packed codes, DequantizeLinear, MatMul, channel order."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qvla_export.graph.buckets import BucketedWeight
+from qvla_export.quantizer.column_order import ColumnOrder, Run, column_order
 from qvla_export.quantizer.packed_storage import stored_columns
 from qvla_export.quantizer.quantized_weight import QuantizedWeight
 from qvla_export.shared.target import Container, Target
@@ -22,14 +22,16 @@ COMPUTE_TYPES = {
 # Names of a bucket's constants are "<layer>.b<bits>" and one of these.
 CODES_SUFFIX, SCALES_SUFFIX, HALVES_SUFFIX = ".codes", ".scales", ".halves"
 ZERO_POINTS_SUFFIX, MULTIPLIERS_SUFFIX = ".zero_points", ".multipliers"
-# Name of the constant that restores a layer's order by a Gather: "<layer>" and this.
-ORDER_SUFFIX = ".order"
+# Names of the constants that restore a layer's order end in one of these.
+ORDER_SUFFIX, COLUMNS_SUFFIX, PIECES_SUFFIX, MEMBERS_SUFFIX = (
+    ".order",
+    ".columns",
+    ".pieces",
+    ".members",
+)
+SLICE_SUFFIXES, PAD_SUFFIXES = (".start", ".stop", ".axis"), (".pads", ".pad_axis")
 # By the container's bits.
 _CODE_TYPES = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
-# Pieces up to which Split + Concat is used instead of a Gather. Two layers that share an order
-# (gate and up of a gated MLP) need at most 4 + 16.
-_MOST_PIECES = 24
-
 # Puts a packed constant where it stays until the graph is saved, maybe on disk.
 Store = Callable[[ir.TensorProtocol], ir.TensorProtocol]
 
@@ -92,21 +94,17 @@ class BucketEmitter:
             self._bucket(f"{name}.b{w.bits}", read[height], w, (height, filled))
             for w, height, filled in zip(weight.weights, rows, columns, strict=True)
         ]
-        index, needs_zero = _gather_index(weight, columns)
-        if needs_zero:
+        order = column_order(weight.buckets.widths, columns, sizes)
+        if order.appends_zeros:
             outputs[-1] = self._pad(name, outputs[-1], 1)
-            columns[-1] += 1
-        members = np.split(index, np.cumsum(sizes)[:-1])
-        starts = np.concatenate([[0], np.cumsum(columns)])
-        runs = [_runs(member, starts) for member in members]
-        if sum(map(len, runs)) <= _MOST_PIECES:
-            return self._pieces(name, outputs, starts, runs)
+        if not order.picks:
+            return self._pieces(name, outputs, order)
         joined = self._joined(outputs)
         rank = None if inputs.shape is None else inputs.shape.rank()
-        ordered = self._gathered(name, joined, index, rank)
+        ordered = self._gathered(name, joined, order.index, rank)
         if len(sizes) == 1:
             return [ordered]
-        lengths = self.constant(f"{name}.members", np.array(sizes, np.int64))
+        lengths = self.constant(f"{name}{MEMBERS_SUFFIX}", np.array(sizes, np.int64))
         split = self.tape.op_multi_out(
             "Split", [ordered, lengths], {"axis": -1}, num_outputs=len(sizes)
         )
@@ -121,41 +119,34 @@ class BucketEmitter:
             filled.shape = ir.Shape([*shape[:-1], shape[-1] + missing])
         return filled
 
-    def _pieces(
-        self,
-        name: str,
-        outputs: Sequence[ir.Value],
-        starts: NDArray[np.int64],
-        runs: Sequence[Sequence[tuple[int, int]]],
-    ) -> list[ir.Value]:
+    def _pieces(self, name: str, outputs: Sequence[ir.Value], order: ColumnOrder) -> list[ir.Value]:
         """Put each layer together from runs of consecutive columns of the buckets."""
-        pieces: dict[tuple[int, int], ir.Value] = {}
-        wanted = {run for member in runs for run in member}
+        pieces: dict[Run, ir.Value] = {}
         for number, output in enumerate(outputs):
-            low, high = int(starts[number]), int(starts[number + 1])
-            inside = sorted(run for run in wanted if low <= run[0] < high)
-            pieces.update(self._cut(f"{name}.{number}", output, low, high, inside))
-        return [self._joined([pieces[run] for run in member]) for member in runs]
+            pieces |= self._cut(f"{name}.{number}", output, order, number)
+        return [self._joined([pieces[run] for run in member]) for member in order.runs]
 
     def _cut(
-        self, name: str, output: ir.Value, low: int, high: int, runs: Sequence[tuple[int, int]]
-    ) -> dict[tuple[int, int], ir.Value]:
-        """Cut a bucket's output, columns low to high of all, into the runs of it."""
-        if not runs or runs == [(low, high)]:
+        self, name: str, output: ir.Value, order: ColumnOrder, bucket: int
+    ) -> dict[Run, ir.Value]:
+        """Cut a bucket's output into the runs of it."""
+        runs, pieces = order.runs_of_bucket(bucket), order.pieces_of_bucket(bucket)
+        if not pieces:
             return dict.fromkeys(runs, output)
-        if len(runs) == 1:
+        if len(pieces) == 1:
+            low = int(order.starts[bucket])
             values = (runs[0][0] - low, runs[0][1] - low, -1)
             limits = [
-                self.constant(f"{name}.{part}", np.array([value], np.int64))
-                for part, value in zip(("start", "stop", "axis"), values, strict=True)
+                self.constant(f"{name}{part}", np.array([value], np.int64))
+                for part, value in zip(SLICE_SUFFIXES, values, strict=True)
             ]
             return {runs[0]: self.tape.op("Slice", [output, *limits])}
-        bounds = sorted({low, high, *(bound for run in runs for bound in run)})
-        sizes = self.constant(f"{name}.pieces", np.diff(bounds).astype(np.int64))
+        lengths = np.array([stop - start for start, stop in pieces], np.int64)
+        sizes = self.constant(f"{name}{PIECES_SUFFIX}", lengths)
         parts = self.tape.op_multi_out(
-            "Split", [output, sizes], {"axis": -1}, num_outputs=len(bounds) - 1
+            "Split", [output, sizes], {"axis": -1}, num_outputs=len(pieces)
         )
-        cut = dict(zip(itertools.pairwise(bounds), parts, strict=True))
+        cut = dict(zip(pieces, parts, strict=True))
         return {
             run: self._joined([part for (a, b), part in cut.items() if run[0] <= a and b <= run[1]])
             for run in runs
@@ -221,8 +212,8 @@ class BucketEmitter:
         return parts[0] if len(parts) == 1 else self.tape.op("Concat", parts, {"axis": -1})
 
     def _pad(self, name: str, outputs: ir.Value, missing: int) -> ir.Value:
-        pads = self.constant(f"{name}.pads", np.array([0, missing], np.int64))
-        axes = self.constant(f"{name}.pad_axis", np.array([-1], np.int64))
+        pads = self.constant(f"{name}{PAD_SUFFIXES[0]}", np.array([0, missing], np.int64))
+        axes = self.constant(f"{name}{PAD_SUFFIXES[1]}", np.array([-1], np.int64))
         return self.tape.op("Pad", [outputs, pads, None, axes])
 
     def _zeros(self, name: str, inputs: ir.Value, channels: int) -> ir.Value:
@@ -232,30 +223,6 @@ class BucketEmitter:
         shape = self.tape.op("Concat", [leading, width], {"axis": 0})
         zero = self.constant(f"{name}.zero", np.zeros(1, np.float32))
         return self.tape.op("Expand", [zero, shape])
-
-
-def _runs(index: NDArray[np.int64], starts: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Consecutive columns in an index, each run within one bucket: (start, stop)."""
-    bucket = np.searchsorted(starts, index, side="right")
-    cuts = np.flatnonzero((np.diff(index) != 1) | (np.diff(bucket) != 0)) + 1
-    firsts, lasts = np.concatenate([[0], cuts]), np.concatenate([cuts - 1, [len(index) - 1]])
-    return [(int(index[a]), int(index[b]) + 1) for a, b in zip(firsts, lasts, strict=True)]
-
-
-def _gather_index(weight: BucketedWeight, columns: Sequence[int]) -> tuple[NDArray[np.int64], bool]:
-    """Column of each channel among the joined outputs; whether a zero column must be appended."""
-    index = np.empty(weight.channels, np.int64)
-    zero_column = None
-    start = 0
-    for bucket, filled in zip(weight.weights, columns, strict=True):
-        channels = weight.buckets.channels(bucket.bits)
-        index[channels] = np.arange(start, start + len(channels))
-        if filled > len(channels):
-            zero_column = start + len(channels)
-        start += filled
-    pruned = weight.buckets.channels(0)
-    index[pruned] = start if zero_column is None else zero_column
-    return index, zero_column is None and len(pruned) > 0
 
 
 def code_type(container: Container) -> np.dtype[Any]:

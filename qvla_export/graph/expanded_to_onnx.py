@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qvla_export.graph.buckets import BucketedWeight
 from qvla_export.graph.buckets_to_onnx import (
     CODES_SUFFIX,
+    COLUMNS_SUFFIX,
     HALVES_SUFFIX,
     MULTIPLIERS_SUFFIX,
     SCALES_SUFFIX,
@@ -26,9 +27,6 @@ from qvla_export.graph.buckets_to_onnx import (
 from qvla_export.graph.passes.merge import members_of
 from qvla_export.quantizer.packed_storage import stored_columns
 from qvla_export.quantizer.quantized_weight import QuantizedWeight
-
-# Behind a layer's name: constants of all its widths side by side.
-_COLUMNS_SUFFIX = ".columns"
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class ExpandedEmitter(BucketEmitter):
         matrix, scales = columns.matrix, columns.scales
         if not np.array_equal(places, np.arange(columns.count)):
             suffix = HALVES_SUFFIX if scales is None else ""
-            chosen = self.constant(name + suffix + _COLUMNS_SUFFIX, places.astype(np.int32))
+            chosen = self.constant(name + suffix + COLUMNS_SUFFIX, places.astype(np.int32))
             matrix = self.tape.op("Gather", [matrix, chosen], {"axis": 1})
             scales = scales and self.tape.op("Gather", [scales, chosen], {"axis": 0})
         if scales is not None:
@@ -159,11 +157,3 @@ class ExpandedEmitter(BucketEmitter):
             [halves, step],
             {"axis": 0, "block_size": part.group_size, "output_dtype": ir.DataType.INT8},
         )
-
-
-def expandable(weight: BucketedWeight) -> bool:
-    """Say whether all of a layer's codes are integers of one scale a channel."""
-    return all(
-        part.bits == 16 or (part.scales.shape[1] == 1 and part.zero_points is None)
-        for part in weight.weights
-    )

@@ -6,9 +6,15 @@ import onnx_ir as ir
 
 from qvla_export.graph.buckets_to_onnx import (
     CODES_SUFFIX,
+    COLUMNS_SUFFIX,
     HALVES_SUFFIX,
+    MEMBERS_SUFFIX,
     MULTIPLIERS_SUFFIX,
+    ORDER_SUFFIX,
+    PAD_SUFFIXES,
+    PIECES_SUFFIX,
     SCALES_SUFFIX,
+    SLICE_SUFFIXES,
     ZERO_POINTS_SUFFIX,
     Store,
     keep,
@@ -22,10 +28,20 @@ from qvla_export.graph.passes.integer_products import keep_integer_products
 from qvla_export.graph.passes.merge import merge_parallel
 from qvla_export.graph.passes.quantize_activations import quantize_activations
 from qvla_export.graph.passes.rounding import merged_steps, round_weights, stored_steps
+from qvla_export.graph.passes.weights import FOLDED_SUFFIX
 from qvla_export.quantizer.packed_storage import stored_on
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.round_plan import require_rounded
 from qvla_export.shared.target import Target, UnsupportedOnTarget
+
+_ORDER_SUFFIXES = (
+    ORDER_SUFFIX,
+    COLUMNS_SUFFIX,
+    PIECES_SUFFIX,
+    MEMBERS_SUFFIX,
+    *SLICE_SUFFIXES,
+    *PAD_SUFFIXES,
+)
 
 
 def lower(
@@ -33,8 +49,9 @@ def lower(
 ) -> tuple[ir.Model, dict[str, int]]:
     """Return a float graph as it is shipped, and the bytes of its constants by kind.
 
-    The parts are "2", "4", "8", "16" and "scales" (zero points and multipliers too) of planned
-    layers, "float" of layers without a plan, and "rest".
+    The parts are "2", "4", "8", "16", "scales" (zero points and multipliers too), "order" (what
+    restores the order of channels and fills inputs up) and "biases" (that take up what pruned
+    units put out) of planned layers, "float" of layers without a plan, and "rest".
 
     Args:
         graph: from `export_float`; left as it is.
@@ -53,10 +70,16 @@ def lower(
     require_rounded(plan)
     if plan.rounding is not None:
         graph = round_weights(graph, plan)
-    model, widths = couple_mlps(graph, plan.widths, plan.couplings.values(), plan.containers)
+    model, widths = couple_mlps(
+        graph,
+        plan.widths,
+        plan.couplings.values(),
+        plan.containers,
+        compensated=plan.rounding is not None,
+    )
     if plan.activations is not None:
         model = quantize_activations(model, plan.activations, target)
-    model, widths = merge_parallel(model, widths, one_width_apart=target.runtime == "ort")
+    model, widths = merge_parallel(model, widths, target.containers)
     steps = None
     if plan.rounding is not None:
         steps = merged_steps(stored_steps(plan), widths)
@@ -118,13 +141,18 @@ def _float_bytes(model: ir.Model, layer_weights: set[str]) -> dict[str, int]:
 
 
 def _bucket_bytes(model: ir.Model) -> dict[str, int]:
-    """Bytes of the constants: "2", "4", "8", "16" of planned layers, "scales", "rest"."""
-    found: dict[str, int] = {"16": 0, "8": 0, "4": 0, "2": 0, "scales": 0, "rest": 0}
+    """Bytes of the constants by kind; see `lower`."""
+    kinds = ("16", "8", "4", "2", "scales", "order", "biases", "rest")
+    found: dict[str, int] = dict.fromkeys(kinds, 0)
     for name, nbytes in _constant_bytes(model):
         if name.endswith((SCALES_SUFFIX, ZERO_POINTS_SUFFIX, MULTIPLIERS_SUFFIX)):
             found["scales"] += nbytes
         elif name.endswith((CODES_SUFFIX, HALVES_SUFFIX)):
             found[name.rsplit(".", 2)[1].removeprefix("b")] += nbytes
+        elif name.endswith(_ORDER_SUFFIXES):
+            found["order"] += nbytes
+        elif FOLDED_SUFFIX in name:
+            found["biases"] += nbytes
         else:
             found["rest"] += nbytes
     return found

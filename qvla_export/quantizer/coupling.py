@@ -36,6 +36,14 @@ class Coupling:
         """Constant units, ascending.  int64 [units - kept]"""
         return np.setdiff1d(np.arange(self.units), self.order)
 
+    @property
+    def folds(self) -> bool:
+        """Whether constant units may put out something, which goes into the consumer's bias.
+
+        With two producers a unit is their product: where one is 0, it is 0.
+        """
+        return len(self.producers) == 1 and len(self.order) < self.units
+
 
 def find_couplings(
     widths: Mapping[str, NDArray[np.int8]], weights_per_channel: Mapping[str, int]

@@ -3,7 +3,8 @@
 Three things make them differ from channels times width: hidden units that are constant leave
 producers and consumer (`quantizer.coupling`), runtimes that want whole groups get inputs filled
 up with zeros (by further units of the layer before it where that is coupled, else by a Pad), and
-columns of 2 and 4 bits come in fours or pairs.
+columns of 2 and 4 bits come in fours or pairs. What restores the channels' order is stored as well
+(`quantizer.column_order`), and so are biases that take up what pruned hidden units put out.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.quantizer.column_order import PAD_BYTES, column_order
 from qvla_export.quantizer.coupling import Coupling, find_couplings
 from qvla_export.quantizer.layer_names import parallel_group
 from qvla_export.quantizer.quantize import QuantizerSpec, scale_form
@@ -33,6 +35,8 @@ class StoredLayer:
     names: tuple[str, ...]
     # Widths of all members' channels, filled-up ones included.  int8 [channels]
     widths: NDArray[np.int8]
+    # Channels of each member, filled-up ones included.
+    sizes: tuple[int, ...]
     # Weights of a channel; more are stored in whole groups.
     inputs: int
 
@@ -98,19 +102,142 @@ def stored_layers(
     layers = []
     for names in parallel_layers(widths, weights_per_channel):
         joined = np.concatenate([widths[name] for name in names])
-        layers.append(StoredLayer(names, joined, inputs[names[0]]))
+        sizes = tuple(len(widths[name]) for name in names)
+        layers.append(StoredLayer(names, joined, sizes, inputs[names[0]]))
     return tuple(layers)
 
 
-def stored_bytes(
-    widths: Widths, weights_per_channel: Mapping[str, int], containers: Mapping[int, Container]
-) -> int:
-    """Return the bytes of all buckets, scales included; for the arguments see `stored_layers`."""
+@dataclass(frozen=True)
+class PackedForm:
+    """How a graph holds planned layers, beside their containers."""
+
+    # Width -> container of the target.
+    containers: Mapping[int, Container]
+    # Whether layers read rounded inputs: see `side_by_side`.
+    rounded_inputs: bool = False
+    # Whether the codes answer for what pruned hidden units put out; else the consumer's bias does.
+    compensated: bool = False
+
+
+def stored_bytes(widths: Widths, weights_per_channel: Mapping[str, int], form: PackedForm) -> int:
+    """Return the bytes of all constants of planned layers.
+
+    Codes, scales, what restores the order of the channels, and biases that take up what pruned
+    hidden units put out, in 32 bits: a graph that computes in 16 may hold them in half of that.
+
+    Args:
+        widths, weights_per_channel: see `stored_layers`.
+        form: of the graph.
+    """
+    layers = stored_layers(widths, weights_per_channel, form.containers)
+    packed = sum(_bucket_bytes_of(layer, form.containers) for layer in layers)
+    order = sum(_order_bytes(layer, form) for layer in layers)
+    if form.compensated:
+        return packed + order
+    return packed + order + _bias_bytes(widths, weights_per_channel)
+
+
+def takes_whole_groups(containers: Mapping[int, Container]) -> bool:
+    """Say whether it is TensorRT's kind of runtime that reads the containers.
+
+    It takes whole groups of inputs and gains by merging all layers of an input. ONNX Runtime on a
+    CPU does neither: a test holds it for all targets.
+    """
+    return any(container.whole_groups for container in containers.values())
+
+
+def one_width_apart(
+    widths: Iterable[NDArray[np.int8]], containers: Mapping[int, Container]
+) -> bool:
+    """Say whether layers of one input stay apart: ONNX Runtime, and one width in all.
+
+    The Split behind them costs more there than one larger product saves: 8 layers of 1024 and 300
+    tokens at 8 bits took 231 ms merged, 152 ms apart (ONNX Runtime 1.32, one thread). 2 bits are
+    stored in fours, so they do not count.
+    """
+    found = set(np.unique(np.concatenate(list(widths))).tolist())
+    return not takes_whole_groups(containers) and len(found) == 1 and not found & {0, 2}
+
+
+def side_by_side(
+    bits: Iterable[int], inputs: int, containers: Mapping[int, Container], rounded_inputs: bool
+) -> bool:
+    """Say whether a layer's codes of all widths are expanded to one matrix of integers at load.
+
+    So they are where ONNX Runtime reads rounded inputs and every channel has one scale.
+    """
+    used = [containers[width] for width in bits if width not in (0, 16)]
+    return (
+        rounded_inputs
+        and not takes_whole_groups(containers)
+        and len(used) > 0
+        and all((c.two_level or c.groups(inputs) == 1) and not c.zero_points for c in used)
+    )
+
+
+def _bucket_bytes_of(layer: StoredLayer, containers: Mapping[int, Container]) -> int:
     return sum(
         bucket_bytes(int((layer.widths == bits).sum()), layer.inputs, containers[bits])
-        for layer in stored_layers(widths, weights_per_channel, containers)
         for bits in np.unique(layer.widths).tolist()
         if bits
+    )
+
+
+def _order_bytes(layer: StoredLayer, form: PackedForm) -> int:
+    """Bytes of what restores a layer's order, and of a Pad that fills its inputs up."""
+    containers, sizes = form.containers, layer.sizes
+    used = [bits for bits in np.unique(layer.widths).tolist()[::-1] if bits]
+    if not used:
+        return 0
+    members = np.split(layer.widths, np.cumsum(sizes)[:-1])
+    if len(sizes) > 1 and one_width_apart(members, containers):
+        return 0
+    counts = [int((layer.widths == bits).sum()) for bits in used]
+    columns = [stored_columns(n, containers[bits]) for n, bits in zip(counts, used, strict=True)]
+    if side_by_side(used, layer.inputs, containers, form.rounded_inputs):
+        return _side_by_side_bytes(layer, used, columns)
+    filled = stored_inputs(layer.inputs, layer.widths, containers) > layer.inputs
+    return column_order(layer.widths, columns, sizes).nbytes + (PAD_BYTES if filled else 0)
+
+
+def _side_by_side_bytes(layer: StoredLayer, used: list[int], columns: list[int]) -> int:
+    """Bytes of the columns that each member reads of one matrix, and of its order behind it."""
+    parts = []
+    for halves in (False, True):
+        # Column of each channel; -1 where it has none.
+        places, count = np.full(len(layer.widths), -1, np.int64), 0
+        for bits, stored in zip(used, columns, strict=True):
+            if (bits == 16) == halves:
+                channels = np.flatnonzero(layer.widths == bits)
+                places[channels] = count + np.arange(len(channels))
+                # Halves are stored as they are.
+                count += len(channels) if halves else stored
+        parts.append((places, count))
+    found, start = 0, 0
+    for size in layer.sizes:
+        index, done = np.full(size, -1, np.int64), 0
+        for places, count in parts:
+            mine = places[start : start + size]
+            computed = np.flatnonzero(mine >= 0)
+            if len(computed) and not np.array_equal(mine[computed], np.arange(count)):
+                found += 4 * len(computed)
+            index[computed] = done + np.arange(len(computed))
+            done += len(computed)
+        pruned = bool((index < 0).any())
+        if done and pruned:
+            found += PAD_BYTES
+        if done and (pruned or not np.array_equal(index, np.arange(size))):
+            found += 4 * size
+        start += size
+    return found
+
+
+def _bias_bytes(widths: Widths, weights_per_channel: Mapping[str, int]) -> int:
+    """Bytes of float32 biases that take up what pruned units put out."""
+    return 4 * sum(
+        len(widths[coupling.consumer])
+        for coupling in find_couplings(widths, weights_per_channel)
+        if coupling.folds
     )
 
 

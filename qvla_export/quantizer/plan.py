@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qvla_export.quantizer.activations import ActivationRanges
 from qvla_export.quantizer.coupling import Coupling, find_couplings
 from qvla_export.quantizer.layer_shapes import LayerShapes, shape_problem
-from qvla_export.quantizer.packed_storage import require_steps_of, stored_bytes
+from qvla_export.quantizer.packed_storage import PackedForm, require_steps_of, stored_bytes
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.quantizer.rounding import Rounding
 from qvla_export.quantizer.width_table import width_table
@@ -23,7 +23,8 @@ from qvla_export.shared.errors import ArtifactError, PlanMismatch, QvlaError
 from qvla_export.shared.json_documents import Node
 from qvla_export.shared.target import WIDTHS, Container
 
-_FORMAT = "qvla-plan-1"
+# Of format 1, bytes had neither the order of channels nor biases in them.
+_FORMAT = "qvla-plan-2"
 # A layer's widths are a string with one character a channel; "f" is 16 bits.
 _DIGITS: Mapping[int, str] = {0: "0", 2: "2", 4: "4", 8: "8", 16: "f"}
 # Of one channel; the widest layers of language models have 2^18.
@@ -126,16 +127,19 @@ class BitPlan:
 
     @property
     def stored_bits_per_weight(self) -> float:
-        """Average of what the target stores: containers and scales."""
+        """Average of all that the target stores of the planned layers."""
         return 8 * self.weight_bytes / self._weights
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the planned layers' packed weights on the target, scales included.
+        """Bytes of the planned layers on the target: codes, scales, the channels' order, biases.
 
         What an export really stores: see `qvla_export.quantizer.packed_storage`.
         """
-        return stored_bytes(self.widths, self.weights_per_channel, self.containers)
+        form = PackedForm(
+            self.containers, self.activations is not None, self.quantizer.needs_moments
+        )
+        return stored_bytes(self.widths, self.weights_per_channel, form)
 
     @property
     def float16_bytes(self) -> int:

@@ -33,8 +33,8 @@ WidthsOption = Annotated[
 BudgetByOption = Annotated[
     Literal["setting", "channel", "weight", "bytes"],
     typer.Option(
-        help="What the budget limits: mean bits per channel, mean bits per weight, or stored bytes "
-        "with scales; setting: bits per channel, and no more bytes than the uniform width."
+        help="What the budget limits: mean bits per channel, mean bits per weight, or all stored "
+        "bytes; setting: bits per channel, and no more bytes than the uniform width."
     ),
 ]
 BudgetOption = Annotated[

@@ -13,10 +13,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qvla_export.graph.buckets import BucketedWeight, bucket_weight
 from qvla_export.graph.buckets_to_onnx import BucketEmitter, Store, keep
-from qvla_export.graph.expanded_to_onnx import ExpandedEmitter, expandable
+from qvla_export.graph.expanded_to_onnx import ExpandedEmitter
 from qvla_export.graph.float_graph import LAYER_KEY, ExportError, layer_nodes, weight_rows
 from qvla_export.graph.passes.convolutions import emit_convolution
 from qvla_export.graph.passes.merge import MEMBERS_KEY
+from qvla_export.quantizer.packed_storage import side_by_side
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.quantizer.scale_search import Steps
 from qvla_export.shared.target import Target
@@ -66,7 +67,8 @@ def bucketize(
                 f"which has {len(rows)} channels; make the plan from this policy"
             )
         weight = bucket_weight(rows, layer_widths, spec, None if steps is None else steps[name])
-        expands = rounded_inputs and target.runtime == "ort" and expandable(weight)
+        used = [part.bits for part in weight.weights]
+        expands = side_by_side(used, rows.shape[1], target.containers, rounded_inputs)
         emitter = (ExpandedEmitter if expands else BucketEmitter)(target, store)
         _replace(model.graph, node, name, weight, emitter)
     RemoveUnusedNodesPass()(model)

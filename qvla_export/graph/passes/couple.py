@@ -40,6 +40,7 @@ def couple_mlps(
     widths: Widths,
     couplings: Iterable[Coupling],
     containers: Mapping[int, Container],
+    compensated: bool = False,
 ) -> tuple[ir.Model, dict[str, NDArray[np.int8]]]:
     """Return a copy of a float graph with reordered and pruned hidden units, and its widths.
 
@@ -51,6 +52,8 @@ def couple_mlps(
         widths: layer name -> int8 [channels] of the planned layers.
         couplings: from `find_couplings`.
         containers: of the target.
+        compensated: whether the codes answer for what constant units put out: their weights are
+            zero then. Else a bias of the consumer takes it up.
 
     Raises:
         ExportError: between producers and consumer lies what this pass cannot follow.
@@ -60,14 +63,12 @@ def couple_mlps(
     coupled = dict(widths)
     for coupling in couplings:
         hidden = _hidden_nodes(nodes, coupling)
-        constants = _constants(nodes, coupling, hidden)[coupling.constant_units]
         consumer = nodes[coupling.consumer]
         weight = matrix(consumer)
-        if constants.any():
+        if coupling.folds and not compensated:
+            constants = _constants(nodes, coupling, hidden)[coupling.constant_units]
             offset = constants @ weight.numpy()[coupling.constant_units].astype(np.float64)
-            # The weights of a plan's rounding are zero there.
-            if offset.any():
-                add_to_output(model.graph, consumer, coupling.consumer, offset.astype(np.float32))
+            add_to_output(model.graph, consumer, coupling.consumer, offset.astype(np.float32))
         order = coupling.order
         units = stored_inputs(len(order), widths[coupling.consumer], containers)
         kept = picked(weight, order, 0, units, f"{coupling.consumer}.coupled")

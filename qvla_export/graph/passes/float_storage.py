@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qvla_export.graph.buckets_to_onnx import SCALES_SUFFIX
 from qvla_export.graph.lazy_tensors import mapped
+from qvla_export.graph.passes.weights import FOLDED_SUFFIX
 
 STORED_SUFFIX = ".stored"
 _SMALLEST = 64  # values; a Cast node costs more than it saves below this
@@ -22,15 +23,17 @@ _NARROW_TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 def store_exactly(model: ir.Model) -> ir.Model:
     """Return a copy of a graph whose float32 constants are float16 or bfloat16 where exact.
 
-    Scales stay: a plan says how many bits they have. Constants are read one at a time, and again
-    when the graph is saved.
+    Scales and biases of a plan stay: it says how many bits they have. Constants are read one at a
+    time, and again when the graph is saved.
     """
     model = model.clone()
     graph = model.graph
     for value in list(graph.initializers.values()):
         tensor = value.const_value
         assert value.name is not None
-        wide = value.dtype == ir.DataType.FLOAT and not value.name.endswith(SCALES_SUFFIX)
+        wide = value.dtype == ir.DataType.FLOAT and not value.name.endswith(
+            (SCALES_SUFFIX, FOLDED_SUFFIX)
+        )
         if not wide or tensor is None or tensor.size < _SMALLEST or value.is_graph_output():
             continue
         narrow = _exact_type(tensor.numpy())

@@ -129,6 +129,8 @@ def _widen_bias(graph: ir.Graph, product: ir.Node) -> None:
             )
             graph.register_initializer(constant)
             users[0].replace_input_with(index, constant)
+            if value.name is not None and value.is_initializer() and not value.uses():
+                del graph.initializers[value.name]
 
 
 def _has_int8_weight(node: ir.Node) -> bool:

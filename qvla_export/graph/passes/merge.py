@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from qvla_export.graph.float_graph import LAYER_KEY, layer_nodes
 from qvla_export.graph.passes.weights import matrix, side_by_side
+from qvla_export.quantizer.packed_storage import one_width_apart
+from qvla_export.shared.target import Container
 
 # Metadata of a merged layer: channels of its members, as "64,64,64".
 MEMBERS_KEY = "qvla.members"
@@ -19,7 +21,7 @@ Widths = Mapping[str, NDArray[np.int8]]
 
 
 def merge_parallel(
-    model: ir.Model, widths: Widths, one_width_apart: bool = False
+    model: ir.Model, widths: Widths, containers: Mapping[int, Container]
 ) -> tuple[ir.Model, dict[str, NDArray[np.int8]]]:
     """Return a copy of a float graph with planned MatMuls of one input merged, and its widths.
 
@@ -29,9 +31,7 @@ def merge_parallel(
     Args:
         model: from `export_float`, maybe after other passes; left as it is.
         widths: layer name -> int8 [channels] of the planned layers.
-        one_width_apart: leave layers alone that all have one and the same width. On a CPU the
-            Split behind them costs more than one larger product saves: 8 layers of 1024 and 300
-            tokens at 8 bits took 231 ms merged, 152 ms apart (ONNX Runtime 1.32, one thread).
+        containers: of the target; on ONNX Runtime, layers of one width stay apart.
     """
     model = model.clone()
     groups: dict[ir.Value, list[str]] = {}
@@ -40,8 +40,7 @@ def merge_parallel(
             groups.setdefault(node.inputs[0], []).append(name)
     merged = dict(widths)
     for members in groups.values():
-        apart = one_width_apart and _have_one_width([widths[name] for name in members])
-        if len(members) > 1 and not apart:
+        if len(members) > 1 and not one_width_apart([widths[n] for n in members], containers):
             joined = _merge(model, members)
             merged[joined] = np.concatenate([merged.pop(name) for name in members])
     return model, merged
@@ -51,12 +50,6 @@ def members_of(name: str) -> list[str]:
     """Return the layers that a layer was merged from, in the order of its channels."""
     parent, _, last = name.rpartition(".")
     return [f"{parent}.{member}" if parent else member for member in last.split("+")]
-
-
-def _have_one_width(widths: Sequence[NDArray[np.int8]]) -> bool:
-    """Say whether all channels have one width; 2 bits are stored in fours, so they do not count."""
-    found = set(np.unique(np.concatenate(widths)).tolist())
-    return len(found) == 1 and not found & {0, 2}
 
 
 def _merge(model: ir.Model, members: Sequence[str]) -> str:

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from qvla_export.graph.float_graph import ExportError
 from qvla_export.graph.lazy_tensors import mapped
 
+# Name of a layer's bias with what pruned hidden units put out: "<layer>" and this.
+FOLDED_SUFFIX = ".folded_bias"
+
 
 def matrix(node: ir.Node) -> ir.TensorProtocol:
     """Return a MatMul's constant weight [inputs, channels], unread.
@@ -79,7 +82,7 @@ def add_to_output(graph: ir.Graph, node: ir.Node, name: str, offset: NDArray[np.
         node.resize_inputs(3)
         bias = vector(node.inputs[2])
         total = offset if bias is None else bias + offset
-        folded = register(graph, ir.Tensor(total, name=f"{name}.folded_bias"))
+        folded = register(graph, ir.Tensor(total, name=f"{name}{FOLDED_SUFFIX}"))
         node.replace_input_with(2, folded)
         return
     users = [use.node for use in node.outputs[0].uses()]
@@ -87,12 +90,12 @@ def add_to_output(graph: ir.Graph, node: ir.Node, name: str, offset: NDArray[np.
         for index, value in enumerate(users[0].inputs):
             bias = vector(value)
             if bias is not None and bias.shape == offset.shape:
-                folded = register(graph, ir.Tensor(bias + offset, name=f"{name}.folded_bias"))
+                folded = register(graph, ir.Tensor(bias + offset, name=f"{name}{FOLDED_SUFFIX}"))
                 users[0].replace_input_with(index, folded)
                 return
     tape = ir.tape.Tape()
     output = node.outputs[0]
-    added = register(graph, ir.Tensor(offset, name=f"{name}.folded_bias"))
+    added = register(graph, ir.Tensor(offset, name=f"{name}{FOLDED_SUFFIX}"))
     shifted = tape.op("Add", [output, added])
     shifted.type, shifted.shape = output.type, output.shape
     shifted.name, output.name = output.name, f"{output.name}.unshifted"

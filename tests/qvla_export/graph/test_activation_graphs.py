@@ -149,7 +149,7 @@ def parallel_layers() -> ir.Model:
 def test_layers_of_one_input_are_rounded_once_and_still_merge(tmp_path: Path) -> None:
     model = quantize_activations(parallel_layers(), ranges_of(3.0, "t.a", "t.b"), CPU)
     widths = {name: np.full(64, 8, np.int8) for name in ("t.a", "t.b")}
-    merged, widths = merge_parallel(model, widths)
+    merged, widths = merge_parallel(model, widths, RTX4070.containers)
     used = kernels(keep_integer_products(bucketize(merged, widths, SPEC, CPU)), tmp_path)
     assert used["QuantizeLinear"] == used["MatMulIntegerToFloat"] == 1
     uneven = ActivationRanges(8, "max", {"t.a": 3.0, "t.b": 2.0})

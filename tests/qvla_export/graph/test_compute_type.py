@@ -24,6 +24,7 @@ from qvla_export.graph.passes.compute_type import to_compute_type
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.activations import ActivationRanges
+from qvla_export.quantizer.packed_storage import PackedForm, stored_bytes
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import fake_quantize, spec_for
 from qvla_export.quantizer.uniform_plan import uniform_plan
@@ -210,7 +211,11 @@ def test_whole_policy_is_close_to_float32_and_builds(
         ir.DataType.INT64,
     }
     if plan is not None:
-        assert sum(n for part, n in parts.items() if part != "rest") == plan.weight_bytes
+        planned = sum(n for part, n in parts.items() if part not in ("biases", "rest"))
+        packed = PackedForm(plan.containers, compensated=True)
+        assert planned == stored_bytes(plan.widths, plan.weights_per_channel, packed)
+        # Biases are counted in 32 bits.
+        assert planned + 2 * parts["biases"] == plan.weight_bytes
     assert builds(tmp_path / "half.onnx") > sum(parts.values())
 
 

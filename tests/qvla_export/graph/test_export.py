@@ -141,7 +141,7 @@ def test_every_packed_bucket_becomes_matmulnbits(
     plan = mixed_plan(tiny_policy)
     couplings = plan.couplings.values()
     coupled = couple_mlps(float_graph(tiny_policy), plan.widths, couplings, plan.containers)
-    _, widths = merge_parallel(*coupled)
+    _, widths = merge_parallel(*coupled, CPU.containers)
     for bits in (2, 4, 8):
         assert packed[bits] == sum(bool((w == bits).any()) for w in widths.values())
 

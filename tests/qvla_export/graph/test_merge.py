@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ort_graphs import constant, model_of, packed_matmuls, run_model
 from tiny_bundles import float_graph, mixed_plan
 
-from engines.targets import CPU
+from engines.targets import CPU, RTX4070
 from qvla_export.graph.float_graph import LAYER_KEY, layer_nodes
 from qvla_export.graph.passes.bucketize import bucketize
 from qvla_export.graph.passes.merge import merge_parallel
@@ -50,7 +50,7 @@ def random_widths(choices: tuple[int, ...]) -> dict[str, NDArray[np.int8]]:
 def test_merged_layers_compute_the_same(choices: tuple[int, ...], tmp_path: Path) -> None:
     widths = random_widths(choices)
     x = random(6, 2, 3, INPUTS)
-    model, merged = merge_parallel(parallel_model(), widths)
+    model, merged = merge_parallel(parallel_model(), widths, RTX4070.containers)
     assert list(merged) == ["block.q+k+v"]
     got = run_model(bucketize(model, merged, SPEC, CPU), x, tmp_path)
     parts = [
@@ -61,7 +61,11 @@ def test_merged_layers_compute_the_same(choices: tuple[int, ...], tmp_path: Path
 
 
 def test_one_matmul_for_each_width(tmp_path: Path) -> None:
-    model = bucketize(*merge_parallel(parallel_model(), random_widths((0, 2, 4, 8, 16))), SPEC, CPU)
+    model = bucketize(
+        *merge_parallel(parallel_model(), random_widths((0, 2, 4, 8, 16)), CPU.containers),
+        SPEC,
+        CPU,
+    )
     run_model(model, random(6, 2, 3, INPUTS), tmp_path)
     assert [node.op_type for node in model.graph].count("MatMul") == 4
     packed = packed_matmuls(tmp_path / "model.onnx", tmp_path / "optimized.onnx")
@@ -72,7 +76,7 @@ def test_layers_outside_the_plan_stay(tmp_path: Path) -> None:
     widths = random_widths((4, 8))
     del widths["block.k"]
     before = parallel_model()
-    model, merged = merge_parallel(before, widths)
+    model, merged = merge_parallel(before, widths, RTX4070.containers)
     assert list(merged) == ["block.q+v"]
     assert set(layer_nodes(model)) == {"block.k", "block.q+v"}
     assert set(layer_nodes(before)) == set(SIZES)
@@ -84,7 +88,7 @@ def test_layers_outside_the_plan_stay(tmp_path: Path) -> None:
 
 def test_attention_and_gated_mlp_of_the_policy_are_merged(tiny_policy: OftPolicy) -> None:
     plan = mixed_plan(tiny_policy)
-    model, merged = merge_parallel(float_graph(tiny_policy), plan.widths)
+    model, merged = merge_parallel(float_graph(tiny_policy), plan.widths, CPU.containers)
     assert set(layer_nodes(model)) == set(merged)
     prefix = "language_model.model.layers.0."
     assert f"{prefix}self_attn.q_proj+k_proj+v_proj" in merged
@@ -101,7 +105,7 @@ def test_attention_and_gated_mlp_of_the_policy_are_merged(tiny_policy: OftPolicy
 )
 def test_layers_of_one_width_may_stay_apart(choices: tuple[int, ...], apart: bool) -> None:
     widths = random_widths(choices)
-    _, merged = merge_parallel(parallel_model(), widths, one_width_apart=True)
+    _, merged = merge_parallel(parallel_model(), widths, CPU.containers)
     assert list(merged) == (list(SIZES) if apart else ["block.q+k+v"])
     mixed = {**widths, "block.v": np.full(SIZES["block.v"], 16, np.int8)}
-    assert list(merge_parallel(parallel_model(), mixed, True)[1]) == ["block.q+k+v"]
+    assert list(merge_parallel(parallel_model(), mixed, CPU.containers)[1]) == ["block.q+k+v"]
