@@ -8,7 +8,7 @@ from qvla_export.pipeline.plan import load_sensitivities
 from qvla_export.pipeline.progress import OnProgress, bar, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
 from qvla_export.pipeline.work.log import ArtifactWork, Value, recorded_work, short
-from qvla_export.quantizer.quantize import QuantizerSpec, compensated_spec, scale_form, spec_for
+from qvla_export.quantizer.quantize import compensated_spec, scale_form, spec_for
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Target
@@ -226,12 +226,12 @@ def agreement(
     Raises:
         QvlaError: sensitivities are missing, or of another policy or calibration set.
     """
+    from qvla_export.pipeline.moments import moments
     from qvla_export.sensitivity.agreement import (
         Agreement,
         compare_with_exact,
         pairs_in_a_minute,
     )
-    from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
 
     work, measured = "agreement with exact", load_sensitivities(run, policy.digest)
     count = None if pairs is None else min(pairs, _pairs_in_all(measured))
@@ -246,6 +246,8 @@ def agreement(
     if compared is not None:
         finish(on_progress, work, kept=True)
         return compared
+    # The very table that plans are made of is judged, with the codes it is of.
+    fed = moments(run, policy) if measured.quantizer.needs_moments else None
     if measured.settings.get("per_step"):
         policy = policy.step_by_step()
     calibration = load_calibration(run)
@@ -258,17 +260,10 @@ def agreement(
     }
     record = ArtifactWork(run, run.agreement, options, (run.sensitivities,))
     with recorded_work(record, on_progress) as hear:
-        table = measured
-        if measured.quantizer.needs_moments:
-            # What is measured exactly are nearest codes: the estimator is judged, not the rounding.
-            nearest = QuantizerSpec(measured.quantizer.rules)
-            how = FirstOrder(nearest, measured.widths, measured.probes or None, measured.seed)
-            table = measure_first_order(policy, observations, calibration.digest, how)
         if pairs is None:
-            pairs = pairs_in_a_minute(table, policy, observations, seed)
+            pairs = pairs_in_a_minute(measured, policy, observations, seed, fed)
         shown = bar(hear, work)
-        compared = compare_with_exact(table, policy, observations, pairs, seed, on_progress=shown)
-        compared = replace(compared, sensitivities_digest=measured.digest)
+        compared = compare_with_exact(measured, policy, observations, pairs, seed, fed, shown)
         compared.save(run.agreement)
     finish(on_progress, work, kept=False)
     return compared

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import layer_shapes, traced_layers
+from qvla_export.quantizer.moments import Moments
 from qvla_export.sensitivity.estimators.base import ChannelWidth, Question, Work
 from qvla_export.sensitivity.estimators.exact import ExactEstimator
 from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
@@ -86,7 +87,7 @@ def compare_with_exact(
     observations: Sequence[Observation],
     pairs: int = 500,
     seed: int = 0,
-    batch_size: int = 8,
+    moments: Moments | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Agreement:
     """Measure a random sample of (channel, width) pairs exactly and compare.
@@ -97,7 +98,8 @@ def compare_with_exact(
         observations: for the exact side and both timings; ideally those of `sensitivities`.
         pairs: size of the sample, drawn without replacement from all channels and widths.
         seed: of the sample.
-        batch_size: observations that run together.
+        moments: those that the sensitivities' codes were made from, where their quantizer needs
+            them.
         on_progress: called with (runs done, runs in all).
 
     Raises:
@@ -109,13 +111,7 @@ def compare_with_exact(
     total = len(sensitivities.widths) * sum(channels for channels, _ in shapes.values())
     sample = _sample(sensitivities, min(pairs, total), seed)
     started = time.perf_counter()
-    question = Question(
-        policy,
-        observations,
-        sensitivities.calibration_digest,
-        sensitivities.quantizer,
-        batch_size=batch_size,
-    )
+    question = _question(sensitivities, policy, observations, moments)
     exact = ExactEstimator().of_pairs(question, sample, Work(on_progress=on_progress))
     pair_seconds = (time.perf_counter() - started) / len(sample)
     estimated = np.array([float(sensitivities.at(p.layer, p.bits)[p.channel]) for p in sample])
@@ -126,7 +122,7 @@ def compare_with_exact(
         seed=seed,
         exact_pair_seconds=pair_seconds,
         exact_all_seconds=pair_seconds * total,
-        first_order_seconds=_first_order_seconds(sensitivities, policy, observations, batch_size),
+        first_order_seconds=_first_order_seconds(sensitivities, question),
         policy_digest=policy.digest,
         sensitivities_digest=sensitivities.digest,
         pairs=[
@@ -141,7 +137,7 @@ def pairs_in_a_minute(
     policy: Policy,
     observations: Sequence[Observation],
     seed: int = 0,
-    batch_size: int = 8,
+    moments: Moments | None = None,
 ) -> int:
     """Return how many pairs are measured exactly in about a minute: 3 to 500, after a few of them.
 
@@ -150,15 +146,9 @@ def pairs_in_a_minute(
         policy: the float policy.
         observations: for the exact side.
         seed: draws the pairs that are timed.
-        batch_size: observations that run together.
+        moments: see `compare_with_exact`.
     """
-    question = Question(
-        policy,
-        observations,
-        sensitivities.calibration_digest,
-        sensitivities.quantizer,
-        batch_size=batch_size,
-    )
+    question = _question(sensitivities, policy, observations, moments)
     sample = _sample(sensitivities, _TIMED_PAIRS, seed)
     started = time.perf_counter()
     ExactEstimator().of_pairs(question, sample, Work())
@@ -183,23 +173,30 @@ def _sample(sensitivities: Sensitivities, count: int, seed: int) -> list[Channel
     return sample
 
 
-def _first_order_seconds(
+def _question(
     sensitivities: Sensitivities,
     policy: Policy,
     observations: Sequence[Observation],
-    batch_size: int,
-) -> float:
+    moments: Moments | None,
+) -> Question:
+    """Return what the sensitivities answer, to be measured exactly."""
+    digest, quantizer = sensitivities.calibration_digest, sensitivities.quantizer
+    return Question(policy, observations, digest, quantizer, moments=moments)
+
+
+def _first_order_seconds(sensitivities: Sensitivities, question: Question) -> float:
     """Time the first-order measurement on one batch, scaled to all observations."""
-    batch = observations[:batch_size]
+    batch = question.observations[: question.batch_size]
     settings = FirstOrder(
-        quantizer=sensitivities.quantizer,
+        quantizer=question.quantizer,
         widths=sensitivities.widths,
         probes=sensitivities.probes or None,
-        batch_size=batch_size,
+        batch_size=question.batch_size,
+        moments=question.moments,
     )
     started = time.perf_counter()
-    measure_first_order(policy, batch, sensitivities.calibration_digest, settings)
-    return (time.perf_counter() - started) * len(observations) / len(batch)
+    measure_first_order(question.policy, batch, question.calibration_digest, settings)
+    return (time.perf_counter() - started) * len(question.observations) / len(batch)
 
 
 def by_width(

@@ -34,10 +34,18 @@ def round_command(
             callback=A_CALIBRATION.require,
         ),
     ] = None,
+    cross_validate: Annotated[
+        bool,
+        typer.Option(
+            help="Predict the action error on other episodes, and how much errors add to each "
+            "other's, from the calibration set alone.",
+        ),
+    ] = False,
 ) -> None:
     """Make the codes of a plan whose quantizer compensates errors; qvla export packs them."""
     from qvla_export.allocation.setting import parse_setting
     from qvla_export.pipeline.calibrate import judging_observations
+    from qvla_export.pipeline.deployment.cross_validation import predict_error
     from qvla_export.pipeline.fake_quantized import judge_plan
     from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
     from qvla_export.pipeline.resources import can_stay_on_disk
@@ -46,7 +54,8 @@ def round_command(
 
     folder, parsed = RunFolder(run, force), parse_setting(setting)
     judges = None if judge_by is None else judging_observations(folder, judge_by)
-    stays = judges is None and can_stay_on_disk(PolicySource(str(policy), unnorm_key, preset))
+    source = PolicySource(str(policy), unnorm_key, preset)
+    stays = judges is None and not cross_validate and can_stay_on_disk(source)
     opened = open_checkpoint(policy, unnorm_key, preset, resident=not stays)
     with progress_shown() as on_progress:
         planned = round_setting(folder, parsed, opened, on_progress=on_progress)
@@ -62,3 +71,5 @@ def round_command(
             f"action error: RMS {drift.rms:.5f} of normalized actions on {drift.observations} "
             f"observations of {judge_by}"
         )
+    if cross_validate:
+        typer.echo(predict_error(folder, parsed, opened))

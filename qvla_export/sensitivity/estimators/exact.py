@@ -1,6 +1,7 @@
 """Exact sensitivities (eq. 4): quantize one channel, run forward, measure the action deviation.
 
-`measurement.partial_forward` runs only what the channel can change, and many channels side by side.
+`measurement.partial_forward` runs only what the channel can change, and many channels side by side,
+in float64: two passes in float32 differ by more than many channels of 8 bits move the action.
 """
 
 import hashlib
@@ -12,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from qvla_export.measurement.partial_forward import PartialForward, recorded
+from qvla_export.measurement.double_precision import batch_in_float64, in_float64
+from qvla_export.measurement.partial_forward import recorded
 from qvla_export.measurement.sharded_sums import ShardedSums
+from qvla_export.measurement.weight_errors import weight_errors
 from qvla_export.policies.layers import Layers, layer_shapes, traced_layers, weight_rows
-from qvla_export.quantizer.quantize import QuantizerSpec, quantize_channels
 from qvla_export.sensitivity.estimators.base import (
     QUIETLY,
     ChannelWidth,
@@ -100,6 +101,7 @@ class ExactEstimator:
         _require_pairs(layers, pairs)
         pieces = _pieces(layers, pairs)
         batches = -(-len(observations) // size)
+        changed = _changed_rows(layers, pairs, question)
         empty = {"pairs": np.zeros(len(pairs))}
         sums = ShardedSums(empty, _identity(question, pairs), work.progress_file, work.world)
         units = range(batches * len(pieces))
@@ -108,13 +110,14 @@ class ExactEstimator:
             todo = [unit for unit in mine if unit // len(pieces) == batch]
             if not todo:
                 continue
-            inputs = policy.batch(observations[batch * size : (batch + 1) * size])
-            with recorded(policy, layers, inputs) as forward:
+            inputs = batch_in_float64(policy.batch(observations[batch * size : (batch + 1) * size]))
+            with in_float64(policy), recorded(policy, layers, inputs) as forward:
                 for unit in todo:
                     for chunk in _chunks(pairs, pieces[unit % len(pieces)], self.side_by_side):
-                        chosen = [pairs[i] for i in chunk]
-                        moved = _deviations(forward, layers, chosen, question.quantizer)
-                        sums.values["pairs"][chunk] += moved
+                        rows = torch.stack([changed[i] for i in chunk]).to(forward.reference)
+                        channels = [pairs[i].channel for i in chunk]
+                        found = forward.deviations(pairs[chunk[0]].layer, channels, rows)
+                        sums.values["pairs"][chunk] += found.sum(dim=1).cpu().numpy()
                     sums.mark(unit)
                     if work.on_progress is not None:
                         whole = len(pairs) * batches
@@ -164,24 +167,19 @@ def _chunks(pairs: Sequence[ChannelWidth], piece: Sequence[int], most: int) -> I
         yield chunk
 
 
-def _deviations(
-    forward: PartialForward, layers: Layers, pairs: Sequence[ChannelWidth], quantizer: QuantizerSpec
-) -> NDArray[np.float64]:
-    """Squared deviations of pairs of one layer, summed over a batch.  float64 [pairs]"""
-    name = pairs[0].layer
-    rows = _changed_rows(layers[name], pairs, quantizer).to(forward.reference)
-    found = forward.deviations(name, [pair.channel for pair in pairs], rows)
-    summed: NDArray[np.float64] = found.sum(dim=1).cpu().numpy()
-    return summed
-
-
 def _changed_rows(
-    layer: nn.Linear | nn.Conv2d, pairs: Sequence[ChannelWidth], quantizer: QuantizerSpec
-) -> torch.Tensor:
-    """What quantization adds to each pair's row.  float32 [pairs, inputs]"""
-    rows = weight_rows(layer)[[p.channel for p in pairs]]
-    quantized = [
-        quantize_channels(row[None], pair.bits, quantizer).dequantize()
-        for row, pair in zip(rows, pairs, strict=True)
-    ]
-    return torch.from_numpy(np.concatenate(quantized) - rows)
+    layers: Layers, pairs: Sequence[ChannelWidth], question: Question
+) -> list[torch.Tensor]:
+    """Return what quantization adds to each pair's row.  float32 [inputs] each"""
+    by_layer: dict[str, list[int]] = {}
+    for number, pair in enumerate(pairs):
+        by_layer.setdefault(pair.layer, []).append(number)
+    found = [torch.zeros(0)] * len(pairs)
+    for name, numbers in by_layer.items():
+        widths = tuple(sorted({pairs[i].bits for i in numbers}))
+        errors = weight_errors(name, layers[name], widths, question.quantizer, question.moments)
+        rows = torch.from_numpy(weight_rows(layers[name]))
+        for i in numbers:
+            channel, bits = pairs[i].channel, pairs[i].bits
+            found[i] = errors[bits][channel].cpu() if bits else -rows[channel]
+    return found

@@ -11,6 +11,9 @@ from scipy.stats import spearmanr
 from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
 
 from qvla_export.allocation.allocate import Budget, allocate_bits
+from qvla_export.measurement.double_precision import batch_in_float64, in_float64
+from qvla_export.measurement.measure_moments import measure_moments
+from qvla_export.measurement.partial_forward import recorded
 from qvla_export.measurement.standard_error import StandardError
 from qvla_export.policies.base import PolicyBatch
 from qvla_export.policies.layers import (
@@ -141,6 +144,42 @@ def test_exact_equals_replacing_the_row(tiny_policy: OftPolicy, tiny_observation
             expected = deviation.square().sum().item() / len(observations)
             assert np.sqrt(value) == pytest.approx(np.sqrt(expected), rel=1e-3, abs=5e-6)
         assert torch.equal(tiny_policy.normalized_actions(batch), reference)
+
+
+def test_deviations_are_exact_far_below_the_last_digit_of_float32(
+    tiny_policy: OftPolicy, tiny_observations: Make
+) -> None:
+    name, layer = next(iter(tiny_policy.layers().items()))
+    before = layer.weight.detach().clone()
+    batch = tiny_policy.batch(tiny_observations(2))
+    change = torch.from_numpy(weight_rows(layer)[:1])
+    with (
+        in_float64(tiny_policy),
+        recorded(tiny_policy, tiny_policy.layers(), batch_in_float64(batch)) as forward,
+    ):
+        small, smaller = (
+            forward.deviations(name, [0], change.double() * step) for step in (1e-6, 1e-7)
+        )
+    # Squares of what is to first order.
+    np.testing.assert_allclose(smaller, small / 100, rtol=1e-3)
+    assert layer.weight.dtype == before.dtype and torch.equal(layer.weight, before)
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_what_plans_are_made_of_is_judged(tiny_policy: OftPolicy, tiny_observations: Make) -> None:
+    """Exact measurement of codes that answer for errors takes those codes, not the nearest."""
+    seen = tiny_observations(4)
+    quantizer = replace(QUANTIZER, weighted_scales=True, compensation="inputs")
+    fed = measure_moments(tiny_policy, seen, "c")
+    how = FirstOrder(quantizer, (2, 4), None, 0, moments=fed)
+    table = measure_first_order(tiny_policy, seen, "c", how)
+    pairs = sampled(tiny_policy, 12, (2, 4))
+    question = Question(tiny_policy, seen, "c", quantizer, moments=fed)
+    exact = ExactEstimator().of_pairs(question, pairs)
+    estimated = [float(table.at(p.layer, p.bits)[p.channel]) for p in pairs]
+    nearest = ExactEstimator().of_pairs(replace(question, quantizer=QUANTIZER, moments=None), pairs)
+    assert spearmanr(estimated, exact).statistic > 0.9
+    assert not np.allclose(exact, nearest, rtol=1e-2)
 
 
 def test_agreement_in_ranks_and_in_time(
