@@ -50,6 +50,7 @@ from jetson.serving.service import ActionService
 from jetson.serving.systemd_notify import notify, signs_of_life
 from jetson.serving.upgrade import WebsocketThreads
 from qvla_export.shared.action import ActionPolicy
+from qvla_export.shared.allocator import return_freed_memory
 from qvla_export.shared.observation import Observation
 
 _LOG = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ _LOG = logging.getLogger(__name__)
 _BODIES_AT_ONCE = 4
 # A robot that pauses between actions keeps its connection.
 _KEEP_ALIVE_S = 300
+# Between looks for freed memory that lies between what is still in use.
+_RETURN_MEMORY_S = 20
 
 
 def create_app(
@@ -268,8 +271,15 @@ def _configuration(
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=settings.drain_s,
+        callback_notify=_return_memory,
+        timeout_notify=_RETURN_MEMORY_S,
         **tls,
     )
+
+
+async def _return_memory() -> None:
+    # Peers that come and go leave holes in the heap, which the C library keeps otherwise.
+    await asyncio.to_thread(return_freed_memory)
 
 
 @contextlib.contextmanager

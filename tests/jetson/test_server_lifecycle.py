@@ -1,10 +1,13 @@
 """When the port opens and closes, and which settings are refused."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import requests
 from echo_policy import OFT, EchoPolicy, oft_fields, post
 from places import HELPERS, ROOT
 
+from jetson import server
 from jetson.errors import PolicyFailure, RefusedSetting
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
@@ -132,3 +136,24 @@ def test_a_signal_lets_requests_under_way_finish(number: signal.Signals) -> None
         assert process.wait(20) == 0
     with pytest.raises(requests.ConnectionError):
         requests.get(url + "/healthz", timeout=5)
+
+
+def test_holes_that_peers_left_in_the_heap_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    # At every look around instead of every twenty seconds.
+    monkeypatch.setattr(server, "_RETURN_MEMORY_S", 0)
+    # Too large for Python's own blocks, too small to be mapped by themselves.
+    pieces = [bytes(4096) for _ in range(25_000)]
+    held = resident_bytes()
+    del pieces[::2], pieces[1::2]
+    assert resident_bytes() > held - 20_000_000
+    with open_server(EchoPolicy(OFT), ServerSettings(port=0)):
+        end_s = time.monotonic() + 60
+        while resident_bytes() > held - 20_000_000 and time.monotonic() < end_s:
+            time.sleep(0.05)
+    assert resident_bytes() < held - 20_000_000 and pieces
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -76,8 +76,8 @@ def test_help_lists_the_commands_in_panels_most_used_first(
     listed = {title: re.findall(r"^│ (\S+) ", body, re.M) for title, body in panels}
     assert listed.pop("Options")
     assert {title: " ".join(names) for title, names in listed.items()} == {
-        "Deploy": "deploy calibrate sensitivities plan export build verify report release keys "
-        "runtime",
+        "Deploy": "deploy calibrate sensitivities plan export build verify report push release "
+        "keys runtime flash",
         "Judge": "evaluate profile compare-latency tune sizes check predict",
         "Robot": "serve run replay load doctor soak robot",
         "Research": "compare estimators quantizers baseline smooth moments round activations train "
