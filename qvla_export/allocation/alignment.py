@@ -19,7 +19,7 @@ from qvla_export.shared.target import Target
 
 # Of smaller limits; two or three do.
 _ROUNDS = 20
-# Milliseconds move in steps: a limit that is lowered by less may change nothing.
+# Bytes and milliseconds move in steps: a limit that is lowered by less may change nothing.
 _LEAST_STEP = 1.005
 
 
@@ -98,7 +98,8 @@ def align_within(
         if max(over, late) <= 1:
             return replace(aligned, budget=first.budget)
         # Harder each time: what is hardly too much may come out the same again.
-        share /= max(over, 1.0) ** attempt
+        if over > 1:
+            share /= max(over, _LEAST_STEP) ** attempt
         if limit is not None and late > 1:
             limit = replace(limit, max_ms=limit.max_ms / max(late, _LEAST_STEP))
         plan = allocate(share, limit)

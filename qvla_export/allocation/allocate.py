@@ -118,7 +118,8 @@ def least_error(
 
     It is the optimum of the linear relaxation for the budget itself; a stored ratio, a latency
     limit and caps on pruning are left out, which can only lower it. Bytes are those of the channels
-    themselves: where hidden units leave an MLP, a plan within a budget in bytes may have less.
+    themselves: what restores their order comes on top, so a plan within a budget in bytes is close
+    to the bound of what its order leaves; where hidden units leave an MLP, it may have less.
 
     Args: see `allocate_bits`.
 

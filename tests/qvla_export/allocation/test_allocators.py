@@ -305,6 +305,7 @@ def test_plans_record_how_they_were_made(method: str, tmp_path: Path) -> None:
         "kind": "bits per channel",
         "value": 5.0,
         "max_stored_ratio": 0.4,
+        "rounded_inputs": False,
     }
     assert loaded.digest == plan.digest
     # Plans of before methods were recorded keep their digest.
