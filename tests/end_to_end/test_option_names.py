@@ -31,13 +31,15 @@ _OF_OTHERS = {
     *("--requirement", "--constraints", "--complete-platform", "--no-build", "--venv"),
     *("--venv-system-site-packages", "--console-script", "--python-shebang", "--pex-root"),
     *("--disable-cache", "--pre-resolved-dist"),
-    *("--wait", "--pipe", "--collect", "--unit", "--setenv", "--no-block"),
+    *("--wait", "--pipe", "--collect", "--unit", "--setenv", "--no-block", "--inline"),
+    *("--accept-license", "--showlogs", "--network", "--external-device", "--no-flash"),
+    *("--massflash", "--restore", "--isolation", "--format"),
 }
 _OPTION = re.compile(r"(?<![\w/-])(--[a-zA-Z][\w-]*)")
 # Variables of a page's style look like options: var(--ink), --ink: black; so does a file's name.
 _STYLE = re.compile(r"var\(--|--[\w-]+:\s*[#\w(]|--STEP_")
 _STYLE_MODULES = ("qvla_export.report.svg",)
-_COMMAND = re.compile(r"\bqvla ((?:(?:bench|release|keys|robot) )?[a-z][a-z-]*)")
+_COMMAND = re.compile(r"\bqvla ((?:(?:bench|release|keys|robot|runtime|flash) )?[a-z][a-z-]*)")
 # Where what follows a command is no longer its: the next sentence, or half of one.
 _END = re.compile(r"[;:)`]|\. |, (?:or|and|which|then) | \| |\bqvla ")
 

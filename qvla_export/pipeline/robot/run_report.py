@@ -81,5 +81,6 @@ def _predicted(
         report = predict_action(subject, device)
     except QvlaError as error:
         return {"why_not": " ".join(str(error).split())}
-    (row,) = (row for row in report.rows if row.weights == weights)
+    form = "float" if weights == "float" else report.today
+    (row,) = (row for row in report.rows if row.form == form)
     return row.to_json() | {"rates": report.rates}

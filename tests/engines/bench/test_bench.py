@@ -2,6 +2,7 @@
 
 import json
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -136,9 +137,15 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
     assert value["versions"]["onnxruntime"]
     assert [regime["regime"] for regime in value["regimes"]] == ["pass", "decode"]
     assert {regime["depth"] for regime in value["regimes"]} == {1}
+    on_openvino = set()
+    if find_spec("openvino") is not None:
+        on_openvino = {FLOAT, *(f"{mix.name} (OpenVINO)" for mix in MIXES if mix.rounds_inputs)}
+        if find_spec("nncf") is not None:
+            on_openvino |= {INT8, INT4}
     for regime in value["regimes"]:
         names = [row["name"] for row in regime["engines"]]
-        assert names[0] == BASELINE and len(names) == 3 + len(MIXES)
+        assert names[0] == BASELINE and len(names) == 3 + len(MIXES) + len(on_openvino)
+        assert on_openvino <= set(names)
         assert all(len(row["samples_ms"]) == 2 for row in regime["engines"])
         assert all(row["name"] in done.output for row in regime["engines"])
 

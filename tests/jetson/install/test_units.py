@@ -95,8 +95,8 @@ def test_the_client_that_measures_knows_the_token(options: tuple[str, ...]) -> N
     [
         ({"user": "x\nExecStart=/bin/sh"}, "without blanks"),
         ({"serve_options": ("--instruction", "push it")}, "without blanks"),
-        ({"python": Path("/home/nvidia/.venv/bin/python")}, r"hide homes.*PEX_ROOT=/opt/qvla"),
-        ({"store": Path("/root/store")}, r"hide homes.*/root/store lies in one"),
+        ({"python": Path("/home", "nvidia/.venv/bin/python")}, r"hide homes.*PEX_ROOT=/opt/qvla"),
+        ({"store": Path("/root", "store")}, r"hide homes.*/root.store lies in one"),
     ],
 )
 def test_units_that_could_not_work_are_refused(changes: dict[str, Any], message: str) -> None:

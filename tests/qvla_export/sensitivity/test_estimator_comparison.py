@@ -149,7 +149,7 @@ def test_commands_take_methods_and_refuse_what_does_not_fit(
     summed = Sensitivities.load(path)
     assert "of the median layer and width, probes make" in invoked(*common, "--probes", 2)
     plain = Sensitivities.load(path)
-    assert plain.settings == {"probes": 2}
+    assert plain.settings == {"probes": 2, "observations": "evened"}
     assert summed.method == f"cumulative, {plain.method}"
     # Files of before name a bound; null bounded nothing.
     for bound, kept in (
@@ -157,7 +157,7 @@ def test_commands_take_methods_and_refuse_what_does_not_fit(
         ({"max_standard_error": None}, True),
         ({"max_standard_error": 0.3}, False),
     ):
-        replace(plain, settings={"probes": 2, **bound}).save(path)
+        replace(plain, settings={**plain.settings, **bound}).save(path)
         written = path.stat().st_mtime_ns
         invoked(*common, "--probes", 2)
         assert (path.stat().st_mtime_ns == written) == kept
