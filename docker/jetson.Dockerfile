@@ -35,10 +35,14 @@ RUN mkdir calibration qvla_export engines jetson \
     && echo '__version__ = "0"' > qvla_export/__init__.py \
     && /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[device]'
 COPY . .
-# What installs is left out of what serves.
+# What installs is left out of what serves, and what nothing here reads: tests and stubs, sources of
+# Cython, PyPy's half of zstandard, a downloader of models, and the C library of ONNX Runtime, all of
+# which its Python module has in itself.
 RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
-    && /opt/venv/bin/pip uninstall -y pip setuptools \
-    && find /opt/venv -name __pycache__ -prune -exec rm -rf {} +
+    && /opt/venv/bin/pip uninstall -y hf-xet pip setuptools \
+    && find /opt/venv \( -name __pycache__ -o -path '*/numpy/*/tests' \) -prune -exec rm -rf {} + \
+    && find /opt/venv -type f \( -name '*.pyi' -o -name '*.pyx*' -o -name '*.px[di]*' \
+        -o -path '*/zstandard/_cffi.*' -o -name 'libonnxruntime.so.*' \) -delete
 
 FROM ${BASE}
 ARG TENSORRT=""

@@ -3,20 +3,22 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.routing import BaseRoute
 
 from jetson.board.watch import BoardWatch
 from jetson.live.feed import LiveFeed
 from jetson.live.routes import live_routes
-from jetson.recording.writer import McapRecorder
 from jetson.server_settings import ServerSettings
 from jetson.serving.metrics import Metrics
 from jetson.serving.policy_contract import PolicyContract, processor_of
 from jetson.serving.request_observer import Observer, Observers, ServedRequest
 from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.errors import QvlaError
+
+if TYPE_CHECKING:
+    from jetson.recording.writer import McapRecorder
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,11 @@ def open_watch(
         board = stack.enter_context(BoardWatch())
         recorder: McapRecorder | None = None
         if settings.record is not None:
+            # Not imported where nobody records: a server's start is silence at a switch.
+            from jetson.recording import writer
+
             recorder = stack.enter_context(
-                McapRecorder(
+                writer.McapRecorder(
                     settings.record, contract, lambda: board.state, "serve", settings.record_images
                 )
             )

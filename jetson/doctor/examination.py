@@ -3,15 +3,13 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engines.trt.gpu import read_power_modes
-from jetson.board.nvpmodel import fastest_mode
-from jetson.board.state import BoardState
-from jetson.doctor import libero, memory, observations, power, runtime, server_facts, statistics
+from jetson.doctor import libero, memory, observations, runtime, server_facts, statistics
 from jetson.doctor.bundle_facts import BundleFacts, read_bundle
-from jetson.doctor.finding import BoardFinding, summary
+from jetson.doctor.finding import BoardFinding
 from jetson.doctor.machine import Machine, read_machine
 from jetson.doctor.observations import DatasetFacts, needs_of
 from jetson.doctor.server_facts import ServerFacts, read_serving
+from jetson.doctor.speed import examine_speed
 from jetson.doctor.statistics import CheckpointFacts, read_checkpoint
 
 
@@ -108,29 +106,3 @@ def examine(question: DoctorRequest, subject: Subject) -> tuple[BoardFinding, ..
         server_facts.check_token(subject.serving),
         server_facts.check_clock(machine),
     )
-
-
-def examine_speed(machine: Machine, bundle: BundleFacts | None = None) -> tuple[BoardFinding, ...]:
-    """Return what makes figures of this machine worse than they could be: clocks, power, heat."""
-    built_in, rebuild = None, None
-    if bundle is not None:
-        built_in, rebuild = bundle.power_mode, bundle.rebuild_command
-    return (
-        power.check_clocks_locked(machine.board),
-        power.check_governor(machine.board),
-        power.check_power_mode(machine, built_in, rebuild),
-        power.check_throttling(machine.board),
-        power.check_throttled(machine.board),
-        power.check_over_current(machine),
-    )
-
-
-def slow_settings(board: BoardState, root: Path = Path("/")) -> str:
-    """Return one line that names what makes a machine slow, and mends it; empty if nothing does.
-
-    Args:
-        board: as it was when figures were taken.
-        root: below which nvpmodel's configuration lies.
-    """
-    modes, fastest = read_power_modes(root), fastest_mode(root)
-    return summary(examine_speed(Machine(board, power_modes=modes, fastest_mode=fastest)))

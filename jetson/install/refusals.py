@@ -19,8 +19,8 @@ _HOLD = "Do not install from it; nothing was changed here"
 
 
 @dataclass(frozen=True)
-class RootKeys:
-    """Which keys of a role sign now, and which did in any earlier root."""
+class RoleKeys:
+    """Which keys of a role, or a group, sign now, and which did at any time before."""
 
     now: Mapping[str, Set[str]] = field(default_factory=dict)
     ever: Mapping[str, Set[str]] = field(default_factory=dict)
@@ -28,14 +28,14 @@ class RootKeys:
     thresholds: Mapping[str, int] = field(default_factory=dict)
 
 
-def refusal(error: Exception, name: str, data: bytes, keys: RootKeys) -> RefusedRelease:
+def refusal(error: Exception, name: str, data: bytes, keys: RoleKeys) -> RefusedRelease:
     """Return the refusal that an error of python-tuf stands for.
 
     Args:
         error: what it raised.
         name: file of the repository that was read last, "metadata/3.targets.json".
         data: its bytes, as far as they came.
-        keys: those of this robot's roots.
+        keys: those that this robot has seen.
     """
     stem = name.rpartition("/")[2].removesuffix(".json")
     version, _, role = stem.rpartition(".")
@@ -62,7 +62,7 @@ def refusal(error: Exception, name: str, data: bytes, keys: RootKeys) -> Refused
 
 
 def _unsigned(
-    error: Exception, name: str, role: str, data: bytes, keys: RootKeys
+    error: Exception, name: str, role: str, data: bytes, keys: RoleKeys
 ) -> RefusedRelease:
     signers = _signers(data)
     entitled = signers & keys.now.get(role, frozenset())

@@ -15,12 +15,19 @@ from typing import Any
 from urllib.parse import unquote
 
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
-from tuf.api.metadata import Delegations, Metadata, Root, Snapshot, Targets
+from tuf.api.metadata import Metadata, Root, Snapshot, Targets
 from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 
-from jetson.install.refusals import RootKeys, refusal
-from jetson.install.release import GROUP_NAME, RefusedRelease
+from jetson.install.group_keys import (
+    delegations_of,
+    group_names,
+    group_roles,
+    keys_ever,
+    note_keys,
+)
+from jetson.install.refusals import RoleKeys, refusal
+from jetson.install.release import RefusedRelease
 from jetson.install.release_source import NoSuchFile, ReleaseSource
 from jetson.install.store import TEMPORARY, StoreError
 from qvla_export.shared.artifacts import write_bytes
@@ -136,7 +143,7 @@ def refresh(
             updater.refresh()
             return _catalogue(work, updater, groups)
         except (RepositoryError, DownloadError) as error:
-            raise refusal(error, fetcher.name, fetcher.data, _root_keys(work)) from error
+            raise refusal(error, fetcher.name, fetcher.data, _role_keys(trust, work)) from error
         except (AttributeError, KeyError, RecursionError, TypeError) as error:
             # What python-tuf does not foresee in a file of an attacker.
             raise RefusedRelease(
@@ -180,6 +187,7 @@ def _copy(trust: Path, work: Path, groups: Sequence[str]) -> None:
 
 def _keep(work: Path, trust: Path, groups: Sequence[str]) -> None:
     """Write what was vouched for into the store: python-tuf's own files are not synced."""
+    note_keys(trust, keys_ever(trust, work))
     places = {
         path: trust / path.relative_to(work) for path in (work / _HISTORY).glob("*.root.json")
     }
@@ -227,7 +235,7 @@ def merge_lists(signed: Mapping[str, Targets], lists: Sequence[str]) -> Catalogu
         for name, file in listed.targets.items():
             custom = file.custom if isinstance(file.custom, dict) else {}
             vouched = VouchedFile(name, file.hashes.get("sha256", ""), file.length, custom, group)
-            if group and not _delegations(everyone).roles[group].is_delegated_path(name):
+            if group and not delegations_of(everyone).roles[group].is_delegated_path(name):
                 raise RefusedRelease("unsigned", f"{group} may not vouch for {name:.120}")
             before = targets.setdefault(name, vouched)
             if (before.sha256, before.nbytes) != (vouched.sha256, vouched.nbytes):
@@ -241,25 +249,16 @@ def merge_lists(signed: Mapping[str, Targets], lists: Sequence[str]) -> Catalogu
     )
 
 
-def group_names(everyone: Targets) -> tuple[str, ...]:
-    """Return the groups that everyone's list names."""
-    return tuple(name for name in _delegations(everyone).roles if GROUP_NAME.fullmatch(name))
-
-
 def group_release_name(group: str, digest: str) -> str:
     """Return the name of a group's release among the targets."""
     return f"releases/{group}/{digest}.json"
 
 
-def _delegations(everyone: Targets) -> Any:
-    found = everyone.delegations
-    return Delegations({}, {}) if found is None or found.roles is None else found
-
-
-def _root_keys(work: Path) -> RootKeys:
-    now: dict[str, set[str]] = {}
-    ever: dict[str, set[str]] = {}
-    thresholds: dict[str, int] = {}
+def _role_keys(trust: Path, work: Path) -> RoleKeys:
+    groups = group_roles(work)
+    now = {name: set(role.keyids) for name, role in groups.items()}
+    ever = keys_ever(trust, work)
+    thresholds = {name: role.threshold for name, role in groups.items()}
     newest = 0
     for path in (work / _HISTORY).glob("*.root.json"):
         with contextlib.suppress(RepositoryError):
@@ -268,6 +267,7 @@ def _root_keys(work: Path) -> RootKeys:
             for name, ids in roles.items():
                 ever.setdefault(name, set()).update(ids)
             if signed.version > newest:
-                newest, now = signed.version, roles
-                thresholds = {name: role.threshold for name, role in signed.roles.items()}
-    return RootKeys(now, ever, thresholds)
+                newest = signed.version
+                now |= roles
+                thresholds |= {name: role.threshold for name, role in signed.roles.items()}
+    return RoleKeys(now, ever, thresholds)

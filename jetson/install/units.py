@@ -135,6 +135,8 @@ def unit_files(settings: UnitSettings) -> dict[str, str]:
             (
                 _serving_folder(settings),
                 f"{robot} rollback --rebooted {store}",
+                # Beside the code, where only root writes: outside of the sandbox.
+                f"-+{settings.python} -m jetson.install.bytecode",
                 f"{robot} verify --if-changed {store}",
             ),
             unit=f"ConditionPathExists={settings.store}/state.json\n"
@@ -232,8 +234,9 @@ ExecStart={words}
 ExecStopPost=-+/bin/sh -c 'test $$SERVICE_RESULT = success || exec {leave}'
 TimeoutStartSec=300
 WatchdogSec=4
+# Nothing comes of asking a server to end that hangs.
+WatchdogSignal=SIGKILL
 TimeoutStopSec=15
-TimeoutAbortSec=2
 LimitCORE=0
 Restart=always
 RestartSec=200ms

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from engines.layer_time_texts import layer_texts
-from jetson.doctor.examination import slow_settings
+from jetson.doctor.speed import slow_settings
 from jetson.latency.comparison import LatencyComparison
 from jetson.latency.profile import LatencyProfile
 from jetson.latency.regression import LatencyChange

@@ -4,8 +4,6 @@ import logging
 import os
 import sys
 
-from rich.console import Console
-
 from qvla_export.shared.errors import QvlaError, missing_extra
 
 # What typer exits with after Ctrl-C.
@@ -43,6 +41,8 @@ def _speaker() -> str:
 
 
 def _say(text: str, style: str) -> None:
+    from rich.console import Console
+
     # soft_wrap: a line stays one line where nobody looks at a terminal.
     console = Console(stderr=True)
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
-from rich.console import Console
 
 from qvla_export.pipeline.progress import OnProgress, Progress, ignore
 from qvla_export.shared.tables.text_table import TextTable
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
@@ -59,6 +59,7 @@ def print_texts(texts: Iterable[str | TextTable], width: int | None = None) -> N
 
 
 def _print_table(table: TextTable, width: int | None) -> None:
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
@@ -74,11 +75,13 @@ def _print_table(table: TextTable, width: int | None) -> None:
 
 
 @contextmanager
-def progress_shown(console: Console | None = None, silent: bool = False) -> Iterator[OnProgress]:
+def progress_shown(console: "Console | None" = None, silent: bool = False) -> Iterator[OnProgress]:
     """Yield a listener that draws on stderr until the block ends; `silent` draws nothing."""
     if silent:
         yield ignore
         return
+    from rich.console import Console
+
     where = console or Console(stderr=True, highlight=False, soft_wrap=True)
     if not where.is_terminal:
         yield _Lines(where.print).hear

@@ -3,11 +3,11 @@
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -93,6 +93,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for entry in temporary.rglob("*"):
+            _let_read(entry)
             if entry.is_dir():
                 sync_folder(entry)
             elif entry.is_file():
@@ -117,6 +118,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def _let_read(path: Path) -> None:
+    """Let other accounts read what an artifact holds: libraries write for their own alone."""
+    if not path.is_symlink():
+        path.chmod(stat.S_IMODE(path.stat().st_mode) | (0o555 if path.is_dir() else 0o444))
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that can change an artifact's numbers."""
     found = {"python": platform.python_version()}
@@ -127,6 +134,8 @@ def versions() -> dict[str, str]:
 @functools.cache
 def _version_of(name: str) -> str | None:
     """Return the version of an installed library; reading its metadata takes milliseconds."""
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

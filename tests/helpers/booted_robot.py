@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from jetson.install.bytecode import compile_code
 from jetson.install.units import SERVE, UnitSettings, write_units
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -86,6 +87,8 @@ class BootedRobot:
         self.settings = UnitSettings(Path("/opt/qvla/bin/python"), power_mode=0, serve_options=(
             "--warmup", "0", "--threads", "1"))  # fmt: skip
         write_units(self.units, self.settings)
+        # The checkout is read-only there: what a robot compiles once is compiled here.
+        compile_code([CHECKOUT / room for room in ("engines", "jetson", "qvla_export")])
         self._make_tools()
 
     def _make_tools(self) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from qvla_export.cli.options import (
     CountOption,
@@ -137,4 +136,6 @@ def deploy(
 
 def _say(text: str) -> None:
     """Print a line beside the progress, on stderr, whole."""
+    from rich.console import Console
+
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)

@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from qvla_export.cli.options import A_GRAPH, JsonOption
 from qvla_export.cli.progress import print_json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from engines.check.finding import GraphFinding
 
 _FAILED = 2
@@ -42,6 +41,8 @@ def check(
         print_json(report.to_json())
     else:
         if report.findings:
+            from rich.console import Console
+
             Console().print(_table(report.findings))
         typer.echo(
             f"check: {report.errors} errors, {len(report.findings) - report.errors} warnings for "
@@ -53,8 +54,11 @@ def check(
         raise typer.Exit(_FAILED)
 
 
-def _table(findings: "tuple[GraphFinding, ...]") -> Table:
+def _table(findings: "tuple[GraphFinding, ...]") -> "Table":
     """Return one row a rule and part, errors first: how often, where first, and why."""
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table("rule", show_lines=True)
     table.add_column("where", overflow="fold", max_width=26)
     table.add_column("what")

@@ -4,9 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from qvla_export.cli.options import JsonOption, PresetOption, UnnormKeyOption, with_columns
 from qvla_export.cli.progress import print_json
@@ -74,6 +71,10 @@ def doctor(
 
 def _print(examination: "Examination") -> None:
     """Print what is wrong with its remedies, then what is right, then what was not looked at."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     from jetson.doctor.finding import sort_findings
 
     findings = sort_findings(examination.findings)

@@ -10,9 +10,9 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Snapshot, Targets, Timestamp
 
 from jetson.install.blobs import blob_name
+from jetson.install.group_keys import group_names
 from jetson.install.installation import release_name
 from jetson.install.release import BUNDLE, RELEASE, Release
-from jetson.install.trust import group_names
 from qvla_export.pipeline.progress import OnProgress, Progress, ignore
 from qvla_export.pipeline.release.groups import (
     Group,

@@ -14,7 +14,8 @@ from typing import TypeVar
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Snapshot, Targets, Timestamp
 
-from jetson.install.trust import METADATA, TARGETS, Catalogue, group_names, merge_lists
+from jetson.install.group_keys import group_names
+from jetson.install.trust import METADATA, TARGETS, Catalogue, merge_lists
 from qvla_export.shared.errors import ArtifactError
 
 TIMESTAMP = "timestamp.json"

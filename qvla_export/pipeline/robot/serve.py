@@ -1,5 +1,6 @@
 """Serve a policy from this process until it is told to stop."""
 
+import gc
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ def serve_policy(source: PolicySource, settings: "ServerSettings") -> None:
         QvlaError: the policy cannot be opened or does not act, or the address is refused or taken.
     """
     from jetson.board import read_board_state
-    from jetson.doctor.examination import slow_settings
+    from jetson.doctor.speed import slow_settings
     from jetson.install.store import signed_release
     from jetson.server import serve
     from qvla_export.shared.allocator import bound_freed_memory
@@ -35,3 +36,5 @@ def serve_policy(source: PolicySource, settings: "ServerSettings") -> None:
             "and qvla robot bring signed bundles"
         )
     serve(source(), settings)
+    # The process ends: that all it holds is searched for rings first is waited for by the next one.
+    gc.freeze()

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from jetson.board.state import UNKNOWN, BoardState
 from jetson.doctor import memory, power
-from jetson.doctor.examination import DoctorRequest, examine, read_subject, slow_settings
+from jetson.doctor.examination import DoctorRequest, examine, read_subject
 from jetson.doctor.finding import BoardFinding, Check, count, sort_findings, summary
 from jetson.doctor.machine import Machine, read_machine
+from jetson.doctor.speed import slow_settings
 
 _CPU = "sys/devices/system/cpu/cpu1/cpufreq"
 _LITTLE = MEMINFO.replace("64323416", "7800000").replace("60000000", "7000000")

@@ -147,6 +147,32 @@ def test_a_groups_key_vouches_for_its_own_list_only(scene: Scene) -> None:
     assert scene.robot("r3").install().name == "all"
 
 
+@pytest.mark.parametrize("looks_between", [True, False])
+def test_a_groups_old_key_is_called_revoked(scene: Scene, looks_between: bool) -> None:
+    """Also by a robot that has not looked since the key was replaced, and after a restart."""
+    robot = scene.robot("r1")
+    robot.install(groups=("line-a",))
+    thief = scene.host.copy(scene.root / "thief")
+    (keyid,) = load_groups(scene.host.keys)["line-a"].keys
+    revoke(scene.host.keys, keyid[:12])
+    scene.host.publish()
+    if looks_between:
+        robot.install("all")
+    stolen = list_of(scene.host, "line-a")
+    stolen.version += 1
+    show(scene.host, "line-a", signed_by(thief, "line-a", stolen))
+    for _ in range(2):
+        with pytest.raises(RefusedRelease) as refused:
+            robot.install(groups=("line-a",))
+        assert refused.value.reason == "revoked key", refused.value
+    # Somebody who was never entitled is a stranger still, whatever the note of keys says.
+    (robot.store.trust / "group_keys.json").write_text("[]")
+    show(scene.host, "line-a", signed_by(scene.host, "arm-07", stolen))
+    with pytest.raises(RefusedRelease) as refused:
+        robot.install(groups=("line-a",))
+    assert refused.value.reason == "unsigned", refused.value
+
+
 @pytest.mark.parametrize("name", ["releases/{}.json", "releases/line-a/{}.json", "runtimes/{}"])
 def test_a_group_vouches_for_nothing_outside_its_paths(scene: Scene, name: str) -> None:
     targets = list_of(scene.host, "arm-07")

@@ -1,5 +1,6 @@
 """What systemd makes of a robot's units, and the account that serves."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from small_releases import Host, Robot, sum_bundle
 from jetson.install import checking, probation, units
 from jetson.install.account import SERVING, ServingAccount
 from jetson.install.activation import activate, prove
+from jetson.install.bytecode import code_folders, compile_code
 from jetson.install.checking import FailedCheck, check_release, unit_command
 from jetson.install.probation import FailedProbation, ProbationTerms, prove_or_leave
 from jetson.install.store import StoreError
@@ -67,6 +69,8 @@ def test_units_say_what_systemd_must_do() -> None:
     for line in (
         "Type=notify",
         "WatchdogSec=4",
+        "WatchdogSignal=SIGKILL",
+        "LimitCORE=0",
         "OnFailure=qvla-rollback.service",
         "StartLimitBurst=3",
         "User=qvla",
@@ -77,11 +81,36 @@ def test_units_say_what_systemd_must_do() -> None:
         assert f"\n{line}\n" in serve
     assert "robot rollback --unproven" in serve
     assert "robot verify --if-changed --store /var/lib/qvla" in files["qvla-renew.service"]
+    # Whoever serves may not write beside the code: root does, outside of the units' sandbox.
+    compiles = "\nExecStart=-+/opt/qvla/bin/python -m jetson.install.bytecode\n"
+    assert compiles in files["qvla-renew.service"]
     first = files["qvla-first-boot.service"]
     # The check measures times: under the mode and the clocks that the robot will have.
     steps = ["machine-id", "ssh-keygen -A", "systemd-sysusers", "nvpmodel -m 2", "jetson_clocks"]
     assert sorted(steps, key=first.index) == steps
     assert first.index("jetson_clocks") < first.index("robot verify")
+
+
+def test_what_a_server_imports_is_compiled_once(tmp_path: Path) -> None:
+    packages, elsewhere = tmp_path / "packages", tmp_path / "elsewhere"
+    for folder in (packages / "one" / "part", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "code.py").write_text("number = 1\n")
+    # As a runtime unpacks itself; and a link that leads back.
+    (packages / "two").symlink_to(elsewhere)
+    (elsewhere / "again").symlink_to(packages)
+    (packages / "bad.py").write_text("def\n")
+    (packages / "data.txt").write_text("no code\n")
+    assert compile_code([packages]) == 3
+    sources = [packages / "one" / "part" / "code.py", packages / "two" / "code.py"]
+    compiled = [Path(importlib.util.cache_from_source(str(path))) for path in sources]
+    before = [path.stat().st_mtime_ns for path in compiled]
+    sources[0].write_text("number = 12\n")
+    os.utime(sources[0], (1, 1))  # another second than when it was compiled
+    assert compile_code([packages]) == 3
+    changed = [path.stat().st_mtime_ns != time for path, time in zip(compiled, before, strict=True)]
+    assert changed == [True, False]
+    assert any((folder / "install" / "bytecode.py").is_file() for folder in code_folders())
 
 
 @pytest.mark.parametrize("options", [("--token-file", "/etc/t"), ("--token-file=/etc/t",)])

@@ -56,6 +56,9 @@ def test_round_trip(
     assert loaded.policy_digest == tiny_policy.digest
     assert loaded.processor.spec == tiny_policy.processor.spec
     assert sorted(file.name for file in loaded.path.iterdir()) == sorted(FILES)
+    # By the account that serves as well, whoever made it.
+    assert {file.stat().st_mode & 0o777 for file in loaded.path.iterdir()} == {0o644}
+    assert loaded.path.stat().st_mode & 0o777 == 0o755
     plan = loaded.plan
     assert plan is not None
     assert plan["digest"] == sha256_file(loaded.path / "plan.json")
