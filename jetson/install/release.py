@@ -10,12 +10,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from qvla_export.shared.artifacts import sha256_file
-from qvla_export.shared.bundle import MANIFEST, Bundle
+from qvla_export.shared.artifacts import MANIFEST, sha256_file
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.json_documents import JsonLimits, parse_document
+
+if TYPE_CHECKING:
+    from qvla_export.shared.bundle import Bundle
 
 FORMAT = "qvla-release-1"
 RELEASE = "release.json"
@@ -119,7 +121,7 @@ class Release:
 
     @staticmethod
     def of_bundle(
-        bundle: Bundle, name: str, minimum_runtime: str, limits: ReleaseLimits
+        bundle: "Bundle", name: str, minimum_runtime: str, limits: ReleaseLimits
     ) -> "Release":
         """Return the release of a bundle that `Bundle.load` has verified.
 

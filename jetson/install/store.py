@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jetson.install.release import BUNDLE, RefusedRelease, Release
-from qvla_export.shared.artifacts import read_json, sync_folder
-from qvla_export.shared.bundle import MANIFEST
+from qvla_export.shared.artifacts import MANIFEST, read_json, sync_folder
 from qvla_export.shared.errors import QvlaError
 
 DEFAULT = Path("/var/lib/qvla")

@@ -17,6 +17,12 @@ from typing import Any
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
 from qvla_export.shared.json_documents import read_json as read_json
 
+# A bundle's files by name, here for those who need no more of it: to go back loads no numpy.
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+TOKENIZER = "tokenizer.json"
+GOLDEN = "golden.safetensors"
+
 # Versions recorded beside every artifact: what can change its numbers.
 _RECORDED = ("numpy", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "mujoco")
 

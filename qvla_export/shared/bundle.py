@@ -18,6 +18,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from qvla_export.shared.artifacts import GOLDEN as GOLDEN
+from qvla_export.shared.artifacts import MANIFEST as MANIFEST
+from qvla_export.shared.artifacts import PLAN as PLAN
+from qvla_export.shared.artifacts import TOKENIZER as TOKENIZER
 from qvla_export.shared.artifacts import read_json, require_fields, sha256_file
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
 from qvla_export.shared.external_data import external_tensors
@@ -30,10 +34,6 @@ from qvla_export.shared.program_check import require_runnable
 
 # Parts that run once each, in order; and with a program, which older versions would not obey.
 FORMAT, PROGRAM_FORMAT = "qvla-bundle-2", "qvla-bundle-3"
-MANIFEST = "manifest.json"
-PLAN = "plan.json"
-TOKENIZER = "tokenizer.json"
-GOLDEN = "golden.safetensors"
 _FIELDS = (
     "target",
     "policy_digest",
