@@ -25,6 +25,8 @@ from jetson.install.units import SERVE, UnitSettings, write_units
 CHECKOUT = Path(__file__).resolve().parents[2]
 PORT = 8000
 _UNITS = "/etc/systemd/system"
+# Where what stands for a flashed robot's runtime unpacks itself.
+UNPACKED = "/opt/unpacked"
 _TOOLS = {"nvpmodel": "/usr/sbin/nvpmodel", "jetson_clocks": "/usr/bin/jetson_clocks"}
 # Asks a server, all the time, what it serves: a line for every time it asked.
 _PROBE = """
@@ -69,6 +71,9 @@ class Seen:
 class BootedRobot:
     """A container with systemd in it, and the commands that run there."""
 
+    # What commands are started with there.
+    python = "/opt/qvla/bin/python"
+
     def __init__(self, root: Path, folder: Path, repository: Path, anchor: Path) -> None:
         """Prepare a robot's folders.
 
@@ -84,7 +89,7 @@ class BootedRobot:
         self._container: subprocess.Popen[bytes] | None = None
         for path in (self.store, self.units, self.log, self.tools, self.etc):
             path.mkdir(parents=True)
-        self.settings = UnitSettings(Path("/opt/qvla/bin/python"), power_mode=0, serve_options=(
+        self.settings = UnitSettings(Path(self.python), power_mode=0, serve_options=(
             "--warmup", "0", "--threads", "1"))  # fmt: skip
         write_units(self.units, self.settings)
         # The checkout is read-only there: what a robot compiles once is compiled here.
@@ -106,14 +111,9 @@ class BootedRobot:
 
     def boot(self) -> None:
         """Start it; returns once systemd answers."""
-        binds = {
-            self.store: "/var/lib/qvla", self.log: "/var/log/board", self.units: _UNITS,
-        }  # fmt: skip
         read_only = {
             Path(sys.base_prefix): "/opt/python", CHECKOUT: "/opt/checkout",
             Path(sysconfig.get_paths()["purelib"]): "/opt/packages",
-            self.folder / "venv": "/opt/qvla", self.repository: "/opt/repository",
-            self.anchor: "/opt/1.root.json",
             **{self.tools / name: place for name, place in _TOOLS.items()},
         }  # fmt: skip
         library = sysconfig.get_config_var("INSTSONAME")
@@ -121,17 +121,26 @@ class BootedRobot:
             shared = Path(sysconfig.get_config_var("LIBDIR")) / library
             read_only[shared] = f"/usr/lib/{library}"
         words = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--private-network"]
-        words += ["--boot", "--volatile=overlay", f"--directory={self.root}"]
-        # Accounts and keys outlive a restart.
-        words += [f"--overlay={self.root / 'etc'}:{self.etc}:/etc"]
-        words += [f"--bind={source}:{place}" for source, place in binds.items()]
+        words += ["--boot", f"--directory={self.root}", f"--bind={self.log}:/var/log/board"]
         words += [f"--bind-ro={source}:{place}" for source, place in read_only.items()]
+        words += self._own_words()
         with (self.folder / "console").open("ab") as console:
             self._container = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=console, stderr=console,
                 env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
             )  # fmt: skip
         self.until(lambda: self.call("systemctl", "show", "--property=Version").returncode == 0)
+
+    def _own_words(self) -> list[str]:
+        """Return how its system is mounted, and what of a robot is in it."""
+        return [
+            # Accounts and keys outlive a restart.
+            "--volatile=overlay", f"--overlay={self.root / 'etc'}:{self.etc}:/etc",
+            f"--bind={self.store}:/var/lib/qvla", f"--bind={self.units}:{_UNITS}",
+            f"--bind-ro={self.folder / 'venv'}:/opt/qvla",
+            f"--bind-ro={self.repository}:/opt/repository",
+            f"--bind-ro={self.anchor}:/opt/1.root.json",
+        ]  # fmt: skip
 
     @property
     def leader(self) -> int:
@@ -158,7 +167,7 @@ class BootedRobot:
 
     def qvla(self, *words: str) -> dict[str, Any]:
         """Run `qvla robot` in the container; return what it said."""
-        done = self.call("/opt/qvla/bin/python", "-m", "qvla_export", "robot", *words)
+        done = self.call(self.python, "-m", "qvla_export", "robot", *words)
         assert done.returncode == 0, done.stdout + done.stderr
         said: dict[str, Any] = json.loads(done.stdout)
         return said
@@ -227,6 +236,20 @@ class BootedRobot:
             except subprocess.TimeoutExpired:
                 self._container.kill()
                 self._container.wait()
+
+
+class FlashedRobot(BootedRobot):
+    """One whose root file system `qvla flash prepare` has laid its overlay on."""
+
+    python = "/opt/qvla/venv/bin/python"
+
+    def __init__(self, rootfs: Path, folder: Path) -> None:
+        """Take a prepared root file system, and a folder for what stands for its board."""
+        super().__init__(rootfs, folder, folder, folder)
+        self.store = rootfs / "var/lib/qvla"
+
+    def _own_words(self) -> list[str]:
+        return [f"--bind-ro={self.folder / 'venv'}:{UNPACKED}"]
 
 
 def lacking(words: Sequence[str] = ("systemd-nspawn", "nsenter")) -> str | None:

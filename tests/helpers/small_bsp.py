@@ -80,9 +80,15 @@ def new_bsp(root: Path, l4t: str = "39.2.0") -> Path:
     return root
 
 
-def runtime(path: Path, jetpack: str = "7", onnxruntime: str = "1.32.0", **more: Any) -> Path:
+def runtime(
+    path: Path,
+    jetpack: str = "7",
+    onnxruntime: str = "1.32.0",
+    text: str = "#!/bin/sh\nexit 0\n",
+    **more: Any,
+) -> Path:
     """Write a file that stands for a runtime, and its description."""
-    path.write_bytes(b"#!/bin/sh\nexit 0\n")
+    path.write_text(text)
     described = {
         "format": "qvla-runtime-1",
         "system": f"JetPack {jetpack}",
