@@ -138,7 +138,7 @@ def layer_tokens(layer: Layer, inputs: Tensor) -> Tensor:
 
 
 def add_pass(probed: Pass, sums: _Sums) -> NDArray[np.float64]:
-    """Add the moments of recorded layers to the sums; see `_evened` for what observations count.
+    """Add the moments of recorded layers to the sums, each observation by `_image_shares`.
 
     Returns:
         |g|^2 |x|^2 of each observation, summed over tokens and layers, mean over probes.  [B]
@@ -155,7 +155,7 @@ def add_pass(probed: Pass, sums: _Sums) -> NDArray[np.float64]:
             worth = tokens.square().sum(dim=-1)
             own = _of_observations(worth * powers[name], len(energies))
             energies += weight * own.cpu().numpy()
-            share = weight * _evened(own, len(tokens)).to(tokens)
+            share = weight * _image_shares(own, len(tokens)).to(tokens)
             flat = tokens.flatten(0, 1)
             _add_products(sums[f"{name}/channels"], flat, (tokens * share).flatten(0, 1))
             worth = (worth * share[..., 0]).flatten()
@@ -191,13 +191,13 @@ def _powers(layer: Layer, inputs: Tensor) -> Tensor:
     return lengths.square()
 
 
-def _evened(energies: Tensor, images: int) -> Tensor:
-    """Return what each image's tokens count in the moments: observations nearly alike.
+def _image_shares(energies: Tensor, images: int) -> Tensor:
+    """Return what each image's squares count in a layer's moments.
 
     Where an action is about to become another one, its gradients are tens of times those of other
     observations, and their squares would be nearly all that moments are of. There first order does
     not hold either: the action goes over and no further. So each observation's squares are divided
-    by their root.
+    by the root of its energy.
 
     Args:
         energies: |g|^2 |x|^2 of each observation's tokens under one probe.  [B]

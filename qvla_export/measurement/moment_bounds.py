@@ -14,7 +14,7 @@ from qvla_export.measurement.streamed import Stream
 from qvla_export.measurement.weight_placement import WeightPlacement
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import Layers, layer_shapes, traced_layers
-from qvla_export.quantizer.moments import block_size
+from qvla_export.quantizer.moments import SHARES, block_size
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
@@ -44,7 +44,7 @@ class MomentSettings:
     def stated(self) -> dict[str, Any]:
         """Return what tells sums apart, as JSON; the bound of memory shows in the blocks."""
         # Sums of earlier versions counted observations by their squared gradients alone.
-        stated = {**asdict(self), "observations": "evened"}
+        stated = {**asdict(self), "shares": SHARES}
         del stated["max_bytes"]
         return stated
 

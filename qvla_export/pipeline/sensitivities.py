@@ -272,8 +272,10 @@ def agreement(
 def _answers(measured: Sensitivities, question: "Question", estimator: "Estimator") -> bool:
     """Whether sensitivities are what an estimator would answer."""
     # Files written before settings were recorded: first order with so many probes. Later ones name
-    # a bound that is gone; null bounded nothing.
-    stored = measured.settings or {"probes": measured.probes or None}
+    # a bound that is gone; null bounded nothing. Exact ones have none.
+    stored = dict(measured.settings)
+    if not stored and "probes" in estimator.settings:
+        stored = {"probes": measured.probes or None}
     now = {**estimator.settings, **({"per_step": True} if question.per_step else {})}
     now |= question.stated_shares
     return (

@@ -20,6 +20,9 @@ from qvla_export.quantizer.layer_artifact import FileKind, LayerArtifact
 from qvla_export.shared.artifacts import require_same, versions
 from qvla_export.shared.errors import QvlaError
 
+# What files say of how much an observation counts, see `shares_of`.
+SHARES = "inverse root of energy"
+
 
 @dataclass(frozen=True)
 class LayerMoments:
@@ -90,6 +93,9 @@ class Moments(LayerArtifact):
     """Moments of a policy's layers on calibration observations.
 
     Those of a layer lie in memory only while someone uses them, where they were read from a file.
+
+    Raises:
+        QvlaError: energies are not one of each observation, or negative or not finite.
     """
 
     kind = FileKind(
@@ -107,6 +113,15 @@ class Moments(LayerArtifact):
     # Sum over all layers' tokens of |g|^2 |x|^2, of each observation; empty where not measured.
     energies: Sequence[float] = ()
     made_with: Mapping[str, str] = field(default_factory=versions)
+
+    def __post_init__(self) -> None:
+        energies = np.asarray(self.energies, np.float64)
+        one_each = energies.shape in ((0,), (self.samples,))
+        if not (one_each and np.isfinite(energies).all() and (energies >= 0).all()):
+            raise QvlaError(
+                f"moments of {self.samples} observations need as many energies, none negative, got "
+                f"{energies.size} from {energies.min(initial=0)} to {energies.max(initial=0)}"
+            )
 
     def of(self, layer: str, shape: tuple[int, int]) -> LayerMoments:
         """Return a layer's moments.

@@ -138,7 +138,7 @@ def sensitivity_costs(work: Workload) -> StepCosts:
     taken += _searched_s(work) + 2 * work.reads_s()
     if work.compensated:
         taken += sum(_alone_s(layer, rates) for layer in layers)
-        taken += 0.0 if work.resident else _moments_s(work, work.probes)
+        taken += 0.0 if work.resident else _moments_s(work, work.probes) + _energies_s(work)
     channels = sum(layer.channels for layer in layers)
     if work.streamed is not None:
         memory = work.streamed.sensitivities
@@ -237,6 +237,14 @@ def _moments_s(work: Workload, probes: int) -> float:
     each = products / rates.products_per_s + _NUMBERS_MOVED * moved / rates.numbers_per_s
     passed = work.passes_s(work.count, probes, 1.0 if work.resident else 2.0)
     return passed + work.count * each + added / rates.numbers_per_s + 2 * work.reads_s()
+
+
+def _energies_s(work: Workload) -> float:
+    """Return the seconds of the sweep that finds what observations count, part by part."""
+    layers = work.policy.layers
+    moved = sum(layer.tokens * (layer.inputs + work.probes * layer.channels) for layer in layers)
+    passed = work.passes_s(work.count, work.probes, 2.0)
+    return passed + work.count * moved / work.rates.numbers_per_s + 2 * work.reads_s()
 
 
 def _searched_s(work: Workload) -> float:

@@ -12,7 +12,7 @@ from qvla_export.measurement.distributed import Alone, World
 from qvla_export.measurement.moment_bounds import MomentSettings
 from qvla_export.measurement.sharded_sums import OnProgress, remove_journals
 from qvla_export.policies.base import Policy
-from qvla_export.quantizer.moments import Moments
+from qvla_export.quantizer.moments import SHARES, Moments
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
@@ -79,8 +79,8 @@ class Question:
 
         With moments that are measured on the way, shares are as well.
         """
-        evened = self.shares is not None or self.span_moments is not None
-        return {"observations": "evened"} if evened else {}
+        alike = self.shares is None and self.span_moments is None
+        return {} if alike else {"shares": SHARES}
 
 
 @dataclass(frozen=True)

@@ -79,12 +79,13 @@ class ExactEstimator:
             policy_digest=question.policy.digest,
             calibration_digest=question.calibration_digest,
             quantizer=question.quantizer,
+            settings=question.stated_shares,
         )
 
     def of_pairs(
         self, question: Question, pairs: Sequence[ChannelWidth], work: Work = QUIETLY
     ) -> NDArray[np.float64]:
-        """Measure some pairs: mean over observations of ||dA||^2.  float64 [pairs]
+        """Measure some pairs: mean over observations of ||dA||^2, by shares.  float64 [pairs]
 
         Every other channel stays in float. Progress counts each pair once a batch.
 
@@ -101,6 +102,7 @@ class ExactEstimator:
         _require_pairs(layers, pairs)
         pieces = _pieces(layers, pairs)
         batches = -(-len(observations) // size)
+        shares = np.ones(len(observations)) if question.shares is None else question.shares
         changed = _changed_rows(layers, pairs, question)
         empty = {"pairs": np.zeros(len(pairs))}
         sums = ShardedSums(empty, _identity(question, pairs), work.progress_file, work.world)
@@ -110,14 +112,15 @@ class ExactEstimator:
             todo = [unit for unit in mine if unit // len(pieces) == batch]
             if not todo:
                 continue
-            inputs = batch_in_float64(policy.batch(observations[batch * size : (batch + 1) * size]))
+            own = slice(batch * size, (batch + 1) * size)
+            inputs = batch_in_float64(policy.batch(observations[own]))
             with in_float64(policy), recorded(policy, layers, inputs) as forward:
                 for unit in todo:
                     for chunk in _chunks(pairs, pieces[unit % len(pieces)], self.side_by_side):
                         rows = torch.stack([changed[i] for i in chunk]).to(forward.reference)
                         channels = [pairs[i].channel for i in chunk]
                         found = forward.deviations(pairs[chunk[0]].layer, channels, rows)
-                        sums.values["pairs"][chunk] += found.sum(dim=1).cpu().numpy()
+                        sums.values["pairs"][chunk] += found.cpu().numpy() @ shares[own]
                     sums.mark(unit)
                     if work.on_progress is not None:
                         whole = len(pairs) * batches
@@ -140,6 +143,7 @@ def _identity(question: Question, pairs: Sequence[ChannelWidth]) -> dict[str, An
         "calibration_digest": question.calibration_digest,
         "observations": [len(question.observations), question.batch_size],
         "quantizer": question.quantizer.to_json(),
+        "moments": None if question.moments is None else question.moments.digest,
     }
 
 

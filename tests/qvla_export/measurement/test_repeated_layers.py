@@ -203,6 +203,24 @@ def test_sensitivities_of_compensated_codes_count_observations_as_moments_do(
         np.testing.assert_allclose(values, weighted / len(alone), rtol=1e-3, atol=1e-12)
 
 
+def test_exact_sensitivities_count_observations_as_the_table_does(question: Question) -> None:
+    """Or a table of compensated codes would be judged by another mean than its own."""
+    policy, observations = question.policy, question.observations
+    measured = measure_moments(policy, observations, "c", MomentSettings(batch_size=2))
+    moments = replace(measured, energies=(1.0, 4.0, 9.0, 16.0, 25.0))
+    compensated = replace(question, quantizer=COMPENSATED, moments=moments)
+    pairs = [ChannelWidth(name, 3, 4) for name in policy.layers()]
+    alike = replace(compensated, moments=replace(moments, energies=()))
+    alone = [
+        ExactEstimator().of_pairs(replace(alike, observations=[o]), pairs) for o in observations
+    ]
+    shares = moments.shares(len(observations))
+    assert shares is not None
+    together = ExactEstimator().of_pairs(compensated, pairs)
+    np.testing.assert_allclose(together, np.average(alone, axis=0, weights=shares), rtol=1e-6)
+    assert compensated.stated_shares and not question.stated_shares
+
+
 def test_a_convolution_runs_once(question: Question) -> None:
     class Twice(FlowNetwork):
         def __init__(self) -> None:

@@ -61,6 +61,7 @@ def test_moments_from_disk_are_those_of_the_whole(
     for name, layer in whole.layers.items():
         for part in ("mean", "inputs", "channels"):
             assert_close(getattr(found.layers[name], part), getattr(layer, part))
+    assert_close(np.asarray(found.energies), np.asarray(whole.energies))
     # A file is read layer by layer, and says the same of itself.
     found.save(tmp_path / "moments")
     loaded = Moments.load(tmp_path / "moments")
@@ -70,6 +71,12 @@ def test_moments_from_disk_are_those_of_the_whole(
     assert loaded.has_blocks(4096) and not loaded.has_blocks(32)
     with pytest.raises(KeyError):
         loaded.layers["mean"]
+
+
+@pytest.mark.parametrize("energies", [(1.0,), (1.0, 2.0, -1.0, 0, 0), (1, 2, 3, 4, np.nan)])
+def test_energies_are_one_of_each_observation(whole: Moments, energies: tuple[float, ...]) -> None:
+    with pytest.raises(QvlaError, match="moments of 5 observations need as many energies"):
+        replace(whole, energies=energies)
 
 
 def test_blocks_shrink_until_the_sums_fit_and_no_further_than_64(
@@ -97,7 +104,8 @@ def test_blocks_shrink_until_the_sums_fit_and_no_further_than_64(
 def test_compensated_sensitivities_from_disk_are_those_of_the_whole(
     stored: OftPolicy, tiny_policy: OftPolicy, tiny_observations: Make, whole: Moments
 ) -> None:
-    how = FirstOrder(COMPENSATED, (0, 2), probes=1, batch_size=2, moments=whole)
+    moments = replace(whole, samples=2, energies=(1.0, 9.0))
+    how = FirstOrder(COMPENSATED, (0, 2), probes=1, batch_size=2, moments=moments)
     observations = tiny_observations(2)
     expected = measure_first_order(tiny_policy, observations, "c", how)
     assert_same(measure_first_order(stored, observations, "c", how), expected)

@@ -171,6 +171,17 @@ def test_part_by_part_moments_are_added_for_each_observation(tiny_costs: PolicyC
     assert rounding[0] == rounding[1]
 
 
+def test_what_observations_count_takes_a_sweep_of_its_own(tiny_costs: PolicyCosts) -> None:
+    """Each of the sweeps reads all weights twice: for that, for moments, for errors."""
+    slow = replace(RATES, bytes_per_s=1.0)
+    streamed = StreamedMemory(sensitivities=1000, rounding=2000)
+    for compensated, sweeps in ((True, 3), (False, 1)):
+        work = work_of(tiny_costs, streamed=streamed, rates=slow, compensated=compensated)
+        taken = step_costs.sensitivity_costs(work).cpu_s
+        assert taken is not None
+        assert round(taken / tiny_costs.weight_bytes) == 2 * sweeps
+
+
 def test_each_graph_of_a_policy_part_by_part_is_traced(tiny_costs: PolicyCosts) -> None:
     """Parts without layers take their time as well."""
     streamed = StreamedMemory(sensitivities=1000, rounding=2000)

@@ -18,6 +18,7 @@ from qvla_export.cli.app import app
 from qvla_export.measurement.peak_memory import peak_memory
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy
+from qvla_export.quantizer.moments import SHARES
 from qvla_export.sensitivity.estimator_comparison import (
     EstimatorComparison,
     add_estimator,
@@ -149,7 +150,7 @@ def test_commands_take_methods_and_refuse_what_does_not_fit(
     summed = Sensitivities.load(path)
     assert "of the median layer and width, probes make" in invoked(*common, "--probes", 2)
     plain = Sensitivities.load(path)
-    assert plain.settings == {"probes": 2, "observations": "evened"}
+    assert plain.settings == {"probes": 2, "shares": SHARES}
     assert summed.method == f"cumulative, {plain.method}"
     # Files of before name a bound; null bounded nothing.
     for bound, kept in (
@@ -161,6 +162,11 @@ def test_commands_take_methods_and_refuse_what_does_not_fit(
         written = path.stat().st_mtime_ns
         invoked(*common, "--probes", 2)
         assert (path.stat().st_mtime_ns == written) == kept
+    # Exact ones have no settings, and are kept as well.
+    replace(summed, method="exact", settings={}, probes=0).save(path)
+    written = path.stat().st_mtime_ns
+    invoked(*common, "--method", "exact")
+    assert path.stat().st_mtime_ns == written
     for refused, message in (
         (("--method", "guess"), "a method is one of"),
         (("--method", "two-stage", "--exact-share", 0), r"must be in \(0, 1\]"),
