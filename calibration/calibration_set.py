@@ -23,7 +23,7 @@ from calibration.demonstrated_actions import (
     pad_following,
 )
 from calibration.frame_draws import Drawable, DrawnRows, draw_parts
-from calibration.packed_observations import pack, unpack
+from calibration.packed_observations import content, content_digest, pack, unpack
 from calibration.sources.base import DataSource, ReadsAhead
 from calibration.sources.formats import open_source
 from calibration.sources.lerobot_columns import KeyMap
@@ -111,11 +111,14 @@ class CalibrationSet:
         """SHA-256 over every observation's content and order."""
         digest = hashlib.sha256()
         for observation in (*self.observations, *self.held_out):
-            for name, image in observation.images.items():
-                digest.update(f"{name}{image.shape}".encode() + image.tobytes())
-            digest.update(observation.state.tobytes() + observation.instruction.encode() + b"\0")
+            digest.update(content(observation))
         digest.update(str(len(self.observations)).encode())
         return digest.hexdigest()
+
+    def others(self, observations: Iterable[Observation]) -> tuple[Observation, ...]:
+        """Return those that are none of the set's `observations`, by their content."""
+        own = {content_digest(observation) for observation in self.observations}
+        return tuple(item for item in observations if content_digest(item) not in own)
 
     def save(self, path: Path) -> None:
         """Write the folder atomically.

@@ -1,5 +1,6 @@
-"""Images and states of many observations in one safetensors file."""
+"""Images and states of many observations in one safetensors file; one's content as bytes."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,18 @@ from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
 _IMAGES = "images/"
+
+
+def content(observation: Observation) -> bytes:
+    """Return all that an observation says, as digests are made of it."""
+    images = [f"{n}{i.shape}".encode() + i.tobytes() for n, i in observation.images.items()]
+    rest = observation.state.tobytes() + observation.instruction.encode() + b"\0"
+    return b"".join([*images, rest])
+
+
+def content_digest(observation: Observation) -> bytes:
+    """Return the SHA-256 of an observation's content."""
+    return hashlib.sha256(content(observation)).digest()
 
 
 def pack(observations: Sequence[Observation]) -> bytes:

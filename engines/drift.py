@@ -23,6 +23,8 @@ class ActionDrift:
     mean_physical: NDArray[np.float64]
     # Share of actions in another bin; None where actions are continuous.  float64 [dim]
     flipped: NDArray[np.float64] | None
+    # Median over observations of each one's root mean square difference, normalized.
+    median_rms: float
     # Observations compared, and actions of one dimension: observations times horizon.
     observations: int
     actions: int
@@ -43,6 +45,7 @@ class ActionDrift:
             "cosine": self.cosine,
             "observations": self.observations,
             "rms": self.rms,
+            "median_rms": self.median_rms,
             "max_normalized": self.max_normalized.tolist(),
             "mean_normalized": self.mean_normalized.tolist(),
             "rms_normalized": self.rms_normalized.tolist(),
@@ -88,6 +91,7 @@ def action_drift(
         max_physical=largest * unit,
         mean_physical=mean * unit,
         flipped=flipped,
+        median_rms=float(np.median(np.sqrt(np.square(difference).mean(axis=(1, 2))))),
         observations=len(a),
         actions=a.shape[0] * a.shape[1],
     )

@@ -23,6 +23,7 @@ _FIGURES = (
     "mean_abs_physical",
     "cosine",
 )
+_OPTIONAL = ("median_rms", "engine_drift_max", "token_kl")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class HeldOutError:
     mean_abs_physical: tuple[float, ...]
     # Between all actions as one vector; 1 is equal.
     cosine: float
+    # Median over observations of each one's root mean square difference, normalized; None where an
+    # earlier version measured.
+    median_rms: float | None = None
     # Largest normalized difference of the engine from torch with the same weights; None where no
     # engine ran.
     engine_drift_max: float | None = None
@@ -81,7 +85,7 @@ class HeldOutError:
     def to_json(self) -> dict[str, Any]:
         """Return what the file holds."""
         figures: dict[str, Any] = {name: getattr(self, name) for name in _FIGURES}
-        more = {"engine_drift_max": self.engine_drift_max, "token_kl": self.token_kl}
+        more = {name: getattr(self, name) for name in _OPTIONAL}
         figures |= {name: value for name, value in more.items() if value is not None}
         return {**self.subject.to_json(), **figures}
 
@@ -131,6 +135,7 @@ def held_out_error(
         max_abs_normalized=tuple(drift.max_normalized.tolist()),
         mean_abs_physical=tuple(drift.mean_physical.tolist()),
         cosine=drift.cosine,
+        median_rms=drift.median_rms,
         engine_drift_max=engine_drift_max,
         token_kl=token_kl,
     )
@@ -153,7 +158,7 @@ def _from_json(kind: Kind, value: dict[str, Any]) -> HeldOutError:
         tuple(map(float, value[name]))
         for name in ("mean_abs_normalized", "max_abs_normalized", "mean_abs_physical")
     )
-    drift, divergence = (value.get(name) for name in ("engine_drift_max", "token_kl"))
+    more = {name: float(value[name]) for name in _OPTIONAL if value.get(name) is not None}
     return HeldOutError(
         subject,
         held_out=int(value["held_out"]),
@@ -163,6 +168,5 @@ def _from_json(kind: Kind, value: dict[str, Any]) -> HeldOutError:
         max_abs_normalized=largest,
         mean_abs_physical=physical,
         cosine=float(value["cosine"]),
-        engine_drift_max=None if drift is None else float(drift),
-        token_kl=None if divergence is None else float(divergence),
+        **more,
     )

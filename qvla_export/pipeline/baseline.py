@@ -67,12 +67,15 @@ class BaselineVerdict:
         from calibration.benchmarks.evaluation_lines import success_text
 
         baseline, error = self.baseline, self.error
+        median = ""
+        if error.median_rms is not None:
+            median = f", of the median observation {error.median_rms:.4f}"
         libraries = ", ".join(f"{name} {version}" for name, version in baseline.libraries.items())
         yield (
             f"{baseline.request.setting}: held-out action error {error.rms:.4f} RMS on "
-            f"{error.held_out} observations; {baseline.mean_bits_per_channel:.2f} mean bits per "
-            f"channel, {baseline.stored_bits_per_weight:.2f} stored, {baseline.weight_bytes} "
-            f"bytes; {baseline.seconds:.1f} s of {libraries}"
+            f"{error.held_out} observations{median}; {baseline.mean_bits_per_channel:.2f} mean "
+            f"bits per channel, {baseline.stored_bits_per_weight:.2f} stored, "
+            f"{baseline.weight_bytes} bytes; {baseline.seconds:.1f} s of {libraries}"
         )
         if self.evaluation is not None:
             yield success_text(self.evaluation)

@@ -169,23 +169,30 @@ def load_calibration(run: RunFolder) -> "CalibrationSet":
 def judging_observations(run: RunFolder, place: Path) -> "tuple[Observation, ...]":
     """Return observations of a calibration set to judge a run's plans by.
 
-    All of another run's; of the run's own those that are held out, which no plan is made from.
+    All but those that the run's plans are made from: of the run's own set, what is held out. Other
+    frames of the same episodes count as others.
 
     Raises:
         ArtifactError: a set is missing or damaged.
-        QvlaError: the set is the run's own, and nothing was held out.
+        QvlaError: the plans are made from all of them.
     """
     from calibration.calibration_set import CalibrationSet
 
-    judges = CalibrationSet.load(place)
-    if judges.digest != load_calibration(run).digest:
-        return (*judges.observations, *judges.held_out)
-    if not judges.held_out:
+    judges, own = CalibrationSet.load(place), load_calibration(run)
+    same = judges.digest == own.digest
+    candidates = judges.held_out if same else (*judges.observations, *judges.held_out)
+    others = own.others(candidates)
+    if not others:
         raise QvlaError(
             f"the plans of {run.root} are made from all of {place}; name another run's set, drawn "
             "with another --seed"
         )
-    return tuple(judges.held_out)
+    if len(others) < len(candidates):
+        _LOG.warning(
+            "%d of %d observations of %s judge nothing: the plans of %s are made from them",
+            *(len(candidates) - len(others), len(candidates), place, run.root),
+        )
+    return others
 
 
 def require_calibration(calibration: "CalibrationSet", digest: str, what: str) -> None:

@@ -92,6 +92,16 @@ def test_figures_are_ordered_symmetric_and_in_both_units(a: Actions, b: Actions)
     assert drift.flipped is None
 
 
+def test_the_median_is_of_observations() -> None:
+    """One that lies far off moves the root mean square alone."""
+    far = np.zeros((3, 2, 3), np.float32)
+    far[1], far[2] = 0.25, 1.5
+    drift = action_drift(np.zeros_like(far), far, UNIT)
+    assert drift.median_rms == pytest.approx(0.25)
+    assert drift.rms == pytest.approx(np.sqrt((0.25**2 + 1.5**2) / 3))
+    assert drift.to_json()["median_rms"] == drift.median_rms
+
+
 @given(actions, st.permutations(range(3)))
 def test_equal_actions_do_not_drift_and_order_does_not_matter(a: Actions, order: Any) -> None:
     drift = action_drift(a, a.copy(), UNIT, BINS)

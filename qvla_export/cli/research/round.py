@@ -29,8 +29,8 @@ def round_command(
         Path | None,
         typer.Option(
             "--judge-by",
-            help="Calibration set: the action error on all of another run's observations, or on "
-            "this one's held-out, is printed, in torch with the whole policy in memory.",
+            help="Calibration set (RUN/calibration): the action error on those of its observations "
+            "that no plan is made from is printed, in torch with the whole policy in memory.",
             callback=A_CALIBRATION.require,
         ),
     ] = None,
@@ -69,7 +69,7 @@ def round_command(
         drift = judge_plan(opened, planned, judges)
         typer.echo(
             f"action error: RMS {drift.rms:.5f} of normalized actions on {drift.observations} "
-            f"observations of {judge_by}"
+            f"observations of {judge_by}; of the median observation {drift.median_rms:.5f}"
         )
     if cross_validate:
         typer.echo(predict_error(folder, parsed, opened))

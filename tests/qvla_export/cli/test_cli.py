@@ -19,8 +19,10 @@ from calibration.calibration_set import CalibrationSet
 from jetson.latency.comparison import LatencyComparison
 from qvla_export.allocation.setting import parse_setting
 from qvla_export.cli.app import app
+from qvla_export.pipeline.calibrate import judging_observations
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.errors import QvlaError
 
 GROUP = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 # "bench engines" as well as "deploy".
@@ -246,6 +248,21 @@ def test_a_set_without_held_out_observations_does_not_judge_its_own_plans(
     judged = ("--policy", inputs.checkpoint, "--setting", "w4", "--judge-by", run.calibration)
     own = qvla("round", "--run", tmp_path, *judged)
     assert "the plans of" in own.error and "another --seed" in own.error
+
+
+def test_observations_that_plans_are_made_from_judge_in_no_set(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, seen = RunFolder(tmp_path / "run"), tiny_observations(6)
+    CalibrationSet(seen[:3], seen[3:4], {"test": 1}).save(run.calibration)
+    mixed, same = tmp_path / "mixed", tmp_path / "same"
+    CalibrationSet(seen[1:5], seen[5:], {"test": 2}).save(mixed)
+    others = judging_observations(run, mixed)
+    assert [o.state.tolist() for o in others] == [o.state.tolist() for o in seen[3:]]
+    assert "2 of 5 observations" in caplog.text
+    CalibrationSet(seen[:2], seen[2:3], {"test": 3}).save(same)
+    with pytest.raises(QvlaError, match=r"the plans of .* are made from all of"):
+        judging_observations(run, same)
 
 
 @pytest.mark.parametrize(
