@@ -141,6 +141,10 @@ class RunFolder:
         """Held-out action error of a setting."""
         return self._of(setting) / "action_error.json"
 
+    def predicted_error(self, setting: Setting) -> Path:
+        """Action error that is expected of a setting on other episodes."""
+        return self._of(setting) / "predicted_error.json"
+
     def held_out_actions(self, setting: Setting) -> Path:
         """Actions of a setting's engine on the held-out observations."""
         return self._of(setting) / "held_out_actions.safetensors"

@@ -23,8 +23,10 @@ from qvla_export.shared.errors import ArtifactError, PlanMismatch, QvlaError
 from qvla_export.shared.json_documents import Node
 from qvla_export.shared.target import WIDTHS, Container
 
-# Of format 1, bytes had neither the order of channels nor biases in them.
 _FORMAT = "qvla-plan-2"
+# Its bytes had neither the order of channels nor added biases in them.
+_FORMAT_BEFORE = "qvla-plan-1"
+_ANEW = "make it anew: qvla plan, and qvla export for a bundle's"
 # A layer's widths are a string with one character a channel; "f" is 16 bits.
 _DIGITS: Mapping[int, str] = {0: "0", 2: "2", 4: "4", 8: "8", 16: "f"}
 # Of one channel; the widest layers of language models have 2^18.
@@ -250,8 +252,14 @@ class BitPlan:
             ArtifactError: the file is missing, damaged or no plan.
         """
         value = read_json(path, "bit plan")
-        if not isinstance(value, dict) or value.get("format") != _FORMAT:
-            raise ArtifactError(f"{path} is not a bit plan of format {_FORMAT}; make it anew")
+        stated = value.get("format") if isinstance(value, dict) else None
+        if stated == _FORMAT_BEFORE:
+            raise ArtifactError(
+                f"bit plan {path} is of format {_FORMAT_BEFORE}, whose bytes leave out the order "
+                f"of channels and added biases; {_ANEW}"
+            )
+        if stated != _FORMAT:
+            raise ArtifactError(f"{path} is not a bit plan of format {_FORMAT}; {_ANEW}")
         require_fields(value, _FIELDS, f"bit plan {path}")
         try:
             plan = _from_json(value)
@@ -261,8 +269,9 @@ class BitPlan:
             raise ArtifactError(f"bit plan {path} is damaged: {error}; make it anew") from error
         if plan.weight_bytes != value["weight_bytes"]:
             raise ArtifactError(
-                f"bit plan {path} is damaged: it states {value['weight_bytes']} weight bytes, "
-                f"its widths make {plan.weight_bytes}; make it anew"
+                f"bit plan {path} is damaged, or of a version that counted other bytes: it states "
+                f"{value['weight_bytes']} weight bytes, its widths make {plan.weight_bytes}; "
+                f"{_ANEW}"
             )
         return plan
 

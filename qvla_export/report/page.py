@@ -11,6 +11,7 @@ from qvla_export.report import (
     estimators,
     figures,
     kept_layers,
+    predicted_errors,
     recommendation,
     result_figures,
     robots,
@@ -72,6 +73,10 @@ def render(data: RunData) -> str:
         dimensions=tables.dimensions(data),
         tasks=tables.tasks(data),
         plans=tables.plans(data),
+        predicted_errors=predicted_errors.predicted_table(
+            {s.name: s.predicted_error for s in data.settings if s.predicted_error is not None},
+            {s.name: s.action_error for s in data.settings if s.action_error is not None},
+        ),
         latencies=tables.latencies(data),
         robots=robots.robot_table(data.robots),
         estimators=estimators.estimator_table(data.estimators),

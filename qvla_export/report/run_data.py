@@ -19,6 +19,11 @@ from qvla_export.report.measured import (
     read_object,
     read_rollouts,
 )
+from qvla_export.report.predicted_errors import (
+    PREDICTED_ERROR,
+    PredictedError,
+    read_predicted_error,
+)
 from qvla_export.report.recommendation import Recommended, read_recommendation
 from qvla_export.report.robots import RobotMeasurement, read_robots
 from qvla_export.sensitivity.sensitivities import Sensitivities
@@ -67,6 +72,8 @@ class SettingResult:
     # Bytes of the quantizable layers as they lie in the bundle, scales included.
     layer_bytes: int
     action_error: ActionError | None
+    # What was to be expected of the plan; None where nobody cross-validated it.
+    predicted_error: PredictedError | None
     rollouts: Rollouts | None
     latency: Latency | None
 
@@ -266,6 +273,12 @@ def _read_setting(
     for what, made_for in (("action error", error), ("latency", latency)):
         if made_for is not None:
             _require(f"{what} and bundle {folder.name}", made_for.bundle_digest, bundle.digest)
+    predicted = _if_there(folder / PREDICTED_ERROR, read_predicted_error)
+    if predicted is not None:
+        made_for = "that of no plan" if plan is None else plan.digest
+        again = f"Run `qvla round --cross-validate` again, or remove {folder / PREDICTED_ERROR}."
+        what = f"plan and predicted error of {folder.name}"
+        require_same(what, made_for, predicted.plan_digest, again)
     rollouts = _if_there(folder / "evaluation.json", read_rollouts)
     if rollouts is not None and rollouts.digest not in (bundle.digest, bundle.policy_digest):
         _require(f"evaluation and bundle {folder.name}", rollouts.digest, bundle.digest)
@@ -276,6 +289,7 @@ def _read_setting(
         bundle_bytes=bundle.nbytes,
         layer_bytes=sum(count for part, count in parts.items() if part != "rest"),
         action_error=error,
+        predicted_error=predicted,
         rollouts=rollouts,
         latency=latency,
     )

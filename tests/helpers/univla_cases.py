@@ -40,6 +40,16 @@ EPISODES = [path for path in _FILES if _holds(path, "latent_action", "visual_emb
 CASE_IDS = [f"{case.parent.name}-{case.stem}" for case in CASES]
 
 
+def _action_dim(folder: Path) -> int:
+    """Read how many numbers an action has off a chunk that lies there."""
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as archive:
+            for name in ("decoder_chunk", "chunk"):
+                if name in archive.files:
+                    return int(archive[name].shape[-1])
+    raise AssertionError(f"no chunk in {folder}")
+
+
 def load_oracle(folder: Path) -> UniVlaPolicy:
     """Load an oracle's checkpoint with the numbers of heads that its weights do not show."""
     tiny = json.loads((folder / "timm_tiny_models.json").read_text())
@@ -48,7 +58,7 @@ def load_oracle(folder: Path) -> UniVlaPolicy:
     config = UniVlaConfig(
         cameras=("full_image",),
         horizon=decoder["window_size"],
-        action_dim=DIM,
+        action_dim=_action_dim(folder),
         state_dim=0,
         normalization="q99",
         vision_heads=(heads[True], heads[False]),
@@ -62,7 +72,7 @@ def load_decoder(folder: Path) -> ActionDecoder:
     tiny = json.loads((folder / "timm_tiny_models.json").read_text())["action_decoder"]
     width = tiny["embed_dim"]
     shape = DecoderShape(width, tiny["n_heads"], round(tiny["mlp_ratio"] * width))
-    decoder = ActionDecoder(tiny["vis_dim"], shape, tiny["window_size"], DIM)
+    decoder = ActionDecoder(tiny["vis_dim"], shape, tiny["window_size"], _action_dim(folder))
     decoder.load_state_dict(read_state_file(folder / "checkpoint" / "action_decoder.pt"))
     return decoder.eval()
 

@@ -8,7 +8,7 @@ in turn. Consecutive observations are of one episode, but where a quarter ends.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from qvla_export.allocation.setting import Setting
@@ -16,6 +16,7 @@ from qvla_export.pipeline.calibrate import load_calibration, require_calibration
 from qvla_export.pipeline.plan import load_plan
 from qvla_export.pipeline.progress import OnProgress, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.shared.artifacts import write_json
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ _PROBES = 4
 class PredictedError:
     """What is to be expected of a plan's actions on other observations, to first order."""
 
+    # Of the plan, and of the calibration set whose quarters judge each other.
+    plan_digest: str
+    calibration_digest: str
     # RMS of the normalized actions' error: of all errors together, and if none met another.
     rms: float
     rms_of_channels: float
@@ -54,6 +58,8 @@ def predict_error(
     run: RunFolder, setting: Setting, policy: "Policy", on_progress: OnProgress = ignore
 ) -> PredictedError:
     """Predict a planned setting's action error on observations that no step was made from.
+
+    It is kept beside the plan, where a report finds it.
 
     Raises:
         QvlaError: there is no plan, or there are fewer observations than quarters.
@@ -81,7 +87,9 @@ def predict_error(
     finish(on_progress, f"cross-validation, {setting.name}", kept=False)
     found = PlanDeviation.joined(pieces)
     numbers = policy.infer(seen[0]).actions.size
-    return PredictedError(
+    predicted = PredictedError(
+        plan_digest=plan.digest,
+        calibration_digest=calibration.digest,
         rms=float(found.union() / numbers) ** 0.5,
         rms_of_channels=float(found.channel_sums.sum() / numbers) ** 0.5,
         union_over_modules=found.union_over_modules,
@@ -89,6 +97,8 @@ def predict_error(
             name: found.union_over_channels(layers) for name, layers in found.modules.items()
         },
     )
+    write_json(run.predicted_error(setting), asdict(predicted))
+    return predicted
 
 
 def _coded(

@@ -21,6 +21,8 @@ from qvla_export.allocation.setting import parse_setting
 from qvla_export.cli.app import app
 from qvla_export.pipeline.calibrate import judging_observations
 from qvla_export.pipeline.run_folder import RunFolder
+from qvla_export.quantizer.plan import BitPlan
+from qvla_export.report.page import write_report
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import QvlaError
 
@@ -237,6 +239,25 @@ def test_codes_are_judged_by_what_no_plan_is_made_from(
         # Of the same observations the bundle's engine has the same error.
         measured = json.loads(RunFolder(run).action_error(parse_setting("w4")).read_text())
         assert float(found[1]) == pytest.approx(measured["rms"], abs=2e-5)
+
+
+def test_cross_validation_is_kept_beside_the_plan_it_is_of(run: Path, inputs: Inputs) -> None:
+    folder, w4 = RunFolder(run), parse_setting("w4")
+    arguments = ("--run", run, "--policy", inputs.checkpoint, "--setting", "w4")
+    outcome = qvla("round", *arguments, "--cross-validate")
+    assert outcome.code == 0, outcome.err
+    found = re.search(r"RMS ([\d.]+) of normalized.* \(([\d.]+) if channels", outcome.out)
+    union = re.search(r"sum of parts: ([\d.]+) of modules", outcome.out)
+    assert found is not None and union is not None, outcome.out
+    kept = json.loads(folder.predicted_error(w4).read_text())
+    assert kept["plan_digest"] == BitPlan.load(folder.plan(w4)).digest
+    assert float(found[1]) == pytest.approx(kept["rms"], abs=1e-5)
+    assert float(found[2]) == pytest.approx(kept["rms_of_channels"], abs=1e-5)
+    assert float(union[1]) == pytest.approx(kept["union_over_modules"], abs=0.006)
+    # To first order, and of other observations than those of the bundle's error.
+    measured = json.loads(folder.action_error(w4).read_text())["rms"]
+    assert kept["rms"] == pytest.approx(measured, rel=1.0)
+    assert "What errors do to each other" in write_report(run).read_text()
 
 
 def test_a_set_without_held_out_observations_does_not_judge_its_own_plans(

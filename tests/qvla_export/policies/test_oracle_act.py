@@ -1,5 +1,7 @@
 """Golden data of LeRobot's ACT: pictures, every intermediate result, the actions, both queues."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -86,7 +88,8 @@ def test_ensembling_is_upstreams() -> None:
     decay = float(golden["temporal_ensemble_coeff"])
     chunks = golden["chunks_normalized"]
     same(ensembled(chunks, decay), golden["ensemble_actions_normalized"], "normalized")
-    same(ensembled(chunks[:3], decay), golden["ensemble_actions_normalized_after_reset"], "reset")
+    again = golden["ensemble_actions_normalized_after_reset"]
+    same(ensembled(chunks[: len(again)], decay), again, "reset")
     # The loop averages what it is handed, actions in the robot's units: the map is a straight line.
     config = read_lerobot_config(ORACLE / "checkpoint")
     both = read_normalizers(ORACLE / "checkpoint", config, ())
@@ -97,7 +100,8 @@ def test_ensembling_is_upstreams() -> None:
 
 
 def test_a_queue_is_a_receding_horizon() -> None:
-    golden, executed = episode(), 8
+    golden = episode()
+    executed = json.loads((ORACLE / "checkpoint/config.json").read_text())["n_action_steps"]
     settings = LoopSettings(10.0, 1e6, 1e6, mode="receding", execute=executed)
     buffer, found = ChunkBuffer(settings), []
     for number in range(len(golden["queue_actions_normalized"])):

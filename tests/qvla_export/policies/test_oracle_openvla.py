@@ -15,7 +15,7 @@ from qvla_export.policies.prismatic.loading import token_centers
 from qvla_export.shared.processor import with_suffix
 
 FEATURES, LOGITS, ACTIONS = 1e-4, 3e-4, 1e-6  # absolute, float32: the oracle's README
-BINS = 256
+_VOCABULARY = 32000  # of Llama 2, upstream's constant; no file states it
 
 
 @pytest.fixture(scope="module", params=CASES, ids=CASE_IDS)
@@ -28,9 +28,11 @@ def cached_logits(policy: OpenVlaPolicy, case: Case) -> torch.Tensor:
     module, batch = policy.module, case.batch()
     decoder, depth = module.language_model, len(module.language_model.model.layers)
     hidden, length = module.embed(module.patches(batch.pixel_values), batch.input_ids)
-    caches: Sequence[LayerCache] = [decoder.empty_cache(hidden, hidden.shape[1] + 6)] * depth
+    tokens = len(case.golden["generated_token_ids"])
+    longest = hidden.shape[1] + tokens - 1
+    caches: Sequence[LayerCache] = [decoder.empty_cache(hidden, longest)] * depth
     found = []
-    for _ in range(7):
+    for _ in range(tokens):
         hidden, caches = decoder.blocks(hidden, length, caches, 0, depth)
         found.append(decoder.logits(hidden[:, -1:]))
         hidden, length = module.embed_tokens(found[-1].argmax(dim=-1)), length + 1
@@ -50,19 +52,21 @@ def test_every_intermediate_result(case: Case) -> None:
     assert length.tolist() == [embeddings.shape[1]]
     assert batch.tokens is not None
     follow = module.embed_tokens(batch.tokens[:, :-1])
-    hidden = module.language_model(torch.cat([embeddings, follow], dim=1), length + 6)
+    tokens = len(case.golden["generated_token_ids"])
+    both = torch.cat([embeddings, follow], dim=1)
+    hidden = module.language_model(both, length + tokens - 1)
     for got, name in (
         (features, "vision_patch_features"),
         (patches, "projected_features"),
         (embeddings, "multimodal_embeddings"),
-        (hidden[0, -7:], "last_hidden_states_at_action_positions"),
+        (hidden[0, -tokens:], "last_hidden_states_at_action_positions"),
     ):
         np.testing.assert_allclose(
             got.numpy(), case.golden[name], rtol=0, atol=FEATURES, err_msg=name
         )
     first = module.arch.first_action_token
-    expected = case.golden["logits_at_action_positions"][:, first : first + BINS]
     got = case.policy.token_logits(batch)[0].numpy()
+    expected = case.golden["logits_at_action_positions"][:, first : first + got.shape[-1]]
     np.testing.assert_allclose(got, expected, rtol=0, atol=LOGITS)
 
 
@@ -111,11 +115,12 @@ def test_actions_by_either_files_statistics(
 
 def test_bins_are_upstreams() -> None:
     with np.load(FOLDER / "openvla" / "decode_tokens.npz") as golden:
-        index = golden["token_ids"] - (32000 - BINS)
-        expected = golden["normalized_actions"]
-    inside = (index >= 0) & (index < BINS)
+        bins, expected = len(golden["bin_centers"]) + 1, golden["normalized_actions"]
+        # The vocabulary that upstream's tokens end: they fill it up where a model's is longer.
+        index = golden["token_ids"] - (_VOCABULARY - bins)
+    inside = (index >= 0) & (index < bins)
     assert inside.sum() > 10
-    got = token_centers(BINS).numpy()[index[inside]]
+    got = token_centers(bins).numpy()[index[inside]]
     np.testing.assert_allclose(got, expected[inside], rtol=0, atol=ACTIONS)
 
 

@@ -91,7 +91,7 @@ def rewritten(path: Path, old: str, new: str) -> None:
         ("config.json", '"use_relative_actions": false', '"use_relative_actions": true',
          CheckpointError, "use_relative_actions is on"),
         ("config.json", '"use_peft": false', '"use_peft": true', CheckpointError, "adapter"),
-        ("config.json", '"chunk_size": 10', '"chunk_sizes": 10', ArtifactError, "chunk_size"),
+        ("config.json", '"chunk_size"', '"chunk_sizes"', ArtifactError, "chunk_size"),
         (f"{PREPROCESSOR}.json", "to_batch_processor", "blur_processor",
          StatisticsError, "blur_processor"),
         (f"{PREPROCESSOR}.json", '"padding_side": "right"', '"padding_side": "left"',
@@ -130,7 +130,8 @@ def test_a_state_that_was_filled_up_in_the_prompt(tmp_path: Path) -> None:
     policy = load_policy(folder)
     seen = observations(case)[0]
     plain = policy.processor.prompt_ids(seen)
-    stated = json.loads((folder / "qvla_policy.json").read_text()) | {"prompt_state_width": 10}
+    width = case.golden["state"].shape[1] + 2
+    stated = json.loads((folder / "qvla_policy.json").read_text()) | {"prompt_state_width": width}
     (folder / "qvla_policy.json").write_text(json.dumps(stated))
     filled = load_policy(folder)
     assert filled.digest != policy.digest

@@ -195,6 +195,8 @@ def test_save_and_load(tmp_path: Path) -> None:
         (lambda v: v["layers"]["layer.0"].update(widths="4"), "weight bytes"),
         (lambda v: v.pop("containers"), "lacks"),
         (lambda v: v.update(format="other"), "not a bit plan"),
+        (lambda v: v.update(format="qvla-plan-1"), "leave out the order of channels.*qvla plan"),
+        (lambda v: v.update(weight_bytes=1), "counted other bytes.*1 weight bytes.*qvla plan"),
         (lambda v: v.update(layers=[]), "damaged"),
         (lambda v: v["containers"].pop("4"), "damaged"),
     ],

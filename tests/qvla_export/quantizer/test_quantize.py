@@ -1,5 +1,6 @@
 """The quantizer: the official functions' numbers, and properties that hold for any weights."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from qvla_export.quantizer.layer_names import kept_kind_of
 from qvla_export.quantizer.quantize import (
     CODE_RANGE,
     QuantizerSpec,
@@ -47,6 +49,34 @@ def test_max_scales_reproduce_the_official_quantizer(oracles: Path, bits: int) -
     expected = arrays[f"fake_quantize_tensor_sym_fp32_b{bits}"]
     quantized = quantize_channels(arrays["rows_fp32"], bits, spec())
     np.testing.assert_allclose(quantized.dequantize(), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_gates_change_weights_as_the_official_injection_does(oracles: Path) -> None:
+    gates = json.loads((oracles / "quantization" / "gates.json").read_text())
+    with np.load(oracles / "quantization" / "inject.npz") as archive:
+        golden = dict(archive)
+    injected = 0
+    for key, before in golden.items():
+        name = key.removeprefix("before/").removesuffix(".weight")
+        if not key.startswith("before/") or not key.endswith(".weight"):
+            continue
+        rows, after = as_rows(before), as_rows(golden[f"after/{name}.weight"])
+        if kept_kind_of(name) != "other":
+            np.testing.assert_array_equal(after, rows)
+            continue
+        widths = np.array(gates.get(name) or gates[name.partition(".")[2]], np.int8)
+        if len(widths) != len(rows):
+            # Upstream takes the lower median for all channels, without a word.
+            with pytest.raises(QvlaError, match="need as many widths"):
+                fake_quantize(rows, widths, spec())
+            lower = np.sort(widths)[(len(widths) - 1) // 2]
+            widths = np.full(len(rows), lower, np.int8)
+        found, half = fake_quantize(rows, widths, spec()), widths == 16
+        np.testing.assert_allclose(found[~half], after[~half], rtol=1e-6, atol=1e-6)
+        # Upstream leaves 16 bits as they are, in whatever type that is.
+        np.testing.assert_array_equal(after[half], rows[half])
+        injected += 1
+    assert injected == int(golden["injected"])
 
 
 def test_sixteen_bits_are_float16() -> None:

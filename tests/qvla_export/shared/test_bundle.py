@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tiny_bundles import change_manifest, make_bundle, mixed_plan
 from engines.load import load_engine
 from engines.targets import UnknownTarget
 from qvla_export.policies.oft.policy import OftPolicy
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
@@ -67,6 +69,28 @@ def test_round_trip(
     for name, feed in loaded.processor.feeds(observation).items():
         np.testing.assert_array_equal(feed, tiny_policy.processor.feeds(observation)[name])
         np.testing.assert_array_equal(feed, stored[name])
+
+
+def test_a_bundle_of_before_order_and_biases_counted_still_acts(copied: Path) -> None:
+    """Its manifest has fewer kinds of bytes, its plan is of format 1: it runs all the same."""
+    text = (copied / "plan.json").read_text().replace("qvla-plan-2", "qvla-plan-1")
+    (copied / "plan.json").write_text(text)
+
+    def as_before(manifest: dict[str, Any]) -> None:
+        rest = sum(manifest["weight_bytes"].pop(kind) for kind in ("order", "biases"))
+        manifest["weight_bytes"]["rest"] += rest
+        manifest["files"]["plan.json"]["sha256"] = sha256_file(copied / "plan.json")
+        manifest["plan"]["digest"] = sha256_file(copied / "plan.json")
+
+    change_manifest(copied, as_before)
+    bundle = Bundle.load(copied)
+    assert "order" not in bundle.weight_bytes
+    golden = bundle.golden()
+    with load_engine(bundle) as engine:
+        found = engine.infer(golden.feeds[0])["actions"]
+    np.testing.assert_allclose(found[0], golden.reference[0], atol=1e-4)
+    with pytest.raises(ArtifactError, match=r"qvla-plan-1.*qvla export for a bundle"):
+        BitPlan.load(copied / "plan.json")
 
 
 @pytest.mark.parametrize("name", FILES)
