@@ -184,6 +184,12 @@ results: demo baselines-env
 	done
 	$$qvla deploy --policy $(OBJECT_STATE) --tasks precise --run $(PRECISE) --episodes 0 \
 	    --settings float,w4,w3,w2.5,w2,w4-rtn,w2-rtn,w4.2,w3.2,w2.3
+	$$qvla plan --run $(PRECISE) --setting w8
+	for setting in w8 w4 w3 w2.5 w2; do
+	    $$qvla round --run $(PRECISE) --policy $(OBJECT_STATE) --setting $$setting \
+	        --judge-by $(PRECISE)/calibration --cross-validate
+	done
+	$$qvla report $(PRECISE)
 	mkdir -p $(PAIRED)
 	for bits in 4 3 2; do
 	    for method in gptq max; do
