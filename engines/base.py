@@ -87,6 +87,7 @@ class BundleEngine(abc.ABC):
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
+        self._is_open = True
         self._part_ms: Mapping[str, float] = {}
         self._part_calls: Mapping[str, int] = {}
 
@@ -134,6 +135,17 @@ class BundleEngine(abc.ABC):
     ) -> None:
         self.close()
 
+    def _admit(self, feeds: Feeds) -> None:
+        """Refuse what cannot be run: a closed engine, inputs that do not fit.
+
+        Raises:
+            InvalidFeeds: see `check_feeds`.
+            EngineError: the engine is closed.
+        """
+        if not self._is_open:
+            raise EngineError("the engine is closed; load it again")
+        check_feeds(self.inputs, feeds)
+
 
 def rounds_activations(bundle: Bundle) -> bool:
     """Say whether a bundle's plan rounds activations to integers.
@@ -152,6 +164,16 @@ def rounds_activations(bundle: Bundle) -> bool:
 def rounds_in_kernels(bundle: Bundle) -> bool:
     """Say whether a bundle asks for kernels that round activations to 8 bits a block."""
     return bool(bundle.engine_options.get("accuracy_level", 0) == 4)
+
+
+def require_threads(threads: int | None) -> None:
+    """Refuse a number of CPU threads that is none.
+
+    Raises:
+        EngineError: it is below 1.
+    """
+    if threads is not None and threads < 1:
+        raise EngineError(f"threads must be at least 1 or None, got {threads}")
 
 
 def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qvla_export.shared.artifacts import require_fields
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.node_names import parse_node_name
 
 # Field -> key on disk.
 _TEXTS = {"part": "stage", "name": "name", "op_type": "op_type", "layer": "layer"}
@@ -35,6 +36,13 @@ class LayerTime:
     bits: int | None
     # float64 [passes]
     samples_ms: NDArray[np.float64]
+
+    @staticmethod
+    def of_node(part: str, name: str, op_type: str, samples_ms: NDArray[np.float64]) -> "LayerTime":
+        """Return the time of a node whose name says which layer and width it serves, or none."""
+        named = parse_node_name(name)
+        layer, bits = ("", None) if named is None else (named.layer, named.bits)
+        return LayerTime(part, name, op_type, layer, bits, samples_ms)
 
     @property
     def median_ms(self) -> float:

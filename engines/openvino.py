@@ -14,7 +14,7 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from engines.base import BundleEngine, EngineError, Feeds, check_feeds, rounds_activations
+from engines.base import BundleEngine, EngineError, Feeds, require_threads, rounds_activations
 from engines.forms.float_layers import FloatLayers, all_layers, form_of
 from engines.forms.folded import fold
 from engines.layer_times import LayerTime, LayerTimes
@@ -22,7 +22,6 @@ from engines.ort import cpu_description, saturates
 from engines.program.part_log import PartLog
 from qvla_export.shared.allocator import return_freed_memory
 from qvla_export.shared.bundle import Bundle
-from qvla_export.shared.node_names import parse_node_name
 from qvla_export.shared.part import Part
 from qvla_export.shared.program import PartRuns, run_program
 
@@ -55,13 +54,11 @@ class OpenVinoEngine(BundleEngine):
                 integers overflow in it.
         """
         super().__init__(bundle)
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads must be at least 1 or None, got {threads}")
+        require_threads(threads)
         _require_exact_integers(bundle, float_layers)
         self._threads = threads
         self._float_layers = float_layers
         self._core = openvino.Core()
-        self._open = True
         # Part name -> its infer request, which holds the compiled graph.
         self._requests: dict[str, Any] = {}
         if keep_loaded:
@@ -80,9 +77,7 @@ class OpenVinoEngine(BundleEngine):
 
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Return the named outputs of named inputs."""
-        if not self._open:
-            raise EngineError("the engine is closed; load it again")
-        check_feeds(self.inputs, feeds)
+        self._admit(feeds)
         log = PartLog()
         outputs = self._run_program(feeds, self._requests, log)
         self._part_ms, self._part_calls = log.part_ms, log.part_calls
@@ -93,7 +88,7 @@ class OpenVinoEngine(BundleEngine):
 
         Graphs of their own, with the same settings: the weights are in memory twice meanwhile.
         """
-        check_feeds(self.inputs, feeds)
+        self._admit(feeds)
         requests = {part.name: self._load(part, counted=True) for part in self._bundle.parts}
         taken: dict[tuple[str, str, str], list[float]] = {}
         for index in range(passes + _UNTIMED_PASSES):
@@ -103,12 +98,14 @@ class OpenVinoEngine(BundleEngine):
                 if index >= _UNTIMED_PASSES:
                     taken.setdefault(key, []).append(ms)
         # What did not run in every pass is no layer's time.
-        rows = [_row(key, ms) for key, ms in taken.items() if len(ms) == passes]
+        rows = [
+            LayerTime.of_node(*key, np.array(ms)) for key, ms in taken.items() if len(ms) == passes
+        ]
         return LayerTimes(self.runtime, tuple(rows))
 
     def close(self) -> None:
         """Free the compiled graphs."""
-        self._open = False
+        self._is_open = False
         self._requests = {}
 
     def _run_program(
@@ -136,16 +133,11 @@ class OpenVinoEngine(BundleEngine):
 
     def _load(self, part: Part, counted: bool = False) -> Any:
         settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            # Its default is bfloat16 where a CPU has it, which moves actions more than ours may.
-            "INFERENCE_PRECISION_HINT": "f32",
+            **latency_settings(self._threads),
             # Where weights alone are integers, inputs stay in float, as bundles ask for.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
             "PERF_COUNT": counted,
         }
-        if self._threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = self._threads
         path = self._bundle.model_path(part)
         with tempfile.TemporaryDirectory(prefix="qvla-openvino-") as folder:
             if self._bundle.plan is not None:
@@ -179,6 +171,21 @@ class _OnePass:
                 self.ms[key] = self.ms.get(key, 0.0) + ms
 
 
+def latency_settings(threads: int | None) -> dict[str, Any]:
+    """Return what OpenVINO is told for one action at a time, in float32.
+
+    Args:
+        threads: of one action; None for one a physical core.
+    """
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        # Its default is bfloat16 where a CPU has it, which moves actions more than ours may.
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    return settings if threads is None else {**settings, "INFERENCE_NUM_THREADS": threads}
+
+
 def openvino_version() -> str:
     """Return the runtime's version without its build."""
     return str(openvino.__version__).partition("-")[0]
@@ -204,10 +211,3 @@ def _require_exact_integers(bundle: Bundle, float_layers: FloatLayers) -> None:
             f"nor AMX, and {len(integers)} layers would be such ({integers[0]}); run the bundle on "
             "ONNX Runtime (--runtime ort), whose products are exact, or with --weights unpacked"
         )
-
-
-def _row(key: tuple[str, str, str], ms: list[float]) -> LayerTime:
-    part, name, kind = key
-    found = parse_node_name(name)
-    layer, bits = ("", None) if found is None else (found.layer, found.bits)
-    return LayerTime(part, name, kind, layer, bits, np.array(ms))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import onnxruntime
 from numpy.typing import NDArray
 
-from engines.base import BundleEngine, EngineError, Feeds, check_feeds, rounds_activations
+from engines.base import BundleEngine, EngineError, Feeds, require_threads, rounds_activations
 from engines.forms.float_layers import FloatLayers, form_of, with_float_layers
 from engines.forms.graph_file import GraphFile
 from engines.layer_times import LayerTime, LayerTimes
@@ -72,7 +72,6 @@ class OrtEngine(BundleEngine):
         self._new_options()  # refuses a wrong setting now, though a part may be loaded much later
         self._weights, self._float_layers = weights, float_layers
         self._keep_loaded = keep_loaded
-        self._open = True
         # Part name -> session.
         self._sessions: dict[str, Any] = {}
         if keep_loaded:
@@ -92,9 +91,7 @@ class OrtEngine(BundleEngine):
 
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Return the named outputs of named inputs."""
-        if not self._open:
-            raise EngineError("the engine is closed; load it again")
-        check_feeds(self.inputs, feeds)
+        self._admit(feeds)
         log = PartLog()
         outputs = self._run_program(feeds, self._sessions, log)
         self._part_ms, self._part_calls = log.part_ms, log.part_calls
@@ -113,7 +110,7 @@ class OrtEngine(BundleEngine):
                 f"layer times of {self._provider} would be those of kernel launches; take them on "
                 "a TensorRT target, or with NVIDIA's nsys"
             )
-        check_feeds(self.inputs, feeds)
+        self._admit(feeds)
         runs = passes + _UNTIMED_PASSES
         rows: list[LayerTime] = []
         with tempfile.TemporaryDirectory(prefix="qvla-layers-") as folder:
@@ -133,7 +130,7 @@ class OrtEngine(BundleEngine):
 
     def close(self) -> None:
         """Free the sessions."""
-        self._open = False
+        self._is_open = False
         self._sessions = {}
 
     def _run_program(
@@ -250,8 +247,7 @@ def cpu_description() -> str:
 
 def ort_options(level: object, threads: int | None, weights: WholeForm = "packed") -> Any:
     """Return session options; `level` is the accuracy level of `session_options`."""
-    if threads is not None and threads < 1:
-        raise EngineError(f"threads must be at least 1 or None, got {threads}")
+    require_threads(threads)
     if level not in (0, 1, 2, 3, 4):
         raise EngineError(f"accuracy_level must be 0 to 4, got {level!r}; export the bundle anew")
     options = onnxruntime.SessionOptions()

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engines.base import EngineError
 from engines.layer_times import LayerTime
-from qvla_export.shared.node_names import parse_node_name
 
 _KERNEL = "_kernel_time"
 
@@ -55,17 +55,14 @@ def read_profile(
             "million events, so ask for fewer passes"
         )
     return tuple(
-        _row(part, name, kinds[index, name], times[dropped * calls :], calls)
+        LayerTime.of_node(part, name, kinds[index, name], _by_action(times, calls)[dropped:])
         for (index, name), times in taken.items()
     )
 
 
-def _row(part: str, name: str, op_type: str, times_ms: list[float], calls: int) -> LayerTime:
-    found = parse_node_name(name)
-    samples_ms = np.array(times_ms).reshape(-1, calls).sum(axis=1)
-    if found is None:
-        return LayerTime(part, name, op_type, "", None, samples_ms)
-    return LayerTime(part, name, op_type, found.layer, found.bits, samples_ms)
+def _by_action(times_ms: list[float], calls: int) -> NDArray[np.float64]:
+    """Add up a node's calls of one action.  float64 [actions]"""
+    return np.array(times_ms, np.float64).reshape(-1, calls).sum(axis=1)
 
 
 def profiling_options(options: Any, folder: Path, part: str) -> Any:

@@ -21,6 +21,9 @@ class Ratio:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
 
 def time_in_turn(
     calls: Mapping[str, Callable[[], object]],

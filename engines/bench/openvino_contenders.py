@@ -15,6 +15,8 @@ from engines.forms.folded import save_optimized
 from engines.ort import keep_integers_exact, ort_options
 
 FLOAT, INT8, INT4 = "OpenVINO FP32", "OpenVINO INT8 (NNCF)", "OpenVINO INT4 (NNCF)"
+# Behind the name of one of our mixes.
+ON_OPENVINO = " (OpenVINO)"
 _GROUP = 64
 
 
@@ -91,7 +93,7 @@ class OpenVinoBench:
             run = self._run(openvino.Core().read_model(folder / path.name))
             found.append(
                 Contender(
-                    f"{name} (OpenVINO)",
+                    name + ON_OPENVINO,
                     run,
                     other.stored_bytes,
                     other.read_bytes,
@@ -104,12 +106,9 @@ class OpenVinoBench:
     def _run(self, model: Any) -> Run:
         import openvino
 
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": self.threads,
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
+        from engines.openvino import latency_settings
+
+        settings = latency_settings(self.threads)
         request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
         def run(hidden: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.bench.openvino_contenders import INT4, INT8
+from engines.bench.contenders import DYNAMIC
+from engines.bench.openvino_contenders import INT4, INT8, ON_OPENVINO
 from engines.rounds import Ratio, speedup
 
-_DYNAMIC, _ON_OPENVINO = "ORT dynamic INT8", " (OpenVINO)"
 _EIGHT, _EIGHT_PRUNED = "ours w8a8", "ours w8a8, 30 % pruned"
 _NARROW = tuple(f"ours w{bits}a8, 30 % pruned" for bits in (4, 3, 2))
 _DECODED = ("ours w4", "ours w3", "ours w4a8, 30 % pruned", "ours w3a8, 30 % pruned")
@@ -24,11 +24,7 @@ class Pair:
     ratio: Ratio
 
     def __str__(self) -> str:
-        found = self.ratio
-        return (
-            f"{self.name} is {found.median:.2f} [{found.low:.2f}, {found.high:.2f}] times as fast "
-            f"as {self.against}"
-        )
+        return f"{self.name} is {self.ratio} times as fast as {self.against}"
 
 
 def compare_pairs(samples: Mapping[str, NDArray[np.float64]], tokens: int) -> tuple[Pair, ...]:
@@ -47,12 +43,12 @@ def compare_pairs(samples: Mapping[str, NDArray[np.float64]], tokens: int) -> tu
 
 def _wanted(tokens: int) -> Iterator[tuple[str, str]]:
     """Yield names: equal pruning on either runtime, then the others' own 8 and 4 bits."""
-    for suffix in ("", _ON_OPENVINO):
+    for suffix in ("", ON_OPENVINO):
         for name in _NARROW:
             yield name + suffix, _EIGHT_PRUNED + suffix
         for name in (_EIGHT, _EIGHT_PRUNED, _NARROW[0]):
             yield name + suffix, INT8
-            yield name + suffix, _DYNAMIC
+            yield name + suffix, DYNAMIC
     if tokens == 1:
         for name in _DECODED:
             yield name, INT4

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engines.base import Engine
-from engines.forms.float_layers import FloatLayers
+from engines.forms.float_layers import FloatLayers, count_layers
 from engines.forms.tuning import PACKAGES, TimedForm
 from engines.ort import OrtEngine
 from qvla_export.shared.bundle import Bundle
@@ -25,11 +25,6 @@ class Candidate:
     def name(self) -> str:
         """Say in words what it is: "ort, as stored"."""
         return f"{self.runtime}, {self.form}"
-
-    @property
-    def float_count(self) -> int:
-        """Layers whose weights are float32 in memory."""
-        return sum(len(layers) for layers in self.float_layers.values())
 
     def open(self, bundle: Bundle, threads: int | None, keep_loaded: bool = True) -> Engine:
         """Return the engine.
@@ -53,7 +48,7 @@ class Trial:
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the names of the layers."""
-        return {"float_layers": self.candidate.float_count, **asdict(self.timed)}
+        return {"float_layers": count_layers(self.candidate.float_layers), **asdict(self.timed)}
 
 
 def fastest(trials: Sequence[Trial]) -> Trial | None:

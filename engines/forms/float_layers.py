@@ -23,8 +23,13 @@ def all_layers(bundle: Bundle) -> FloatLayers:
 
 def form_of(float_layers: FloatLayers) -> str:
     """Say how many layers are float, in words; nothing where none is."""
-    count = sum(len(layers) for layers in float_layers.values())
+    count = count_layers(float_layers)
     return f"{count} layers in float" if count else ""
+
+
+def count_layers(float_layers: FloatLayers) -> int:
+    """Return how many layers are float, over all parts."""
+    return sum(len(layers) for layers in float_layers.values())
 
 
 def layers_of(graph: GraphFile) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.base import BundleEngine, EngineError, Feeds, check_feeds
+from engines.base import BundleEngine, EngineError, Feeds
 from engines.layer_times import LayerTimes
 from engines.program.part_log import PartLog
 from engines.torch.part_graph import PartGraph
@@ -57,7 +57,6 @@ class TorchEngine(BundleEngine):
         }
         # By input shapes: what is captured, and the tensors it reads and writes.
         self._captured: dict[tuple[Any, ...], _Captured] = {}
-        self._open = True
 
     @property
     def runtime(self) -> str:
@@ -66,9 +65,7 @@ class TorchEngine(BundleEngine):
 
     def infer(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Return the named outputs of named inputs."""
-        if not self._open:
-            raise EngineError("the engine is closed; load it again")
-        check_feeds(self.inputs, feeds)
+        self._admit(feeds)
         with torch.inference_mode():
             given = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in feeds.items()}
             outputs = self._on_cpu(given) if self._device.type == "cpu" else self._on_gpu(given)
@@ -84,7 +81,7 @@ class TorchEngine(BundleEngine):
 
     def close(self) -> None:
         """Free graphs and weights."""
-        self._open = False
+        self._is_open = False
         self._graphs, self._captured = {}, {}
 
     def _on_cpu(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from engines.base import BundleEngine, EngineError, Feeds, InvalidFeeds, check_feeds
+from engines.base import BundleEngine, EngineError, Feeds, InvalidFeeds
 from engines.layer_times import LayerTimes
 from engines.targets import find_target
 from engines.trt.admission import (
@@ -77,7 +77,7 @@ class TensorRtEngine(BundleEngine):
         for sidecar in sidecars.values():
             self._ranges |= {**sidecar.origin.inputs, **sidecar.outputs}
         self._log = Log(self._module)
-        self._stack: ExitStack | None = ExitStack()
+        self._stack = ExitStack()
         try:
             self._open(self._stack, open_gpu(), folder, sidecars, max_shapes)
         except BaseException:
@@ -102,11 +102,7 @@ class TensorRtEngine(BundleEngine):
             InvalidFeeds: an input does not fit, or is beyond what the engines were built for.
             EngineError: the engine is closed, or the GPU fails.
         """
-        if self._stack is None:
-            raise EngineError("the engine is closed; load it again")
-        check_feeds(self.inputs, feeds)
-        shapes = {name: tuple(value.shape) for name, value in feeds.items()}
-        self._require_in_range(shapes)
+        shapes = self._admitted_shapes(feeds)
         try:
             return self._run(feeds, shapes)
         except BaseException:
@@ -122,11 +118,7 @@ class TensorRtEngine(BundleEngine):
             InvalidFeeds: see `infer`.
             EngineError: the engine is closed, the GPU fails, or TensorRT reports nothing.
         """
-        if self._stack is None:
-            raise EngineError("the engine is closed; load it again")
-        check_feeds(self.inputs, feeds)
-        shapes = {name: tuple(value.shape) for name, value in feeds.items()}
-        self._require_in_range(shapes)
+        shapes = self._admitted_shapes(feeds)
         for name, value in feeds.items():
             self._buffers.upload(name, value)
         self._device.synchronize()
@@ -145,9 +137,8 @@ class TensorRtEngine(BundleEngine):
 
     def close(self) -> None:
         """Free graphs, contexts, buffers and the GPU; `infer` fails afterwards."""
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.close()
+        self._is_open = False
+        self._stack.close()
 
     def _run(self, feeds: Feeds, shapes: dict[str, Shape]) -> dict[str, NDArray[Any]]:
         device, parts = self._device, self._bundle.parts
@@ -220,7 +211,10 @@ class TensorRtEngine(BundleEngine):
         require_tensors(part, engine, self._module.api, path)
         return engine
 
-    def _require_in_range(self, shapes: Mapping[str, Shape]) -> None:
+    def _admitted_shapes(self, feeds: Feeds) -> dict[str, Shape]:
+        """Return the inputs' shapes, which the engines were built for."""
+        self._admit(feeds)
+        shapes = {name: tuple(value.shape) for name, value in feeds.items()}
         for name, shape in shapes.items():
             built = self._ranges[name]
             if not built.admits(shape):
@@ -229,6 +223,7 @@ class TensorRtEngine(BundleEngine):
                     f"{list(built.min)} to {list(built.max)}; build them for longer or shorter "
                     "prompts: qvla build BUNDLE --prompt-max, --prompt-min"
                 )
+        return shapes
 
 
 def _of(part: Part, shapes: Mapping[str, Shape]) -> dict[str, Shape]:

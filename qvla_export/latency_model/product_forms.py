@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qvla_export.quantizer.two_level_scales import CHANNEL_SCALE_BITS, MULTIPLIER_BITS
 from qvla_export.shared.target import ActivationSupport, ProductForm, Target
 
 # Of an int8 matrix with a float32 scale a channel.
 _EXPANDED_SCALE_BITS = 32
-# Of scales of two levels: a float16 a channel, 8 bits for every group of inputs.
-_SCALE_BITS, _MULTIPLIER_BITS, _GROUP = 16, 8, 128
+# Inputs of a group, in scales of two levels.
+_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class FormOnTarget:
             return inputs * stored
         if self.form == "kernel":
             groups = -(-inputs // _GROUP) if bits < 8 else 0
-            return inputs * stored + _SCALE_BITS + _MULTIPLIER_BITS * groups
+            return inputs * stored + CHANNEL_SCALE_BITS + MULTIPLIER_BITS * groups
         if self._joins(activations):
             return inputs * stored + _EXPANDED_SCALE_BITS
         return self.target.containers[bits].row_bits(inputs)

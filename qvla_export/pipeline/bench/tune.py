@@ -53,10 +53,7 @@ class TunedBundle:
             return (*found, "  -> no form may be taken; weights run as stored")
         text = f"  -> {tuning.form}"
         if self.speedup is not None:
-            text += (
-                f"; {self.speedup.median:.2f} x as fast as float "
-                f"[{self.speedup.low:.2f}, {self.speedup.high:.2f}]"
-            )
+            text += f"; {self.speedup} times as fast as float"
         advice = {True: ", recommended here", False: ", not recommended here", None: ""}
         return (*found, text + advice[self.recommended])
 
