@@ -27,6 +27,7 @@ from qvla_export.graph.buckets_to_onnx import (
 from qvla_export.graph.passes.merge import members_of
 from qvla_export.quantizer.packed_storage import stored_columns
 from qvla_export.quantizer.quantized_weight import QuantizedWeight
+from qvla_export.quantizer.side_columns import MemberColumns, SideColumns
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,7 @@ class _Columns:
     # Codes [inputs, columns], and of each column its scale [columns]; None for floats.
     matrix: ir.Value
     scales: ir.Value | None
-    count: int
-    # Column of each channel of the layer; -1 where it has none.  int64 [channels]
-    places: NDArray[np.int64]
+    side: SideColumns
 
 
 class ExpandedEmitter(BucketEmitter):
@@ -62,32 +61,29 @@ class ExpandedEmitter(BucketEmitter):
         names = [name] if len(sizes) == 1 else members_of(name)
         starts = np.cumsum([0, *sizes])
         return [
-            self._member(member, inputs, found, range(int(start), int(start) + size))
+            self._member(member, inputs, found, slice(int(start), int(start) + size))
             for member, start, size in zip(names, starts, sizes, strict=False)
         ]
 
     def _member(
-        self, name: str, inputs: ir.Value, found: Sequence[_Columns], channels: range
+        self, name: str, inputs: ir.Value, found: Sequence[_Columns], channels: slice
     ) -> ir.Value:
         """Record the product of one layer's channels, restoring what is pruned."""
-        outputs, index, start = [], np.full(len(channels), -1, np.int64), 0
-        for columns in found:
-            places = columns.places[channels.start : channels.stop]
-            computed = np.flatnonzero(places >= 0)
-            if len(computed):
-                outputs.append(self._product(name, inputs, columns, places[computed]))
-                index[computed] = start + np.arange(len(computed))
-                start += len(computed)
-        if not outputs:
-            return self._zeros(name, inputs, len(channels))
-        if np.any(index < 0):
-            index[index < 0] = start
+        member = MemberColumns.of_layer([columns.side for columns in found], channels)
+        if member.is_empty:
+            return self._zeros(name, inputs, len(member.index))
+        outputs = [
+            self._product(name, inputs, columns, places)
+            for columns, places in zip(found, member.places, strict=True)
+            if len(places)
+        ]
+        if member.appends_zeros:
             outputs[-1] = self._pad(name, outputs[-1], 1)
         joined = self._joined(outputs)
-        if np.array_equal(index, np.arange(start)):
+        if member.is_ordered:
             return joined
         return self._gathered(
-            name, joined, index, None if inputs.shape is None else inputs.shape.rank()
+            name, joined, member.index, None if inputs.shape is None else inputs.shape.rank()
         )
 
     def _product(
@@ -95,7 +91,7 @@ class ExpandedEmitter(BucketEmitter):
     ) -> ir.Value:
         """Record the product with some columns."""
         matrix, scales = columns.matrix, columns.scales
-        if not np.array_equal(places, np.arange(columns.count)):
+        if not columns.side.are_all(places):
             suffix = HALVES_SUFFIX if scales is None else ""
             chosen = self.constant(name + suffix + COLUMNS_SUFFIX, places.astype(np.int32))
             matrix = self.tape.op("Gather", [matrix, chosen], {"axis": 1})
@@ -108,29 +104,26 @@ class ExpandedEmitter(BucketEmitter):
     def _halves(self, name: str, weight: BucketedWeight, part: QuantizedWeight) -> _Columns:
         stored = stored_matrix(part.codes, part.codes.shape[1], len(part.codes), 0)
         constant = self._stored(f"{name}.b16{HALVES_SUFFIX}", stored)
-        places = np.full(weight.channels, -1, np.int64)
-        places[weight.buckets.channels(16)] = np.arange(len(part.codes))
-        matrix = self._in_compute_type(constant, stored)
-        return _Columns(matrix, None, len(part.codes), places)
+        side = SideColumns.of_buckets(weight.buckets.widths, [(16, len(part.codes))])
+        return _Columns(self._in_compute_type(constant, stored), None, side)
 
     def _expanded(
         self, name: str, weight: BucketedWeight, parts: Sequence[QuantizedWeight]
     ) -> _Columns:
         """Record the int8 columns of all widths side by side, and their scales."""
-        matrices, scales, count = [], [], 0
-        places = np.full(weight.channels, -1, np.int64)
+        matrices, scales, buckets = [], [], []
         for part in parts:
             filled = stored_columns(len(part.codes), self._target.containers[part.bits])
-            places[weight.buckets.channels(part.bits)] = count + np.arange(len(part.codes))
+            buckets.append((part.bits, filled))
             matrices.append(self._expanded_codes(f"{name}.b{part.bits}", part, filled))
             stored = stored_matrix(part.scales, 1, filled, 1).reshape(-1)
             constant = self._stored(f"{name}.b{part.bits}{SCALES_SUFFIX}", stored)
             scales.append(self._in_compute_type(constant, stored))
-            count += filled
+        side = SideColumns.of_buckets(weight.buckets.widths, buckets)
         if len(parts) == 1:
-            return _Columns(matrices[0], scales[0], count, places)
+            return _Columns(matrices[0], scales[0], side)
         matrix = self.tape.op("Concat", matrices, {"axis": 1})
-        return _Columns(matrix, self.tape.op("Concat", scales, {"axis": 0}), count, places)
+        return _Columns(matrix, self.tape.op("Concat", scales, {"axis": 0}), side)
 
     def _expanded_codes(self, name: str, part: QuantizedWeight, columns: int) -> ir.Value:
         """Record a bucket's codes times their multipliers.  int8 [inputs, columns]"""

@@ -17,6 +17,7 @@ from qvla_export.quantizer.column_order import PAD_BYTES, column_order
 from qvla_export.quantizer.coupling import Coupling, find_couplings
 from qvla_export.quantizer.layer_names import parallel_group
 from qvla_export.quantizer.quantize import QuantizerSpec, scale_form
+from qvla_export.quantizer.side_columns import MemberColumns, SideColumns
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Container, Target
 
@@ -202,34 +203,16 @@ def _order_bytes(layer: StoredLayer, form: PackedForm) -> int:
 
 def _side_by_side_bytes(layer: StoredLayer, used: list[int], columns: list[int]) -> int:
     """Bytes of the columns that each member reads of one matrix, and of its order behind it."""
-    parts = []
-    for halves in (False, True):
-        # Column of each channel; -1 where it has none.
-        places, count = np.full(len(layer.widths), -1, np.int64), 0
-        for bits, stored in zip(used, columns, strict=True):
-            if (bits == 16) == halves:
-                channels = np.flatnonzero(layer.widths == bits)
-                places[channels] = count + np.arange(len(channels))
-                # Halves are stored as they are.
-                count += len(channels) if halves else stored
-        parts.append((places, count))
-    found, start = 0, 0
-    for size in layer.sizes:
-        index, done = np.full(size, -1, np.int64), 0
-        for places, count in parts:
-            mine = places[start : start + size]
-            computed = np.flatnonzero(mine >= 0)
-            if len(computed) and not np.array_equal(mine[computed], np.arange(count)):
-                found += 4 * len(computed)
-            index[computed] = done + np.arange(len(computed))
-            done += len(computed)
-        pruned = bool((index < 0).any())
-        if done and pruned:
-            found += PAD_BYTES
-        if done and (pruned or not np.array_equal(index, np.arange(size))):
-            found += 4 * size
-        start += size
-    return found
+    integers = [(bits, n) for bits, n in zip(used, columns, strict=True) if bits != 16]
+    # Halves are stored as they are.
+    halves = [(bits, int((layer.widths == bits).sum())) for bits in used if bits == 16]
+    matrices = [SideColumns.of_buckets(layer.widths, some) for some in (integers, halves)]
+    stops = np.cumsum(layer.sizes).tolist()
+    members = zip(stops, layer.sizes, strict=True)
+    return sum(
+        MemberColumns.of_layer(matrices, slice(stop - size, stop)).nbytes(matrices)
+        for stop, size in members
+    )
 
 
 def _bias_bytes(widths: Widths, weights_per_channel: Mapping[str, int]) -> int:
