@@ -1,7 +1,7 @@
 """Install a release: fetched, checked and put together beside the others; nothing is switched."""
 
 import importlib.metadata
-import os
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,7 +174,7 @@ def require_complete(release: Release, folder: Path) -> Bundle:
 
 
 def _robot(store: Store, request: InstallRequest) -> tuple[str, str, tuple[str, ...]]:
-    known = read_json(store.robot, "what this robot is") if store.robot.is_file() else {}
+    known = store.describe_robot() or {}
     place = request.repository or known.get("repository")
     if place and place != STREAM and not str(place).startswith(("http://", "https://")):
         place = str(Path(place).absolute())
@@ -197,7 +197,7 @@ def _pull_from(store: Store, place: str) -> str:
     """Return where the robot looks by itself from now on: what is streamed comes once."""
     if place != STREAM:
         return place
-    known = read_json(store.robot, "what this robot is") if store.robot.is_file() else {}
+    known = store.describe_robot() or {}
     return str(known.get("repository", ""))
 
 
@@ -207,9 +207,8 @@ def _require_space(store: Store, catalogue: Catalogue, absent: Iterable[ReleaseF
     patches = [found[1].nbytes for f in absent if (found := find_patch(store, catalogue, f))]
     whole = sum(file.nbytes for file in absent) + max(patches, default=0)
     needed = int(whole * _SPARE_SHARE) + _SPARE_BYTES
-    disk = os.statvfs(store.root)
     begun = sum(path.stat().st_size for path in store.blobs.glob(f"{TEMPORARY}*"))
-    free = disk.f_bavail * disk.f_frsize + begun
+    free = shutil.disk_usage(store.root).free + begun
     if free < needed:
         raise NoSpace(
             f"the release needs {needed / 1e6:.1f} MB more on the disk of {store.root}, "

@@ -1,6 +1,6 @@
 """Say what a store holds and serves; reads only, so that it answers while another command works."""
 
-import os
+import shutil
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +8,6 @@ from jetson.install.activation import CURRENT, PREVIOUS
 from jetson.install.fingerprint import machine_facts, machine_fingerprint
 from jetson.install.store import Store
 from jetson.install.store_state import StoreState
-from qvla_export.shared.json_documents import read_json
 
 _CHANGED = "this machine has changed since `current` was checked: qvla robot verify --if-changed"
 
@@ -32,7 +31,6 @@ def read_status(store: Store) -> dict[str, Any]:
     current = store.linked(CURRENT)
     release = state.releases.get(current or "")
     fingerprint = machine_fingerprint()
-    disk = os.statvfs(store.root) if store.root.exists() else None
     changed = release is not None and release.machine not in (None, fingerprint)
     return {
         "current": None if release is None else {"digest": current, **asdict(release)},
@@ -42,6 +40,6 @@ def read_status(store: Store) -> dict[str, Any]:
         "machine": {"fingerprint": fingerprint, **machine_facts()},
         "checked_here": release is not None and release.machine == fingerprint,
         "remedy": _CHANGED if changed else None,
-        "free_bytes": None if disk is None else disk.f_bavail * disk.f_frsize,
-        "robot": read_json(store.robot, "what this robot is") if store.robot.is_file() else None,
+        "free_bytes": shutil.disk_usage(store.root).free if store.root.exists() else None,
+        "robot": store.describe_robot(),
     }

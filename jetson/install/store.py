@@ -20,10 +20,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jetson.install.release import BUNDLE, RefusedRelease, Release
 from qvla_export.shared.artifacts import MANIFEST, read_json, sync_folder
-from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.errors import ArtifactError, QvlaError
 
 DEFAULT = Path("/var/lib/qvla")
 TEMPORARY = ".tmp-"
@@ -81,6 +82,22 @@ class Store:
     def robot(self) -> Path:
         """File of what this robot is."""
         return self.root / "robot.json"
+
+    def describe_robot(self) -> dict[str, Any] | None:
+        """Return what this robot is and where it gets releases; None where it was not told yet.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
+        if not self.robot.is_file():
+            return None
+        described = read_json(self.robot, "what this robot is")
+        if not isinstance(described, dict):
+            raise ArtifactError(
+                f"{self.robot} must hold an object, got {described!r:.80}; remove it, and tell the "
+                "robot again: --from, --target"
+            )
+        return described
 
     def blob(self, sha256: str) -> Path:
         """Return where a file with this digest lies."""
