@@ -3,10 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fake_board import ORIN_MODES
+
+from qvla_export.pipeline.flash.refusal import FlashRefused
 
 FLASH = "tools/kernel_flash/l4t_initrd_flash.sh"
 OTA = "tools/ota_tools/version_upgrade/l4t_generate_ota_package.sh"
@@ -126,3 +130,11 @@ def snapshot(root: Path) -> dict[str, tuple[object, ...]]:
                 what = hashlib.sha256(path.read_bytes()).hexdigest()
             found[str(path.relative_to(root))] = (state.st_mode, state.st_uid, what)
     return found
+
+
+def reason_of(act: Callable[[], object]) -> str:
+    """Return the name under which a step refuses."""
+    with pytest.raises(FlashRefused) as refused:
+        act()
+    assert str(refused.value).startswith(f"{refused.value.reason}: ")
+    return refused.value.reason

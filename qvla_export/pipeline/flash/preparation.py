@@ -1,15 +1,12 @@
 """The step that lays an overlay on a BSP: what a flashed robot is to be, from its first boot on."""
 
 import os
-import stat
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engines.targets import CPU
-from engines.trt.gpu import power_modes_of
-from engines.trt.modules import admits
 from jetson.install.garbage import collect
 from jetson.install.installation import Installed, InstallRequest, install, remember
 from jetson.install.release import RefusedRelease
@@ -27,10 +24,15 @@ from qvla_export.pipeline.flash.overlay import (
     take_back,
 )
 from qvla_export.pipeline.flash.refusal import FlashRefused
+from qvla_export.pipeline.flash.requirements import (
+    bytes_below,
+    require_free,
+    require_power_mode,
+    require_runtime,
+    surprises,
+)
 from qvla_export.pipeline.flash.storage import Storage, find_storage, require_room
 from qvla_export.pipeline.progress import OnProgress, Progress, ignore
-from qvla_export.pipeline.runtime.robot_runtime import FORMAT as RUNTIME_FORMAT
-from qvla_export.shared.artifacts import read_json, sha256_file
 
 RUNTIME, UNPACK, PROGRAM = "opt/qvla/qvla.pex", "opt/qvla/unpack", "usr/local/bin/qvla"
 # The Python of the runtime, once it is unpacked: what the units start.
@@ -48,9 +50,9 @@ _PROGRAM_TEXT = f"""#!/bin/sh
 exec {PYTHON} -m qvla_export "$@"
 """
 _UNITS = "etc/systemd/system"
-_SPARE_SHARE = 1.1
-_STARTED = ("qvla-first-boot.service", "qvla-clocks.service", "qvla-serve.service")
-_TIMER = "qvla-update.timer"
+# What `systemctl enable` would link a unit to; of timers there is the one that pulls.
+_WANTED_BY = re.compile(r"^WantedBy=(\S+)$", re.MULTILINE)
+_TIMERS = "timers.target"
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,10 @@ def prepare_bsp(request: PrepareRequest, on_progress: OnProgress = ignore) -> Pr
     bsp.require_tool(FLASH_TOOL, "unpack the BSP again")
     storage = find_storage(bsp, request.storage, request.rootfs_ab)
     target = request.target or bsp.target
-    runtime, notes = _require_runtime(request.runtime, bsp, target)
-    _require_power_mode(bsp, request.power_mode)
-    _require_free(bsp.rootfs, request.runtime.stat().st_size)
-    require_room(storage, _bytes_below(bsp.rootfs), request.app_gib)
+    runtime, notes = require_runtime(request.runtime, bsp, target)
+    require_power_mode(bsp, request.power_mode)
+    require_free(bsp.rootfs, request.runtime.stat().st_size)
+    require_room(storage, bytes_below(bsp.rootfs), request.app_gib)
     before = Overlay.load(bsp.root)
     place = bsp.rootfs / DEFAULT.relative_to("/")
     if before is None and os.path.lexists(place):
@@ -163,9 +165,9 @@ def prepare_bsp(request: PrepareRequest, on_progress: OnProgress = ignore) -> Pr
         replaced=files_put_aside(bsp.root),
     )
     overlay.save(bsp.root)
-    require_room(storage, _bytes_below(bsp.rootfs), request.app_gib)
+    require_room(storage, bytes_below(bsp.rootfs), request.app_gib)
     changed = (*laid.changed, *_changed(files, before))
-    return PreparedBsp(overlay, bsp.jetpack, storage, changed, (*notes, *_notes(bsp)))
+    return PreparedBsp(overlay, bsp.jetpack, storage, changed, (*notes, *surprises(bsp)))
 
 
 def take_overlay_back(root: Path) -> Overlay:
@@ -190,10 +192,9 @@ def _entries(request: PrepareRequest, bsp: Bsp) -> Iterator[Entry]:
     settings = UnitSettings(PYTHON, DEFAULT, request.user, request.port, (), request.power_mode)
     for name, text in unit_files(settings).items():
         yield Entry(f"{_UNITS}/{name}", data=text.encode())
-    for name in _STARTED:
-        yield Entry(f"{_UNITS}/multi-user.target.wants/{name}", "link", to=f"/{_UNITS}/{name}")
-    if request.pull_from is not None:
-        yield Entry(f"{_UNITS}/timers.target.wants/{_TIMER}", "link", to=f"/{_UNITS}/{_TIMER}")
+        starter = _WANTED_BY.search(text)
+        if starter is not None and (starter[1] != _TIMERS or request.pull_from is not None):
+            yield Entry(f"{_UNITS}/{starter[1]}.wants/{name}", "link", to=f"/{_UNITS}/{name}")
     drop_in = f"[Service]\nExecStartPre=/{UNPACK}\n"
     yield Entry(f"{_UNITS}/qvla-first-boot.service.d/flashed.conf", data=drop_in.encode())
     # Images are cloned: each robot makes itself an identity at its first boot (machine-id(5)).
@@ -204,69 +205,6 @@ def _entries(request: PrepareRequest, bsp: Bsp) -> Iterator[Entry]:
     for one in before.files if before else ():
         if one.kind == "absent" and not os.path.lexists(bsp.rootfs / one.path):
             yield Entry(one.path, "absent")
-
-
-def _require_runtime(path: Path, bsp: Bsp, target: str) -> tuple[str, tuple[str, ...]]:
-    """Return a runtime's digest and what is to be said of it.
-
-    Raises:
-        FlashRefused: it is for another JetPack, is not the one described beside it, or cannot run
-            the target's bundles.
-    """
-    described = path.with_suffix(".json")
-    value: Any = read_json(described, "description of the runtime")
-    if not isinstance(value, dict) or value.get("format") != RUNTIME_FORMAT:
-        raise FlashRefused(
-            "wrong runtime", f"{described} describes no runtime; qvla runtime build makes both"
-        )
-    build = f"qvla runtime build --jetpack {bsp.jetpack}"
-    if value.get("system") != f"JetPack {bsp.jetpack}":
-        raise FlashRefused(
-            "wrong runtime",
-            f"{path} is for {value.get('system')!r:.40}, the BSP is JetPack {bsp.jetpack} (Jetson "
-            f"Linux {bsp.l4t}); {build}",
-        )
-    if (digest := sha256_file(path)) != value.get("sha256"):
-        raise FlashRefused("wrong runtime", f"{path} is not what {described} describes; {build}")
-    packages = value.get("packages")
-    onnxruntime = packages.get("onnxruntime") if isinstance(packages, dict) else None
-    if target == CPU.name and not (onnxruntime and admits(CPU.runtime_versions, str(onnxruntime))):
-        raise FlashRefused(
-            "wrong jetpack",
-            f"bundles for {CPU.name} need ONNX Runtime {CPU.runtime_versions}, this runtime has "
-            f"{onnxruntime}; take a release for {bsp.target}, or a runtime with a newer --python",
-        )
-    if target not in (CPU.name, bsp.target):
-        raise FlashRefused(
-            "wrong jetpack",
-            f"releases for {target} do not run on JetPack {bsp.jetpack} (Jetson Linux {bsp.l4t}), "
-            f"whose target is {bsp.target}; export and release for it, or take another BSP",
-        )
-    own = value.get("own_python_sha256")
-    return digest, () if own is None else (
-        f"the runtime wants a Python {value.get('python')} of its own on the robot (archive "
-        f"{str(own)[:16]}): put it into the rootfs too",
-    )
-
-
-def _require_power_mode(bsp: Bsp, mode: int | None) -> None:
-    texts = [p.read_text(errors="replace") for p in bsp.rootfs.glob("etc/nvpmodel/*p3701*.conf")]
-    known = {number: name for text in texts for number, name in power_modes_of(text).items()}
-    if mode is not None and known and mode not in known:
-        raise FlashRefused(
-            "wrong power mode", f"nvpmodel has no mode {mode} on an AGX Orin; it has {known}"
-        )
-
-
-def _require_free(rootfs: Path, nbytes: int) -> None:
-    disk = os.statvfs(rootfs)
-    free = disk.f_bavail * disk.f_frsize
-    if free < nbytes * _SPARE_SHARE:
-        raise FlashRefused(
-            "no space",
-            f"the runtime needs {nbytes / 1e6:.1f} MB on the disk of {rootfs}, {free / 1e6:.1f} MB "
-            "are free; make room there",
-        )
 
 
 def _leave(bsp: Bsp, before: Overlay | None, wanted: set[str]) -> None:
@@ -332,26 +270,3 @@ def _store_files(bsp: Bsp) -> tuple[tuple[LaidFile, ...], tuple[str, ...]]:
 def _changed(files: tuple[LaidFile, ...], before: Overlay | None) -> tuple[str, ...]:
     known = {one.path: one for one in (before.files if before else ())}
     return tuple(one.path for one in files if known.get(one.path) != one)
-
-
-def _notes(bsp: Bsp) -> Iterator[str]:
-    """Yield what does not keep from flashing and is a surprise afterwards."""
-    accounts = (line.split(":") for line in (bsp.rootfs / "etc/passwd").read_text().splitlines())
-    people = [a[0] for a in accounts if len(a) > 2 and a[2].isdigit() and 1000 <= int(a[2]) < 60000]
-    if not people:
-        yield (
-            "the rootfs has no account to log in: the first boot asks for one on a screen and the "
-            f"robot waits; cd {bsp.root} && sudo tools/l4t_create_default_user.sh -u NAME -p "
-            "PASSWORD -n ROBOT --accept-license"
-        )
-
-
-def _bytes_below(folder: Path) -> int:
-    """Return the bytes of all files below a folder, those of several names once."""
-    seen: dict[tuple[int, int], int] = {}
-    for root, _, names in os.walk(folder):
-        for name in names:
-            found = Path(root, name).lstat()
-            if stat.S_ISREG(found.st_mode):
-                seen[found.st_dev, found.st_ino] = found.st_size
-    return sum(seen.values())
