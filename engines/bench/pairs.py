@@ -36,12 +36,12 @@ def compare_pairs(samples: Mapping[str, NDArray[np.float64]], tokens: int) -> tu
     """
     return tuple(
         Pair(name, against, speedup(samples[name], samples[against]))
-        for name, against in _wanted(tokens)
+        for name, against in _names(tokens)
         if name in samples and against in samples
     )
 
 
-def _wanted(tokens: int) -> Iterator[tuple[str, str]]:
+def _names(tokens: int) -> Iterator[tuple[str, str]]:
     """Yield names: equal pruning on either runtime, then the others' own 8 and 4 bits."""
     for suffix in ("", ON_OPENVINO):
         for name in _NARROW:

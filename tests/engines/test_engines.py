@@ -91,8 +91,9 @@ def test_engine_is_deterministic_and_closes(bundle: Bundle) -> None:
     with load_engine(bundle, threads=2) as engine:
         first, second = engine.infer(feeds), engine.infer(feeds)
     np.testing.assert_array_equal(first["actions"], second["actions"])
-    with pytest.raises(EngineError, match="closed"):
-        engine.infer(feeds)
+    for call in (engine.infer, engine.layer_times):
+        with pytest.raises(EngineError, match="closed"):
+            call(feeds)
 
 
 def test_threads_must_be_positive(bundle: Bundle) -> None:

@@ -14,11 +14,13 @@ from jetson.errors import RemoteError
 from jetson.install import installation
 from jetson.install.blobs import unpatched
 from jetson.install.release import RefusedRelease, Release
+from jetson.install.status import read_status
 from jetson.install.store import NoSpace, StoreError
 from qvla_export.pipeline.release.deltas import patched_frame
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.bundle import Bundle
+from qvla_export.shared.errors import ArtifactError
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,14 @@ def test_a_store_remembers_whom_it_trusts_and_what_it_is(
         stranger = Host.new(tmp_path / "stranger")
         with pytest.raises(StoreError, match="trusts another root"):
             installation.install(robot.store, installation.InstallRequest(root=stranger.anchor))
+
+
+def test_a_description_of_the_robot_that_is_none_is_refused(robot: Robot) -> None:
+    robot.install()
+    robot.store.robot.write_text("[]")
+    for act in (robot.install, lambda: read_status(robot.store)):
+        with pytest.raises(ArtifactError, match=r"robot\.json must hold an object.*--from"):
+            act()
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(
