@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any
 
 from tuf.api.exceptions import (
     BadVersionNumberError,
@@ -14,6 +13,7 @@ from tuf.api.exceptions import (
 )
 
 from jetson.install.release import Reason, RefusedRelease
+from qvla_export.shared.json_documents import object_or_empty
 
 _HOLD = "Do not install from it; nothing was changed here"
 
@@ -83,21 +83,13 @@ def _refused(reason: Reason, message: str) -> RefusedRelease:
     return RefusedRelease(reason, f"{message}. {_HOLD}")
 
 
-def _document(data: bytes) -> Mapping[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _version_of(data: bytes) -> str:
-    signed = _document(data).get("signed")
+    signed = object_or_empty(data).get("signed")
     return str(signed.get("version")) if isinstance(signed, dict) else ""
 
 
 def _signers(data: bytes) -> set[str]:
-    signatures = _document(data).get("signatures")
+    signatures = object_or_empty(data).get("signatures")
     if not isinstance(signatures, list):
         return set()
     return {str(one.get("keyid")) for one in signatures if isinstance(one, dict) and one.get("sig")}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qvla_export.shared.artifacts import MANIFEST, sha256_file
 from qvla_export.shared.errors import ArtifactError
-from qvla_export.shared.json_documents import JsonLimits, parse_document
+from qvla_export.shared.json_documents import JsonLimits, parse_document, read_bounded
 
 if TYPE_CHECKING:
     from qvla_export.shared.bundle import Bundle
@@ -157,8 +157,17 @@ class Release:
             raise ArtifactError(
                 f"release not found: {path}; make it first with: qvla release create"
             )
-        with path.open("rb") as file:
-            return Release.from_bytes(file.read(MOST_RELEASE_BYTES + 1), str(path))
+        return Release.read(path)
+
+    @staticmethod
+    def read(path: Path) -> "Release":
+        """Read a document that lies in a file.
+
+        Raises:
+            ArtifactError: it is missing, or too large.
+            RefusedRelease: see `from_bytes`.
+        """
+        return Release.from_bytes(read_bounded(path, "release", MOST_RELEASE_BYTES), str(path))
 
     @staticmethod
     def from_bytes(data: bytes, where: str) -> "Release":

@@ -18,6 +18,7 @@ import httpx
 
 from jetson.errors import RemoteError
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.json_documents import object_or_empty
 
 _CHUNK_BYTES = 1 << 20
 _CONNECT_S, _SILENCE_S = 10.0, 30.0
@@ -172,13 +173,10 @@ class StreamedSource:
                 raise RemoteError(f"{self.place} speaks another language than qvla push")
             self._rest += self._read(MOST_LINE_BYTES)
         line, _, self._rest = self._rest.partition(b"\n")
-        try:
-            nbytes = json.loads(line)["nbytes"]
-        except (KeyError, TypeError, ValueError):
-            nbytes = -1
-        if nbytes is not None and (type(nbytes) is not int or nbytes < 0):
-            raise RemoteError(f"{self.place} speaks another language than qvla push: {line!r:.80}")
-        return nbytes
+        nbytes = object_or_empty(line).get("nbytes", -1)
+        if nbytes is None or (type(nbytes) is int and nbytes >= 0):
+            return nbytes
+        raise RemoteError(f"{self.place} speaks another language than qvla push: {line!r:.80}")
 
     def _read(self, most: int) -> bytes:
         # Whoever is cut off without a word must not hold the store for ever.

@@ -119,6 +119,18 @@ def parse_document(data: bytes | str, wrong: str, limits: JsonLimits = LIMITS) -
     return value
 
 
+def object_or_empty(data: bytes | str, limits: JsonLimits = LIMITS) -> dict[str, Any]:
+    """Return the object of a JSON text; an empty one where it holds none, or is beyond the limits.
+
+    For what may be anything: a line of a program, a file that is refused for another reason.
+    """
+    try:
+        value = parse_document(data, "", limits)
+    except ArtifactError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def _decoder(limits: JsonLimits) -> json.JSONDecoder:
     def whole(text: str) -> int:
         if len(text) > limits.digits:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from qvla_export.cli.options import Existing, JsonOption
-from qvla_export.cli.progress import print_json, progress_shown
+from qvla_export.cli.progress import print_result, progress_shown
 
 _ROBOTS = Existing("file of robots", "write one: docs/fleet.md")
 _REPOSITORY = Existing("repository", "make it first with: qvla release publish")
@@ -36,10 +36,10 @@ def push(
     request = PushRequest(robots, repository, tuple(waves or PushRequest.waves), parallel)
     plan = plan_push(request)
     if dry_run:
-        print_json(plan.to_json()) if as_json else typer.echo("\n".join(plan.lines()))
+        print_result(plan, plan.lines(), as_json)
         return
     with progress_shown(silent=as_json) as on_progress:
         result = push_release(plan, on_progress)
-    print_json(result.to_json()) if as_json else typer.echo("\n".join(result.lines()))
+    print_result(result, result.lines(), as_json)
     if not result.passed:
         raise typer.Exit(1)

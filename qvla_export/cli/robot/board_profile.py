@@ -29,8 +29,8 @@ def profile(
     from qvla_export.pipeline.robot.board_profile import RobotProfileRequest, profile_robot
 
     sources = tuple(PolicySource(b, threads=threads, weights=weights) for b in bundles)
-    wanted = ProfileRequest(sources, samples, warmup, cold_starts=None)
+    request = ProfileRequest(sources, samples, warmup, cold_starts=None)
     with progress_shown() as on_progress:
-        measured = profile_robot(RobotProfileRequest(wanted, not as_is), output, on_progress)
-    print_result(measured, measured.texts(), as_json, WIDE)
+        result = profile_robot(RobotProfileRequest(request, not as_is), output, on_progress)
+    print_result(result, result.texts(), as_json, WIDE)
     typer.echo(f"robot's profile: {output}", err=as_json)

@@ -207,11 +207,11 @@ def _entries(request: PrepareRequest, bsp: Bsp) -> Iterator[Entry]:
             yield Entry(one.path, "absent")
 
 
-def _leave(bsp: Bsp, before: Overlay | None, wanted: set[str]) -> None:
+def _leave(bsp: Bsp, before: Overlay | None, paths: set[str]) -> None:
     """Remove what an earlier preparation put there and this one does not want."""
     store = str(DEFAULT.relative_to("/"))
     for one in before.files if before else ():
-        if one.path not in wanted and one.kind != "absent" and not one.path.startswith(store):
+        if one.path not in paths and one.kind != "absent" and not one.path.startswith(store):
             require_inside(bsp.rootfs, one.path).unlink(missing_ok=True)
 
 
@@ -234,12 +234,12 @@ def _install(request: PrepareRequest, bsp: Bsp, target: str) -> Installed:
     """Bring the release into the robot's store as the robot would, checked against its keys."""
     place = require_inside(bsp.rootfs, str(DEFAULT.relative_to("/")))
     store = Store(place)
-    wanted = InstallRequest(
+    install_request = InstallRequest(
         str(request.repository.absolute()), target, request.root, request.release
     )
     try:
         with store.open():
-            installed = install(store, wanted)
+            installed = install(store, install_request)
             # Robots look for newer ones elsewhere than on this machine.
             remember(store, request.pull_from or "", target)
             collect(store, 0, "")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jetson.install.choice import choose
-from jetson.install.release import MOST_RELEASE_BYTES, RefusedRelease, Release
+from jetson.install.release import RefusedRelease, Release
 from jetson.install.trust import Catalogue
 from qvla_export.pipeline.fleet.push_state import PushState, RobotOutcome
 from qvla_export.pipeline.fleet.robot_link import Traffic, Unreachable, converse, update_command
@@ -22,7 +22,6 @@ from qvla_export.pipeline.fleet.waves import DEFAULT_WAVES, Wave, divide
 from qvla_export.pipeline.progress import OnProgress, Progress, ignore
 from qvla_export.pipeline.release.repository import Repository
 from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.json_documents import read_bounded
 
 # A connection that was cut is made again after these pauses; the robot goes on where it was.
 _PAUSES_S = (1.0, 3.0, 10.0, 30.0)
@@ -173,7 +172,7 @@ def push(
     """
     state = PushState.beside(plan.request.robots)
     waves: list[PushedWave] = []
-    with state.held():
+    with state.hold():
         for wave in plan.waves:
             robots = plan.robots[wave.start : wave.stop]
             outcomes = _push_wave(plan, robots, state, on_progress, sleep)
@@ -194,8 +193,7 @@ def _planned(robot: FleetRobot, catalogue: Catalogue, fleet: Fleet) -> PlannedRo
         vouched = choose(catalogue.for_groups(groups), target, robot.settings.release)
     except RefusedRelease as error:
         raise QvlaError(f"robot {robot.name!r}: {error}") from None
-    path = Repository(fleet.repository).targets / vouched.name
-    release = Release.from_bytes(read_bounded(path, "release", MOST_RELEASE_BYTES), str(path))
+    release = Release.read(Repository(fleet.repository).targets / vouched.name)
     return PlannedRobot(robot, release.digest, release.name, release.nbytes, groups)
 
 

@@ -87,7 +87,7 @@ class PushState:
         }
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Hold the fleet: one push at a time.
 
         Raises:

@@ -4,7 +4,6 @@ ssh is the system's: its configuration, agents, certificates and jump hosts hold
 always checked. The robot runs `qvla robot update --from -` (`jetson.install.release_source`).
 """
 
-import json
 import re
 import shlex
 import subprocess
@@ -20,6 +19,7 @@ from typing import IO, Any
 from jetson.install.release_source import MOST_LINE_BYTES, STREAM, StreamReply
 from qvla_export.pipeline.fleet.robots_file import Fleet, FleetRobot
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.json_documents import object_or_empty
 
 _CONNECTION_LOST = 255
 _CHUNK_BYTES = 1 << 18
@@ -110,12 +110,9 @@ def converse(fleet: Fleet, robot: FleetRobot, words: list[str], traffic: Traffic
         status = process.wait()
         errors.seek(0)
         said = " ".join(errors.read(1 << 16).decode(errors="replace").split())[-600:]
-    try:
-        document = json.loads(answer)
-        if isinstance(document, dict) and type(document.get("ok")) is bool:
-            return document
-    except (ValueError, RecursionError):
-        pass
+    document = object_or_empty(answer)
+    if type(document.get("ok")) is bool:
+        return document
     if status == _CONNECTION_LOST or status < 0:
         late = time.monotonic() - start_s >= robot.settings.within_s
         raise _unreachable(said, robot.settings.within_s if late else None)
@@ -169,13 +166,7 @@ def _answer(repository: Path, process: subprocess.Popen[bytes], traffic: Traffic
 
 def _message(line: bytes) -> dict[str, Any]:
     """Return a request of the stream; nothing where a line is part of the answer."""
-    if not line.startswith(b'{"'):
-        return {}
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return object_or_empty(line) if line.startswith(b'{"') else {}
 
 
 def _send(repository: Path, message: dict[str, Any], stdin: IO[bytes], traffic: Traffic) -> None:

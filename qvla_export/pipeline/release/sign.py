@@ -133,7 +133,7 @@ def _deltas(
     for i, (_, name) in enumerate(chosen):
         path = repository.targets / name
         if path.is_file():
-            before = Release.from_bytes(path.read_bytes(), str(path))
+            before = Release.read(path)
             made += make_deltas(folder, release, repository, before)
         on_progress(Progress("patches", i + 1, len(chosen)))
     return made

@@ -101,9 +101,9 @@ def test_a_push_remembers_and_one_runs_at_a_time(tmp_path: Path) -> None:
     assert again.done("arm-01", "d") == RobotOutcome("arm-01", "d", "healthy", "", 7, 1)
     assert again.done("arm-01", "e") is None and again.done("arm-02", "d") is None
     with (
-        state.held(),
+        state.hold(),
         pytest.raises(QvlaError, match="another push holds"),
-        again.held(),
+        again.hold(),
     ):
         pass
     for text in ("{", '{"format": "qvla-push-9", "robots": {}}', '{"format": "qvla-push-1"}'):

@@ -137,6 +137,7 @@ def test_a_stream_carries_files_and_is_not_waited_for_for_ever() -> None:
     requests, answers = os.pipe(), os.pipe()
     source = StreamedSource(answers[0], requests[1], silence_s=0.05)
     data = os.urandom(300_000)
+    odd = {"negative": b'{"nbytes": -3}', "none": b"{}", "list": b"[]", "deep": b"[" * 4000}
 
     def hand_out() -> None:
         with os.fdopen(requests[0], "rb") as asked, os.fdopen(answers[1], "wb") as out:
@@ -144,8 +145,8 @@ def test_a_stream_carries_files_and_is_not_waited_for_for_ever() -> None:
                 message = json.loads(line)
                 if message["get"] == "absent":
                     out.write(b'{"nbytes": null}\n')
-                elif message["get"] == "odd":
-                    out.write(b'{"nbytes": -3}\n')
+                elif message["get"] in odd:
+                    out.write(odd[message["get"]] + b"\n")
                 else:
                     rest = data[message["offset"] :]
                     out.write(json.dumps({"nbytes": len(rest)}).encode() + b"\n" + rest)
@@ -158,8 +159,9 @@ def test_a_stream_carries_files_and_is_not_waited_for_for_ever() -> None:
     assert b"".join(patient.stream("file", len(data))) == b""
     with pytest.raises(NoSuchFile):
         list(patient.stream("absent"))
-    with pytest.raises(RemoteError, match="another language"):
-        list(patient.stream("odd"))
+    for name in odd:
+        with pytest.raises(RemoteError, match="another language"):
+            list(patient.stream(name))
     with pytest.raises(RemoteError, match="said nothing"):
         source._read(1)
     os.close(requests[1])
