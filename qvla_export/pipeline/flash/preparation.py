@@ -137,13 +137,7 @@ def prepare_bsp(request: PrepareRequest, on_progress: OnProgress = ignore) -> Pr
     require_power_mode(bsp, request.power_mode)
     require_free(bsp.rootfs, request.runtime.stat().st_size)
     require_room(storage, bytes_below(bsp.rootfs), request.app_gib)
-    before = Overlay.load(bsp.root)
-    place = bsp.rootfs / DEFAULT.relative_to("/")
-    if before is None and os.path.lexists(place):
-        raise FlashRefused(
-            "foreign file",
-            f"{place} is there and not of an overlay; remove it, or prepare a new rootfs",
-        )
+    before = _overlay_before(bsp)
     entries = list(_entries(request, bsp))
     overlay = Overlay(
         bsp.l4t, request.board, storage.device, storage.rootfs_ab, request.app_gib, target, "", "",
@@ -168,6 +162,18 @@ def prepare_bsp(request: PrepareRequest, on_progress: OnProgress = ignore) -> Pr
     require_room(storage, bytes_below(bsp.rootfs), request.app_gib)
     changed = (*laid.changed, *_changed(files, before))
     return PreparedBsp(overlay, bsp.jetpack, storage, changed, (*notes, *surprises(bsp)))
+
+
+def _overlay_before(bsp: Bsp) -> Overlay | None:
+    """Return the overlay that is there; a store that is of none is somebody else's."""
+    before = Overlay.load(bsp.root)
+    place = bsp.rootfs / DEFAULT.relative_to("/")
+    if before is None and os.path.lexists(place):
+        raise FlashRefused(
+            "foreign file",
+            f"{place} is there and not of an overlay; remove it, or prepare a new rootfs",
+        )
+    return before
 
 
 def take_overlay_back(root: Path) -> Overlay:
