@@ -37,7 +37,6 @@ from qvla_export.report.page import write_report
 from qvla_export.shared.artifacts import sha256_file, versions, write_json
 
 _OPERATIONS = ("fsync", "replace", "rename", "unlink", "rmdir")
-_TWO_PROBES = SensitivityRequest(quantizer="nearest", probes=2)
 W4, FLOAT = parse_setting("w4"), parse_setting("float")
 
 

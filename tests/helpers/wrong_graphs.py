@@ -146,10 +146,6 @@ def _gemm_axis(g: Graph) -> ir.Value:
     return g.op("Gemm", rows, weight, transB=1)
 
 
-def _untyped(g: Graph) -> ir.Value:
-    return g.op("Identity", g.op("Concat", g.x, g.x))
-
-
 def _norm_outputs(g: Graph) -> ir.Value:
     mean = g.tape.op_multi_out("LayerNormalization", [g.x, g.scales(INPUTS)], num_outputs=2)[1]
     return g.op("Identity", mean)
@@ -235,7 +231,6 @@ def _rms_norm(g: Graph) -> ir.Value:
     return g.op("RMSNormalization", g.x, g.scales(INPUTS))
 
 
-_NO_ZERO_POINTS = np.zeros(8, np.int8)
 Q = "quantization"
 CASES = [
     Case("graph.opset", _relu, "accepts", "orin-jp7", 25),
