@@ -14,7 +14,8 @@ from engines.targets import ORIN_JP7
 from qvla_export.latency_model.flow_shape import FLOW_GEOMETRIES, shape_of, with_prefix
 from qvla_export.latency_model.network_shape import NetworkShape
 from qvla_export.latency_model.resnet_shape import RESNET_GEOMETRIES
-from qvla_export.pipeline.predict import Device, predict_action, subject_of_geometry
+from qvla_export.pipeline.predict import Device, predict_action
+from qvla_export.pipeline.predict_subject import subject_of_geometry
 from qvla_export.policies.base import Policy
 from qvla_export.policies.families import load_policy, recognize
 from qvla_export.policies.layers import layer_shapes
