@@ -19,10 +19,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from places import ROOT
+
 from jetson.install.bytecode import compile_code
 from jetson.install.units import SERVE, UnitSettings, write_units
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 PORT = 8000
 _UNITS = "/etc/systemd/system"
 # Where what stands for a flashed robot's runtime unpacks itself.
@@ -93,7 +94,7 @@ class BootedRobot:
             "--warmup", "0", "--threads", "1"))  # fmt: skip
         write_units(self.units, self.settings)
         # The checkout is read-only there: what a robot compiles once is compiled here.
-        compile_code([CHECKOUT / room for room in ("engines", "jetson", "qvla_export")])
+        compile_code([ROOT / room for room in ("engines", "jetson", "qvla_export")])
         self._make_tools()
 
     def _make_tools(self) -> None:
@@ -112,7 +113,7 @@ class BootedRobot:
     def boot(self) -> None:
         """Start it; returns once systemd answers."""
         read_only = {
-            Path(sys.base_prefix): "/opt/python", CHECKOUT: "/opt/checkout",
+            Path(sys.base_prefix): "/opt/python", ROOT: "/opt/checkout",
             Path(sysconfig.get_paths()["purelib"]): "/opt/packages",
             **{self.tools / name: place for name, place in _TOOLS.items()},
         }  # fmt: skip

@@ -5,7 +5,6 @@ one msgpack map a request, arrays as the bytes of np.save).
 """
 
 import io
-import socket
 from typing import Any
 
 import msgpack
@@ -50,9 +49,3 @@ class Gr00tClient:
 
     def __exit__(self, *_: object) -> None:
         self.context.destroy(linger=0)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port

@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import HELPERS, ROOT
+from ports import free_port
 from small_releases import Host
 
 from jetson.install.store import Store
 
 # Unpacked from Debian's package without being installed: `make test`.
 _UNPACKED = ROOT / ".venv" / "sshd"
-_PROGRAM = ROOT / "tests" / "helpers" / "robot_program.py"
+_PROGRAM = HELPERS / "robot_program.py"
 
 
 def sshd_words() -> tuple[list[str], dict[str, str]]:
@@ -156,9 +157,7 @@ def _new_robot(root: Path, name: str) -> SshRobot:
     folder = root / name
     folder.mkdir()
     _new_key(folder / "host_key")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     (folder / "sshd_config").write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder / 'host_key'}\n"
         f"AuthorizedKeysFile {root / 'client.pub'}\nPidFile none\nStrictModes no\nUsePAM no\n"

@@ -14,6 +14,7 @@ import pytest
 import requests
 from echo_policy import OFT, EchoPolicy, oft_fields, post
 from places import HELPERS, ROOT
+from ports import free_port
 
 from jetson import server
 from jetson.errors import PolicyFailure, RefusedSetting
@@ -25,8 +26,7 @@ from qvla_export.shared.observation import Observation
 
 
 def test_the_port_opens_only_after_warm_up() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     refused: list[int] = []
 
     class Probing(EchoPolicy):

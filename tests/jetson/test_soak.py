@@ -16,8 +16,9 @@ import numpy as np
 import psutil
 import pytest
 import soak_server
-from gr00t_client import Gr00tClient, free_port, npy
+from gr00t_client import Gr00tClient, npy
 from openpi_client import msgpack_numpy
+from ports import free_port
 from websockets.sync.client import connect
 
 IMAGE = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)

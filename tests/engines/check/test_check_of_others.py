@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 from graphs_of_others import FOREIGN, Foreign
-from places import ROOT
+from places import HELPERS, ROOT
 from rtx_parser import builds
 
 from engines.check.bundle import check_graph, check_model
@@ -95,7 +95,7 @@ def ends_in_the_parser(path: Path) -> int:
         "import sys; from pathlib import Path; from rtx_parser import parses\n"
         "sys.exit(0 if parses(Path(sys.argv[1])) else 3)"
     )
-    helpers = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
+    helpers = os.pathsep.join([str(ROOT), str(HELPERS)])
     environment = {**os.environ, "PYTHONPATH": helpers}
     command = [sys.executable, "-W", "ignore", "-c", script, str(path)]
     return subprocess.run(command, env=environment, capture_output=True, check=False).returncode

@@ -4,14 +4,14 @@ import subprocess
 import sys
 
 import pytest
-from places import ROOT
+from places import HELPERS, ROOT
 
 pytest.importorskip("triton", reason="Triton is 286 MB: make kernels installs it and runs these")
 
 
 def interpreted(count: int, start: int) -> int:
     """Return how many drawn products were equal; the script fails at the first that is not."""
-    script = ROOT / "tests" / "helpers" / "interpreted_products.py"
+    script = HELPERS / "interpreted_products.py"
     run = subprocess.run(
         [sys.executable, script, str(count), str(start)],
         cwd=ROOT,

@@ -5,17 +5,16 @@ import subprocess
 import sys
 
 import pytest
-from places import ROOT
+from places import HELPERS, ROOT
 
 pytest.importorskip("triton", reason="Triton is 286 MB: make kernels installs it and runs these")
 
 
 def test_a_layer_is_one_launch_under_the_interpreter() -> None:
-    helpers = ROOT / "tests" / "helpers"
     run = subprocess.run(
-        [sys.executable, helpers / "interpreted_layers.py"],
+        [sys.executable, HELPERS / "interpreted_layers.py"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{helpers}"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{HELPERS}"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import HELPERS
 
-SOURCE = Path(__file__).resolve().parents[2] / "helpers" / "fake_cuda.c"
+SOURCE = HELPERS / "fake_cuda.c"
 pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("cuda") is None, reason="needs cuda-bindings: qvla[device]"

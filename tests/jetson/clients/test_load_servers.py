@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from echo_policy import OFT, EchoPolicy
-from gr00t_client import free_port
+from ports import free_port
 from typer.testing import CliRunner
 
 from jetson.clients.load import LoadPlan, LoadTimes, random_observations, run_load

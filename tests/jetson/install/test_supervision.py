@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from echo_policy import OFT, EchoPolicy
+from ports import free_port
 from small_releases import BOOT, MACHINE, Host, Robot, sum_bundle
 
 from jetson.clients.http_client import RemotePolicy
@@ -72,12 +73,6 @@ def robot(host: Host, tmp_path: Path) -> Robot:
         activate(robot.store, "good", MACHINE, BOOT)
         prove(robot.store, BOOT)
     return robot
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def current(robot: Robot) -> tuple[str, str]:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from echo_policy import IMAGE, EchoPolicy, post
-from gr00t_client import Gr00tClient, free_port, npy
+from gr00t_client import Gr00tClient, npy
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from ports import free_port
 
 from jetson.clients.http_client import RemotePolicy
 from jetson.errors import RefusedSetting

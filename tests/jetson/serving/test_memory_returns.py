@@ -23,9 +23,10 @@ import pytest
 import requests
 import zmq
 from echo_policy import OFT, EchoPolicy
-from gr00t_client import Gr00tClient, free_port, npy
+from gr00t_client import Gr00tClient, npy
 from openpi_client import msgpack_numpy
 from places import ROOT
+from ports import free_port
 from protocol_wires import WIRES, Wire
 from tiny_bundles import make_bundle, mixed_plan
 from websockets.exceptions import ConnectionClosed

@@ -17,11 +17,12 @@ import pytest
 import requests
 from act_cases import write_tiny_act
 from echo_policy import post
-from gr00t_client import Gr00tClient, free_port, npy
+from gr00t_client import Gr00tClient, npy
 from numpy.typing import NDArray
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from openvla_cases import write_tiny_openvla
 from pi_cases import SLOTS, write_tiny_pi
+from ports import free_port
 from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
 
 from jetson.clients.protocol_clients import Endpoint, open_client

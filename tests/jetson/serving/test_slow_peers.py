@@ -16,9 +16,10 @@ import psutil
 import pytest
 import requests
 from echo_policy import IMAGE, OFT, EchoPolicy, oft_fields, post
-from gr00t_client import Gr00tClient, free_port, npy
+from gr00t_client import Gr00tClient, npy
 from openpi_client import msgpack_numpy
 from places import ROOT
+from ports import free_port
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 from websockets.sync.client import ClientConnection, connect

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from echo_policy import OFT, EchoPolicy
-from gr00t_client import free_port
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ports import free_port
 from protocol_wires import IMAGE, WIRES, OpenpiWire, Wire
 
 from jetson.server import open_server

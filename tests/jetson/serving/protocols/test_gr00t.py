@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import zmq
 from echo_policy import IMAGE, OFT, OPENVLA, EchoPolicy, oft_fields, post
-from gr00t_client import Gr00tClient, free_port, npy
+from gr00t_client import Gr00tClient, npy
+from ports import free_port
 
 from jetson.errors import RefusedSetting
 from jetson.server import open_server

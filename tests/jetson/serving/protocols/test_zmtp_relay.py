@@ -12,6 +12,7 @@ import pytest
 import zmq
 from echo_policy import OFT, EchoPolicy
 from gr00t_client import Gr00tClient
+from ports import free_port
 
 import jetson.serving.connections as connections
 import jetson.serving.protocols.zmtp_relay as zmtp_relay
@@ -21,11 +22,6 @@ from jetson.server_settings import ServerSettings
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01NULL" + bytes(16 + 1 + 31)
 READY = b"\x05READY\x0bSocket-Type\0\0\0\x06DEALER\x08Identity\0\0\0\0"
 TOKEN = "correct-horse-battery-staple"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
