@@ -173,7 +173,7 @@ class StreamedSource:
                 raise RemoteError(f"{self.place} speaks another language than qvla push")
             self._rest += self._read(MOST_LINE_BYTES)
         line, _, self._rest = self._rest.partition(b"\n")
-        nbytes = object_or_empty(line).get("nbytes", -1)
+        nbytes: int | None = object_or_empty(line).get("nbytes", -1)
         if nbytes is None or (type(nbytes) is int and nbytes >= 0):
             return nbytes
         raise RemoteError(f"{self.place} speaks another language than qvla push: {line!r:.80}")
