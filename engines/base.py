@@ -53,6 +53,20 @@ class Engine(Protocol):
         ...
 
     @property
+    def weight_form(self) -> str:
+        """How weights are held, in words: "packed", "12 layers in float"."""
+        ...
+
+    def layer_times(self, feeds: Feeds, passes: int = 50) -> LayerTimes:
+        """Run the whole graph some times under the runtime's own profiler.
+
+        Raises:
+            InvalidFeeds: as of `infer`.
+            EngineError: the runtime has none that tells layers apart.
+        """
+        ...
+
+    @property
     def part_ms(self) -> Mapping[str, float]:
         """Milliseconds of the last `infer` by run of the program; empty before the first.
 
@@ -113,12 +127,12 @@ class BundleEngine(abc.ABC):
 
     @property
     def weight_form(self) -> str:
-        """How weights are held, in words: "packed", "12 layers in float"."""
+        """How weights are held, in words; see `Engine`."""
         return "packed"
 
     @abc.abstractmethod
     def layer_times(self, feeds: Feeds, passes: int = 50) -> LayerTimes:
-        """Run the whole bundle some times under the runtime's own profiler."""
+        """Run the whole bundle some times under the runtime's own profiler; see `Engine`."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -160,10 +160,10 @@ class OrtEngine(BundleEngine):
         layers = self._float_layers.get(part.name, ())
         try:
             session = open_session(path, options, layers, providers)
-        except Exception as error:  # the runtime's exceptions share no public base
+        except EngineError as error:
             raise EngineError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}. The bundle "
-                f"was made with {self._bundle.manifest['versions']}; use that version."
+                f"{error}. The bundle was made with {self._bundle.manifest['versions']}; use that "
+                "version."
             ) from error
         if self._provider not in session.get_providers():
             # A provider whose libraries do not load is left out with a warning only.
@@ -187,12 +187,20 @@ def open_session(
         options: of the session alone: they learn where the weights are.
         float_layers: names as `engines.forms.float_layers.layers_of` gives them.
         providers: what computes, best first.
+
+    Raises:
+        EngineError: the file is no ONNX model, or the runtime refuses it.
     """
     model: str | bytes = str(path)
     if float_layers:
         model = with_float_layers(GraphFile.read(path), float_layers).to_bytes()
         options.add_session_config_entry(_FOLDER, str(path.parent))
-    return onnxruntime.InferenceSession(model, options, providers=list(providers))
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=list(providers))
+    except Exception as error:  # the runtime's exceptions share no public base
+        raise EngineError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}"
+        ) from error
 
 
 def _require_provider(provider: Provider) -> None:

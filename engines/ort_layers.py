@@ -62,7 +62,8 @@ def read_profile(
 
 def _by_action(times_ms: list[float], calls: int) -> NDArray[np.float64]:
     """Add up a node's calls of one action.  float64 [actions]"""
-    return np.array(times_ms, np.float64).reshape(-1, calls).sum(axis=1)
+    total: NDArray[np.float64] = np.array(times_ms).reshape(-1, calls).sum(axis=1)
+    return total
 
 
 def profiling_options(options: Any, folder: Path, part: str) -> Any:

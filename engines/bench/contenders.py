@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-import torch
 from numpy.typing import NDArray
 
 from engines.bench.contender import Contender, Run, stored_size
@@ -17,6 +16,7 @@ from engines.bench.decoder import INPUT, DecoderStack, measure_ranges, trace_dec
 from engines.bench.mixes import MIXES, Mix
 from engines.bench.modelopt import ModeloptEnvironment
 from engines.bench.openvino_contenders import OpenVinoBench
+from engines.bench.torchao_contender import run_torch, torchao_contenders
 from engines.ort import keep_integers_exact, ort_options
 from engines.targets import CPU
 from qvla_export.graph.external_data import ExternalData
@@ -55,8 +55,9 @@ def prepare(
             every,
             "float32",
         ),
-        Contender("torch eager FP32", _torch(stack), parameters, 4 * every, every, "float32"),
+        Contender("torch eager FP32", run_torch(stack), parameters, 4 * every, every, "float32"),
         _dynamic(float_path, threads, every),
+        *torchao_contenders(stack),
     ]
     sample = stack.example(stack.geometry.tokens)
     if modelopt is not None:
@@ -138,15 +139,6 @@ def _modelopt(
             Contender(f"modelopt {mode.upper()}", run, stored_size(path), read, every, "int8")
         )
     return found
-
-
-def _torch(stack: DecoderStack) -> Run:
-    def run(hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            output: NDArray[np.float32] = stack(torch.from_numpy(hidden)).numpy()
-            return output
-
-    return run
 
 
 def _session(

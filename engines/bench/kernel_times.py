@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engines.base import EngineError
+from engines.torch.gpu_clock import gpu_ms
 
 # Channels and inputs of a 7B language model's products; those that share an input are one.
 LAYERS_7B: Mapping[str, tuple[int, int]] = {
@@ -92,10 +93,7 @@ def contestants(shape: tuple[int, int], device: torch.device) -> dict[str, Conte
     """Return who multiplies with a layer of a shape, by name."""
     weights = torch.randn(shape, device=device).mul_(0.02).half()
     found: dict[str, Contestant] = {
-        "float16, cuBLAS": lambda rows: (
-            lambda: rows @ weights.T,
-            rows.float() @ weights.float().T,
-        ),
+        "float16, cuBLAS": lambda rows: _float16(weights, rows),
         "int8, torch": lambda rows: _torch_int8(weights, rows),
         "int4, torchao's product": lambda rows: _torch_int4(weights, rows),
     }
@@ -111,7 +109,8 @@ def _timed(layer: str, name: str, contestant: Contestant, rows: Tensor) -> Produ
         for _ in range(_WARM_UPS):
             answer = product()
         ms = median(_ms(product, rows.device) for _ in range(_REPEATS))
-    except (EngineError, ImportError, NotImplementedError, RuntimeError) as error:
+    except (EngineError, ImportError, RuntimeError) as error:
+        # The kernel's, no Triton, and what torch says of an operator or driver that is not there.
         reason = (str(error) or type(error).__name__).splitlines()[0][:_MOST_REASON]
         return ProductTime(layer, len(rows), name, None, None, reason)
     off = (answer.float() - expected).abs().max() / expected.abs().max()
@@ -123,12 +122,7 @@ def _ms(product: Callable[[], Tensor], device: torch.device) -> float:
     if device.type != "cuda":
         product()
         return 0.0
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types there
-    start.record()
-    product()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
+    return gpu_ms(product)
 
 
 def _rounded(values: Tensor) -> tuple[Tensor, Tensor]:

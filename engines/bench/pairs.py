@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from engines.bench.contenders import DYNAMIC
 from engines.bench.openvino_contenders import INT4, INT8, ON_OPENVINO
+from engines.bench.torchao_contender import TORCHAO
 from engines.rounds import Ratio, speedup
 
 _EIGHT, _EIGHT_PRUNED = "ours w8a8", "ours w8a8, 30 % pruned"
@@ -47,8 +48,8 @@ def _names(tokens: int) -> Iterator[tuple[str, str]]:
         for name in _NARROW:
             yield name + suffix, _EIGHT_PRUNED + suffix
         for name in (_EIGHT, _EIGHT_PRUNED, _NARROW[0]):
-            yield name + suffix, INT8
-            yield name + suffix, DYNAMIC
+            for other in (INT8, DYNAMIC, TORCHAO):
+                yield name + suffix, other
     if tokens == 1:
         for name in _DECODED:
             yield name, INT4

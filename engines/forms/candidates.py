@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from engines.base import Engine
+from engines.base import Engine, EngineError
 from engines.forms.float_layers import FloatLayers, count_layers
 from engines.forms.tuning import PACKAGES, TimedForm
 from engines.ort import OrtEngine
@@ -30,11 +30,16 @@ class Candidate:
         """Return the engine.
 
         Raises:
-            EngineError: the runtime is not installed or refuses the graph.
+            EngineError: the runtime cannot be imported or refuses the graph.
         """
         if self.runtime == "openvino":
-            from engines.openvino import OpenVinoEngine  # an extra
-
+            try:
+                from engines.openvino import OpenVinoEngine  # an extra
+            except ImportError as error:
+                raise EngineError(
+                    f"openvino is here and cannot be imported ({error}); install it again: "
+                    "pip install --force-reinstall 'qvla[openvino]'"
+                ) from error
             return OpenVinoEngine(bundle, threads, keep_loaded, self.float_layers)
         return OrtEngine(bundle, threads, keep_loaded=keep_loaded, float_layers=self.float_layers)
 

@@ -47,7 +47,9 @@ class TuningSettings:
     layer_passes: int = 10
     # Bytes of constants in memory, as a share of the float policy's.
     byte_share: float = 0.6
-    # "cpu": this process's time, comparable on a busy machine; for one thread.
+    # Of whole actions. "cpu": this process's time, comparable on a busy machine; for one thread.
+    # Single layers are timed by the runtime's profiler, whose clock is the wall's: it only says
+    # which layers a candidate has in float, and whole actions decide.
     clock: Clock = "wall"
 
     def __post_init__(self) -> None:
@@ -107,12 +109,12 @@ def tune(
         refusals: dict[str, str] = {}
         for candidate in candidates:
             try:
-                engine = candidate.open(bundle, settings.threads)
-            except EngineError as error:
+                engine = stack.enter_context(candidate.open(bundle, settings.threads))
+                breaches = judge(bundle, engine).breaches
+            except EngineError as error:  # it does not open, or puts out NaN
                 refusals[candidate.name] = str(error)
                 continue
-            engines[candidate.name] = stack.enter_context(engine)
-            breaches = judge(bundle, engine).breaches
+            engines[candidate.name] = engine
             refusals[candidate.name] = "; ".join(breaches)
         feeds = bundle.golden().feeds[0]
         calls = {name: _call(engine, feeds) for name, engine in engines.items()}

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import onnxruntime
+
 from engines.forms.float_layers import FloatLayers, form_of
 from engines.ort import cpu_description
 from engines.trt.sidecar import engine_folder
@@ -156,7 +158,9 @@ def runtime_versions(runtime: Runtime) -> dict[str, str]:
     Raises:
         PackageNotFoundError: one is not installed.
     """
-    return {name: version(name) for name in PACKAGES[runtime]}
+    # Of the module: the package is onnxruntime-gpu where that is installed.
+    own = {"onnxruntime": onnxruntime.__version__}
+    return {name: own[name] if name in own else version(name) for name in PACKAGES[runtime]}
 
 
 def find_tuning(bundle: Bundle, threads: int | None) -> Tuning | None:

@@ -274,9 +274,10 @@ def _added(one, other, bits, FORM: tl.constexpr):
     """Return the sum of two parts' sums."""
     if FORM.integers:
         floats = one.to(tl.float32, bitcast=True) + other.to(tl.float32, bitcast=True)
-        return tl.where(bits == 16, floats.to(tl.int32, bitcast=True), one + other)
-    else:  # noqa: RET505 - Triton compiles what follows a return too
-        return one + other
+        total = tl.where(bits == 16, floats.to(tl.int32, bitcast=True), one + other)
+    else:
+        total = one + other
+    return total
 
 
 @triton.jit

@@ -5,7 +5,7 @@ tensor cores wait. Four bytes of a channel lie in one register: here a code cost
 (float16). No carry leaves a byte: a code less its lowest, u, times its factor, m, plus 128 minus
 the lowest's distance from 0 times m is between 0 and 255 wherever the product is an int8 number.
 Triton's interpreter runs no PTX; there the same numbers come from `mixed_width`'s plain form, and
-tests/engines/kernels evaluates these texts for every byte and factor beside it. PTX ISA 8.5.
+tests/engines/kernels evaluates these texts for every byte and whole factor. PTX ISA 8.5.
 """
 
 # Repeats a byte in four.

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from triton.errors import TritonError
 
 from engines.base import EngineError
 from engines.kernels.launch_form import ProductForm, launch_form
@@ -60,7 +61,8 @@ class TiledLayer:
             form: how the product is split; None for that of `launch_form`.
 
         Raises:
-            EngineError: rows of another shape or type, or int8 rows without a scale.
+            EngineError: rows of another shape or type, or int8 rows without a scale; or Triton
+                cannot compile for this GPU, or it lacks the shared memory.
         """
         self._require_rows(rows, scale)
         count, integers = len(rows), rows.dtype == torch.int8
@@ -77,7 +79,13 @@ class TiledLayer:
         )
         grid = (blocks, self._tiles, form.parts)
         options = {"num_warps": form.warps, "num_stages": form.stages, "enable_fp_fusion": True}
-        multiply_tiles[grid](product, form, **options)
+        try:
+            multiply_tiles[grid](product, form, **options)
+        except TritonError as error:
+            raise EngineError(
+                f"the kernel does not run on {rows.device}: {error}; --weights unpacked runs the "
+                "bundle in torch's own products"
+            ) from error
         return out
 
     def _parts(

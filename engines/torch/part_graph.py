@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from google.protobuf.message import DecodeError
+from onnx.checker import ValidationError
 from torch import Tensor
 
 from engines.base import EngineError
@@ -46,7 +48,7 @@ class PartGraph:
         """
         try:
             model = onnx.load(path)
-        except Exception as error:  # protobuf's and the file's errors share no base
+        except (DecodeError, OSError, ValidationError, ValueError) as error:
             raise EngineError(f"cannot read graph {path}: {error}") from error
         require_operators(model, path)
         self.outputs = [value.name for value in model.graph.output]
@@ -110,12 +112,12 @@ class PartGraph:
         """
         found = [values[name] if name else None for name in node.inputs]
         shapes = _SAYS_SHAPE.get(node.operator, ())
-        rest = [n for n, v in enumerate(found) if v is not None and n not in shapes]
-        if self._device.type == "cpu" or all(found[n].device.type == "cpu" for n in rest):  # type: ignore[union-attr] # not None
+        rest = {n: v for n, v in enumerate(found) if v is not None and n not in shapes}
+        if self._device.type == "cpu" or all(v.device.type == "cpu" for v in rest.values()):
             return found
-        for place in rest:
-            name, value = node.inputs[place], found[place]
-            if value is not None and value.device.type == "cpu":
+        for place, value in rest.items():
+            if value.device.type == "cpu":
+                name = node.inputs[place]
                 held = self._constants_moved if name in self.constants else moved
                 if name not in held or name not in self._static:
                     held[name] = value.to(self._device)

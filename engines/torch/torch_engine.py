@@ -12,6 +12,7 @@ from torch import Tensor
 from engines.base import BundleEngine, EngineError, Feeds
 from engines.layer_times import LayerTimes
 from engines.program.part_log import PartLog
+from engines.torch.gpu_clock import gpu_ms
 from engines.torch.part_graph import PartGraph
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.program import PartRuns, run_program
@@ -103,14 +104,9 @@ class TorchEngine(BundleEngine):
         if key not in self._captured:
             self._captured[key] = self._capture(feeds)
         captured = self._captured[key]
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types there
         for name, value in feeds.items():
             captured.inputs[name].copy_(value)
-        start.record()
-        captured.graph.replay()
-        end.record()
-        end.synchronize()
-        self._part_ms = {"action": start.elapsed_time(end)}
+        self._part_ms = {"action": gpu_ms(captured.graph.replay)}
         self._part_calls = {"action": sum(self._bundle.program.calls.values())}
         return captured.outputs
 

@@ -240,8 +240,7 @@ def _profile(
     from jetson.serving.policy_contract import contract_of
 
     policy, name = EnginePolicy(bundle, engine), bundle.path.resolve().name
-    form = getattr(engine, "weight_form", request.weights)
-    conditions = f"{request.threads or 'all'} threads, {form}"
+    conditions = f"{request.threads or 'all'} threads, {engine.weight_form}"
     compared = profile_latency(
         {name: ProfileSubject(policy, load_ms, conditions)},
         held_out or [contract_of(policy).blank_observation()],

@@ -275,10 +275,10 @@ def _read_setting(
             _require(f"{what} and bundle {folder.name}", made_for.bundle_digest, bundle.digest)
     predicted = _if_there(folder / PREDICTED_ERROR, read_predicted_error)
     if predicted is not None:
-        made_for = "that of no plan" if plan is None else plan.digest
+        planned = "that of no plan" if plan is None else plan.digest
         again = f"Run `qvla round --cross-validate` again, or remove {folder / PREDICTED_ERROR}."
         what = f"plan and predicted error of {folder.name}"
-        require_same(what, made_for, predicted.plan_digest, again)
+        require_same(what, planned, predicted.plan_digest, again)
     rollouts = _if_there(folder / "evaluation.json", read_rollouts)
     if rollouts is not None and rollouts.digest not in (bundle.digest, bundle.policy_digest):
         _require(f"evaluation and bundle {folder.name}", rollouts.digest, bundle.digest)

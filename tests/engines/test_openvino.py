@@ -30,7 +30,7 @@ def test_a_float_bundle_acts_as_torch_does(
     with load_engine(bundle, 1, runtime="openvino") as engine:
         assert judge(bundle, engine).passed
         assert engine.runtime.startswith("openvino ")
-        times = engine.layer_times(feeds, passes=2)  # type: ignore[attr-defined]
+        times = engine.layer_times(feeds, passes=2)
         with pytest.raises(InvalidFeeds, match="missing"):
             engine.infer({})
     assert times.total_ms > 0 and times.passes == 2

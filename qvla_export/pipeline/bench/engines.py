@@ -116,7 +116,8 @@ def bench_engines(
     environment = None if request.modelopt is None else ModeloptEnvironment(request.modelopt)
     if environment is not None:
         environment.create()
-    peaks = measure_peaks(threads, *((256, 1 << 22) if request.quick else ()))
+    sizes = {"size": 256, "buffer_bytes": 1 << 22} if request.quick else {}
+    peaks = measure_peaks(threads, clock=request.clock, **sizes)
     machine = _machine(threads, REQUIREMENTS[:1] if request.modelopt else ())
     bench = EngineBench(machine, timing.rounds, timing.clock, peaks, ())
     regimes = QUICK_REGIMES if request.quick else REGIMES

@@ -3,6 +3,7 @@
 import json
 import time
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from engines.bench.mixes import MIXES, W4_UNPRUNED
 from engines.bench.modelopt import ModeloptEnvironment
 from engines.bench.openvino_contenders import FLOAT, INT4, INT8, OpenVinoBench
 from engines.bench.pairs import compare_pairs
+from engines.bench.peaks import measure_peaks
+from engines.bench.torchao_contender import TORCHAO
 from engines.rounds import speedup, time_in_turn
 from engines.targets import CPU
 from qvla_export.cli.app import app
@@ -45,8 +48,8 @@ def test_all_contenders_are_there_and_take_one_row_or_many(
     own = {BASELINE, "torch eager FP32", DYNAMIC, *(mix.name for mix in MIXES)}
     if OpenVinoBench.is_installed():
         own |= {f"{mix.name} (OpenVINO)" for mix in MIXES if mix.rounds_inputs} | {FLOAT}
-    # NNCF is in the baselines' environment only.
-    assert set(found) - {INT8, INT4} == own
+    # NNCF is in the baselines' environment only, torchao in none of ours.
+    assert set(found) - {INT8, INT4, TORCHAO} == own
     for contender in found.values():
         for tokens in (1, 5):
             output = contender.run(stack.example(tokens))
@@ -144,7 +147,8 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
             on_openvino |= {INT8, INT4}
     for regime in value["regimes"]:
         names = [row["name"] for row in regime["engines"]]
-        assert names[0] == BASELINE and len(names) == 3 + len(MIXES) + len(on_openvino)
+        own = [name for name in names if name != TORCHAO]
+        assert names[0] == BASELINE and len(own) == 3 + len(MIXES) + len(on_openvino)
         assert on_openvino <= set(names)
         assert all(len(row["samples_ms"]) == 2 for row in regime["engines"])
         assert all(row["name"] in done.output for row in regime["engines"])
@@ -178,3 +182,11 @@ def test_what_was_not_timed_is_compared_with_nothing() -> None:
     assert one.ratio.median == pytest.approx(2)
     decoded = {(p.name, p.against): p.ratio.median for p in compare_pairs(samples, tokens=1)}
     assert decoded["ours w3", INT4] == pytest.approx(2) and len(decoded) == 3
+
+
+def test_peaks_are_taken_by_the_clock_of_the_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call takes a millisecond of the CPU's clock here."""
+    monkeypatch.setattr("engines.rounds.time.process_time_ns", count(0, 10**6).__next__)
+    peaks = measure_peaks(threads=1, size=64, buffer_bytes=1 << 20, clock="cpu")
+    assert peaks.int8_gops == peaks.float32_gflops == pytest.approx(2 * 64**3 / 1e6)
+    assert peaks.bandwidth_gb_s == pytest.approx((1 << 20) / 1e6)

@@ -2,15 +2,20 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 from form_bundles import packed_bundle
 from tiny_bundles import make_bundle
 
-from engines.base import EngineError
+from engines.base import Engine, EngineError
 from engines.forms.candidates import Candidate, Trial, fastest
 from engines.forms.float_layers import all_layers
 from engines.forms.tune import TuningSettings, tune
@@ -23,6 +28,7 @@ from engines.forms.tuning import (
     tuning_path,
 )
 from engines.load import load_engine
+from engines.verify import run_engine
 from qvla_export.pipeline.bench.tune import tune_bundles
 from qvla_export.pipeline.progress import Progress
 from qvla_export.pipeline.sizes import compare_sizes
@@ -60,9 +66,22 @@ def test_a_choice_comes_back_and_is_loaded(bundle: Bundle, tuning: Tuning) -> No
     tuning.save(tuning_path(bundle))
     assert Tuning.load(tuning_path(bundle)) == tuning == find_tuning(bundle, 1)
     with load_engine(bundle, 1, "tuned") as engine:
-        assert engine.weight_form == "3 layers in float"  # type: ignore[attr-defined]
+        assert engine.weight_form == "3 layers in float"
     with load_engine(bundle, 1, "packed") as engine:
-        assert engine.weight_form == "packed"  # type: ignore[attr-defined]
+        assert engine.weight_form == "packed"
+
+
+def test_without_a_choice_weights_run_as_stored_and_nothing_is_said(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    tuning_path(bundle).unlink(missing_ok=True)
+    feeds = bundle.golden().feeds
+    with caplog.at_level(logging.INFO), load_engine(bundle, 1, "tuned") as engine:
+        assert engine.weight_form == "packed"
+        actions = run_engine(engine, feeds)
+    assert not caplog.records
+    with load_engine(bundle, 1, "packed") as engine:
+        np.testing.assert_array_equal(run_engine(engine, feeds), actions)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +112,7 @@ def test_what_is_of_others_is_not_used_and_a_line_says_so(
         value[name] = {**value[name], **new} if isinstance(new, dict) and new else new
     path.write_text(json.dumps(value))
     with caplog.at_level(logging.WARNING), load_engine(bundle, 1, "tuned") as engine:
-        assert engine.weight_form == "packed"  # type: ignore[attr-defined]
+        assert engine.weight_form == "packed"
     (line,) = [r.getMessage() for r in caplog.records if r.name == "engines.forms.tuning"]
     assert reason in line and "qvla tune" in line
 
@@ -135,6 +154,47 @@ def test_forms_are_timed_bounded_and_written(
     assert compare_sizes([bundle.path]).bundles[0].forms == tuning.lines
     assert second.recommended is not None and second.lines[-1].startswith("  -> ")
     assert json.loads((tmp_path / "report.json").read_text())["bundles"][1]["bundle"] == "w4"
+
+
+@pytest.mark.parametrize(("moved_by", "reason"), [(0.5, "difference"), (np.nan, "NaN")])
+def test_what_acts_otherwise_is_not_taken(
+    moved_by: float, reason: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever holds floats moves the action here, and is the fastest there is."""
+    open_engine = Candidate.open
+
+    def opened(candidate: Candidate, *arguments: Any) -> Engine:
+        engine = open_engine(candidate, *arguments)
+        if candidate.float_layers:
+            answer = {n: v + np.float32(moved_by) for n, v in engine.infer(feeds).items()}
+            monkeypatch.setattr(engine, "infer", lambda _: answer)
+        return engine
+
+    feeds = bundle.golden().feeds[0]
+    monkeypatch.setattr(Candidate, "open", opened)
+    settings = TuningSettings(threads=1, rounds=2, layer_passes=1, byte_share=1.5)
+    report = tune(bundle, settings)
+    assert report.tuning is not None and report.tuning.form == "ort, as stored"
+    others = [t for t in report.trials if t.candidate.float_layers]
+    assert others and all(reason in trial.timed.refusal for trial in others)
+
+
+def test_versions_are_those_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package that brings it may be onnxruntime-gpu."""
+
+    def no_package(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("engines.forms.tuning.version", no_package)
+    assert runtime_versions("ort") == {"onnxruntime": onnxruntime.__version__}
+
+
+def test_a_runtime_that_cannot_be_imported_is_an_engine_error(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "engines.openvino", None)
+    with pytest.raises(EngineError, match="cannot be imported"):
+        Candidate("openvino", "as stored").open(bundle, 1)
 
 
 def test_only_the_cpu_target_is_tuned(bundle: Bundle) -> None:

@@ -17,13 +17,22 @@ from engines.bench.compiled_kernels import (
     compile_kernel,
 )
 from engines.bench.kernel_rates import kernel_rates
-from engines.bench.kernel_roofline import predict_pass
+from engines.bench.kernel_roofline import predict_pass, predict_product
 from engines.kernels.launch_form import ProductForm, launch_form
 from engines.targets import find_target
 from qvla_export.latency_model.flow_shape import find_any_geometry
+from qvla_export.latency_model.network_shape import LayerShape
 from qvla_export.latency_model.roofline import LatencyModel
 
 RESULTS = (ROOT / "docs" / "results.md").read_text()
+# Rows of the page's table -> share of the channels at each width.
+PREDICTED = {
+    "8 bits": {8: 1.0},
+    "4 bits": {4: 1.0},
+    "2 bits": {2: 1.0},
+    "10 % of 8, 60 % of 4, 30 % of 2 bits": {8: 0.1, 4: 0.6, 2: 0.3},
+    "5 % of 8, 45 % of 4, 20 % of 2 bits, 30 % pruned": {8: 0.05, 4: 0.45, 2: 0.2, 0: 0.3},
+}
 INTEGERS, HALVES = "IMMA.16832.S8.S8", "HMMA.16816.F32"
 
 
@@ -64,11 +73,20 @@ def test_a_pass_of_7b_on_orin_is_predicted_as_the_page_says() -> None:
     whole = model.predict().total_ms
     widths = {name: np.full(shape[0], 8, np.int8) for name, shape in geometry.layers.items()}
     assert f"{model.predict(widths, 'int8').total_ms / whole:.2f}" == "0.65"
-    form = next(f for f in chosen_forms() if f.integers and f.block_rows > 16)
-    kernel, planned = compiled(form, 87), frozenset(geometry.layers)
-    for shares in ({8: 1.0}, {4: 1.0}, {2: 1.0}, {8: 0.1, 4: 0.6, 2: 0.3}):
-        ms = predict_pass(kernel, model, planned, shares)
-        assert f"{ms:.0f} ms, {ms / whole:.2f}" in RESULTS
+    planned = frozenset(geometry.layers)
+    one, many, _, floats, _, halves = (compiled(form, 87) for form in chosen_forms())
+    kinds = [(k.form.integers, k.form.factor_bytes) for k in (many, floats, halves)]
+    assert kinds == [(True, 1), (False, 1), (False, 2)]
+    for name, shares in PREDICTED.items():
+        ms = predict_pass(many, model, planned, shares)
+        assert f"| {name} | {ms:.0f} ms, {ms / whole:.2f} |" in RESULTS
+    words = " ".join(RESULTS.split())
+    ms = predict_pass(floats, model, planned, {4: 1.0})
+    assert f"4 bits are predicted at {ms:.0f} ms, {ms / whole:.2f} of float16" in words
+    assert f"it, {predict_pass(halves, model, planned, {4: 1.0}):.0f} ms." in words
+    row = LayerShape("row", 4096, 4096, 1)
+    ms8, ms4, ms2 = (predict_product(one, model, row, {bits: 1.0}).ms for bits in (8, 4, 2))
+    assert f"{ms8:.3f} ms at 8 bits, {ms4:.3f} at 4, {ms2:.3f} at 2" in words
 
 
 class OrinsDriver:

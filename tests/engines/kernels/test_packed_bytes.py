@@ -1,4 +1,4 @@
-"""The PTX that unpacks four bytes at once, evaluated here for every byte and factor."""
+"""The PTX that unpacks four bytes at once, evaluated here for every byte and whole factor."""
 
 import re
 from collections.abc import Callable
@@ -97,7 +97,8 @@ def test_integers_are_codes_times_factors(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_halves_are_codes_times_factors(bits: int) -> None:
-    factors = np.array([1, 3, 0.3701, 2.0**-14, 16] + [64] * (bits == 2), np.float16)
+    whole = range(1, (128 >> (bits - 1)) + 1)
+    factors = np.array([*whole, 3, 16, 0.3701, 0.001, 2.0**-14], np.float16)
     twice = factors.view(np.uint16).astype(np.uint64) * np.uint64(0x10001)
     for part, text in enumerate(HALVES[bits]):
         words = {"$2": words_of(BYTES)[None, :]}

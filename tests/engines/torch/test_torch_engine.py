@@ -116,6 +116,19 @@ def test_an_unknown_operator_is_refused_by_name(loop: Bundle, tmp_path: Path) ->
         TorchEngine(replace(loop, path=tmp_path), "cpu")
 
 
+@pytest.mark.parametrize("stored", [None, b"short"])
+def test_a_graph_without_its_weights_is_refused(stored: bytes | None, tmp_path: Path) -> None:
+    weight = onnx.numpy_helper.from_array(np.ones(16, np.float32), "w")
+    onnx.external_data_helper.set_external_data(weight, "w.bin", offset=0, length=64)
+    weight.ClearField("raw_data")
+    graph = onnx.helper.make_graph([], "part", [], [], [weight])
+    (tmp_path / "part.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    if stored is not None:
+        (tmp_path / "w.bin").write_bytes(stored)
+    with pytest.raises(EngineError, match="cannot read graph"):
+        PartGraph(tmp_path / "part.onnx", torch.device("cpu"), tiled=False)
+
+
 def test_without_a_gpu_it_says_so(loop: Bundle) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
