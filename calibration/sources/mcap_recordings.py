@@ -1,7 +1,7 @@
 """Our own recordings as demonstrations: what `qvla serve --record` and `qvla run --record` wrote.
 
 A recording has no episodes of its own. One ends where the instruction changes, where nothing was
-seen for some seconds, and with its file.
+seen for some seconds, and with its file: a long recording has several (`recording_files`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from calibration.sources.lerobot_columns import KeyMap
 from calibration.sources.source_columns import Offer, choose_columns
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.json_documents import Node
-from qvla_export.shared.mcap_records import read_records
+from qvla_export.shared.mcap_records import read_records, recording_files
 from qvla_export.shared.recorded_messages import (
     ABOUT,
     ACTION,
@@ -51,7 +51,7 @@ class _Sight:
 
 
 class McapRecordings(FrameSource):
-    """The observations of a file, or of a folder's files; a `DataSource`.
+    """The observations of a file and those that continue it, or of a folder's; a `DataSource`.
 
     Raises:
         ArtifactError: a file is no recording of ours, or holds no observation.
@@ -61,7 +61,7 @@ class McapRecordings(FrameSource):
 
     def __init__(self, root: Path, keys: KeyMap | None = None) -> None:
         self.root = root
-        self._paths = [root] if root.is_file() else sorted(root.glob("*.mcap"))
+        self._paths = list(recording_files(root)) if root.is_file() else sorted(root.glob("*.mcap"))
         self._episodes = [e for path in self._paths for e in _cut(_read_index(path))]
         if not self._episodes:
             raise ArtifactError(f"{root} holds no observations with their pictures; record some")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mcap.records import Channel, McapRecord, Message, Metadata
+from mcap.records import Channel, Header, McapRecord, Message, Metadata
 from numpy.typing import NDArray
 
 from jetson.errors import WireError
@@ -17,12 +17,12 @@ from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.json_documents import parse_document
-from qvla_export.shared.mcap_records import read_records
+from qvla_export.shared.mcap_records import read_about, read_records, recording_files
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.recorded_messages import (
-    ABOUT,
     ACTION,
     CAMERA,
+    COMPLETE,
     END,
     FORMAT,
     OBSERVATION,
@@ -50,7 +50,7 @@ class Moment:
 
 
 class Recording:
-    """One file: what it says of itself, and its moments.
+    """A file, and those that continue it: what it says of itself, and the moments of all.
 
     Raises:
         ArtifactError: it is not there, or is no recording of this format.
@@ -59,14 +59,14 @@ class Recording:
     def __init__(self, path: Path) -> None:
         """Read what the file says of itself."""
         self.path = path
-        about = next((r for r in self._records() if isinstance(r, Metadata)), None)
-        if about is None or about.name != ABOUT or about.metadata.get("format") != FORMAT:
+        about = read_about(path)
+        if about is None:
             raise ArtifactError(
                 f"{path} is not a recording of format {FORMAT!r}; make one with "
                 "qvla serve --record FILE.mcap or qvla run --record FILE.mcap"
             )
         # As `McapRecorder` wrote it: source, images, bundle_digest, versions, ...
-        self.about = dict(about.metadata)
+        self.about = about
         try:
             self.contract = PolicyContract.from_json(
                 parse_document(self.about["contract"], "the contract is not valid JSON")
@@ -75,7 +75,8 @@ class Recording:
             raise ArtifactError(f"{path} does not say which policy acted: {error}") from None
         # Events written and dropped; None where the recorder was killed. Known after `moments`.
         self.counts: dict[str, int] | None = None
-        # "complete", or why the recorder stopped; None where it was killed. Known likewise.
+        # "complete", why the recorder stopped, or which file continues this one and is not here;
+        # None where it was killed. Known likewise.
         self.ended: str | None = None
 
     @property
@@ -93,11 +94,14 @@ class Recording:
         pictures: dict[int, dict[str, NDArray[np.uint8]]] = {}
         waiting: dict[int, Observation] = {}
         for record in self._records():
-            if isinstance(record, Channel):
+            if isinstance(record, Header):
+                # Of a file; its channels have numbers of their own.
+                topics, self.ended, self.counts = {}, None, None
+            elif isinstance(record, Channel):
                 topics[record.id] = record.topic
             elif isinstance(record, Metadata) and record.name == END:
                 counts = record.metadata.items()
-                self.ended = record.metadata.get("ended", "complete")
+                self.ended = record.metadata.get("ended", COMPLETE)
                 self.counts = {k: int(v) for k, v in counts if v.isdecimal() and len(v) < 20}
             elif isinstance(record, Message):
                 topic, time_ns = topics.get(record.channel_id, ""), record.log_time
@@ -135,8 +139,10 @@ class Recording:
         return found
 
     def _records(self) -> Iterator[McapRecord]:
-        """Return the records up to the end, or to where the file is damaged."""
-        return (record for _, record in read_records(self.path))
+        """Yield the records of all files, of each up to its end or to where it is damaged."""
+        for path in recording_files(self.path):
+            for _, record in read_records(path):
+                yield record
 
 
 def _drop_oldest(waiting: dict[int, Any]) -> dict[int, Any]:

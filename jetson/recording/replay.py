@@ -34,6 +34,8 @@ class Replay:
     lossless: bool
     # Events that were not recorded; None where the recorder was killed.
     dropped: int | None
+    # As `Recording.ended`: "complete", or why not all was recorded or read.
+    ended: str | None
     # From the recorded actions; normalized by the policy's statistics, where it has them.
     drift: ActionDrift
     # Which of the compared observations differs most.
@@ -63,6 +65,7 @@ class Replay:
                 "digest": self.digest,
                 "lossless": self.lossless,
                 "dropped": self.dropped,
+                "ended": self.ended,
                 "drift": self.drift.to_json(),
                 "worst": self.worst,
                 "recorded_ms": np.round(self.recorded_ms, 6).tolist(),
@@ -144,6 +147,7 @@ def _replay(
         digest=contract.bundle_digest,
         lossless=recording.lossless,
         dropped=None if recording.counts is None else recording.counts.get("dropped"),
+        ended=recording.ended,
         drift=action_drift(then, now, unit, bins),
         worst=int(np.abs(then - now).max(axis=(1, 2)).argmax()),
         recorded_ms=recorded_ms,

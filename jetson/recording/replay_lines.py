@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from jetson.recording.replay import Replay
 from qvla_export.shared.latency_statistics import tail
+from qvla_export.shared.recorded_messages import COMPLETE
 
 
 def replay_lines(replayed: Replay) -> Iterator[str]:
@@ -20,6 +21,8 @@ def replay_lines(replayed: Replay) -> Iterator[str]:
         yield "pictures were recorded as JPEG: some of the difference is theirs"
     if replayed.dropped:
         yield f"{replayed.dropped} events are not in the recording: the disk could not follow"
+    if replayed.ended not in (None, COMPLETE):
+        yield f"not all was recorded, or is here: {replayed.ended}"
     if replayed.dropped is None:
         yield "the recording has no end: its recorder was killed, the last second is lost"
 

@@ -1,12 +1,14 @@
 """What a recording holds: MCAP with JSON messages, which Foxglove and `mcap` tools read.
 
-    metadata "qvla"      format, source, images, contract, versions; written first
+    metadata "qvla"      format, source, images, contract, versions; which recording this file
+                         belongs to and its place there; written first
     /camera/<name>       foxglove.CompressedImage: one camera's picture, PNG or JPEG
     /observation         qvla.Observation: state, instruction and which cameras belong to it
     /action              qvla.Action: what the policy made of one observation, or why nothing
     /step                qvla.Step: one slot of the control loop (`qvla run`)
     /board               qvla.Board: the board, every few seconds
-    metadata "qvla.end"  what was written and what was dropped; missing if the recorder was killed
+    metadata "qvla.end"  what was written and what was dropped so far, and how it ended; missing if
+                         the recorder was killed
 
 An observation and its pictures share one log time, which no other observation has; an action
 names the log time of its observation. Log times are nanoseconds since 1970.

@@ -2,7 +2,7 @@
 
 What does not fit into the queue is dropped and counted. Once a second what was written becomes a
 complete chunk of the file, so a recorder that is killed leaves a readable file that lacks at most
-its last second.
+its last second. A long recording goes on in further files (`McapFiles`).
 """
 
 import base64
@@ -20,19 +20,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simplejpeg
-from mcap.writer import Writer
 from numpy.typing import NDArray
 from PIL import Image
 
 from jetson.board import BoardState
 from jetson.errors import RefusedSetting
+from jetson.recording.mcap_files import McapFiles
 from jetson.recording.queue import DropQueue, QueuedWrite
-from jetson.recording.schemas import BOARD, IMAGES, SCHEMAS, STEP, Images
+from jetson.recording.schemas import BOARD, IMAGES, STEP, Images
 from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.request_observer import ServedRequest
 from qvla_export.shared.artifacts import versions
 from qvla_export.shared.observation import Observation
-from qvla_export.shared.recorded_messages import ABOUT, ACTION, CAMERA, END, FORMAT, OBSERVATION
+from qvla_export.shared.recorded_messages import (
+    ACTION,
+    CAMERA,
+    COMPLETE,
+    FORMAT,
+    OBSERVATION,
+)
 
 if TYPE_CHECKING:
     from jetson.control.chunks import TimedChunk
@@ -42,7 +48,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _FLUSH_S = 1.0
 _BOARD_S = 5.0
-_CHUNK_BYTES = 1 << 20
 _JPEG_QUALITY = 95
 # In camera pictures only neighbours repeat: a third less time than searching, no more bytes.
 _PNG_STRATEGY = zlib.Z_RLE
@@ -65,7 +70,7 @@ class McapRecorder:
         """Create the file and say in it what is recorded.
 
         Args:
-            path: to write; must not exist.
+            path: to write; must not exist. What does not fit goes on in files numbered after it.
             contract: of the policy, with the digest of its bundle.
             board: returns the newest sample.
             source: "serve" or "run".
@@ -88,10 +93,18 @@ class McapRecorder:
         self._told = False
         self._last_ns = 0
         self._time_lock = threading.Lock()
-        self._channels: dict[str, int] = {}
         # When the loop's newest observation was taken -> the log time it was given.
         self._observed: tuple[float, int] = (-1.0, 0)
-        self._open(contract, source)
+        about = {
+            "format": FORMAT,
+            "source": source,
+            "images": images,
+            "bundle_digest": contract.bundle_digest,
+            "target": contract.target,
+            "contract": json.dumps(contract.to_json()),
+            "versions": json.dumps(versions()),
+        }
+        self._files = McapFiles(path, about)
         self._thread = threading.Thread(target=self._work, name="qvla-recorder", daemon=True)
         self._thread.start()
 
@@ -145,7 +158,7 @@ class McapRecorder:
         now_ns = self._now_ns()
         value = {**asdict(record), "state": record.state.value}
         value["age_ms"], value["late_ms"] = record.age_ms, record.late_ms
-        self._put(lambda: self._write(STEP, STEP, now_ns, value))
+        self._put(lambda: self._files.write(STEP, STEP, now_ns, value))
         self._say_once()
 
     def close(self) -> None:
@@ -160,30 +173,6 @@ class McapRecorder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _open(self, contract: PolicyContract, source: str) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("xb")
-        except FileExistsError:
-            raise RefusedSetting(
-                f"{self.path} exists; recordings are not overwritten, choose another name"
-            ) from None
-        except OSError as error:
-            raise RefusedSetting(f"cannot record to {self.path}: {error}") from None
-        self._mcap = Writer(self._file, chunk_size=_CHUNK_BYTES)
-        self._mcap.start(library="qvla")
-        about = {
-            "format": FORMAT,
-            "source": source,
-            "images": self._images,
-            "bundle_digest": contract.bundle_digest,
-            "target": contract.target,
-            "contract": json.dumps(contract.to_json()),
-            "versions": json.dumps(versions()),
-        }
-        self._mcap.add_metadata(ABOUT, about)
-        self._file.flush()
 
     def _now_ns(self) -> int:
         """Return the time, always later than before: it is what tells observations apart."""
@@ -211,7 +200,7 @@ class McapRecorder:
                 now_s = time.monotonic()
                 if now_s - sampled_s >= _BOARD_S:
                     sampled_s = now_s
-                    self._write(BOARD, BOARD, self._now_ns(), self._board().to_json())
+                    self._files.write(BOARD, BOARD, self._now_ns(), self._board().to_json())
                 if event is not None:
                     event.write()
                     self.written += 1
@@ -220,25 +209,20 @@ class McapRecorder:
                     break
                 if now_s - flushed_s >= _FLUSH_S:
                     flushed_s = now_s
-                    self._mcap.flush()  # type: ignore[no-untyped-call]  # of mcap
-            self._end("complete")
+                    self._files.flush(self._counts())
+            self._files.end(COMPLETE, self._counts())
         except Exception as error:  # whatever a disk or an encoder says, the robot goes on
             _LOG.error("%s: the rest is not recorded: %s", self.path, error)
             self._failure = error
             self._queue.fail(int(event is not None))
             # There may be room for a last word, or the failure was not the disk's.
             with suppress(Exception):
-                self._end(f"{type(error).__name__}: {error}")
+                self._files.end(f"{type(error).__name__}: {error}", self._counts())
         finally:
-            # Closing flushes, and fails again where the disk is full.
-            with suppress(OSError):
-                self._file.close()
+            self._files.close()
 
-    def _end(self, how: str) -> None:
-        """Complete the file with a record of how it ended."""
-        counts = {"written": str(self.written), "dropped": str(self.dropped), "ended": how}
-        self._mcap.add_metadata(END, counts)
-        self._mcap.finish()  # type: ignore[no-untyped-call]  # of mcap
+    def _counts(self) -> dict[str, str]:
+        return {"written": str(self.written), "dropped": str(self.dropped)}
 
     def _write_observation(self, observation: Observation, seen_ns: int) -> None:
         for name, image in observation.images.items():
@@ -248,14 +232,14 @@ class McapRecorder:
                 "data": base64.b64encode(encode_image(image, self._images)).decode(),
                 "format": self._images,
             }
-            self._write(CAMERA + name, CAMERA, seen_ns, picture)
+            self._files.write(CAMERA + name, CAMERA, seen_ns, picture)
         value = {
             "cameras": list(observation.images),
             "instruction": observation.instruction,
             "state": observation.state.tolist(),
             "dropped": self.dropped,
         }
-        self._write(OBSERVATION, OBSERVATION, seen_ns, value)
+        self._files.write(OBSERVATION, OBSERVATION, seen_ns, value)
 
     def _write_action(
         self,
@@ -273,17 +257,7 @@ class McapRecorder:
             "timing_ms": dict(timing_ms),
             "error": error,
         }
-        self._write(ACTION, ACTION, log_ns, value)
-
-    def _write(self, topic: str, kind: str, log_ns: int, value: dict[str, Any]) -> None:
-        channel = self._channels.get(topic)
-        if channel is None:
-            name, schema = SCHEMAS[kind]
-            schema_id = self._mcap.register_schema(name, "jsonschema", schema)
-            channel = self._mcap.register_channel(topic, "json", schema_id)
-            self._channels[topic] = channel
-        data = json.dumps(value, allow_nan=False).encode()
-        self._mcap.add_message(channel, log_ns, data, publish_time=log_ns)
+        self._files.write(ACTION, ACTION, log_ns, value)
 
 
 def encode_image(image: NDArray[np.uint8], form: Images) -> bytes:

@@ -1,4 +1,9 @@
-"""Records of an MCAP file, whole or damaged; nothing in it is believed before it was checked."""
+"""Records of an MCAP file, whole or damaged; nothing in it is believed before it was checked.
+
+A long recording of ours has several files: `run.mcap` goes on in `run_0002.mcap`, `run_0003.mcap`
+and so on. Each is complete and can be read alone; what they say of themselves tells those of one
+recording from others that have such names.
+"""
 
 import dataclasses
 import logging
@@ -10,12 +15,17 @@ from typing import IO, cast
 import lz4.frame
 import zstandard
 from mcap.exceptions import McapError
-from mcap.records import Chunk, McapRecord
+from mcap.records import Chunk, McapRecord, Metadata
 from mcap.stream_reader import StreamReader, breakup_chunk
 
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.recorded_messages import ABOUT, FORMAT
 
 _LOG = logging.getLogger(__name__)
+# In what a file says of itself: which recording it belongs to, and its place there from 1.
+IDENTITY = "recording"
+NUMBER = "file"
+_MOST_DIGITS = 6
 # Of a record, and of what a chunk unpacks to.
 _MOST_BYTES = 256 << 20
 # What the mcap library and the decompressors raise over damaged bytes; lz4 a bare RuntimeError.
@@ -107,3 +117,46 @@ def unpack_chunk(chunk: Chunk) -> list[McapRecord]:
         raise ValueError(f"a chunk of {len(data)} bytes or more where {most} are announced")
     plain = dataclasses.replace(chunk, compression="", data=data)
     return breakup_chunk(plain, validate_crc=True)
+
+
+def numbered_file(first: Path, number: int) -> Path:
+    """Return the name of a recording's file, by its place from 1."""
+    return first if number == 1 else first.with_name(f"{first.stem}_{number:04d}{first.suffix}")
+
+
+def read_about(path: Path) -> dict[str, str] | None:
+    """Return what a file says of itself; None where it is no recording of ours.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    about = next((r for _, r in read_records(path) if isinstance(r, Metadata)), None)
+    if about is None or about.name != ABOUT or about.metadata.get("format") != FORMAT:
+        return None
+    return dict(about.metadata)
+
+
+def recording_files(path: Path) -> Iterator[Path]:
+    """Yield a file of a recording and those that continue it, in order, as far as they are there.
+
+    Raises:
+        ArtifactError: one of them cannot be read.
+    """
+    yield path
+    about = read_about(path) or {}
+    identity, told = about.get(IDENTITY), about.get(NUMBER, "")
+    if not identity or not told.isdecimal() or len(told) > _MOST_DIGITS:
+        return
+    number = int(told)
+    first = path
+    if number != 1:
+        base = path.stem.removesuffix(f"_{number:04d}")
+        first = path.with_name(base + path.suffix)
+        if not base or numbered_file(first, number) != path:
+            return  # It was given another name.
+    while (following := numbered_file(first, number + 1)).is_file():
+        number += 1
+        about = read_about(following) or {}
+        if (about.get(IDENTITY), about.get(NUMBER)) != (identity, str(number)):
+            return
+        yield following

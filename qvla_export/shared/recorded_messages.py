@@ -20,6 +20,8 @@ FORMAT = "qvla.recording/1"
 # Names of the metadata records.
 ABOUT = "qvla"
 END = "qvla.end"
+# How a recording ended that lacks nothing.
+COMPLETE = "complete"
 # Topics; cameras' names follow theirs.
 CAMERA = "/camera/"
 OBSERVATION = "/observation"

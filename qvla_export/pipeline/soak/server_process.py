@@ -18,6 +18,7 @@ from jetson.clients.protocol_clients import Endpoint
 from jetson.serving.security import TlsFiles
 from qvla_export.pipeline.soak.numbered_policy import NumberedPolicy
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.mcap_records import recording_files
 
 _START_S = 120.0
 # A server drains for 10 s; a busy machine gets more.
@@ -89,7 +90,8 @@ class ServerProcess:
     def fill_disk(self) -> None:
         """Let the kernel refuse what it writes from now on, as it does on a full disk."""
         _, hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
-        most = self.recording.stat().st_size + _LEFT_BYTES
+        *_, newest = recording_files(self.recording)
+        most = newest.stat().st_size + _LEFT_BYTES
         resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (most, hard))
 
     def pause(self, seconds: float) -> None:

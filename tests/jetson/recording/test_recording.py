@@ -199,7 +199,7 @@ def test_a_recording_cut_anywhere_replays_up_to_the_cut(tmp_path: Path) -> None:
             writing.on_request(served(index))
             while writing.written <= index:
                 time.sleep(0.001)
-            writing._mcap.flush()  # a chunk each, as a second each would be
+            writing._files.flush({})  # a chunk each, as a second each would be
     whole, content = list(Recording(path).moments()), path.read_bytes()
     cut, lengths = tmp_path / "cut.mcap", []
     for size in np.linspace(0, len(content), 60).astype(int).tolist():
