@@ -11,7 +11,7 @@ from qvla_export.latency_model.flow_shape import shape_of
 from qvla_export.latency_model.kernel_rates import DeviceRates
 from qvla_export.latency_model.network_shape import NetworkShape
 from qvla_export.latency_model.roofline import LatencyModel, LatencyPrediction
-from qvla_export.pipeline.predict_subject import Subject
+from qvla_export.pipeline.sizing.subject import Subject
 from qvla_export.policies.families import recognize
 from qvla_export.quantizer.quantize import scale_form
 from qvla_export.shared.artifacts import write_json

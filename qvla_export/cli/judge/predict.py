@@ -43,7 +43,7 @@ def predict(
     """Predict an action's milliseconds from a roofline of the target; nothing is measured."""
     from engines.targets import find_target
     from qvla_export.pipeline.predict import Device, predict_action
-    from qvla_export.pipeline.predict_subject import subject_of_bundle, subject_of_geometry
+    from qvla_export.pipeline.sizing.subject import subject_of_bundle, subject_of_geometry
 
     if geometry is not None and bundle is None:
         subject = subject_of_geometry(geometry, bits, activations)

@@ -224,7 +224,7 @@ def _predicted_times(
     """Return the candidates with what the target's roofline predicts, where it has one."""
     from engines.targets import find_target
     from qvla_export.pipeline.predict import Device, predict_action
-    from qvla_export.pipeline.predict_subject import subject_of_bundle
+    from qvla_export.pipeline.sizing.subject import subject_of_bundle
 
     target = find_target(request.target)
     if not target.power_modes:

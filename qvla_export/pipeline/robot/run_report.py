@@ -65,7 +65,7 @@ def _predicted(
     """Return what a roofline predicts of a setting on that board, or why it does not."""
     from engines.targets import find_target
     from qvla_export.pipeline.predict import Device, predict_action
-    from qvla_export.pipeline.predict_subject import subject_of_bundle
+    from qvla_export.pipeline.sizing.subject import subject_of_bundle
 
     quantized = [one.name for one in data.settings if one.plan is not None]
     weights = "plan" if setting in quantized else "float"

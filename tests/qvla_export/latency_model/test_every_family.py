@@ -15,7 +15,7 @@ from qvla_export.latency_model.flow_shape import FLOW_GEOMETRIES, shape_of, with
 from qvla_export.latency_model.network_shape import NetworkShape
 from qvla_export.latency_model.resnet_shape import RESNET_GEOMETRIES
 from qvla_export.pipeline.predict import Device, predict_action
-from qvla_export.pipeline.predict_subject import subject_of_geometry
+from qvla_export.pipeline.sizing.subject import subject_of_geometry
 from qvla_export.policies.base import Policy
 from qvla_export.policies.families import load_policy, recognize
 from qvla_export.policies.layers import layer_shapes

@@ -5,7 +5,7 @@ import pytest
 
 from qvla_export.latency_model.flow_shape import FLOW_GEOMETRIES, find_any_geometry, shape_of
 from qvla_export.latency_model.network_shape import NetworkShape
-from qvla_export.pipeline.predict_subject import subject_of_geometry
+from qvla_export.pipeline.sizing.subject import subject_of_geometry
 from qvla_export.shared.errors import QvlaError
 
 
