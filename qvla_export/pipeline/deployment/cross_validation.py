@@ -30,7 +30,7 @@ _PROBES = 4
 
 
 @dataclass(frozen=True)
-class PredictedError:
+class CrossValidatedError:
     """What is to be expected of a plan's actions on other observations, to first order."""
 
     # Of the plan, and of the calibration set whose quarters judge each other.
@@ -56,7 +56,7 @@ class PredictedError:
 
 def predict_error(
     run: RunFolder, setting: Setting, policy: "Policy", on_progress: OnProgress = ignore
-) -> PredictedError:
+) -> CrossValidatedError:
     """Predict a planned setting's action error on observations that no step was made from.
 
     It is kept beside the plan, where a report finds it.
@@ -87,7 +87,7 @@ def predict_error(
     finish(on_progress, f"cross-validation, {setting.name}", kept=False)
     found = PlanDeviation.joined(pieces)
     numbers = policy.infer(seen[0]).actions.size
-    predicted = PredictedError(
+    predicted = CrossValidatedError(
         plan_digest=plan.digest,
         calibration_digest=calibration.digest,
         rms=float(found.union() / numbers) ** 0.5,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from report_runs import Outline, edit_json
 
-from qvla_export.pipeline.deployment.cross_validation import PredictedError
+from qvla_export.pipeline.deployment.cross_validation import CrossValidatedError
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.report.page import render, write_report
 from qvla_export.report.run_data import RunData, read_run
@@ -26,7 +26,7 @@ def run(pristine_report_run: Path, tmp_path: Path) -> Path:
     copy = Path(shutil.copytree(pristine_report_run, tmp_path / "run", ignore=ignored))
     plan = BitPlan.load(copy / "settings/w4/plan.json")
     union = {"Language MLP": 1.31, HOSTILE: 0.87}
-    found = PredictedError(plan.digest, "calibration-digest", 0.0246, 0.0201, 1.234, union)
+    found = CrossValidatedError(plan.digest, "calibration-digest", 0.0246, 0.0201, 1.234, union)
     write_json(copy / "settings/w4/predicted_error.json", asdict(found))
     return copy
 
