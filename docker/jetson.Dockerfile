@@ -43,6 +43,10 @@ RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
     && find /opt/venv \( -name __pycache__ -o -path '*/numpy/*/tests' \) -prune -exec rm -rf {} + \
     && find /opt/venv -type f \( -name '*.pyi' -o -name '*.pyx*' -o -name '*.px[di]*' \
         -o -path '*/zstandard/_cffi.*' -o -name 'libonnxruntime.so.*' \) -delete
+# The user below cannot write what Python compiles: what robots run is compiled here.
+RUN /opt/venv/bin/python -I -c "import onnxruntime, qvla_export.cli.main, qvla_export.cli.app, \
+    qvla_export.pipeline.robot.serve, jetson.server, jetson.doctor.speed, jetson.install.checking, \
+    jetson.install.supervision, engines.load, engines.ort, engines.verify"
 
 FROM ${BASE}
 ARG TENSORRT=""
