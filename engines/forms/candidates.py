@@ -37,8 +37,8 @@ class Candidate:
                 from engines.openvino import OpenVinoEngine  # an extra
             except ImportError as error:
                 raise EngineError(
-                    f"openvino is here and cannot be imported ({error}); install it again: "
-                    "pip install --force-reinstall 'qvla[openvino]'"
+                    f"openvino is here and cannot be imported ({error}); remove it and "
+                    "install it again: pip install 'qvla[openvino]'"
                 ) from error
             return OpenVinoEngine(bundle, threads, keep_loaded, self.float_layers)
         return OrtEngine(bundle, threads, keep_loaded=keep_loaded, float_layers=self.float_layers)

@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 from graph_checks import require_clean
 from openvla_cases import openvla_observations
+from traced_graphs import traced
 
 from engines.targets import CPU
 from qvla_export.graph.export import ExportOptions, export_bundle
-from qvla_export.graph.float_graph import export_float
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.prismatic.policy import PrismaticPolicy
@@ -23,14 +23,10 @@ from qvla_export.quantizer.quantize import spec_for
 from qvla_export.shared.bundle import MANIFEST, Bundle, manifest_digest
 from qvla_export.shared.observation import Observation
 
-_GRAPHS: dict[str, dict[str, ir.Model]] = {}
-
 
 def float_graph(policy: Policy) -> ir.Model:
-    """Return the policy's float graph; tracing takes seconds, so it is kept."""
-    if policy.digest not in _GRAPHS:
-        _GRAPHS[policy.digest] = export_float(policy, CPU)
-    return _GRAPHS[policy.digest]["policy"]
+    """Return the policy's only float graph."""
+    return traced(policy, CPU)["policy"]
 
 
 def mixed_plan(policy: Policy, seed: int = 0) -> BitPlan:

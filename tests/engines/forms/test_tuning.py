@@ -161,11 +161,12 @@ def test_what_acts_otherwise_is_not_taken(
     moved_by: float, reason: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever holds floats moves the action here, and is the fastest there is."""
-    open_engine = Candidate.open
+    open_engine, moved = Candidate.open, []
 
     def opened(candidate: Candidate, *arguments: Any) -> Engine:
         engine = open_engine(candidate, *arguments)
         if candidate.float_layers:
+            moved.append(candidate)
             answer = {n: v + np.float32(moved_by) for n, v in engine.infer(feeds).items()}
             monkeypatch.setattr(engine, "infer", lambda _: answer)
         return engine
@@ -175,7 +176,8 @@ def test_what_acts_otherwise_is_not_taken(
     settings = TuningSettings(threads=1, rounds=2, layer_passes=1, byte_share=1.5)
     report = tune(bundle, settings)
     assert report.tuning is not None and report.tuning.form == "ort, as stored"
-    others = [t for t in report.trials if t.candidate.float_layers]
+    # OpenVINO, where it is, cannot open those that have codes of 2 and 4 bits left.
+    others = [t for t in report.trials if t.candidate in moved]
     assert others and all(reason in trial.timed.refusal for trial in others)
 
 

@@ -225,7 +225,7 @@ def test_a_groups_keys_are_replaced(scene: Scene) -> None:
     show(scene.host, "line-a", signed_by(thief, "line-a", stolen))
     with pytest.raises(RefusedRelease) as refused:
         robot.install()
-    assert refused.value.reason == "unsigned"
+    assert refused.value.reason == "revoked key"
     rotate(scene.host.keys, "arm-07")
     scene.host.publish()
     assert scene.robot("r2").install(groups=("arm-07",)).name == "for-07"

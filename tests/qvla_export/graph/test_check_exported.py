@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from graph_checks import require_clean
+from traced_graphs import traced
 
 from engines.targets import find_target
 from qvla_export.graph.export import ExportOptions, export_bundle
-from qvla_export.graph.float_graph import export_float
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.activations import ActivationRanges
@@ -53,7 +53,7 @@ def test_exported_bundles_are_clean(
 ) -> None:
     plan = plans(tiny_policy)[setting]
     path = tmp_path_factory.mktemp("exported") / setting
-    graph = export_float(tiny_policy, TARGET)
+    graph = traced(tiny_policy, TARGET)
     bundle = export_bundle(
         tiny_policy, plan, TARGET, tiny_observations(1), path, ExportOptions(graph)
     )

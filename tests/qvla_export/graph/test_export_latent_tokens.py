@@ -8,13 +8,13 @@ from graph_checks import require_clean
 from openvla_cases import openvla_observations
 from rtx_parser import builds
 from tiny_bundles import exported_oracle, mixed_plan
+from traced_graphs import traced
 from univla_cases import CASES, CODEBOOK, Case, write_tiny_univla
 
 from engines.ort import OrtEngine
 from engines.targets import CPU, find_target
 from engines.verify import judge
 from qvla_export.graph.export import ExportOptions, export_bundle
-from qvla_export.graph.float_graph import export_float
 from qvla_export.policies.univla.policy import UniVlaPolicy, load_univla_policy
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.inputs.noise import NoiseSpec
@@ -39,7 +39,7 @@ def bundles(
     policy: UniVlaPolicy, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Bundle, Bundle]:
     """A float and a quantized bundle of the same graphs."""
-    options = ExportOptions(export_float(policy, CPU))
+    options = ExportOptions(traced(policy, CPU))
     folder, seen = tmp_path_factory.mktemp("bundles"), openvla_observations(3)
     whole = export_bundle(policy, None, CPU, seen, folder / "float", options)
     mixed = export_bundle(policy, mixed_plan(policy), CPU, seen, folder / "mixed", options)
@@ -116,7 +116,7 @@ def test_oracle_cases_through_the_engine(tmp_path: Path, layers_per_part: int | 
 @pytest.mark.slow
 def test_tensorrt_targets_take_every_part(policy: UniVlaPolicy, tmp_path: Path) -> None:
     target = find_target("rtx4070")
-    options = ExportOptions(export_float(policy, target))
+    options = ExportOptions(traced(policy, target))
     bundle = export_bundle(
         policy, None, target, openvla_observations(2), tmp_path / "float", options
     )

@@ -10,12 +10,12 @@ from graph_checks import require_clean
 from pi_cases import CASES, Case, folder_of, pi_observations, write_tiny_pi
 from rtx_parser import builds
 from tiny_bundles import mixed_plan
+from traced_graphs import traced
 
 from engines.ort import OrtEngine
 from engines.targets import CPU, find_target
 from engines.verify import judge
 from qvla_export.graph.export import ExportOptions, export_bundle
-from qvla_export.graph.float_graph import export_float
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.pi.policy import PiPolicy, load_pi_policy
 from qvla_export.quantizer.uniform_plan import uniform_plan
@@ -35,7 +35,7 @@ def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def bundles(policy: PiPolicy, tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     """A float and a quantized bundle of the same graphs."""
-    options = ExportOptions(export_float(policy, CPU))
+    options = ExportOptions(traced(policy, CPU))
     folder, seen = tmp_path_factory.mktemp("bundles"), pi_observations(2)
     whole = export_bundle(policy, None, CPU, seen, folder / "float", options)
     mixed = export_bundle(policy, mixed_plan(policy), CPU, seen, folder / "mixed", options)

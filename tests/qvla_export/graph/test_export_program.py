@@ -20,12 +20,12 @@ from openvla_cases import (
 )
 from rtx_parser import builds
 from tiny_bundles import exported_oracle, mixed_plan
+from traced_graphs import traced
 
 from engines.ort import OrtEngine
 from engines.targets import CPU, find_target
 from engines.verify import judge
 from qvla_export.graph.export import ExportOptions, export_bundle
-from qvla_export.graph.float_graph import export_float
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.openvla.policy import OpenVlaPolicy
 from qvla_export.quantizer.uniform_plan import uniform_plan
@@ -43,7 +43,7 @@ def bundles(
     policy: OpenVlaPolicy, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Bundle, Bundle]:
     """A float and a quantized bundle of the same graphs."""
-    options = ExportOptions(export_float(policy, CPU))
+    options = ExportOptions(traced(policy, CPU))
     folder, seen = tmp_path_factory.mktemp("bundles"), openvla_observations(3)
     whole = export_bundle(policy, None, CPU, seen, folder / "float", options)
     mixed = export_bundle(policy, mixed_plan(policy), CPU, seen, folder / "mixed", options)
@@ -180,7 +180,7 @@ def test_weights_left_on_disk_export_the_same_bundle(
 @pytest.mark.slow
 def test_tensorrt_targets_take_every_part(policy: OpenVlaPolicy, tmp_path: Path) -> None:
     target = find_target("rtx4070")
-    options = ExportOptions(export_float(policy, target))
+    options = ExportOptions(traced(policy, target))
     seen = openvla_observations(2)
     base = uniform_plan(layer_shapes(policy.layers()), 4, target, policy.digest)
     mixed = replace(base, widths=mixed_plan(policy).widths)

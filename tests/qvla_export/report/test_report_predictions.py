@@ -64,7 +64,7 @@ def test_predictions_of_other_plans_are_refused(run: Path) -> None:
             write_report(run)
         moved.unlink()
     edit_json(path, rms=float("nan"))
-    with pytest.raises(ArtifactError, match=r"predicted_error\.json is damaged"):
+    with pytest.raises(ArtifactError, match=r"predicted_error\.json: NaN is no JSON number"):
         write_report(run)
     path.write_text("{}")
     with pytest.raises(ArtifactError, match="lacks"):

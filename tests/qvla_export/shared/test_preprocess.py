@@ -88,8 +88,11 @@ def _share_off(got: np.ndarray, golden: np.ndarray) -> float:
     return float((got != golden).mean())
 
 
-def test_evaluation_images_are_as_near_as_the_best_that_was_found(oracles: Path) -> None:
-    """Upstream's are TensorFlow's; what Pillow and numpy can come to was measured beside them."""
+def test_evaluation_images_are_as_near_as_was_measured(oracles: Path) -> None:
+    """Upstream's are TensorFlow's; what Pillow and numpy can come to was measured beside them.
+
+    Sums in another order are a level more or less in a few of 150,000 values.
+    """
     golden = _load(oracles / "preprocess" / "eval_images.npz")
     stated = json.loads((oracles / "preprocess" / "standin_differences.json").read_text())
     known = {str(entry["image"]): entry for entry in stated}
@@ -98,14 +101,16 @@ def test_evaluation_images_are_as_near_as_the_best_that_was_found(oracles: Path)
     for key, image in images.items():
         best = known[key]
         assert list(image.shape) == best["size"]
-        small = golden[f"lanczos_only224_{key}"]
-        assert _share_off(lanczos(image, 224), small) <= best["pil_modeF_lanczos_frac_differing"]
+        got, small = lanczos(image, 224), golden[f"lanczos_only224_{key}"]
+        assert np.abs(got.astype(int) - small).max() <= best["pil_modeF_lanczos_maxdiff"] <= 1
+        plain = best["pil_uint8_lanczos_frac_differing"]
+        assert _share_off(got, small) < plain / 1000
         crops = (
             (golden[f"resized224_{key}"], golden[f"resized224_center_crop_{key}"]),
             (image, golden[f"raw_center_crop_{key}"]),
         )
-        for (whole, cropped), share in zip(crops, best["numpy_center_crop_frac"], strict=True):
-            assert _share_off(center_crop(whole), cropped) <= share
+        for whole, cropped in crops:
+            _close_levels(center_crop(whole), cropped)
 
 
 def test_evaluation_images(oracles: Path) -> None:
