@@ -16,8 +16,9 @@ from qvla_export.allocation.hull import error_bound
 from qvla_export.allocation.limits import within_bytes, within_latency
 from qvla_export.allocation.methods import METHODS, AllocationMethod, Allocator, find_allocator
 from qvla_export.allocation.whole_layers import units_of
-from qvla_export.quantizer.packed_storage import PackedForm, stored_bytes, stored_on
+from qvla_export.quantizer.packed_storage import stored_on
 from qvla_export.quantizer.plan import BitPlan
+from qvla_export.quantizer.plan_bytes import PackedForm, PlanBytes
 from qvla_export.sensitivity.sensitivities import Sensitivities
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import WIDTHS, Target
@@ -75,9 +76,10 @@ def allocate_bits(
 
     compensated = sensitivities.quantizer.needs_moments
     form = PackedForm(target.containers, budget.rounded_inputs, compensated)
+    count = PlanBytes(sensitivities.weights_per_channel, form)
 
     def weight_bytes(levels: Levels) -> int:
-        return stored_bytes(table.widths_of(levels), sensitivities.weights_per_channel, form)
+        return count.of(table.widths_of(levels))
 
     levels = _within_budget(table, budget, allocator, weight_bytes)
     if latency is not None:

@@ -1,10 +1,9 @@
-"""Bytes of packed weights: what the buckets of a plan really occupy on a target. numpy only.
+"""Packed weights: what the layers and buckets of a plan are stored as on a target. numpy only.
 
 Three things make them differ from channels times width: hidden units that are constant leave
 producers and consumer (`quantizer.coupling`), runtimes that want whole groups get inputs filled
 up with zeros (by further units of the layer before it where that is coupled, else by a Pad), and
-columns of 2 and 4 bits come in fours or pairs. What restores the channels' order is stored as well
-(`quantizer.column_order`), and so are biases that take up what pruned hidden units put out.
+columns of 2 and 4 bits come in fours or pairs. `quantizer.plan_bytes` adds them up.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,11 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qvla_export.quantizer.column_order import PAD_BYTES, column_order
 from qvla_export.quantizer.coupling import Coupling, find_couplings
 from qvla_export.quantizer.layer_names import parallel_group
 from qvla_export.quantizer.quantize import QuantizerSpec, scale_form
-from qvla_export.quantizer.side_columns import MemberColumns, SideColumns
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Container, Target
 
@@ -108,36 +105,6 @@ def stored_layers(
     return tuple(layers)
 
 
-@dataclass(frozen=True)
-class PackedForm:
-    """How a graph holds planned layers, beside their containers."""
-
-    # Width -> container of the target.
-    containers: Mapping[int, Container]
-    # Whether layers read rounded inputs: see `side_by_side`.
-    rounded_inputs: bool = False
-    # Whether the codes answer for what pruned hidden units put out; else the consumer's bias does.
-    compensated: bool = False
-
-
-def stored_bytes(widths: Widths, weights_per_channel: Mapping[str, int], form: PackedForm) -> int:
-    """Return the bytes of all constants of planned layers.
-
-    Codes, scales, what restores the order of the channels, and biases that take up what pruned
-    hidden units put out, in 32 bits: a graph that computes in 16 may hold them in half of that.
-
-    Args:
-        widths, weights_per_channel: see `stored_layers`.
-        form: of the graph.
-    """
-    layers = stored_layers(widths, weights_per_channel, form.containers)
-    packed = sum(_bucket_bytes_of(layer, form.containers) for layer in layers)
-    order = sum(_order_bytes(layer, form) for layer in layers)
-    if form.compensated:
-        return packed + order
-    return packed + order + _bias_bytes(widths, weights_per_channel)
-
-
 def takes_whole_groups(containers: Mapping[int, Container]) -> bool:
     """Say whether it is TensorRT's kind of runtime that reads the containers.
 
@@ -173,54 +140,6 @@ def side_by_side(
         and not takes_whole_groups(containers)
         and len(used) > 0
         and all((c.two_level or c.groups(inputs) == 1) and not c.zero_points for c in used)
-    )
-
-
-def _bucket_bytes_of(layer: StoredLayer, containers: Mapping[int, Container]) -> int:
-    return sum(
-        bucket_bytes(int((layer.widths == bits).sum()), layer.inputs, containers[bits])
-        for bits in np.unique(layer.widths).tolist()
-        if bits
-    )
-
-
-def _order_bytes(layer: StoredLayer, form: PackedForm) -> int:
-    """Bytes of what restores a layer's order, and of a Pad that fills its inputs up."""
-    containers, sizes = form.containers, layer.sizes
-    used = [bits for bits in np.unique(layer.widths).tolist()[::-1] if bits]
-    if not used:
-        return 0
-    members = np.split(layer.widths, np.cumsum(sizes)[:-1])
-    if len(sizes) > 1 and one_width_apart(members, containers):
-        return 0
-    counts = [int((layer.widths == bits).sum()) for bits in used]
-    columns = [stored_columns(n, containers[bits]) for n, bits in zip(counts, used, strict=True)]
-    if side_by_side(used, layer.inputs, containers, form.rounded_inputs):
-        return _side_by_side_bytes(layer, used, columns)
-    filled = stored_inputs(layer.inputs, layer.widths, containers) > layer.inputs
-    return column_order(layer.widths, columns, sizes).nbytes + (PAD_BYTES if filled else 0)
-
-
-def _side_by_side_bytes(layer: StoredLayer, used: list[int], columns: list[int]) -> int:
-    """Bytes of the columns that each member reads of one matrix, and of its order behind it."""
-    integers = [(bits, n) for bits, n in zip(used, columns, strict=True) if bits != 16]
-    # Halves are stored as they are.
-    halves = [(bits, int((layer.widths == bits).sum())) for bits in used if bits == 16]
-    matrices = [SideColumns.of_buckets(layer.widths, some) for some in (integers, halves)]
-    stops = np.cumsum(layer.sizes).tolist()
-    members = zip(stops, layer.sizes, strict=True)
-    return sum(
-        MemberColumns.of_layer(matrices, slice(stop - size, stop)).nbytes(matrices)
-        for stop, size in members
-    )
-
-
-def _bias_bytes(widths: Widths, weights_per_channel: Mapping[str, int]) -> int:
-    """Bytes of float32 biases that take up what pruned units put out."""
-    return 4 * sum(
-        len(widths[coupling.consumer])
-        for coupling in find_couplings(widths, weights_per_channel)
-        if coupling.folds
     )
 
 

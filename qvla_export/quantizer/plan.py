@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from qvla_export.quantizer.activations import ActivationRanges
 from qvla_export.quantizer.coupling import Coupling, find_couplings
 from qvla_export.quantizer.layer_shapes import LayerShapes, shape_problem
-from qvla_export.quantizer.packed_storage import PackedForm, require_steps_of, stored_bytes
+from qvla_export.quantizer.packed_storage import require_steps_of
+from qvla_export.quantizer.plan_bytes import PackedForm, stored_bytes
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.quantizer.rounding import Rounding
 from qvla_export.quantizer.width_table import width_table

@@ -24,8 +24,8 @@ from qvla_export.graph.passes.compute_type import to_compute_type
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.activations import ActivationRanges
-from qvla_export.quantizer.packed_storage import PackedForm, stored_bytes
 from qvla_export.quantizer.plan import BitPlan
+from qvla_export.quantizer.plan_bytes import PackedForm, stored_bytes
 from qvla_export.quantizer.quantize import fake_quantize, spec_for
 from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.observation import Observation

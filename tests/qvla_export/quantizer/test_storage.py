@@ -24,12 +24,9 @@ from qvla_export.graph.passes.float_storage import store_exactly
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.activations import ActivationRanges
-from qvla_export.quantizer.packed_storage import (
-    PackedForm,
-    stored_bytes,
-    takes_whole_groups,
-)
+from qvla_export.quantizer.packed_storage import takes_whole_groups
 from qvla_export.quantizer.plan import BitPlan
+from qvla_export.quantizer.plan_bytes import PackedForm, stored_bytes
 from qvla_export.quantizer.quantize import spec_for
 from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.bundle import Bundle
@@ -96,6 +93,24 @@ def test_layers_have_the_stated_bytes(
     shape = 0 if any(widths) else 8 + 4
     stated = stored_bytes(layer, {LAYER: inputs}, packed) + shape
     assert sum(t.nbytes for t in constants if t is not None) == stated
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_plans_tried_in_turn_are_counted_as_one_alone(form: str, tiny_policy: OftPolicy) -> None:
+    """A channel or a layer changes from plan to plan, and changes back."""
+    plan, generator = random_plan(tiny_policy, FORMS[form], 3), np.random.default_rng(3)
+    packed = PackedForm(plan.containers, rounded_inputs=form == "cpu")
+    count, names = PlanBytes(plan.weights_per_channel, packed), sorted(plan.widths)
+    first = dict(plan.widths)
+    tried = [first]
+    for step in range(30):
+        name = generator.choice(names)
+        layer = tried[-1][name].copy()
+        where = slice(None) if step % 5 == 0 else generator.integers(len(layer))
+        layer[where] = generator.choice(WIDTHS)
+        tried.append({**tried[-1], name: layer})
+    for widths in (*tried, first):
+        assert count.of(widths) == stored_bytes(widths, plan.weights_per_channel, packed)
 
 
 def bytes_in_files(bundle: Bundle) -> int:
