@@ -26,7 +26,7 @@ from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.activations import ActivationRanges
 from qvla_export.quantizer.packed_storage import takes_whole_groups
 from qvla_export.quantizer.plan import BitPlan
-from qvla_export.quantizer.plan_bytes import PackedForm, stored_bytes
+from qvla_export.quantizer.plan_bytes import PackedForm, PlanBytes, stored_bytes
 from qvla_export.quantizer.quantize import spec_for
 from qvla_export.quantizer.uniform_plan import uniform_plan
 from qvla_export.shared.bundle import Bundle
