@@ -18,6 +18,9 @@ QvlaError
 
 from qvla_export.shared.errors import InvalidObservation, QvlaError
 
+# Seconds after which it makes sense to ask a busy server again.
+RETRY_AFTER_S = 1
+
 
 class WireError(QvlaError):
     """The bytes are not what the protocol speaks."""
@@ -48,7 +51,11 @@ class ClientLeft(QvlaError):
 
 
 class ServerBusy(QvlaError):
-    """Too many requests wait for the one engine."""
+    """Too many requests wait for the one engine, or there is no room for one more client."""
+
+    def __init__(self, reason: str) -> None:
+        """Say why, and when to ask again: in every protocol alike."""
+        super().__init__(f"{reason} (overloaded: retry after {RETRY_AFTER_S} s)")
 
 
 class PolicyFailure(QvlaError):

@@ -31,13 +31,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from jetson.errors import RefusedSetting
+from jetson.errors import RETRY_AFTER_S, RefusedSetting
 from jetson.observers import Watch, open_watch
-from jetson.repeated_warning import RepeatedWarning
 from jetson.server_settings import ServerSettings
 from jetson.serving.byte_budget import ByteBudget
-from jetson.serving.connections import Connections, connection_limit
-from jetson.serving.event_loop import ServingLoop
+from jetson.serving.connections import Connections, client_places, connection_limit
+from jetson.serving.event_loop import ServingLoop, quiet_without_descriptors
 from jetson.serving.guard import Guard
 from jetson.serving.http_protocol import HttpConnection
 from jetson.serving.object_rings import rings_collected_early
@@ -75,7 +74,7 @@ def create_app(
         faults = [*filter(None, (queue.fault,)), *watch.faults()]
         if not faults:
             return PlainTextResponse("ready\n")
-        return JSONResponse({"not_ready": faults}, 503, {"retry-after": "1"})
+        return JSONResponse({"not_ready": faults}, 503, {"retry-after": str(RETRY_AFTER_S)})
 
     async def metadata(request: Request) -> Response:
         return JSONResponse(contract)
@@ -177,9 +176,7 @@ def _ready(
             WebsocketThreads(
                 OpenpiEndpoint(queue, rate),
                 gate,
-                Connections(
-                    settings.max_connections, settings.max_connections, "websocket clients"
-                ),
+                client_places(settings.max_connections, "websocket clients"),
                 budget,
                 settings.max_body_bytes,
             )
@@ -203,23 +200,12 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._queue = queue
         self._threads = threads
-        self._failures = RepeatedWarning(_LOG)
         self.on_open: Callable[[], None] = lambda: None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(self._on_loop_failure)
+        quiet_without_descriptors(asyncio.get_running_loop(), _LOG)
         await super().startup(sockets)
         self.on_open()
-
-    def _on_loop_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log what no task handles; a machine without descriptors says so once a minute.
-
-        asyncio stops accepting for a second then, and clients wait in the backlog.
-        """
-        if "socket.accept()" in str(context.get("message")):
-            self._failures.warn(f"no connection can be accepted: {context.get('exception')}")
-        else:
-            loop.default_exception_handler(context)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:

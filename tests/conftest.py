@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from certificates import write_certificates
 from hypothesis import settings
 from oracles import ReadingReport, oracle_root, watch_reading
 from tiny_policy import tiny_observations as make_tiny_observations
@@ -62,6 +63,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_policy(tiny_checkpoint: Path) -> OftPolicy:
     """The tiny checkpoint, loaded. Shared by the session: leave its weights as they were."""
     return load_oft_policy(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CA, a server certificate for loopback and a client certificate; and another CA's client."""
+    return write_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture(scope="session")

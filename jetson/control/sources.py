@@ -1,5 +1,6 @@
 """Where observations come from; every one carries the monotonic time at which it was taken."""
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -60,7 +61,9 @@ class PushedSource:
         now_s = self._clock.now_s()
         moment_s = now_s if observed_s is None else min(observed_s, now_s)
         with self._lock:
-            if self._newest is None or moment_s > self._newest.observed_s:
+            before_s = -math.inf if self._newest is None else self._newest.observed_s
+            # Whatever is no time is told by the gate once, and makes room for what is one.
+            if self._newest is None or not math.isfinite(before_s) or moment_s > before_s:
                 self._newest = TimedObservation(observation, moment_s)
 
     def end(self) -> None:

@@ -134,3 +134,8 @@ class Connections:
                 f"{' for one address' if own else ''}; close one, or come back in {IDLE_S:g} s"
             )
         return min(idle, key=lambda c: c.idle_since_s)
+
+
+def client_places(limit: int, what: str) -> Connections:
+    """Return places for clients that stay: half of them at most for one other machine."""
+    return Connections(limit, max(1, limit // 2), what)

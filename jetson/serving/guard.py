@@ -4,7 +4,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jetson.errors import RateLimited, Unauthorized, WireError, http_status
+from jetson.errors import RETRY_AFTER_S, RateLimited, Unauthorized, WireError, http_status
 from jetson.serving.security import Gate
 from qvla_export.shared.errors import QvlaError
 
@@ -49,7 +49,7 @@ def _refusal(error: QvlaError, scheme: str) -> JSONResponse:
     # The body has not been read, and will not be.
     headers = {"connection": "close"}
     if isinstance(error, RateLimited):
-        headers["retry-after"] = "1"
+        headers["retry-after"] = str(RETRY_AFTER_S)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = scheme
     reason = {"error": str(error), "kind": type(error).__name__}

@@ -2,7 +2,7 @@
 
 uvicorn waits without end for the head of a request, and takes every connection. Here a head must
 be whole within ten seconds of its first byte, or of the connection; connections are counted, and
-one that has asked for nothing makes room for another.
+one that has asked for nothing makes room for another; one that leaves replies unread ends.
 """
 
 import asyncio
@@ -13,9 +13,10 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jetson.errors import ServerBusy
+from jetson.errors import RETRY_AFTER_S, ServerBusy
 from jetson.repeated_warning import RepeatedWarning
 from jetson.serving.connections import Connection, Connections
+from jetson.serving.event_loop import UnreadTimer
 
 HEAD_TIMEOUT_S = 10.0
 # What a client of HTTP/2 says first (RFC 9113, 3.4); gRPC's are the only ones without asking.
@@ -31,23 +32,52 @@ class HttpConnection(H11Protocol):
         self._connections = connections
         self._connection: Connection | None = None
         self._head_timer: asyncio.TimerHandle | None = None
+        # Whoever does not read keeps no place.
+        self._unread = UnreadTimer(self.loop, lambda: self.transport.abort())
+
+    def arrive(self, transport: asyncio.Transport) -> bool:
+        """Give a connection a place before its TLS handshake; close it where there is none."""
+        try:
+            self._admit(transport)
+        except ServerBusy:
+            transport.abort()  # It could not read why.
+            return False
+        return True
+
+    def leave(self) -> None:
+        """Give the place of a connection back whose handshake failed."""
+        self._forget()
 
     def connection_made(  # type: ignore[override]  # the transport is narrower, as uvicorn's is
         self, transport: asyncio.Transport
     ) -> None:
         """Take the connection, or say that there are too many."""
         super().connection_made(transport)
-        peer = self.client[0] if self.client else "unknown"
-        connection = Connection(peer, lambda: self.loop.call_soon_threadsafe(transport.abort))
         try:
-            self._connections.admit(connection)
+            connection = self._connection or self._admit(transport)
         except ServerBusy as error:
             transport.write(_refusal(error))
             transport.close()
             return
-        self._connection = connection
         self.app_state = {**self.app_state, "connection": connection}
         self._await_head()
+
+    def _admit(self, transport: asyncio.Transport) -> Connection:
+        peer = str((transport.get_extra_info("peername") or ("unknown",))[0])
+        connection = Connection(peer, lambda: self.loop.call_soon_threadsafe(transport.abort))
+        self._connections.admit(connection)
+        self._connection = connection
+        return connection
+
+    def pause_writing(self) -> None:
+        """Wait only so long for a client that does not read."""
+        super().pause_writing()
+        self._unread.start()
+
+    def resume_writing(self) -> None:
+        """Go on with a client that reads."""
+        super().resume_writing()
+        self._unread.stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection; its request, if one waits, is not answered any more."""
@@ -97,6 +127,7 @@ class HttpConnection(H11Protocol):
 
     def _forget(self) -> None:
         self._stop_waiting()
+        self._unread.stop()
         if self._connection is not None:
             self._connection.is_gone = True
             self._connections.remove(self._connection)
@@ -106,6 +137,6 @@ def _refusal(error: ServerBusy) -> bytes:
     body = json.dumps({"error": str(error), "kind": type(error).__name__}).encode()
     head = (
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+        f"content-length: {len(body)}\r\nretry-after: {RETRY_AFTER_S}\r\nconnection: close\r\n\r\n"
     )
     return head.encode() + body

@@ -16,9 +16,17 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
 
-from jetson.errors import Forbidden, ServerBusy, Unauthorized, http_status
+from jetson.errors import (
+    RETRY_AFTER_S,
+    Forbidden,
+    RateLimited,
+    ServerBusy,
+    Unauthorized,
+    http_status,
+)
 from jetson.serving.byte_budget import ByteBudget
 from jetson.serving.connections import Connection, Connections
+from jetson.serving.event_loop import UnreadTimer
 from jetson.serving.security import Gate
 from jetson.serving.websocket import RESTART, ConnectionOver, WebsocketConnection
 from qvla_export.shared.errors import QvlaError
@@ -155,6 +163,7 @@ class _Handshake(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self._unread = UnreadTimer(asyncio.get_running_loop(), transport.abort)
 
     def data_received(self, data: bytes) -> None:
         if self._pumped is not None:
@@ -180,8 +189,8 @@ class _Handshake(asyncio.Protocol):
                 response = server.reject(http_status(error), json.dumps(reason))
                 del response.headers["Content-Type"]
                 response.headers["Content-Type"] = "application/json"
-                if isinstance(error, ServerBusy):
-                    response.headers["Retry-After"] = "1"
+                if isinstance(error, ServerBusy | RateLimited):
+                    response.headers["Retry-After"] = str(RETRY_AFTER_S)
                 if isinstance(error, Unauthorized):
                     response.headers["WWW-Authenticate"] = "Bearer"
             else:
@@ -222,14 +231,17 @@ class _Handshake(asyncio.Protocol):
             self._transport.close()
 
     def pause_writing(self) -> None:
-        """Stop taking from the thread while the client does not read."""
+        """Stop taking from the thread while the client does not read, which it may only so long."""
         self._writable.clear()
+        self._unread.start()
 
     def resume_writing(self) -> None:
         """Go on."""
         self._writable.set()
+        self._unread.stop()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._unread.stop()
         if self._pumped is not None:
             self._receiving.cancel()
             if self._sending is not None:

@@ -15,6 +15,7 @@ from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import InvalidObservation, QvlaError
 from qvla_export.shared.json_documents import parse_document
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.picture_bounds import picture_fault
 
 FORMAT = "qvla.recording/1"
 # Names of the metadata records.
@@ -26,8 +27,6 @@ COMPLETE = "complete"
 CAMERA = "/camera/"
 OBSERVATION = "/observation"
 ACTION = "/action"
-
-_MOST_PIXELS = 64_000_000
 
 
 def read_message(data: bytes) -> dict[str, Any]:
@@ -55,20 +54,20 @@ def read_picture(data: bytes) -> NDArray[np.uint8]:
         raise ValueError(f"base64: {error}") from None
     if message["format"] == "jpeg":
         height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
-        _require_few_pixels(width, height)
+        _require_bounds(width, height)
         decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded, "RGB")
         return decoded
     try:
         with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
-            _require_few_pixels(*image.size)
+            _require_bounds(*image.size)
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"picture: {error}") from None
 
 
-def _require_few_pixels(width: int, height: int) -> None:
-    if width * height > _MOST_PIXELS:
-        raise ValueError(f"a picture of {width}x{height}, at most {_MOST_PIXELS} pixels are read")
+def _require_bounds(width: int, height: int) -> None:
+    if fault := picture_fault(width, height):
+        raise ValueError(fault)
 
 
 def observation_of(

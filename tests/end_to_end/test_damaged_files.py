@@ -225,6 +225,7 @@ FEW = {
     "act": 40,
     "smolvla": 40,
     "univla": 30,
+    "openvla": 30,
     "pi": 60,
     "pi05": 60,
     "lerobot-pi": 60,

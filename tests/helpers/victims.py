@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from act_cases import write_tiny_act
 from lerobot_cases import small_features, write_description
+from openvla_cases import write_tiny_openvla
 from pi_cases import SLOTS, write_tiny_pi
 from places import DATA
 from smolvla_cases import write_tiny_smolvla
@@ -99,6 +100,14 @@ def univla(root: Path) -> Victim:
     return _described(write_tiny_univla(root / "univla"), names)
 
 
+def openvla(root: Path) -> Victim:
+    names = (
+        *("config.json", "qvla_policy.json"),
+        *("preprocessor_config.json", "dataset_statistics.json"),
+    )
+    return _described(write_tiny_openvla(root / "openvla"), names)
+
+
 def pi(root: Path) -> Victim:
     names = ("config.json", "qvla_policy.json", "assets/tiny/norm_stats.json")
     return _described(write_tiny_pi(root / "pi"), names)
@@ -153,6 +162,7 @@ FAMILIES: dict[str, Callable[[Path], Victim]] = {
     "act": act,
     "smolvla": smolvla,
     "univla": univla,
+    "openvla": openvla,
     "pi": pi,
     "pi05": pi05,
     "lerobot-pi": lerobot_pi,

@@ -13,7 +13,7 @@ from functools import partial
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from jetson.errors import RequestTooLarge, RequestTooSlow, ServerBusy, WireError
+from jetson.errors import RETRY_AFTER_S, RequestTooLarge, RequestTooSlow, ServerBusy, WireError
 from jetson.server_settings import ServerSettings
 from jetson.serving.byte_budget import ByteBudget, HeldBytes
 from jetson.serving.connections import Connection
@@ -48,13 +48,13 @@ class ActEndpoint:
             # The body may not have been read to its end, and will not be.
             headers = {"connection": "close"}
             if isinstance(error, ServerBusy):
-                headers["retry-after"] = "1"
+                headers["retry-after"] = str(RETRY_AFTER_S)
         else:
             if answer.error is not None:
                 _LOG.warning("no action: %s", answer.error)
             headers = {"server-timing": _server_timing(answer.timing_ms)}
             if isinstance(answer.error, ServerBusy):
-                headers["retry-after"] = "1"
+                headers["retry-after"] = str(RETRY_AFTER_S)
         if answer.error is not None and self._settings.strict_compat:
             return JSONResponse("error", headers=headers)
         return Response(answer.body, answer.status, headers, "application/json")

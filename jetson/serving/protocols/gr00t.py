@@ -3,7 +3,7 @@
     request  {"endpoint", "data": {...}, "api_token"?}; endpoints get_action (the default), ping,
              reset, get_modality_config; kill is refused, a robot's server is not a client's to end
     data     an observation, in one of three forms: `gr00t_messages`
-    reply    the actions, or {"error": reason}
+    reply    the actions, or {"error": reason}, of a busy server also "retry_after_s"
 
 Clients are REQ sockets; the server is a ROUTER, so that one which leaves blocks nobody.
 Source: Isaac-GR00T `gr00t/policy/server_client.py` (N1.6, N1.7) and `gr00t/eval/service.py` (N1.5),
@@ -19,10 +19,18 @@ from typing import Any
 
 import zmq
 
-from jetson.errors import Forbidden, RefusedSetting, WireError, forget_frames
+from jetson.errors import (
+    RETRY_AFTER_S,
+    Forbidden,
+    RateLimited,
+    RefusedSetting,
+    ServerBusy,
+    WireError,
+    forget_frames,
+)
 from jetson.server_settings import ServerSettings
 from jetson.serving.byte_budget import ByteBudget
-from jetson.serving.connections import Connections
+from jetson.serving.connections import client_places
 from jetson.serving.message_pack import pack, text_field, unpack_map
 from jetson.serving.protocols.gr00t_messages import decode_observation, modality_config
 from jetson.serving.protocols.zmtp_relay import RelayLimits, ZmtpRelay
@@ -45,7 +53,7 @@ class Gr00tEndpoint:
     ) -> None:
         self._queue = queue
         self._settings = settings
-        connections = Connections(settings.max_connections, settings.max_connections, "ZMQ clients")
+        connections = client_places(settings.max_connections, "ZMQ clients")
         self._limits = RelayLimits(settings.max_body_bytes, connections, budget, rate)
         self._ending = threading.Event()
         self._modalities = modality_config(queue.service.contract)
@@ -148,4 +156,7 @@ class Gr00tEndpoint:
 def _refusal(error: QvlaError) -> bytes:
     """Return the reply that says why there is no action."""
     _LOG.warning("no action: %s", error)
-    return pack({"error": f"{type(error).__name__}: {error}"})
+    reply: dict[str, Any] = {"error": f"{type(error).__name__}: {error}"}
+    if isinstance(error, ServerBusy | RateLimited):
+        reply["retry_after_s"] = RETRY_AFTER_S
+    return pack(reply)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jetson.errors import ServerBusy, WireError, forget_frames
+from jetson.errors import RateLimited, ServerBusy, WireError, forget_frames
 from jetson.serving.arrays import decode_packed, encode_packed
 from jetson.serving.fields import observation_of
 from jetson.serving.message_pack import pack, unpack_map
@@ -99,7 +99,8 @@ class OpenpiEndpoint:
             except QvlaError as error:
                 _LOG.warning("no action for %s: %s", peer, error)
                 connection.send(f"{type(error).__name__}: {error}")
-                code = TRY_AGAIN if isinstance(error, ServerBusy) else INTERNAL_ERROR
+                busy = isinstance(error, ServerBusy | RateLimited)
+                code = TRY_AGAIN if busy else INTERNAL_ERROR
                 forget_frames(error)
                 connection.close(code, type(error).__name__)
                 return

@@ -11,28 +11,39 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jetson.errors import RequestTooLarge
+from jetson.errors import RequestTooLarge, ServerBusy
 from jetson.serving.byte_budget import ByteBudget, HeldBytes
 from jetson.serving.connections import Connection, Connections
+from jetson.serving.event_loop import UnreadTimer, quiet_without_descriptors
+from jetson.serving.protocols.zmtp_frames import (
+    COMMAND,
+    LONG,
+    MORE,
+    PeerEnded,
+    pass_greeting,
+    read_blocks,
+    read_head,
+)
 from jetson.serving.security import RateLimit
 from qvla_export.shared.errors import QvlaError
 
 _LOG = logging.getLogger(__name__)
-_MORE, _LONG, _COMMAND = 0x01, 0x02, 0x04
-_GREETING_BYTES, _GREETING_S, _VERSION_AT = 64, 10.0, 10
+_GREETING_S = 10.0
 _MAX_COMMAND_BYTES = 4096
 # What a peer says of itself once it has greeted; and the property by which libzmq calls it.
 _READY, _IDENTITY = b"\x05READY", b"\x08Identity"
 _MESSAGE_S = 30.0
 _CLOSING_S = 1.0
-_BLOCK_BYTES = 1 << 16
 # So much beyond the limit is read, and thrown away, that the client hears why it is refused.
 _PATIENCE_FACTOR = 4
+# Free ones when libzmq accepts: for it, the relay, and whatever takes one meanwhile.
+_SPARE_DESCRIPTORS = 16
 
 
 @dataclass(frozen=True)
@@ -43,10 +54,6 @@ class RelayLimits:
     connections: Connections
     budget: ByteBudget
     rate: RateLimit
-
-
-class _Ended(Exception):
-    """The connection is over, and why."""
 
 
 class ZmtpRelay:
@@ -88,6 +95,7 @@ class ZmtpRelay:
         Raises:
             OSError: it is taken.
         """
+        quiet_without_descriptors(self._loop, _LOG)
         starting = asyncio.start_server(self._relay, *self._address, backlog=128)
         try:
             self._server = self._loop.run_until_complete(starting)
@@ -128,10 +136,11 @@ class ZmtpRelay:
         self._readers[name] = reader
         try:
             self._limits.connections.admit(place)
+            _require_spare_descriptors()
             back = await asyncio.open_unix_connection(str(self._behind))
             talk = _Client(reader, writer, *back, place, self._limits, self._refusal).talk(name)
             await talk
-        except (_Ended, QvlaError) as ended:
+        except (PeerEnded, QvlaError) as ended:
             _LOG.info("ZMQ client %s: %s", peer, ended)
         except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, asyncio.CancelledError):
             pass  # it left, or the server ends
@@ -181,13 +190,13 @@ class _Client:
                     way.result()
 
     async def _inwards(self, name: bytes) -> None:
-        await asyncio.wait_for(_greet(self._reader, self._back_writer), _GREETING_S)
+        await asyncio.wait_for(pass_greeting(self._reader, self._back_writer), _GREETING_S)
         while True:
-            flags, size, head = await _frame(self._reader)
-            if flags & _COMMAND:
+            flags, size, head = await read_head(self._reader)
+            if flags & COMMAND:
                 await self._command(head, size, name)
-            elif flags != _MORE or size:
-                raise _Ended("it sends other messages than a REQ socket")
+            elif flags != MORE or size:
+                raise PeerEnded("it sends other messages than a REQ socket")
             else:
                 # The next message waits, unread, until this one is answered.
                 await self._answered.wait()
@@ -198,20 +207,20 @@ class _Client:
 
     async def _command(self, head: bytes, size: int, name: bytes) -> None:
         if size > _MAX_COMMAND_BYTES:
-            raise _Ended(f"a command of {size} bytes")
+            raise PeerEnded(f"a command of {size} bytes")
         command = await self._reader.readexactly(size)
         if command.startswith(_READY):
             # The last of two counts; a name that the client chose could be another's.
             command += _IDENTITY + len(name).to_bytes(4, "big") + name
-            head = bytes([_COMMAND | _LONG]) + len(command).to_bytes(8, "big")
+            head = bytes([COMMAND | LONG]) + len(command).to_bytes(8, "big")
         self._back_writer.write(head + command)
         await self._back_writer.drain()
 
     async def _body(self, delimiter: bytes, held: HeldBytes) -> None:
         """Let the one part of a message through that follows the delimiter, or say why not."""
-        flags, size, head = await _frame(self._reader)
-        if flags & (_MORE | _COMMAND):
-            raise _Ended("it sends other messages than a REQ socket")
+        flags, size, head = await read_head(self._reader)
+        if flags & (MORE | COMMAND):
+            raise PeerEnded("it sends other messages than a REQ socket")
         try:
             self._limits.rate.take(self._place.peer)
             if size > self._limits.max_bytes:
@@ -223,7 +232,7 @@ class _Client:
             await self._refuse(error, size)
             return
         self._back_writer.write(delimiter + head)
-        async for block in _blocks(self._reader, size):
+        async for block in read_blocks(self._reader, size):
             held.add(len(block))
             self._back_writer.write(block)
             await self._back_writer.drain()
@@ -234,63 +243,56 @@ class _Client:
         """Say why a message is refused, once its bytes are passed over."""
         if size > _PATIENCE_FACTOR * self._limits.max_bytes:
             raise error
-        async for _ in _blocks(self._reader, size):
+        async for _ in read_blocks(self._reader, size):
             pass
         body = self._refusal(error)
-        async with self._speaking:
-            self._writer.write(bytes([_MORE, 0, _LONG]) + len(body).to_bytes(8, "big") + body)
+        async with self._speaking, self._read_in_time():
+            self._writer.write(bytes([MORE, 0, LONG]) + len(body).to_bytes(8, "big") + body)
             await self._writer.drain()
 
     async def _outwards(self) -> None:
-        await _greet(self._back_reader, self._writer)
+        await pass_greeting(self._back_reader, self._writer)
         while True:
-            flags, size, head = await _frame(self._back_reader)
-            async with self._speaking:
+            flags, size, head = await read_head(self._back_reader)
+            async with self._speaking, self._read_in_time():
                 self._writer.write(head)
-                async for block in _blocks(self._back_reader, size):
+                async for block in read_blocks(self._back_reader, size):
                     self._writer.write(block)
                     await self._writer.drain()
                 await self._writer.drain()
-            if not flags & (_MORE | _COMMAND):
+            if not flags & (MORE | COMMAND):
                 self._place.finish()
                 self._answered.set()
+
+    @contextlib.asynccontextmanager
+    async def _read_in_time(self) -> AsyncIterator[None]:
+        """Say something; end the connection if the client does not read it, which keeps a place."""
+        unread = UnreadTimer(asyncio.get_running_loop(), self._writer.transport.abort)
+        unread.start()
+        try:
+            yield
+        finally:
+            unread.stop()
+
+
+def _require_spare_descriptors() -> None:
+    """Let libzmq accept only what it can: one descriptor too few, and it ends the process.
+
+    Raises:
+        ServerBusy: descriptors run out.
+    """
+    spare: list[int] = []
+    try:
+        for _ in range(_SPARE_DESCRIPTORS):
+            spare.append(os.dup(2))
+    except OSError as error:
+        raise ServerBusy(f"no descriptors are left: {error}") from None
+    finally:
+        for descriptor in spare:
+            os.close(descriptor)
 
 
 async def _cancel(ways: list["asyncio.Task[None]"]) -> None:
     for way in ways:
         way.cancel()
     await asyncio.gather(*ways, return_exceptions=True)
-
-
-async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Pass a greeting on as it comes: each side waits for the other's first bytes."""
-    greeting = b""
-    while len(greeting) < _GREETING_BYTES:
-        part = await reader.read(_GREETING_BYTES - len(greeting))
-        if not part:
-            raise _Ended("it left before it had greeted")
-        greeting += part
-        if greeting[_VERSION_AT : _VERSION_AT + 1] in (b"\0", b"\1", b"\2"):
-            raise _Ended("it speaks ZMTP before 3.0")
-        writer.write(part)
-        await writer.drain()
-
-
-async def _frame(reader: asyncio.StreamReader) -> tuple[int, int, bytes]:
-    """Return flags, size and the bytes of the head of the next frame."""
-    first = await reader.readexactly(1)
-    flags = first[0]
-    if flags & ~(_MORE | _LONG | _COMMAND):
-        raise _Ended(f"a frame with the flags {flags:#x}")
-    length = await reader.readexactly(8 if flags & _LONG else 1)
-    return flags, int.from_bytes(length, "big"), first + length
-
-
-async def _blocks(reader: asyncio.StreamReader, size: int) -> AsyncIterator[bytes]:
-    """Yield the bytes of a frame as they come."""
-    while size:
-        block = await reader.read(min(size, _BLOCK_BYTES))
-        if not block:
-            raise _Ended("it left in the middle of a message")
-        size -= len(block)
-        yield block

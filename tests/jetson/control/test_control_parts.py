@@ -126,6 +126,15 @@ def test_pushed_observations_are_never_older_or_from_the_future() -> None:
     assert source.is_over
 
 
+@pytest.mark.parametrize("stamp", [float("nan"), float("-inf")])
+def test_a_stamp_that_is_no_time_blocks_none_after_it(stamp: float) -> None:
+    source = PushedSource(LoopClock(10.0))
+    source.push(PICTURE, stamp)
+    source.push(PICTURE, 9.0)
+    source.push(PICTURE, stamp)
+    assert source.read() == TimedObservation(PICTURE, 9.0)
+
+
 def test_an_episode_is_played_at_its_own_speed() -> None:
     clock, loaded = SimulatedClock(5.0), []
 

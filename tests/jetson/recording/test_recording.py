@@ -1,5 +1,6 @@
 """Recordings: what was seen and done comes back, also when the recorder is killed."""
 
+import base64
 import dataclasses
 import itertools
 import json
@@ -37,7 +38,8 @@ from jetson.errors import PolicyFailure, RefusedSetting
 from jetson.recording.queue import DropQueue, QueuedWrite
 from jetson.recording.reader import Moment, Recording
 from jetson.recording.replay import replay_recording
-from jetson.recording.writer import McapRecorder
+from jetson.recording.schemas import Images
+from jetson.recording.writer import McapRecorder, encode_image
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.request_observer import ServedRequest
@@ -45,6 +47,7 @@ from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
 from qvla_export.shared.mcap_records import unpack_chunk
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.recorded_messages import read_picture
 
 
 def recorded(path: Path, events: list[ServedRequest], **options: Any) -> Recording:
@@ -425,6 +428,16 @@ def test_a_length_inside_a_record_is_not_believed(
     path.write_bytes(data[:at] + (1 << 34).to_bytes(8, "little") + data[at + 8 :])
     assert list(Recording(path).moments()) == []
     assert "a field of 17179869184 bytes" in caplog.text
+
+
+@pytest.mark.parametrize(("form", "height", "width"), [("png", 1, 4000), ("jpeg", 8200, 4000)])
+def test_recorded_pictures_have_the_bounds_of_sent_ones(
+    form: Images, height: int, width: int
+) -> None:
+    data = encode_image(np.zeros((height, width, 3), np.uint8), form)
+    message = {"format": form, "data": base64.b64encode(data).decode()}
+    with pytest.raises(ValueError, match=f"got {width} x {height}"):
+        read_picture(json.dumps(message).encode())
 
 
 @pytest.mark.parametrize("kind", ["zstd", "lz4"])

@@ -1,10 +1,8 @@
 """Who gets an action and who does not: tokens, certificates, Host, Origin, rates, pickles."""
 
 import ast
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -252,29 +250,6 @@ def test_no_module_of_the_robot_unpickles() -> None:
                 assert not names & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 assert ast.unparse(node.value) == "False", path
-
-
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CA, a server certificate for loopback and a client certificate; and another CA's client."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl command to make certificates with")
-    folder = tmp_path_factory.mktemp("certificates")
-    (folder / "extensions").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    for name in ("ca", "other"):
-        key = ("-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *key)
-    for name, signer in (("server", "ca"), ("client", "ca"), ("stranger", "other")):
-        key = ("-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        openssl("req", "-newkey", "rsa:2048", "-nodes", *key)
-        signed = ("-CA", f"{signer}.pem", "-CAkey", f"{signer}.key", "-CAcreateserial")
-        out = ("-in", f"{name}.csr", "-out", f"{name}.pem", "-extfile", "extensions")
-        openssl("x509", "-req", "-days", "2", *signed, *out)
-    return folder
 
 
 def tls_files(folder: Path) -> TlsFiles:

@@ -369,7 +369,7 @@ def test_without_descriptors_accepting_pauses_and_says_so_once() -> None:
     assert done.stdout.count("no connection can be accepted") == 1, done.stdout
 
 
-def test_a_busy_server_tells_websocket_clients_to_try_again() -> None:
+def test_a_busy_server_says_in_every_protocol_when_to_come_back() -> None:
     gate, asked = threading.Event(), threading.Event()
 
     class Gated(EchoPolicy):
@@ -379,15 +379,23 @@ def test_a_busy_server_tells_websocket_clients_to_try_again() -> None:
             return super().infer(observation)
 
     with ExitStack() as stack:
-        settings = ServerSettings(port=0, warmup=0, max_pending=1)
+        zmq_port = free_port()
+        settings = ServerSettings(port=0, gr00t_port=zmq_port, warmup=0, max_pending=1)
         url = stack.enter_context(open_server(Gated(OFT), settings))
         stack.callback(gate.set)
         first = threading.Thread(target=post, args=(url, oft_fields()))
         first.start()
         assert asked.wait(20)
+        refused = post(url, oft_fields())
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        said = "overloaded: retry after 1 s"
+        assert said in refused.json()["error"]
+        with Gr00tClient(zmq_port) as asking:
+            told = asking.send(zmq_request("push"))
+        assert said in told["error"] and told["retry_after_s"] == 1
         client = websocket_client(url, stack)
         client.send(msgpack_numpy.packb(oft_fields()))
-        assert "ServerBusy" in client.recv(timeout=20)
+        assert said in client.recv(timeout=20)
         with pytest.raises(ConnectionClosed) as closed:
             client.recv(timeout=20)
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1013

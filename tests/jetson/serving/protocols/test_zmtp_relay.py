@@ -13,14 +13,13 @@ import zmq
 from echo_policy import OFT, EchoPolicy
 from gr00t_client import Gr00tClient
 from ports import free_port
+from zmtp_peer import GREETING, long_frame, peer
 
 import jetson.serving.connections as connections
 import jetson.serving.protocols.zmtp_relay as zmtp_relay
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 
-GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01NULL" + bytes(16 + 1 + 31)
-READY = b"\x05READY\x0bSocket-Type\0\0\0\x06DEALER\x08Identity\0\0\0\0"
 TOKEN = "correct-horse-battery-staple"
 
 
@@ -31,20 +30,9 @@ def port() -> Iterator[int]:
         yield number
 
 
-def peer(port: int, stack: ExitStack) -> socket.socket:
-    """A peer that has greeted and said what it is."""
-    client = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
-    client.sendall(GREETING + b"\x04" + bytes([len(READY)]) + READY)
-    return client
-
-
 def pings(port: int) -> bool:
     with Gr00tClient(port, TOKEN) as client:
         return bool(client.call("ping")["status"] == "ok")
-
-
-def long_frame(flags: int, size: int) -> bytes:
-    return bytes([flags | 2]) + size.to_bytes(8, "big")
 
 
 def test_parts_without_end_fill_no_memory(port: int) -> None:
