@@ -5,16 +5,23 @@ commands of an older one, so its first actions are past: the step that is due is
 policy commands sent since the observation. Counting commands, not seconds, matters where the
 robot stood still meanwhile: nothing is skipped then, and it does not jump into the middle of a
 movement (lerobot PR #4223).
+
+With roll-forward a chunk begins at a command that was foreseen, and the one before it goes on until
+then. It was planned for where the robot would be: where the commands in between never came, it is
+dropped.
 """
 
+import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jetson.control.settings import LoopSettings
+
+Vector = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,6 @@ class ChunkBuffer:
 
     def add(self, chunk: TimedChunk) -> None:
         """Take a chunk that is newer than all before."""
-        if self._settings.mode == "receding":
-            self._chunks.clear()
         self._chunks.append(chunk)
         self._first_use = None
 
@@ -68,23 +73,43 @@ class ChunkBuffer:
         self._chunks.clear()
 
     def usable(self, chunk: TimedChunk, command: int, now_s: float) -> bool:
-        """Say whether a chunk covers that command and is young enough to be obeyed."""
-        step = command - chunk.first_command
+        """Say whether a chunk covers that command, or begins later, and is young enough."""
         young = (now_s - chunk.observed_s) * 1000.0 <= self._settings.max_action_age_ms
-        return 0 <= step < len(chunk.actions) and young
+        return command - chunk.first_command < len(chunk.actions) and young
+
+    def drop_unreached(self, command: int, now_s: float) -> list[TimedChunk]:
+        """Drop chunks that begin later where none leads there; return them."""
+        if self._speaking(command, now_s):
+            return []
+        unreached = [c for c in self._chunks if self.usable(c, command, now_s)]
+        self._chunks = []
+        return unreached
 
     def plan(self, command: int, now_s: float) -> PlannedAction | None:
         """Return what to do as that command; None if no chunk says anything about it."""
         self._chunks = [c for c in self._chunks if self.usable(c, command, now_s)]
-        if not self._chunks:
+        spoken = self._speaking(command, now_s)
+        if not spoken:
             return None
-        if self._first_use is None:
+        newest = spoken[-1]
+        if self._settings.mode == "receding":
+            self._chunks = [c for c in self._chunks if c.number >= newest.number]
+        if self._first_use is None and newest is self._chunks[-1]:
             self._first_use = command
-        newest = self._chunks[-1]
-        actions = np.stack([c.actions[command - c.first_command] for c in self._chunks])
-        action = actions[0] if len(actions) == 1 else self._ensemble(actions)
-        oldest_s = min(c.observed_s for c in self._chunks)
-        return PlannedAction(action, oldest_s, newest.number, command - newest.first_command)
+        oldest_s = min(c.observed_s for c in spoken)
+        step = command - newest.first_command
+        return PlannedAction(self._action(spoken, command), oldest_s, newest.number, step)
+
+    def coming(self, command: int, count: int, now_s: float) -> list[NDArray[np.float32]]:
+        """Return what will be done from that command on, so many commands or as far as it goes."""
+        actions: list[NDArray[np.float32]] = []
+        for ahead in range(count):
+            due_s = now_s + (ahead + 1) * self._settings.period_s
+            spoken = self._speaking(command + ahead, due_s)
+            if not spoken:
+                break
+            actions.append(self._action(spoken, command + ahead))
+        return actions
 
     def next_due(self, command: int, now_s: float, lead: int) -> bool:
         """Say whether to ask for the next chunk now, `lead` commands before it is needed."""
@@ -93,9 +118,24 @@ class ChunkBuffer:
         newest = self._chunks[-1]
         if not self.usable(newest, command, now_s):
             return True
+        if newest.first_command > command:
+            return False
         used = 0 if self._first_use is None else command - self._first_use
         left = newest.first_command + len(newest.actions) - command
         return used >= self._settings.execute - lead or left <= lead
+
+    def _speaking(self, command: int, now_s: float) -> list[TimedChunk]:
+        """Return the chunks that say what to do as that command, in the order of their arrival."""
+        spoken = [
+            chunk
+            for chunk in self._chunks
+            if chunk.first_command <= command and self.usable(chunk, command, now_s)
+        ]
+        return spoken[-1:] if self._settings.mode == "receding" else spoken
+
+    def _action(self, spoken: Sequence[TimedChunk], command: int) -> NDArray[np.float32]:
+        actions = np.stack([c.actions[command - c.first_command] for c in spoken])
+        return actions[0] if len(actions) == 1 else self._ensemble(actions)
 
     def _ensemble(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
         """Weigh by age, so that movements stay smooth; see `ensemble_decay`."""
@@ -104,18 +144,28 @@ class ChunkBuffer:
         return mean
 
 
-class CommandTimes:
-    """When the policy's commands were sent, as far back as an observation may be old."""
+class SentCommands:
+    """The commands that the robot took, as far back as an observation may be old."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, settings: LoopSettings) -> None:
+        keep = math.ceil(settings.max_action_age_ms / 1000.0 * settings.rate_hz) + 2
+        if settings.response is not None:
+            keep += settings.response.memory
+        # Those that came of the policy, from the start.
         self.count = 0
-        self._times: deque[float] = deque(maxlen=keep)
+        # When each was sent, whether it came of the policy, and the command itself.
+        self._sent: deque[tuple[float, bool, Vector]] = deque(maxlen=keep)
 
-    def add(self, now_s: float) -> None:
-        """Note one command."""
-        self.count += 1
-        self._times.append(now_s)
+    def add(self, command: Vector, now_s: float, planned: bool) -> None:
+        """Note one command: of the policy, or what held or ramped the robot."""
+        self.count += planned
+        self._sent.append((now_s, planned, command))
 
     def count_before(self, moment_s: float) -> int:
-        """Return how many commands had been sent by that moment."""
-        return self.count - sum(time_s > moment_s for time_s in self._times)
+        """Return how many commands of the policy had been sent by that moment."""
+        return self.count - sum(planned for sent_s, planned, _ in self._sent if sent_s > moment_s)
+
+    def around(self, moment_s: float) -> tuple[list[Vector], list[Vector]]:
+        """Return the commands sent by that moment, and those sent since."""
+        before = [command for sent_s, _, command in self._sent if sent_s <= moment_s]
+        return before, [command for _, _, command in list(self._sent)[len(before) :]]

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 
-from jetson.control.chunks import ChunkBuffer, CommandTimes, TimedChunk
+from jetson.control.chunks import ChunkBuffer, SentCommands, TimedChunk
+from jetson.control.foresight import Foresight
 from jetson.control.inference import Inference, InferenceResult
 from jetson.control.loop_clock import LoopClock
 from jetson.control.loop_state import LoopState
@@ -60,8 +61,8 @@ class ControlLoop:
         self._supervisor = Supervisor(safety, settings)
         self._chunks = ChunkBuffer(settings)
         self._chunk_count = 0
-        keep = math.ceil(settings.max_action_age_ms / 1000.0 * settings.rate_hz) + 2
-        self._sent = CommandTimes(keep)
+        self._sent = SentCommands(settings)
+        self._foresight = Foresight(settings, self._chunks, self._sent, self._supervisor)
         self._infer_ms: deque[float] = deque(maxlen=_LATENCIES)
         self._start_s = clock.now_s()
         self._slot = 0
@@ -150,10 +151,10 @@ class ControlLoop:
             self._fail("inference", error)
             return arrived
         observed_s = arrived.observation.observed_s
-        first = self._sent.count_before(observed_s)
         spans = arrived.chunk.timing_ms if arrived.chunk else {}
         capture_ms = self._gate.capture_ms
         timing_ms = {"capture": capture_ms, **spans, "total": capture_ms + arrived.infer_ms}
+        first = self._foresight.first_command
         chunk = TimedChunk(self._chunk_count, actions, observed_s, first, timing_ms)
         self._chunk_count += 1
         self._record(lambda recorder: recorder.on_chunk(chunk))
@@ -163,9 +164,12 @@ class ControlLoop:
         if usable and not displaced:
             self._chunks.add(chunk)
         else:
-            self.counters.stale_chunks += 1
-            self._events.append(f"chunk {chunk.number} is stale")
+            self._note_stale(chunk, "is stale")
         return arrived
+
+    def _note_stale(self, chunk: TimedChunk, why: str) -> None:
+        self.counters.stale_chunks += 1
+        self._events.append(f"chunk {chunk.number} {why}")
 
     def _stop_if_over(self, now_s: float) -> None:
         if self.reason:
@@ -183,6 +187,8 @@ class ControlLoop:
     def _decide(self, now_s: float) -> Decision:
         if self.reason:
             return self._supervisor.finish(LoopState.FAULT if self._broken else LoopState.STOPPED)
+        for chunk in self._chunks.drop_unreached(self._sent.count, now_s):
+            self._note_stale(chunk, "was made for where the robot did not get to")
         planned = self._chunks.plan(self._sent.count, now_s)
         if planned is None and self._supervisor.has_started:
             self.counters.missed_deadlines += 1
@@ -222,12 +228,12 @@ class ControlLoop:
             self._unreachable = True
             return None
         self._taken_s = now_s
+        self._sent.add(decision.action, now_s, planned is not None)
         if planned is None:
             self.counters.held += 1
         else:
             self.counters.sent += 1
             self.counters.clamped_values += decision.clamped
-            self._sent.add(now_s)
             self._moved_s = now_s
         return now_s
 
@@ -251,6 +257,7 @@ class ControlLoop:
             return
         try:
             seen = self._gate.admit(self._source.read(), self._clock.now_s())
+            shown = None if seen is None else self._foresight.show(seen, self._lead, now_s)
         except DroppedObservation as dropped:
             self.counters.dropped_observations += 1
             self._events.append(str(dropped))
@@ -258,9 +265,9 @@ class ControlLoop:
         except Exception as error:
             self._fail("source", error)
             return
-        if seen is not None:
-            self._record(lambda recorder: recorder.on_observation(seen))
-            self._inference.request(seen)
+        if shown is not None:
+            self._record(lambda recorder: recorder.on_observation(shown))
+            self._inference.request(shown)
 
     @property
     def _lead(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jetson.errors import RefusedSetting
+from qvla_export.shared.motion.command_response import CommandResponse
 
 Mode = Literal["receding", "ensemble"]
 
@@ -35,6 +36,9 @@ class LoopSettings:
     ramp_ms: float = 1000.0
     # Without a usable action for this long, the loop ends in FAULT.
     give_up_s: float = 10.0
+    # Roll-forward: the policy is shown the state in which its chunk will begin, as commands move it
+    # until then; None shows what was observed.
+    response: CommandResponse | None = None
 
     def __post_init__(self) -> None:
         positive = {

@@ -1,6 +1,7 @@
 """The state machine: from what the policy wants, or does not, to what is sent."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,20 @@ class Supervisor:
         action = self._ramp(self._last)
         self.state = end if np.array_equal(action, target) else LoopState.STOPPING
         return self._remember(AdmittedAction(action, 0))
+
+    def foresee(self, actions: Sequence[Vector], count: int) -> list[Vector]:
+        """Return the next commands, so many, should the policy want these and then nothing.
+
+        Empty before the first command: a robot that was never moved stands.
+        """
+        last, commands = self._last, []
+        for action in actions:
+            last = self._safety.admit(action, last).action
+            commands.append(last)
+        while last is not None and len(commands) < count:
+            last = self._safety.limit_step(self._safety.hold_action(last), last)
+            commands.append(last)
+        return commands
 
     def take_back(self) -> None:
         """Forget the last decision: the robot did not take it, and is where it was.

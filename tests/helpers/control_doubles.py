@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,12 +181,16 @@ class Bench:
         loop_settings: LoopSettings | None = None,
         action_safety: ActionSafety | None = None,
         behaviour: Behaviour = numbered,
+        arm: Callable[[LoopClock], Any] | None = None,
         **engine: float,
     ) -> None:
+        """Put them together; an arm is source and robot in one."""
         self.settings = loop_settings or settings()
         self.safety = action_safety or safety()
         self.clock = LoopClock(100.0)
         self.camera, self.robot = Camera(self.clock), Robot(self.clock)
+        if arm is not None:
+            self.camera = self.robot = arm(self.clock)
         self.engine, self.notes = Engine(self.clock, behaviour, **engine), Notes()
         self.loop = ControlLoop(
             self.camera,

@@ -1,7 +1,6 @@
-"""Roll-forward: what will be seen when a thought is over, from the commands sent until then.
+"""Roll-forward in the simulator: what will be seen when a thought is over, things included.
 
-As VLASH (arXiv 2512.01031) does with proprioception: a policy that is shown the state at which its
-chunk will begin plans from there.
+`CommandResponse` says where the hand will be; what it takes along is known here only.
 """
 
 from collections.abc import Sequence
@@ -17,14 +16,12 @@ from calibration.benchmarks.metaworld.object_state import (
     HAND,
     SECOND,
 )
+from qvla_export.shared.motion.command_response import CommandResponse
 
-# Length of an action of 1, metres.
-_UNIT_M = 0.02
-# Shares of a commanded step that the hand makes in this control step, the next, and so on: means
-# over three axes of a fit to 18 episodes, 1.4 to 2.7 mm RMS a step off. What is commanded comes 1.6
-# steps later on average, and table and workspace keep a ninth of it from coming at all.
-_RESPONSE = np.array([0.17, 0.275, 0.225, 0.13, 0.07, 0.015])
-_MADE = np.append(0.0, np.cumsum(_RESPONSE))
+# An action of 1 is 20 mm. Shares are means over three axes of a fit to 18 episodes, 1.4 to 2.7 mm
+# RMS a step off: what is commanded comes 1.6 steps later on average, and table and workspace keep
+# a ninth of it from coming at all.
+_HAND = CommandResponse(np.full(3, 0.02), np.array([0.17, 0.275, 0.225, 0.13, 0.07, 0.015]))
 # A thing moves along with the hand where their last movements differ by no more than this share,
 # and the hand moved further than this, metres in a simulator step. What is gripped swings.
 _ALONG = 0.8
@@ -55,13 +52,10 @@ def hand_ahead(
         sent: the commands until now, of which the last are still being followed.  [4] each
         committed: the commands that follow.  [4] each
     """
-    ahead = np.zeros(3)
-    for age, action in enumerate(reversed(committed)):
-        ahead += _made(age + 1) * np.clip(action[:3], -1.0, 1.0)
-    for age, action in enumerate(reversed(sent[-len(_RESPONSE) :])):
-        share = _made(age + 1 + len(committed)) - _made(age + 1)
-        ahead += share * np.clip(action[:3], -1.0, 1.0)
-    return Ahead(ahead * _UNIT_M, len(committed))
+    # The simulator cuts what is longer than 1.
+    followed = [np.clip(action, -1.0, 1.0) for action in sent[-_HAND.memory :]]
+    following = [np.clip(action, -1.0, 1.0) for action in committed]
+    return Ahead(_HAND.moved(followed, following), len(committed))
 
 
 def roll_forward(full_state: NDArray[np.float64], ahead: Ahead) -> NDArray[np.float64]:
@@ -92,11 +86,6 @@ def roll_forward(full_state: NDArray[np.float64], ahead: Ahead) -> NDArray[np.fl
         if along:
             rolled[thing] += ahead.hand
     return rolled
-
-
-def _made(steps: int) -> float:
-    """Share of a commanded step that is made after so many control steps."""
-    return float(_MADE[min(steps, len(_RESPONSE))])
 
 
 def _last_step(full_state: NDArray[np.float64], place: slice) -> NDArray[np.float64]:

@@ -29,6 +29,17 @@ EnsembleDecayOption = Annotated[
     float,
     typer.Option(help="ensemble: weight exp(-decay * i) of the i-th oldest chunk; UniVLA: -0.1."),
 ]
+RollForwardOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Show the state in which the chunk will begin. Per dimension of an action: what 1 "
+        "adds to the state's number at its place; position; or stays."
+    ),
+]
+ResponseOption = Annotated[
+    str,
+    typer.Option(help="Of --roll-forward: shares of a command done in its slot, the next, ..."),
+]
 InstructionOption = Annotated[str | None, typer.Option(help="What to do; needed for cameras.")]
 HoldOption = Annotated[
     str | None,
@@ -49,7 +60,10 @@ MaxStepOption = Annotated[
 ]
 MaxActionAgeOption = Annotated[
     float | None,
-    typer.Option(help="No command comes of an older observation; default a chunk and a slot."),
+    typer.Option(
+        help="No command comes of an older observation; default a chunk and a slot, with "
+        "--roll-forward two chunks and a slot."
+    ),
 ]
 MaxObservationAgeOption = Annotated[
     float | None, typer.Option(help="Older ones are dropped; default half of the above.")

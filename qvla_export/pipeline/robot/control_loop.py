@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from qvla_export.pipeline.robot.control_options import RunOptions
 from qvla_export.pipeline.robot.control_sources import open_source
 from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.motion.command_response import CommandResponse
 from qvla_export.shared.normalization import Bounds
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 # What stands for NaN in a vector: hold positions and grippers by repeating the last command.
 _WORDS = {"last": np.nan, "hold": np.nan}
+# Of --roll-forward: the action is what the state's number shall be, or says nothing of it.
+_EFFECTS = {"position": np.nan, "stays": 0.0}
 # The simulator's actions are displacements of the hand and an opening of the gripper.
 _SIMULATOR_HOLD = "0,0,0,last"
 
@@ -110,19 +113,26 @@ def _recorder(path: Path, contract: "PolicyContract") -> "Recorder":
     return JsonlRecorder(path)
 
 
-def parse_vector(text: str, size: int, what: str) -> NDArray[np.float32]:
+def parse_vector(
+    text: str, size: int, what: str, words: Mapping[str, float] = _WORDS
+) -> NDArray[np.float32]:
     """Return the numbers of a comma-separated option; one number stands for all dimensions.
 
-    `last` and `hold` become NaN.
+    Args:
+        text: the option's value.
+        size: dimensions.
+        what: the option's name.
+        words: what else an entry may be, and the number it becomes; by default `last` and `hold`,
+            which become NaN.
 
     Raises:
         QvlaError: an entry is no number, or there are neither 1 nor `size` of them.
     """
     entries = [entry.strip() for entry in text.split(",")]
     try:
-        numbers = [_WORDS[e] if e in _WORDS else float(e) for e in entries]
+        numbers = [words[e] if e in words else float(e) for e in entries]
     except ValueError:
-        raise QvlaError(f"{what} takes numbers, {' or '.join(_WORDS)}, got {text!r}") from None
+        raise QvlaError(f"{what} takes {' or '.join(('numbers', *words))}, got {text!r}") from None
     if len(numbers) not in (1, size):
         raise QvlaError(f"{what} takes 1 or {size} entries for this policy, got {len(numbers)}")
     return np.asarray(numbers * (size if len(numbers) == 1 else 1), np.float32)
@@ -141,20 +151,44 @@ def _settings(options: RunOptions, contract: "PolicyContract") -> "LoopSettings"
 
     if not options.rate_hz > 0:
         raise QvlaError(f"--rate-hz must be above 0, got {options.rate_hz}")
+    response = _response(options, contract)
     # A chunk says nothing about later moments; it is first obeyed a slot after it was asked for.
-    span_ms = 1000.0 * (contract.horizon + 1) / options.rate_hz
-    age_ms = options.max_action_age_ms or span_ms
+    span_ms = options.max_action_age_ms or 1000.0 * (contract.horizon + 1) / options.rate_hz
+    # Where its beginning is foreseen, that may be a chunk later.
+    ahead_ms = 1000.0 * contract.horizon / options.rate_hz if response else 0.0
     return LoopSettings(
         rate_hz=options.rate_hz,
-        max_action_age_ms=age_ms,
-        max_observation_age_ms=options.max_observation_age_ms or age_ms / 2,
+        max_action_age_ms=options.max_action_age_ms or span_ms + ahead_ms,
+        max_observation_age_ms=options.max_observation_age_ms or span_ms / 2,
         mode=options.mode,
         execute=options.execute or contract.horizon,
         ensemble_decay=options.ensemble_decay,
         hold_ms=options.hold_ms,
         ramp_ms=options.ramp_ms,
         give_up_s=options.give_up_s,
+        response=response,
     )
+
+
+def _response(options: RunOptions, contract: "PolicyContract") -> CommandResponse | None:
+    """Return how commands move the state, where the policy is to be shown a state ahead."""
+    if options.roll_forward is None:
+        return None
+    if not contract.state_dim:
+        raise QvlaError(
+            "--roll-forward moves a state, and the policy takes none; leave the option out"
+        )
+    effects = parse_vector(options.roll_forward, contract.action_dim, "--roll-forward", _EFFECTS)
+    # What an action says beyond the state's numbers must be said to move none of them.
+    if effects[contract.state_dim :].any():
+        raise QvlaError(
+            f"--roll-forward says what each of {contract.action_dim} numbers of an action does to "
+            f"the state's number at its place, and the state has {contract.state_dim}; say stays "
+            f"for those beyond, got {options.roll_forward!r}"
+        )
+    shares = parse_vector(options.response, options.response.count(",") + 1, "--response", {})
+    moved = effects[: contract.state_dim].astype(np.float64)
+    return CommandResponse(moved, shares.astype(np.float64))
 
 
 def _safety(

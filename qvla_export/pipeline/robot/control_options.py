@@ -19,6 +19,8 @@ class RunOptions:
     mode: Literal["receding", "ensemble"] = "receding"
     execute: int | None = None
     ensemble_decay: float = 0.01
+    roll_forward: str | None = None
+    response: str = "1"
     instruction: str | None = None
     hold: str | None = None
     safe: str | None = None

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import json_numpy
@@ -192,6 +194,56 @@ def test_a_remote_client_behind_a_pipe() -> None:
     assert json.loads(out.splitlines()[-1])["state"] == "stopped"
 
 
+class Remembering:
+    """Says in each action which request and step it is of, and the state that it was shown."""
+
+    contract = PolicyContract(("image",), 8, 4, 4, "test")
+
+    def __init__(self) -> None:
+        self.requests = 0
+
+    def infer(self, observation: Observation) -> ActionChunk:
+        time.sleep(0.06)  # so that commands are sent meanwhile
+        actions = np.zeros((8, 4), np.float32)
+        actions[:, 0] = 1 + np.arange(8) + 0.25 * self.requests
+        actions[:, 1], actions[:, 2] = self.requests, np.arange(8)
+        actions[:, 3] = observation.state[0]
+        self.requests += 1
+        return ActionChunk(actions, actions)
+
+
+def test_a_remote_policy_is_shown_the_state_ahead() -> None:
+    """Over HTTP, in real time: whatever came when, the state shown is the one commands lead to."""
+    options = [
+        "--source", "stdin", "--commands", "stdout", "--rate-hz", "40", "--limits", "-99:99",
+        "--hold", "0,last,last,last", "--max-action-age-ms", "60000", "--give-up-s", "60",
+        "--execute", "4", "--roll-forward", "0.5,stays,stays,stays",
+    ]  # fmt: skip
+    fields = {"image": np.zeros((4, 4, 3), np.uint8), "instruction": "go", "state": np.zeros(4)}
+    sent: list[dict] = []
+    with (
+        open_server(Remembering(), ServerSettings(port=0)) as url,
+        started(url, *options) as run,
+    ):
+        assert run.stdin is not None and run.stdout is not None
+        while not sent or sent[-1]["action"][1] < 8:
+            print(json_numpy.dumps(fields), file=run.stdin)
+            run.stdin.flush()
+            command = json.loads(run.stdout.readline())
+            if command["state"] == "running":
+                sent.append(command)
+        run.communicate(timeout=60)
+    foreseen = 0
+    requests = [command["action"][1] for command in sent]
+    for request in sorted(set(requests)):
+        number = requests.index(request)
+        first = number - int(sent[number]["action"][2])
+        since = [c["action"][0] for c in sent[:first] if c["sent_s"] > sent[number]["observed_s"]]
+        assert sent[number]["action"][3] == pytest.approx(0.5 * sum(since), rel=1e-5)
+        foreseen += bool(since)
+    assert foreseen > 3
+
+
 def test_a_camera_needs_names_an_instruction_and_no_state(tmp_path: Path) -> None:
     cv2 = pytest.importorskip("cv2")
     policy = EchoPolicy(OPENVLA)
@@ -227,12 +279,28 @@ def test_a_camera_needs_names_an_instruction_and_no_state(tmp_path: Path) -> Non
         ({"limits": "1:-1"}, "ordered"),
         ({"limits": "low:high"}, "--limits takes"),
         ({"max_step": "0"}, "step"),
+        ({"roll_forward": "far"}, "--roll-forward takes numbers or position or stays"),
+        ({"roll_forward": "1,1"}, "1 or 4"),
+        ({"roll_forward": "inf"}, "a number for each"),
+        ({"roll_forward": "1", "response": "soon"}, "--response takes numbers, got"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_moves(changes, message: str) -> None:
     base = {"policy": "x", "source": DRAWER, "rate_hz": 10.0, "limits": "-1:1"}
     with pytest.raises(QvlaError, match=message):
         run_policy(RunOptions(**{**base, **changes}), Pushing())
+
+
+def test_a_state_that_no_action_reaches_is_not_rolled(episodes: Path) -> None:
+    options = RunOptions(
+        "x", f"episode:{episodes}#0", 10, hold="last", limits="-9:9", roll_forward="position"
+    )
+    with pytest.raises(QvlaError, match="takes none"):
+        run_policy(options, EchoPolicy(OPENVLA))
+    policy = Pushing()
+    policy.contract = replace(Pushing.contract, state_dim=2)
+    with pytest.raises(QvlaError, match="the state has 2; say stays"):
+        run_policy(options, policy)
 
 
 def test_an_episode_that_is_not_there_is_named(episodes: Path) -> None:
