@@ -51,6 +51,8 @@ class BaselineLayer:
     weight: QuantizedWeight
     # The layer's input is multiplied by this first; None for not at all.  float16 [inputs]
     input_scale: NDArray[np.float16] | None = None
+    # Inputs of a block that is turned first, see `hadamard.turned`; None for not at all.
+    turn: int | None = None
 
     def __post_init__(self) -> None:
         weight, inputs = self.weight, self.weight.codes.shape[-1]
@@ -70,6 +72,13 @@ class BaselineLayer:
         scale = self.input_scale
         if scale is not None and (scale.shape != (inputs,) or scale.dtype != np.float16):
             raise QvlaError(f"an input scale must be float16 [{inputs}], got {list(scale.shape)}")
+        if self.turn is not None and (
+            self.turn < 1 or self.turn & (self.turn - 1) or inputs % self.turn
+        ):
+            raise QvlaError(
+                f"blocks of {inputs} inputs that are turned are a power of two in them, got "
+                f"{self.turn}"
+            )
         for what in (weight.codes, weight.scales, scale):
             if what is not None and not np.isfinite(what).all():
                 raise QvlaError("codes and scales must be finite, got NaN or infinity")
@@ -212,7 +221,11 @@ class Baseline:
             "versions": dict(self.made_with),
             "activations": None if self.activations is None else self.activations.to_json(),
             "layers": {
-                name: {"bits": layer.weight.bits, "group_size": layer.weight.group_size}
+                name: {
+                    "bits": layer.weight.bits,
+                    "group_size": layer.weight.group_size,
+                    **({} if layer.turn is None else {"turn": layer.turn}),
+                }
                 for name, layer in self.layers.items()
             },
         }
@@ -235,8 +248,12 @@ _DAMAGE = (AttributeError, KeyError, TypeError, ValueError)
 
 
 def _require_codes(codes: NDArray[Any], bits: int) -> None:
-    if not (isinstance(bits, int) and 1 < bits <= 8):
-        raise QvlaError(f"integer codes have 2 to 8 bits, got {bits}")
+    if not (isinstance(bits, int) and 1 <= bits <= 8):
+        raise QvlaError(f"integer codes have 1 to 8 bits, got {bits}")
+    if bits == 1:
+        if (np.abs(codes) != 1).any():
+            raise QvlaError("codes of 1 bit are signs, -1 and 1")
+        return
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if codes.size and (codes.min() < low or codes.max() > high):
         raise QvlaError(
@@ -250,7 +267,7 @@ def _from_json(value: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) ->
         weight = QuantizedWeight(
             tensors[f"{name}.codes"], tensors[f"{name}.scales"], said["bits"], said["group_size"]
         )
-        layers[name] = BaselineLayer(weight, tensors.get(f"{name}.input_scale"))
+        layers[name] = BaselineLayer(weight, tensors.get(f"{name}.input_scale"), said.get("turn"))
     return Baseline(
         request=BaselineRequest(**value["request"]),
         layers=layers,

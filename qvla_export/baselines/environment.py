@@ -132,6 +132,8 @@ def run_library(calibration: Calibration) -> Quantized:
         from qvla_export.baselines.by_modelopt import quantize
     elif library == "llmcompressor":
         from qvla_export.baselines.by_llmcompressor import quantize
-    else:
+    elif library == "auto_round":
         from qvla_export.baselines.by_auto_round import quantize
+    else:
+        from qvla_export.baselines.by_action import quantize
     return quantize(calibration)

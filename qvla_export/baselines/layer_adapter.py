@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qvla_export.baselines.hadamard import hadamard, turn_of
 from qvla_export.policies.base import Policy, PolicyBatch
 from qvla_export.policies.layers import traced_layers
 from qvla_export.quantizer.quantized_weight import QuantizedWeight
@@ -24,15 +26,18 @@ _SCALE_LIMITS: Mapping[int, tuple[float, float]] = {16: (2.0**-24, 65504.0), 32:
 
 
 class GroupedLinear(nn.Module):
-    """A layer as the linear map it is, its inputs filled up to whole groups.
+    """A layer as the linear map it is, its inputs turned, then filled up to whole groups.
 
     Raises:
         QvlaError: a convolution in groups or with padding other than zeros.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, group_size: int) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, group_size: int, turn: int = 1) -> None:
         super().__init__()
         rows = layer.weight.detach().flatten(1)
+        # Of a block of inputs, see `hadamard.turned`; None leaves them.
+        self._turn = None if turn == 1 else torch.from_numpy(hadamard(turn))
+        rows = self._turned(rows)
         self._missing = -rows.shape[1] % group_size
         self._patches: nn.Unfold | None = None
         self._geometry: tuple[tuple[int, ...], ...] | None = None
@@ -56,11 +61,18 @@ class GroupedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Map what the layer takes to what it returns."""
         tokens = inputs if self._patches is None else self._patches(inputs).transpose(1, 2)
-        mapped: Tensor = self.linear(nn.functional.pad(tokens, (0, self._missing)))
+        mapped: Tensor = self.linear(nn.functional.pad(self._turned(tokens), (0, self._missing)))
         if self._patches is None:
             return mapped
         height, width = (self._positions(inputs, axis) for axis in (0, 1))
         return mapped.transpose(1, 2).reshape(len(inputs), -1, height, width)
+
+    def _turned(self, values: Tensor) -> Tensor:
+        if self._turn is None:
+            return values
+        blocks = values.unflatten(-1, (-1, len(self._turn)))
+        turned: Tensor = (blocks @ self._turn.to(values)).flatten(-2)
+        return turned
 
     def _positions(self, inputs: Tensor, axis: int) -> int:
         """Return how many patches there are along an axis of the picture."""
@@ -70,7 +82,9 @@ class GroupedLinear(nn.Module):
         return int(inputs.shape[axis - 2] + 2 * padding - covered) // stride + 1
 
 
-def hand_over(policy: Policy, group_size: int | None) -> dict[str, nn.Linear | nn.Conv2d]:
+def hand_over(
+    policy: Policy, group_size: int | None, turns: bool = False
+) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the policy's quantizable layers; with groups, all of them linear, of whole groups.
 
     Changes the policy's module where a layer is not so by itself.
@@ -78,6 +92,7 @@ def hand_over(policy: Policy, group_size: int | None) -> dict[str, nn.Linear | n
     Args:
         policy: becomes the library's.
         group_size: 1 for linear layers of any size, None for layers as they are.
+        turns: whether inputs are turned, see `hadamard.turned`.
 
     Returns:
         Layer name -> what stands for it in the module.
@@ -85,10 +100,11 @@ def hand_over(policy: Policy, group_size: int | None) -> dict[str, nn.Linear | n
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
     for name, layer in traced_layers(policy).items():
         whole = isinstance(layer, nn.Linear) and layer.in_features % (group_size or 1) == 0
-        if group_size is None or whole:
+        if not turns and (group_size is None or whole):
             layers[name] = layer
             continue
-        handed = GroupedLinear(layer, group_size)
+        turn = turn_of(layer.weight[0].numel()) if turns else 1
+        handed = GroupedLinear(layer, group_size or 1, turn)
         policy.module.set_submodule(name, handed)
         layers[name] = handed.linear
     return layers

@@ -1,4 +1,7 @@
-"""The baselines that can be asked for: whose code makes each, and what it stands for."""
+"""The baselines that can be asked for: whose code makes each, and what it stands for.
+
+Of "qvla_export" are those that no kept library has: re-implemented or simulated here, named so.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,12 +9,12 @@ from typing import Literal
 
 from qvla_export.shared.errors import QvlaError
 
-Library = Literal["modelopt", "llmcompressor", "auto_round"]
+Library = Literal["modelopt", "llmcompressor", "auto_round", "qvla_export"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One post-training method of one library."""
+    """One post-training method of one library, or of our own hands."""
 
     name: str
     # Module that is imported, and the distributions whose versions are recorded.
@@ -23,8 +26,15 @@ class Method:
     bits: tuple[int, ...]
     activation_bits: tuple[int | None, ...] = (None,)
 
+    @property
+    def installed_apart(self) -> bool:
+        """Whether it needs an environment of its own."""
+        return self.library != "qvla_export"
+
 
 _MODELOPT = ("nvidia-modelopt",)
+_LLMCOMPRESSOR = ("llmcompressor", "compressed-tensors")
+_OURS = ("torch",)
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
@@ -39,11 +49,12 @@ METHODS: Mapping[str, Method] = {
         # modelopt 0.47 migrates scales of 8-bit weights and inputs only.
         Method("smoothquant", "modelopt", _MODELOPT, "SmoothQuant", (8,), (8,)),
         Method("awq", "modelopt", _MODELOPT, "AWQ", (2, 3, 4, 8)),
+        Method("gptq", "llmcompressor", _LLMCOMPRESSOR, "GPTQ", (2, 3, 4, 8)),
         Method(
-            "gptq",
+            "hadamard-gptq",
             "llmcompressor",
-            ("llmcompressor", "compressed-tensors"),
-            "GPTQ",
+            _LLMCOMPRESSOR,
+            "GPTQ of inputs turned by Hadamard blocks (QuaRot's turn, as in HoloQ; re-implemented)",
             (2, 3, 4, 8),
         ),
         Method(
@@ -53,6 +64,14 @@ METHODS: Mapping[str, Method] = {
             "OmniQuant's class: rounding and clipping learned block by block",
             (2, 3, 4, 8),
         ),
+        Method(
+            "fisher",
+            "qvla_export",
+            _OURS,
+            "scales of the least error that the action feels (as ActQuant; re-implemented)",
+            (2, 3, 4, 8),
+        ),
+        Method("sign", "qvla_export", _OURS, "a simulated width of 1 bit: signs", (1,)),
     )
 }
 

@@ -154,7 +154,9 @@ def quantize(
     """
     from qvla_export.baselines.baseline import Baseline
     from qvla_export.baselines.environment import BaselineJob
+    from qvla_export.baselines.methods import METHODS
     from qvla_export.baselines.results import baseline_paths
+    from qvla_export.pipeline.baseline_worker import work
 
     calibration = load_calibration(run)
     path = baseline_paths(run.root, request.setting).baseline
@@ -183,7 +185,8 @@ def quantize(
         **{f"--{name.replace('_', '-')}": value for name, value in asdict(request).items()},
     }
     with recorded_work(ArtifactWork(run, path, options, (run.calibration,)), on_progress) as hear:
-        baseline = environment.run(job, bar(hear, request.setting))
+        make = environment.run if METHODS[request.method].installed_apart else work
+        baseline = make(job, bar(hear, request.setting))
     finish(on_progress, request.setting, kept=False)
     return baseline
 

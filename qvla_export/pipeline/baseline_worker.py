@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from qvla_export.baselines.baseline import Baseline
@@ -10,8 +11,12 @@ from qvla_export.baselines.quantized import Calibration
 from qvla_export.shared.errors import QvlaError
 
 
-def work(job: BaselineJob) -> Baseline:
+def work(job: BaselineJob, tell: Callable[[int, int], None]) -> Baseline:
     """Load the policy and its calibration set, quantize, write the baseline.
+
+    Args:
+        job: what to do.
+        tell: called with (parts done, parts in all).
 
     Raises:
         QvlaError: the library is not installed here, or something does not load.
@@ -26,13 +31,6 @@ def work(job: BaselineJob) -> Baseline:
     policy = load_policy(Path(job.checkpoint), job.unnorm_key, job.preset)
     torch.manual_seed(job.request.seed)
     started = time.perf_counter()
-    setting = job.request.setting
-
-    def tell(done: int, total: int) -> None:
-        # The process that started this one reads its standard output.
-        sys.stdout.write(block_line(setting, done, total) + "\n")
-        sys.stdout.flush()
-
     quantized = run_library(Calibration(policy, observations.observations, job.request, tell))
     baseline = Baseline(
         request=job.request,
@@ -48,8 +46,18 @@ def work(job: BaselineJob) -> Baseline:
     return baseline
 
 
+def work_apart(job: BaselineJob) -> None:
+    """Do the work where another process reads standard output to know how far it is."""
+
+    def tell(done: int, total: int) -> None:
+        sys.stdout.write(block_line(job.request.setting, done, total) + "\n")
+        sys.stdout.flush()
+
+    work(job, tell)
+
+
 if __name__ == "__main__":
     try:
-        work(BaselineJob.from_json(Path(sys.argv[1]).read_text()))
+        work_apart(BaselineJob.from_json(Path(sys.argv[1]).read_text()))
     except QvlaError as error:
         sys.exit(str(error))

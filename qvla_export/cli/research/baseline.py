@@ -20,7 +20,10 @@ from qvla_export.cli.options import (
 )
 from qvla_export.cli.progress import print_result, progress_shown
 
-_METHOD = "max, smoothquant or awq (modelopt), gptq (llm-compressor), auto-round."
+_METHOD = (
+    "max, smoothquant or awq (modelopt), gptq or hadamard-gptq (llm-compressor), auto-round; "
+    "without a library fisher (as ActQuant) and sign (1 bit, simulated)."
+)
 _INPUTS = "Of layers' inputs: 8 or 4 for max, 8 for smoothquant; left out: float."
 
 
@@ -28,7 +31,7 @@ def baseline(
     method: Annotated[str, typer.Argument(help=_METHOD)],
     run: RunOption,
     policy: PolicyOption,
-    bits: Annotated[int, typer.Option(help="Of weights: 2, 3, 4 or 8.")] = 4,
+    bits: Annotated[int, typer.Option(help="Of weights: 2, 3, 4 or 8; 1 for sign.")] = 4,
     activation_bits: Annotated[int | None, typer.Option(help=_INPUTS)] = None,
     environment: EnvironmentOption = Path(".baselines"),
     target: TargetOption = "cpu",

@@ -16,6 +16,7 @@ from calibration.calibration_set import CalibrationSet
 from qvla_export.baselines.applied import baseline_applied
 from qvla_export.baselines.baseline import Baseline
 from qvla_export.baselines.environment import BaselineEnvironment, BaselineJob
+from qvla_export.baselines.hadamard import turned
 from qvla_export.baselines.methods import METHODS, BaselineRequest
 from qvla_export.graph.golden import golden_actions
 from qvla_export.policies.layers import apply_rows, layer_shapes, traced_layers
@@ -65,7 +66,7 @@ def of(method: str, bits: int) -> BaselineRequest:
 
 @pytest.mark.parametrize(
     ("method", "bits"),
-    [(m.name, bits) for m in METHODS.values() for bits in sorted({m.bits[0], 8})],
+    [(m.name, bits) for m in METHODS.values() for bits in sorted({m.bits[0], m.bits[-1]})],
 )
 def test_a_method_quantizes_every_layer(
     method: str, bits: int, run: Run, tiny_policy: OftPolicy, tiny_observations: Make
@@ -96,7 +97,7 @@ def test_max_calibration_is_our_rounding(run: Run, tiny_policy: OftPolicy) -> No
         assert (weight.codes == layer.weight.codes).mean() > 0.99
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "auto-round"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "hadamard-gptq", "auto-round"])
 def test_a_method_that_looks_at_inputs_errs_less_on_them(
     method: str, run: Run, tiny_policy: OftPolicy, tiny_observations: Make
 ) -> None:
@@ -110,6 +111,8 @@ def test_a_method_that_looks_at_inputs_errs_less_on_them(
     def error(baseline: Baseline) -> float:
         kept = baseline.layers[name]
         rows = torch.from_numpy(kept.weight.dequantize())
+        if kept.turn is not None:
+            rows = torch.from_numpy(turned(rows.numpy(), kept.turn))
         if kept.input_scale is not None:
             rows = rows * torch.from_numpy(kept.input_scale).float()
         difference = rows - layer.weight.flatten(1)

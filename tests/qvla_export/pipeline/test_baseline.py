@@ -34,7 +34,9 @@ def test_scales_are_stored_as_the_target_stores_its_own() -> None:
     }
     assert [r.setting for r in found.values()] == ["w2-gptq", "w3-gptq", "w4-gptq", "w8-gptq"]
     assert BaselineRequest("smoothquant", 8, 8).setting == "w8a8-smoothquant"
-    assert {m.library for m in METHODS.values()} == {"modelopt", "llmcompressor", "auto_round"}
+    libraries = {m.library for m in METHODS.values() if m.installed_apart}
+    assert libraries == {"modelopt", "llmcompressor", "auto_round"}
+    assert request_for(CPU, "sign", 1, None, 0, 200).group_size == 64
 
 
 @pytest.fixture

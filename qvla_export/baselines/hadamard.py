@@ -1,0 +1,44 @@
+"""Hadamard turns of a layer's inputs: large inputs are spread before weights are rounded.
+
+As QuaRot turns them (arXiv 2404.00456), in blocks. What turns the inputs at run time is left to
+whoever deploys it; here weights are turned back, which is the same map.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_LARGEST = 64
+
+
+def turn_of(inputs: int) -> int:
+    """Return the size of a layer's blocks: the largest power of two, to 64, in its inputs."""
+    return min(_LARGEST, inputs & -inputs)
+
+
+def hadamard(size: int) -> NDArray[np.float32]:
+    """Return Sylvester's matrix of a power of two, of length 1: symmetric and its own inverse.
+
+    Returns:
+        float32 [size, size]
+    """
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (matrix / np.sqrt(size)).astype(np.float32)
+
+
+def turned(rows: NDArray[Any], size: int) -> NDArray[np.float32]:
+    """Turn each block of inputs; twice gives the rows again.
+
+    Args:
+        rows: [channels, inputs], inputs a multiple of `size`.
+        size: of a block.
+
+    Returns:
+        float32 [channels, inputs]
+    """
+    blocks = rows.reshape(len(rows), -1, size).astype(np.float32)
+    result: NDArray[np.float32] = (blocks @ hadamard(size)).reshape(rows.shape)
+    return result
