@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvla_export.pipeline.deployment.short_rollouts import ShortRollouts
 from qvla_export.pipeline.progress import OnProgress, bar, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current
 from qvla_export.pipeline.sensitivities import new_question
@@ -14,7 +15,7 @@ from qvla_export.sensitivity.estimator_comparison import (
     new_comparison,
     time_official,
 )
-from qvla_export.sensitivity.estimators.base import Question
+from qvla_export.sensitivity.estimators.base import Estimator, Question
 from qvla_export.sensitivity.estimators.registry import Options, find_estimator
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.target import Target
@@ -44,6 +45,8 @@ class EstimatorRequest:
     observations: int | None = None
     # Run folder of the episodes of cumulative estimators.
     episodes: Path | None = None
+    # The simulator's tasks whose first steps rank the pairs too; none where empty.
+    rollouts: tuple[str, ...] = ()
     # Whether the official procedure's structure is timed as well.
     official: bool = True
     seed: int = 0
@@ -52,7 +55,17 @@ class EstimatorRequest:
     def names(self) -> tuple[str, ...]:
         """Names of the estimators, the exact one first."""
         cumulative = _CUMULATIVE if self.episodes else ()
-        return (EXACT, *(self.methods or (*_TABLES, *cumulative)))
+        rollouts = ("rollouts",) if self.rollouts else ()
+        return (EXACT, *(self.methods or (*_TABLES, *cumulative)), *rollouts)
+
+    def estimator(self, name: str) -> Estimator:
+        """Return an estimator by its name.
+
+        Raises:
+            QvlaError: there is none of this name, or an option is out of range.
+        """
+        closed = ShortRollouts(self.rollouts)
+        return closed if name == closed.method else find_estimator(name, self.options)
 
     def question(self) -> Question:
         """Return what is put to all estimators but the cumulative ones.
@@ -88,12 +101,13 @@ def compare_estimators(
     Raises:
         QvlaError: a method is unknown or lacks what it needs.
     """
-    estimators = {name: find_estimator(name, request.options) for name in request.names}
+    estimators = {name: request.estimator(name) for name in request.names}
     single = request.question()
     along = request.question_along_episodes() if {*request.names} & {*_CUMULATIVE} else None
     identity: dict[str, Any] = {
         "options": asdict(request.options),
         "episodes": None if along is None else along.calibration_digest,
+        **({"rollouts": list(request.rollouts)} if request.rollouts else {}),
     }
     empty = new_comparison(single, request.pairs, request.seed, identity)
     comparison = _load_same(empty, output)

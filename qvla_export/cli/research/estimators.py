@@ -50,6 +50,10 @@ def estimators(
             callback=A_RUN.require,
         ),
     ] = None,
+    rollouts: Annotated[
+        str | None,
+        typer.Option(help="Simulator tasks (as --tasks): their first steps rank the pairs too."),
+    ] = None,
     official: Annotated[
         bool, typer.Option(help="Time the official procedure's structure as well.")
     ] = True,
@@ -63,6 +67,7 @@ def estimators(
     import torch
 
     from engines.targets import find_target
+    from qvla_export.pipeline.calibrate import chosen_tasks
     from qvla_export.pipeline.estimators import EstimatorRequest, compare_estimators
     from qvla_export.pipeline.policy_source import open_checkpoint
     from qvla_export.pipeline.run_folder import RunFolder
@@ -79,6 +84,7 @@ def estimators(
         pairs=pairs,
         observations=observations,
         episodes=episodes,
+        rollouts=() if rollouts is None else chosen_tasks(rollouts),
         official=official,
         seed=seed,
     )

@@ -103,7 +103,7 @@ class ExactEstimator:
         pieces = _pieces(layers, pairs)
         batches = -(-len(observations) // size)
         shares = np.ones(len(observations)) if question.shares is None else question.shares
-        changed = _changed_rows(layers, pairs, question)
+        changed = changed_rows(layers, pairs, question)
         empty = {"pairs": np.zeros(len(pairs))}
         sums = ShardedSums(empty, _identity(question, pairs), work.progress_file, work.world)
         units = range(batches * len(pieces))
@@ -171,7 +171,7 @@ def _chunks(pairs: Sequence[ChannelWidth], piece: Sequence[int], most: int) -> I
         yield chunk
 
 
-def _changed_rows(
+def changed_rows(
     layers: Layers, pairs: Sequence[ChannelWidth], question: Question
 ) -> list[torch.Tensor]:
     """Return what quantization adds to each pair's row.  float32 [inputs] each"""
