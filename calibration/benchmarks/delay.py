@@ -1,11 +1,12 @@
 """What a robot does while its policy thinks: the plan it has, then nothing."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from qvla_export.shared.motion.seams import faded, steps_of
 
 Vector = NDArray[np.float32]
 
@@ -79,12 +80,10 @@ class CommandQueue:
         return steps
 
     def _blend(self, actions: NDArray[np.float32], before: Vector) -> list[Vector]:
-        gap = before[:3] - actions[0, :3] if len(actions) else np.zeros(3)
-        if not self._limit:
+        if not self._limit or not len(actions):
             return list(actions)
-        blended = actions.copy()
-        # The fade adds as much to every change as to the first.
-        steps = math.ceil(float(np.linalg.norm(gap)) / self._limit)
-        for number, step in enumerate(blended[: max(steps - 1, 0)], 1):
-            step[:3] += gap * (1.0 - number / steps)
-        return list(blended)
+        gap = before - actions[0]
+        gap[3] = 0.0
+        # Of the hand's step as a whole, not of each axis.
+        length = np.linalg.norm(gap[None], axis=1)
+        return list(faded(actions, gap, steps_of(length, np.array([self._limit]))))

@@ -14,12 +14,13 @@ dropped.
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jetson.control.settings import LoopSettings
+from qvla_export.shared.motion.seams import faded, steps_of
 
 Vector = NDArray[np.float32]
 
@@ -85,8 +86,14 @@ class ChunkBuffer:
         self._chunks = []
         return unreached
 
-    def plan(self, command: int, now_s: float) -> PlannedAction | None:
-        """Return what to do as that command; None if no chunk says anything about it."""
+    def plan(self, command: int, now_s: float, last: Vector | None = None) -> PlannedAction | None:
+        """Return what to do as that command; None if no chunk says anything about it.
+
+        Args:
+            command: its number.
+            now_s: the loop's clock.
+            last: the command before it, which a new chunk fades from; None before the first.
+        """
         self._chunks = [c for c in self._chunks if self.usable(c, command, now_s)]
         spoken = self._speaking(command, now_s)
         if not spoken:
@@ -96,6 +103,8 @@ class ChunkBuffer:
             self._chunks = [c for c in self._chunks if c.number >= newest.number]
         if self._first_use is None and newest is self._chunks[-1]:
             self._first_use = command
+            if self._settings.seam_limit is not None and last is not None:
+                self._chunks = spoken = [self._faded(newest, command, last)]
         oldest_s = min(c.observed_s for c in spoken)
         step = command - newest.first_command
         return PlannedAction(self._action(spoken, command), oldest_s, newest.number, step)
@@ -123,6 +132,15 @@ class ChunkBuffer:
         used = 0 if self._first_use is None else command - self._first_use
         left = newest.first_command + len(newest.actions) - command
         return used >= self._settings.execute - lead or left <= lead
+
+    def _faded(self, chunk: TimedChunk, command: int, last: Vector) -> TimedChunk:
+        """Return a chunk whose actions from that command on fade from the last command."""
+        limit, actions = self._settings.seam_limit, chunk.actions.copy()
+        assert limit is not None
+        left = actions[command - chunk.first_command :]
+        gap = np.where(np.isinf(limit), 0.0, last - left[0])
+        left[:] = faded(left, gap, steps_of(gap, limit))
+        return replace(chunk, actions=actions)
 
     def _speaking(self, command: int, now_s: float) -> list[TimedChunk]:
         """Return the chunks that say what to do as that command, in the order of their arrival."""

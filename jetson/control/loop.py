@@ -189,7 +189,7 @@ class ControlLoop:
             return self._supervisor.finish(LoopState.FAULT if self._broken else LoopState.STOPPED)
         for chunk in self._chunks.drop_unreached(self._sent.count, now_s):
             self._note_stale(chunk, "was made for where the robot did not get to")
-        planned = self._chunks.plan(self._sent.count, now_s)
+        planned = self._chunks.plan(self._sent.count, now_s, self._supervisor.last)
         if planned is None and self._supervisor.has_started:
             self.counters.missed_deadlines += 1
         return self._supervisor.proceed(planned, now_s)

@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jetson.errors import RefusedSetting
 from qvla_export.shared.motion.command_response import CommandResponse
 
@@ -39,6 +42,9 @@ class LoopSettings:
     # Roll-forward: the policy is shown the state in which its chunk will begin, as commands move it
     # until then; None shows what was observed.
     response: CommandResponse | None = None
+    # receding: largest change of each number of a command where a chunk follows another; it fades
+    # over in as few commands as that takes. None for any.  float32 [dim]
+    seam_limit: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         positive = {
@@ -59,6 +65,15 @@ class LoopSettings:
                 raise RefusedSetting(f"{name} must be 0 or more, got {value}")
         if self.mode not in ("receding", "ensemble"):
             raise RefusedSetting(f"mode must be receding or ensemble, got {self.mode!r}")
+        if self.seam_limit is not None and not (self.seam_limit > 0).all():
+            raise RefusedSetting(
+                f"a seam's largest change must be above 0, got {self.seam_limit.tolist()}"
+            )
+        if self.seam_limit is not None and self.mode == "ensemble":
+            raise RefusedSetting(
+                "an ensemble averages over chunks and has no seams; leave out the seam limit, or "
+                "use mode receding"
+            )
         if self.max_observation_age_ms > self.max_action_age_ms:
             raise RefusedSetting(
                 f"max_observation_age_ms ({self.max_observation_age_ms:g}) must not exceed "

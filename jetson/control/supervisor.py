@@ -47,6 +47,11 @@ class Supervisor:
         """Whether a command was ever decided on."""
         return self._last is not None
 
+    @property
+    def last(self) -> Vector | None:
+        """The last command; None before the first.  float32 [dim]"""
+        return self._last
+
     def proceed(self, planned: PlannedAction | None, now_s: float) -> Decision:
         """Return what to send: the policy's action, or what holds or ramps without one."""
         self._before = self._progress

@@ -58,6 +58,10 @@ LimitsOption = Annotated[
 MaxStepOption = Annotated[
     str | None, typer.Option(help="Largest change from one command to the next.")
 ]
+SeamLimitOption = Annotated[
+    str | None,
+    typer.Option(help="receding: largest change where a chunk follows another, any for a gripper."),
+]
 MaxActionAgeOption = Annotated[
     float | None,
     typer.Option(

@@ -33,6 +33,8 @@ _LOG = logging.getLogger(__name__)
 _WORDS = {"last": np.nan, "hold": np.nan}
 # Of --roll-forward: the action is what the state's number shall be, or says nothing of it.
 _EFFECTS = {"position": np.nan, "stays": 0.0}
+# Of --seam-limit: a gripper jumps.
+_ANY = {"any": np.inf}
 # The simulator's actions are displacements of the hand and an opening of the gripper.
 _SIMULATOR_HOLD = "0,0,0,last"
 
@@ -167,6 +169,9 @@ def _settings(options: RunOptions, contract: "PolicyContract") -> "LoopSettings"
         ramp_ms=options.ramp_ms,
         give_up_s=options.give_up_s,
         response=response,
+        seam_limit=None
+        if options.seam_limit is None
+        else parse_vector(options.seam_limit, contract.action_dim, "--seam-limit", _ANY),
     )
 
 

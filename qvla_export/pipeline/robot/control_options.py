@@ -26,6 +26,7 @@ class RunOptions:
     safe: str | None = None
     limits: str | None = None
     max_step: str | None = None
+    seam_limit: str | None = None
     max_action_age_ms: float | None = None
     max_observation_age_ms: float | None = None
     hold_ms: float = 500.0
