@@ -14,7 +14,8 @@ from calibration.benchmarks.metaworld.roll_forward import hand_ahead
 from calibration.benchmarks.metaworld.shifts import shift_of
 from calibration.benchmarks.metaworld.simulator import CONTROL_HZ, UNIT_MM, Simulator
 from calibration.benchmarks.metaworld.tasks import scene_siblings
-from calibration.benchmarks.motion import measure_motion
+from calibration.benchmarks.motion import closes, measure_motion
+from calibration.benchmarks.phases import Phase, phase_of
 from qvla_export.shared.action import ActionChunk, ActionPolicy
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
@@ -57,7 +58,7 @@ def run_episode(
             record.infer_ms.append(1000.0 * infer_s)
             delay = math.ceil(infer_s * CONTROL_HZ)
         if reference is not None:
-            record.deviations.append(_deviation(chunk, _usable(reference.infer(seen))))
+            record.compare(chunk, _usable(reference.infer(seen)))
         for step in queue.steps(chunk.actions, delay, foreseen):
             record.act(step.action, step.chunk)
             if simulator.done:
@@ -78,6 +79,13 @@ class _Record:
         self.actions: list[NDArray[np.float32]] = []
         self.deviations: list[float] = []
         self.infer_ms: list[float] = []
+        self._phases: list[Phase] = []
+
+    def compare(self, chunk: ActionChunk, reference: ActionChunk) -> None:
+        """Note how far a decision is from the reference's, and in which phase."""
+        self.deviations.append(_deviation(chunk, reference))
+        closing = closes(np.array([action[3] for action in self.actions]))
+        self._phases.append(phase_of(closing, self._simulator.goal_distance_m))
 
     def act(self, action: NDArray[np.float32], chunk: int) -> None:
         """Execute one command and note how the hand moved."""
@@ -97,7 +105,9 @@ class _Record:
             UNIT_MM,
         )
         result = simulator.task.name, seed, simulator.success, simulator.steps
-        return EpisodeResult(*result, tuple(self.deviations), motion, tuple(self.infer_ms))
+        return EpisodeResult(
+            *result, tuple(self.deviations), motion, tuple(self.infer_ms), tuple(self._phases)
+        )
 
 
 def _blank_out(observation: Observation) -> Observation:

@@ -11,6 +11,7 @@ from calibration.benchmarks.metaworld.shifts import NO_SHIFT, parse_shift, shift
 from calibration.benchmarks.metaworld.simulator import CONTROL_HZ
 from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
 from calibration.benchmarks.motion import Motion, MotionSummary, summarize_motion
+from calibration.benchmarks.phases import PHASES
 from qvla_export.shared.artifacts import read_json, require_fields, write_json
 from qvla_export.shared.errors import ArtifactError, QvlaError
 
@@ -109,6 +110,8 @@ class EpisodeResult:
     motion: Motion | None = None
     # What each decision took, milliseconds; empty unless the rollout was live.
     infer_ms: tuple[float, ...] = ()
+    # In which phase of the task each of the deviations was; empty in evaluations of before.
+    phases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,19 @@ class Evaluation:
             return None
         return summarize_motion(motions, [r.steps for r in self.results if r.success])
 
+    def error_by_phase(self) -> dict[str, float]:
+        """Return the mean ||A - A*||^2 of the decisions of each phase, in a task's order.
+
+        Empty without a reference policy, and of evaluations of before.
+        """
+        found: dict[str, list[float]] = {}
+        for row in self.results:
+            if len(row.phases) < len(row.deviations):
+                return {}
+            for phase, deviation in zip(row.phases, row.deviations, strict=True):
+                found.setdefault(phase, []).append(deviation)
+        return {phase: float(np.mean(found[phase])) for phase in PHASES if phase in found}
+
     def cumulative_deviation(self) -> list[float]:
         """Return the mean over episodes of the running sum of deviations, by decision (eq. 5).
 
@@ -189,6 +205,7 @@ class Evaluation:
             "infer_ms": self.infer_ms(),
             "by_shift": self.success_by_shift(),
             "cumulative_deviation": self.cumulative_deviation(),
+            "error_by_phase": self.error_by_phase(),
             "motion": None if motion is None else asdict(motion),
         }
         write_json(path, {"summary": summary, **asdict(self)})
@@ -230,7 +247,7 @@ def result_from_json(row: dict[str, Any]) -> EpisodeResult:
     motion = row.get("motion")
     if motion is not None:
         motion = Motion(**{**motion, "seam_jumps_mm": tuple(motion["seam_jumps_mm"])})
-    tuples = {name: tuple(row.get(name, ())) for name in ("deviations", "infer_ms")}
+    tuples = {name: tuple(row.get(name, ())) for name in ("deviations", "infer_ms", "phases")}
     return EpisodeResult(**{**row, **tuples, "motion": motion})
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from calibration.benchmarks.evaluation import Evaluation
 
 
@@ -20,6 +22,10 @@ def evaluation_lines(evaluation: Evaluation, path: Path) -> Iterator[str]:
         yield f"  thinking took {taken[0]:.1f} ms, 99 % within {taken[1]:.1f} ms"
     if (motion := evaluation.motion()) is not None:
         yield f"  {motion}"
+    if by_phase := evaluation.error_by_phase():
+        decided = [value for row in evaluation.results for value in row.deviations]
+        parts = ", ".join(f"{phase} {value:.3g}" for phase, value in by_phase.items())
+        yield f"  mean ||dA||^2 of a decision on policy {np.mean(decided):.3g}: {parts}"
 
 
 def success_text(evaluation: Evaluation) -> str:

@@ -52,6 +52,11 @@ class MotionSummary:
         )
 
 
+def closes(commands: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return which gripper commands close it.  [n] -> bool [n]"""
+    return commands > _CLOSING
+
+
 def measure_motion(
     positions: NDArray[np.float64],
     actions: NDArray[np.float32],
@@ -69,7 +74,7 @@ def measure_motion(
         unit_mm: length of a step of 1.
     """
     jerk = np.linalg.norm(np.diff(positions, n=3, axis=0), axis=1) * rate_hz**3
-    closing = actions[:, 3] > _CLOSING
+    closing = closes(actions[:, 3])
     steps_mm = actions[:, :3].astype(np.float64) * unit_mm
     return Motion(
         jerk_rms=float(np.sqrt(np.square(jerk).mean())) if len(jerk) else 0.0,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.report.motion import MotionFigures, motion_of
 from qvla_export.shared.artifacts import read_json, require_fields
 from qvla_export.shared.errors import ArtifactError, QvlaError
 from qvla_export.shared.latency_statistics import LATENCY_FORMAT, Deadline
@@ -69,6 +70,7 @@ class Rollouts:
     # Running sum of ||dA||^2 by decision; an episode that has ended keeps its sum.
     # float64 [episodes, decisions]; no columns where deviations were not recorded
     cumulative: NDArray[np.float64]
+    motion: MotionFigures
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ def read_rollouts(path: Path) -> Rollouts:
             success=_share([solved for _, solved in results]),
             by_task={task: _share(solved) for task, solved in tasks.items() if solved},
             cumulative=_cumulative([row["deviations"] for row in value["results"]]),
+            motion=motion_of(value["results"]),
         )
 
 

@@ -77,6 +77,7 @@ def render(data: RunData) -> str:
             {s.name: s.predicted_error for s in data.settings if s.predicted_error is not None},
             {s.name: s.action_error for s in data.settings if s.action_error is not None},
         ),
+        motion=tables.motion(data),
         latencies=tables.latencies(data),
         robots=robots.robot_table(data.robots),
         estimators=estimators.estimator_table(data.estimators),

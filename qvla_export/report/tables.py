@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from qvla_export.report.cells import NONE, Cell, Table
 from qvla_export.report.measured import Latency, Share
+from qvla_export.report.motion import motion_table
 from qvla_export.report.run_data import RunData, SettingResult
 from qvla_export.shared.latency_statistics import PERCENTS, jitter, percentile_text, tail
 from qvla_export.shared.target import WIDTHS
@@ -103,6 +104,13 @@ def tasks(data: RunData) -> Table:
         for task in names
     )
     return Table(("Task", *(name for name, _ in judged)), rows)
+
+
+def motion(data: RunData) -> Table:
+    """Return how the robot moved under every setting, and its error where it went."""
+    moved = {s.name: s.rollouts.motion for s in data.settings if s.rollouts is not None}
+    errors = {s.name: s.action_error.mse for s in data.settings if s.action_error is not None}
+    return motion_table(moved, errors)
 
 
 def plans(data: RunData) -> Table:

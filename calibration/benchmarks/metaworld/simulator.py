@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from calibration.benchmarks.metaworld.lean_environment import make_lean
 from calibration.benchmarks.metaworld.object_state import (
+    FIRST,
     OBJECT_STATE,
     add_to_things,
     encode_object_state,
@@ -105,6 +106,13 @@ class Simulator:
     def hand(self) -> NDArray[np.float64]:
         """Hand position, metres.  float64 [3]"""
         return self._full_state[:3].copy()
+
+    @property
+    def goal_distance_m(self) -> float:
+        """From the first thing to where the goal was put; infinite where a task draws none."""
+        if len(self.placement) < _WITH_GOAL:
+            return float("inf")
+        return float(np.linalg.norm(self.placement[3:6] - self._full_state[FIRST]))
 
     @property
     def done(self) -> bool:
