@@ -93,6 +93,7 @@ class Comparison:
             "success": row.success,
             "wilson_95": row.interval,
             "cumulative_deviation": row.deviation,
+            "jerk_rms_and_gripper_flips": row.motion,
             "against_float": None if paired is None else {**asdict(paired), "value": paired.value},
         }
 
@@ -165,6 +166,9 @@ def _outcome(value: Mapping[str, Any]) -> Outcome:
         int(value["seed"]),
         value["solved"],
         None if deviation is None else _number(deviation),
+        str(value.get("scene", "")),
+        None if (jerk := value.get("jerk_rms")) is None else _number(jerk),
+        None if (flips := value.get("gripper_flips")) is None else int(flips),
     )
 
 

@@ -18,6 +18,7 @@ _COLUMNS = (
     "success [Wilson 95 %]",
     "against float, points, paired [95 %]",
     "cumulative deviation",
+    "jerk RMS, m/s³; gripper flips",
     "time to quantize, s",
 )
 
@@ -57,7 +58,7 @@ def _full_rows(comparison: Comparison) -> Iterator[Sequence[str]]:
             yield _full(comparison, row)
     for name, outcomes in comparison.controls.items():
         if outcomes:
-            yield (f"{FLOAT}, {name}", *[""] * 3, _success(outcomes), *[""] * 3)
+            yield (f"{FLOAT}, {name}", *[""] * 3, _success(outcomes), *[""] * 4)
 
 
 def _full(comparison: Comparison, row: Row) -> Sequence[str]:
@@ -75,6 +76,7 @@ def _full(comparison: Comparison, row: Row) -> Sequence[str]:
         if paired is None
         else f"{100 * paired.value:+.1f} [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]",
         "" if row.deviation is None else f"{row.deviation:.2g}",
+        "" if row.motion is None else f"{row.motion[0]:.3g}; {row.motion[1]:.2f}",
         "" if seconds is None or row.name == FLOAT else f"{seconds:.0f}",
     )
 

@@ -21,6 +21,13 @@ class Outcome:
     solved: bool
     # Sum over the episode's decisions of ||A - A*||^2, normalized; None without a reference.
     deviation: float | None
+    # That several tasks may share: with equal seeds they are put in the same places. Empty in
+    # comparisons of before.
+    scene: str = ""
+    # RMS jerk of the hand, m/s^3, and how often the gripper was told to turn round; None where the
+    # motion was not recorded.
+    jerk_rms: float | None = None
+    gripper_flips: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,19 @@ class Row:
         return statistics.fmean(values) if values else None
 
     @property
+    def motion(self) -> tuple[float, float] | None:
+        """Return an episode's RMS jerk and gripper flips, means of all; None where unknown."""
+        moved = [
+            (o.jerk_rms, o.gripper_flips)
+            for o in self.episodes
+            if o.jerk_rms is not None and o.gripper_flips is not None
+        ]
+        if not moved or len(moved) < len(self.episodes):
+            return None
+        jerks, flips = zip(*moved, strict=True)
+        return statistics.fmean(jerks), statistics.fmean(flips)
+
+    @property
     def cumulative(self) -> tuple[float, ...]:
         """Return the mean running sum by decision; a seed of shorter episodes keeps its last."""
         curves = [row.cumulative for row in self.seeds if row.cumulative]
@@ -162,13 +182,14 @@ class Row:
     def against(self, reference: "Row") -> PairedDifference | None:
         """Return the difference to a reference on the episodes that both have run."""
         theirs = {(o.task, o.seed): o.solved for o in reference.episodes}
-        pairs = [
-            (o.solved, theirs[o.task, o.seed]) for o in self.episodes if (o.task, o.seed) in theirs
-        ]
-        if not pairs:
+        shared = [o for o in self.episodes if (o.task, o.seed) in theirs]
+        if not shared:
             return None
-        ours, others = zip(*pairs, strict=True)
-        return paired_difference(ours, others)
+        return paired_difference(
+            [o.solved for o in shared],
+            [theirs[o.task, o.seed] for o in shared],
+            [(o.scene or o.task, o.seed) for o in shared],
+        )
 
 
 def _means(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:

@@ -16,6 +16,7 @@ _COLUMNS = (
     "Solved episodes",
     "Against float, points",
     "Cumulative deviation",
+    "Jerk RMS, m/s³",
     "Time to quantize",
     "Run by",
 )
@@ -44,7 +45,7 @@ def control_rows(comparison: Comparison) -> list[tuple[Cell, ...]]:
             Cell(f"{FLOAT}, {name}", "control"),
             *(blank,) * 3,
             _success(outcomes),
-            *(blank,) * 3,
+            *(blank,) * 4,
             Cell("onnxruntime"),
         )
         for name, outcomes in comparison.controls.items()
@@ -83,9 +84,16 @@ def _row_cells(comparison: Comparison, row: Row) -> tuple[Cell, ...]:
         _success(row.episodes),
         _against(comparison, row),
         Cell(NONE if row.deviation is None else f"{row.deviation:.3g}"),
+        _motion(row),
         _seconds(row),
         Cell(row.engines),
     )
+
+
+def _motion(row: Row) -> Cell:
+    if row.motion is None:
+        return Cell(NONE)
+    return Cell(f"{row.motion[0]:.3g}", f"{row.motion[1]:.2f} gripper flips")
 
 
 def _kind(name: str) -> str:

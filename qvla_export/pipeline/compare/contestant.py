@@ -89,8 +89,18 @@ def with_episodes(
 
 def outcomes(evaluation: "Evaluation") -> tuple[Outcome, ...]:
     """Return an evaluation's episodes as a comparison has them."""
+    from calibration.benchmarks.metaworld.tasks import find_task
+
     return tuple(
-        Outcome(r.task, r.seed, r.success, sum(r.deviations) if r.deviations else None)
+        Outcome(
+            r.task,
+            r.seed,
+            r.success,
+            sum(r.deviations) if r.deviations else None,
+            find_task(r.task).scene,
+            None if r.motion is None else r.motion.jerk_rms,
+            None if r.motion is None else r.motion.gripper_flips,
+        )
         for r in evaluation.results
     )
 

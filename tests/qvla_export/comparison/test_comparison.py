@@ -90,6 +90,31 @@ def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert pooled["against_float"]["value"] == 0.5
 
 
+def test_episodes_of_one_scene_count_as_one_and_motion_is_shown(tmp_path: Path) -> None:
+    def row(name: str, solved: list[bool], scenes: tuple[str, str]) -> Row:
+        episodes = tuple(
+            Outcome(task, number, done, None, scene, 100.0 + number, 2)
+            for number, done in enumerate(solved)
+            for task, scene in zip(("push", "pick"), scenes, strict=True)
+        )
+        return Row(name, (replace(seed_row(), episodes=episodes),))
+
+    half, worse = [True, False] * 30, [True, False, False] * 20
+    apart, together = (
+        row("w4", worse, scenes).against(row("float", half, scenes))
+        for scenes in (("one", "other"), ("table", "table"))
+    )
+    assert apart is not None and together is not None
+    assert (apart.value, apart.design_effect) == (together.value, 1.0)
+    assert together.design_effect == pytest.approx(2.0) and together.low < apart.low
+    moved = row("w4", half, ("table", "table"))
+    assert moved.motion == (129.5, 2.0) and Row("w4", (seed_row(0.1, [True]),)).motion is None
+    found = comparison_of(float=seed_row(0.0, [True])).with_row(moved)
+    found.save(tmp_path / "c.json")
+    assert Comparison.load(tmp_path / "c.json").rows[1] == moved
+    assert "130; 2.00" in to_markdown(found)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
