@@ -192,10 +192,13 @@ results: demo baselines-env
 	$$qvla report $(PRECISE)
 	mkdir -p $(PAIRED)
 	for bits in 4 3 2; do
-	    for method in gptq max; do
+	    for method in gptq hadamard-gptq awq auto-round fisher max; do
 	        $$qvla baseline $$method --bits $$bits --run $(PRECISE) --policy $(OBJECT_STATE)
 	    done
 	done
+	$$qvla baseline sign --bits 1 --run $(PRECISE) --policy $(OBJECT_STATE)
+	$$qvla estimators --run $(PRECISE) --policy $(OBJECT_STATE) --pairs 200 \
+	    --method first-order --rollouts precise --no-official
 	# NAME PLACE EPISODES OTHER OPTION...; OTHER is the evaluation it is paired with.
 	evaluate() {
 	    file=$(PAIRED)/$$1 place=$(PRECISE)/settings/$$2 episodes=$$3 other=$(PAIRED)/$$4.json
@@ -210,7 +213,7 @@ results: demo baselines-env
 	    evaluate $$setting $$setting/bundle 250 float
 	    evaluate $$setting-mixed $$setting/bundle 250 float-mixed --shift mixed:2
 	done
-	for setting in w4-gptq w3-gptq w2-gptq w3-max; do
+	for setting in w4-gptq w3-gptq w2-gptq w3-max w1-sign; do
 	    evaluate $$setting $$setting/baseline 50 float
 	    evaluate $$setting-mixed $$setting/baseline 50 float-mixed --shift mixed:2
 	done
