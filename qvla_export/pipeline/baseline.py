@@ -185,8 +185,9 @@ def quantize(
         **{f"--{name.replace('_', '-')}": value for name, value in asdict(request).items()},
     }
     with recorded_work(ArtifactWork(run, path, options, (run.calibration,)), on_progress) as hear:
-        make = environment.run if METHODS[request.method].installed_apart else work
-        baseline = make(job, bar(hear, request.setting))
+        tell = bar(hear, request.setting)
+        apart = METHODS[request.method].installed_apart
+        baseline = environment.run(job, tell) if apart else work(job, tell)
     finish(on_progress, request.setting, kept=False)
     return baseline
 
