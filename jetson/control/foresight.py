@@ -56,4 +56,5 @@ class Foresight:
                 f"roll-forward moves {len(moved)} numbers of the state, got {len(state)}"
             )
         state[: len(moved)] += moved
-        return replace(seen, observation=replace(seen.observation, state=state))
+        shown = replace(seen.observation, state=state.astype(np.float32))
+        return replace(seen, observation=shown)

@@ -90,8 +90,8 @@ def _signs(
     damped = moments.channel_matrix(ranked, along.blocking.dtype)
     diagonal = moments.channel_diagonal(np.arange(channels))
     add_to_diagonal(damped, damping_of(diagonal, CHANNEL_DAMPING))
-    units = spread[ranked][:, along.order].T.astype(along.blocking.dtype)
-    targets = rows[ranked][:, along.order].T.astype(along.blocking.dtype)
+    units = along.put(spread[ranked][:, along.order].T)
+    targets = along.put(rows[ranked][:, along.order].T)
     # Whole numbers -1 and 0 of twice the scale, after one scale is taken off, are the signs.
     whole = eliminate(
         targets - units,
@@ -109,4 +109,4 @@ def _signs(
 def _stored(
     scales: NDArray[np.float32], request: BaselineRequest
 ) -> NDArray[np.float16] | NDArray[np.float32]:
-    return scales.astype(np.float16 if request.scale_bits == 16 else np.float32)
+    return scales.astype(np.float16) if request.scale_bits == 16 else scales

@@ -23,10 +23,11 @@ def hadamard(size: int) -> NDArray[np.float32]:
     Returns:
         float32 [size, size]
     """
-    matrix = np.ones((1, 1))
+    matrix: NDArray[np.float64] = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(size)).astype(np.float32)
+    unit: NDArray[np.float32] = (matrix / np.sqrt(size)).astype(np.float32)
+    return unit
 
 
 def turned(rows: NDArray[Any], size: int) -> NDArray[np.float32]:

@@ -70,7 +70,7 @@ class GroupedLinear(nn.Module):
     def _turned(self, values: Tensor) -> Tensor:
         if self._turn is None:
             return values
-        blocks = values.unflatten(-1, (-1, len(self._turn)))
+        blocks = values.reshape(*values.shape[:-1], -1, len(self._turn))
         turned: Tensor = (blocks @ self._turn.to(values)).flatten(-2)
         return turned
 

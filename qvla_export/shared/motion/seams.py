@@ -31,4 +31,5 @@ def faded(actions: NDArray[np.float32], gap: NDArray[Any], steps: int) -> NDArra
         float32 [length, n]
     """
     left = 1.0 - np.arange(1, len(actions) + 1) / max(steps, 1)
-    return (actions + np.maximum(left, 0.0)[:, None] * gap).astype(np.float32)
+    blended: NDArray[np.float32] = actions + np.maximum(left, 0.0)[:, None] * gap
+    return blended.astype(np.float32)

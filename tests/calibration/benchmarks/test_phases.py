@@ -48,7 +48,7 @@ def test_an_expert_goes_through_a_task_in_order(tmp_path) -> None:
     assert result.success and len(result.phases) == len(result.deviations)
     seen = list(dict.fromkeys(result.phases))
     assert seen == [phase for phase in PHASES if phase in seen]
-    assert {"approach", "grasp", "carry"} <= set(seen)
+    assert {"approach", "grasp", "insert"} <= set(seen)
     evaluation = Evaluation("p", "d", config, (result, other), {})
     by_phase = evaluation.error_by_phase()
     decided = [*result.deviations, *other.deviations]

@@ -20,8 +20,10 @@ from qvla_export.baselines.layer_adapter import GroupedLinear, hand_over
 from qvla_export.baselines.methods import BaselineRequest
 from qvla_export.baselines.quantized import Calibration
 from qvla_export.graph.golden import golden_actions
-from qvla_export.policies.layers import layer_shapes, traced_layers
+from qvla_export.measurement.measure_moments import measure_moments
+from qvla_export.policies.layers import layer_shapes, traced_layers, weight_rows
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
+from qvla_export.quantizer.layer_work import INPUT_DAMPING
 from qvla_export.quantizer.quantized_weight import QuantizedWeight
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
@@ -69,12 +71,27 @@ def test_signs_make_up_for_each_other(
     assert Baseline.load(tmp_path / "signs").digest == signs.digest
 
 
-def test_scales_for_what_the_action_feels(tiny_policy: OftPolicy, tiny_observations: Make) -> None:
-    fisher = made(tiny_policy, tiny_observations(8), "fisher", 4)
-    nearest, held_out = baseline_of(tiny_policy, to_nearest), tiny_observations(4, 1)
+def test_scales_are_those_of_the_least_error_that_the_action_feels(
+    tiny_policy: OftPolicy, tiny_observations: Make
+) -> None:
+    observations = tiny_observations(8)
+    fisher, nearest = (
+        made(tiny_policy, observations, "fisher", 4),
+        baseline_of(tiny_policy, to_nearest),
+    )
     assert fisher.weight_bytes == nearest.weight_bytes
-    assert error(tiny_policy, fisher, held_out) < error(tiny_policy, nearest, held_out)
-    coarse = made(tiny_policy, tiny_observations(8), "fisher", 3)
+    moments, ratios = measure_moments(tiny_policy, observations, ""), []
+    for name, layer in traced_layers(tiny_policy).items():
+        rows = weight_rows(layer)
+        weights = moments.of(name, rows.shape).input_diagonal(np.arange(rows.shape[1]))
+        weights += INPUT_DAMPING * weights.mean()
+        ours, theirs = (
+            (weights * np.square(made_of.layers[name].weight.dequantize() - rows)).sum()
+            for made_of in (fisher, nearest)
+        )
+        ratios.append(ours / theirs)
+    assert max(ratios) <= 1.0001 and np.mean(ratios) < 0.95
+    coarse = made(tiny_policy, observations, "fisher", 3)
     assert max(np.abs(x.weight.codes + 0.5).max() for x in coarse.layers.values()) == 3.5
 
 

@@ -159,7 +159,7 @@ def test_what_others_wrote_is_text_on_the_page() -> None:
     assert "<h3>Fig. 3" in page
     rows = [line for line in to_markdown(found).splitlines() if line.startswith("| w4-awq")]
     assert rows
-    assert all(len(re.split(r"(?<!\\)\|", row)) == 10 for row in rows)
+    assert all(len(re.split(r"(?<!\\)\|", row)) == 11 for row in rows)
 
 
 def test_the_section_has_every_episode_and_every_table() -> None:
