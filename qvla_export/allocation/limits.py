@@ -33,8 +33,8 @@ def within_bytes(
     """Take steps until the plan's own bytes are within the limit.
 
     Columns and groups that are filled up, and what restores the order of channels, are in no
-    channel's own bits: where they exceed the limit, further steps are taken, one by one where that
-    is quick.
+    channel's own bits: where they exceed the limit, further steps are taken, the last ones one by
+    one where that is quick.
 
     Args:
         table: all demotions.
@@ -54,7 +54,8 @@ def within_bytes(
             break
         spent = np.take_along_axis(stored, levels[None].astype(np.int64), 0).sum()
         # Half of what is too much takes few steps too many where there are too many to go singly.
-        step_bits = 1.0 if table.units < _ONE_BY_ONE else max(excess / 2, 1.0)
+        singly = table.units < _ONE_BY_ONE and excess < _SLACK * limit
+        step_bits = 1.0 if singly else max(excess / 2, 1.0)
         allowed = max(float(spent) - step_bits, 0.0) if spent else -1.0
     return _use_up_slack(table, start, levels, step, limit, allowed, weight_bytes)
 
