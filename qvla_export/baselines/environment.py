@@ -57,6 +57,17 @@ class BaselineEnvironment:
 
     folder: Path
 
+    def python(self) -> Path:
+        """Return its Python.
+
+        Raises:
+            QvlaError: it is missing; with the remedy.
+        """
+        python = self.folder.absolute() / "bin" / "python"
+        if not python.is_file():
+            raise QvlaError(f"no environment of baseline libraries at {self.folder}; {_REMEDY}")
+        return python
+
     def run(
         self, job: BaselineJob, on_progress: Callable[[int, int], None] | None = None
     ) -> Baseline:
@@ -70,9 +81,7 @@ class BaselineEnvironment:
             QvlaError: the environment is missing or lacks the library, or the library failed;
                 the message has the remedy, or the last lines.
         """
-        python = self.folder.absolute() / "bin" / "python"
-        if not python.is_file():
-            raise QvlaError(f"no environment of baseline libraries at {self.folder}; {_REMEDY}")
+        python = self.python()
         # Where this package is: an editable install is not seen through another's site-packages.
         root = str(Path(__file__).parents[2])
         with tempfile.NamedTemporaryFile("w") as file:

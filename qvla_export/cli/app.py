@@ -11,6 +11,7 @@ from qvla_export.cli.bench.gpu import gpu
 from qvla_export.cli.bench.rates import rates
 from qvla_export.cli.bench.server import server
 from qvla_export.cli.bench.size import size
+from qvla_export.cli.bench.weights import weights
 from qvla_export.cli.deploy.build import build
 from qvla_export.cli.deploy.calibrate import calibrate
 from qvla_export.cli.deploy.deploy import deploy
@@ -64,7 +65,7 @@ PANELS: dict[str, tuple[Command, ...]] = {
         *(round_command, activations, train, demonstrations),
     ),
 }
-BENCH: tuple[Command, ...] = (engines, allocation, server, size, rates, gpu)
+BENCH: tuple[Command, ...] = (engines, allocation, weights, server, size, rates, gpu)
 
 # Title of a panel, name of a group and what it is for -> its commands by name.
 GROUPS: dict[tuple[str, str, str], dict[str, Command]] = {

