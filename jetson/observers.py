@@ -74,7 +74,7 @@ def open_watch(
         feed = LiveFeed(
             contract,
             lambda: board.state,
-            None if processor is None else processor.statistics.action,
+            None if processor is None else processor.command_limits,
             settings.deadline_ms,
             recording,
         )

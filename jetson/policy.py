@@ -52,7 +52,7 @@ class EnginePolicy:
                     f"the engine put out NaN or infinity at [step, dimension] {bad[:8]}; "
                     "no action was taken. Run qvla verify on this bundle."
                 )
-            return processor.chunk(normalized, clock.timing_ms)
+            return processor.chunk(normalized, clock.timing_ms, observation.state)
 
     def close(self) -> None:
         """Free what the engine holds."""

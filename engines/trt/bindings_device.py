@@ -94,6 +94,10 @@ class BindingsDevice:
         place, nbytes = destination.ctypes.data, destination.nbytes
         self._inside("cuMemcpyDtoHAsync", place, address, nbytes, self._stream)
 
+    def copy(self, destination: Address, source: Address, nbytes: int) -> None:
+        """Copy device memory to other device memory."""
+        self._inside("cuMemcpyDtoDAsync", destination, source, nbytes, self._stream)
+
     def event(self) -> Event:
         """Return a mark that can be put into the stream, again and again."""
         event = self._inside("cuEventCreate", _DEFAULT)

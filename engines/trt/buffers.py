@@ -12,7 +12,10 @@ from qvla_export.shared.part import TensorSpec
 
 
 class Buffers:
-    """Allocated once, each for its largest shape. Parts hand tensors on by sharing memory."""
+    """Allocated once, each for its largest shape.
+
+    Parts hand tensors on by sharing memory; what a repetition reads of the one before is copied.
+    """
 
     def __init__(
         self,
@@ -25,7 +28,8 @@ class Buffers:
 
         Args:
             device: whose memory.
-            tensors: inputs and outputs of all parts; equal names are one tensor.
+            tensors: inputs of the bundle, inputs and outputs of all parts; equal names are one
+                tensor.
             at_host: those that are copied in or out.
             ranges: name -> shapes.
 
@@ -35,8 +39,10 @@ class Buffers:
         self._device = device
         self.addresses: dict[str, Address] = {}
         self._pinned: dict[str, NDArray[Any]] = {}
+        self._item_bytes: dict[str, int] = {}
         try:
             for spec in tensors:
+                self._item_bytes[spec.name] = np.dtype(spec.dtype).itemsize
                 if spec.name not in self.addresses:
                     nbytes = _size(ranges[spec.name].max) * np.dtype(spec.dtype).itemsize
                     self.addresses[spec.name] = device.allocate(nbytes)
@@ -51,6 +57,11 @@ class Buffers:
         view = self._pinned[name][: value.size]
         view[:] = value.reshape(-1)
         self._device.copy_in(self.addresses[name], view)
+
+    def move(self, source: str, name: str, shape: Shape) -> None:
+        """Start copying a tensor of a shape into another one of its type, on the device."""
+        nbytes = _size(shape) * self._item_bytes[source]
+        self._device.copy(self.addresses[name], self.addresses[source], nbytes)
 
     def download(self, name: str, shape: Shape) -> NDArray[Any]:
         """Start copying an output to the host; it is there after `Device.synchronize`.

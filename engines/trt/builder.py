@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from engines.trt.modules import BuildError, TrtModule, load_module, require_devi
 from engines.trt.network import Network, parse_part, part_inputs, part_outputs
 from engines.trt.progress import Progress
 from engines.trt.seal import UnsealedEngine
-from engines.trt.shapes import PromptRange, ShapeRange, input_ranges, require_straight
+from engines.trt.shapes import PromptRange, ShapeRange, input_ranges, require_fillable, united
 from engines.trt.sidecar import Origin, Sidecar, engine_path, sidecar_path
 from engines.trt.timing_cache import TimingCache
 from qvla_export.shared.artifacts import read_json, sha256_file, write_bytes, write_json
@@ -88,7 +89,7 @@ def build_engines(
         TimingCacheError: the timing cache is not for this build.
     """
     settings = settings or BuildSettings()
-    require_straight(bundle)
+    require_fillable(bundle)
     target = find_target(bundle.target)
     module = load_module(target)
     gpu = find()
@@ -98,15 +99,49 @@ def build_engines(
     folder.mkdir(parents=True, exist_ok=True)
     job = _Job(bundle, target, module, gpu, folder, settings, on_progress)
     known = input_ranges(bundle.inputs, settings.prompt)
-    built = []
-    for part in bundle.parts:
-        sidecar = _load_current(job, part, known) or _build_part(job, part, known)
-        known |= sidecar.outputs
-        built.append(sidecar)
-    return tuple(built)
+    parts, built = {part.name: part for part in bundle.parts}, {}
+    exact = _profiles(job, known)
+    for run in bundle.program.runs:
+        known |= {name: known[source] for name, source in run.start.items()}
+        for name in run.parts:
+            if name in built:
+                continue
+            given, *later = exact.get(name, (known,))
+            kept = _load_current(job, parts[name], given, tuple(later))
+            built[name] = kept or _build_part(job, parts[name], given, tuple(later))
+            known |= built[name].outputs
+    return tuple(built[name] for name in parts)
 
 
-def _origin(job: _Job, part: Part, inputs: Mapping[str, ShapeRange]) -> Origin:
+def _profiles(job: _Job, known: Mapping[str, ShapeRange]) -> dict[str, list[dict[str, ShapeRange]]]:
+    """Return the input shapes of every part in each run that calls it, where several call one.
+
+    They depend on what the runs before put out, so all graphs are parsed, one at a time. Of other
+    programs nothing is returned: what a part is given is known once those before it are built.
+    """
+    runs, parts = job.bundle.program.runs, {part.name: part for part in job.bundle.parts}
+    called = Counter(name for run in runs for name in run.parts)
+    found: dict[str, list[dict[str, ShapeRange]]] = {}
+    if not any(times > 1 for times in called.values()):
+        return {}
+    ranges = dict(known)
+    for run in runs:
+        ranges |= {name: ranges[source] for name, source in run.start.items()}
+        for name in run.parts:
+            model = job.bundle.model_path(parts[name])
+            network = parse_part(job.module, model, job.target, Log(job.module))
+            inputs = part_inputs(network, ranges, model)
+            found.setdefault(name, []).append(inputs)
+            ranges |= part_outputs(network, inputs)
+    return found
+
+
+def _origin(
+    job: _Job,
+    part: Part,
+    inputs: Mapping[str, ShapeRange],
+    later: tuple[dict[str, ShapeRange], ...],
+) -> Origin:
     files = job.bundle.manifest["files"]
     weights = files.get(f"{part.model}.data", {"sha256": ""})
     timed = not job.module.traits.ahead_of_time and job.gpu is not None
@@ -123,10 +158,16 @@ def _origin(job: _Job, part: Part, inputs: Mapping[str, ShapeRange]) -> Origin:
         level=job.settings.level,
         workspace_bytes=job.settings.workspace_bytes,
         inputs=dict(inputs),
+        later=later,
     )
 
 
-def _load_current(job: _Job, part: Part, known: Mapping[str, ShapeRange]) -> Sidecar | None:
+def _load_current(
+    job: _Job,
+    part: Part,
+    known: Mapping[str, ShapeRange],
+    later: tuple[dict[str, ShapeRange], ...],
+) -> Sidecar | None:
     """Return what an earlier build of this very engine left behind; None if it must be built."""
     try:
         found = Sidecar.load(sidecar_path(job.folder, part.name))
@@ -135,25 +176,31 @@ def _load_current(job: _Job, part: Part, known: Mapping[str, ShapeRange]) -> Sid
     inputs = {name: known[name] for name in found.origin.inputs if name in known}
     path = engine_path(job.folder, part.name)
     current = (
-        found.origin == _origin(job, part, inputs)
+        found.origin == _origin(job, part, inputs, later)
         and path.is_file()
         and sha256_file(path) == found.engine_sha256
     )
     return found if current else None
 
 
-def _build_part(job: _Job, part: Part, known: Mapping[str, ShapeRange]) -> Sidecar:
+def _build_part(
+    job: _Job,
+    part: Part,
+    known: Mapping[str, ShapeRange],
+    later: tuple[dict[str, ShapeRange], ...],
+) -> Sidecar:
     log, model = Log(job.module), job.bundle.model_path(part)
     with _Marker(job.folder, part.name):
         network = parse_part(job.module, model, job.target, log)
         inputs = part_inputs(network, known, model)
-        outputs = part_outputs(network, inputs)
-        config, cache = _configure(job, network, inputs)
+        profiles = (inputs, *later)
+        outputs = united([part_outputs(network, profile) for profile in profiles])
+        config, cache = _configure(job, network, profiles)
         engine = _serialize(job, part, network, config, log)
     digest = hashlib.sha256(engine).hexdigest()
     layers, missing = _layers(job, engine)
     sidecar = Sidecar(
-        origin=_origin(job, part, inputs),
+        origin=_origin(job, part, inputs, later),
         outputs=outputs,
         engine_sha256=digest,
         engine_bytes=engine.nbytes,
@@ -171,7 +218,7 @@ def _build_part(job: _Job, part: Part, known: Mapping[str, ShapeRange]) -> Sidec
 
 
 def _configure(
-    job: _Job, network: Network, inputs: Mapping[str, ShapeRange]
+    job: _Job, network: Network, profiles: Sequence[Mapping[str, ShapeRange]]
 ) -> tuple[Any, TimingCache | None]:
     api, settings = job.module.api, job.settings
     config = network.builder.create_builder_config()
@@ -184,7 +231,7 @@ def _configure(
         capability = str(job.target.compute_capability).replace("sm_", "SM")
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(api.ComputeCapability, capability), 0)
-    if network.dynamic:
+    for inputs in profiles if network.dynamic else ():
         profile = network.builder.create_optimization_profile()
         for name, shapes in inputs.items():
             profile.set_shape(name, shapes.min, shapes.opt, shapes.max)

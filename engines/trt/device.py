@@ -62,6 +62,10 @@ class Device(Protocol):
         """Copy device memory to pinned host memory."""
         ...
 
+    def copy(self, destination: Address, source: Address, nbytes: int) -> None:
+        """Copy device memory to other device memory."""
+        ...
+
     def event(self) -> Event:
         """Return a mark that can be put into the stream, again and again."""
         ...

@@ -1,6 +1,7 @@
 """TensorRT engines of a bundle, checked before they are loaded, run as one `Engine`."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,28 @@ from engines.trt.failures import explain
 from engines.trt.layer_log import LayerLog
 from engines.trt.log import Log
 from engines.trt.modules import TrtModule, load_module
-from engines.trt.runner import PartRunner, RunnerSetup, Scratch
-from engines.trt.shapes import Shape, ShapeRange, require_straight
+from engines.trt.runner import PartRunner, PartTimer, RunnerSetup, Scratch
+from engines.trt.shapes import Shape, require_fillable, united
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.part import Part
+from qvla_export.shared.program import PartRuns, Program
 
 # First passes of a profile: what TensorRT puts off until a context runs.
 _UNTIMED_PASSES = 5
+# Part, profile, shapes of inputs.
+_Call = tuple[str, int, dict[str, Shape]]
 _TO_DEVICE, _TO_HOST = "host_to_device", "device_to_host"
 
 
 class TensorRtEngine(BundleEngine):
     """A bundle's engines on one GPU and stream; see `Engine`.
 
-    Inputs are copied once, outputs of a part stay on the device for the next. All buffers have
-    the size of the longest prompt and are allocated at load. The first action of a prompt length
-    runs the parts one by one, later ones launch what was captured of it: a graph per part, so
-    that events between them tell where the time goes. One action at a time; any thread may act.
+    Inputs are copied once, outputs of a part stay on the device for the next, and for the next
+    repetition. All buffers have the size of the longest prompt and are allocated at load. The
+    first action of a prompt length runs the parts one by one, later ones launch what was captured
+    of it: a graph per part, so that events between runs tell where the time goes. One action at a
+    time; any thread may act.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class TensorRtEngine(BundleEngine):
             EngineError: an engine is missing, was built elsewhere, for something else or by
                 another version, or does not load.
         """
-        require_straight(bundle)
+        require_fillable(bundle)
         folder = engine_folder(bundle) if folder is None else folder
         sidecars = {part.name: admit_sidecar(bundle, part, folder) for part in bundle.parts}
         self._module = module or load_module(find_target(bundle.target))
@@ -73,9 +78,13 @@ class TensorRtEngine(BundleEngine):
             require_version(sidecar, self._module)
         super().__init__(bundle)
         self._layers = {name: sidecar.layers for name, sidecar in sidecars.items()}
-        self._ranges: dict[str, ShapeRange] = {}
-        for sidecar in sidecars.values():
-            self._ranges |= {**sidecar.origin.inputs, **sidecar.outputs}
+        stated = [(*sidecar.origin.profiles, sidecar.outputs) for sidecar in sidecars.values()]
+        self._ranges = united([ranges for part in stated for ranges in part])
+        for run in bundle.program.runs:
+            for name, source in run.start.items():
+                self._ranges.setdefault(source, self._ranges[name])
+        self._parts = {part.name: part for part in bundle.parts}
+        self._calls = _program_calls(bundle.program)
         self._log = Log(self._module)
         self._stack = ExitStack()
         try:
@@ -114,6 +123,8 @@ class TensorRtEngine(BundleEngine):
     def layer_times(self, feeds: Feeds, passes: int = 50) -> LayerTimes:
         """Run the parts some times under TensorRT's profiler, without graphs.
 
+        A part that repeats is timed at its first call and counted as often as it runs.
+
         Raises:
             InvalidFeeds: see `infer`.
             EngineError: the engine is closed, the GPU fails, or TensorRT reports nothing.
@@ -122,18 +133,25 @@ class TensorRtEngine(BundleEngine):
         for name, value in feeds.items():
             self._buffers.upload(name, value)
         self._device.synchronize()
-        logs, timed = [], []
-        for part in self._bundle.parts:
-            logs.append(LayerLog(self._module, part.name, self._layers[part.name]))
-            runner = self._runners[part.name]
-            timed.append(runner.open_timer(_of(part, shapes), logs[-1].profiler))
-            shapes |= timed[-1].outputs
+        timed: list[tuple[PartRuns, dict[str, Shape], list[tuple[LayerLog, PartTimer]]]] = []
+        for run, calls in self._calls:
+            shapes |= {name: shapes[source] for name, source in run.start.items()}
+            moved, timers = dict(shapes), []
+            for name, profile in calls:
+                log = LayerLog(self._module, name, self._layers[name])
+                inputs = _of(self._parts[name], shapes)
+                timer = self._runners[name].open_timer(inputs, profile, log.profiler)
+                timers.append((log, timer))
+                shapes |= timer.outputs
+            timed.append((run, moved, timers))
         for _ in range(passes + _UNTIMED_PASSES):
-            for log, part_ in zip(logs, timed, strict=True):
-                log.begin_pass()
-                part_.run()
-        rows = tuple(row for log in logs for row in log.rows(_UNTIMED_PASSES))
-        return LayerTimes(self.runtime, rows)
+            for run, moved, timers in timed:
+                self._fill(run.start, moved)
+                for log, timer in timers:
+                    log.begin_pass()
+                    timer.run()
+        rows = [log.rows(_UNTIMED_PASSES, run.times) for run, _, ts in timed for log, _ in ts]
+        return LayerTimes(self.runtime, tuple(row for each in rows for row in each))
 
     def close(self) -> None:
         """Free graphs, contexts, buffers and the GPU; `infer` fails afterwards."""
@@ -141,26 +159,52 @@ class TensorRtEngine(BundleEngine):
         self._stack.close()
 
     def _run(self, feeds: Feeds, shapes: dict[str, Shape]) -> dict[str, NDArray[Any]]:
-        device, parts = self._device, self._bundle.parts
+        device, runs = self._device, self._bundle.program.runs
+        seen: list[_Call] = []
         device.record(self._events[0])
         for name, value in feeds.items():
             self._buffers.upload(name, value)
         device.record(self._events[1])
-        for part, event in zip(parts, self._events[2:], strict=False):
-            shapes |= self._runners[part.name].enqueue(_of(part, shapes))
+        for (run, calls), event in zip(self._calls, self._events[2:], strict=False):
+            seen += self._enqueue(run, calls, shapes)
             device.record(event)
         views = {s.name: self._buffers.download(s.name, shapes[s.name]) for s in self.outputs}
         device.record(self._events[-1])
         device.synchronize()
-        names = (_TO_DEVICE, *(part.name for part in parts), _TO_HOST)
+        names = (_TO_DEVICE, *(run.name for run in runs), _TO_HOST)
         pairs = zip(names, self._events[:-1], self._events[1:], strict=True)
         self._part_ms = {name: device.elapsed_ms(start, end) for name, start, end in pairs}
-        self._part_calls = {part.name: 1 for part in parts}
+        self._part_calls = {run.name: run.times * len(run.parts) for run in runs}
         # Copies, since the next action overwrites the pinned memory.
         results = {name: view.copy() for name, view in views.items()}
-        for part in parts:
-            self._runners[part.name].capture(_of(part, shapes))
+        for name, profile, inputs in seen:
+            self._runners[name].capture(inputs, profile)
         return results
+
+    def _enqueue(
+        self, run: PartRuns, calls: Sequence[tuple[str, int]], shapes: dict[str, Shape]
+    ) -> list[_Call]:
+        """Put all repetitions of a run into the stream; add the shapes of what they put out.
+
+        Returns:
+            Part, profile and shapes of inputs of the last repetition's calls.
+        """
+        filled = run.start
+        seen: list[_Call] = []
+        for _ in range(run.times):
+            self._fill(filled, shapes)
+            seen.clear()
+            for name, profile in calls:
+                seen.append((name, profile, _of(self._parts[name], shapes)))
+                shapes |= self._runners[name].enqueue(seen[-1][2], profile)
+            filled = {name: output for output, name in run.carry.items()}
+        return seen
+
+    def _fill(self, sources: Mapping[str, str], shapes: dict[str, Shape]) -> None:
+        """Copy into inputs, by name, what they are from now on."""
+        for name, source in sources.items():
+            shapes[name] = shapes[source]
+            self._buffers.move(source, name, shapes[source])
 
     def _open(
         self,
@@ -184,7 +228,8 @@ class TensorRtEngine(BundleEngine):
         parts = self._bundle.parts
         for part in parts:
             engines[part.name] = self._load(runtime, part, folder, sidecars[part.name])
-        tensors = [spec for part in parts for spec in (*part.inputs, *part.outputs)]
+        of_parts = [spec for part in parts for spec in (*part.inputs, *part.outputs)]
+        tensors = [*self.inputs, *of_parts]
         at_host = (*self.inputs, *self.outputs)
         self._buffers = Buffers(device, tensors, at_host, self._ranges)
         stack.callback(self._buffers.free)
@@ -192,12 +237,13 @@ class TensorRtEngine(BundleEngine):
         scratch = Scratch(device.allocate(nbytes), nbytes)
         stack.callback(device.free, scratch.address)
         setup = RunnerSetup(self._module, self._log, device, scratch, max_shapes)
-        # Before the first part, between any two, and around the copies.
-        self._events = [device.event() for _ in range(len(parts) + 3)]
+        # Before the first run, between any two, and around the copies.
+        self._events = [device.event() for _ in range(len(self._bundle.program.runs) + 3)]
         for part in parts:
             names = [spec.name for spec in (*part.inputs, *part.outputs)]
             addresses = {name: self._buffers.addresses[name] for name in names}
-            runner = PartRunner(part.name, engines[part.name], addresses, setup)
+            profiles = len(sidecars[part.name].origin.profiles)
+            runner = PartRunner(part.name, engines[part.name], addresses, setup, profiles)
             stack.callback(runner.close)
             self._runners[part.name] = runner
 
@@ -224,6 +270,16 @@ class TensorRtEngine(BundleEngine):
                     "prompts: qvla build BUNDLE --prompt-max, --prompt-min"
                 )
         return shapes
+
+
+def _program_calls(program: Program) -> tuple[tuple[PartRuns, tuple[tuple[str, int], ...]], ...]:
+    """Return each run with its parts, and which of a part's profiles is that run's."""
+    before: Counter[str] = Counter()
+    found = []
+    for run in program.runs:
+        found.append((run, tuple((name, before[name]) for name in run.parts)))
+        before.update(run.parts)
+    return tuple(found)
 
 
 def _of(part: Part, shapes: Mapping[str, Shape]) -> dict[str, Shape]:

@@ -40,8 +40,12 @@ class LayerLog:
         """Keep one report."""
         self._passes[-1].append((name, ms))
 
-    def rows(self, dropped: int) -> tuple[LayerTime, ...]:
+    def rows(self, dropped: int, calls: int = 1) -> tuple[LayerTime, ...]:
         """Return the layers in order, without the first passes.
+
+        Args:
+            dropped: passes that are left out.
+            calls: of the part in an action, of which one is reported.
 
         Raises:
             EngineError: TensorRT reports nothing, or other layers from pass to pass.
@@ -54,7 +58,7 @@ class LayerLog:
                 f"{self._part!r} in {len(kept)} passes; they must be the same in each"
             )
         return tuple(
-            self._row(name, np.array([reports[index][1] for reports in kept]))
+            self._row(name, calls * np.array([reports[index][1] for reports in kept]))
             for index, (name, _) in enumerate(kept[0])
         )
 

@@ -93,6 +93,11 @@ class PycudaDevice:
         with _Current(self._context):
             self._cuda.memcpy_dtoh_async(destination, address, self._stream)
 
+    def copy(self, destination: Address, source: Address, nbytes: int) -> None:
+        """Copy device memory to other device memory."""
+        with _Current(self._context):
+            self._cuda.memcpy_dtod_async(destination, source, nbytes, self._stream)
+
     def event(self) -> Event:
         """Return a mark that can be put into the stream, again and again."""
         with _Current(self._context):

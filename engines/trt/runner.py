@@ -34,7 +34,7 @@ class RunnerSetup:
     device: Device
     # At least `engine.device_memory_size_v2` bytes of the most demanding engine.
     scratch: Scratch
-    # Input shapes whose contexts are kept.
+    # Input shapes whose contexts are kept, of each profile.
     max_shapes: int
 
 
@@ -67,7 +67,12 @@ class PartRunner:
     """
 
     def __init__(
-        self, name: str, engine: Any, addresses: Mapping[str, Address], setup: RunnerSetup
+        self,
+        name: str,
+        engine: Any,
+        addresses: Mapping[str, Address],
+        setup: RunnerSetup,
+        profiles: int = 1,
     ) -> None:
         """Prepare nothing yet; contexts are made for the shapes that come.
 
@@ -76,32 +81,38 @@ class PartRunner:
             engine: deserialized, an `ICudaEngine`.
             addresses: device memory of every input and output, of the largest shape.
             setup: where and how it runs.
+            profiles: of the engine, each for the shapes of one run.
         """
         self._name, self._engine, self._addresses = name, engine, dict(addresses)
+        self._profiles = profiles
         self._setup, self._device = setup, setup.device
-        self._contexts: OrderedDict[tuple[tuple[str, Shape], ...], _ShapeContext] = OrderedDict()
+        self._contexts: OrderedDict[Any, _ShapeContext] = OrderedDict()
         # Why the part runs without a graph; None while it does not.
         self.graph_failure: str | None = None
 
-    def enqueue(self, inputs: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    def enqueue(self, inputs: Mapping[str, Shape], profile: int) -> Mapping[str, Shape]:
         """Put the part into the stream; return the shapes of its outputs.
+
+        Args:
+            inputs: their shapes.
+            profile: number of the engine's profile that they are in.
 
         Raises:
             EngineError: TensorRT refuses a shape, or the work.
         """
-        context = self._for(inputs)
+        context = self._for(inputs, profile)
         if context.graph is not None:
             self._device.launch(context.graph)
         else:
             self._execute(context)
         return context.outputs
 
-    def capture(self, inputs: Mapping[str, Shape]) -> None:
+    def capture(self, inputs: Mapping[str, Shape], profile: int) -> None:
         """Capture the part for shapes that `enqueue` has run, if that was not tried before.
 
         The first run does what TensorRT puts off until then, which a graph must not hold.
         """
-        context = self._for(inputs)
+        context = self._for(inputs, profile)
         if context.capture_attempted:
             return
         context.capture_attempted = True
@@ -111,7 +122,7 @@ class PartRunner:
             self.graph_failure = str(error)
             _LOGGER.warning("part %s runs without a CUDA graph: %s", self._name, str(error))
 
-    def open_timer(self, inputs: Mapping[str, Shape], profiler: Any) -> PartTimer:
+    def open_timer(self, inputs: Mapping[str, Shape], profile: int, profiler: Any) -> PartTimer:
         """Return the part in a context of its own that tells an `IProfiler` of its layers.
 
         Without a graph: TensorRT reports nothing of a captured one, and reporting slows it down.
@@ -119,7 +130,7 @@ class PartRunner:
         Raises:
             EngineError: TensorRT refuses a shape.
         """
-        context = self._new_shape_context(inputs)
+        context = self._new_shape_context(inputs, profile)
         context.native.profiler = profiler
         # Reported when asked for, once the device is done.
         context.native.enqueue_emits_profile = False
@@ -136,23 +147,24 @@ class PartRunner:
         while self._contexts:
             self._drop(self._contexts.popitem()[1])
 
-    def _for(self, inputs: Mapping[str, Shape]) -> _ShapeContext:
-        key = tuple(sorted(inputs.items()))
+    def _for(self, inputs: Mapping[str, Shape], profile: int) -> _ShapeContext:
+        key = (profile, tuple(sorted(inputs.items())))
         if key not in self._contexts:
-            self._contexts[key] = self._new_shape_context(inputs)
+            self._contexts[key] = self._new_shape_context(inputs, profile)
         self._contexts.move_to_end(key)
-        while len(self._contexts) > self._setup.max_shapes:
+        while len(self._contexts) > self._setup.max_shapes * self._profiles:
             # A launched graph may still be running.
             self._device.synchronize()
             self._drop(self._contexts.popitem(last=False)[1])
         return self._contexts[key]
 
-    def _new_shape_context(self, inputs: Mapping[str, Shape]) -> _ShapeContext:
+    def _new_shape_context(self, inputs: Mapping[str, Shape], profile: int) -> _ShapeContext:
         context = _new_context(self._engine, self._setup.module.api)
         self._require(context is not None, "has no execution context")
         context.set_device_memory(self._setup.scratch.address, self._setup.scratch.nbytes)
         stream = self._device.stream
-        self._require(context.set_optimization_profile_async(0, stream), "has no profile")
+        has_profile = context.set_optimization_profile_async(profile, stream)
+        self._require(has_profile, f"has no profile {profile}")
         for name, shape in inputs.items():
             self._require(context.set_input_shape(name, shape), f"refuses {name!r} of {shape}")
         for name, address in self._addresses.items():

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from engines.trt.modules import BuildError
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.part import TensorSpec
-from qvla_export.shared.program import Program
 
 Shape = tuple[int, ...]
 
@@ -27,19 +26,25 @@ class PromptRange:
             )
 
 
-def require_straight(bundle: Bundle) -> None:
-    """Refuse a bundle whose parts repeat: its engines would need a profile for each run.
+def require_fillable(bundle: Bundle) -> None:
+    """Refuse a program whose runs fill an input that is something else's memory, too.
+
+    A part sees the same shapes in every repetition of a run, which `Bundle.load` has looked at; in
+    another run it may see others, for which its engine has another profile.
 
     Raises:
-        BuildError: it has a program.
+        BuildError: an input is filled that a part puts out or that the bundle takes, or that is
+            carried on and nothing fills at first.
     """
-    names = tuple(part.name for part in bundle.parts)
-    if bundle.program != Program.straight(names):
-        raise BuildError(
-            f"{bundle.path} runs parts several times ({dict(bundle.program.calls)}), which "
-            "TensorRT engines do not do in this version; qvla verify --runtime ort runs its "
-            "graphs, and targets of ONNX Runtime serve it"
-        )
+    made = {spec.name for part in bundle.parts for spec in part.outputs}
+    made |= {spec.name for spec in bundle.inputs}
+    for run in bundle.program.runs:
+        filled = {*run.carry.values()}
+        if shared := sorted((made & {*run.start, *filled}) | (filled - {*run.start})):
+            raise BuildError(
+                f"run {run.name!r} of {bundle.path} fills {', '.join(shared)}, which other parts "
+                "read, too, or nothing fills at first; export the bundle anew"
+            )
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,18 @@ class ShapeRange:
         return len(shape) == len(self.min) and all(
             low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
         )
+
+
+def united(ranges: Sequence[Mapping[str, ShapeRange]]) -> dict[str, ShapeRange]:
+    """Return ranges, by tensor, that hold all given ones; the first one's shape is the best."""
+    found: dict[str, ShapeRange] = {}
+    for each in ranges:
+        for name, other in each.items():
+            known = found.setdefault(name, other)
+            low = tuple(min(sizes) for sizes in zip(known.min, other.min, strict=True))
+            high = tuple(max(sizes) for sizes in zip(known.max, other.max, strict=True))
+            found[name] = ShapeRange(low, known.opt, high)
+    return found
 
 
 def input_ranges(inputs: Sequence[TensorSpec], prompt: PromptRange) -> dict[str, ShapeRange]:

@@ -32,8 +32,15 @@ class Origin:
     gpu: str | None
     level: int
     workspace_bytes: int
-    # Input name -> shapes.
+    # Input name -> shapes, in the first run of the program that calls the part.
     inputs: dict[str, ShapeRange]
+    # The same in each later one: a profile each.
+    later: tuple[dict[str, ShapeRange], ...] = ()
+
+    @property
+    def profiles(self) -> tuple[dict[str, ShapeRange], ...]:
+        """Return the input shapes of each of the engine's profiles."""
+        return (self.inputs, *self.later)
 
 
 # Field of `Origin` -> its key on disk, where a part is called a stage.
@@ -45,6 +52,7 @@ class Sidecar:
     """An engine's origin, contents and digest."""
 
     origin: Origin
+    # Of all profiles together.
     outputs: dict[str, ShapeRange]
     engine_sha256: str
     engine_bytes: int
@@ -61,6 +69,7 @@ class Sidecar:
     def save(self, path: Path) -> None:
         """Write the sidecar with this machine's seal."""
         fields = {**asdict(self.origin), "inputs": ranges_to_json(self.origin.inputs)}
+        fields["later"] = [ranges_to_json(inputs) for inputs in self.origin.later]
         origin = {_ORIGIN_KEYS[name]: value for name, value in fields.items()}
         write_sealed(
             path,
@@ -84,9 +93,12 @@ class Sidecar:
         if value.pop("format", None) != FORMAT:
             raise UnsealedEngine(f"{path} must be of format {FORMAT!r}; {REMEDY}")
         require_fields(value, Sidecar.__dataclass_fields__, f"engine sidecar {path}")
+        if isinstance(value["origin"], dict):
+            value["origin"].setdefault("later", [])  # absent in those of before
         require_fields(value["origin"], _ORIGIN_KEYS.values(), f"engine sidecar {path}")
         origin = {name: value["origin"][key] for name, key in _ORIGIN_KEYS.items()}
         origin["inputs"] = ranges_from_json(origin["inputs"])
+        origin["later"] = tuple(ranges_from_json(inputs) for inputs in origin["later"])
         value |= {"origin": Origin(**origin), "outputs": ranges_from_json(value["outputs"])}
         return Sidecar(**value)
 

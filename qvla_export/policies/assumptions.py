@@ -30,7 +30,7 @@ def with_assumptions(what: str, assumptions: Mapping[str, object]) -> str:
 
 def _shown(value: object) -> str:
     if isinstance(value, tuple):
-        return "/".join(map(str, value))
+        return "/".join(map(str, value)) or "none"
     # A text with spaces or line ends is quoted: the line must stay one, and its fields apart.
     plain = not isinstance(value, str) or value.replace("-", "_").isidentifier()
     return str(value) if plain else repr(value)

@@ -74,4 +74,4 @@ class BasePolicy(abc.ABC):
             batch = self.inputs([observation])
         with clock.span("engine"):
             normalized = self.greedy_actions(batch)[0].cpu().numpy()
-        return self.processor.chunk(normalized, clock.timing_ms)
+        return self.processor.chunk(normalized, clock.timing_ms, observation.state)

@@ -63,7 +63,7 @@ class Affine(Bounds):
     # Physical value of 0.  float64 [n]
     center: NDArray[np.float64]
     # What a physical distance is divided by, and a normalized one multiplied with: policies add an
-    # epsilon on the way in alone.  float64 [n]
+    # epsilon on the way in alone. Below 0 where the policy counts the other way.  float64 [n]
     divisor: NDArray[np.float64]
     factor: NDArray[np.float64]
 
@@ -80,7 +80,7 @@ class Affine(Bounds):
 
     def scale(self) -> NDArray[np.float64]:
         """Return the physical size of one normalized unit.  float64 [n]"""
-        return np.where(self.mask, self.factor, 1.0)
+        return np.where(self.mask, np.abs(self.factor), 1.0)
 
     def places(self, normalized: NDArray[Any]) -> NDArray[np.float64]:
         """Return where normalized values lie between the limits, -1 at `low` and 1 at `high`."""

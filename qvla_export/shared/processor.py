@@ -18,8 +18,9 @@ from qvla_export.shared.frames import FrameSpec, frame_values
 from qvla_export.shared.images import ImageSpec, center_crop, pixel_values, resize_like_training
 from qvla_export.shared.inputs.noise import NoiseSpec
 from qvla_export.shared.inputs.prompts import INSTRUCTION, cleaned_prompt
-from qvla_export.shared.normalization import Statistics
+from qvla_export.shared.normalization import Bounds, Statistics
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.openpi.joint_frame import ROBOT_JOINTS, JointFrame
 
 # Of policies that resize what they see.
 _USUAL_FRAME = (224, 224)
@@ -69,6 +70,8 @@ class ProcessorSpec:
     state_width: int = 0
     # Bins over [-1, 1] that the state's numbers become in the prompt; 0: it is an input.
     state_bins: int = 0
+    # Whose joints states and actions are of; `Statistics.action` gives the robot's.
+    joints: JointFrame = ROBOT_JOINTS
     # An input of random numbers; None where the policy takes none.
     noise: NoiseSpec | None = None
 
@@ -191,7 +194,7 @@ class Processor:
                 f"the policy needs a state of {self.spec.state_dim} numbers, "
                 f"got {list(observation.state.shape)}"
             )
-        return bounds.normalize(observation.state)
+        return bounds.normalize(self.spec.joints.policy_state(observation.state))
 
     def _filled_state(self, observation: Observation) -> NDArray[np.float32]:
         """Return the normalized state, filled up with zeros."""
@@ -199,11 +202,26 @@ class Processor:
             self.state(observation), (0, max(0, self.spec.state_width - self.spec.state_dim))
         )
 
+    @property
+    def command_limits(self) -> Bounds | None:
+        """Return the limits of the robot's commands; None where they move with its state."""
+        return None if self.spec.joints.relative else self.statistics.action
+
     def chunk(
-        self, normalized: NDArray[Any], timing_ms: Mapping[str, float] | None = None
+        self,
+        normalized: NDArray[Any],
+        timing_ms: Mapping[str, float] | None = None,
+        state: NDArray[np.float32] | None = None,
     ) -> ActionChunk:
-        """Return the robot's actions of a normalized chunk [horizon, dim]."""
-        actions = self.statistics.action.unnormalize(normalized)
+        """Return the robot's actions of a normalized chunk [horizon, dim].
+
+        Relative ones are added to the observation's state, float32 [n].
+
+        Raises:
+            InvalidObservation: there are such, and no state.
+        """
+        told = self.statistics.action.unnormalize(normalized)
+        actions = self.spec.joints.absolute(told, state)
         return ActionChunk(
             actions.astype(np.float32), np.asarray(normalized, np.float32), timing_ms or {}
         )

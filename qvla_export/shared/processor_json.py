@@ -13,6 +13,7 @@ from qvla_export.shared.images import ImageSpec, are_channels
 from qvla_export.shared.inputs.noise import noise_from_json
 from qvla_export.shared.inputs.prompts import require_prompt
 from qvla_export.shared.normalization import Affine, Bounds, Statistics, require_limits
+from qvla_export.shared.openpi.joint_frame import ROBOT_JOINTS, JointFrame
 from qvla_export.shared.picture_bounds import MOST_INPUT_SIDE
 from qvla_export.shared.policy_interface import MOST_SIZE
 from qvla_export.shared.processor import NO_TOKEN, Processor, ProcessorSpec
@@ -37,8 +38,11 @@ def processor_to_json(processor: Processor) -> dict[str, Any]:
     """Return what a manifest stores of a processor; the tokenizer is a file of its own."""
     statistics = processor.statistics
     parts = {"action": statistics.action, "state": statistics.state}
+    spec = asdict(processor.spec)
+    if processor.spec.joints == ROBOT_JOINTS:
+        del spec["joints"]  # says nothing, and robots of before know no such field
     return {
-        "spec": asdict(processor.spec),
+        "spec": spec,
         "statistics": {
             "key": statistics.key,
             **{name: _bounds_to_json(part) for name, part in parts.items() if part is not None},
@@ -56,9 +60,11 @@ def processor_from_json(value: Any, tokenizer: Tokenizer | None) -> Processor:
     try:
         sizes = {k: _tuples(v) for k, v in value["spec"]["image"].items()}
         image = FrameSpec(**sizes) if "height" in sizes else ImageSpec(**sizes)
-        plain = {k: _tuples(v) for k, v in value["spec"].items() if k not in ("image", "noise")}
+        nested = ("image", "noise", "joints")
+        plain = {k: _tuples(v) for k, v in value["spec"].items() if k not in nested}
         noise = noise_from_json(value["spec"].get("noise"))
-        spec = ProcessorSpec(**plain, image=image, noise=noise)
+        stated = {k: _tuples(v) for k, v in value["spec"].get("joints", {}).items()}
+        spec = ProcessorSpec(**plain, image=image, noise=noise, joints=JointFrame(**stated))
         stored = value["statistics"]
         state = _bounds_from_json(stored["state"]) if "state" in stored else None
         statistics = Statistics(stored["key"], _bounds_from_json(stored["action"]), state)
@@ -105,6 +111,7 @@ def _require_consistent(processor: Processor) -> None:
     if isinstance(spec.image, FrameSpec):
         _require_frames(spec.image, len(cameras))
     require_prompt(spec.prompt, bool(spec.state_bins))
+    spec.joints.require_fits(spec.action_dim, spec.state_dim)
     parts: dict[str, tuple[Bounds | None, int]] = {"action": (statistics.action, spec.action_dim)}
     if spec.state_dim or statistics.state is not None:
         parts["state"] = (statistics.state, spec.state_dim)
@@ -114,7 +121,8 @@ def _require_consistent(processor: Processor) -> None:
         require_limits(bounds, f"the manifest: {name}")
         if isinstance(bounds, Affine):
             maps = (bounds.center, bounds.divisor, bounds.factor)
-            if not np.isfinite(maps).all() or (bounds.divisor <= 0).any():
+            turns = spec.joints.turns() if name == "action" else 1.0
+            if not np.isfinite(maps).all() or (bounds.divisor * turns <= 0).any():
                 raise ArtifactError(f"the manifest's map of {name} needs finite, positive sizes")
 
 

@@ -70,6 +70,10 @@ int cuMemcpyHtoDAsync(unsigned long long to, void *from, size_t n, void *stream)
   NEEDS_CONTEXT("cuMemcpyHtoDAsync");
   return put((void *)to, from, n, stream);
 }
+int cuMemcpyDtoDAsync(unsigned long long to, unsigned long long from, size_t n, void *stream) {
+  NEEDS_CONTEXT("cuMemcpyDtoDAsync");
+  return put((void *)to, (void *)from, n, stream);
+}
 int cuMemcpyDtoHAsync(void *to, unsigned long long from, size_t n, void *stream) {
   NEEDS_CONTEXT("cuMemcpyDtoHAsync");
   return put(to, (void *)from, n, stream);

@@ -87,6 +87,15 @@ class FakeDevice:
 
         self.put(work)
 
+    def copy(self, destination: Address, source: Address, nbytes: int) -> None:
+        assert self._capturing is None and destination != source
+
+        def work() -> None:
+            assert nbytes <= self.memory[source].nbytes, "read beyond an allocation"
+            self.write(destination, self.memory[source][:nbytes])
+
+        self.put(work)
+
     def event(self) -> Event:
         self.events += 1
         return Event()
@@ -191,12 +200,12 @@ class Context:
         self._change()
         assert stream_handle == self.device.stream
         self.profile = profile_index
-        return profile_index == 0
+        return profile_index < len(self.engine.sidecar.origin.profiles)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._change()
-        assert self.profile == 0, "shapes before the profile"
-        if not self.engine.sidecar.origin.inputs[name].admits(shape):
+        assert self.profile is not None, "shapes before the profile"
+        if not self.engine.sidecar.origin.profiles[self.profile][name].admits(shape):
             self.engine.logger.log(rtx.ILogger.ERROR, f"{name}: shape out of profile")
             return False
         self.shapes[name] = tuple(shape)

@@ -1,6 +1,7 @@
-"""Small bundles of three parts for a TensorRT target, made of graphs written by hand."""
+"""Small bundles for a TensorRT target, made of graphs written by hand; one repeats a part."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from qvla_export.graph.bundle_writer import BundleContents, write_bundle
 from qvla_export.graph.external_data import ExternalData
 from qvla_export.policies.base import Policy
 from qvla_export.shared.bundle import Bundle, Golden
+from qvla_export.shared.inputs.noise import NoiseSpec
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.part import Part, TensorSpec
-from qvla_export.shared.program import Program
+from qvla_export.shared.program import PartRuns, Program, run_program
 
 WIDTH = 32
 _HALF, _FLOAT, _LONG = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64
@@ -41,14 +43,18 @@ class PartGraph:
         return self.tape.initializer(ir.Tensor(np.array(values, np.int64), name=name))
 
     def model(self, inputs: Sequence[Value], output: Value, name: str, dtype: Any) -> ir.Model:
-        output.name, output.dtype = name, dtype
+        return self.model_of(inputs, {name: (output, dtype)})
+
+    def model_of(self, inputs: Sequence[Value], outputs: dict[str, tuple[Value, Any]]) -> ir.Model:
+        for name, (output, dtype) in outputs.items():
+            output.name, output.dtype = name, dtype
         graph = ir.Graph(
             inputs,
-            [output],
+            [output for output, _ in outputs.values()],
             nodes=self.tape.nodes,
             initializers=self.tape.initializers,
             opset_imports={"": 21},
-            name=name,
+            name="+".join(outputs),
         )
         return ir.Model(graph, ir_version=10)
 
@@ -93,10 +99,69 @@ def head(seed: int) -> ir.Model:
     return graph.model([hidden], actions, "actions", _FLOAT)
 
 
+def start(seed: int) -> ir.Model:
+    """State -> the number of the first step, int64 [1], of what the graph computes."""
+    graph = PartGraph(seed)
+    state = ir.val("state", _FLOAT, (1, 4))
+    largest = graph.op("ReduceMax", [state, graph.ints("axis", 1)], keepdims=0)
+    whole = graph.op("Cast", [largest], to=_LONG)
+    first = graph.op("Sub", [whole, whole])
+    first.shape = ir.Shape((1,))
+    return graph.model([state], first, "first_index", _LONG)
+
+
+def step(seed: int) -> ir.Model:
+    """A context, a flow float32 [1, 4, 4], the step's number -> actions, those of the next."""
+    graph = PartGraph(seed)
+    context = ir.val("context", _HALF, (1, "places", WIDTH))
+    flow, index = ir.val("flow", _FLOAT, (1, 4, 4)), ir.val("index", _LONG, (1,))
+    mean = graph.op("ReduceMean", [context, graph.ints("axes", 1)], keepdims=0)
+    way = graph.op("MatMul", [mean, graph.weights("way", WIDTH, 16)])
+    way = graph.op("Reshape", [way, graph.ints("shape", 1, 4, 4)])
+    time = graph.op("Gather", [graph.weights("times", STEPS, 4), index], axis=0)
+    moved = graph.op("Cast", [graph.op("Mul", [way, time])], to=_FLOAT)
+    following = graph.op("Tanh", [graph.op("Add", [flow, moved])])
+    actions = graph.op("Neg", [following])
+    number = graph.op("Add", [index, graph.ints("one", 1)])
+    following.shape = actions.shape = ir.Shape((1, 4, 4))
+    number.shape = ir.Shape((1,))
+    made = {"actions": (actions, _FLOAT), "next_flow": (following, _FLOAT)}
+    return graph.model_of([context, flow, index], {**made, "next_index": (number, _LONG)})
+
+
+STEPS, AGAIN = 5, 2
+_CARRY = {"next_flow": "flow", "next_index": "index"}
+# The step repeats; what it begins with is an input of the bundle, or made by other parts. Then it
+# goes on in another run, where its context has another shape.
+FLOW = Program(
+    (
+        *Program.straight(["vision", "decoder", "start"]).runs,
+        PartRuns(
+            "flow",
+            ("step",),
+            STEPS,
+            {"flow": "noise", "index": "first_index", "context": "hidden"},
+            _CARRY,
+        ),
+        PartRuns(
+            "again",
+            ("step",),
+            AGAIN,
+            {"flow": "next_flow", "index": "first_index", "context": "patches"},
+            _CARRY,
+        ),
+    )
+)
 PARTS: dict[str, Callable[[int], ir.Model]] = {
     "vision": vision,
     "decoder": decoder,
     "head": head,
+}
+FLOW_PARTS: dict[str, Callable[[int], ir.Model]] = {
+    "vision": vision,
+    "decoder": decoder,
+    "start": start,
+    "step": step,
 }
 
 
@@ -107,18 +172,27 @@ def bundle_of_parts(
     target: str = "rtx4070",
     seed: int = 0,
     parts: dict[str, Callable[[int], ir.Model]] | None = None,
+    program: Program | None = None,
 ) -> Bundle:
     """Write a bundle whose inputs the policy's processor makes.
 
-    Its golden actions are ONNX Runtime's.
+    Its golden actions are ONNX Runtime's. A program's noise is one of the inputs.
     """
     models = {name: make(seed) for name, make in (parts or PARTS).items()}
+    processor = policy.processor
+    if program is not None:
+        spec = replace(processor.spec, noise=NoiseSpec("noise", (4, 4)))
+        processor = replace(processor, spec=spec)
+    program = program or Program.straight(models)
     specs = tuple(
         Part(name, _specs(model.graph.inputs), _specs(model.graph.outputs))
         for name, model in models.items()
     )
     made = {spec.name for part in specs for spec in part.outputs}
-    inputs = {s.name: s for part in specs for s in part.inputs if s.name not in made}
+    read = {spec.name: spec for part in specs for spec in part.inputs}
+    started = [item for run in program.runs for item in run.start.items()]
+    inputs = {n: s for n, s in read.items() if n not in made | {name for name, _ in started}}
+    inputs |= {s: replace(read[name], name=s) for name, s in started if s not in made}
 
     def save(folder: Path) -> None:
         save_parts(models, folder)
@@ -126,14 +200,14 @@ def bundle_of_parts(
     scratch = path.with_name(f"{path.name}-graphs")
     scratch.mkdir(parents=True)
     save(scratch)
-    feeds = tuple(policy.processor.feeds(observation) for observation in observations)
-    actions = np.concatenate([run_parts(specs, scratch, feed) for feed in feeds])
+    feeds = tuple(processor.feeds(observation) for observation in observations)
+    actions = np.concatenate([run_parts(specs, scratch, feed, program) for feed in feeds])
     parts = BundleContents(
         target=target,
-        processor=policy.processor,
+        processor=processor,
         inputs=tuple(inputs.values()),
-        outputs=specs[-1].outputs,
-        program=Program.straight(models),
+        outputs=specs[-1].outputs[:1],
+        program=program,
         parts=specs,
         golden=Golden(feeds, actions, actions),
         policy_digest="0" * 64,
@@ -148,15 +222,24 @@ def save_parts(models: dict[str, ir.Model], folder: Path) -> None:
             data.save(model.clone())
 
 
-def run_parts(parts: Sequence[Part], folder: Path, feeds: Any) -> NDArray[np.float32]:
-    """Return the last part's output by ONNX Runtime."""
-    values = dict(feeds)
-    for part in parts:
-        session = onnxruntime.InferenceSession(
+def run_parts(
+    parts: Sequence[Part], folder: Path, feeds: Any, program: Program
+) -> NDArray[np.float32]:
+    """Return what the last part puts out first, by ONNX Runtime."""
+    by_name = {part.name: part for part in parts}
+    sessions = {
+        part.name: onnxruntime.InferenceSession(
             str(folder / part.model), providers=["CPUExecutionProvider"]
         )
-        taken = {spec.name: values[spec.name] for spec in part.inputs}
-        values[part.outputs[0].name] = session.run(None, taken)[0]
+        for part in parts
+    }
+
+    def call(_: PartRuns, name: str, taken: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        names = [spec.name for spec in by_name[name].outputs]
+        return dict(zip(names, sessions[name].run(names, taken), strict=True))
+
+    reads = {part.name: [spec.name for spec in part.inputs] for part in parts}
+    values = run_program(program, reads, feeds, call)
     result: NDArray[np.float32] = values[parts[-1].outputs[0].name]
     return result
 

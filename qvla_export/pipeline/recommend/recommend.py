@@ -163,7 +163,8 @@ def _judged(
         require_same(what, bundle.digest, stored.bundle_digest, _REMEDY)
         if actions is None:
             plain = unnormalize(stored.full_precision)
-            target = _demonstrated(demonstrations, plain.shape)
+            relative = processor.spec.joints.relative
+            target = None if relative else _demonstrated(demonstrations, plain.shape)
             actions = Actions(plain, target, processor.statistics.action.scale())
         answers[setting.name] = unnormalize(stored.engine)
         candidate = Candidate(
@@ -196,6 +197,8 @@ def _demonstrated(
 
 def _no_actions(demonstrations: "Demonstrations | None", processor: "Processor") -> str:
     dim = processor.spec.action_dim
+    if processor.spec.joints.relative:
+        return "the policy's actions are differences to the state, demonstrated ones are not"
     if demonstrations is None:
         return "the held-out observations have no demonstrated actions"
     if demonstrations.actions.shape[-1] != dim:

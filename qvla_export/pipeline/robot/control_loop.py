@@ -232,7 +232,12 @@ def _limits(options: RunOptions, policy: ActionPolicy, size: int) -> Bounds:
             f"{options.policy} does not say its action limits; give them as --limits LOW:HIGH, "
             "one pair or one a dimension (--limits=-1:1)"
         )
-    limits: Bounds = processor.statistics.action
+    limits: Bounds | None = processor.command_limits
+    if limits is None:
+        raise QvlaError(
+            f"actions of {options.policy} are differences to the state, so its statistics limit no "
+            "command; give the robot's own as --limits LOW:HIGH, one pair or one a dimension"
+        )
     return limits
 
 

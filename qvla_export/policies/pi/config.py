@@ -10,6 +10,7 @@ from qvla_export.policies.prismatic.files import stored_headers
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.frames import Resize
 from qvla_export.shared.inputs.prompts import require_prompt
+from qvla_export.shared.openpi.joint_frame import ALOHA_DIMENSIONS, JointFrame
 from qvla_export.shared.openpi.openpi_files import is_openpi
 from qvla_export.shared.picture_bounds import MOST_INPUT_SIDE
 from qvla_export.shared.policy_interface import (
@@ -30,7 +31,17 @@ PUBLISHED_HEADS, PUBLISHED_WIDTH = 16, 1152
 _MOST_HEADS, _MOST_SEED = 1024, (1 << 63) - 1
 # Fields that decide actions, that differ between published checkpoints, and that files of a layout
 # do not say. The others are the same in all of it: openpi's code has them, no configuration.
-_UNSAID_BY_OPENPI = ("cameras", "vision_heads", "flow_steps", "prompt", "max_prompt_tokens")
+_UNSAID_BY_OPENPI = (
+    "cameras",
+    "vision_heads",
+    "flow_steps",
+    "prompt",
+    "max_prompt_tokens",
+    "adapt_to_pi",
+    "relative_actions",
+)
+# What openpi's configurations convert between robot and policy, and LeRobot does otherwise.
+_OF_OPENPI = ("adapt_to_pi", "relative_actions")
 _UNSAID_BY_LEROBOT = ("vision_heads", "prompt_state_width")
 
 
@@ -63,6 +74,10 @@ class PiConfig(PolicyInterface):
     optional_cameras: tuple[str, ...] = ()
     # Of the noise that actions begin at.
     noise_seed: int = 0
+    # Whether an ALOHA's joints and grippers are counted as openpi's base policies do.
+    adapt_to_pi: bool = False
+    # Numbers of an action that are differences to the same numbers of the state.
+    relative_actions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +99,13 @@ class PiConfig(PolicyInterface):
         self._require_whole("prompt_state_width", 0, MOST_SIZE)
         self._require_whole("image_side", 0, MOST_INPUT_SIDE)
         require_prompt(self.prompt, self.adaptive)
+        self.joints.require_fits(self.action_dim, self.state_dim)
         _ = self.flow
+
+    @property
+    def joints(self) -> JointFrame:
+        """Return how the robot's joints stand to the policy's."""
+        return JointFrame(self.adapt_to_pi, self.relative_actions)
 
     @property
     def flow(self) -> FlowSpec:
@@ -125,6 +146,11 @@ def load_config(
             "files of one checkpoint together"
         )
     known = {field.name for field in fields(PiConfig)}
+    if is_lerobot_pi(checkpoint) and (strange := [n for n in _OF_OPENPI if values.get(n)]):
+        raise CheckpointError(
+            f"{checkpoint / CONFIG_NAME} says {' and '.join(strange)}, which is computed here for "
+            "checkpoints of openpi's layout alone; convert states and actions outside the policy"
+        )
     if unknown := sorted(set(values) - known):
         raise CheckpointError(
             f"{checkpoint / CONFIG_NAME} says {unknown}, which no pi0 or pi0.5 has; it may say "
@@ -147,6 +173,8 @@ def assumptions(checkpoint: Path, preset: str | None, config: PiConfig) -> dict[
     unsaid = set(_UNSAID_BY_LEROBOT if is_lerobot_pi(checkpoint) else _UNSAID_BY_OPENPI)
     if not config.adaptive:  # the state is not in the prompt
         unsaid.discard("prompt_state_width")
+    if (config.action_dim, config.state_dim) != (ALOHA_DIMENSIONS, ALOHA_DIMENSIONS):
+        unsaid.discard("adapt_to_pi")
     if preset is not None:
         unsaid.discard("cameras")
     elif (checkpoint / CONFIG_NAME).is_file():

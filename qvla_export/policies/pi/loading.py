@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from qvla_export.policies.lerobot.files import state_files
@@ -13,7 +13,7 @@ from qvla_export.shared.artifacts import sha256_tree
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.frames import FrameSpec
 from qvla_export.shared.inputs.noise import NoiseSpec
-from qvla_export.shared.normalization import Statistics
+from qvla_export.shared.normalization import Affine, Statistics
 from qvla_export.shared.openpi.openpi_files import is_openpi, openpi_statistics
 from qvla_export.shared.processor import Processor, ProcessorSpec, load_tokenizer
 
@@ -66,6 +66,7 @@ def load_processor(
         state_width=config.prompt_state_width if arch.adaptive else arch.state_width,
         state_bins=_STATE_BINS if arch.adaptive else 0,
         optional_cameras=config.optional_cameras,
+        joints=config.joints,
         noise=NoiseSpec("noise", (config.horizon, arch.action_width), seed=config.noise_seed),
     )
     return Processor(spec, _statistics(checkpoint, config, unnorm_key), tokenizer)
@@ -86,7 +87,9 @@ def _statistics(checkpoint: Path, config: PiConfig, unnorm_key: str | None) -> S
     if not is_openpi(checkpoint):
         return read_statistics(checkpoint, unnorm_key)
     sizes = (config.action_dim, config.state_dim)
-    return openpi_statistics(checkpoint, unnorm_key, config.adaptive, sizes)
+    found = openpi_statistics(checkpoint, unnorm_key, config.adaptive, sizes)
+    assert isinstance(found.action, Affine)
+    return replace(found, action=config.joints.robot_limits(found.action))
 
 
 def _require_fitting(checkpoint: Path, config: PiConfig, arch: PiArchitecture) -> None:

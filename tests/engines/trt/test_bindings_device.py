@@ -71,12 +71,14 @@ def test_numbers_go_there_and_back_in_the_order_of_the_stream(driver: Path) -> N
 said["device"] = [type(device).__name__, device.gpu.name, device.gpu.compute_capability]
 said["stream"] = device.stream
 address, events = device.allocate(16), [device.event(), device.event()]
+other = device.allocate(16)
 there, back = device.pinned((2, 2), "float32"), device.pinned((2, 2), "float32")
 there[:], back[:] = [[1, 2], [3, 4]], 0
 def act():
     device.record(events[0])
     device.copy_in(address, there)
-    device.copy_out(back, address)
+    device.copy(other, address, 16)
+    device.copy_out(back, other)
     device.record(events[1])
     said["before"] = back.tolist()
     device.synchronize()
@@ -91,6 +93,7 @@ def act():
     said["launched"] = back.tolist()
     device.free_graph(graph)
     device.free(address)
+    device.free(other)
 thread = threading.Thread(target=act)
 thread.start()
 thread.join()

@@ -130,6 +130,7 @@ class Pycuda:
             "pagelocked_empty": pagelocked_empty,
             "memcpy_htod_async": copy("in"),
             "memcpy_dtoh_async": copy("out"),
+            "memcpy_dtod_async": lambda a, b, nbytes, stream: copy(f"move {nbytes}")(a, b, stream),
         }
         vars(driver).update(members)
         return driver
@@ -178,10 +179,11 @@ def test_everything_is_freed_where_its_context_is_current(cuda: Pycuda) -> None:
     def act() -> None:
         device.record(events[0])
         device.copy_in(address, host)
+        device.copy(address, address, 12)
         device.copy_out(host, address)
         device.record(events[1])
         device.synchronize()
-        assert device.elapsed_ms(*events) == 3
+        assert device.elapsed_ms(*events) == 4
         device.free(address)
         device.allocate(7)
         events.clear()
@@ -190,7 +192,8 @@ def test_everything_is_freed_where_its_context_is_current(cuda: Pycuda) -> None:
     thread = threading.Thread(target=act)
     thread.start()
     thread.join()
-    assert cuda.calls == ["init", "record", "in", "out", "record", "synchronize", "free"]
+    done = ["record", "in", "move 12", "out", "record", "synchronize", "free"]
+    assert cuda.calls == ["init", *done]
     assert cuda.alive == 0
     assert not cuda.leaks and not cuda.stack
 

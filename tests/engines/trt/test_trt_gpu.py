@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trt_bundles import bundle_of_parts
+from trt_bundles import AGAIN, FLOW, FLOW_PARTS, STEPS, bundle_of_parts
 
 from engines.load import load_engine
 from engines.targets import TARGETS
@@ -77,6 +77,30 @@ def test_a_gpu_acts_as_onnx_runtime(bundle: Bundle) -> None:
         ]
         assert all(ms > 0 for ms in engine.part_ms.values())
         judge(bundle, engine).require_passed()
+
+
+def test_a_gpu_repeats_a_part_in_two_shapes(
+    tiny_policy: OftPolicy,
+    tiny_observations: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = target_here()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    flow = bundle_of_parts(
+        *(tiny_policy, tiny_observations(3), tmp_path / "bundle", target),
+        parts=FLOW_PARTS,
+        program=FLOW,
+    )
+    build_engines(flow, engine_folder(flow))
+    with load_engine(flow) as engine, load_engine(flow, 1, runtime="ort") as cpu:
+        for _ in range(3):  # runs, captures, launches
+            for feeds in flow.golden().feeds:
+                got, expected = engine.infer(feeds), cpu.infer(feeds)
+                np.testing.assert_allclose(got["actions"], expected["actions"], atol=1e-2)
+        assert isinstance(engine, TensorRtEngine) and not engine.graph_failures
+        once = {"vision": 1, "decoder": 1, "start": 1}
+        assert engine.part_calls == {**once, "flow": STEPS, "again": AGAIN}
 
 
 def test_a_gpu_says_what_each_layer_took(bundle: Bundle) -> None:

@@ -114,8 +114,11 @@ def test_oracle_cases_through_the_engine(tmp_path: Path, layers_per_part: int | 
 
 
 @pytest.mark.slow
-def test_tensorrt_targets_take_every_part(policy: UniVlaPolicy, tmp_path: Path) -> None:
-    target = find_target("rtx4070")
+@pytest.mark.parametrize("choice", ["greedy", "drawn"])
+def test_tensorrt_targets_take_every_part(
+    choice: str, policy: UniVlaPolicy, drawing: UniVlaPolicy, tmp_path: Path
+) -> None:
+    policy, target = policy if choice == "greedy" else drawing, find_target("rtx4070")
     options = ExportOptions(traced(policy, target))
     bundle = export_bundle(
         policy, None, target, openvla_observations(2), tmp_path / "float", options

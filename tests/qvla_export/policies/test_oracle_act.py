@@ -1,14 +1,18 @@
 """Golden data of LeRobot's ACT: pictures, every intermediate result, the actions, both queues."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from act_cases import CASES, ORACLE, ActCase
 
+from engines.ort import OrtEngine
+from engines.targets import CPU
 from jetson.control.chunks import ChunkBuffer, TimedChunk
 from jetson.control.settings import LoopSettings
+from qvla_export.graph.export import export_bundle
 from qvla_export.shared.lerobot.lerobot_config import read_lerobot_config
 from qvla_export.shared.lerobot.lerobot_statistics import lerobot_statistics, read_normalizers
 
@@ -53,6 +57,17 @@ def test_every_intermediate_result(case: ActCase) -> None:
 def test_actions_are_upstreams_in_its_units(case: ActCase) -> None:
     for observation, expected in zip(case.observations(), case.golden["actions"], strict=True):
         same(case.policy.infer(observation).actions, expected, "actions")
+
+
+@pytest.mark.slow
+@needs_weights
+def test_the_graph_s_actions_are_upstreams(case: ActCase, tmp_path: Path) -> None:
+    bundle = export_bundle(case.policy, None, CPU, case.observations(), tmp_path / "bundle")
+    rows = zip(case.observations(), case.golden["actions_normalized"], strict=True)
+    with OrtEngine(bundle, threads=1) as engine:
+        for observation, expected in rows:
+            found = engine.infer(bundle.processor.feeds(observation))["actions"][0]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
 
 @needs_weights

@@ -10,6 +10,9 @@ import pytest
 import torch
 from oracles import oracle_root
 
+from engines.ort import OrtEngine
+from engines.targets import CPU
+from qvla_export.graph.export import export_bundle
 from qvla_export.policies.base import PolicyBatch
 from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
@@ -118,6 +121,29 @@ def test_actions(case: Case) -> None:
         np.testing.assert_allclose(
             got[clear], case.golden[name][clear], rtol=0, atol=TOLERANCE, err_msg=name
         )
+
+
+@pytest.mark.slow
+def test_the_graph_s_actions_are_upstreams(
+    case: Case, tiny_policy: OftPolicy, tmp_path: Path
+) -> None:
+    """The oracle has no tokenizer; another's makes the bundle whole and is not asked."""
+    processor = replace(case.policy.processor, tokenizer=tiny_policy.processor.tokenizer)
+    spec, batch = processor.spec, case.batch()
+    black = dict.fromkeys(spec.cameras, np.zeros((224, 224, 3), np.uint8))
+    seen = [Observation(black, "go", np.zeros(spec.state_dim, np.float32))]
+    policy = replace(case.policy, processor=processor)
+    bundle = export_bundle(policy, None, CPU, seen, tmp_path / "bundle")
+    feeds = {"pixel_values": batch.pixel_values.numpy(), "input_ids": batch.input_ids.numpy()}
+    if batch.state is not None:
+        feeds["state"] = batch.state.numpy()
+    expected = case.golden["normalized_actions"]
+    clear = np.ones(expected.shape, bool)
+    if "top1_top2_gap" in case.golden:
+        clear = case.golden["top1_top2_gap"].reshape(expected.shape) > 1e-3
+    with OrtEngine(bundle, threads=1) as engine:
+        found = engine.infer(feeds)["actions"][0]
+    np.testing.assert_allclose(found[clear], expected[clear], rtol=0, atol=1e-3)
 
 
 def test_causal_attention_gives_other_actions(case: Case) -> None:

@@ -121,6 +121,16 @@ def test_weights_of_the_other_policy_are_refused(tmp_path: Path) -> None:
         load_policy(folder)
 
 
+@pytest.mark.parametrize("field", ["adapt_to_pi", "relative_actions"])
+def test_joints_are_converted_for_openpi_s_layout_alone(field: str, tmp_path: Path) -> None:
+    folder = folder_of(Case(LEROBOT[-1]), tmp_path / "c")
+    values = {"adapt_to_pi": True, "relative_actions": [0]}
+    stated = json.loads((folder / "qvla_policy.json").read_text()) | {field: values[field]}
+    (folder / "qvla_policy.json").write_text(json.dumps(stated))
+    with pytest.raises(CheckpointError, match=f"says {field}, which is computed here for"):
+        load_policy(folder)
+
+
 def test_a_state_that_was_filled_up_in_the_prompt(tmp_path: Path) -> None:
     """As lerobot 0.4 trained pi0.5: zeros are bin 128."""
     case = next((Case(path) for path in LEROBOT if "pi05" in str(path)), None)

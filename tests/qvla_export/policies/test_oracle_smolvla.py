@@ -1,10 +1,15 @@
 """Golden data of LeRobot's SmolVLA: pictures, words, every intermediate result, the actions."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from smolvla_cases import CASES, SmolVlaCase
+from smolvla_cases import CAMERAS, CASES, SmolVlaCase
 
+from engines.ort import OrtEngine
+from engines.targets import CPU
+from qvla_export.graph.export import export_bundle
 from qvla_export.policies.flow.module import PrefixInputs
 from qvla_export.policies.smolvla.module import SmolVlaModule
 
@@ -96,6 +101,21 @@ def test_actions_are_upstreams(case: SmolVlaCase) -> None:
     for name in ("rope_theta_of_config", "bidirectional_suffix"):
         control = golden[f"actions_normalized_NEGATIVE_CONTROL_{name}"]
         assert np.abs(normalized.numpy() - control).max() > 100 * ACTIONS
+
+
+@pytest.mark.slow
+def test_the_graph_s_actions_are_upstreams(case: SmolVlaCase, tmp_path: Path) -> None:
+    """Given upstream's noise; observations that lack a camera are another policy's."""
+    golden, seen = case.golden, case.observations()
+    bundle = export_bundle(case.policy, None, CPU, seen, tmp_path / "bundle")
+    whole = np.all([golden[f"image_mask_{name}"] for name in CAMERAS], axis=0)
+    assert whole.any()
+    with OrtEngine(bundle, threads=1) as engine:
+        for row in np.flatnonzero(whole):
+            feeds = bundle.processor.feeds(seen[row]) | {"noise": golden["noise"][row][None]}
+            found = engine.infer(feeds)["actions"][0]
+            expected = golden["actions_normalized"][row]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
 
 def test_noise_is_an_input(case: SmolVlaCase) -> None:

@@ -79,6 +79,7 @@ def test_a_checkpoint_is_recognized_and_acts(checkpoint: Path, policy: PiPolicy)
 def test_every_assumed_field_is_said(checkpoint: Path, policy: PiPolicy, tmp_path: Path) -> None:
     prompt, tokens = policy.config.prompt, policy.config.max_prompt_tokens
     rest = f"vision_heads 16, flow_steps 10, prompt {prompt!r}, max_prompt_tokens {tokens}"
+    rest += ", relative_actions none"
     assert describe_checkpoint(checkpoint, preset="libero").endswith(f"; assumed: {rest}")
     folder = copied(checkpoint, tmp_path / "c")
     (folder / "qvla_policy.json").unlink()
@@ -305,6 +306,12 @@ def test_other_files_that_do_not_fit_are_refused(
         ("min_period", "short"),
         ("max_period", None),
         ("max_period", 0.001),
+        ("adapt_to_pi", True),
+        ("adapt_to_pi", 1),
+        ("relative_actions", [0, 7]),
+        ("relative_actions", [0, 0]),
+        ("relative_actions", [-1]),
+        ("relative_actions", "0"),
     ],
 )
 def test_values_that_no_policy_has_are_refused(
