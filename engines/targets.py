@@ -72,6 +72,8 @@ _TENSORRT = Target(
         "kernel": "this project's Triton kernels under torch; in no TensorRT engine",
     },
     refusals={
+        "ranges of tokens": "no engine of its ran a product whose rows are multiplied behind it; "
+        "target cpu has them; take another --activations-method",
         "zero points": "TensorRT quantizes symmetrically, a zero point must be all zeros "
         "(IDequantizeLayer, NvInfer.h 11.1)",
         "int2": "TensorRT's DataType has no 2-bit type (NvInferRuntimeBase.h 11.1); "
@@ -136,6 +138,7 @@ CUDA = replace(
     channel_multiple=1,
     forms={"dequantized": "ONNX Runtime's CUDA provider, float16 products; run nowhere"},
     refusals={
+        "ranges of tokens": _TENSORRT.refusals["ranges of tokens"],
         "zero points": "this project never ran ONNX Runtime's CUDA kernels with them; target cpu "
         "has them",
         "two-level scales": "this project never ran ONNX Runtime's CUDA kernels with them; target "

@@ -194,6 +194,7 @@ def divide(_: Attributes, a: Tensor, b: Tensor) -> Tensor:
 
 # Of a bundle's graphs, and no others: see `require_operators`.
 OPERATORS: Mapping[str, Operator] = {
+    "Abs": elementwise(torch.abs),
     "Add": elementwise(torch.add),
     "ArgMax": argmax,
     "Cast": cast,
@@ -214,6 +215,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Less": elementwise(torch.lt),
     "LessOrEqual": elementwise(torch.le),
     "MatMul": elementwise(torch.matmul),
+    "Max": elementwise(torch.maximum),
     "MaxPool": max_pool,
     "Mul": elementwise(torch.mul),
     "Neg": elementwise(torch.neg),
@@ -225,6 +227,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Range": elementwise(lambda a, b, c: torch.arange(a.item(), b.item(), c.item(), dtype=a.dtype)),
     "Reciprocal": elementwise(torch.reciprocal),
     "ReduceL2": reduced(lambda x, axes, kept: torch.linalg.vector_norm(x, 2, axes, kept)),
+    "ReduceMax": reduced(lambda x, axes, kept: x.amax(axes, kept)),
     "ReduceMean": reduced(lambda x, axes, kept: x.mean(axes, kept)),
     "ReduceSum": reduced(lambda x, axes, kept: x.sum(axes, kept)),
     "Relu": elementwise(torch.relu),

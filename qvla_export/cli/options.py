@@ -125,6 +125,14 @@ ScalesOption = Annotated[
         "groups have whole multiples of it, so that every code expands to 8 bits (target cpu).",
     ),
 ]
+RangesOption = Annotated[
+    Literal["max", "percentile", "mse", "entropy", "token"],
+    typer.Option(
+        "--activations-method",
+        help="How the ranges of rounded activations (w8a8) are chosen. token: anew for each token "
+        "in every run: a third of the error, more operations (target cpu).",
+    ),
+]
 UnnormKeyOption = Annotated[
     str | None,
     typer.Option(help="Data set whose statistics un-normalize actions; needed if several."),

@@ -141,4 +141,5 @@ def measure_activations(
         samples=len(observations),
         policy_digest=policy.digest,
         calibration_digest=calibration_digest,
+        convolutions=frozenset(n for n, layer in layers.items() if isinstance(layer, nn.Conv2d)),
     )

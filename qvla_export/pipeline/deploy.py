@@ -11,6 +11,7 @@ from qvla_export.pipeline.activations import activations
 from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate, load_calibration
 from qvla_export.pipeline.deployment.kept_layers import kept_layers
 from qvla_export.pipeline.deployment.rows import DeployedSetting, deployed_settings
+from qvla_export.pipeline.plan import PlanOptions
 from qvla_export.pipeline.policy_source import PolicySource
 from qvla_export.pipeline.progress import NumberedSteps, OnProgress, finish, ignore
 from qvla_export.pipeline.quantize import quantize_setting
@@ -26,6 +27,7 @@ from qvla_export.pipeline.recommend.tolerance import USUAL_TOLERANCE, Tolerance
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.pipeline.sensitivities import SensitivityRequest, agreement, sensitivities
 from qvla_export.pipeline.sizing.holding import IN_MEMORY, Holding
+from qvla_export.quantizer.activations import DEFAULT_METHOD, TOKEN_RANGES, RangeMethod
 from qvla_export.shared.artifacts import versions, write_json
 from qvla_export.shared.errors import InvalidObservation
 from qvla_export.shared.target import ScaleForm
@@ -65,6 +67,8 @@ class Deployment:
     # Whether they have zero points, and the levels of their scales.
     zero_points: bool = False
     scales: ScaleForm = "group"
+    # How the ranges of their rounded inputs are chosen.
+    ranges: RangeMethod = DEFAULT_METHOD
     # What asked for it, for the record.
     command: str = ""
     # By what a setting is recommended, and what the user says of the action.
@@ -113,6 +117,8 @@ def deploy(
     from engines.targets import find_target
 
     run, target = request.run, find_target(request.target)
+    if request.ranges == "token":
+        target.require(TOKEN_RANGES)
     native = runtime_here(target) == target.runtime
     check_inputs(request, policy)
     wish = _recommendation_request(request, policy)
@@ -126,7 +132,9 @@ def deploy(
         policy.module.to("cpu")  # graphs are traced there
     for setting in request.settings:
         with steps.next(f"{setting.name}: plan, bundle, engine, action error") as hear:
-            quantize_setting(run, setting, policy, target, request.holding, hear)
+            quantize_setting(
+                run, setting, policy, target, request.holding, PlanOptions(request.ranges), hear
+            )
     if timed:
         with steps.next("latency, in process and served over HTTP") as hear:
             judging.latency(run, request.settings, request.samples, request.threads, hear)

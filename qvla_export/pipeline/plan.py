@@ -11,7 +11,7 @@ from qvla_export.pipeline.progress import OnProgress, Progress, finish, ignore
 from qvla_export.pipeline.run_folder import RunFolder, load_if_current, require_artifact
 from qvla_export.pipeline.work.log import ArtifactWork, Value, recorded_work, short
 from qvla_export.quantizer.activation_statistics import ActivationStatistics
-from qvla_export.quantizer.activations import DEFAULT_METHOD, RangeMethod
+from qvla_export.quantizer.activations import DEFAULT_METHOD, TOKEN_RANGES, RangeMethod
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import QuantizerSpec, spec_for
 from qvla_export.quantizer.round_plan import with_rounding
@@ -65,6 +65,8 @@ def plan(
         request = options.request or PlanRequest.for_setting(setting, measured, target)
         planned = request.allocate(measured, target, options.latency)
     if setting.activation_bits is not None:
+        if setting.activation_bits == 8 and options.ranges == "token":
+            target.require(TOKEN_RANGES)
         planned = _with_activations(run, planned, setting.activation_bits, options.ranges)
     current = _same_plan(run, setting, planned)
     if not current:

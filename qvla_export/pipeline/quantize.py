@@ -10,7 +10,7 @@ from qvla_export.pipeline.build import build_bundle
 from qvla_export.pipeline.calibrate import put_calibration
 from qvla_export.pipeline.evaluate import action_error
 from qvla_export.pipeline.export import export
-from qvla_export.pipeline.plan import load_plan, plan
+from qvla_export.pipeline.plan import PlanOptions, load_plan, plan
 from qvla_export.pipeline.progress import NumberedSteps, OnProgress, ignore
 from qvla_export.pipeline.round import round_setting
 from qvla_export.pipeline.run_folder import RunFolder
@@ -102,6 +102,7 @@ def quantize_setting(
     policy: "Policy",
     target: "Target",
     holding: Holding = IN_MEMORY,
+    options: PlanOptions | None = None,
     on_progress: OnProgress = ignore,
 ) -> "tuple[Bundle, HeldOutError]":
     """Make one setting's plan, codes, bundle and engine, and measure its held-out action error.
@@ -115,7 +116,7 @@ def quantize_setting(
     from engines.check.finding import require_no_errors
     from engines.load import runtime_here
 
-    plan(run, setting, target, policy.digest)
+    plan(run, setting, target, policy.digest, options)
     round_setting(run, setting, policy, holding.resources(), on_progress)
     parts = holding.layers_per_part
     bundle = export(run, setting, policy, target, parts, on_progress=on_progress)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvla_export.policies.base import Policy
-from qvla_export.quantizer.activations import ActivationRanges
+from qvla_export.quantizer.activations import SMALLEST_TOKEN, ActivationRanges
 from qvla_export.quantizer.coupling import fake_quantize_coupled
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import QuantizerSpec, as_rows, fake_quantize, quantize_channels
@@ -194,7 +194,12 @@ def rounded_inputs(
         for name in () if activations is None else activations.ranges:
             assert activations is not None
             kept = torch.from_numpy((untouched or {}).get(name, np.zeros(0, np.int64)))
-            hook = _rounding_hook(float(activations.scale(name)), activations.codes, kept)
+            hook = _rounding_hook(
+                float(activations.scale(name)),
+                activations.codes,
+                kept,
+                name in activations.per_token,
+            )
             handles.append(layers[name].register_forward_pre_hook(hook))
         yield
     finally:
@@ -203,7 +208,7 @@ def rounded_inputs(
 
 
 def _rounding_hook(
-    scale: float, codes: tuple[int, int], untouched: Tensor
+    scale: float, codes: tuple[int, int], untouched: Tensor, per_token: bool
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def round_inputs(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         inputs = arguments[0]
@@ -211,10 +216,22 @@ def _rounding_hook(
         # differently.
         step = torch.tensor(scale, dtype=inputs.dtype, device=inputs.device)
         with torch.no_grad():
-            rounded = (inputs / step).round_().clamp_(*codes).mul_(step)
+            sizes = _token_sizes(inputs, untouched) if per_token else None
+            quotients = inputs if sizes is None else inputs / sizes
+            rounded = (quotients / step).round_().clamp_(*codes).mul_(step)
+            if sizes is not None:
+                rounded.mul_(sizes)
             if len(untouched):
                 rounded[..., untouched] = inputs[..., untouched]
         # The difference is exactly zero and carries the gradient.
         return (rounded + (inputs - inputs.detach()), *arguments[1:])
 
     return round_inputs
+
+
+def _token_sizes(inputs: Tensor, untouched: Tensor) -> Tensor:
+    """Return the largest |x| of each token, but of numbers that leave the graph.  [..., 1]"""
+    sizes = inputs.abs()
+    if len(untouched):
+        sizes[..., untouched] = 0
+    return sizes.amax(dim=-1, keepdim=True).clamp_(min=SMALLEST_TOKEN)

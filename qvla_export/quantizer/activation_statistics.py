@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 from qvla_export.quantizer.activations import (
     ACTIVATION_CODES,
+    DEFAULT_METHOD,
+    TOKEN_SHARES,
     ActivationRanges,
+    HistogramMethod,
     RangeMethod,
     storable_range,
 )
@@ -27,8 +30,8 @@ from qvla_export.shared.tensor_files import read_tensor_file, write_tensor_file
 BINS = 8192
 # Share of the numbers that the "percentile" rule represents.
 PERCENTILE = 0.9999
-_FORMAT = "qvla-activations-1"
-_FIELDS = ("groups", "samples", "policy_digest", "calibration_digest", "versions")
+_FORMAT = "qvla-activations-2"
+_FIELDS = ("groups", "convolutions", "samples", "policy_digest", "calibration_digest", "versions")
 # Bins start this narrow: 2^-40 * BINS holds nothing but zeros.
 _FIRST_EXPONENT = -40
 # Ranges to try, as shares of the largest |x|: sixteen an octave, down to 1/16. Further down a bin
@@ -58,7 +61,7 @@ class Histogram:
         """Width of a bin."""
         return float(2.0**self.exponent)
 
-    def range(self, method: RangeMethod, bits: int) -> float:
+    def range(self, method: HistogramMethod, bits: int) -> float:
         """Return the |x| that the highest code should stand for; 1 if all numbers were 0."""
         if self.largest == 0:
             return 1.0
@@ -113,6 +116,8 @@ class ActivationStatistics:
     samples: int
     policy_digest: str
     calibration_digest: str
+    # Layers that are fed images, which have no tokens.
+    convolutions: frozenset[str] = frozenset()
     made_with: Mapping[str, str] = field(default_factory=versions)
 
     def ranges(self, bits: int, method: RangeMethod) -> ActivationRanges:
@@ -121,18 +126,25 @@ class ActivationStatistics:
         Args:
             bits: 8, or 4 for simulation.
             method: "max": the largest |x|. "percentile": 99.99 % of the numbers. "mse": the least
-                squared error. "entropy": the least divergence of the distributions.
+                squared error. "entropy": the least divergence of the distributions. "token": a
+                share of each token's largest |x|, found anew in every run; of convolutions, as the
+                default method has it.
 
         Raises:
             QvlaError: an unknown width or method.
         """
         if bits not in ACTIVATION_CODES:
             raise QvlaError(f"activations have 8 bits, or 4 in simulation, got {bits!r}")
-        found = {}
+        found: dict[str, float] = {}
+        per_token: frozenset[str] = frozenset()
         for layers, histogram in self.histograms.items():
-            limit = storable_range(histogram.range(method, bits), bits)
-            found.update(dict.fromkeys(layers, limit))
-        return ActivationRanges(bits, method, found)
+            if method == "token" and not self.convolutions.intersection(layers):
+                limit = TOKEN_SHARES[bits]
+                per_token |= set(layers)
+            else:
+                limit = histogram.range(DEFAULT_METHOD if method == "token" else method, bits)
+            found.update(dict.fromkeys(layers, storable_range(limit, bits)))
+        return ActivationRanges(bits, method, found, per_token)
 
     def save(self, path: Path) -> None:
         """Write safetensors with the provenance as metadata, atomically."""
@@ -146,6 +158,7 @@ class ActivationStatistics:
         provenance = {
             "format": _FORMAT,
             "groups": groups,
+            "convolutions": sorted(self.convolutions),
             "samples": self.samples,
             "policy_digest": self.policy_digest,
             "calibration_digest": self.calibration_digest,
@@ -168,6 +181,7 @@ class ActivationStatistics:
                 samples=int(value["samples"]),
                 policy_digest=value["policy_digest"],
                 calibration_digest=value["calibration_digest"],
+                convolutions=frozenset(value["convolutions"]),
                 made_with=value["versions"],
             )
         except (KeyError, TypeError, ValueError) as error:

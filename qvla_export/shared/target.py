@@ -126,7 +126,7 @@ class Target:
         """Refuse a feature the target lacks.
 
         Args:
-            feature: a key of `refusals`: "fp8", "fp4", "zero points", "bfloat16 scales".
+            feature: a key of `refusals`: "fp8", "fp4", "zero points", "ranges of tokens".
 
         Raises:
             UnsupportedOnTarget: with the reason.

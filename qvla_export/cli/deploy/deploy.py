@@ -20,6 +20,7 @@ from qvla_export.cli.options import (
     PresetOption,
     ProbesOption,
     QuantizerOption,
+    RangesOption,
     ScalesOption,
     SeedOption,
     SkipBadFramesOption,
@@ -86,6 +87,7 @@ def deploy(
     quantizer: QuantizerOption = None,
     zero_points: ZeroPointsOption = False,
     scales: ScalesOption = "group",
+    activations_method: RangesOption = "percentile",
     options: HoldingOptions = USUAL_HOLDING,
     force: ForceOption = False,
     tolerance: Tolerance = USUAL_TOLERANCE,
@@ -117,9 +119,7 @@ def deploy(
             opened_data, played, count, held_out, seed, frames_per_episode, skip_bad_frames
         ),
         *(played, played_times, check_pairs, samples, threads, seed, workers, probes or None),
-        quantizer=quantizer or "compensated",
-        zero_points=zero_points,
-        scales=scales,
+        *(quantizer or "compensated", zero_points, scales, activations_method),
         command=shlex.join(["qvla", *sys.argv[1:]]),
         tolerance=tolerance,
     )

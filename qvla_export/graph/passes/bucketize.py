@@ -4,7 +4,7 @@ A pruned (0-bit) channel leaves the MatMul; its output is its bias, as in the la
 zero. Convolutions become unfold + MatMul, see `passes.convolutions`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +17,7 @@ from qvla_export.graph.expanded_to_onnx import ExpandedEmitter
 from qvla_export.graph.float_graph import LAYER_KEY, ExportError, layer_nodes, weight_rows
 from qvla_export.graph.passes.convolutions import emit_convolution
 from qvla_export.graph.passes.merge import MEMBERS_KEY
+from qvla_export.graph.passes.quantize_activations import token_sizes
 from qvla_export.quantizer.packed_storage import side_by_side
 from qvla_export.quantizer.quantize import QuantizerSpec
 from qvla_export.quantizer.scale_search import Steps
@@ -91,9 +92,9 @@ def _replace(
         sizes = [int(size) for size in node.metadata_props[MEMBERS_KEY].split(",")]
         ((split, _),) = node.outputs[0].uses()
         old_nodes.append(split)
-        outputs = emitter.emit(name, inputs, weight, sizes)
+        outputs = _emitted(emitter, name, inputs, weight, sizes)
     else:
-        outputs = emitter.emit(name, inputs, weight, [weight.channels])
+        outputs = _emitted(emitter, name, inputs, weight, [weight.channels])
         # A MatMul's bias is an Add of its own and stays where it is.
         if node.op_type == "Gemm" and len(node.inputs) > 2:
             outputs = [emitter.tape.op("Add", [*outputs, node.inputs[2]])]
@@ -108,3 +109,17 @@ def _replace(
     ir.convenience.replace_nodes_and_values(
         graph, node, old_nodes[::-1], list(emitter.tape.nodes), old, outputs
     )
+
+
+def _emitted(
+    emitter: BucketEmitter,
+    name: str,
+    inputs: ir.Value,
+    weight: BucketedWeight,
+    sizes: Sequence[int],
+) -> list[ir.Value]:
+    """Record a layer's products, multiplied by what its tokens were divided by."""
+    outputs, tokens = emitter.emit(name, inputs, weight, sizes), token_sizes(inputs)
+    if tokens is None:
+        return outputs
+    return [emitter.tape.op("Mul", [output, tokens]) for output in outputs]

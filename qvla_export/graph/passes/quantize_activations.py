@@ -6,6 +6,9 @@ Codes are signed around 0 on TensorRT and unsigned around 128, the same numbers,
 a CPU: it makes signed codes unsigned itself on x86-64, where its kernels are u8 x s8, but 1.32
 forgets the output type of a copy behind a Reshape and then refuses the graph. Zero points are
 always there: without them it makes no integer product (23 instead of 2.1 ms for 300 x 2048 x 2048).
+
+Where each token has a range of its own, the token is divided by its largest |x| before, so that
+one constant scale suits all, and `bucketize` multiplies the product by it: the same integers.
 """
 
 import numpy as np
@@ -13,8 +16,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qvla_export.graph.float_graph import ExportError, layer_nodes
-from qvla_export.quantizer.activations import ActivationRanges
+from qvla_export.quantizer.activations import SMALLEST_TOKEN, TOKEN_RANGES, ActivationRanges
 from qvla_export.shared.target import Target, UnsupportedOnTarget
+
+# Metadata of the node that divides an input by the sizes of its tokens.
+_TOKENS_KEY = "qvla.tokens"
 
 
 def quantize_activations(
@@ -39,6 +45,8 @@ def quantize_activations(
             f"target {target.name!r} has no {activations.bits}-bit activations; 4 bits are "
             "simulated in torch only; plan for 8-bit or float activations"
         )
+    if activations.per_token:
+        target.require(TOKEN_RANGES)
     model = model.clone()
     nodes = layer_nodes(model)
     if missing := sorted(set(activations.ranges) - set(nodes)):
@@ -56,11 +64,42 @@ def quantize_activations(
                 f"{[activations.ranges[name] for name in names]}; measure again: qvla activations"
             )
         # The first in graph order, so the value's other users come later.
-        scale = np.array(scales.pop())
-        rounded = _round(model.graph, value, nodes[names[0]], names[0], scale, zero)
+        first, scale = nodes[names[0]], np.array(scales.pop())
+        if names[0] in activations.per_token:
+            value = _by_tokens(model.graph, value, first, names[0])
+        rounded = _round(model.graph, value, first, names[0], scale, zero)
         for name in names:
             nodes[name].replace_input_with(0, rounded)
     return model
+
+
+def token_sizes(value: ir.Value) -> ir.Value | None:
+    """Return what rounded inputs of a layer were divided by, token by token; None for nothing.
+
+    The layer's product has to be multiplied by it: [..., 1].
+    """
+    node: ir.Node | None = value.producer()
+    for kind in ("DequantizeLinear", "QuantizeLinear"):
+        if node is None or node.op_type != kind or node.inputs[0] is None:
+            return None
+        node = node.inputs[0].producer()
+    return node.inputs[1] if node is not None and node.metadata_props.get(_TOKENS_KEY) else None
+
+
+def _by_tokens(graph: ir.Graph, value: ir.Value, before: ir.Node, name: str) -> ir.Value:
+    """Insert what divides each token by its largest |x|; return the quotients."""
+    tape = ir.tape.Tape()
+    axis = tape.initializer(ir.Tensor(np.array([-1], np.int64), name=f"{name}.token_axis"))
+    least = np.array(SMALLEST_TOKEN, np.float32)
+    smallest = tape.initializer(ir.Tensor(least, name=f"{name}.token_smallest"))
+    found = tape.op("ReduceMax", [tape.op("Abs", [value]), axis], {"keepdims": 1})
+    sizes = tape.op("Max", [found, smallest])
+    quotients = tape.op("Div", [value, sizes], metadata_props={_TOKENS_KEY: name})
+    quotients.type, quotients.shape = value.type, value.shape
+    for constant in tape.initializers:
+        graph.register_initializer(constant)
+    graph.insert_before(before, list(tape.nodes))
+    return quotients
 
 
 def _round(

@@ -15,6 +15,7 @@ from loop_bundles import loop_bundle
 from openvla_cases import openvla_observations
 from ort_graphs import LAYER, linear_model, run_model
 from tiny_bundles import make_bundle, mixed_plan
+from torch import nn
 from univla_cases import write_tiny_univla
 
 from engines.base import EngineError, InvalidFeeds
@@ -64,16 +65,26 @@ def loop(
     return loop_bundle(tiny_policy, tiny_observations(2), folder)
 
 
-@pytest.mark.parametrize("rounded", [False, True], ids=["packed", "expanded"])
-def test_layers_of_all_widths_have_onnx_runtimes_numbers(rounded: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        None,
+        ActivationRanges(8, "max", {LAYER: 2.5}),
+        ActivationRanges(8, "token", {LAYER: 1.0}, frozenset({LAYER})),
+    ],
+    ids=["packed", "expanded", "expanded, by tokens"],
+)
+def test_layers_of_all_widths_have_onnx_runtimes_numbers(
+    ranges: ActivationRanges | None, tmp_path: Path
+) -> None:
     generator = np.random.default_rng(0)
     weight = generator.normal(size=(150, 200)).astype(np.float32)
     widths = generator.choice([0, 2, 4, 8, 16], 150).astype(np.int8)
     leveled = CPU.with_two_level_scales()
     model = linear_model(weight, None)
-    if rounded:
-        ranges = ActivationRanges(8, "max", {LAYER: 2.5})
+    if ranges is not None:
         model = quantize_activations(model, ranges, leveled)
+    rounded = ranges is not None
     model = bucketize(model, {LAYER: widths}, spec_for(leveled), leveled, rounded_inputs=rounded)
     x = generator.normal(size=(2, 7, 200)).astype(np.float32)
     expected = run_model(model, x, tmp_path)
@@ -160,7 +171,7 @@ CASES = {**FAMILY_CASES, "drawn": FamilyCase(_DRAWN, openvla_observations)}
 
 @pytest.fixture(scope="module")
 def bundles_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Bundle]]:
-    """Return a family's bundles: float, of all widths, and those with rounded inputs."""
+    """Return a family's bundles: float, of all widths, with inputs rounded, and by tokens."""
 
     @cache
     def made(family: str) -> list[Bundle]:
@@ -173,7 +184,9 @@ def bundles_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list
             quantizer=spec_for(leveled),
         )
         ranges = ActivationRanges(8, "max", dict.fromkeys(plan.widths, 2.0))
-        plans = (None, plan, replace(plan, activations=ranges))
+        tokens = {n for n, layer in policy.layers().items() if isinstance(layer, nn.Linear)}
+        by_tokens = replace(ranges, method="token", per_token=frozenset(tokens))
+        plans = (None, plan, *(replace(plan, activations=each) for each in (ranges, by_tokens)))
         return [
             export_bundle(
                 policy, one, leveled if one else CPU, case.observations(1), folder / str(number)

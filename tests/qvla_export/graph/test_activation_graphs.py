@@ -15,6 +15,7 @@ from ort_graphs import (
     constant,
     conv_model,
     float_options,
+    gemm_model,
     linear_model,
     model_of,
     run_model,
@@ -82,6 +83,69 @@ def test_eight_bit_buckets_multiply_integers(
     steps = rounded(x, np.float32(2.5 / 127))
     expected = steps @ fake_quantize(weight, widths, SPEC).T + (0 if offset is None else offset)
     np.testing.assert_allclose(run_model(model, x, tmp_path), expected, rtol=0, atol=1e-4)
+
+
+def by_tokens(*layers: str) -> ActivationRanges:
+    return ActivationRanges(8, "token", dict.fromkeys(layers, 1.0), frozenset(layers))
+
+
+def rounded_by_tokens(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    sizes = np.maximum(np.abs(values).max(axis=-1, keepdims=True), np.float32(1e-6))
+    result: NDArray[np.float32] = rounded(values / sizes, np.float32(1 / 127)) * sizes
+    return result
+
+
+@pytest.mark.parametrize("form", ["product", "product and bias", "gemm"])
+@pytest.mark.parametrize("shares", [{8: 64}, {16: 16, 8: 24, 4: 12, 2: 8, 0: 4}])
+def test_a_token_has_the_range_of_its_largest_number(
+    shares: dict[int, int], form: str, tmp_path: Path
+) -> None:
+    """The product stays one of integers; tokens of zeros give the bias."""
+    generator = np.random.default_rng(1)
+    widths = np.repeat(list(shares), list(shares.values())).astype(np.int8)
+    generator.shuffle(widths)
+    weight = generator.standard_normal((64, 128)).astype(np.float32)
+    offset = generator.standard_normal(64).astype(np.float32)
+    sizes = 10.0 ** generator.integers(-4, 4, (30, 1))
+    x = (generator.standard_normal((30, 128)) * sizes).astype(np.float32)
+    x[3] = 0
+    model = gemm_model(weight, offset)
+    if form != "gemm":
+        x = x[None]
+        model = linear_model(weight, offset if form == "product and bias" else None)
+    activated = quantize_activations(model, by_tokens(LAYER), CPU)
+    final = keep_integer_products(bucketize(activated, {LAYER: widths}, SPEC, CPU))
+    assert kernels(final, tmp_path)["MatMulIntegerToFloat"] == 1
+    expected = rounded_by_tokens(x).astype(np.float64) @ fake_quantize(weight, widths, SPEC).T
+    got = run_model(final, x, tmp_path) - (0 if form == "product" else offset)
+    # Of the bias a token of small numbers is a small part.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 + 2e-5 * np.abs(expected).max())
+    small = np.flatnonzero(sizes[:, 0] < 1)
+    if form == "product":
+        error = np.abs(got - expected)[0, small].max(axis=-1)
+        assert (
+            error <= 1e-5 * np.abs(x[0, small]).max(axis=-1) * np.abs(weight).sum(1).max()
+        ).all()
+
+
+def test_layers_of_one_input_share_the_ranges_of_tokens(tmp_path: Path) -> None:
+    model = quantize_activations(parallel_layers(), by_tokens("t.a", "t.b"), CPU)
+    widths = {name: np.full(64, 8, np.int8) for name in ("t.a", "t.b")}
+    merged, widths = merge_parallel(model, widths, RTX4070.containers)
+    final = keep_integer_products(bucketize(merged, widths, SPEC, CPU))
+    used = kernels(final, tmp_path)
+    assert used["ReduceMax"] == used["QuantizeLinear"] == used["MatMulIntegerToFloat"] == 1
+    x = np.random.default_rng(0).standard_normal((1, 5, 64)).astype(np.float32)
+    np.testing.assert_allclose(
+        run_model(final, x, tmp_path), 3 * rounded_by_tokens(x), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_ranges_of_tokens_are_refused_where_a_tensor_has_one_scale() -> None:
+    with pytest.raises(
+        UnsupportedOnTarget, match=r"has no ranges of tokens: .* another --activations-method"
+    ):
+        quantize_activations(parallel_layers(), by_tokens("t.a", "t.b"), RTX4070)
 
 
 @pytest.mark.parametrize("reshaped", [True, False])

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -31,7 +32,15 @@ from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
 from qvla_export.policies.layers import fake_quantized, rounded_inputs, traced_layers
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.activation_statistics import ActivationStatistics, Histogram
-from qvla_export.quantizer.activations import METHODS, ActivationRanges, RangeMethod, storable_range
+from qvla_export.quantizer.activations import (
+    METHODS,
+    SMALLEST_TOKEN,
+    TOKEN_SHARES,
+    ActivationRanges,
+    HistogramMethod,
+    RangeMethod,
+    storable_range,
+)
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import spec_for
 from qvla_export.shared.errors import ArtifactError, QvlaError
@@ -39,6 +48,7 @@ from qvla_export.shared.observation import Observation
 
 SPEC = spec_for(CPU)
 Make = Callable[..., list[Observation]]
+ONE_RANGE: tuple[HistogramMethod, ...] = get_args(HistogramMethod)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +59,11 @@ def statistics(tiny_policy: OftPolicy, tiny_observations: Make) -> ActivationSta
 @pytest.fixture(scope="module")
 def plan(tiny_policy: OftPolicy, statistics: ActivationStatistics) -> BitPlan:
     return replace(mixed_plan(tiny_policy), activations=statistics.ranges(8, "percentile"))
+
+
+@pytest.fixture(scope="module")
+def plan_by_tokens(plan: BitPlan, statistics: ActivationStatistics) -> BitPlan:
+    return replace(plan, activations=statistics.ranges(8, "token"))
 
 
 def ranges_of(limit: float, *layers: str) -> ActivationRanges:
@@ -94,7 +109,7 @@ def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
 def test_methods_choose_what_they_say() -> None:
     heavy = np.random.default_rng(0).standard_t(3, 200_000).astype(np.float32)
     histogram = histogram_of(heavy)
-    found = {method: histogram.range(method, 8) for method in METHODS}
+    found = {method: histogram.range(method, 8) for method in ONE_RANGE}
     sizes = np.abs(heavy)
     assert found["max"] == sizes.max()
     assert found["percentile"] == pytest.approx(np.quantile(sizes, 0.9999), rel=0.01)
@@ -108,7 +123,7 @@ def test_methods_choose_what_they_say() -> None:
 
 def test_even_numbers_keep_their_whole_range() -> None:
     even = np.linspace(-3, 3, 50_001, dtype=np.float32)
-    for method in METHODS:
+    for method in ONE_RANGE:
         assert histogram_of(even).range(method, 8) == pytest.approx(3, rel=0.05)
 
 
@@ -118,7 +133,7 @@ def test_four_bits_get_a_smaller_range_than_eight() -> None:
 
 
 def test_zeros_have_a_range() -> None:
-    for method in METHODS:
+    for method in ONE_RANGE:
         assert histogram_of(np.zeros(5, np.float32)).range(method, 8) == 1
 
 
@@ -219,10 +234,64 @@ def test_torch_rounds_as_onnx_runtime_does(zero: NDArray[np.generic], tmp_path: 
     assert bool((layer(inputs) == inputs).all())
 
 
+@given(
+    st.lists(st.lists(st.floats(-100, 100, width=16), min_size=3, max_size=3), min_size=1),
+    st.sampled_from([4, 8]),
+    st.booleans(),
+)
+def test_each_token_is_rounded_in_its_own_range(
+    values: list[list[float]], bits: int, leaves: bool
+) -> None:
+    """What leaves the graph is neither rounded nor looked at."""
+    layer = nn.Linear(3, 3, bias=False).requires_grad_(False)
+    layer.weight.copy_(torch.eye(3))
+    share = storable_range(TOKEN_SHARES[bits], bits)
+    ranges = ActivationRanges(bits, "token", {"x": share}, frozenset({"x"}))
+    numbers = np.array(values, np.float32)
+    gone = np.array([1] if leaves else [], np.int64)
+    with rounded_inputs({"x": layer}, ranges, {"x": gone}):
+        found = layer(torch.from_numpy(numbers)).numpy()
+    kept = np.delete(numbers, gone, axis=1)
+    sizes = np.maximum(np.abs(kept).max(axis=1, keepdims=True), np.float32(SMALLEST_TOKEN))
+    scale = ranges.scale("x")
+    codes = np.clip(np.rint(kept / sizes / scale), *ranges.codes)
+    assert np.array_equal(np.delete(found, gone, axis=1), codes.astype(np.float32) * scale * sizes)
+    assert np.array_equal(found[:, gone], numbers[:, gone])
+
+
+def test_layers_of_images_keep_one_range(
+    tiny_policy: OftPolicy, statistics: ActivationStatistics
+) -> None:
+    for bits in (8, 4):
+        by_tokens, others = statistics.ranges(bits, "token"), statistics.ranges(bits, "percentile")
+        for name, layer in tiny_policy.layers().items():
+            linear = isinstance(layer, nn.Linear)
+            assert (name in by_tokens.per_token) == linear
+            expected = storable_range(TOKEN_SHARES[bits], bits) if linear else others.ranges[name]
+            assert by_tokens.ranges[name] == expected
+
+
 def test_hooks_leave_even_on_an_error(tiny_policy: OftPolicy, plan: BitPlan) -> None:
     with pytest.raises(ZeroDivisionError), fake_quantized(tiny_policy, plan):
         raise ZeroDivisionError
     assert not any(len(layer._forward_pre_hooks) for layer in tiny_policy.layers().values())
+
+
+def test_a_plan_keeps_which_ranges_are_of_tokens(plan_by_tokens: BitPlan, tmp_path: Path) -> None:
+    path, kept = tmp_path / "plan.json", plan_by_tokens.activations
+    assert kept is not None and kept.per_token
+    plan_by_tokens.save(path)
+    assert BitPlan.load(path).activations == kept
+    names = list(plan_by_tokens.widths)[-2:]
+    part = plan_by_tokens.restricted_to(names).activations
+    assert part is not None and part.per_token == set(names)
+    value = json.loads(path.read_text())
+    for damaged in ("all", [1], ["no such layer"]):
+        path.write_text(
+            json.dumps({**value, "activations": {**value["activations"], "per_token": damaged}})
+        )
+        with pytest.raises(ArtifactError, match="damaged"):
+            BitPlan.load(path)
 
 
 def test_a_plan_keeps_its_ranges(plan: BitPlan, tmp_path: Path) -> None:
@@ -262,7 +331,7 @@ def actions_under(policy: OftPolicy, plan: BitPlan, seen: list[Observation]) -> 
     return np.concatenate(chunks)
 
 
-@pytest.mark.parametrize("method", ["max", "percentile", "mse"])
+@pytest.mark.parametrize("method", ["max", "percentile", "mse", "token"])
 def test_ranges_move_actions_little(
     method: RangeMethod,
     tiny_policy: OftPolicy,
@@ -276,10 +345,16 @@ def test_ranges_move_actions_little(
     assert 0 < np.sqrt(np.square(moved).mean()) < 0.05
 
 
+@pytest.mark.parametrize("by", ["plan", "plan_by_tokens"])
 def test_the_engine_rounds_as_torch_does(
-    tiny_policy: OftPolicy, tiny_observations: Make, plan: BitPlan, tmp_path: Path
+    by: str,
+    tiny_policy: OftPolicy,
+    tiny_observations: Make,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Every width in every layer, hidden units that left their MLP among them."""
+    plan: BitPlan = request.getfixturevalue(by)
     seen = tiny_observations(8, seed=3)
     bundle = make_bundle(tiny_policy, plan, seen, tmp_path / "bundle")
     golden = bundle.golden()
