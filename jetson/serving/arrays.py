@@ -3,10 +3,13 @@
     json-numpy   {"__numpy__": base64, "dtype": "|u1", "shape": [h, w, 3]}          OpenVLA, OFT
     packed       {b"__ndarray__": true, b"data", b"dtype", b"shape"}, as msgpack    openpi
     npy          the bytes of `np.save`                                             GR00T
+    tagged       {"__ndarray__": true, "data", "dtype", "shape"}, or a picture's file
+                 {"__image__": true, "format": "png" | "jpeg" | "raw", "data", "shape"}  vla-eval
 
 Upstream's decoders believe every field; here a plain numeric dtype, a shape and as many bytes as
 they need must agree before any memory is taken. No pickle, no object arrays, no `ast`.
-Sources: `json_numpy` 2.1; `openpi_client.msgpack_numpy`; numpy's `numpy.lib.format`.
+Sources: `json_numpy` 2.1; `openpi_client.msgpack_numpy`; numpy's `numpy.lib.format`; vla-eval 0.8.0
+`protocol/numpy_codec.py` and `image_codec.py`.
 """
 
 import binascii
@@ -20,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jetson.errors import WireError
+from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.json_documents import brief
+from qvla_export.shared.picture_bounds import opened_picture
 
 # Byte order, kind (bool, signed, unsigned, float) and bytes; nothing structured, no objects.
 _KINDS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
@@ -34,6 +39,8 @@ _NPY_HEADER = re.compile(
     rb"'shape': \(((?:\d{1,10},? ?){0,8})\), \}\s*"
 )
 _NPY_MAGIC = b"\x93NUMPY"
+# What vla-eval's clients compress pictures to, and Pillow's names of it.
+_PICTURES = {"png": ("PNG",), "jpeg": ("JPEG",)}
 
 
 def encode_array(array: NDArray[Any]) -> dict[str, Any]:
@@ -114,6 +121,51 @@ def decode_npy(data: Any, name: str) -> NDArray[Any]:
     if header[2] == b"True":
         return _view(data[end:], dtype, shape[::-1], name).transpose()
     return _view(data[end:], dtype, shape, name)
+
+
+def encode_tagged(array: NDArray[Any]) -> dict[str, Any]:
+    """Return an array as the map that vla-eval's clients read."""
+    shape = list(array.shape)
+    return {
+        "__ndarray__": True,
+        "data": array.tobytes(),
+        "dtype": array.dtype.str,
+        "shape": shape,
+    }
+
+
+def decode_tagged(value: Any, name: str) -> NDArray[Any]:
+    """Return the array or the picture that such a map holds; read-only.
+
+    A compressed picture keeps the channels it has: who sends grey gets no colours here.
+
+    Raises:
+        WireError: it is no such map, dtype, shape and bytes do not agree, or a picture is damaged
+            or no camera's.
+    """
+    if not isinstance(value, dict) or not ("__ndarray__" in value or "__image__" in value):
+        raise WireError(
+            f"{name!r} must be an array as vla-eval packs one, got {type(value).__name__}"
+        )
+    shape = _shape(value.get("shape"), name)
+    picture = value.get("format", "raw") if "__image__" in value else "raw"
+    if picture == "raw":
+        return _view(value.get("data"), _dtype(value.get("dtype"), name), shape, name)
+    formats, data = _PICTURES.get(picture) if isinstance(picture, str) else None, value.get("data")
+    if formats is None or not isinstance(data, bytes):
+        raise WireError(
+            f"{name!r}: a picture is the bytes of a raw, {' or '.join(_PICTURES)} one, got "
+            f"{type(data).__name__} of format {brief(picture)}"
+        )
+    try:
+        with opened_picture(data, repr(name), formats) as image:
+            image.load()
+            pixels = np.asarray(image)
+    except ArtifactError as error:
+        raise WireError(str(error)) from None
+    if pixels.shape != shape:
+        raise WireError(f"{name!r}: the picture is {list(pixels.shape)}, its shape {list(shape)}")
+    return pixels
 
 
 def _view(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> NDArray[Any]:

@@ -10,6 +10,7 @@ import json
 import logging
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from websockets.datastructures import Headers
@@ -43,12 +44,17 @@ class WebsocketHandler(Protocol):
         ...
 
 
+# From what a client asks for, path and query, to what talks to it; raises QvlaError for what is
+# not served.
+Route = Callable[[str], WebsocketHandler]
+
+
 class WebsocketThreads:
     """Runs a handler for each client on a thread of its own. A context manager."""
 
     def __init__(
         self,
-        handler: WebsocketHandler,
+        route: Route,
         gate: Gate,
         connections: Connections,
         budget: ByteBudget,
@@ -57,13 +63,13 @@ class WebsocketThreads:
         """Serve nobody yet.
 
         Args:
-            handler: talks to a client.
+            route: finds what talks to a client.
             gate: who may come in.
             connections: of websocket clients.
             budget: bytes of messages of all clients.
             max_bytes: longest message.
         """
-        self._handler = handler
+        self._route = route
         self._gate = gate
         self._connections = connections
         self._budget = budget
@@ -89,6 +95,14 @@ class WebsocketThreads:
         if self._ending:
             raise ServerBusy("the server is shutting down; come back once it is up again")
 
+    def handler_of(self, target: str) -> WebsocketHandler:
+        """Return what talks to a client that was let in and asks for this path and query.
+
+        Raises:
+            QvlaError: they are not served, and why.
+        """
+        return self._route(target)
+
     def admit(self, place: Connection) -> None:
         """Give a client that was let in a place.
 
@@ -97,14 +111,21 @@ class WebsocketThreads:
         """
         self._connections.admit(place)
 
-    def start(self, stream: socket.socket, greeting: bytes, place: Connection) -> None:
+    def start(
+        self, stream: socket.socket, greeting: bytes, place: Connection, handler: WebsocketHandler
+    ) -> None:
         """Serve a client that has a place; `greeting` completes the handshake."""
         peer = place.peer
         connection = WebsocketConnection(stream, self._max_bytes, self._budget, place)
         place.close = connection.wake
+
+        def talk() -> None:
+            stream.sendall(greeting)
+            handler.serve(connection, peer)
+
         thread = threading.Thread(
             target=self._serve,
-            args=(connection, stream, greeting, place),
+            args=(connection, place, talk),
             name=f"qvla-websocket-{peer}",
             daemon=True,
         )
@@ -113,16 +134,11 @@ class WebsocketThreads:
         thread.start()
 
     def _serve(
-        self,
-        connection: WebsocketConnection,
-        stream: socket.socket,
-        greeting: bytes,
-        place: Connection,
+        self, connection: WebsocketConnection, place: Connection, talk: Callable[[], None]
     ) -> None:
         peer = place.peer
         try:
-            stream.sendall(greeting)
-            self._handler.serve(connection, peer)
+            talk()
         except (ConnectionOver, OSError) as over:
             _LOG.info("websocket client %s: %s", peer, over)
         except Exception:
@@ -182,6 +198,7 @@ class _Handshake(asyncio.Protocol):
             place = Connection(peer, self._transport.abort)
             try:
                 self._threads.check(request.headers, peer)
+                handler = self._threads.handler_of(request.path)
                 self._threads.admit(place)
             except QvlaError as error:
                 _LOG.warning("websocket client %s: %s", peer, error)
@@ -194,7 +211,7 @@ class _Handshake(asyncio.Protocol):
                 if isinstance(error, Unauthorized):
                     response.headers["WWW-Authenticate"] = "Bearer"
             else:
-                self._threads.start(self._take_socket(), response.serialize(), place)
+                self._threads.start(self._take_socket(), response.serialize(), place, handler)
                 return
         self._transport.write(response.serialize())
         self._transport.close()

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.shared.observation import Observation
+
+# What an action's last number says to a simulator.
+# "robosuite": -1 opens and +1 closes, as LIBERO's controllers take it.
+Gripper = Literal["as-is", "robosuite"]
 
 
 @dataclass(frozen=True)
@@ -34,3 +38,20 @@ class ActionPolicy(Protocol):
     def infer(self, observation: Observation) -> ActionChunk:
         """Return the next actions for one observation."""
         ...
+
+
+def with_gripper(actions: NDArray[np.float32], gripper: Gripper) -> NDArray[np.float32]:
+    """Return actions whose last number means to a simulator what the policy means by it.
+
+    Policies trained on OpenVLA's data sets say 0 to close and 1 to open; for robosuite that is
+    decided at a half and turned round. Source: openvla `experiments/robot/robot_utils.py`.
+
+    Args:
+        actions: float32 [..., dim]
+        gripper: what the simulator takes.
+    """
+    if gripper == "as-is":
+        return actions
+    turned: NDArray[np.float32] = actions.copy()
+    turned[..., -1] = np.where(actions[..., -1] > 0.5, -1.0, 1.0)
+    return turned

@@ -10,6 +10,7 @@ import msgpack
 import numpy as np
 from gr00t_client import Gr00tClient, from_npy, npy
 from openpi_client import msgpack_numpy
+from vla_eval_client import VlaEvalWire, from_tagged
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -172,4 +173,9 @@ class Gr00tWire:
         self.client.__exit__()
 
 
-WIRES = {"act": ActWire, "openpi": OpenpiWire, "gr00t": Gr00tWire}
+class HarnessWire(VlaEvalWire):
+    def upstream(self, body: bytes) -> list[Any]:
+        return leaves(msgpack.unpackb(body, object_hook=readable(from_tagged)))
+
+
+WIRES = {"act": ActWire, "openpi": OpenpiWire, "gr00t": Gr00tWire, "vla-eval": HarnessWire}

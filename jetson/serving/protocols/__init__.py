@@ -1,1 +1,1 @@
-"""The protocols that clients of OpenVLA, openpi and GR00T speak; one file a protocol."""
+"""The protocols that clients of OpenVLA, openpi, GR00T and vla-eval speak; one file a protocol."""

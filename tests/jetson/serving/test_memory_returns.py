@@ -84,7 +84,7 @@ def waiting_frames() -> list[FrameType]:
 def large_fields(wire: Wire, **changes: object) -> dict[str, Any]:
     """Return an observation with pictures that would be missed."""
     fields = wire.fields()
-    images = fields.get("video", fields)
+    images = fields.get("video", fields.get("images", fields))
     for name in [name for name in images if "image" in name or name in ("front", "hand")]:
         images[name] = wire.array(LARGE)
     return {**fields, **changes}
@@ -93,7 +93,7 @@ def large_fields(wire: Wire, **changes: object) -> dict[str, Any]:
 def failing(fields: dict[str, Any]) -> dict[str, Any]:
     """Return an observation at which the policy fails."""
     words: Any = [["fail"]] if "language" in fields else "fail"
-    for name in ("language", "prompt", "instruction"):
+    for name in ("language", "prompt", "instruction", "task_description"):
         if name in fields:
             return {**fields, name: {"task": words} if name == "language" else words}
     raise AssertionError(fields.keys())
