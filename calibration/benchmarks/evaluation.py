@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from calibration.benchmarks.chains import ChainScore, chain_lengths, score_chains
 from calibration.benchmarks.metaworld.shifts import NO_SHIFT, parse_shift, shift_fits, shift_of
 from calibration.benchmarks.metaworld.simulator import CONTROL_HZ
 from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
@@ -157,6 +158,16 @@ class Evaluation:
                 solved.setdefault(str(shift), []).append(row.success)
         return {name: sum(rows) / len(rows) for name, rows in sorted(solved.items())}
 
+    def chain_lengths(self) -> list[int]:
+        """Return how many tasks each seed's chain of five solves in a row; none of fewer tasks."""
+        solved = {(row.task, row.seed): row.success for row in self.results}
+        return chain_lengths(solved, self.config.tasks, sorted({row.seed for row in self.results}))
+
+    def chains(self) -> ChainScore | None:
+        """Return the score of chains of five tasks; None where there are fewer tasks."""
+        lengths = self.chain_lengths()
+        return score_chains(lengths) if lengths else None
+
     def interval(self) -> tuple[float, float]:
         """Return the Wilson 95 % interval of the overall success."""
         return wilson_interval(sum(r.success for r in self.results), len(self.results))
@@ -195,7 +206,7 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Write JSON atomically, with the summary a reader looks for first."""
         low, high = self.interval()
-        motion = self.motion()
+        motion, chains = self.motion(), self.chains()
         summary = {
             "success": self.success(),
             "wilson_95": [low, high],
@@ -204,6 +215,7 @@ class Evaluation:
             "solved_per_hour": self.solved_per_hour(),
             "infer_ms": self.infer_ms(),
             "by_shift": self.success_by_shift(),
+            "chains": None if chains is None else asdict(chains),
             "cumulative_deviation": self.cumulative_deviation(),
             "error_by_phase": self.error_by_phase(),
             "motion": None if motion is None else asdict(motion),

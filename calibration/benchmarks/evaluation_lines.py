@@ -18,6 +18,8 @@ def evaluation_lines(evaluation: Evaluation, path: Path) -> Iterator[str]:
         f"{success_text(evaluation)}, {evaluation.solved_per_hour():.0f} solved an hour of motion "
         f"-> {path}"
     )
+    if (chains := evaluation.chains()) is not None:
+        yield f"  {chains}"
     if (taken := evaluation.infer_ms()) is not None:
         yield f"  thinking took {taken[0]:.1f} ms, 99 % within {taken[1]:.1f} ms"
     if (motion := evaluation.motion()) is not None:

@@ -29,6 +29,8 @@ class EvaluationPair:
     # Of gripper flips an episode and of an episode's RMS jerk, m/s^3; None without motion.
     flips: MeanDifference | None
     jerk_rms: MeanDifference | None
+    # Of the tasks that a chain of five solves in a row; None of fewer tasks or a single seed.
+    chain_length: MeanDifference | None
     # How time passes there, where it passes differently.
     other_timing: str | None
 
@@ -40,6 +42,7 @@ class EvaluationPair:
         ]
         words += [] if self.flips is None else [f"{self.flips} gripper flips an episode"]
         words += [] if self.jerk_rms is None else [f"{self.jerk_rms} m/s^3 of RMS jerk"]
+        words += [] if self.chain_length is None else [f"{self.chain_length} tasks in a row"]
         words += [] if self.other_timing is None else [f"there {self.other_timing}"]
         words += [] if self.other_motion is None else [f"there {self.other_motion}"]
         return "; ".join(words)
@@ -85,8 +88,17 @@ def pair_evaluations(evaluation: "Evaluation", other: "Evaluation") -> Evaluatio
         theirs.motion(),
         flips,
         jerk,
+        _chain_difference(ours.chain_lengths(), theirs.chain_lengths()),
         None if timing == there_timing else there_timing,
     )
+
+
+def _chain_difference(ours: list[int], theirs: list[int]) -> MeanDifference | None:
+    """Return by how much chains of the same seeds differ; each chain is independent."""
+    if len(ours) < 2:
+        return None
+    differences = [float(a - b) for a, b in zip(ours, theirs, strict=True)]
+    return mean_difference(differences, range(len(ours)))
 
 
 def _episodes(config: "RolloutConfig", count: int) -> "RolloutConfig":
