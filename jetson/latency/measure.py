@@ -25,6 +25,9 @@ from qvla_export.shared.observation import Observation
 # Called with (actions done, actions in all).
 OnProgress = Callable[[int, int], None]
 
+# Before those that count.
+WARMUP_ROUNDS = 10
+
 
 @dataclass(frozen=True)
 class ProfileSubject:
@@ -85,7 +88,7 @@ class _OverHttp:
 def profile_latency(
     subjects: Mapping[str, ProfileSubject],
     observations: Sequence[Observation],
-    warmup: int = 10,
+    warmup: int = WARMUP_ROUNDS,
     samples: int = 200,
     on_progress: OnProgress | None = None,
     deadline: Deadline | None = None,

@@ -22,7 +22,7 @@ from qvla_export.shared.observation import Observation
 
 # Of a check: about how long it may take, and pairs that say what one takes.
 _CHECK_SECONDS = 60.0
-_TIMED_PAIRS = 6
+TIMED_PAIRS = 6
 # More do not move the rank correlation.
 _MOST_PAIRS = 500
 
@@ -149,10 +149,15 @@ def pairs_in_a_minute(
         moments: see `compare_with_exact`.
     """
     question = _question(sensitivities, policy, observations, moments)
-    sample = _sample(sensitivities, _TIMED_PAIRS, seed)
+    sample = _sample(sensitivities, TIMED_PAIRS, seed)
     started = time.perf_counter()
     ExactEstimator().of_pairs(question, sample, Work())
     pair_seconds = (time.perf_counter() - started) / len(sample)
+    return pairs_of_a_minute(pair_seconds)
+
+
+def pairs_of_a_minute(pair_seconds: float) -> int:
+    """Return how many pairs of so many seconds are compared where no number is asked for."""
     return int(min(_MOST_PAIRS, max(3, _CHECK_SECONDS / pair_seconds)))
 
 

@@ -12,9 +12,10 @@ from qvla_export.shared.target import Target
 
 if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
+    from qvla_export.sensitivity.estimators.first_order import FirstOrder
 
 # A layer's sum is told from another's by these, at a fraction of what all layers take.
-_OBSERVATIONS = 16
+KEPT_OBSERVATIONS = 16
 _WIDTHS = (2, 4, 8)
 
 
@@ -35,13 +36,16 @@ def kept_layers(
         None where the policy has no such layer, or its weights were left on disk.
     """
     from qvla_export.policies.layers import weights_on_disk
-    from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
+    from qvla_export.sensitivity.estimators.first_order import measure_first_order
 
     if weights_on_disk(policy) or not policy.kept_layers():
         return None
     calibration, path = load_calibration(run), run.kept_layers
-    settings = FirstOrder(spec_for(target), _WIDTHS, probes=4, of_kept=True)
-    seen, work = calibration.observations[:_OBSERVATIONS], "sensitivities of what stays in 16 bits"
+    settings = kept_question(target)
+    seen, work = (
+        calibration.observations[:KEPT_OBSERVATIONS],
+        "sensitivities of what stays in 16 bits",
+    )
     made_from = (policy.digest, calibration.digest, settings.quantizer, len(seen))
     earlier = load_if_current(
         path,
@@ -66,3 +70,10 @@ def kept_layers(
         measured.save(path)
     finish(on_progress, work, kept=False)
     return measured
+
+
+def kept_question(target: Target) -> "FirstOrder":
+    """Return how the layers that stay in 16 bits are measured."""
+    from qvla_export.sensitivity.estimators.first_order import FirstOrder
+
+    return FirstOrder(spec_for(target), _WIDTHS, probes=4, of_kept=True)

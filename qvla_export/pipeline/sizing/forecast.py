@@ -13,13 +13,21 @@ from qvla_export.pipeline.sizing.machine_rates import MachineRates, cpu_seconds,
 from qvla_export.pipeline.sizing.policy_costs import PolicyCosts, policy_costs
 from qvla_export.pipeline.sizing.step_costs import StepCosts, Workload
 from qvla_export.pipeline.sizing.streamed_memory import streamed_memory
+from qvla_export.pipeline.sizing.tracing import measure_tracing
+from qvla_export.pipeline.sizing.trial import TrialWork
+from qvla_export.pipeline.sizing.trial_costs import (
+    activation_costs,
+    agreement_costs,
+    kept_costs,
+    latency_costs,
+    tried,
+)
 
 if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
     from qvla_export.shared.observation import Observation
 
 _FORMAT = "qvla.forecast/1"
-_MOST_PAIRS, _PAIRS_S = 500, 60.0
 # Of the report with its figures.
 _REPORT_BYTES = 320_000
 _NOTES = (
@@ -86,7 +94,8 @@ def forecast(request: Deployment, policy: "Policy", rates: MachineRates | None =
     Args:
         request: as `deploy` takes it.
         policy: held as the request says.
-        rates: of this machine; None measures them, which takes about two seconds.
+        rates: of this machine; None measures them, which takes about two seconds. Two parts are
+            traced as well, and a policy that is in memory and not large is tried on a batch.
 
     Raises:
         QvlaError: data and policy do not fit, or what `deploy` refuses before its first step.
@@ -108,20 +117,28 @@ def forecast(request: Deployment, policy: "Policy", rates: MachineRates | None =
 def _work(
     request: Deployment, policy: "Policy", size: PolicyCosts, rates: MachineRates
 ) -> Workload:
+    from engines.targets import find_target
+
     count, held_out = _observations(request)
-    streamed = None
-    if not request.holding.resident:
-        streamed = streamed_memory(request, policy, _observation(request, policy), count)
-    return Workload(
-        size,
-        rates,
-        count,
-        held_out,
-        request.holding.batch_size,
-        request.probes or size.action_numbers,
-        request.quantizer == "compensated",
-        streamed,
-    )
+    observation, held = _observation(request, policy), request.holding
+    compensated = request.quantizer == "compensated"
+    streamed = None if held.resident else streamed_memory(request, policy, observation, count)
+    probes = request.probes or size.action_numbers
+    work = Workload(size, rates, count, held_out, held.batch_size, probes, compensated, streamed)
+    target = find_target(request.target, request.zero_points, request.scales)
+    together = min(held.batch_size, count)
+    rounded = _rounds_inputs(request)
+    how = TrialWork(target, compensated, request.probes, together, held.max_bytes, rounded)
+    if held.resident:
+        policy.module.to(held.device)
+    work = tried(work, policy, observation, how)
+    if held.resident:
+        policy.module.to("cpu")
+    return replace(work, tracing=measure_tracing(policy, size, target))
+
+
+def _rounds_inputs(request: Deployment) -> bool:
+    return any(setting.activation_bits for setting in request.settings)
 
 
 def _observation(request: Deployment, policy: "Policy") -> "Observation":
@@ -155,8 +172,12 @@ def _steps(request: Deployment, policy: "Policy", work: Workload) -> list[StepCo
     if work.compensated and work.resident:
         steps.append(costs.moment_costs(work))
     steps.append(costs.sensitivity_costs(work))
+    if work.resident and (kept := policy.kept_layers()):
+        steps.append(kept_costs(work, sum(len(layer.weight) for layer in kept.values())))
     if compares_exactly(request):
-        steps.append(_agreement(request, work))
+        steps.append(agreement_costs(work, request.check_pairs))
+    if _rounds_inputs(request):
+        steps.append(activation_costs(work))
     for number, setting in enumerate(request.settings):
         if setting in planned:
             steps.append(costs.plan_costs(work, setting))
@@ -165,7 +186,7 @@ def _steps(request: Deployment, policy: "Policy", work: Workload) -> list[StepCo
         steps.append(costs.export_costs(work, setting, first=number == 0))
         steps.append(costs.error_costs(work, setting))
     if runtime_here(found) == found.runtime and work.resident:
-        steps.append(costs.latency_costs(work, len(request.settings), request.samples))
+        steps.append(latency_costs(work, request.settings, request.samples))
     if request.episodes:
         steps.append(StepCosts("episodes", None, 0, 0))
     steps.append(StepCosts("report", 1.0, costs.LIBRARY_BYTES, _REPORT_BYTES))
@@ -190,17 +211,6 @@ def _calibration(request: Deployment, policy: "Policy", work: Workload) -> StepC
     beside = 4 * (spec.state_dim + 2 * work.policy.action_numbers) + 16
     disk = number * (pixels + beside)
     return StepCosts("calibration", taken, 2 * disk, disk)
-
-
-def _agreement(request: Deployment, work: Workload) -> StepCosts:
-    """Return what comparing with exact sensitivities takes: every pair acts on all observations."""
-    acts = work.passes_s(work.count, 0)
-    pairs = _MOST_PAIRS if request.check_pairs is None else request.check_pairs
-    taken = acts * pairs
-    if request.check_pairs is None:
-        taken = min(taken, _PAIRS_S)
-    table = costs.sensitivity_costs(work)
-    return StepCosts("agreement with exact", taken, table.memory_bytes, 90 * pairs)
 
 
 def _row(step: StepCosts) -> tuple[str, str, str, str]:

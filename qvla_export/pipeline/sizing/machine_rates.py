@@ -1,6 +1,7 @@
 """How fast this machine is at what a deployment is made of, measured in a second or two."""
 
 import hashlib
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class MachineRates:
 
 
 def measure_machine(tokens: int, inputs: int, channels: int) -> MachineRates:
-    """Measure this machine in CPU time, which other processes hardly move.
+    """Measure this machine in CPU time; others that share its cores and caches make it slower.
 
     Args:
         tokens: rows of the product that is timed: those of a batch in the policy's usual layer.
@@ -52,10 +53,10 @@ def measure_machine(tokens: int, inputs: int, channels: int) -> MachineRates:
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
-    """Return the CPU seconds of a piece of work, all threads together: the least of three."""
+    """Return the CPU seconds of a piece of work, all threads together: the median of three."""
     taken = []
     for _ in range(3):
         began = time.process_time()
         work()
         taken.append(time.process_time() - began)
-    return max(min(taken), 1e-6)
+    return max(statistics.median(taken), 1e-6)

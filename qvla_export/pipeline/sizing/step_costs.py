@@ -6,6 +6,8 @@ from qvla_export.allocation.setting import Setting
 from qvla_export.pipeline.sizing.machine_rates import MachineRates
 from qvla_export.pipeline.sizing.policy_costs import LayerCosts, PolicyCosts
 from qvla_export.pipeline.sizing.streamed_memory import StreamedMemory
+from qvla_export.pipeline.sizing.tracing import TraceRates
+from qvla_export.pipeline.sizing.trial import Trial
 from qvla_export.quantizer.moments import block_size
 from qvla_export.quantizer.rounding_costs import alone_bytes, rounding_cost
 
@@ -35,7 +37,7 @@ LIBRARY_BYTES = 150_000_000
 _WHOLE_COPIES, _PART_COPIES = 3, 1.25
 # What an observation that goes alone takes more than one in a batch of eight; such passes of a
 # held-out observation, without and with codes; opening an engine. Measured on the reference policy.
-_ALONE, _FLOAT_PASSES, _CODED_PASSES, _OPENING_S = 1.7, 2.5, 4, 0.4
+_ALONE, _FLOAT_PASSES, _CODED_PASSES, OPENING_S = 1.7, 2.5, 4, 0.4
 # Of a policy read part by part: torch computes as often as weights are read, without codes and with
 # them, the engine once, and opens each part for each observation (640 wide: 12 of them in 1.1 s).
 _PART_OPENING_S = 0.09
@@ -70,6 +72,10 @@ class Workload:
     streamed: StreamedMemory | None
     # Bytes of a weight that stays in float in the target's graph.
     float_bytes: int = 2
+    # What a batch took; None where the policy is read part by part, or too large to try.
+    trial: Trial | None = None
+    # What tracing takes; None where nothing showed it.
+    tracing: TraceRates | None = None
 
     @property
     def resident(self) -> bool:
@@ -86,6 +92,12 @@ class Workload:
             return taken
         calls = observations * passes * len(self.policy.layers)
         return taken + self.python_s(calls * _CALL_STEPS)
+
+    def alone_s(self, observations: int) -> float:
+        """Return the CPU seconds of observations that act one after another."""
+        if self.trial is not None:
+            return observations * self.trial.acts_s
+        return _ALONE * self.passes_s(observations, 0)
 
     def python_s(self, steps: float) -> float:
         """Return the CPU seconds of steps of Python work, as those of rounding a narrow layer."""
@@ -122,23 +134,21 @@ def moment_costs(work: Workload) -> StepCosts:
     """Return what measuring the moments of a policy in memory takes."""
     layers = work.policy.layers
     disk = sum(4 * (sum(_moment_numbers(layer)) + layer.inputs) for layer in layers)
-    return StepCosts(
-        "moments", _moments_s(work, _MOMENT_PROBES), 3 * disk + work.pass_bytes(), disk
-    )
+    if work.trial is None:
+        taken = _moments_s(work, _MOMENT_PROBES)
+    else:
+        taken = work.trial.batches(work.count) * work.trial.moments_s
+        taken += 2 * disk / work.rates.bytes_per_s
+    return StepCosts("moments", taken, 3 * disk + work.pass_bytes(), disk)
 
 
 def sensitivity_costs(work: Workload) -> StepCosts:
     """Return what sensitivities of first order take; part by part, with moments on the way."""
-    layers, rates = work.policy.layers, work.rates
-    moved = sum(layer.tokens * layer.channels for layer in layers)
-    contracted = moved * _WIDTHS * work.probes
-    errors = sum(layer.products for layer in layers) * _WIDTHS / rates.products_per_s
-    taken = work.passes_s(work.count, work.probes, 1.0 if work.resident else 2.0)
-    taken += work.count * (errors + contracted / rates.numbers_per_s)
-    taken += _searched_s(work) + 2 * work.reads_s()
-    if work.compensated:
-        taken += sum(_alone_s(layer, rates) for layer in layers)
-        taken += 0.0 if work.resident else _moments_s(work, work.probes) + _energies_s(work)
+    layers, tried = work.policy.layers, work.trial
+    if tried is None:
+        taken = _sensitivities_s(work)
+    else:
+        taken = tried.errors_s + tried.batches(work.count) * tried.sensitivities_s
     channels = sum(layer.channels for layer in layers)
     if work.streamed is not None:
         memory = work.streamed.sensitivities
@@ -163,6 +173,7 @@ def rounding_costs(work: Workload, setting: Setting) -> StepCosts:
     layers = work.policy.layers
     costs = [rounding_cost(layer.channels, layer.inputs, _LARGEST_BLOCK, 64) for layer in layers]
     taken = sum(cost.cpu_s(work.rates.rounding) for cost in costs)
+    taken = taken if work.trial is None else work.trial.rounding_s
     if work.streamed is not None:
         taken += _moments_s(work, _MOMENT_PROBES)
         memory = work.streamed.rounding
@@ -191,35 +202,51 @@ def export_costs(work: Workload, setting: Setting, first: bool) -> StepCosts:
     disk += len(policy.layers) * (_CODED_NODE_BYTES if coded else _NODE_BYTES)
     # Scales: one of 16 bits for 64 inputs.
     disk += (weights / 32 + _CHANNEL_BYTES * channels) if coded else 0
-    traced = _TRACE_STEPS if first or not work.resident else _PLAN_STEPS
-    steps = len(policy.layers) * traced
-    steps += 0 if work.resident else len(policy.parts) * _GRAPH_STEPS
-    taken = work.python_s(steps)
+    taken = _traced_s(work, first)
     taken += 2 * (disk + policy.weight_bytes) / work.rates.bytes_per_s
-    taken += work.passes_s(2 * golden, 0)
+    taken += work.alone_s(2 * golden)
     memory = LIBRARY_BYTES + work.acting_bytes(_WHOLE_COPIES if work.resident else _PART_COPIES)
     return StepCosts(f"{setting.name}: bundle", taken, memory, int(disk))
+
+
+def _traced_s(work: Workload, first: bool) -> float:
+    """Return the seconds of tracing a bundle's graphs and lowering them."""
+    layers, graphs = len(work.policy.layers), 1 if work.resident else len(work.policy.parts)
+    anew = first or not work.resident
+    if work.tracing is None:
+        steps = layers * (_TRACE_STEPS if anew else _PLAN_STEPS)
+        return work.python_s(steps + (0 if work.resident else graphs * _GRAPH_STEPS))
+    traced = work.tracing.cpu_s(graphs, layers, first) if anew else 0.0
+    return traced + work.python_s(layers * _PLAN_STEPS)
 
 
 def error_costs(work: Workload, setting: Setting) -> StepCosts:
     """Return what acting on the held-out observations takes: torch's policy, and the engine."""
     coded = setting.kind != "float"
     if work.resident:
-        passes, reads, opening_s = _CODED_PASSES if coded else _FLOAT_PASSES, 1, _OPENING_S
+        passes, reads, opening_s = _CODED_PASSES if coded else _FLOAT_PASSES, 1, OPENING_S
     else:
         reads = 2 if coded else 1
         passes, opening_s = reads + 1, _PART_OPENING_S * len(work.policy.parts) * work.held_out
-    taken = opening_s + _ALONE * passes * work.passes_s(work.held_out, 0)
+    taken = opening_s + passes * work.alone_s(work.held_out)
     taken += reads * work.policy.weight_bytes / work.rates.bytes_per_s
     memory = LIBRARY_BYTES + work.acting_bytes(2 if work.resident else _PART_COPIES)
     disk = 4 * work.held_out * work.policy.action_numbers
     return StepCosts(f"{setting.name}: action error", taken, memory, disk)
 
 
-def latency_costs(work: Workload, settings: int, samples: int) -> StepCosts:
-    """Return what timing every setting in process and over HTTP takes."""
-    taken = settings * (2 * _OPENING_S + _ALONE * work.passes_s(2 * samples, 0))
-    return StepCosts("latency", taken, 2 * settings * work.policy.weight_bytes, 13_000 * settings)
+def _sensitivities_s(work: Workload) -> float:
+    layers, rates = work.policy.layers, work.rates
+    moved = sum(layer.tokens * layer.channels for layer in layers)
+    contracted = moved * _WIDTHS * work.probes
+    errors = sum(layer.products for layer in layers) * _WIDTHS / rates.products_per_s
+    taken = work.passes_s(work.count, work.probes, 1.0 if work.resident else 2.0)
+    taken += work.count * (errors + contracted / rates.numbers_per_s)
+    taken += _searched_s(work) + 2 * work.reads_s()
+    if work.compensated:
+        taken += sum(alone_seconds(layer, rates) for layer in layers)
+        taken += 0.0 if work.resident else _moments_s(work, work.probes) + _energies_s(work)
+    return taken
 
 
 def _moments_s(work: Workload, probes: int) -> float:
@@ -252,7 +279,7 @@ def _searched_s(work: Workload) -> float:
     return _SEARCHED * weights / work.rates.rounding.weights_per_s
 
 
-def _alone_s(layer: LayerCosts, rates: MachineRates) -> float:
+def alone_seconds(layer: LayerCosts, rates: MachineRates) -> float:
     """Return the seconds of codes of every width whose channels do not answer each other."""
     of = rates.rounding
     return (

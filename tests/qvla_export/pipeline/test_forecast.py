@@ -33,7 +33,9 @@ def tiny_costs(tiny_checkpoint: Path) -> PolicyCosts:
 @pytest.fixture
 def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes these rates for the machine's, which take seconds to measure."""
-    monkeypatch.setattr("qvla_export.pipeline.sizing.forecast.measure_machine", lambda *_: RATES)
+    forecast = "qvla_export.pipeline.sizing.forecast"
+    monkeypatch.setattr(f"{forecast}.measure_machine", lambda *_: RATES)
+    monkeypatch.setattr(f"{forecast}.measure_tracing", lambda *_: None)
 
 
 def work_of(costs: PolicyCosts, count: int = 16, **changes: Any) -> Workload:
