@@ -49,6 +49,14 @@ _RTX_ATTRIBUTES: dict[str, tuple[str | int, ...]] = {
     "sorted": (0,),
     "mode": ("cubic",),
 }
+_RTX_OPERATORS = (
+    "GroupNormalization",
+    "Hardmax",
+    "IsInf",
+    "MeanVarianceNormalization",
+    "Mish",
+    "Shrink",
+)
 _QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -118,6 +126,8 @@ def _find_schema(
             node,
             f"target {target.name!r} has no operators of domain {node.domain!r}; "
             f"write {node.op_type} with operators of the default domain",
+            # It is taken for ONNX's operator of that name.
+            rtx_builds=node.op_type in OPERATORS,
         )
         return None
     if node.domain == "com.microsoft":
@@ -133,6 +143,7 @@ def _find_schema(
             node,
             f"{node.op_type} is not in the table of TensorRT's operators; the nearest is {near}. "
             "If the parser documents it, add it to `engines.check.operators` with the source",
+            rtx_builds=node.op_type in _RTX_OPERATORS,
         )
         return None
     schema = schema_of(node, graph.opset)

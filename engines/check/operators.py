@@ -109,6 +109,15 @@ _OPERATORS = [
         Limit("attribute", _TABLE, name="antialias", values=(0,)),
         Limit("attribute", _TABLE, name="mode", values=("nearest", "linear")),
     ),
+    *(
+        replace(operator, source=f"{_TABLE} 8.4; TensorRT-RTX 1.7.1.116, measured 2026-11")
+        for operator in (
+            *_rows("Acos Acosh Asin Asinh Atan Atanh Celu Cosh Dropout Einsum LRN Selu", _FLOATS),
+            *_rows("Sinh ThresholdedRelu LpNormalization", _FLOATS),
+            *_rows("AveragePool GlobalLpPool GlobalMaxPool LpPool", _FLOATS),
+            *_rows("DepthToSpace SpaceToDepth", (*_FLOATS, "INT32")),
+        )
+    ),
     Operator("Where", _ANY, data=1),
     Operator("QuantizeLinear", _FLOATS),
     Operator("DequantizeLinear", ("INT8", "INT4")),

@@ -118,6 +118,7 @@ def _check_mixed(graph: CheckedGraph, found: QuantizationNode) -> None:
                 f"{product.op_type} multiplies {data} activations with {found.bits} weights (one "
                 f"scale a {found.granularity}), for which there is no kernel; quantize both alike, "
                 "or the weights alone",
+                rtx_builds=(data, found.bits, found.granularity) == ("INT4", "INT8", "channel"),
             )
             return
 

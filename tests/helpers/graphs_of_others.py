@@ -102,6 +102,48 @@ def _fp8(g: Graph) -> ir.Value:
     return g.op("MatMul", _pair(g, np.zeros((), FP8)), weight)
 
 
+def _int4_inputs(g: Graph) -> ir.Value:
+    return g.op("MatMul", _pair(g, np.zeros((), ml_dtypes.int4)), _w8(g))
+
+
+def _picture(g: Graph) -> ir.Value:
+    return g.op("Reshape", g.x, g.const(np.array([1, 8, 8, 8])))
+
+
+def _elementwise(g: Graph) -> ir.Value:
+    """One after another, those that TensorRT builds and few graphs have."""
+    y: ir.Value = g.x
+    names = "Acos Acosh Asin Asinh Atan Atanh Celu Cosh Dropout Selu Sinh ThresholdedRelu"
+    for name in f"{names} Hardmax Mish Shrink LpNormalization".split():
+        y = g.op(name, y)
+    return g.op("Cast", g.op("IsInf", y), to=FLOAT)
+
+
+def _of_pictures(g: Graph) -> ir.Value:
+    y = g.op("SpaceToDepth", g.op("DepthToSpace", _picture(g), blocksize=2), blocksize=2)
+    y = g.op("MeanVarianceNormalization", g.op("LRN", y, size=3))
+    ones = g.const(np.ones(8, F32))
+    y = g.op("GroupNormalization", y, ones, ones, num_groups=4)
+    y = g.op("AveragePool", y, kernel_shape=[2, 2])
+    y = g.op("LpPool", y, kernel_shape=[2, 2])
+    y = g.op("Einsum", y, g.const(np.ones((6, 4), F32)), equation="abij,jk->abik")
+    return g.op("Add", g.op("GlobalMaxPool", y), g.op("GlobalLpPool", y))
+
+
+def _of_another_domain(name: str) -> Build:
+    """ONNX Runtime's quantizer writes its own domain; TensorRT looks at the operator's name."""
+
+    def build(g: Graph) -> ir.Value:
+        if name == "FastGelu":
+            return g.op(name, g.x, domain="com.microsoft")
+        scale, zero = g.one(0.05, F32), g.const(np.zeros((), np.int8))
+        codes = g.op("QuantizeLinear", g.x, scale, zero, domain="com.microsoft")
+        pair = g.op("DequantizeLinear", codes, scale, zero, domain="com.microsoft")
+        return g.op("MatMul", pair, _w8(g))
+
+    return build
+
+
 def _zero_scale(g: Graph) -> ir.Value:
     scale = g.const(np.array([0, *[0.01] * 31], F32))
     return g.op("MatMul", _pair(g, np.int8(0)), _w8(g, scale))
@@ -167,6 +209,11 @@ FOREIGN = [
         True,
     ),
     Foreign("float16 scale behind a Cast", _cast_scale, True),
+    Foreign("int4 activations", _int4_inputs, True),
+    Foreign("rare functions", _elementwise, True),
+    Foreign("rare operators of pictures", _of_pictures, True),
+    Foreign("Q and DQ of com.microsoft", _of_another_domain("QuantizeLinear"), True),
+    Foreign("FastGelu of com.microsoft", _of_another_domain("FastGelu"), False),
     Foreign("uint8, asymmetric", _w8a8(np.uint8(128)), False),
     Foreign("int8, asymmetric", _w8a8(np.int8(3)), False),
     Foreign("int32 bias", _bias, False),
