@@ -16,6 +16,30 @@ class BadFrame(ArtifactError):
     """A frame has no usable state or instruction; others of the recording may."""
 
 
+class OneWidth:
+    """Holds every state of a recording to the width of the first one."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, str] | None = None
+
+    def require(self, width: int, place: str) -> None:
+        """Refuse another width than the first.
+
+        Args:
+            width: numbers of a state.
+            place: names it in an error.
+
+        Raises:
+            ArtifactError: says where both are.
+        """
+        first, where = self._first = self._first or (width, place)
+        if width != first:
+            raise ArtifactError(
+                f"{place}: the state has {width} numbers, but {where} has {first}; bring all to "
+                "one length, or name another column with --state-column"
+            )
+
+
 @dataclass(frozen=True)
 class Frame:
     """One moment of a recorded episode."""

@@ -3,6 +3,7 @@
 Source: CALVIN's `dataset/README.md`. Both ends of an episode, and of an annotated stretch, count.
 """
 
+import logging
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,9 @@ _ENDS = "ep_start_end_ids.npy"
 _PICKLED = "lang_annotations/auto_lang_ann.npy"
 ANNOTATIONS = "lang_annotations.json"
 _MOST_FRAMES = 100_000_000
+_LOG = logging.getLogger(__name__)
+# First frame, length and instruction of an episode.
+_Span = tuple[int, int, str]
 
 
 class CalvinNpz(FrameSource):
@@ -71,7 +75,7 @@ class CalvinNpz(FrameSource):
     def _path(self, frame: int) -> Path:
         return self.root / f"episode_{frame:07d}.npz"
 
-    def _whole_episodes(self) -> list[tuple[int, int, str]]:
+    def _whole_episodes(self) -> list[_Span]:
         path = self.root / _ENDS
         ends = read_npy(path)
         if ends.ndim != 2 or ends.shape[1] != 2 or ends.dtype.kind not in "iu":
@@ -84,12 +88,12 @@ class CalvinNpz(FrameSource):
             for row, (first, last) in enumerate(ends)
         ]
 
-    def _annotated(self) -> list[tuple[int, int, str]]:
+    def _annotated(self) -> list[_Span]:
         path = self.root / ANNOTATIONS
         if not path.exists():
             raise ArtifactError(self._advice())
         document = Node(read_json(path, "annotations", FOREIGN), str(path))
-        return [
+        spans = [
             self._span(
                 one.field("start").whole(),
                 one.field("end").whole(),
@@ -98,8 +102,16 @@ class CalvinNpz(FrameSource):
             )
             for one in document.elements()
         ]
+        apart = _apart(spans)
+        if len(apart) < len(spans):
+            _LOG.warning(
+                "%s: %d of %d stretches begin inside another one and are left out: a frame must "
+                "not be measured on and judged by",
+                *(path, len(spans) - len(apart), len(spans)),
+            )
+        return apart
 
-    def _span(self, first: int, last: int, text: str, place: str) -> tuple[int, int, str]:
+    def _span(self, first: int, last: int, text: str, place: str) -> _Span:
         if not 0 <= first <= last < _MOST_FRAMES:
             raise ArtifactError(f"{place}: an episode from frame {first} to {last} is none")
         return first, last - first + 1, text
@@ -121,3 +133,12 @@ class CalvinNpz(FrameSource):
             f"never loaded here. If you trust it, convert it once: cd {shlex.quote(str(self.root))}"
             f' && python -c "{code}"'
         )
+
+
+def _apart(spans: list[_Span]) -> list[_Span]:
+    """Return stretches in the order of their frames, without those that begin inside another."""
+    apart: list[_Span] = []
+    for first, length, text in sorted(spans, key=lambda span: span[:2]):
+        if not apart or first >= apart[-1][0] + apart[-1][1]:
+            apart.append((first, length, text))
+    return apart

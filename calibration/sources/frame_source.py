@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.sources.base import BadFrame, Frame
+from calibration.sources.base import BadFrame, Frame, OneWidth
 from calibration.sources.hub_cache import name_of_dataset
 from calibration.sources.image_codec import decode_png
 from calibration.sources.source_columns import Columns
@@ -150,12 +150,11 @@ class FrameSource(ABC):
 
     def _state(self, moment: Moment) -> NDArray[np.float32]:
         state = self._vectors(moment, self.columns.state)
+        place = moment.column(",".join(self.columns.state))
         bad = np.flatnonzero(~np.isfinite(state))
         if len(bad):
-            raise BadFrame(
-                f"{moment.column(','.join(self.columns.state))}: number {bad[0]} of the state is "
-                f"{state[bad[0]]}; {_SKIP}"
-            )
+            raise BadFrame(f"{place}: number {bad[0]} of the state is {state[bad[0]]}; {_SKIP}")
+        self.__dict__.setdefault("_width", OneWidth()).require(len(state), place)
         return state
 
     def _vectors(self, moment: Moment, columns: Sequence[str]) -> NDArray[np.float32]:

@@ -9,6 +9,8 @@ from qvla_export.shared.errors import QvlaError
 
 # ORGANISATION/NAME, as the Hub allows.
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Before an id, as pages' addresses and fsspec have it; a path has one slash where there were two.
+_ADDRESS = re.compile(r"(?:https?:/+(?:www\.)?huggingface\.co|hf:)/+datasets/")
 _INFO = "meta/info.json"
 # Whose snapshot is taken first where a cache has several: the default branch, then LeRobot's tags.
 _REFERENCES = ("main", "v3.0", "v2.1", "v2.0")
@@ -18,7 +20,8 @@ _FOLDER = "datasets--"
 def find_dataset(place: Path) -> Path:
     """Return the folder of a data set that is named by a path or by its id on the Hub.
 
-    A path that exists comes first. An id, such as lerobot/pusht, is looked for where LeRobot and
+    A path that exists comes first. An id, such as lerobot/pusht, also behind hf://datasets/ or in
+    the address of its page, is looked for where LeRobot and
     the Hub's own client keep what they downloaded (HF_LEROBOT_HOME, HF_HUB_CACHE, HF_HOME). What
     is neither is returned as it is.
 
@@ -26,7 +29,7 @@ def find_dataset(place: Path) -> Path:
         QvlaError: the id is of no data set that was downloaded, with the command that does it; or
             of several snapshots of which none is current.
     """
-    name = str(place)
+    name = _ADDRESS.sub("", str(place), 1)
     if place.exists() or not _ID.fullmatch(name):
         return place
     looked_at = [_lerobot_home() / name]

@@ -15,6 +15,8 @@ _DEEP = ("I", "F")
 # Other decoders of Pillow are for documents, and some start programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _JPEG = b"\xff\xd8"
+# A PNG's bits a channel stand here; Pillow drops the lower ones of colours, and of grey with alpha.
+_PNG, _PNG_BITS = b"\x89PNG\r\n\x1a\n", 24
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
@@ -31,10 +33,12 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
         ArtifactError: the bytes are not a whole image, or have more than 8 bits a channel.
     """
     with opened_picture(data, "an image in the dataset", _FORMATS) as image:
-        if image.mode.startswith(_DEEP):
+        deep = data.startswith(_PNG) and data[_PNG_BITS] > 8
+        if deep or image.mode.startswith(_DEEP):
+            bits = "of 16 bits a channel" if deep else f"of mode {image.mode}"
             raise ArtifactError(
-                f"an image in the dataset is no RGB picture but of mode {image.mode}, as "
-                "16-bit depth is; name only colour cameras with --camera NAME=COLUMN"
+                f"an image in the dataset is no RGB picture but {bits}, as 16-bit depth is; "
+                "name only colour cameras with --camera NAME=COLUMN"
             )
         return np.asarray(image.convert("RGB"))
 

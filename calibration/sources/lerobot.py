@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.sources.base import Frame
+from calibration.sources.base import Frame, OneWidth
 from calibration.sources.hub_cache import name_of_dataset
 from calibration.sources.lerobot_cameras import Cameras, RowOfEpisode
 from calibration.sources.lerobot_columns import KeyMap as KeyMap
@@ -39,8 +39,9 @@ class LeRobotDataset:
         self.fps = float(info["fps"])
         self.features: Mapping[str, Any] = info["features"]
         self.keys = resolve_columns(keys or KeyMap(), self.features)
-        # Task index -> instruction; empty where a column of texts says what to do.
-        self.tasks = {} if self.keys.instruction else read_tasks(root)
+        # Task index -> instruction; empty where a column of texts or an option says what to do.
+        said = self.keys.instruction or self.keys.one_instruction
+        self.tasks = {} if said else read_tasks(root)
         self._cameras = Cameras(root, self.fps, self.keys.images, self.features)
         self.episodes = read_episodes(root, info, self._cameras.videos)
         self._starts = np.array([span.start for span in self.episodes])
@@ -49,7 +50,9 @@ class LeRobotDataset:
         columns = [*self._cameras.stored, *self._actions, *self._states, *_COUNTERS]
         # Rows that were announced and not read yet, by episode and frame.
         self._ahead: dict[tuple[int, int], RowOfEpisode] = {}
-        self._rows = EpisodeRows(root, [*columns, self.keys.instruction or _TASK])
+        columns += [] if self.keys.one_instruction else [self.keys.instruction or _TASK]
+        self._rows = EpisodeRows(root, columns)
+        self._width = OneWidth()
 
     def __len__(self) -> int:
         return self.episodes[-1].stop
@@ -197,7 +200,9 @@ class LeRobotDataset:
         )
 
     def _state_and_instruction(self, row: RowOfEpisode) -> tuple[NDArray[np.float32], str]:
-        state = read_states(row.table, self._states, self._places(row.span, row.frame))[0]
+        place = self._places(row.span, row.frame)
+        state = read_states(row.table, self._states, place)[0]
+        self._width.require(len(state), place(0, ",".join(self._states)))
         return state, self._instructions(row.table, row.span, row.frame)[0]
 
     def _instructions(self, table: Any, span: EpisodeSpan, first: int) -> list[str]:

@@ -88,12 +88,18 @@ def read_tasks(root: Path) -> dict[int, str]:
     """Return task index -> instruction; what is null is an empty text.
 
     Raises:
-        ArtifactError: the file is missing, damaged or lacks a column.
+        ArtifactError: the file is missing, damaged or lacks a column, a task is no text, or two
+            have one number.
     """
     path = root / TASKS_PATH
     if not path.exists() and (root / _TASKS_JSON).exists():
         path = root / _TASKS_JSON
         rows = [row for _, row in read_lines(path, "LeRobot tasks", FOREIGN)]
+    elif not path.exists():
+        raise ArtifactError(
+            f"a file of the dataset is missing: {path}; copy it as well, or say what to do with "
+            "--instruction TEXT or --instruction-column COLUMN"
+        )
     else:
         table = read_parquet(path)
         # pandas names its index column only if the index had a name.
@@ -104,10 +110,18 @@ def read_tasks(root: Path) -> dict[int, str]:
             )
         columns = (table["task_index"].to_pylist(), table[names[0]].to_pylist())
         rows = [{"task_index": i, "task": t} for i, t in zip(*columns, strict=True)]
-    tasks = {}
+    tasks: dict[int, str] = {}
     for number, row in enumerate(rows):
-        index = whole_number(row.get("task_index"), f"{path}, row {number}, column task_index")
-        tasks[index] = str(row.get("task") or "")
+        place = f"{path}, row {number}, column"
+        index = whole_number(row.get("task_index"), f"{place} task_index")
+        text = row.get("task")
+        if text is not None and not isinstance(text, str):
+            raise ArtifactError(f"{place} task: an instruction is a text, got {text!r:.60}")
+        if tasks.setdefault(index, text or "") != (text or ""):
+            raise ArtifactError(
+                f"{place} task_index: {index} is {tasks[index]!r:.60} in a row before and "
+                f"{text!r:.60} here; give each task a number of its own"
+            )
     return tasks
 
 
@@ -128,7 +142,8 @@ def read_episodes(
     present = (len(spans), spans[-1].stop if spans else 0)
     if present != counts or not spans:
         raise ArtifactError(
-            f"{root}: info.json counts {counts} episodes and frames, meta/episodes has {present}"
+            f"{root}: info.json counts {counts} episodes and frames, meta/episodes has {present}; "
+            "the dataset is incomplete or its metadata belongs to another one"
         )
     return tuple(spans)
 
@@ -151,7 +166,10 @@ def _spans_of_tables(root: Path, places: VideoPlaces) -> list[EpisodeSpan]:
     end = 0
     for span in spans:
         if span.start != end or span.stop <= span.start:
-            raise ArtifactError(f"{root}: episode {span.index} spans {span.start}..{span.stop}")
+            raise ArtifactError(
+                f"{root}: episode {span.index} spans {span.start}..{span.stop}, the next frame is "
+                f"{end}; write meta/episodes anew: episodes follow each other and are not empty"
+            )
         end = span.stop
     return spans
 

@@ -30,12 +30,16 @@ def read_vectors(table: Any, columns: Sequence[str], place: Place) -> NDArray[np
         missing = np.full(np.shape(whole), np.nan)
         filled = [missing if value is None else value for value in values]
         try:
+            # Texts of numbers would be taken for these.
+            if np.asarray(filled).dtype.kind in "US":
+                raise ValueError
             # What overflows float32 is infinite, which is refused where it matters.
             with np.errstate(over="ignore"):
                 part = np.asarray(filled, dtype=np.float32)
         except (TypeError, ValueError):
             raise ArtifactError(
-                f"{place(0, column)} holds no vectors of numbers of one length"
+                f"{place(0, column)} holds no vectors of numbers of one length; name another one "
+                "with --state-column or --action-column"
             ) from None
         parts.append(part.reshape(len(table), -1))
     return np.concatenate(parts, axis=1)
@@ -49,6 +53,11 @@ def read_states(table: Any, columns: Sequence[str], place: Place) -> NDArray[np.
         ArtifactError: a column holds no vectors of numbers of one length.
     """
     states = read_vectors(table, columns, place)
+    if columns and not states.shape[1]:
+        raise ArtifactError(
+            f"{place(0, ','.join(columns))} holds no numbers; name another one with "
+            "--state-column, '' for a policy without a state"
+        )
     bad = np.argwhere(~np.isfinite(states))
     if len(bad):
         row, number = (int(n) for n in bad[0])

@@ -46,6 +46,11 @@ class LiberoHdf5(Hdf5Source):
 
     def offer(self, pictures: Sequence[str], others: Sequence[str]) -> Offer:
         """Return the usual names: position, axis-angle and fingers are OpenVLA-OFT's state."""
+        if not pictures and any(name.endswith("_image") for name in others):
+            raise ArtifactError(
+                f"{self.root} is robomimic's HDF5, which is not read: LIBERO's pictures are named "
+                "<camera>_rgb. Write it as a LeRobotDataset"
+            )
         states = ("ee_states,gripper_states", "ee_pos,ee_ori,gripper_states")
         return Offer(pictures, others, states, ("actions",))
 

@@ -15,7 +15,14 @@ _OTHERS = (
     ("*.bag", "a ROS 1 bag"),
     ("*.db3", "a ROS 2 bag"),
     ("*.zarr", "a Zarr store"),
-    ("*.pkl", "a pickle, which is never loaded"),
+    (".zgroup", "a Zarr store"),
+    ("*.pkl", "a pickle"),
+    ("*.pickle", "a pickle"),
+    ("*.arrow", "Arrow files of the datasets library"),
+    ("*.array_record*", "RLDS in array_record files"),
+    ("*/*.array_record*", "RLDS in array_record files"),
+    ("*.tar", "a WebDataset"),
+    ("*.lmdb", "an LMDB"),
 )
 # Below a folder that was given: organisation and name, or name and version.
 _BELOW = ("*/", "*/*/")
@@ -29,7 +36,8 @@ _FORMATS = (
 def known_format(root: Path) -> str | None:
     """Return the name of the format, other than LeRobot's, that is read here; None for others."""
     names = (name for patterns, name in _READ if any(_matches(root, p) for p in patterns))
-    return next(names, None)
+    # The datasets library writes a dataset_info.json too.
+    return None if _matches(root, "*.arrow") else next(names, None)
 
 
 def describe_other(root: Path) -> str | None:
@@ -45,7 +53,9 @@ def describe_other(root: Path) -> str | None:
     for pattern, name in _OTHERS:
         if _matches(root, pattern):
             return f"{root} is {name}, which is not read; these are: {_FORMATS}"
-    return f"{root} is no recording that is read; these are: {_FORMATS}" if root.is_file() else None
+    # An interrupted download of LeRobot's has its folder of metadata.
+    whole = root.is_file() or not (root / "meta").exists()
+    return f"{root} is no recording that is read; these are: {_FORMATS}" if whole else None
 
 
 def _matches(root: Path, pattern: str) -> bool:

@@ -6,7 +6,8 @@
     frames.json      a list of such objects
 
 Paths are relative to the JSON file. Rows of one `episode` follow each other; a row without one is
-an episode of its own. State and action may be absent, from all rows alike.
+an episode of its own. State and action may be absent, from all rows alike: what one row has, each
+that is drawn needs.
 """
 
 from collections.abc import Iterable
@@ -54,9 +55,11 @@ class PictureList(FrameSource):
             raise ArtifactError(f"{self._path} lists no pictures; give a list of some")
         self._episodes = _episodes(rows)
         self.episode_lengths = tuple(map(len, self._episodes))
-        first = rows[0]
-        others = [name for name in first.node.fields() if name not in ("image", "images")]
-        offer = Offer(list(first.images), others, ("state",), ("action",), _INSTRUCTIONS)
+        # What only some rows have is there as well: others are refused where they are drawn.
+        fields = dict.fromkeys(name for row in rows for name in row.node.fields())
+        others = [name for name in fields if name not in ("image", "images")]
+        cameras = dict.fromkeys(name for row in rows for name in row.images)
+        offer = Offer(list(cameras), others, ("state",), ("action",), _INSTRUCTIONS)
         self.columns = choose_columns(keys or KeyMap(), offer, str(root))
 
     def picture(self, moment: Moment, column: str) -> bytes:
@@ -117,17 +120,27 @@ def _row(node: Node) -> _Row:
         images = {_ONE_IMAGE: node.field("image").text()}
     if wrong := [path for path in images.values() if "\0" in path]:
         raise node.wrong(f"paths have no zero byte, {wrong[0]!r:.40} does; and an object is needed")
+    if len(set(images.values())) < len(images):
+        raise node.wrong("each camera has a picture of its own")
     return _Row(node, images)
 
 
 def _episodes(rows: list[_Row]) -> list[list[_Row]]:
     episodes: list[list[_Row]] = []
     before: int | None = None
+    numbers: set[int] = set()
     for row in rows:
         number = row.node.field("episode").whole() if row.node.has("episode") else None
         if number is not None and number == before:
             episodes[-1].append(row)
+        elif number in numbers:
+            # Its frames would be held out from themselves.
+            raise ArtifactError(
+                f"{row.node.place}: episode {number} has ended before; put its rows one after "
+                "another"
+            )
         else:
             episodes.append([row])
         before = number
+        numbers |= set() if number is None else {number}
     return episodes

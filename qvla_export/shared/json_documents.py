@@ -277,12 +277,17 @@ def is_file_name(text: str) -> bool:
     return Path(text).name == text != ".." and "\0" not in text and 0 < size <= _MOST_NAME_BYTES
 
 
+# Of a value in a message: levels and elements are bounded one by one, and many may be there.
+_MOST_SHOWN = 200
+
+
 def brief(value: Any) -> str:
     """Return a value as messages show it, never longer than a line.
 
     Of what is long only the ends are looked at: `repr` of 30 MB takes half a second.
     """
-    return _BRIEF.repr(value)
+    text = _BRIEF.repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 class _Brief(reprlib.Repr):

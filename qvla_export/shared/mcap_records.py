@@ -108,7 +108,7 @@ def unpack_chunk(chunk: Chunk) -> list[McapRecord]:
         stream = zstandard.ZstdDecompressor().stream_reader(chunk.data, read_across_frames=True)
         data = stream.read(most + 1)
     elif chunk.compression == "lz4":
-        data = lz4.frame.LZ4FrameDecompressor().decompress(chunk.data, max_length=most + 1)
+        data = _of_lz4_frames(chunk.data, most + 1)
     elif chunk.compression == "":
         data = chunk.data
     else:
@@ -160,3 +160,13 @@ def recording_files(path: Path) -> Iterator[Path]:
         if (about.get(IDENTITY), about.get(NUMBER)) != (identity, str(number)):
             return
         yield following
+
+
+def _of_lz4_frames(data: bytes, most: int) -> bytes:
+    """Return what frames one after another unpack to, at most so many bytes."""
+    unpacked = b""
+    while data and len(unpacked) < most:
+        frame = lz4.frame.LZ4FrameDecompressor()
+        unpacked += frame.decompress(data, max_length=most - len(unpacked))
+        data = frame.unused_data or b"" if frame.eof else b""
+    return unpacked

@@ -47,7 +47,7 @@ def opened_picture(data: bytes, name: str, formats: tuple[str, ...]) -> "Iterato
     Raises:
         ArtifactError: it is no whole image of these formats, or no camera's; in the block, too.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     # The second where warnings are errors.
     bombs = Image.DecompressionBombError, Image.DecompressionBombWarning
@@ -58,5 +58,7 @@ def opened_picture(data: bytes, name: str, formats: tuple[str, ...]) -> "Iterato
             yield image
     except ArtifactError:
         raise
+    except UnidentifiedImageError:  # which names an object in memory
+        raise ArtifactError(f"{name} is damaged, or none of {', '.join(formats)}") from None
     except (OSError, SyntaxError, ValueError, *bombs) as error:
         raise ArtifactError(f"{name} is damaged: {error}") from None

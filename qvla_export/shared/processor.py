@@ -141,6 +141,16 @@ class Processor:
             pixel_values(self._frame(observation.images[name]), image, out)
         return values.reshape(-1, side, side)
 
+    def require_tokenizer(self) -> Tokenizer:
+        """Return what makes tokens of words.
+
+        Raises:
+            CheckpointError: the policy has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise CheckpointError("the checkpoint has no tokenizer.json; add it beside config.json")
+        return self.tokenizer
+
     def prompt_ids(self, observation: Observation) -> NDArray[np.int64]:
         """Return the token ids of an observation's prompt; see `input_ids`.  int64 [L]"""
         state = self._filled_state(observation) if self.spec.state_bins else None
@@ -164,16 +174,15 @@ class Processor:
             return np.zeros(0, np.int64)
         if not instruction:
             raise InvalidObservation("an instruction is required, got none; say what to do")
-        if self.tokenizer is None:
-            raise CheckpointError("the checkpoint has no tokenizer.json; add it beside config.json")
+        tokenizer = self.require_tokenizer()
         if self.spec.language == "line":
-            return self._line_ids(self.tokenizer, instruction)
+            return self._line_ids(tokenizer, instruction)
         if self.spec.language == "cleaned":
             text = cleaned_prompt(self.spec.prompt, instruction, state, self.spec.state_bins)
         else:
             bare = without_template(instruction.lower(), self.spec.prompt)
             text = self.spec.prompt.format(instruction=bare)
-        words = self.tokenizer.encode(text).ids
+        words = tokenizer.encode(text).ids
         if not words or words[0] != self.spec.bos_token_id:
             words = [self.spec.bos_token_id, *words]
         ids = np.asarray(words, dtype=np.int64)

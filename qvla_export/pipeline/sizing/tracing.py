@@ -1,6 +1,9 @@
 """What tracing a policy into graphs takes, found by tracing two of its smallest parts."""
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,7 +11,7 @@ from qvla_export.pipeline.sizing.policy_costs import PolicyCosts
 from qvla_export.shared.target import Target
 
 if TYPE_CHECKING:
-    from qvla_export.policies.base import Policy
+    from qvla_export.policies.base import Policy, PolicyPart
 
 # Of the part that shows what a layer takes: few enough to be quick, enough to show.
 _FEWEST_LAYERS = 4
@@ -46,14 +49,27 @@ def measure_tracing(policy: "Policy", costs: PolicyCosts, target: Target) -> Tra
         return None
     few, some = parts[counts.index(least)], parts[counts.index(min(more))]
 
-    def traced_s(number: int) -> float:
+    def traced_s(part: "PolicyPart") -> float:
         from qvla_export.graph.float_graph import export_part
 
         began = time.process_time()
-        export_part(policy, (few, few, some)[number], layers, target)
+        export_part(policy, part, layers, target)
         return time.process_time() - began
 
-    first_s, few_s, some_s = map(traced_s, range(3))
+    with _quiet_tracing():
+        first_s, few_s, some_s = map(traced_s, (few, few, some))
     layer_s = max((some_s - few_s) / (min(more) - least), 0.0)
     graph_s = max(few_s - least * layer_s, 0.0)
     return TraceRates(max(first_s - few_s, 0.0), graph_s, layer_s)
+
+
+@contextmanager
+def _quiet_tracing() -> Iterator[None]:
+    """Keep quiet about graphs that nobody gets."""
+    log = logging.getLogger("qvla_export.graph.float_graph")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

@@ -161,12 +161,14 @@ def load_oft_policy(
 
 
 def check_oft_checkpoint(checkpoint: Path, unnorm_key: str | None, config: OftConfig) -> None:
-    """Refuse what `load_oft_policy` would refuse, in the memory of one tensor.
+    """Refuse what `load_oft_policy` and the first action would refuse, in the memory of one tensor.
 
     Raises:
-        CheckpointError, StatisticsError: as `load_oft_policy`.
+        CheckpointError, StatisticsError: as `load_oft_policy`; there is no tokenizer.
     """
-    _load(require_folder(checkpoint), unnorm_key, config, resident=False).require_finite()
+    policy = _load(require_folder(checkpoint), unnorm_key, config, resident=False)
+    policy.processor.require_tokenizer()
+    policy.require_finite()
 
 
 def _load(checkpoint: Path, unnorm_key: str | None, config: OftConfig, resident: bool) -> OftPolicy:

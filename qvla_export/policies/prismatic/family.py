@@ -109,10 +109,11 @@ class PrismaticFamily(abc.ABC, Generic[Config]):
         return self.load(checkpoint, unnorm_key, self.config(checkpoint, preset), resident)
 
     def check(self, checkpoint: Path, unnorm_key: str | None, preset: str | None) -> None:
-        """Refuse what `open` would refuse, in the memory of one tensor."""
-        self.load(
-            checkpoint, unnorm_key, self.config(checkpoint, preset), resident=False
-        ).require_finite()
+        """Refuse what `open` and the first action would refuse, in the memory of one tensor."""
+        config = self.config(checkpoint, preset)
+        policy = self.load(checkpoint, unnorm_key, config, resident=False)
+        policy.processor.require_tokenizer()
+        policy.require_finite()
 
     def check_files(self, checkpoint: Path, preset: str | None) -> None:
         """Refuse a folder by its files' names and headers; see `require_files`."""

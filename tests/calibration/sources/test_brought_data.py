@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -200,10 +202,27 @@ def test_cameras_of_one_name_or_one_column_are_refused(root: Path) -> None:
         open_dataset(root, ColumnOptions(tuple(f"a={c.partition('=')[2]}" for c in columns)))
 
 
-def test_depth_is_no_colour(root: Path) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((28, 28), 40_000, np.uint16)).save(buffer, "PNG")
-    set_column(root / DATA, IMAGE, pictures(buffer.getvalue()))
+def deep_png(kind: int, channels: int) -> bytes:
+    """Return a PNG of 28 x 28 pixels with 16 bits a channel; Pillow writes grey ones only."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", 28, 28, 16, kind, 0, 0, 0)
+    rows = zlib.compress((b"\0" + b"\x9c\x40" * 28 * channels) * 28)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels"),
+    [(0, 1), (4, 2), (2, 3), (6, 4)],
+    ids=["grey", "grey alpha", "RGB", "RGBA"],
+)
+def test_depth_is_no_colour(root: Path, kind: int, channels: int) -> None:
+    """Pillow opens all but plain grey as 8 bits a channel."""
+    set_column(root / DATA, IMAGE, pictures(deep_png(kind, channels)))
     with pytest.raises(
         ArtifactError, match=rf"{root}, episode 1, frame 2, column {IMAGE}: .*16-bit depth"
     ):
@@ -230,6 +249,37 @@ def test_pictures_of_a_camera_have_one_size(root: Path) -> None:
         ArtifactError, match=r"episode 1, frame 2, .* is 28 x 36, but .*episode 0, frame 0,"
     ):
         dataset[FRAMES + 2]
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [(["1", "2", "3", "4"], "no vectors of numbers"), ("1.5", "no vectors"), ([], "no numbers")],
+)
+def test_a_state_is_numbers(root: Path, value: Any, rule: str) -> None:
+    """Texts of numbers were read as these, and no number as a policy without a state."""
+    set_column(root / DATA, STATE, [value] * (FRAMES * NUMBER))
+    with pytest.raises(ArtifactError, match=rf"frame 2, column {STATE} holds {rule}.*--state-c"):
+        LeRobotDataset(root)[2]
+
+
+def test_states_have_one_width(root: Path) -> None:
+    rows = pq.read_table(root / DATA)[STATE].to_pylist()
+    set_column(root / DATA, STATE, [row[:3] if n >= FRAMES else row for n, row in enumerate(rows)])
+    dataset = LeRobotDataset(root)
+    dataset[0]
+    with pytest.raises(
+        ArtifactError, match=r"episode 1, frame 2, .* 3 numbers, but .*frame 0, .* 4"
+    ):
+        dataset[FRAMES + 2]
+
+
+def test_an_instruction_from_outside_needs_no_tasks(root: Path) -> None:
+    pq.write_table(pq.read_table(root / DATA).drop_columns(["task_index"]), root / DATA)
+    (root / "meta/tasks.parquet").unlink()
+    with pytest.raises(ArtifactError, match=r"tasks.parquet; .* say what to do with --instruction"):
+        LeRobotDataset(root)
+    dataset = open_dataset(root, ColumnOptions(instruction="close the window"))
+    assert dataset.frame(1, 2).observation.instruction == "close the window"
 
 
 @pytest.mark.parametrize("bad", [None, [0.0, 0.0, float("nan"), 0.0]])
@@ -266,6 +316,31 @@ def test_frames_without_an_instruction_are_named_or_left_out(root: Path) -> None
     assert drawn.episode_lengths == (2,)
     with pytest.raises(QvlaError, match="too short"):
         sample_dataset(LeRobotDataset(root), 4, 4, 0, skip_bad_frames=True)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "tasks", "rule"),
+    [
+        (
+            [0, 1, 2],
+            [["push", "pull"], ["open"], ["close"]],
+            r"a text, got \['push', 'pull'\]",
+        ),
+        ([0, 1, 2], [7, 8, 9], "an instruction is a text, got 7"),
+        ([0, 1, 1], ["push", "open", "close"], "1 is 'open' in a row before and 'close' here"),
+    ],
+)
+def test_a_task_is_one_text(root: Path, numbers: list[int], tasks: list[Any], rule: str) -> None:
+    """They became "['push', 'pull']", "7", and the last one, without a word."""
+    pq.write_table(pa.table({"task_index": numbers, "task": tasks}), root / "meta/tasks.parquet")
+    with pytest.raises(ArtifactError, match=rf"meta/tasks.parquet, row \d, column .*{rule}"):
+        LeRobotDataset(root)
+
+
+def test_a_task_may_be_listed_twice(original: Path, root: Path) -> None:
+    table = pq.read_table(root / "meta/tasks.parquet")
+    pq.write_table(pa.concat_tables([table, table]), root / "meta/tasks.parquet")
+    assert drawn_from(LeRobotDataset(root)).digest == drawn_from(LeRobotDataset(original)).digest
 
 
 def test_leaving_out_changes_nothing_where_all_is_well(original: Path) -> None:

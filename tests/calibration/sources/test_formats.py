@@ -362,6 +362,20 @@ def test_calvins_stretches_have_their_instructions(tmp_path: Path) -> None:
     np.testing.assert_array_equal(whole.frame(1, 2).action, stored["actions"].astype(np.float32))
 
 
+def test_calvins_stretches_that_overlap_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CALVIN's annotations do; a frame of two of them was measured on and judged by."""
+    root = write_calvin(tmp_path / "calvin")
+    spans = {"c": (4, 7), "a": (0, 3), "b": (2, 5)}
+    rows = [{"start": s, "end": e, "instruction": name} for name, (s, e) in spans.items()]
+    (root / "lang_annotations.json").write_text(json.dumps(rows))
+    source = open_source(root)
+    assert source.episode_lengths == (4, 4)
+    assert [source.frame(e, 0).observation.instruction for e in (0, 1)] == ["a", "c"]
+    assert "1 of 3 stretches begin inside another one" in caplog.text
+
+
 def test_calvins_pickle_is_never_loaded_and_its_conversion_runs(tmp_path: Path) -> None:
     root = write_calvin(tmp_path / "calvin")
     written = (root / "lang_annotations.json").read_text()
@@ -448,6 +462,60 @@ def test_recordings_are_demonstrations(tmp_path: Path) -> None:
     assert joined.frame(0, 0).observation.instruction == "fold the towel"
     drawn = sample_dataset(source, 2, 2, 0)
     assert len(drawn.observations) == 2
+
+
+def test_what_some_rows_have_the_others_need(tmp_path: Path) -> None:
+    """What the first row lacked was left out of all, without a word."""
+    root = write_list(tmp_path / "list")
+    rows = json.loads((root / "frames.json").read_text())
+    del rows[0]["state"], rows[0]["images"]["wrist"]
+    (root / "frames.json").write_text(json.dumps(rows))
+    source = open_source(root)
+    assert source.cameras == ("front", "wrist")
+    assert source.frame(0, 1).observation.state.shape == (4,)
+    with pytest.raises(ArtifactError, match=r"\[0\]: no picture of wrist is listed"):
+        source.frame(0, 0)
+    with pytest.raises(ArtifactError, match=r"\[0\].state: a list of numbers .* got nothing"):
+        open_source(root, KeyMap({"front": "front"})).frame(0, 0)
+
+
+def test_each_camera_of_a_list_has_its_own_picture(tmp_path: Path) -> None:
+    root = write_list(tmp_path / "list")
+    rows = json.loads((root / "frames.json").read_text())
+    rows[3]["images"]["wrist"] = rows[3]["images"]["front"]
+    (root / "frames.json").write_text(json.dumps(rows))
+    with pytest.raises(ArtifactError, match=r"frames.json, \[3\]: each camera has a picture"):
+        open_source(root)
+
+
+def test_states_of_other_formats_have_one_width(tmp_path: Path) -> None:
+    root = write_list(tmp_path / "list")
+    rows = json.loads((root / "frames.json").read_text())
+    rows[4]["state"] = [1.0]
+    (root / "frames.json").write_text(json.dumps(rows))
+    source = open_source(root)
+    source.frame(0, 0)
+    with pytest.raises(ArtifactError, match=r"episode 2, frame 0, .* 1 numbers, but .* has 4"):
+        source.frame(2, 0)
+
+
+def test_robomimics_files_are_refused_by_name(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "low_dim.hdf5", "w") as file:
+        group = file.create_group("data/demo_0")
+        group["actions"] = np.zeros((4, 7))
+        group["obs/agentview_image"] = np.zeros((4, 8, 8, 3), np.uint8)
+    with pytest.raises(ArtifactError, match="is robomimic's HDF5, which is not read"):
+        open_source(tmp_path)
+
+
+def test_rows_of_an_episode_follow_each_other(tmp_path: Path) -> None:
+    """Its frames were two episodes, and held out from themselves."""
+    root = write_list(tmp_path / "list")
+    rows = json.loads((root / "frames.json").read_text())
+    (root / "frames.json").write_text(json.dumps([rows[i] for i in (0, 2, 3, 1, 4, 5)]))
+    with pytest.raises(ArtifactError, match=r"frames.json, \[3\]: episode 0 has ended before"):
+        open_source(root)
 
 
 def test_rows_without_state_or_instruction_are_named_or_left_out(tmp_path: Path) -> None:

@@ -123,6 +123,17 @@ def test_what_was_not_downloaded_is_answered_with_the_command(home: Path, tmp_pa
     assert remedy in done.out
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["hf://datasets/", "https://huggingface.co/datasets/", "http:/huggingface.co/datasets/"],
+)
+def test_an_id_may_stand_in_an_address(home: Path, address: str) -> None:
+    with pytest.raises(QvlaError, match=r"hf download robots/cube-in.box --repo-type dataset"):
+        find_dataset(Path(address + NAME))
+    only = add_snapshot(home / "hub", "0001", "main")
+    assert find_dataset(Path(address + NAME)) == only
+
+
 def test_commands_take_an_id(home: Path, tmp_path: Path) -> None:
     add_snapshot(home / "hub", "0001", "main")
     run = tmp_path / "run"

@@ -21,6 +21,13 @@ from qvla_export.shared.errors import ArtifactError
         ("calib.jsonl", "is list of pictures"),
         ("run.mcap", "is MCAP"),
         ("notes.bag", "is a ROS 1 bag, which is not read"),
+        ("data.zarr/.zgroup", "is a Zarr store"),
+        (".zgroup", "is a Zarr store"),
+        ("data-00000-of-00001.arrow", "is Arrow files of the datasets library"),
+        ("1.0.0/x-train.array_record-00000-of-00001", "is RLDS in array_record files"),
+        ("000.tar", "is a WebDataset"),
+        ("demo.pickle", "is a pickle, which is not read"),
+        ("picture.png", "is no recording that is read"),
         ("notes.txt", "info not found|is no recording that is read"),
     ],
 )
@@ -28,6 +35,8 @@ def test_a_format_is_named(tmp_path: Path, file: str, message: str) -> None:
     path = tmp_path / file
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"")
+    if file.endswith(".arrow"):  # which comes with a file that RLDS has, too
+        (tmp_path / "dataset_info.json").write_text("{}")
     for place in (tmp_path, path):
         with pytest.raises(ArtifactError, match=message):
             LeRobotDataset(place)

@@ -124,6 +124,10 @@ class TestCheckpoint:
             assert finding(folder)["severity"] == "error"
             assert finding(folder)["observed"] == str(refused.value)
             (folder / "value_head--1_checkpoint.pt").unlink(missing_ok=True)
+        weights["projector.fc2.bias"][0] = 0
+        save_file(weights, folder / "model.safetensors")
+        (folder / "tokenizer.json").unlink()
+        assert "has no tokenizer.json; add it" in finding(folder)["observed"]
 
     def test_where_torch_is_missing_it_says_so(self, folder: Path) -> None:
         assert check_stored(read_checkpoint(folder, None)).severity == "unknown"

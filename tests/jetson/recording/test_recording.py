@@ -379,21 +379,27 @@ def test_commands_record_profile_and_replay(
     assert refused.code == 1 and "is above" in refused.err
 
 
-@pytest.mark.parametrize("way", ["lz4", "zstd without content size", "zstd in several frames"])
+@pytest.mark.parametrize(
+    "way",
+    ["lz4", "lz4 in several frames", "zstd without content size", "zstd in several frames"],
+)
 def test_chunks_of_other_writers_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """As the official writer (lz4) and Go's tools (zstd as a stream) compress."""
     path, other = tmp_path / "run.mcap", tmp_path / "other.mcap"
     recorded(path, [served(index) for index in range(4)])
-    plain = zstandard.ZstdCompressor(write_content_size=False)
+    is_lz4 = way.startswith("lz4")
+    sizeless = zstandard.ZstdCompressor(write_content_size=False)
+    plain = lz4.frame.compress if is_lz4 else sizeless.compress
 
     def compress(data: bytes) -> bytes:
         cuts = (0, len(data) // 3, len(data)) if "several" in way else (0, len(data))
-        return b"".join(plain.compress(data[a:b]) for a, b in itertools.pairwise(cuts))
+        return b"".join(plain(data[a:b]) for a, b in itertools.pairwise(cuts))
 
-    monkeypatch.setattr("mcap.writer.zstandard.compress", compress)
-    kind = CompressionType.LZ4 if way == "lz4" else CompressionType.ZSTD
+    place = "lz4.frame" if is_lz4 else "zstandard"
+    monkeypatch.setattr(f"mcap.writer.{place}.compress", compress)
+    kind = CompressionType.LZ4 if is_lz4 else CompressionType.ZSTD
     with path.open("rb") as source, other.open("wb") as target:
         writer = Writer(target, chunk_size=20_000, compression=kind)
         writer.start()
