@@ -211,7 +211,8 @@ def _key_remedy(facts: CheckpointFacts) -> str:
         other = f"--unnorm-key {shlex.quote(others[0])}, or " if others and facts.key else ""
         preset = fitting_presets(*facts.sizes) if facts.sizes is not None else ""
         return (
-            f"{other}correct action_dim, state_dim and normalization in {folder}/{CONFIG_NAME}"
+            f"{other}mend what is said of {folder}/{FILE_NAME}, or correct action_dim, state_dim "
+            f"and normalization in {folder}/{CONFIG_NAME}"
             f"{preset}"
         )
     nearest = difflib.get_close_matches(facts.key or "", facts.keys, n=1, cutoff=0.0)[0]
