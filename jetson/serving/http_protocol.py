@@ -19,6 +19,8 @@ from jetson.serving.connections import Connection, Connections
 from jetson.serving.event_loop import UnreadTimer
 
 HEAD_TIMEOUT_S = 10.0
+# A body may have so many chunks that are shorter than this.
+_MOST_SMALL_CHUNKS, _SMALL_BYTES = 1024, 1024
 # What a client of HTTP/2 says first (RFC 9113, 3.4); gRPC's are the only ones without asking.
 _HTTP_2 = b"PRI * HTTP/2.0\r\n"
 _GRPC = RepeatedWarning(logging.getLogger(__name__))
@@ -29,6 +31,7 @@ class HttpConnection(H11Protocol):
 
     def __init__(self, *arguments: Any, connections: Connections, **more: Any) -> None:
         super().__init__(*arguments, **more)
+        self.conn = _Parser(h11.SERVER)
         self._connections = connections
         self._connection: Connection | None = None
         self._head_timer: asyncio.TimerHandle | None = None
@@ -105,6 +108,13 @@ class HttpConnection(H11Protocol):
         if cycle is not None and not cycle.more_body and not cycle.response_complete:
             self._connection.begin()
 
+    def send_400_response(self, msg: str) -> None:
+        """Say that this is no HTTP, unless a reply was begun before that showed: then end."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
+
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Hand the connection over; it counts as a websocket client from here on."""
         self._forget()
@@ -131,6 +141,27 @@ class HttpConnection(H11Protocol):
         if self._connection is not None:
             self._connection.is_gone = True
             self._connections.remove(self._connection)
+
+
+class _Parser(h11.Connection):
+    """h11's, for which a body of millions of chunks is no body: each costs more than its bytes."""
+
+    _small_chunks = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Return what comes next.
+
+        Raises:
+            h11.RemoteProtocolError: it is no HTTP, or one small chunk too many.
+        """
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._small_chunks = 0
+        elif isinstance(event, h11.Data) and event.chunk_end and len(event.data) < _SMALL_BYTES:
+            self._small_chunks += 1
+            if self._small_chunks > _MOST_SMALL_CHUNKS:
+                raise h11.RemoteProtocolError("a body has too many small chunks")
+        return event
 
 
 def _refusal(error: ServerBusy) -> bytes:

@@ -116,7 +116,9 @@ class WebsocketThreads:
     ) -> None:
         """Serve a client that has a place; `greeting` completes the handshake."""
         peer = place.peer
-        connection = WebsocketConnection(stream, self._max_bytes, self._budget, place)
+        connection = WebsocketConnection(
+            stream, self._max_bytes, self._budget, place, self._gate.rate
+        )
         place.close = connection.wake
 
         def talk() -> None:

@@ -12,9 +12,10 @@ from contextlib import suppress
 
 import numpy as np
 
-from jetson.errors import ServerBusy
+from jetson.errors import RateLimited, ServerBusy
 from jetson.serving.byte_budget import ByteBudget, HeldBytes
 from jetson.serving.connections import Connection
+from jetson.serving.security import RateLimit
 
 _CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 _FINAL, _MASKED = 0x80, 0x80
@@ -46,6 +47,7 @@ class WebsocketConnection:
         max_bytes: longest message, fragments together.
         budget: bytes of messages of all clients.
         connection: what others know of it.
+        rate: what a client may ask in a second; a ping asks too.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class WebsocketConnection:
         max_bytes: int,
         budget: ByteBudget,
         connection: Connection,
+        rate: RateLimit,
     ) -> None:
         self._stream = stream
+        self._rate = rate
         self._max_bytes = max_bytes
         self._budget = budget
         self._connection = connection
@@ -166,6 +170,10 @@ class WebsocketConnection:
         return opcode, bool(first & _FINAL), payload
 
     def _control(self, opcode: int, payload: bytearray) -> None:
+        try:
+            self._rate.take(self._connection.peer)
+        except RateLimited as error:
+            raise self._violation(TRY_AGAIN, str(error)) from None
         if opcode == _PING:
             self._send(_PONG, payload)
         elif opcode == _CLOSE:

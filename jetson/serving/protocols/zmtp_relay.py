@@ -208,6 +208,7 @@ class _Client:
     async def _command(self, head: bytes, size: int, name: bytes) -> None:
         if size > _MAX_COMMAND_BYTES:
             raise PeerEnded(f"a command of {size} bytes")
+        self._limits.rate.take(self._place.peer)
         command = await self._reader.readexactly(size)
         if command.startswith(_READY):
             # The last of two counts; a name that the client chose could be another's.

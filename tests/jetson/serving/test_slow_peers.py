@@ -23,6 +23,7 @@ from ports import free_port
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 from websockets.sync.client import ClientConnection, connect
+from zmtp_peer import peer
 
 import jetson.server
 import jetson.serving.connections as connections
@@ -210,6 +211,54 @@ def test_a_request_with_two_lengths_closes_the_connection() -> None:
             reply += part
         assert reply.startswith(b"HTTP/1.1 400") and reply.count(b"HTTP/1.1") == 1
         assert b"not both" in reply
+
+
+def test_a_body_of_countless_chunks_is_none() -> None:
+    head = b"POST /act HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    policy = EchoPolicy(OFT)
+    body = json_numpy.dumps(oft_fields()).encode()
+    with open_server(policy, ServerSettings(port=0)) as url:
+        for size, status in ((1, b"400"), (16, b"200")):
+            pieces = [body[i : i + size] for i in range(0, len(body), size)]
+            assert (len(pieces) > 1024) == (status == b"400")
+            with socket.create_connection(place_of(url), timeout=20) as client:
+                chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+                with suppress(ConnectionResetError, BrokenPipeError):
+                    client.sendall(head + chunks + b"0\r\n\r\n")
+                assert client.recv(100).split()[1] == status
+
+
+def test_what_breaks_after_the_reply_ends_quietly(caplog: pytest.LogCaptureFixture) -> None:
+    head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with open_server(EchoPolicy(OFT), ServerSettings(port=0)) as url:
+        with socket.create_connection(place_of(url), timeout=20) as client:
+            client.sendall(head)
+            assert client.recv(1000).split()[1] == b"200"
+            client.sendall(b"no chunk\r\n")
+            with suppress(ConnectionResetError):
+                assert client.recv(1000) == b""
+        assert requests.get(f"{url}/healthz", timeout=20).status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_pings_without_end_are_requests_too() -> None:
+    settings = ServerSettings(port=0, gr00t_port=free_port(), max_rate_hz=20.0)
+    ping = bytes([0x89, 0x80]) + bytes(4)
+    with ExitStack() as stack:
+        url = stack.enter_context(open_server(EchoPolicy(OFT), settings))
+        client = websocket_client(url, stack)
+        with suppress(OSError):
+            client.socket.sendall(ping * 2000)
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(timeout=20)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1013
+        assert settings.gr00t_port is not None
+        other = peer(settings.gr00t_port, stack)
+        with suppress(OSError):
+            other.sendall(b"\x04\x07\x04PING\0\0" * 2000)
+        with suppress(ConnectionResetError):
+            while other.recv(1 << 16):
+                pass
 
 
 def test_work_whose_client_has_left_never_reaches_the_engine() -> None:
