@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qvla_export.quantizer.activations import (
     ACTIVATION_CODES,
-    DEFAULT_METHOD,
+    IMAGE_METHODS,
     TOKEN_SHARES,
     ActivationRanges,
     HistogramMethod,
@@ -127,8 +127,8 @@ class ActivationStatistics:
             bits: 8, or 4 for simulation.
             method: "max": the largest |x|. "percentile": 99.99 % of the numbers. "mse": the least
                 squared error. "entropy": the least divergence of the distributions. "token": a
-                share of each token's largest |x|, found anew in every run; of convolutions, as the
-                default method has it.
+                share of each token's largest |x|, found anew in every run; of convolutions one
+                range, see `IMAGE_METHODS`.
 
         Raises:
             QvlaError: an unknown width or method.
@@ -142,7 +142,7 @@ class ActivationStatistics:
                 limit = TOKEN_SHARES[bits]
                 per_token |= set(layers)
             else:
-                limit = histogram.range(DEFAULT_METHOD if method == "token" else method, bits)
+                limit = histogram.range(IMAGE_METHODS[bits] if method == "token" else method, bits)
             found.update(dict.fromkeys(layers, storable_range(limit, bits)))
         return ActivationRanges(bits, method, found, per_token)
 
