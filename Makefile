@@ -208,6 +208,10 @@ results: demo baselines-env networks
 	$$qvla baseline sign --bits 1 --run $(PRECISE) --policy $(OBJECT_STATE)
 	$$qvla estimators --run $(PRECISE) --policy $(OBJECT_STATE) --pairs 200 \
 	    --method first-order --rollouts precise --no-official
+	# At the bytes of the simulated bit.
+	$$qvla plan --run $(PRECISE) --setting w1.1 --budget-by bytes --budget 25824
+	$$qvla round --run $(PRECISE) --policy $(OBJECT_STATE) --setting w1.1
+	$$qvla export --run $(PRECISE) --policy $(OBJECT_STATE) --setting w1.1
 	# NAME PLACE EPISODES OTHER OPTION...; OTHER is the evaluation it is paired with.
 	evaluate() {
 	    file=$(PAIRED)/$$1 place=$(PRECISE)/settings/$$2 episodes=$$3 other=$(PAIRED)/$$4.json
@@ -226,6 +230,7 @@ results: demo baselines-env networks
 	    evaluate $$setting $$setting/baseline 50 float
 	    evaluate $$setting-mixed $$setting/baseline 50 float-mixed --shift mixed:2
 	done
+	evaluate w1.1 w1.1/bundle 50 float
 	evaluate float-often float/bundle 84 float-often --execute 4
 	evaluate float-blank float/bundle 10 float-blank --control blank-image
 	evaluate float-wrong float/bundle 20 float-wrong --control wrong-instruction
