@@ -94,8 +94,9 @@ def forecast(request: Deployment, policy: "Policy", rates: MachineRates | None =
     Args:
         request: as `deploy` takes it.
         policy: held as the request says.
-        rates: of this machine; None measures them, which takes about two seconds. Two parts are
-            traced as well, and a policy that is in memory and not large is tried on a batch.
+        rates: of this machine; None measures them, which takes about two seconds. A part of
+            each kind is traced as well, and a policy in memory that is not large is tried on a
+            batch.
 
     Raises:
         QvlaError: data and policy do not fit, or what `deploy` refuses before its first step.

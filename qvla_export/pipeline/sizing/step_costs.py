@@ -216,7 +216,7 @@ def _traced_s(work: Workload, first: bool) -> float:
     if work.tracing is None:
         steps = layers * (_TRACE_STEPS if anew else _PLAN_STEPS)
         return work.python_s(steps + (0 if work.resident else graphs * _GRAPH_STEPS))
-    traced = work.tracing.cpu_s(graphs, layers, first) if anew else 0.0
+    traced = work.tracing.cpu_s(graphs, first) if anew else 0.0
     return traced + work.python_s(layers * _PLAN_STEPS)
 
 

@@ -1,4 +1,4 @@
-"""What tracing a policy into graphs takes, found by tracing two of its smallest parts."""
+"""What tracing a policy into graphs takes, found by tracing one of its parts of each kind."""
 
 import logging
 import time
@@ -13,25 +13,25 @@ from qvla_export.shared.target import Target
 if TYPE_CHECKING:
     from qvla_export.policies.base import Policy, PolicyPart
 
-# Of the part that shows what a layer takes: few enough to be quick, enough to show.
-_FEWEST_LAYERS = 4
-
 
 @dataclass(frozen=True)
 class TraceRates:
-    """CPU seconds of tracing: of the first graph of a process, of any graph, of a layer in it."""
+    """CPU seconds of tracing: of a process's first graph, of any graph, of all parts within."""
 
     once_s: float
     graph_s: float
-    layer_s: float
+    inside_s: float
 
-    def cpu_s(self, graphs: int, layers: int, first: bool) -> float:
-        """Return the CPU seconds of so many graphs with so many layers in all."""
-        return self.once_s * first + self.graph_s * graphs + self.layer_s * layers
+    def cpu_s(self, graphs: int, first: bool) -> float:
+        """Return the CPU seconds of a policy that is cut into so many graphs."""
+        return self.once_s * first + self.graph_s * graphs + self.inside_s
 
 
 def measure_tracing(policy: "Policy", costs: PolicyCosts, target: Target) -> TraceRates | None:
-    """Trace a part with the fewest layers twice and one with some: seconds, of Python's work.
+    """Trace a part with the fewest layers twice, and one of each other number of layers.
+
+    Parts with as many layers are taken for alike: towers, blocks of a decoder. Of the latter the
+    second is traced, since the first also puts the prompt together.
 
     Args:
         policy: its weights are not read.
@@ -39,15 +39,12 @@ def measure_tracing(policy: "Policy", costs: PolicyCosts, target: Target) -> Tra
         target: for its operator set.
 
     Returns:
-        None where no two parts differ enough.
+        None where there are not several parts.
     """
     parts, layers = policy.parts(1), policy.layers()
     counts = [len(part.layers) for part in costs.parts]
-    least = min(counts, default=0)
-    more = [count for count in counts if count >= least + _FEWEST_LAYERS]
-    if len(parts) != len(counts) or not more:
+    if len(parts) != len(counts) or len(parts) < 2:
         return None
-    few, some = parts[counts.index(least)], parts[counts.index(min(more))]
 
     def traced_s(part: "PolicyPart") -> float:
         from qvla_export.graph.float_graph import export_part
@@ -56,11 +53,15 @@ def measure_tracing(policy: "Policy", costs: PolicyCosts, target: Target) -> Tra
         export_part(policy, part, layers, target)
         return time.process_time() - began
 
+    least, inside_s = min(counts), 0.0
+    few = parts[counts.index(least)]
     with _quiet_tracing():
-        first_s, few_s, some_s = map(traced_s, (few, few, some))
-    layer_s = max((some_s - few_s) / (min(more) - least), 0.0)
-    graph_s = max(few_s - least * layer_s, 0.0)
-    return TraceRates(max(first_s - few_s, 0.0), graph_s, layer_s)
+        first_s, graph_s = traced_s(few), traced_s(few)
+        for count in sorted({*counts} - {least}):
+            alike = [part for part, own in zip(parts, counts, strict=True) if own == count]
+            one_s = traced_s(alike[min(1, len(alike) - 1)])
+            inside_s += len(alike) * max(one_s - graph_s, 0.0)
+    return TraceRates(max(first_s - graph_s, 0.0), graph_s, inside_s)
 
 
 @contextmanager

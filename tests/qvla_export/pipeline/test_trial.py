@@ -142,25 +142,25 @@ def test_every_recorded_step_is_foretold(
     assert {"kept layers", "agreement with exact"} < set(names)
 
 
-def test_tracing_is_measured_on_two_parts(work: Workload, tiny_policy: OftPolicy) -> None:
+def test_tracing_is_measured_on_a_part_of_each_kind(work: Workload, tiny_policy: OftPolicy) -> None:
     rates = measure_tracing(tiny_policy, work.policy, CPU)
     assert rates is not None
-    assert rates.graph_s > 0 and rates.layer_s > 0 and rates.once_s >= 0
-    # Of one part, or of parts that are alike, nothing shows what a layer takes.
+    assert rates.graph_s > 0 and rates.inside_s > 0 and rates.once_s >= 0
+    # Of one part nothing shows what is of the graph and what is of the layers in it.
     alike = replace(work.policy, parts=work.policy.parts[:1])
     assert measure_tracing(tiny_policy, alike, CPU) is None
 
 
 def test_a_graph_in_memory_is_traced_once_and_parts_each_time(work: Workload) -> None:
-    rates = TraceRates(once_s=100.0, graph_s=10.0, layer_s=1.0)
+    rates = TraceRates(once_s=100.0, graph_s=10.0, inside_s=1000.0)
     whole = replace(work, tracing=rates)
     cut = replace(whole, trial=None, streamed=StreamedMemory(sensitivities=1, rounding=1))
-    layers, parts = len(work.policy.layers), len(work.policy.parts)
+    parts = len(work.policy.parts)
     for held, first, traced_s in (
-        (whole, True, 100 + 10 + layers),
+        (whole, True, 100 + 10 + 1000),
         (whole, False, 0),
-        (cut, True, 100 + 10 * parts + layers),
-        (cut, False, 10 * parts + layers),
+        (cut, True, 100 + 10 * parts + 1000),
+        (cut, False, 10 * parts + 1000),
     ):
         taken = step_costs.export_costs(held, W4, first).cpu_s
         assert taken == pytest.approx(traced_s, abs=0.1)
