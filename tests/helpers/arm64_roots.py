@@ -2,20 +2,25 @@
 
     python tests/helpers/arm64_roots.py FOLDER
 
-fetches them from the mirror that this machine's apt uses, some 100 MB; nothing is installed, and
-none of the packages' scripts run. Then: QVLA_ARM64=FOLDER make test-slow
+fetches them from the mirror that this machine's apt uses, some 100 MB, and TensorRT for RTX, whose
+builder needs no GPU, from pip's index, 90 MB; nothing is installed, and none of the packages'
+scripts run. Then: QVLA_ARM64=FOLDER make test-slow
 """
 
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 # Suite of Debian -> minor of its Python 3. No suite has 3.10 or 3.12.
 SUITES = {"bookworm": 11, "trixie": 13}
 # The oldest emulator that runs ONNX Runtime on a cortex-a78ae is 11; only sid has it.
 _EMULATOR_SUITE, _EMULATOR = "sid", "qemu-user"
+# Folder of TensorRT for RTX, and the suite whose Python it is for.
+TENSORRT, TENSORRT_SUITE = "tensorrt-rtx", "trixie"
+_TENSORRT_VERSION = "1.7.1.116"
 _PACKAGES = ("python3", "libstdc++6", "libgcc-s1", "libc-bin", "coreutils", "bash", "base-files")
 
 
@@ -28,6 +33,27 @@ def fetch(folder: Path) -> None:
     shutil.rmtree(unpacked)
     for suite in SUITES:
         _unpack(folder, suite, "arm64", _PACKAGES, folder / suite)
+    fetch_tensorrt(folder)
+
+
+def fetch_tensorrt(folder: Path) -> None:
+    """Fetch TensorRT for RTX, as the system's package of Python that JetPack's TensorRT is."""
+    packages, wheels = folder / TENSORRT, folder / "wheels"
+    names = [f"tensorrt-rtx-cu13-{name}=={_TENSORRT_VERSION}" for name in ("libs", "bindings")]
+    minor = SUITES[TENSORRT_SUITE]
+    words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels)]
+    words += ["--only-binary", ":all:", "--platform", "manylinux_2_35_aarch64"]
+    words += ["--implementation", "cp", "--python-version", f"3.{minor}"]
+    subprocess.run([*words, "--abi", f"cp3{minor}", "--abi", "none", *names], check=True)
+    for wheel in wheels.iterdir():
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(packages)
+    shutil.rmtree(wheels)
+    # What their meta-package installs, which has no wheel.
+    name = "tensorrt_rtx"
+    (packages / name).mkdir()
+    imports = f"from {name}_bindings import *\nfrom {name}_bindings import __version__\n"
+    (packages / name / "__init__.py").write_text(imports)
 
 
 def _unpack(

@@ -2,7 +2,8 @@
 
 Started as `unshare --user --map-root-user --mount --net --pid --fork python emulated_robot.py JOB`:
 it prepares the system, lets the runtime install, check, activate and serve a release in it, and
-asks that server for actions over HTTP, as a client outside the emulation.
+asks that server for actions over HTTP, as a client outside the emulation; or lets the runtime build
+a bundle's engines.
 """
 
 import ctypes
@@ -49,10 +50,17 @@ def observations(contract: PolicyContract, count: int) -> list[Observation]:
     ]
 
 
-def run(root: Path, emulator: Path, python: str) -> dict[str, Any]:
+def build(root: Path, runtime: list[str]) -> Any:
+    """Build the engines of /opt/bundle; return what the command said."""
+    done = _inside(root, [*runtime, "build", "/opt/bundle", "--json"])
+    output, _ = done.communicate()
+    if done.returncode != 0:
+        raise SystemExit(f"qvla build ended with {done.returncode}")
+    return json.loads(output)
+
+
+def serve(root: Path, runtime: list[str]) -> dict[str, Any]:
     """Carry a release from its repository to actions; return what each command said."""
-    _prepare(root, emulator)
-    runtime = [f"/usr/bin/{python}", "/opt/qvla.pex"]
     commands = {
         "install": ("--from", "/opt/repository", "--target", "cpu", "--root", "/opt/1.root.json"),
         "verify": ("--samples", "20"),
@@ -130,4 +138,7 @@ def _connected(server: "subprocess.Popen[bytes]") -> RemotePolicy:
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    print(json.dumps(run(Path(job["root"]), Path(job["emulator"]), job["python"])))
+    system = Path(job["root"])
+    _prepare(system, Path(job["emulator"]))
+    do = {"build": build, "serve": serve}[job["what"]]
+    print(json.dumps(do(system, [f"/usr/bin/{job['python']}", "/opt/qvla.pex"])))
