@@ -16,6 +16,7 @@ from jetson.errors import RateLimited, ServerBusy
 from jetson.serving.byte_budget import ByteBudget, HeldBytes
 from jetson.serving.connections import Connection
 from jetson.serving.security import RateLimit
+from qvla_export.shared.errors import QvlaError
 
 _CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 _FINAL, _MASKED = 0x80, 0x80
@@ -257,6 +258,11 @@ class WebsocketConnection:
             self._stream.sendall(head + payload)
         except OSError as error:
             raise ConnectionOver(f"the client does not read: {error}") from None
+
+
+def closing_code(error: QvlaError) -> int:
+    """Return the code with which an error closes a connection: whether to ask again, or why not."""
+    return TRY_AGAIN if isinstance(error, ServerBusy | RateLimited) else INTERNAL_ERROR
 
 
 def _unmask(payload: bytearray, mask: bytearray) -> None:

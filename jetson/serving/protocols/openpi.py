@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jetson.errors import RateLimited, ServerBusy, WireError, forget_frames
+from jetson.errors import WireError, forget_frames
 from jetson.serving.arrays import decode_packed, encode_packed
 from jetson.serving.fields import observation_of
 from jetson.serving.message_pack import pack, unpack_map
 from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import RateLimit
-from jetson.serving.websocket import INTERNAL_ERROR, TRY_AGAIN, WebsocketConnection
+from jetson.serving.websocket import WebsocketConnection, closing_code
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.json_documents import brief
@@ -99,10 +99,8 @@ class OpenpiEndpoint:
             except QvlaError as error:
                 _LOG.warning("no action for %s: %s", peer, error)
                 connection.send(f"{type(error).__name__}: {error}")
-                busy = isinstance(error, ServerBusy | RateLimited)
-                code = TRY_AGAIN if busy else INTERNAL_ERROR
                 forget_frames(error)
-                connection.close(code, type(error).__name__)
+                connection.close(closing_code(error), type(error).__name__)
                 return
 
     def _answer(

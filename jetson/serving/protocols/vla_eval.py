@@ -36,7 +36,7 @@ from jetson.serving.message_pack import pack, unpack_map
 from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import RateLimit
-from jetson.serving.websocket import INTERNAL_ERROR, WebsocketConnection
+from jetson.serving.websocket import WebsocketConnection, closing_code
 from qvla_export.shared.action import ActionChunk, Gripper, with_gripper
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.json_documents import brief
@@ -170,7 +170,7 @@ class VlaEvalEndpoint:
                 self._hear(connection, peer, actions)
             except QvlaError as error:
                 connection.send(_refusal(error, 0, peer))
-                connection.close(INTERNAL_ERROR, type(error).__name__)
+                connection.close(closing_code(error), type(error).__name__)
                 return
 
     def _hear(self, connection: WebsocketConnection, peer: str, actions: Actions) -> None:

@@ -29,12 +29,13 @@ import jetson.server
 import jetson.serving.connections as connections
 import jetson.serving.http_protocol as http_protocol
 import jetson.serving.websocket as websocket
-from jetson.errors import ServerBusy
+from jetson.errors import RateLimited, ServerBusy, WireError
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.byte_budget import ByteBudget
 from jetson.serving.connections import Connection, Connections
 from qvla_export.shared.action import ActionChunk
+from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
 HEAD = b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30000000\r\n\r\n{"
@@ -259,6 +260,13 @@ def test_pings_without_end_are_requests_too() -> None:
         with suppress(ConnectionResetError):
             while other.recv(1 << 16):
                 pass
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ServerBusy("x"), 1013), (RateLimited("x"), 1013), (WireError("x"), 1011)]
+)
+def test_a_websocket_closes_with_whether_to_ask_again(error: QvlaError, code: int) -> None:
+    assert websocket.closing_code(error) == code
 
 
 def test_work_whose_client_has_left_never_reaches_the_engine() -> None:
