@@ -91,10 +91,14 @@ def check_columns(facts: DatasetFacts | None, needs: Needs | None) -> BoardFindi
             wanted=", ".join(needs.cameras),
         )
     sizes, wanted = (facts.state_dim, facts.action_dim), (needs.state_dim, needs.action_dim)
-    if wanted[0] and sizes != wanted:
+    wrong = ["state"] if wanted[0] and sizes[0] != wanted[0] else []
+    # Calibration needs no actions.
+    wrong += ["action"] if sizes[1] and sizes[1] != wanted[1] else []
+    if wrong:
+        options = " and ".join(f"--{name}-column COLUMN" for name in wrong)
         return _COLUMNS.warning(
             f"state {sizes[0]}, action {sizes[1]}",
-            "name the column of the policy's state: --state-column COLUMN, one of what is there: "
+            f"name the column of the policy's {' and '.join(wrong)}: {options}, of what is there: "
             f"{_look_into(facts.path)}",
             wanted=f"state {wanted[0]}, action {wanted[1]}",
         )

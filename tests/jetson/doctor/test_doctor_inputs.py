@@ -150,7 +150,16 @@ class TestDataset:
         assert check_columns(half, two).remedy.endswith(
             "--camera full_image=full_image --camera wrist_image=hand"
         )
-        assert "--state-column" in check_columns(replace(facts, state_dim=9), needs).remedy
+        assert (
+            "--state-column COLUMN, of" in check_columns(replace(facts, state_dim=9), needs).remedy
+        )
+        # Calibration needs no action; another one is named by its own option.
+        assert check_columns(replace(facts, action_dim=0), needs).severity == "ok"
+        assert (
+            "action: --action-column" in check_columns(replace(facts, action_dim=7), needs).remedy
+        )
+        both = check_columns(replace(facts, state_dim=9, action_dim=7), needs).remedy
+        assert "--state-column COLUMN and --action-column COLUMN" in both
 
     @pytest.mark.parametrize(
         ("needed", "present", "columns", "unused"),
