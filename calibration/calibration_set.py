@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from calibration.benchmarks.metaworld.demonstrations import Recording, record_episode
-from calibration.benchmarks.metaworld.simulator import ACTION_NAMES, UNIT_MM, Simulator
-from calibration.benchmarks.metaworld.tasks import TASKS, find_task
+from calibration.benchmarks.metaworld.simulator import ACTION_NAMES, Simulator
+from calibration.benchmarks.metaworld.tasks import TASKS, UNIT_MM, find_task
 from calibration.demonstrated_actions import (
     FOLLOWING,
     Demonstrations,

@@ -12,10 +12,10 @@ from calibration.benchmarks.delay import CommandQueue
 from calibration.benchmarks.evaluation import EpisodeResult, RolloutConfig
 from calibration.benchmarks.metaworld.roll_forward import hand_ahead
 from calibration.benchmarks.metaworld.shifts import shift_of
-from calibration.benchmarks.metaworld.simulator import CONTROL_HZ, UNIT_MM, Simulator
-from calibration.benchmarks.metaworld.tasks import scene_siblings
-from calibration.benchmarks.motion import closes, measure_motion
+from calibration.benchmarks.metaworld.tasks import Task, scene_siblings
+from calibration.benchmarks.motion import Motion, closes, measure_motion
 from calibration.benchmarks.phases import Phase, phase_of
+from calibration.benchmarks.simulators import BenchmarkSimulator
 from qvla_export.shared.action import ActionChunk, ActionPolicy
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
@@ -24,7 +24,7 @@ _BLANK = 127
 
 
 def run_episode(
-    simulator: Simulator,
+    simulator: BenchmarkSimulator,
     policy: ActionPolicy,
     config: RolloutConfig,
     seed: int,
@@ -36,14 +36,9 @@ def run_episode(
     Time passes while the policy thinks if the configuration says so: a fixed number of steps, or
     live, as long as it took by the clock (seconds). See `CommandQueue`.
     """
-    instruction = None
-    if config.control == "wrong-instruction":
-        siblings = scene_siblings(simulator.task)
-        instruction = siblings[seed % len(siblings)].instruction
-    shift = shift_of(config.shift, simulator.task, seed)
-    observation = simulator.reset(seed, instruction, shift)
+    observation = _begin(simulator, config, seed)
     record = _Record(simulator)
-    queue = CommandQueue(config.execute, config.seam_limit_mm / UNIT_MM)
+    queue = CommandQueue(config.execute, config.seam_limit_mm / (simulator.task.unit_mm or 1.0))
     delay = config.delay_steps
     while not simulator.done:
         # Of a live policy, what the last thought took is the best guess for this one.
@@ -56,7 +51,7 @@ def run_episode(
         if config.live:
             infer_s = clock() - began_s
             record.infer_ms.append(1000.0 * infer_s)
-            delay = math.ceil(infer_s * CONTROL_HZ)
+            delay = math.ceil(infer_s * simulator.task.control_hz)
         if reference is not None:
             record.compare(chunk, _usable(reference.infer(seen)))
         for step in queue.steps(chunk.actions, delay, foreseen):
@@ -69,10 +64,21 @@ def run_episode(
     return record.result(seed)
 
 
+def _begin(simulator: BenchmarkSimulator, config: RolloutConfig, seed: int) -> Observation:
+    """Start an episode with what the configuration changes of it; Meta-World's tasks alone."""
+    task, instruction, shift = simulator.task, None, None
+    if isinstance(task, Task):
+        if config.control == "wrong-instruction":
+            siblings = scene_siblings(task)
+            instruction = siblings[seed % len(siblings)].instruction
+        shift = shift_of(config.shift, task, seed)
+    return simulator.reset(seed, instruction, shift)
+
+
 class _Record:
     """What an episode leaves behind."""
 
-    def __init__(self, simulator: Simulator) -> None:
+    def __init__(self, simulator: BenchmarkSimulator) -> None:
         self._simulator = simulator
         self._positions = [simulator.hand]
         self._chunks: list[int] = []
@@ -84,7 +90,7 @@ class _Record:
     def compare(self, chunk: ActionChunk, reference: ActionChunk) -> None:
         """Note how far a decision is from the reference's, and in which phase."""
         self.deviations.append(_deviation(chunk, reference))
-        closing = closes(np.array([action[3] for action in self.actions]))
+        closing = closes(np.array([action[-1] for action in self.actions]))
         self._phases.append(phase_of(closing, self._simulator.goal_distance_m))
 
     def act(self, action: NDArray[np.float32], chunk: int) -> None:
@@ -97,16 +103,23 @@ class _Record:
     def result(self, seed: int) -> EpisodeResult:
         """Return the episode."""
         simulator = self._simulator
-        motion = measure_motion(
-            np.stack(self._positions),
-            np.stack(self.actions),
-            np.flatnonzero(np.diff(self._chunks)) + 1,
-            CONTROL_HZ,
-            UNIT_MM,
-        )
         result = simulator.task.name, seed, simulator.success, simulator.steps
-        return EpisodeResult(
-            *result, tuple(self.deviations), motion, tuple(self.infer_ms), tuple(self._phases)
+        decisions = tuple(self.deviations), self._motion(), tuple(self.infer_ms)
+        return EpisodeResult(*result, *decisions, tuple(self._phases))
+
+    def _motion(self) -> Motion | None:
+        """Return how the hand moved; None where actions are no steps of one hand."""
+        task = self._simulator.task
+        if task.unit_mm is None:
+            return None
+        actions = np.stack(self.actions)
+        return measure_motion(
+            np.stack(self._positions),
+            # Steps of the hand and the gripper, without turns of the wrist.
+            np.concatenate([actions[:, :3], actions[:, -1:]], axis=1),
+            np.flatnonzero(np.diff(self._chunks)) + 1,
+            task.control_hz,
+            task.unit_mm,
         )
 
 

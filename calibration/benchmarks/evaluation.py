@@ -8,11 +8,13 @@ from typing import Any, Literal
 import numpy as np
 
 from calibration.benchmarks.chains import ChainScore, chain_lengths, score_chains
+from calibration.benchmarks.libero.libero_tasks import libero_task
 from calibration.benchmarks.metaworld.shifts import NO_SHIFT, parse_shift, shift_fits, shift_of
-from calibration.benchmarks.metaworld.simulator import CONTROL_HZ
 from calibration.benchmarks.metaworld.tasks import find_task, scene_siblings
 from calibration.benchmarks.motion import Motion, MotionSummary, summarize_motion
 from calibration.benchmarks.phases import PHASES
+from calibration.benchmarks.simulators import find_benchmark_task, require_meta_world
+from qvla_export.shared.action import Gripper
 from qvla_export.shared.artifacts import read_json, require_fields, write_json
 from qvla_export.shared.errors import ArtifactError, QvlaError
 
@@ -46,6 +48,9 @@ class RolloutConfig:
     seam_limit_mm: float = 0.0
     # What is changed of the scenes, "NAME:GRADE", see `Shift`; mixed has all that apply in turn.
     shift: str = NO_SHIFT
+    # What the policy means by its gripper's number, where the simulator has a convention; None
+    # elsewhere.
+    gripper: Gripper | None = None
 
     def __post_init__(self) -> None:
         least = min(self.episodes - 1, self.execute - 1, self.seed, self.delay_steps)
@@ -62,8 +67,29 @@ class RolloutConfig:
         if len({*self.tasks}) != len(self.tasks):
             raise QvlaError(f"each task counts once, got {', '.join(self.tasks)}")
         for name in self.tasks:
-            find_task(name)
+            find_benchmark_task(name)
         parse_shift(self.shift)
+        self._check_simulators()
+
+    def _check_simulators(self) -> None:
+        """Refuse what the tasks' simulators do not do."""
+        only = {
+            f"the shift {self.shift}": self.shift != NO_SHIFT,
+            f"the control {self.control}": self.control == "wrong-instruction",
+            self.timing: self.live or self.delay_steps or self.roll_forward or self.seam_limit_mm,
+        }
+        for what, asked in only.items():
+            if asked:
+                require_meta_world(self.tasks, what)
+        libero = [name for name in self.tasks if libero_task(name)]
+        if libero and self.gripper is None:
+            raise QvlaError(
+                f"{libero[0]} opens at -1 and closes at +1: say what the policy means, --gripper "
+                "robosuite for 0 closed and 1 open (OpenVLA's data sets, OFT, UniVLA) or as-is for "
+                "-1 and +1 (LIBERO's own demonstrations)"
+            )
+        if self.gripper is not None and not libero:
+            raise QvlaError("--gripper is for LIBERO's tasks; leave it out")
 
     @property
     def timing(self) -> str:
@@ -79,6 +105,8 @@ class RolloutConfig:
         Raises:
             QvlaError: there are none.
         """
+        if self.shift == NO_SHIFT and self.control != "wrong-instruction":
+            return self
         kept = tuple(name for name in self.tasks if shift_fits(self.shift, find_task(name)))
         if not kept:
             raise QvlaError(
@@ -139,8 +167,8 @@ class Evaluation:
 
     def solved_per_hour(self) -> float:
         """Return the tasks solved in an hour of motion, failed attempts included."""
-        steps = sum(row.steps for row in self.results)
-        return 3600.0 * CONTROL_HZ * sum(row.success for row in self.results) / steps
+        hours = sum(row.steps / find_benchmark_task(row.task).control_hz for row in self.results)
+        return 3600.0 * sum(row.success for row in self.results) / hours
 
     def infer_ms(self) -> tuple[float, float] | None:
         """Return the median and 99 % quantile of a live rollout's decisions."""
@@ -152,7 +180,7 @@ class Evaluation:
     def success_by_shift(self) -> dict[str, float]:
         """Return the share of solved episodes of each shift; empty without any."""
         solved: dict[str, list[bool]] = {}
-        for row in self.results:
+        for row in self.results if self.config.shift != NO_SHIFT else ():
             shift = shift_of(self.config.shift, find_task(row.task), row.seed)
             if shift is not None:
                 solved.setdefault(str(shift), []).append(row.success)

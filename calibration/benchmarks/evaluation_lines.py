@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from calibration.benchmarks.evaluation import Evaluation
+from calibration.benchmarks.simulators import version_doubts
 
 
 def evaluation_lines(evaluation: Evaluation, path: Path) -> Iterator[str]:
@@ -28,6 +29,10 @@ def evaluation_lines(evaluation: Evaluation, path: Path) -> Iterator[str]:
         decided = [value for row in evaluation.results for value in row.deviations]
         parts = ", ".join(f"{phase} {value:.3g}" for phase, value in by_phase.items())
         yield f"  mean ||dA||^2 of a decision on policy {np.mean(decided):.3g}: {parts}"
+    for doubt in version_doubts(evaluation.config.tasks, evaluation.versions):
+        yield f"  warning: {doubt}"
+    if any("-fast/" in task for task in evaluation.config.tasks):
+        yield "  drawn fast: what collides, in plain colours; no figure to publish"
 
 
 def success_text(evaluation: Evaluation) -> str:

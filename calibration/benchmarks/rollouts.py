@@ -19,8 +19,12 @@ from calibration.benchmarks.evaluation import (
     load_evaluation,
     result_from_json,
 )
-from calibration.benchmarks.metaworld.simulator import Simulator
-from calibration.benchmarks.metaworld.tasks import find_task
+from calibration.benchmarks.simulators import (
+    BenchmarkSimulator,
+    find_benchmark_task,
+    open_simulator,
+    simulator_versions,
+)
 from calibration.benchmarks.workers import leave_with_parent
 from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.artifacts import versions, write_bytes
@@ -101,7 +105,8 @@ def evaluate(
             done[result.task, result.seed] = result
             tell(len(done), len(wanted))
     ordered = tuple(done[pair] for pair in wanted)
-    evaluation = Evaluation(job.policy, job.digest, config, ordered, versions())
+    here = {**versions(), **simulator_versions(config.tasks)}
+    evaluation = Evaluation(job.policy, job.digest, config, ordered, here)
     evaluation.save(output)
     partial.unlink()
     return evaluation
@@ -153,12 +158,12 @@ class _Worker:
         self.policy = factory()
         self.reference = reference() if reference is not None else None
         self.config = config
-        self.simulator: Simulator | None = None
+        self.simulator: BenchmarkSimulator | None = None
 
     def run(self, task: str, seed: int) -> EpisodeResult:
         if self.simulator is None or self.simulator.task.name != task:
             self.close()
-            self.simulator = Simulator(find_task(task))
+            self.simulator = open_simulator(find_benchmark_task(task))
         return run_episode(self.simulator, self.policy, self.config, seed, self.reference)
 
     def close(self) -> None:

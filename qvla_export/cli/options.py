@@ -246,7 +246,7 @@ TasksOption = Annotated[
     typer.Option(
         "--tasks",
         help="Comma-separated task names, precise for those as object state, precise-pictures for "
-        "those in pictures; the eight of large objects by default.",
+        "those in pictures; the eight of large objects by default. evaluate: LIBERO's suites too.",
     ),
 ]
 CountOption = Annotated[int, typer.Option(help="Observations to measure on.")]

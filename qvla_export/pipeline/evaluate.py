@@ -14,6 +14,7 @@ from qvla_export.pipeline.action_error import (
     held_out_error,
     load_error_if_current,
 )
+from qvla_export.pipeline.benchmarks.benchmark_policy import BenchmarkPolicySource
 from qvla_export.pipeline.calibrate import load_calibration, require_calibration
 from qvla_export.pipeline.fake_quantized import plan_divergence
 from qvla_export.pipeline.plan import load_plan
@@ -62,8 +63,32 @@ def evaluate_policy(
     # Opened here as well, so that a bad reference is refused before any episode.
     reference_digest = "" if reference is None else reference.digest(reference())
     name = Path(source.place).name
-    job = RolloutJob(name, digest, source, config, reference, reference_digest)
+    policies = [_before(one, config) for one in (source, reference)]
+    assert policies[0] is not None
+    job = RolloutJob(name, digest, policies[0], config, policies[1], reference_digest)
     return evaluate(job, output, workers, bar(on_progress, f"rollouts, {name}"))
+
+
+def _before(
+    source: PolicySource | None, config: "RolloutConfig"
+) -> "PolicySource | BenchmarkPolicySource | None":
+    """Return what opens a policy before the configuration's tasks; None where there is none."""
+    from calibration.benchmarks.simulators import has_others
+
+    if source is None or not has_others(config.tasks):
+        return source
+    return BenchmarkPolicySource(source, config.gripper or "as-is")
+
+
+def evaluated_tasks(names: str | None) -> tuple[str, ...]:
+    """Return the tasks of any simulator that an option names; see `choose_benchmark_tasks`.
+
+    Raises:
+        QvlaError: a name is unknown.
+    """
+    from calibration.benchmarks.simulators import choose_benchmark_tasks
+
+    return choose_benchmark_tasks(names)
 
 
 def action_error(

@@ -57,7 +57,7 @@ def pair_evaluations(evaluation: "Evaluation", other: "Evaluation") -> Evaluatio
     Raises:
         ArtifactMismatch: their episodes are not the same or not executed alike.
     """
-    from calibration.benchmarks.metaworld.tasks import find_task
+    from calibration.benchmarks.simulators import find_benchmark_task
 
     shared = min(evaluation.config.episodes, other.config.episodes)
     if _episodes(evaluation.config, shared) != _episodes(other.config, shared):
@@ -67,7 +67,7 @@ def pair_evaluations(evaluation: "Evaluation", other: "Evaluation") -> Evaluatio
             "--control"
         )
     ours, theirs = _first(evaluation, shared), _first(other, shared)
-    scenes = [(find_task(row.task).scene, row.seed) for row in ours.results]
+    scenes = [(find_benchmark_task(row.task).scene, row.seed) for row in ours.results]
     difference = paired_difference(
         [row.success for row in ours.results], [row.success for row in theirs.results], scenes
     )

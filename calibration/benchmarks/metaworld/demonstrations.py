@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from calibration.benchmarks.metaworld.disturbance import Disturbance
 from calibration.benchmarks.metaworld.experts import Expert
 from calibration.benchmarks.metaworld.object_state import OBJECT_STATE
-from calibration.benchmarks.metaworld.simulator import CONTROL_HZ, IMAGE_SIZE, Simulator
-from calibration.benchmarks.metaworld.tasks import Task
+from calibration.benchmarks.metaworld.simulator import IMAGE_SIZE, Simulator
+from calibration.benchmarks.metaworld.tasks import CONTROL_HZ, Task
 from calibration.benchmarks.workers import leave_with_parent
 from calibration.sources.image_codec import encode_png
 from calibration.sources.lerobot_writer import Episode, write_dataset

@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.benchmarks.metaworld.shifts import Shift
+from calibration.benchmarks.rendering import choose_renderer
 from qvla_export.shared.errors import QvlaError
 
-# mujoco reads these once, when it is first imported: by us, metaworld or gymnasium.
-_GL = os.environ.setdefault("MUJOCO_GL", "egl")
-if _GL in ("egl", "osmesa"):
-    os.environ.setdefault("PYOPENGL_PLATFORM", _GL)
+# Before anybody imports mujoco: we, metaworld or gymnasium.
+choose_renderer()
 
 PACKAGES = "libegl1 libgl1 libgles2 libegl-mesa0 libosmesa6"
 

@@ -28,18 +28,18 @@ from calibration.benchmarks.metaworld.shifts import (
     shifted_positions,
     shifted_start,
 )
-from calibration.benchmarks.metaworld.tasks import HAND_CAMERA, Task, draw_placement
+from calibration.benchmarks.metaworld.tasks import (
+    ACTION_REPEAT,
+    HAND_CAMERA,
+    Task,
+    draw_placement,
+)
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
 IMAGE_SIZE = 84
-# Simulator steps per control step: the policy acts at half the simulator's 80 Hz.
-ACTION_REPEAT = 2
-CONTROL_HZ = 40
 ACTION_DIM = 4
 ACTION_NAMES = ("x", "y", "z", "gripper")
-# Of an action of 1: the simulator moves the hand's target by 10 mm (`action_scale`) at each step.
-UNIT_MM = 10.0 * ACTION_REPEAT
 STATE_DIM = 4
 
 # Numbers of a placement of object and goal.

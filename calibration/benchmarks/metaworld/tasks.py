@@ -19,6 +19,11 @@ from qvla_export.shared.errors import QvlaError
 
 Bounds = tuple[tuple[float, ...], tuple[float, ...]]
 
+# Simulator steps per control step: the policy acts at half the simulator's 80 Hz.
+ACTION_REPEAT: Final = 2
+CONTROL_HZ: Final = 40
+# Of an action of 1: the simulator moves the hand's target by 10 mm (`action_scale`) at each step.
+UNIT_MM: Final = 10.0 * ACTION_REPEAT
 # Names of the cameras that draw: one that stands still, one that follows the hand.
 CAMERA: Final = "image"
 HAND_CAMERA: Final = "hand_image"
@@ -73,6 +78,16 @@ class Task:
     def instruction(self) -> str:
         """The canonical phrasing."""
         return self.instructions[0]
+
+    @property
+    def control_hz(self) -> int:
+        """Control steps a second."""
+        return CONTROL_HZ
+
+    @property
+    def unit_mm(self) -> float:
+        """How far an action of 1 moves the hand, mm."""
+        return UNIT_MM
 
 
 _STEPS = 120

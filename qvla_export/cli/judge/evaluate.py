@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -56,6 +56,10 @@ def evaluate(
         ),
     ] = "none",
     control: Annotated[str, typer.Option(help="none, blank-image or wrong-instruction.")] = "none",
+    gripper: Annotated[
+        Literal["as-is", "robosuite"] | None,
+        typer.Option(help="LIBERO: robosuite turns a policy's 0 closed and 1 open round."),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -86,14 +90,12 @@ def evaluate(
     """Run closed-loop episodes in the simulator; success with its Wilson 95 % interval."""
     from calibration.benchmarks.evaluation import RolloutConfig, load_evaluation, parse_control
     from calibration.benchmarks.evaluation_lines import evaluation_lines
-    from qvla_export.pipeline.calibrate import chosen_tasks
-    from qvla_export.pipeline.evaluate import evaluate_policy
+    from qvla_export.pipeline.evaluate import evaluate_policy, evaluated_tasks
     from qvla_export.pipeline.paired_evaluations import pair_evaluations
     from qvla_export.pipeline.policy_source import PolicySource
 
-    chosen = chosen_tasks(tasks)
     config = RolloutConfig(
-        tasks=chosen,
+        tasks=evaluated_tasks(tasks),
         episodes=episodes,
         seed=seed,
         execute=execute,
@@ -103,6 +105,7 @@ def evaluate(
         roll_forward=roll_forward,
         seam_limit_mm=seam_limit_mm,
         shift=shift,
+        gripper=gripper,
     )
     quantized = None if checkpoint is None else str(checkpoint)
     source = PolicySource(policy, unnorm_key, preset, threads=1, checkpoint=quantized)

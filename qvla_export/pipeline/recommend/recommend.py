@@ -122,7 +122,8 @@ def labels_of(demonstrations: "Demonstrations | None") -> ActionLabels | None:
 
 def labels_before(run: RunFolder, calibration: CalibrationRequest | None) -> ActionLabels | None:
     """Return what will be known of the actions of a calibration set that is yet to be drawn."""
-    from calibration.benchmarks.metaworld.simulator import ACTION_NAMES, UNIT_MM
+    from calibration.benchmarks.metaworld.simulator import ACTION_NAMES
+    from calibration.benchmarks.metaworld.tasks import UNIT_MM
     from calibration.demonstrated_actions import ActionSource
 
     if calibration is None:

@@ -22,8 +22,8 @@ from calibration.benchmarks.metaworld.demonstrations import (
 )
 from calibration.benchmarks.metaworld.disturbance import Disturbance
 from calibration.benchmarks.metaworld.experts import Expert
-from calibration.benchmarks.metaworld.simulator import CONTROL_HZ, Simulator
-from calibration.benchmarks.metaworld.tasks import CAMERA, Task, find_task
+from calibration.benchmarks.metaworld.simulator import Simulator
+from calibration.benchmarks.metaworld.tasks import CAMERA, CONTROL_HZ, Task, find_task
 from calibration.sources.image_codec import decode_png
 from calibration.sources.lerobot import LeRobotDataset
 from qvla_export.shared.artifacts import sha256_tree

@@ -1,0 +1,1 @@
+"""ALOHA in simulation: gym-aloha, for policies of two arms."""

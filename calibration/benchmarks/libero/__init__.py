@@ -1,0 +1,1 @@
+"""LIBERO: suites, official initial states, OpenVLA's evaluation. In an environment of its own."""

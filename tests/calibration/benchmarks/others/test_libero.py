@@ -1,0 +1,145 @@
+"""LIBERO itself, in its environment: make simulators."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from places import ROOT
+from tiny_policy import TINY_CONFIG, TINY_INSTRUCTIONS, TINY_SIZE
+
+from calibration.benchmarks.libero.initial_states import load_initial_states
+from calibration.benchmarks.libero.libero_expert import solve_libero
+from calibration.benchmarks.libero.libero_simulator import (
+    LiberoSimulator,
+    axis_angle,
+    find_libero,
+)
+from calibration.benchmarks.libero.libero_tasks import SUITES, LiberoTask, suite_tasks
+from calibration.benchmarks.simulators import find_benchmark_task, simulator_versions
+from qvla_export.policies.oft.new_checkpoint import new_module, save_checkpoint
+from qvla_export.policies.prismatic.new_checkpoint import train_tokenizer
+from qvla_export.shared.errors import QvlaError
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    # The simulators' packages warn of their own syntax and deprecations.
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("libero") is None,
+        reason="no LIBERO here: make simulators",
+    ),
+]
+# Of each of libero_object's ten tasks.
+EPISODES = int(os.environ.get("QVLA_LIBERO_EPISODES", "2"))
+
+
+def task_of(name: str) -> LiberoTask:
+    task = find_benchmark_task(name)
+    assert isinstance(task, LiberoTask)
+    return task
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_task_has_words_a_scene_and_fifty_states(suite: str) -> None:
+    found = [find_libero(task_of(name)) for name in suite_tasks(suite)]
+    assert len({task.language for task in found}) == len(found) or suite == "libero_90"
+    for task in found:
+        assert task.language and task.scene.is_file()
+        assert len(load_initial_states(task.states)) == 50
+
+
+def test_what_the_package_does_not_have_is_named() -> None:
+    with pytest.raises(QvlaError, match=r"no suite 'libero_strange'; it has .*libero_object"):
+        find_libero(LiberoTask("libero_strange", 0))
+    with pytest.raises(QvlaError, match=r"libero_object_with_mug has 10 tasks"):
+        find_libero(LiberoTask("libero_object_with_mug", 10))
+    assert simulator_versions(["libero_object/0"])["robosuite"] == "1.4.0"
+
+
+def test_observations_are_those_of_openvla_s_evaluation() -> None:
+    from libero.libero.envs import OffScreenRenderEnv
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    task = task_of("libero_object/0")
+    simulator = LiberoSimulator(task)
+    expected = simulator.reset(1_000_003)
+    simulator.close()
+    found = find_libero(task)
+    theirs = OffScreenRenderEnv(
+        bddl_file_name=str(found.scene), camera_heights=256, camera_widths=256
+    )
+    theirs.seed(0)
+    theirs.reset()
+    theirs.set_init_state(load_initial_states(found.states)[3])
+    for _ in range(10):
+        seen = theirs.step([0.0] * 6 + [-1.0])[0]
+    for name, camera in (("image", "agentview"), ("wrist_image", "robot0_eye_in_hand")):
+        # Theirs are drawn within a control step and of a scene rebuilt for the episode.
+        off = np.abs(expected.images[name].astype(int) - seen[f"{camera}_image"][::-1, ::-1])
+        assert (off > 0).mean() < 0.05 and off.mean() < 1.0, (name, off.mean())
+    turn = quat2axisangle(seen["robot0_eef_quat"].copy())
+    np.testing.assert_allclose(axis_angle(seen["robot0_eef_quat"]), turn, atol=1e-12)
+    parts = seen["robot0_eef_pos"], turn, seen["robot0_gripper_qpos"]
+    np.testing.assert_allclose(expected.state, np.concatenate(parts), atol=1e-6)
+    theirs.close()
+
+
+def test_an_episode_repeats_and_fast_drawing_shows_the_same_world() -> None:
+    shown = {}
+    for name in ("libero_object/0", "libero_object-fast/0"):
+        simulator = LiberoSimulator(task_of(name))
+        first = simulator.reset(7)
+        simulator.step(np.ones(7, np.float32))
+        simulator.reset(8)
+        again = simulator.reset(7)
+        np.testing.assert_array_equal(first.state, again.state)
+        np.testing.assert_array_equal(first.images["image"], again.images["image"])
+        shown[name] = again
+        simulator.close()
+    slow, fast = shown.values()
+    np.testing.assert_array_equal(slow.state, fast.state)
+    assert (slow.images["image"] != fast.images["image"]).any()
+    colours = {tuple(pixel) for pixel in fast.images["image"].reshape(-1, 3)[::7]}
+    assert len(colours) > 8
+
+
+def test_the_expert_solves_libero_object() -> None:
+    solved = {}
+    for name in suite_tasks("libero_object"):
+        simulator = LiberoSimulator(task_of(name))
+        solved[name] = [solve_libero(simulator, seed) for seed in range(EPISODES)]
+        simulator.close()
+    print("libero_object, solved by the expert:", solved)
+    assert np.mean(list(solved.values())) >= 0.85
+
+
+def test_a_checkpoint_is_evaluated_by_the_command(tmp_path: Path) -> None:
+    cameras = ("full_image", "wrist_image")
+    config = replace(TINY_CONFIG, cameras=cameras, action_dim=7, state_dim=8, horizon=8)
+    tokenizer = train_tokenizer(TINY_INSTRUCTIONS, TINY_SIZE.vocab_size)
+    statistics = {}
+    for part, size in (("action", 7), ("proprio", 8)):
+        statistics[part] = {"q01": [-1.0] * size, "q99": [1.0] * size}
+        statistics[part] |= {"min": [-1.0] * size, "max": [1.0] * size}
+    statistics["action"]["mask"] = [True] * 7
+    module = new_module(TINY_SIZE, config, 0)
+    checkpoint = tmp_path / "checkpoint"
+    save_checkpoint(checkpoint, module, config, tokenizer, {"libero": statistics}, step=0)
+    output = tmp_path / "evaluation.json"
+    words = ["-m", "qvla_export", "evaluate", checkpoint, "--tasks", "libero_object-fast/0"]
+    words += ["--episodes", 1, "--gripper", "robosuite", "--workers", 1, "--output", output]
+    command = [sys.executable, *map(str, words)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "drawn fast" in run.stdout and "warning" not in run.stdout
+    written = json.loads(output.read_text())
+    (episode,) = written["results"]
+    assert episode["task"] == "libero_object-fast/0" and episode["steps"] in range(1, 281)
+    assert written["versions"]["robosuite"] == "1.4.0"
