@@ -88,7 +88,7 @@ def test_help_lists_the_commands_in_panels_most_used_first(
         "demonstrations bench",
     }
     timed = re.findall(r"^│ (\w+) ", qvla("bench", "-h").out, re.M)
-    assert " ".join(timed) == "engines allocation server size rates gpu"
+    assert " ".join(timed) == "engines allocation weights server size rates gpu"
 
 
 def test_the_version_is_that_of_the_package() -> None:
