@@ -219,6 +219,8 @@ def test_a_picture_is_refused_by_its_size_before_it_is_decoded(client: VlaEvalCl
         pack("dance", {}, 1),
         pack("hello", {"protocol_version": 2}, 1),
     ],
+    # A message says when it was made, which two workers would call two tests.
+    ids=["nothing", "unknown byte", "deep", "text", "list", "no number", "dance", "version 2"],
 )
 def test_what_is_no_message_gets_a_reason_and_ends_the_connection(
     url: str, message: bytes | str
