@@ -42,6 +42,8 @@ def known_format(root: Path) -> str | None:
 
 def describe_other(root: Path) -> str | None:
     """Return what a place is that holds no recording, and the remedy; None if unknown."""
+    if not root.exists():
+        return f"data set not found: {root}"
     if root.is_dir():
         inner = [
             path.parents[1] for below in _BELOW for path in root.glob(below + "meta/info.json")

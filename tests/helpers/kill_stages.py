@@ -6,6 +6,7 @@ One process imports everything once; every attempt is a forked child, which kill
 SIGKILL just before its n-th fsync, rename or removal.
 """
 
+import importlib
 import json
 import logging
 import os
@@ -36,6 +37,8 @@ from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.report.page import write_report
 from qvla_export.shared.artifacts import sha256_file, versions, write_json
 
+# What stages import when they run: every child would do it again.
+_LAZY = ("metaworld", "onnxruntime", "onnxscript", "jinja2", "matplotlib.pyplot", "scipy.stats")
 _OPERATIONS = ("fsync", "replace", "rename", "unlink", "rmdir")
 W4, FLOAT = parse_setting("w4"), parse_setting("float")
 
@@ -211,6 +214,8 @@ def description(checkpoint: Path, policy: OftPolicy) -> dict[str, Any]:
 
 def main(checkpoint: Path, dataset: Path, work: Path) -> None:
     torch.set_num_threads(1)
+    for name in _LAZY:
+        importlib.import_module(name)
     policy = load_oft_policy(checkpoint)
     # Traced once here, as `qvla deploy` does for all settings of a run.
     exporting._GRAPHS[policy.digest, CPU.name] = export_float(policy, CPU)

@@ -3,6 +3,7 @@
 import io
 import itertools
 import time
+from contextlib import suppress
 from typing import Any
 
 import msgpack
@@ -122,6 +123,10 @@ class VlaEvalWire:
             while not answers or answers[-1]["seq"] != mark:
                 answers.append(self.client.receive())
         except ConnectionClosed as closed:
+            # The reason may be there already when the mark behind the request cannot be sent.
+            with suppress(ConnectionClosed):
+                while not answers:
+                    answers.append(self.client.receive())
             self.client.close()
             self.client = VlaEvalClient(self.url)
             if not answers:

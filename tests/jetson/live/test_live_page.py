@@ -38,7 +38,9 @@ LOADED = "document.images.length == 2 && [...document.images].every(i => i.natur
 class LimitedPolicy(EchoPolicy):
     """Says its limits; the last step of the echo policy's second dimension, 3, is outside."""
 
-    processor = SimpleNamespace(statistics=SimpleNamespace(action=LIMITS, key="tiny"))
+    processor = SimpleNamespace(
+        command_limits=LIMITS, statistics=SimpleNamespace(action=LIMITS, key="tiny")
+    )
 
 
 def seen(side: int = 40) -> Observation:

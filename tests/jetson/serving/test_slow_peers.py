@@ -237,6 +237,8 @@ def test_what_breaks_after_the_reply_ends_quietly(caplog: pytest.LogCaptureFixtu
             assert client.recv(1000).split()[1] == b"200"
             client.sendall(b"no chunk\r\n")
             with suppress(ConnectionResetError):
+                # The reply's body may come in a packet of its own.
+                assert client.recv(1000) in (b"", b"OK\n")
                 assert client.recv(1000) == b""
         assert requests.get(f"{url}/healthz", timeout=20).status_code == 200
     assert not [record for record in caplog.records if record.exc_info]

@@ -126,7 +126,7 @@ def test_unknown_names(run: Path, inputs: Inputs, command: str, message: str) ->
         ("plan --run {run} --setting w0", "a setting is 'float'"),
         ("plan --run {run} --setting float", "the float setting has no plan"),
         ("calibrate --run {run} --dataset {run}/nowhere", "data set not found"),
-        ("calibrate --run {run} --dataset {run}/settings", "settings/meta/info.json"),
+        ("calibrate --run {run} --dataset {run}/settings", "is no recording that is read"),
         ("calibrate --run {run} --count 0", "at least 1 each, got 0, 64 and 2"),
         ("deploy --run {run} --policy {run}/nowhere", "checkpoint folder not found"),
         ("deploy --run {run} --policy {run}/settings", "is neither a checkpoint folder"),
@@ -142,7 +142,7 @@ def test_unknown_names(run: Path, inputs: Inputs, command: str, message: str) ->
         ("evaluate {run}/settings/w4/bundle --output {run}/e --seed -1", "seed >= 0"),
         ("evaluate {run}/settings/w4/bundle --output {run}/e --tasks make-tea", "no task"),
         ("train {run}/nowhere {run}/trained", "data set not found"),
-        ("train {run}/settings {run}/trained", "settings/meta/info.json"),
+        ("train {run}/settings {run}/trained", "is no recording that is read"),
         ("train {run}/settings {run}/trained --precision fp8", "must be bf16 or fp32"),
     ],
 )

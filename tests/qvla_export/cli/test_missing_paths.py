@@ -24,7 +24,7 @@ MAY_BE_MISSING = {
     *("output", "work", "timing_cache", "environment", "export_times", "export_profile"),
     *("record", "modelopt", "engines", "store"),
     *("release sign repository", "release publish repository", "keys new folder"),
-    *(f"{command} run" for command in ("deploy", "calibrate", "compare")),
+    *(f"{command} run" for command in ("deploy", "calibrate", "compare", "bench weights")),
     # They say in their own words what is missing.
     *(f"doctor {name}" for name in ("place", "bundle", "checkpoint", "dataset", "token_file")),
     # It may be an id of the Hub: see the test of data sets.

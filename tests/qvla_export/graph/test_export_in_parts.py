@@ -1,22 +1,26 @@
 """A policy cut into parts, its weights left on disk: the same actions, and exports that resume."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from tiny_bundles import make_bundle, mixed_plan
 from tiny_policy import TINY_SIZE
 
 import qvla_export.graph.export
+import qvla_export.graph.part_export
 from engines.base import EngineError
 from engines.ort import OrtEngine
 from engines.targets import CPU
 from qvla_export.graph.export import ExportOptions, export_bundle
+from qvla_export.graph.float_graph import export_part
 from qvla_export.graph.golden import golden_actions
 from qvla_export.measurement.measure_activations import measure_activations
+from qvla_export.policies.base import Policy, PolicyPart
 from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.shared.artifacts import sha256_file
@@ -26,6 +30,22 @@ from qvla_export.shared.observation import Observation
 
 Observations = Callable[..., list[Observation]]
 PARTS = ["dino", "siglip", "projector", "decoder_00", "decoder_01", "head"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Trace each part once, which takes seconds: what becomes of it is tested here."""
+    graphs: dict[tuple[str, str], ir.Model] = {}
+
+    def traced(policy: Policy, part: PolicyPart, *rest: Any) -> ir.Model:
+        key = (policy.digest, part.name)
+        if key not in graphs:
+            graphs[key] = export_part(policy, part, *rest)
+        return graphs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qvla_export.graph.part_export, "export_part", traced)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,11 @@ def test_variants_are_told_by_their_files(case: Variant) -> None:
     told = describe_checkpoint(folder)
     assert ("vision_backbone--5" in told) == case.film
     assert ("head diffusion" in told) == bool(case.steps)
-    recognize(folder).check(folder, None, None)
+    if (folder / "tokenizer.json").exists():
+        recognize(folder).check(folder, None, None)
+    else:
+        with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+            recognize(folder).check(folder, None, None)
     recognize(folder).check_files(folder, None)
     if case.steps:
         with pytest.raises(CheckpointError, match=r"noisy_action_projector.*set head to"):
