@@ -5,11 +5,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from jetson.control.chunks import TimedChunk
 from jetson.control.loop_state import LoopState
 from jetson.control.sources import TimedObservation
+from jetson.recording.new_files import create_recording
 
 _LOG = logging.getLogger(__name__)
 
@@ -133,11 +134,15 @@ class JsonlRecorder:
     """One JSON object a line and slot, without pictures; what a killed run wrote can be read."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Create the file.
+
+        Raises:
+            RefusedSetting: it exists or cannot be made.
+        """
         self.failure: str | None = None
         # Slots that were not kept.
         self.dropped = 0
-        self._file: TextIO = path.open("w", encoding="utf-8")
+        self._file = create_recording(path)
 
     def on_observation(self, observation: TimedObservation) -> None:
         """Do nothing: pictures do not go into JSON."""
@@ -157,7 +162,7 @@ class JsonlRecorder:
         value = {**asdict(record), "state": record.state.value}
         value["age_ms"], value["late_ms"] = record.age_ms, record.late_ms
         try:
-            self._file.write(json.dumps(value, allow_nan=False) + "\n")
+            self._file.write(json.dumps(value, allow_nan=False).encode() + b"\n")
         except OSError as error:
             self.failure = f"{type(error).__name__}: {error}"
             self.dropped += 1

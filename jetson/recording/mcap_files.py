@@ -15,6 +15,7 @@ from typing import IO, Any
 from mcap.writer import Writer
 
 from jetson.errors import RefusedSetting
+from jetson.recording.new_files import create_recording
 from jetson.recording.schemas import SCHEMAS
 from qvla_export.shared.mcap_records import IDENTITY, NUMBER, numbered_file
 from qvla_export.shared.recorded_messages import ABOUT, END
@@ -46,15 +47,9 @@ class McapFiles:
         # Of this file; and bytes of messages since the last of them.
         self._chunks = 0
         self._pending_bytes = 0
+        file = create_recording(first, numbered_file(first, 2))
         try:
-            first.parent.mkdir(parents=True, exist_ok=True)
-            if (following := numbered_file(first, 2)).exists():
-                raise FileExistsError(errno.EEXIST, "File exists", str(following))
-            self._begin(first.open("xb"))
-        except FileExistsError as error:
-            raise RefusedSetting(
-                f"{error.filename} exists; recordings are not overwritten, choose another name"
-            ) from None
+            self._begin(file)
         except OSError as error:
             raise RefusedSetting(f"cannot record to {first}: {error}") from None
 

@@ -8,8 +8,9 @@ before it begins.
 import asyncio
 import logging
 import ssl
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from jetson.repeated_warning import RepeatedWarning
 
@@ -19,24 +20,16 @@ HANDSHAKE_TIMEOUT_S = 10.0
 UNREAD_TIMEOUT_S = 30.0
 
 
-class Arriving(Protocol):
+class Arriving(asyncio.Protocol, ABC):
     """A protocol of asyncio that is told of a connection before its handshake."""
 
+    @abstractmethod
     def arrive(self, transport: asyncio.Transport) -> bool:
         """Give a connection a place; close it and return False where there is none."""
-        ...
 
+    @abstractmethod
     def leave(self) -> None:
         """Give the place of a connection back that never got to its protocol."""
-        ...
-
-    def connection_made(self, transport: Any) -> None:
-        """Begin, encrypted."""
-        ...
-
-    def data_received(self, data: bytes) -> None:
-        """Take what the client said."""
-        ...
 
 
 class ServingLoop(asyncio.SelectorEventLoop):
@@ -92,7 +85,7 @@ class _Handshake(asyncio.Protocol):
             self._protocol.leave()
             transport.abort()
             return
-        encrypted.set_protocol(self._protocol)  # type: ignore[arg-type]  # it is one, of asyncio
+        encrypted.set_protocol(self._protocol)
         self._protocol.connection_made(encrypted)
         if self._early:
             self._protocol.data_received(bytes(self._early))

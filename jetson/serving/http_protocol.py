@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from jetson.errors import RETRY_AFTER_S, ServerBusy
 from jetson.repeated_warning import RepeatedWarning
 from jetson.serving.connections import Connection, Connections
-from jetson.serving.event_loop import UnreadTimer
+from jetson.serving.event_loop import Arriving, UnreadTimer
 
 HEAD_TIMEOUT_S = 10.0
 # A body may have so many chunks that are shorter than this.
@@ -26,7 +26,7 @@ _HTTP_2 = b"PRI * HTTP/2.0\r\n"
 _GRPC = RepeatedWarning(logging.getLogger(__name__))
 
 
-class HttpConnection(H11Protocol):
+class HttpConnection(H11Protocol, Arriving):
     """One HTTP connection; `state.connection` of its requests is what is known of it."""
 
     def __init__(self, *arguments: Any, connections: Connections, **more: Any) -> None:
@@ -51,10 +51,9 @@ class HttpConnection(H11Protocol):
         """Give the place of a connection back whose handshake failed."""
         self._forget()
 
-    def connection_made(  # type: ignore[override]  # the transport is narrower, as uvicorn's is
-        self, transport: asyncio.Transport
-    ) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection, or say that there are too many."""
+        assert isinstance(transport, asyncio.Transport)
         super().connection_made(transport)
         try:
             connection = self._connection or self._admit(transport)

@@ -1,5 +1,6 @@
 """A policy that says what it saw, and requests for it; shared by the server's tests."""
 
+import threading
 import time
 from typing import Any
 
@@ -12,6 +13,8 @@ from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.observation import Observation
 
 IMAGE = np.arange(16 * 20 * 3, dtype=np.uint8).reshape(16, 20, 3)
+OPENVLA = PolicyContract(("image",), 4, 7, 0, "tiny", "d1gest", "cpu")
+OFT = PolicyContract(("front", "hand"), 4, 7, 8, "tiny")
 
 
 class EchoPolicy:
@@ -39,8 +42,17 @@ class EchoPolicy:
         return ActionChunk(actions, actions, {"preprocess": 0.25, "engine": 1.5})
 
 
-OPENVLA = PolicyContract(("image",), 4, 7, 0, "tiny", "d1gest", "cpu")
-OFT = PolicyContract(("front", "hand"), 4, 7, 8, "tiny")
+class GatedPolicy(EchoPolicy):
+    """Acts once a test opens the gate, and says that it was asked to."""
+
+    def __init__(self, contract: PolicyContract = OFT) -> None:
+        super().__init__(contract)
+        self.acting, self.gate = threading.Event(), threading.Event()
+
+    def infer(self, observation: Observation) -> ActionChunk:
+        self.acting.set()
+        self.gate.wait(20)
+        return super().infer(observation)
 
 
 def oft_fields(**changes: Any) -> dict[str, Any]:

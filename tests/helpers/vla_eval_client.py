@@ -45,8 +45,8 @@ def from_tagged(value: Any) -> Any:
     return value
 
 
-def pack(kind: str, payload: Any, seq: int) -> bytes:
-    """Spell a message."""
+def pack(kind: str, payload: Any, seq: object) -> bytes:
+    """Spell a message, right or wrong."""
     message = {"type": kind, "payload": payload, "seq": seq, "timestamp": time.time()}
     packed: bytes = msgpack.packb(message)
     return packed

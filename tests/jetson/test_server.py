@@ -3,7 +3,6 @@
 import http.client
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -12,13 +11,11 @@ import json_numpy
 import numpy as np
 import pytest
 import requests
-from echo_policy import IMAGE, OFT, OPENVLA, EchoPolicy, oft_fields, post
+from echo_policy import IMAGE, OFT, OPENVLA, EchoPolicy, GatedPolicy, oft_fields, post
 
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.policy_contract import PolicyContract
-from qvla_export.shared.action import ActionChunk
-from qvla_export.shared.observation import Observation
 
 
 @pytest.fixture(scope="module")
@@ -192,18 +189,12 @@ def test_concurrent_requests_are_answered_each_with_its_own_action(
 
 
 def test_too_many_waiting_requests_are_sent_away() -> None:
-    gate = threading.Event()
-
-    class Gated(EchoPolicy):
-        def infer(self, observation: Observation) -> ActionChunk:
-            gate.wait(20)
-            return super().infer(observation)
-
+    policy = GatedPolicy()
     settings = ServerSettings(port=0, max_pending=2, warmup=0)
-    with open_server(Gated(OFT), settings) as url, ThreadPoolExecutor(5) as pool:
+    with open_server(policy, settings) as url, ThreadPoolExecutor(5) as pool:
         replies = as_completed([pool.submit(post, url, oft_fields()) for _ in range(5)])
         refused = [next(replies).result().status_code for _ in range(3)]
-        gate.set()
+        policy.gate.set()
         assert refused == [503] * 3
         assert [reply.result().status_code for reply in replies] == [200, 200]
 

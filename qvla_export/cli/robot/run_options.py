@@ -83,7 +83,7 @@ CommandsOption = Annotated[
 ]
 RecordOption = Annotated[
     Path | None,
-    typer.Option(help="FILE.mcap: pictures, actions and slots; else a JSON line a slot."),
+    typer.Option(help="New FILE.mcap: pictures, actions and slots; else a JSON line a slot."),
 ]
 LiveOption = Annotated[
     str | None,

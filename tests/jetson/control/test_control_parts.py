@@ -205,6 +205,16 @@ def test_the_record_says_what_happened_at_each_slot(tmp_path: Path) -> None:
     assert lines[-1]["state"] == "stopped"
 
 
+def test_a_record_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text("of yesterday")
+    with pytest.raises(RefusedSetting, match=r"run\.jsonl exists; recordings are not overwritten"):
+        JsonlRecorder(path)
+    assert path.read_text() == "of yesterday"
+    with pytest.raises(RefusedSetting, match="cannot record to"):
+        JsonlRecorder(path / "run.jsonl")
+
+
 class Gate:
     """A policy that waits to be let through."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import requests
-from echo_policy import IMAGE, OFT, EchoPolicy, oft_fields, post
+from echo_policy import IMAGE, OFT, EchoPolicy, GatedPolicy, oft_fields, post
 from gr00t_client import Gr00tClient, npy
 from openpi_client import msgpack_numpy
 from places import ROOT
@@ -429,22 +429,15 @@ def test_without_descriptors_accepting_pauses_and_says_so_once() -> None:
 
 
 def test_a_busy_server_says_in_every_protocol_when_to_come_back() -> None:
-    gate, asked = threading.Event(), threading.Event()
-
-    class Gated(EchoPolicy):
-        def infer(self, observation: Observation) -> ActionChunk:
-            asked.set()
-            gate.wait(20)
-            return super().infer(observation)
-
+    policy = GatedPolicy()
     with ExitStack() as stack:
         zmq_port = free_port()
         settings = ServerSettings(port=0, gr00t_port=zmq_port, warmup=0, max_pending=1)
-        url = stack.enter_context(open_server(Gated(OFT), settings))
-        stack.callback(gate.set)
+        url = stack.enter_context(open_server(policy, settings))
+        stack.callback(policy.gate.set)
         first = threading.Thread(target=post, args=(url, oft_fields()))
         first.start()
-        assert asked.wait(20)
+        assert policy.acting.wait(20)
         refused = post(url, oft_fields())
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
         said = "overloaded: retry after 1 s"
@@ -458,5 +451,5 @@ def test_a_busy_server_says_in_every_protocol_when_to_come_back() -> None:
         with pytest.raises(ConnectionClosed) as closed:
             client.recv(timeout=20)
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1013
-        gate.set()
+        policy.gate.set()
         first.join(20)

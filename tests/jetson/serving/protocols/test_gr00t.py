@@ -12,15 +12,13 @@ import msgpack
 import numpy as np
 import pytest
 import zmq
-from echo_policy import IMAGE, OFT, OPENVLA, EchoPolicy, oft_fields, post
+from echo_policy import IMAGE, OFT, OPENVLA, EchoPolicy, GatedPolicy, oft_fields, post
 from gr00t_client import Gr00tClient, npy
 from ports import free_port
 
 from jetson.errors import RefusedSetting
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
-from qvla_export.shared.action import ActionChunk
-from qvla_export.shared.observation import Observation
 
 
 @contextmanager
@@ -201,20 +199,13 @@ def test_one_engine_for_http_and_zmq() -> None:
 
 
 def test_draining_answers_what_is_under_way() -> None:
-    acting, gate = threading.Event(), threading.Event()
-
-    class Gated(EchoPolicy):
-        def infer(self, observation: Observation) -> ActionChunk:
-            acting.set()
-            gate.wait(20)
-            return super().infer(observation)
-
+    policy = GatedPolicy()
     with ThreadPoolExecutor(1) as pool:
-        with gr00t_server(Gated(OFT), warmup=0) as (port, _):
+        with gr00t_server(policy, warmup=0) as (port, _):
             client = Gr00tClient(port)
             reply = pool.submit(client.get_action, nested(9))
-            assert acting.wait(20)
-            threading.Timer(0.3, gate.set).start()
+            assert policy.acting.wait(20)
+            threading.Timer(0.3, policy.gate.set).start()
         assert reply.result(20)[0]["actions"][0, 0, 0] == 9
         client.__exit__()
 

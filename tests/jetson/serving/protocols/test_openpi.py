@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from echo_policy import IMAGE, OFT, OPENVLA, EchoPolicy, oft_fields, post
+from echo_policy import IMAGE, OFT, OPENVLA, EchoPolicy, GatedPolicy, oft_fields, post
 from openpi_client import msgpack_numpy
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
@@ -16,8 +16,6 @@ from websockets.sync.client import ClientConnection, connect
 
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
-from qvla_export.shared.action import ActionChunk
-from qvla_export.shared.observation import Observation
 
 # The published client connects as websockets 17.1 deprecates, and never closes.
 pytestmark = pytest.mark.filterwarnings(
@@ -226,20 +224,13 @@ def test_a_client_that_leaves_during_inference_harms_nobody(url: str) -> None:
 
 
 def test_draining_sends_the_reply_that_is_under_way() -> None:
-    acting, gate = threading.Event(), threading.Event()
-
-    class Gated(EchoPolicy):
-        def infer(self, observation: Observation) -> ActionChunk:
-            acting.set()
-            gate.wait(20)
-            return super().infer(observation)
-
+    policy = GatedPolicy()
     with ThreadPoolExecutor(2) as pool:
-        with open_server(Gated(OFT), ServerSettings(port=0, warmup=0)) as url:
+        with open_server(policy, ServerSettings(port=0, warmup=0)) as url:
             client, idle = client_of(url), raw_client(url)
             reply = pool.submit(client.infer, libero())
-            assert acting.wait(20)
-            threading.Timer(0.3, gate.set).start()
+            assert policy.acting.wait(20)
+            threading.Timer(0.3, policy.gate.set).start()
         assert reply.result(20)["actions"].shape == (4, 7)
         with pytest.raises(ConnectionClosedError) as closed:
             idle.recv(timeout=20)

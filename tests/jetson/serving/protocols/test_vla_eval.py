@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from echo_policy import IMAGE, OFT, OPENVLA, EchoPolicy
+from echo_policy import IMAGE, OFT, OPENVLA, EchoPolicy, GatedPolicy
 from PIL import Image
 from vla_eval_client import VlaEvalClient, pack, picture, tagged
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -215,7 +215,7 @@ def test_a_picture_is_refused_by_its_size_before_it_is_decoded(client: VlaEvalCl
         b"\x81" * 2000,
         "text",
         pack("observation", [1], 1),
-        pack("observation", {}, None),  # type: ignore[arg-type]
+        pack("observation", {}, None),
         pack("dance", {}, 1),
         pack("hello", {"protocol_version": 2}, 1),
     ],
@@ -269,19 +269,12 @@ def test_openpi_s_clients_and_everybody_else_are_served_beside_it(url: str) -> N
 
 
 def test_the_action_under_way_is_sent_before_the_server_ends() -> None:
-    acting, gate = threading.Event(), threading.Event()
-
-    class Gated(EchoPolicy):
-        def infer(self, observation: Observation) -> ActionChunk:
-            acting.set()
-            gate.wait(20)
-            return super().infer(observation)
-
+    policy = GatedPolicy()
     with ThreadPoolExecutor(1) as pool:
-        with open_server(Gated(OFT), ServerSettings(port=0, warmup=0)) as url:
+        with open_server(policy, ServerSettings(port=0, warmup=0)) as url:
             client = VlaEvalClient(url)
             action = pool.submit(client.act, seen(9))
-            assert acting.wait(20)
-            threading.Timer(0.2, gate.set).start()
+            assert policy.acting.wait(20)
+            threading.Timer(0.2, policy.gate.set).start()
         assert action.result(20)[0] == 9
         client.close()
