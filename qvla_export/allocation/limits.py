@@ -15,10 +15,11 @@ from qvla_export.shared.errors import QvlaError
 
 # (table, levels, cost, limit, what) -> levels; see `qvla_export.allocation.methods`.
 Step = Callable[[DemotionTable, Levels, NDArray[np.int64], float, str], Levels]
-# Units below which steps are taken one by one: the fewest are found then.
+# Units below which the last steps are taken one by one, once the plan is within `_SLACK`.
 _ONE_BY_ONE = 10_000
-# Tries to use up what coupled layers save, and the share of the limit that may stay unused.
+# Tries to use up what coupled layers save.
 _FILLINGS = 12
+# Share of the limit that may stay unused.
 _SLACK = 1e-3
 
 

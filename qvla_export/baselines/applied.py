@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvla_export.baselines.baseline import Baseline, BaselineLayer
-from qvla_export.baselines.hadamard import turned
+from qvla_export.baselines.hadamard import rotate
 from qvla_export.baselines.layer_adapter import GroupedLinear
 from qvla_export.policies.base import Policy
 from qvla_export.policies.layers import (
@@ -88,8 +88,8 @@ class BaselineSource:
 
 def _rows(layer: BaselineLayer, rounded: bool) -> NDArray[np.float32]:
     rows = layer.weight.dequantize()
-    if layer.turn is not None:
-        rows = turned(rows, layer.turn)
+    if layer.rotation is not None:
+        rows = rotate(rows, layer.rotation)
     if layer.input_scale is None or rounded:
         return rows
     return rows * layer.input_scale.astype(np.float32)

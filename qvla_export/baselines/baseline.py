@@ -51,8 +51,8 @@ class BaselineLayer:
     weight: QuantizedWeight
     # The layer's input is multiplied by this first; None for not at all.  float16 [inputs]
     input_scale: NDArray[np.float16] | None = None
-    # Inputs of a block that is turned first, see `hadamard.turned`; None for not at all.
-    turn: int | None = None
+    # Inputs of a block that is rotated first, see `hadamard.rotate`; None for not at all.
+    rotation: int | None = None
 
     def __post_init__(self) -> None:
         weight, inputs = self.weight, self.weight.codes.shape[-1]
@@ -72,12 +72,10 @@ class BaselineLayer:
         scale = self.input_scale
         if scale is not None and (scale.shape != (inputs,) or scale.dtype != np.float16):
             raise QvlaError(f"an input scale must be float16 [{inputs}], got {list(scale.shape)}")
-        if self.turn is not None and (
-            self.turn < 1 or self.turn & (self.turn - 1) or inputs % self.turn
-        ):
+        size = self.rotation
+        if size is not None and (size < 1 or size & (size - 1) or inputs % size):
             raise QvlaError(
-                f"blocks of {inputs} inputs that are turned are a power of two in them, got "
-                f"{self.turn}"
+                f"blocks of {inputs} inputs that are rotated are a power of two in them, got {size}"
             )
         for what in (weight.codes, weight.scales, scale):
             if what is not None and not np.isfinite(what).all():
@@ -224,7 +222,7 @@ class Baseline:
                 name: {
                     "bits": layer.weight.bits,
                     "group_size": layer.weight.group_size,
-                    **({} if layer.turn is None else {"turn": layer.turn}),
+                    **({} if layer.rotation is None else {"rotation": layer.rotation}),
                 }
                 for name, layer in self.layers.items()
             },
@@ -264,10 +262,15 @@ def _require_codes(codes: NDArray[Any], bits: int) -> None:
 def _from_json(value: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Baseline:
     layers = {}
     for name, said in value["layers"].items():
+        unknown = sorted(set(said) - {"bits", "group_size", "rotation"})
+        if unknown:
+            raise ValueError(f"{name} says {unknown}, which this version does not know")
         weight = QuantizedWeight(
             tensors[f"{name}.codes"], tensors[f"{name}.scales"], said["bits"], said["group_size"]
         )
-        layers[name] = BaselineLayer(weight, tensors.get(f"{name}.input_scale"), said.get("turn"))
+        layers[name] = BaselineLayer(
+            weight, tensors.get(f"{name}.input_scale"), said.get("rotation")
+        )
     return Baseline(
         request=BaselineRequest(**value["request"]),
         layers=layers,

@@ -1,4 +1,4 @@
-"""GPTQ by llm-compressor: its modifier and lifecycle, block after block; inputs turned or not.
+"""GPTQ by llm-compressor: its modifier and lifecycle, block after block; inputs rotated or not.
 
 Its command takes models of `transformers`; its lifecycle takes any module. One lifecycle a block,
 so that a block's Hessians are of inputs that the quantized blocks before it have made.
@@ -13,7 +13,7 @@ from llmcompressor.core import LifecycleCallbacks, create_session
 from llmcompressor.modifiers.gptq import GPTQModifier
 
 from qvla_export.baselines.baseline import BaselineLayer
-from qvla_export.baselines.hadamard import turn_of
+from qvla_export.baselines.hadamard import rotation_size
 from qvla_export.baselines.layer_adapter import blocks_of, coded, hand_over, module_names
 from qvla_export.baselines.methods import BaselineRequest
 from qvla_export.baselines.quantized import Calibration, Quantized
@@ -25,8 +25,8 @@ def quantize(calibration: Calibration) -> Quantized:
     policy, request = calibration.policy, calibration.request
     shapes = layer_shapes(traced_layers(policy))
     # llm-compressor takes no convolutions.
-    turns = request.method == "hadamard-gptq"
-    names = module_names(policy.module, hand_over(policy, request.group_size or 1, turns))
+    rotates = request.method == "hadamard-gptq"
+    names = module_names(policy.module, hand_over(policy, request.group_size or 1, rotates))
     blocks = blocks_of(names)
     for number, members in enumerate(blocks.values(), 1):
         _quantize_block(calibration, [names[name] for name in members])
@@ -41,7 +41,8 @@ def quantize(calibration: Calibration) -> Quantized:
         made = coded(
             rows, scales, request.bits, request.group_size, shapes[name][1], request.scale_bits
         )
-        layers[name] = BaselineLayer(made, turn=turn_of(shapes[name][1]) if turns else None)
+        rotation = rotation_size(shapes[name][1]) if rotates else None
+        layers[name] = BaselineLayer(made, rotation=rotation)
     modifier = _modifier(request, [])
     settings = {
         "block_size": modifier.block_size,

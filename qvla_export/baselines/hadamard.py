@@ -1,7 +1,7 @@
-"""Hadamard turns of a layer's inputs: large inputs are spread before weights are rounded.
+"""Hadamard rotations of a layer's inputs: large inputs are spread before weights are rounded.
 
-As QuaRot turns them (arXiv 2404.00456), in blocks. What turns the inputs at run time is left to
-whoever deploys it; here weights are turned back, which is the same map.
+As QuaRot rotates them (arXiv 2404.00456), in blocks. What rotates the inputs at run time is left
+to whoever deploys it; here weights are rotated back, which is the same map.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 _LARGEST = 64
 
 
-def turn_of(inputs: int) -> int:
+def rotation_size(inputs: int) -> int:
     """Return the size of a layer's blocks: the largest power of two, to 64, in its inputs."""
     return min(_LARGEST, inputs & -inputs)
 
@@ -30,8 +30,8 @@ def hadamard(size: int) -> NDArray[np.float32]:
     return unit
 
 
-def turned(rows: NDArray[Any], size: int) -> NDArray[np.float32]:
-    """Turn each block of inputs; twice gives the rows again.
+def rotate(rows: NDArray[Any], size: int) -> NDArray[np.float32]:
+    """Rotate each block of inputs; twice gives the rows again.
 
     Args:
         rows: [channels, inputs], inputs a multiple of `size`.
@@ -41,5 +41,5 @@ def turned(rows: NDArray[Any], size: int) -> NDArray[np.float32]:
         float32 [channels, inputs]
     """
     blocks = rows.reshape(len(rows), -1, size).astype(np.float32)
-    result: NDArray[np.float32] = (blocks @ hadamard(size)).reshape(rows.shape)
-    return result
+    rotated: NDArray[np.float32] = (blocks @ hadamard(size)).reshape(rows.shape)
+    return rotated

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvla_export.baselines.hadamard import hadamard, turn_of
+from qvla_export.baselines.hadamard import hadamard, rotation_size
 from qvla_export.policies.base import Policy, PolicyBatch
 from qvla_export.policies.layers import traced_layers
 from qvla_export.quantizer.quantized_weight import QuantizedWeight
@@ -26,18 +26,18 @@ _SCALE_LIMITS: Mapping[int, tuple[float, float]] = {16: (2.0**-24, 65504.0), 32:
 
 
 class GroupedLinear(nn.Module):
-    """A layer as the linear map it is, its inputs turned, then filled up to whole groups.
+    """A layer as the linear map it is, its inputs rotated, then filled up to whole groups.
 
     Raises:
         QvlaError: a convolution in groups or with padding other than zeros.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, group_size: int, turn: int = 1) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, group_size: int, rotation: int = 1) -> None:
         super().__init__()
         rows = layer.weight.detach().flatten(1)
-        # Of a block of inputs, see `hadamard.turned`; None leaves them.
-        self._turn = None if turn == 1 else torch.from_numpy(hadamard(turn))
-        rows = self._turned(rows)
+        # Of a block of inputs, see `hadamard.rotate`; None leaves them.
+        self._rotation = None if rotation == 1 else torch.from_numpy(hadamard(rotation))
+        rows = self._rotate(rows)
         self._missing = -rows.shape[1] % group_size
         self._patches: nn.Unfold | None = None
         self._geometry: tuple[tuple[int, ...], ...] | None = None
@@ -61,18 +61,18 @@ class GroupedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Map what the layer takes to what it returns."""
         tokens = inputs if self._patches is None else self._patches(inputs).transpose(1, 2)
-        mapped: Tensor = self.linear(nn.functional.pad(self._turned(tokens), (0, self._missing)))
+        mapped: Tensor = self.linear(nn.functional.pad(self._rotate(tokens), (0, self._missing)))
         if self._patches is None:
             return mapped
         height, width = (self._positions(inputs, axis) for axis in (0, 1))
         return mapped.transpose(1, 2).reshape(len(inputs), -1, height, width)
 
-    def _turned(self, values: Tensor) -> Tensor:
-        if self._turn is None:
+    def _rotate(self, values: Tensor) -> Tensor:
+        if self._rotation is None:
             return values
-        blocks = values.reshape(*values.shape[:-1], -1, len(self._turn))
-        turned: Tensor = (blocks @ self._turn.to(values)).flatten(-2)
-        return turned
+        blocks = values.reshape(*values.shape[:-1], -1, len(self._rotation))
+        rotated: Tensor = (blocks @ self._rotation.to(values)).flatten(-2)
+        return rotated
 
     def _positions(self, inputs: Tensor, axis: int) -> int:
         """Return how many patches there are along an axis of the picture."""
@@ -83,7 +83,7 @@ class GroupedLinear(nn.Module):
 
 
 def hand_over(
-    policy: Policy, group_size: int | None, turns: bool = False
+    policy: Policy, group_size: int | None, rotates: bool = False
 ) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the policy's quantizable layers; with groups, all of them linear, of whole groups.
 
@@ -92,7 +92,7 @@ def hand_over(
     Args:
         policy: becomes the library's.
         group_size: 1 for linear layers of any size, None for layers as they are.
-        turns: whether inputs are turned, see `hadamard.turned`.
+        rotates: whether inputs are rotated, see `hadamard.rotate`.
 
     Returns:
         Layer name -> what stands for it in the module.
@@ -100,11 +100,11 @@ def hand_over(
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
     for name, layer in traced_layers(policy).items():
         whole = isinstance(layer, nn.Linear) and layer.in_features % (group_size or 1) == 0
-        if not turns and (group_size is None or whole):
+        if not rotates and (group_size is None or whole):
             layers[name] = layer
             continue
-        turn = turn_of(layer.weight[0].numel()) if turns else 1
-        handed = GroupedLinear(layer, group_size or 1, turn)
+        rotation = rotation_size(layer.weight[0].numel()) if rotates else 1
+        handed = GroupedLinear(layer, group_size or 1, rotation)
         policy.module.set_submodule(name, handed)
         layers[name] = handed.linear
     return layers

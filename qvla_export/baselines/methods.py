@@ -54,7 +54,7 @@ METHODS: Mapping[str, Method] = {
             "hadamard-gptq",
             "llmcompressor",
             _LLMCOMPRESSOR,
-            "GPTQ of inputs turned by Hadamard blocks (QuaRot's turn, as in HoloQ; re-implemented)",
+            "GPTQ of inputs rotated in Hadamard blocks (as QuaRot and HoloQ; re-implemented)",
             (2, 3, 4, 8),
         ),
         Method(

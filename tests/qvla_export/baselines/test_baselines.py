@@ -182,6 +182,7 @@ def rewritten(path: Path, **changes: Any) -> None:
         ({"layers": {}}, "damaged|states"),
         ({"layers": {"no.such.layer": {"bits": 4, "group_size": 64}}}, "damaged"),
         ({"layers": []}, "damaged"),
+        ({"layers": {"x": {"bits": 4, "group_size": 64, "turn": 64}}}, "damaged.*not know"),
         ({"weight_bytes": 1}, "states 1 weight bytes"),
         ({"request": {"method": "magic", "bits": 4}}, "damaged"),
         ({"request": None}, "damaged"),

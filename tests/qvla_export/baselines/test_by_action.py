@@ -1,4 +1,4 @@
-"""What no library makes: scales for what the action feels, signs, turned inputs."""
+"""What no library makes: scales for what the action feels, signs, rotated inputs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from qvla_export.baselines.applied import baseline_applied
 from qvla_export.baselines.baseline import Baseline, BaselineLayer
 from qvla_export.baselines.by_action import quantize
-from qvla_export.baselines.hadamard import hadamard, turn_of, turned
+from qvla_export.baselines.hadamard import hadamard, rotate, rotation_size
 from qvla_export.baselines.layer_adapter import GroupedLinear, hand_over
 from qvla_export.baselines.methods import BaselineRequest
 from qvla_export.baselines.quantized import Calibration
@@ -95,42 +95,42 @@ def test_scales_are_those_of_the_least_error_that_the_action_feels(
     assert max(np.abs(x.weight.codes + 0.5).max() for x in coarse.layers.values()) == 3.5
 
 
-def test_what_is_no_sign_or_no_turn_is_refused() -> None:
+def test_what_is_no_sign_or_no_rotation_is_refused() -> None:
     scales = np.ones((1, 1), np.float16)
     with pytest.raises(QvlaError, match="signs, -1 and 1"):
         BaselineLayer(QuantizedWeight(np.array([[1, 0]], np.int8), scales, 1, None))
     with pytest.raises(QvlaError, match=r"run at \[1\] bits"):
         BaselineRequest("sign", 2)
-    for turn in (0, 3, 4):
+    for size in (0, 3, 4):
         with pytest.raises(QvlaError, match="power of two in them"):
-            BaselineLayer(QuantizedWeight(np.ones((1, 6), np.int8), scales, 4, None), turn=turn)
+            BaselineLayer(QuantizedWeight(np.ones((1, 6), np.int8), scales, 4, None), None, size)
 
 
 @given(st.integers(1, 200), st.integers(0, 2**31))
-def test_turned_twice_is_as_before(inputs: int, seed: int) -> None:
-    size = turn_of(inputs)
+def test_rotated_twice_is_as_before(inputs: int, seed: int) -> None:
+    size = rotation_size(inputs)
     assert size <= 64 and inputs % size == 0 and (size == 64 or inputs % (2 * size))
     rows = np.random.default_rng(seed).normal(size=(3, inputs)).astype(np.float32)
-    once = turned(rows, size)
+    once = rotate(rows, size)
     np.testing.assert_allclose(np.linalg.norm(once, axis=1), np.linalg.norm(rows, axis=1), 1e-4)
-    np.testing.assert_allclose(turned(once, size), rows, atol=1e-4)
+    np.testing.assert_allclose(rotate(once, size), rows, atol=1e-4)
     assert set(np.abs(hadamard(size) * np.sqrt(size)).round(4).flatten().tolist()) == {1.0}
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(2, 5, 4, stride=4), nn.Linear(12, 4)])
-def test_a_turned_layer_maps_as_the_layer_does(layer: Any) -> None:
+def test_a_rotated_layer_maps_as_the_layer_does(layer: Any) -> None:
     torch.manual_seed(0)
     inputs = torch.randn((2, 12) if isinstance(layer, nn.Linear) else (2, 2, 12, 16))
-    size = turn_of(layer.weight[0].numel())
+    size = rotation_size(layer.weight[0].numel())
     handed = GroupedLinear(layer, 7, size)
     torch.testing.assert_close(handed(inputs), layer(inputs), atol=1e-5, rtol=1e-4)
     rows = layer.weight.detach().flatten(1).numpy()
     stored = handed.linear.weight.detach().numpy()[:, : rows.shape[1]]
     assert not np.allclose(stored, rows)
-    np.testing.assert_allclose(turned(stored, size), rows, atol=1e-5)
+    np.testing.assert_allclose(rotate(stored, size), rows, atol=1e-5)
 
 
-def test_a_policy_whose_inputs_are_turned_acts_as_before(
+def test_a_policy_whose_inputs_are_rotated_acts_as_before(
     tiny_checkpoint: Path, tiny_observations: Make, tmp_path: Path
 ) -> None:
     policy, observations = load_oft_policy(tiny_checkpoint), tiny_observations(3)
@@ -138,15 +138,15 @@ def test_a_policy_whose_inputs_are_turned_acts_as_before(
     layers = {}
     for name, layer in traced_layers(policy).items():
         rows = layer.weight.detach().flatten(1).numpy()
-        turn, nothing = turn_of(rows.shape[1]), np.zeros((len(rows), 0), np.float32)
+        size, nothing = rotation_size(rows.shape[1]), np.zeros((len(rows), 0), np.float32)
         layers[name] = BaselineLayer(
-            QuantizedWeight(turned(rows, turn), nothing, 32, None), turn=turn
+            QuantizedWeight(rotate(rows, size), nothing, 32, None), rotation=size
         )
     whole = Baseline(BaselineRequest("hadamard-gptq", 4), layers, policy.digest, "c" * 64)
-    whole.save(tmp_path / "turned")
-    with baseline_applied(policy, Baseline.load(tmp_path / "turned")):
+    whole.save(tmp_path / "rotated")
+    with baseline_applied(policy, Baseline.load(tmp_path / "rotated")):
         stored = golden_actions(policy, None, observations).full_precision
     np.testing.assert_allclose(stored, expected, atol=1e-4)
-    hand_over(policy, 64, turns=True)
+    hand_over(policy, 64, rotates=True)
     handed = golden_actions(policy, None, observations).full_precision
     np.testing.assert_allclose(handed, expected, atol=1e-4)

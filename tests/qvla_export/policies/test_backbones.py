@@ -18,7 +18,8 @@ from qvla_export.pipeline.policy_source import open_checkpoint
 from qvla_export.policies import families
 from qvla_export.policies.backbones.gguf_file import read_gguf
 from qvla_export.policies.backbones.picture_policy import PicturePolicy
-from qvla_export.policies.backbones.text_policy import TextPolicy, logit_root
+from qvla_export.policies.backbones.text_policy import TextPolicy, logit_root, text_policy
+from qvla_export.policies.base import Policy
 from qvla_export.policies.families import find_backbone, load_policy, recognize
 from qvla_export.shared.errors import ArtifactMismatch, CheckpointError
 from qvla_export.shared.observation import Observation
@@ -33,20 +34,22 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Floa
         yield install_tiny_backbones(tmp_path_factory.mktemp("site"), patch)
 
 
+def network(name: str, place: Path) -> Policy:
+    folder = place / "network"
+    find_backbone(name).put(folder)
+    return open_checkpoint(folder)
+
+
 @pytest.fixture(scope="module")
 def pictures(weights: object, tmp_path_factory: pytest.TempPathFactory) -> PicturePolicy:
-    folder = tmp_path_factory.mktemp("pictures") / "network"
-    find_backbone("pictures").put(folder)
-    policy = load_policy(folder)
+    policy = network("pictures", tmp_path_factory.mktemp("pictures"))
     assert isinstance(policy, PicturePolicy)
     return policy
 
 
 @pytest.fixture(scope="module")
 def texts(weights: object, tmp_path_factory: pytest.TempPathFactory) -> TextPolicy:
-    folder = tmp_path_factory.mktemp("texts") / "network"
-    find_backbone("texts").put(folder)
-    policy = open_checkpoint(folder)
+    policy = network("texts", tmp_path_factory.mktemp("texts"))
     assert isinstance(policy, TextPolicy)
     return policy
 
@@ -154,7 +157,7 @@ def test_make_installs_what_is_named() -> None:
 def test_another_file_is_refused(weights: object, tmp_path: Path) -> None:
     known = find_backbone("texts")
     other = replace(known, file=replace(known.file, sha256="0" * 64))
-    with pytest.raises(CheckpointError, match=r"is not the one of tiny-llama 1\.0: SHA-256"):
+    with pytest.raises(CheckpointError, match=r"is not the network of tiny-llama 1\.0: SHA-256"):
         other.put(tmp_path / "network")
 
 
@@ -169,3 +172,12 @@ def test_a_damaged_gguf_file_is_refused(weights: object, tmp_path: Path) -> None
         path.write_bytes(bad)
         with pytest.raises(CheckpointError, match="no GGUF file of version 3 that is read here"):
             read_gguf(path)
+
+
+def test_a_gguf_file_that_says_too_little_is_refused(weights: object, tmp_path: Path) -> None:
+    data = families.BACKBONES["texts"].file.path().read_bytes()
+    path = tmp_path / "model.gguf"
+    for key in (b"llama.vocab_size", b"llama.rope.freq_base"):
+        path.write_bytes(data.replace(key, key[:-1] + b"_"))
+        with pytest.raises(CheckpointError, match=f"does not say its llama's {key.decode()[6:]}"):
+            text_policy(path, "camera", 8, "d" * 64)
