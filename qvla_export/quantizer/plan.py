@@ -80,9 +80,9 @@ class BitPlan:
         require_steps_of(self.containers, self.quantizer)
         available = set(WIDTHS) & {0, *self.containers}
         for name, widths in self.widths.items():
-            if widths.ndim != 1 or widths.dtype != np.int8:
+            if widths.ndim != 1 or widths.dtype != np.int8 or not widths.size:
                 raise QvlaError(
-                    f"widths must be int8 [channels], got {widths.dtype} "
+                    f"widths must be int8 [channels] of one channel or more, got {widths.dtype} "
                     f"{list(widths.shape)} in {name}"
                 )
             unknown = sorted(set(widths.tolist()) - available)

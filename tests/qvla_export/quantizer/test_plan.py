@@ -193,6 +193,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     [
         (lambda v: v["layers"]["layer.0"].update(widths="3" * 24), "damaged"),
         (lambda v: v["layers"]["layer.0"].update(widths="4"), "weight bytes"),
+        (lambda v: v["layers"]["layer.0"].update(widths=""), "of one channel or more"),
         (lambda v: v.pop("containers"), "lacks"),
         (lambda v: v.update(format="other"), "not a bit plan"),
         (lambda v: v.update(format="qvla-plan-1"), "leave out the order of channels.*qvla plan"),
