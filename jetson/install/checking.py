@@ -4,6 +4,7 @@ Both run in a process of their own: under systemd in a unit of its own, so that 
 the machine's memory is ended and the policy that serves is not.
 """
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ from typing import Any
 
 from jetson.install.account import ServingAccount
 from jetson.install.activation import CURRENT, activate, recover
-from jetson.install.release import Release
+from jetson.install.fingerprint import engines_part
+from jetson.install.release import Release, require_runtime
 from jetson.install.self_check import needs_engines
 from jetson.install.store import TEMPORARY, Store, StoreError
 from jetson.install.store_state import StoredRelease, StoreState
@@ -73,7 +75,7 @@ class CheckedRelease:
 
 def engine_folder(store: Store, release: StoredRelease, machine: str) -> Path:
     """Return where a release's engines lie for a machine as it is."""
-    return store.engines / release.bundle_digest / machine
+    return store.engines / release.bundle_digest / engines_part(machine)
 
 
 def build_release(store: Store, wanted: str | None, machine: str, boot_id: str) -> BuiltRelease:
@@ -131,14 +133,14 @@ def check_release(
 
 
 def has_changed(store: Store, digest: str, machine: str) -> bool:
-    """Return whether this machine is another than the one that a release was checked on."""
+    """Return whether machine or runtime are others than those that a release was checked with."""
     return StoreState.load(store).known(digest).machine != machine
 
 
 def renew_current(
     store: Store, machine: str, boot_id: str, samples: int = 100
 ) -> CheckedRelease | None:
-    """Build and check what serves again where the machine has changed since; None where it has not.
+    """Build and check what serves again where machine or runtime changed; None where they did not.
 
     The store must be open.
 
@@ -173,6 +175,8 @@ def _check(
     release = Release.load(store.release(digest))
     if release.digest != digest:
         raise FailedCheck(f"release.json has digest {release.digest[:16]}, not {digest[:16]}")
+    # It may be older than the one that installed the release.
+    require_runtime(release, importlib.metadata.version("qvla"))
     folder = engine_folder(store, stored, machine)
     found = _isolated(
         ServingAccount.of(store), ("check", store.bundle(digest), folder, samples), _CHECK_TIMEOUT_S

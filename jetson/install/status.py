@@ -5,11 +5,14 @@ from dataclasses import asdict
 from typing import Any
 
 from jetson.install.activation import CURRENT, PREVIOUS
-from jetson.install.fingerprint import machine_facts, machine_fingerprint
+from jetson.install.fingerprint import machine_facts, machine_fingerprint, runtime_facts
 from jetson.install.store import Store
 from jetson.install.store_state import StoreState
 
-_CHANGED = "this machine has changed since `current` was checked: qvla robot verify --if-changed"
+_CHANGED = (
+    "this machine or its runtime has changed since `current` was checked: "
+    "qvla robot verify --if-changed"
+)
 
 
 def list_releases(store: Store) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def read_status(store: Store) -> dict[str, Any]:
         "probation": None if state.probation is None else asdict(state.probation),
         "unfinished": state.switch is not None,
         "machine": {"fingerprint": fingerprint, **machine_facts()},
+        "runtime": runtime_facts(),
         "checked_here": release is not None and release.machine == fingerprint,
         "remedy": _CHANGED if changed else None,
         "free_bytes": shutil.disk_usage(store.root).free if store.root.exists() else None,

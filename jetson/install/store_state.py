@@ -31,7 +31,7 @@ class StoredRelease:
     standing: Standing = "installed"
     # Why it failed.
     reason: str | None = None
-    # The machine its engines were built, and it was checked, on; see `jetson.install.fingerprint`.
+    # Machine and runtime that it was checked with; see `jetson.install.fingerprint`.
     machine: str | None = None
 
 

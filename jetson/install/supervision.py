@@ -104,11 +104,11 @@ def supervise(store: Store, settings: SupervisionSettings, stopping: Event) -> N
 
 
 def _renew(store: Store, digest: str, settings: SupervisionSettings) -> str | None:
-    """Build and check a release anew if the machine has changed; return why that failed."""
+    """Build and check a release anew if machine or runtime changed; return why that failed."""
     machine = settings.machine()
     if not has_changed(store, digest, machine):
         return None
-    _LOG.warning("this machine has changed: release %s is built and checked anew", digest[:16])
+    _LOG.warning("machine or runtime changed: release %s is built and checked anew", digest[:16])
     try:
         with store.open():
             renew_current(store, machine, settings.boot_id())

@@ -131,7 +131,7 @@ def unit_files(settings: UnitSettings) -> dict[str, str]:
         ),
         "qvla-first-boot.service": _first_boot(settings, robot, store),
         "qvla-renew.service": _oneshot(
-            "Leave what a restart ended; build and check anew if the machine has changed",
+            "Leave what a restart ended; build and check anew if machine or runtime changed",
             (
                 _serving_folder(settings),
                 f"{robot} rollback --rebooted {store}",

@@ -70,7 +70,7 @@ def verify(
     samples: Annotated[int, typer.Option(min=20, help="Actions that are timed.")] = 100,
     if_changed: Annotated[
         bool,
-        typer.Option("--if-changed", help="Only `current`, if the machine has changed since."),
+        typer.Option("--if-changed", help="Only `current`, if machine or runtime changed."),
     ] = False,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
