@@ -9,6 +9,7 @@ from engines.check.model import (
     dtype_name,
     foreign_types,
     missing_inputs,
+    numbers,
     schema_of,
     shape_of,
     type_groups,
@@ -49,14 +50,8 @@ _RTX_ATTRIBUTES: dict[str, tuple[str | int, ...]] = {
     "sorted": (0,),
     "mode": ("cubic",),
 }
-_RTX_OPERATORS = (
-    "GroupNormalization",
-    "Hardmax",
-    "IsInf",
-    "MeanVarianceNormalization",
-    "Mish",
-    "Shrink",
-)
+# Kinds of limits of operators that it has not.
+_RTX_LIMITS = (("AveragePool", "rank"), ("MaxPool", "rank"))
 _QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -143,7 +138,6 @@ def _find_schema(
             node,
             f"{node.op_type} is not in the table of TensorRT's operators; the nearest is {near}. "
             "If the parser documents it, add it to `engines.check.operators` with the source",
-            rtx_builds=node.op_type in _RTX_OPERATORS,
         )
         return None
     schema = schema_of(node, graph.opset)
@@ -205,7 +199,8 @@ def _check_operator(
                 "operator.limit",
                 node,
                 f"{operator.name}: {broken} ({limit.source})",
-                rtx_builds=_attribute_value(node, limit) in _RTX_ATTRIBUTES.get(limit.name, ()),
+                rtx_builds=(operator.name, limit.kind) in _RTX_LIMITS
+                or _attribute_value(node, limit) in _RTX_ATTRIBUTES.get(limit.name, ()),
             )
 
 
@@ -224,15 +219,22 @@ def _broken(node: "ir.Node", limit: Limit) -> str | None:
         return None if given else f"input {limit.index} must be INT64, or steps must be given"
     if limit.kind == "attribute":
         return _broken_attribute(node, limit)
+    if limit.kind == "ones":
+        stated = node.attributes.get(limit.name)
+        ones = stated is None or set(stated.as_ints()) <= {1}
+        return None if ones else f"all of attribute {limit.name!r} must be 1"
     if value is None:
         return None
-    if limit.kind == "constant" and constant_root(value) is None:
+    if limit.kind in ("constant", "false") and constant_root(value) is None:
         return f"input {limit.index} must be a constant, {value.name!r} is computed"
+    if limit.kind == "false" and _is_true(value):
+        return f"input {limit.index} must be false, {value.name!r} is true; export in eval mode"
     if limit.kind == "floats" and dtype_name(value) in ("INT32", "INT64"):
         return f"input {limit.index} must be floating point, it is {dtype_name(value)}; cast it"
     rank = None if value.shape is None else len(value.shape)
     if limit.kind == "rank" and rank is not None and rank not in limit.values:
-        return f"input {limit.index} must have rank {limit.values[0]}, it has {rank}; reshape it"
+        ranks = " or ".join(map(str, limit.values))
+        return f"input {limit.index} must have rank {ranks}, it has {rank}; reshape it"
     return None
 
 
@@ -273,6 +275,11 @@ def _broken_attribute(node: "ir.Node", limit: Limit) -> str | None:
     if found is None or found in limit.values:
         return None
     return f"attribute {limit.name!r} must be one of {list(limit.values)}, it is {found!r}"
+
+
+def _is_true(value: "ir.Value") -> bool:
+    root = constant_root(value)
+    return root is not None and bool(numbers(root).any())
 
 
 def _text(version: tuple[int, ...]) -> str:

@@ -14,6 +14,7 @@ _ANY = (*_NUMBERS, "BOOL")
 _CASTS = (*_ANY, "UINT8")
 _TABLE = "onnx-tensorrt docs/operators.md"
 _CHANGES = "onnx-tensorrt docs/Changelog.md"
+_MEASURED = "TensorRT-RTX 1.7.1.116, measured 2026-11"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Limit:
     # unless the sizes of the first are known.
     # "int64 or steps": input `index` is INT64 unless Slice's steps are given.
     # "floats": input `index` is floating point. "one output". "rank": of input `index`.
-    # "attribute": `name` has one of `values`.
+    # "attribute": `name` has one of `values`. "ones": all numbers of attribute `name` are 1.
+    # "false": input `index` is a constant, and false, if given.
     kind: str
     source: str
     index: int = 0
@@ -60,6 +62,9 @@ def _constant(index: int, source: str = _TABLE, until: Version | None = None) ->
     return Limit("constant", source, index, until=until)
 
 
+# Two or three places beside batch and channels.
+_POOLED = Limit("rank", f"{_TABLE} 10.1: 2D or 3D pooling only", values=(4, 5))
+_DENSE = Limit("ones", f"{_TABLE} 10.1", name="dilations")
 _ONE_OUTPUT = Limit("one output", f"{_TABLE} 11.1: only the first output")
 
 _OPERATORS = [
@@ -69,11 +74,11 @@ _OPERATORS = [
     *_rows("Log LogSoftmax Reciprocal Round Sigmoid Sin Softmax Softplus Softsign", _FLOATS),
     *_rows("Sqrt Tan Tanh Conv ConvTranspose Gemm MatMul PRelu", _FLOATS),
     *_rows("GlobalAveragePool BatchNormalization InstanceNormalization", _FLOATS),
-    *_rows("MaxPool", _FLOATS, _ONE_OUTPUT),
+    *_rows("MaxPool", _FLOATS, _ONE_OUTPUT, _POOLED, _DENSE),
     *_rows("And Not Or Xor", ("BOOL",)),
     *_rows("Concat Expand Flatten Gather GatherElements GatherND", _ANY),
     *_rows("Reshape Shape Size Split Tile Transpose Trilu", _ANY),
-    *_rows("Slice", _ANY, Limit("int64 or steps", "TensorRT-RTX 1.7.1.116, measured 2026-11", 1)),
+    *_rows("Slice", _ANY, Limit("int64 or steps", _MEASURED, 1)),
     *_rows("Constant", (*_ANY, "INT4", "INT8")),
     *_rows("ConstantOfShape", ("INT64",)),
     *_rows("Cast", _CASTS, Limit("attribute", _TABLE, name="to", values=_CASTS)),
@@ -110,12 +115,16 @@ _OPERATORS = [
         Limit("attribute", _TABLE, name="mode", values=("nearest", "linear")),
     ),
     *(
-        replace(operator, source=f"{_TABLE} 8.4; TensorRT-RTX 1.7.1.116, measured 2026-11")
+        replace(operator, source=f"{_TABLE} 10.1; {_MEASURED}")
         for operator in (
-            *_rows("Acos Acosh Asin Asinh Atan Atanh Celu Cosh Dropout Einsum LRN Selu", _FLOATS),
-            *_rows("Sinh ThresholdedRelu LpNormalization", _FLOATS),
-            *_rows("AveragePool GlobalLpPool GlobalMaxPool LpPool", _FLOATS),
-            *_rows("DepthToSpace SpaceToDepth", (*_FLOATS, "INT32")),
+            *_rows("Acos Acosh Asin Asinh Atan Atanh Celu Cosh Einsum LRN Selu", _FLOATS),
+            *_rows("Sinh ThresholdedRelu LpNormalization GroupNormalization Hardmax", _FLOATS),
+            *_rows("IsInf MeanVarianceNormalization GlobalLpPool GlobalMaxPool", _FLOATS),
+            *_rows("AveragePool", _FLOATS, _POOLED, _DENSE),
+            *_rows("LpPool", _FLOATS, replace(_POOLED, source=_MEASURED), _DENSE),
+            *_rows("Dropout", _FLOATS, Limit("false", f"{_TABLE} 10.1: not in training", 2)),
+            *_rows("Mish", ("FLOAT", "FLOAT16")),
+            *_rows("DepthToSpace Shrink SpaceToDepth", _NUMBERS),
         )
     ),
     Operator("Where", _ANY, data=1),

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from wrong_graphs import FLOAT, Build, Graph, int4, model
+from small_graphs import FLOAT, Build, Graph, int4, model
 
 F32 = np.float32
 FP8 = ml_dtypes.float8_e4m3fn

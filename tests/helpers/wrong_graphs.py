@@ -1,6 +1,5 @@
-"""Small graphs for TensorRT and ONNX Runtime: right ones, and one wrong in each known way."""
+"""One graph wrong in each known way, for TensorRT and ONNX Runtime."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,79 +7,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-
-INPUTS, CHANNELS, BLOCK = 256, 128, 128
-FLOAT, HALF, INT8 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8
-Build = Callable[["Graph"], ir.Value]
-
-
-class Graph:
-    """x [1, 8, inputs] and the nodes that a case makes of it."""
-
-    def __init__(self, inputs: int, dtype: ir.DataType) -> None:
-        self.tape = ir.tape.Tape()
-        self.x = ir.val("x", dtype, (1, 8, inputs))
-        self.generator = np.random.default_rng(0)
-
-    def op(self, name: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> Any:
-        return self.tape.op(name, list(inputs), attributes, domain=domain)
-
-    def const(self, value: NDArray[Any]) -> ir.Value:
-        name = f"c{len(self.tape.initializers)}"
-        return self.tape.initializer(ir.Tensor(np.ascontiguousarray(value), name=name))
-
-    def codes(self, *shape: int, dtype: Any = np.int8, low: int = -7) -> ir.Value:
-        return self.const(self.generator.integers(low, 8, shape).astype(dtype))
-
-    def scales(self, *shape: int, dtype: Any = np.float16) -> ir.Value:
-        return self.const(self.generator.uniform(0.001, 0.01, shape).astype(dtype))
-
-    def one(self, value: float = 0.01, dtype: Any = np.float16) -> ir.Value:
-        return self.const(np.array(value, dtype))
-
-    def quantized(self, scale: ir.Value | None = None) -> ir.Value:
-        """x through a pair of QuantizeLinear and DequantizeLinear."""
-        shared = scale or self.one()
-        codes = self.op("QuantizeLinear", self.x, shared, self.const(np.zeros((), np.int8)))
-        return self.op("DequantizeLinear", codes, shared)
-
-    def w8a8(self, codes: ir.Value, scale: ir.Value, *zero: ir.Value, **attributes: Any) -> Any:
-        """Quantized x times int8 weights."""
-        weight = self.op("DequantizeLinear", codes, scale, *zero, **{"axis": 1, **attributes})
-        return self.op("MatMul", self.quantized(), weight)
-
-    def w4(self, codes: ir.Value, scale: ir.Value, *zero: ir.Value, **attributes: Any) -> Any:
-        """x times int4 weights in blocks along the inputs."""
-        settings = {"axis": 0, "block_size": BLOCK, **attributes}
-        return self.op(
-            "MatMul", self.x, self.op("DequantizeLinear", codes, scale, *zero, **settings)
-        )
-
-
-def int4(g: Graph, *shape: int) -> ir.Value:
-    return g.codes(*shape, dtype=ml_dtypes.int4)
-
-
-def model(
-    build: Build,
-    opset: int = 21,
-    ir_version: int = 10,
-    inputs: int = INPUTS,
-    dtype: ir.DataType = HALF,
-    output: ir.DataType | None = None,
-) -> ir.Model:
-    g = Graph(inputs, dtype)
-    y = build(g)
-    y.name, y.dtype = "y", output or dtype
-    graph = ir.Graph(
-        [g.x],
-        [y],
-        nodes=g.tape.nodes,
-        initializers=g.tape.initializers,
-        opset_imports={"": opset, "com.microsoft": 1},
-        name="case",
-    )
-    return ir.Model(graph, ir_version=ir_version)
+from small_graphs import BLOCK, CHANNELS, FLOAT, HALF, INPUTS, INT8, Build, Graph, int4, model
 
 
 @dataclass(frozen=True)
@@ -227,6 +154,22 @@ def _uint8_zero_point(g: Graph) -> ir.Value:
     return g.op("DequantizeLinear", codes, g.one(), zero)
 
 
+POOLS = ("AveragePool", "MaxPool", "LpPool")
+
+
+def _pooled(name: str, shape: tuple[int, ...], dilation: int) -> Build:
+    def build(g: Graph) -> ir.Value:
+        x = g.op("Reshape", g.x, g.const(np.array(shape)))
+        places = len(shape) - 2
+        return g.op(name, x, kernel_shape=[2] * places, dilations=[dilation] * places)
+
+    return build
+
+
+def _dropout(training: bool) -> Build:
+    return lambda g: g.op("Dropout", g.x, g.one(0.5), g.const(np.array(training)))
+
+
 def _rms_norm(g: Graph) -> ir.Value:
     return g.op("RMSNormalization", g.x, g.scales(INPUTS))
 
@@ -265,6 +208,11 @@ CASES = [
     Case("operator.limit", lambda g: g.op("Cast", g.x, to=INT8), "accepts", output=INT8),
     Case("operator.limit", lambda g: g.op("Pow", g.x, g.const(np.array(2))), "accepts", "orin-jp6"),
     Case("operator.limit", _int32_slice),
+    *(Case("operator.limit", _pooled(name, (1, 8, 16, 16), 2)) for name in POOLS),
+    Case("operator.limit", _pooled("LpPool", (1, 8, 256), 1)),
+    *(Case("operator.limit", _pooled(name, (1, 8, 256), 1), "accepts") for name in POOLS[:2]),
+    Case("operator.limit", _pooled("MaxPool", (1, 8, 256), 1), "not tried", "orin-jp7"),
+    Case("operator.limit", _dropout(True)),
     Case("operator.equal-types", _add(np.float32)),
     Case(
         "operator.equal-types", lambda g: g.op("MatMul", g.x, g.scales(INPUTS, 4, dtype=np.float32))

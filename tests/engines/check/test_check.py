@@ -14,9 +14,10 @@ from graph_checks import require_clean
 from hypothesis import given
 from hypothesis import strategies as st
 from rtx_parser import builds, parses
+from small_graphs import BLOCK, Graph, int4, model
 from tiny_bundles import float_graph, make_bundle, mixed_plan
 from typer.testing import CliRunner
-from wrong_graphs import BLOCK, CASES, Case, Graph, int4, model
+from wrong_graphs import CASES, Case
 
 from engines.check.bundle import check_bundle, check_graph, check_model
 from engines.check.finding import CheckFailed, GraphFinding, errors, require_no_errors
