@@ -68,7 +68,8 @@ _TENSORRT = Target(
     forms={
         "dequantized": "TensorRT, int4 codes behind float16 products, a MatMul a width; built in "
         "CI for RTX, run nowhere",
-        "expanded": "TensorRT, int8 Q/DQ as plain ONNX; bundles of it are still to come",
+        "expanded": "TensorRT, one int8 product of all widths, Q/DQ as plain ONNX (--scales "
+        "two-level, rounded inputs); built in CI for RTX, run nowhere",
         "kernel": "this project's Triton kernels under torch; in no TensorRT engine",
     },
     refusals={
@@ -78,8 +79,6 @@ _TENSORRT = Target(
         "(IDequantizeLayer, NvInfer.h 11.1)",
         "int2": "TensorRT's DataType has no 2-bit type (NvInferRuntimeBase.h 11.1); "
         "2-bit channels are stored in int4",
-        "two-level scales": "its DequantizeLinear reads one float16 scale a block; a scale times a "
-        "multiplier would be rounded to it (bundles with int8 weights instead are still to come)",
         "int8 blocks": "blocks along the input exist for int4, fp8 and fp4 only "
         "(IDequantizeLayer, NvInfer.h 11.1)",
     },
@@ -141,8 +140,8 @@ CUDA = replace(
         "ranges of tokens": _TENSORRT.refusals["ranges of tokens"],
         "zero points": "this project never ran ONNX Runtime's CUDA kernels with them; target cpu "
         "has them",
-        "two-level scales": "this project never ran ONNX Runtime's CUDA kernels with them; target "
-        "cpu has them",
+        "two-level scales": "this project never ran ONNX Runtime's CUDA kernels with them; targets "
+        "cpu, rtx4070 and orin-jp7 have them",
         "int2": "ONNX Runtime's CUDA DequantizeLinear takes 4 and 8 bits; "
         "2-bit channels are stored in int4",
         "fp8": "this project packs no fp8 weights or activations",

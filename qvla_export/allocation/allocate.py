@@ -165,12 +165,16 @@ def _allowed_widths(
                 f"no sensitivities at {bits} bits, only at {sensitivities.widths}; "
                 "measure them or leave the width out"
             )
-    if budget.kind != "bytes" and budget.max_stored_ratio is None:
+    nominal = budget.kind != "bytes"
+    if nominal and budget.max_stored_ratio is None:
         return tuple(available)
-    # Where bytes count, a width stored like a wider one (2 bits on TensorRT) only adds error.
+    # Where bytes count, a width stored like a wider one (2 bits on TensorRT) only adds error;
+    # codes that are stored expanded are asked for by their nominal bits.
     kept = [available[0]]
     for bits in available[1:]:
-        if bits == 0 or target.containers[bits].bits < target.containers[kept[-1]].bits:
+        container = target.containers[bits]
+        fewer = container.bits < target.containers[kept[-1]].bits
+        if bits == 0 or fewer or (nominal and container.is_expanded):
             kept.append(bits)
     return tuple(kept)
 

@@ -122,7 +122,8 @@ ScalesOption = Annotated[
     typer.Option(
         "--scales",
         help="Of 2- and 4-bit weights. group: one for every 64 inputs. two-level: one a channel, "
-        "groups have whole multiples of it, so that every code expands to 8 bits (target cpu).",
+        "groups have whole multiples of it, so that every code expands to 8 bits (which TensorRT's "
+        "targets then store).",
     ),
 ]
 RangesOption = Annotated[

@@ -1,15 +1,17 @@
 """A layer's channels and weight grouped by width, and the way back to their order. numpy only."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qvla_export.quantizer.packed_storage import joined_widths
 from qvla_export.quantizer.quantize import QuantizerSpec, at_steps, quantize_channels
 from qvla_export.quantizer.quantized_weight import QuantizedWeight
 from qvla_export.quantizer.scale_search import Steps
 from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.target import WIDTHS
+from qvla_export.shared.target import WIDTHS, Container
 
 
 @dataclass(frozen=True)
@@ -105,3 +107,24 @@ def bucket_weight(
         elif bits:
             weights.append(quantize_channels(rows[channels], bits, spec))
     return BucketedWeight(buckets, tuple(weights))
+
+
+def expanded_weight(weight: BucketedWeight, containers: Mapping[int, Container]) -> BucketedWeight:
+    """Return a layer with codes that a target stores expanded in one bucket with those of 8 bits.
+
+    Its channels are in the layer's order, each with one scale.
+
+    Args:
+        weight: each channel at its width.
+        containers: of the target.
+    """
+    buckets = bucket_channels(joined_widths(weight.buckets.widths, containers))
+    parts = [part for part in weight.weights if part.bits != 16]
+    if not any(containers[part.bits].is_expanded for part in parts):
+        return weight
+    found = np.concatenate([weight.buckets.channels(part.bits) for part in parts])
+    order = np.argsort(found)
+    codes = np.concatenate([part.expanded() for part in parts])[order]
+    scales = np.concatenate([part.scales for part in parts])[order]
+    halves = tuple(part for part in weight.weights if part.bits == 16)
+    return BucketedWeight(buckets, (*halves, QuantizedWeight(codes, scales, 8, None)))

@@ -113,7 +113,10 @@ def variants(target: "Target") -> dict[str, QuantizerSpec]:
     inputs = replace(nearest, weighted_scales=True, compensation="inputs")
     stored = {}
     if "two-level scales" not in target.refusals:
-        stored["two-level scales"] = target.with_two_level_scales()
+        leveled = target.with_two_level_scales()
+        # Expanded codes take 8 bits, so that no plan has as many bytes.
+        if not any(container.is_expanded for container in leveled.containers.values()):
+            stored["two-level scales"] = leveled
     if "zero points" not in target.refusals:
         stored["zero points"] = target.with_zero_points()
     others: dict[str, QuantizerSpec] = {}

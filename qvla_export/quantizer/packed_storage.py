@@ -31,7 +31,8 @@ class StoredLayer:
 
     # Names of its members, in the plan's order.
     names: tuple[str, ...]
-    # Widths of all members' channels, filled-up ones included.  int8 [channels]
+    # Widths of all members' channels, filled-up ones included; 8 where codes are expanded.
+    # int8 [channels]
     widths: NDArray[np.int8]
     # Channels of each member, filled-up ones included.
     sizes: tuple[int, ...]
@@ -99,10 +100,18 @@ def stored_layers(
         widths |= producer_widths(widths, coupling, units)
     layers = []
     for names in parallel_layers(widths, weights_per_channel):
-        joined = np.concatenate([widths[name] for name in names])
+        joined = joined_widths(np.concatenate([widths[name] for name in names]), containers)
         sizes = tuple(len(widths[name]) for name in names)
         layers.append(StoredLayer(names, joined, sizes, inputs[names[0]]))
     return tuple(layers)
+
+
+def joined_widths(
+    widths: NDArray[np.int8], containers: Mapping[int, Container]
+) -> NDArray[np.int8]:
+    """Return the widths under which channels are stored: 8 where their codes are expanded."""
+    expanded = [bits for bits, container in containers.items() if container.is_expanded]
+    return np.where(np.isin(widths, expanded), np.int8(8), widths)
 
 
 def takes_whole_groups(containers: Mapping[int, Container]) -> bool:
@@ -181,7 +190,8 @@ def bucket_bytes(channels: int, inputs: int, container: Container) -> int:
     codes = -(-columns * container.stored_inputs(inputs) * container.bits // 8)
     steps = columns * container.groups(inputs)
     if container.two_level:
-        return codes + steps + columns * container.scale_bits // 8
+        factors = 0 if container.is_expanded else steps
+        return codes + factors + columns * container.scale_bits // 8
     zeros = -(-steps * container.bits // 8) if container.zero_points else 0
     return codes + steps * container.scale_bits // 8 + zeros
 

@@ -64,7 +64,7 @@ class Container:
 
     def stored_inputs(self, inputs: int) -> int:
         """Return how many weights a channel of `inputs` weights is stored with."""
-        if self.group_size is None or not self.whole_groups:
+        if self.group_size is None or not self.whole_groups or self.is_expanded:
             return inputs
         return -(-inputs // self.group_size) * self.group_size
 
@@ -77,12 +77,17 @@ class Container:
     def step_bits(self, inputs: int) -> int:
         """Return the bits of one channel's scales, multipliers and zero points."""
         if self.two_level:
-            return self.scale_bits + 8 * self.groups(inputs)
+            return self.scale_bits + (0 if self.is_expanded else 8 * self.groups(inputs))
         return self.groups(inputs) * (self.scale_bits + (self.bits if self.zero_points else 0))
 
     def groups(self, inputs: int) -> int:
         """Return how many scales a channel of `inputs` weights has."""
         return 1 if self.group_size is None else -(-inputs // self.group_size)
+
+    @property
+    def is_expanded(self) -> bool:
+        """Whether codes are stored times their multipliers: int8 numbers, one scale a channel."""
+        return self.two_level and self.bits == 8
 
 
 @dataclass(frozen=True)
@@ -152,14 +157,17 @@ class Target:
     def with_two_level_scales(self) -> "Target":
         """Return this target with one scale a channel and multiples of it for groups.
 
+        Runtimes that take whole groups read no multipliers; they get codes that are expanded.
+
         Raises:
             UnsupportedOnTarget: it has none; with the reason.
         """
         self.require("two-level scales")
-        stored = {
-            bits: replace(container, two_level=container.group_size is not None, zero_points=False)
-            for bits, container in self.containers.items()
-        }
+        stored = dict(self.containers)
+        for bits, container in self.containers.items():
+            if container.group_size is not None:
+                kept = 8 if container.whole_groups else container.bits
+                stored[bits] = replace(container, bits=kept, two_level=True, zero_points=False)
         return replace(self, containers=stored)
 
     def product_form(self, activations: ActivationSupport, two_level: bool) -> ProductForm:

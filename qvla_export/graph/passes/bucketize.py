@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qvla_export.graph.buckets import BucketedWeight, bucket_weight
+from qvla_export.graph.buckets import BucketedWeight, bucket_weight, expanded_weight
 from qvla_export.graph.buckets_to_onnx import BucketEmitter, Store, keep
 from qvla_export.graph.expanded_to_onnx import ExpandedEmitter
 from qvla_export.graph.float_graph import LAYER_KEY, ExportError, layer_nodes, weight_rows
@@ -68,6 +68,7 @@ def bucketize(
                 f"which has {len(rows)} channels; make the plan from this policy"
             )
         weight = bucket_weight(rows, layer_widths, spec, None if steps is None else steps[name])
+        weight = expanded_weight(weight, target.containers)
         used = [part.bits for part in weight.weights]
         expands = side_by_side(used, rows.shape[1], target.containers, rounded_inputs)
         emitter = (ExpandedEmitter if expands else BucketEmitter)(target, store)

@@ -27,14 +27,16 @@ FAMILIES = ("diffusion", "tokens", "pi05", "smolvla", "act")
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("activation_bits", [None, 8], ids=["w4", "w8a8"])
+@pytest.mark.parametrize("setting", ["w4", "w8a8", "w4a8, expanded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_targets_take_every_part(family: str, activation_bits: int | None, tmp_path: Path) -> None:
+def test_targets_take_every_part(family: str, setting: str, tmp_path: Path) -> None:
     case = FAMILY_CASES[family]
     policy, target = load_policy(case.write(tmp_path / "checkpoint")), find_target("rtx4070")
+    if "expanded" in setting:
+        target = target.with_two_level_scales()
     shapes = layer_shapes(policy.layers())
-    plan = uniform_plan(shapes, 8 if activation_bits else 4, target, policy.digest)
-    if activation_bits:
+    plan = uniform_plan(shapes, int(setting[1]), target, policy.digest)
+    if "a8" in setting:
         ranges = ActivationRanges(8, "max", dict.fromkeys(shapes, 2.0))
         plan = replace(plan, activations=ranges)
     bundle = export_bundle(policy, plan, target, case.observations(1), tmp_path / "bundle")

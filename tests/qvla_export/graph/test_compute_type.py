@@ -245,7 +245,11 @@ def test_no_gather_behind_mlp_producers_and_one_product_a_width(tiny_policy: Oft
     assert "+" in max(products, key=len)
 
 
-@pytest.mark.parametrize("target", [RTX4070, CPU], ids=lambda target: target.name)
+@pytest.mark.parametrize(
+    "target",
+    [RTX4070, CPU, RTX4070.with_two_level_scales()],
+    ids=["rtx4070", "cpu", "rtx4070, two-level"],
+)
 @pytest.mark.parametrize("setting", ["mixed", "4"])
 def test_figures_count_the_products_of_the_graph(
     setting: str, target: Target, tiny_policy: OftPolicy

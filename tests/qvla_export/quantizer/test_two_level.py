@@ -141,10 +141,9 @@ def test_artifacts_of_one_level_are_as_before(tmp_path: Path) -> None:
     assert 8 * made.nbytes == 8 * LEVELED.containers[4].row_bits(200)
 
 
-@pytest.mark.parametrize("name", ["cuda", "rtx4070", "orin-jp7", "orin-jp6"])
-def test_other_targets_refuse_with_the_reason(name: str) -> None:
+def test_a_target_that_has_none_refuses_with_the_reason() -> None:
     with pytest.raises(UnsupportedOnTarget, match="has no two-level scales"):
-        find_target(name, scales="two-level")
+        find_target("cuda", scales="two-level")
     assert find_target("cpu", scales="two-level") == LEVELED
     with pytest.raises(QvlaError, match="--zero-points go with a scale for every group"):
         find_target("cpu", zero_points=True, scales="two-level")
