@@ -22,13 +22,19 @@ class Failure:
     cures: tuple[str, ...]
 
 
-_FREE_MEMORY = (
-    "reboot, or free contiguous memory: sync; echo 3 > /proc/sys/vm/drop_caches; "
-    "echo 1 > /proc/sys/vm/compact_memory",
-    "close the desktop and other processes; stop a server that holds another engine",
-    "build with less scratch memory: --workspace-mb 2048",
-    "export in more, smaller parts: qvla export --layers-per-part",
+# Puts free memory into large pieces.
+COMPACT_MEMORY = (
+    "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory'"
 )
+_FREE_MEMORY = (
+    f"reboot, or free contiguous memory: {COMPACT_MEMORY}",
+    "close the desktop (sudo systemctl isolate multi-user.target) and other processes; stop a "
+    "server that holds another engine",
+    "build with less scratch memory: --workspace-mb 2048",
+    "export in more, smaller parts: qvla export --layers-per-part 1; an output layer over a whole "
+    "vocabulary is a part of its own then",
+)
+_LARGER_CMA = "have the kernel keep more memory in one piece (CMA): qvla doctor prints the command"
 
 # The first that matches any message explains it: reasons before their consequences.
 FAILURES: tuple[Failure, ...] = (
@@ -36,7 +42,7 @@ FAILURES: tuple[Failure, ...] = (
         r"NvMapMem\w*.*error 12|nvmap.*(ENOMEM|out of memory)",
         "the Jetson has no contiguous memory left for the builder's scratch buffers (NvMap error "
         "12); a message about a missing implementation is only its consequence",
-        (*_FREE_MEMORY, "update Jetson Linux: 36.4.7 is the worst, 36.5 better"),
+        (*_FREE_MEMORY, _LARGER_CMA, "update Jetson Linux: 36.4.7 is the worst, 36.5 better"),
     ),
     Failure(
         r"(?i)out of memory|OutOfMemory|insufficient memory|cudaErrorMemoryAllocation|"
@@ -72,7 +78,11 @@ FAILURES: tuple[Failure, ...] = (
         r"Could not find any implementation for node \{?ForeignNode",
         "TensorRT found no kernel for a fused part; where memory is short this is what it says "
         "when a scratch buffer could not be had",
-        (*_FREE_MEMORY, "if memory is plentiful: raise --level, or check the graph: qvla check"),
+        (
+            *_FREE_MEMORY,
+            _LARGER_CMA,
+            "if memory is plentiful: raise --level, or check the graph: qvla check",
+        ),
     ),
     Failure(
         r"Could not find any implementation",

@@ -5,6 +5,7 @@ is in small pieces that fails ("NvMapMemAllocInternalTagged: 1075072515 error 12
 as "Could not find any implementation for node"; Jetson Linux 36.4.7 is worst, 36.5 mends part.
 """
 
+from engines.trt.failures import COMPACT_MEMORY
 from jetson.board.state import BoardState
 from jetson.doctor.bundle_facts import NO_ORIN, BundleFacts
 from jetson.doctor.finding import BoardFinding, Check
@@ -16,10 +17,9 @@ _LITTLE_BYTES = 16 << 30
 # What the builder was seen to ask for at once.
 _CONTIGUOUS_BYTES = 1_075_072_515
 _CMA_SHARE = 0.25
+# Of a kernel that keeps none.
+_FIRST_CMA_MB = 512
 _BAD_RELEASE = "36.4.7"
-_COMPACT = (
-    "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory'"
-)
 _MAKE_SWAP = (
     "sudo fallocate -l 16G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && "
     "sudo swapon /swapfile"
@@ -76,7 +76,11 @@ def check_contiguous(machine: Machine) -> BoardFinding:
         shown += f", largest {board.largest_free_blocks} x {largest} KiB"
     if nbytes >= _CONTIGUOUS_BYTES:
         return _CONTIGUOUS.ok(shown)
-    return _CONTIGUOUS.warning(shown, f"{_COMPACT}; if that does not help: sudo reboot")
+    return _CONTIGUOUS.warning(
+        shown,
+        f"{COMPACT_MEMORY}; if that does not help: sudo reboot; if building fails after it, too: "
+        f"{_double_cma(machine)}",
+    )
 
 
 def check_cma(machine: Machine) -> BoardFinding:
@@ -89,10 +93,15 @@ def check_cma(machine: Machine) -> BoardFinding:
     shown = f"{free / 1e6:.0f} of {total / 1e6:.0f} MB free"
     if free >= _CMA_SHARE * total:
         return _CMA.ok(shown)
-    return _CMA.warning(
-        shown,
-        f"{_COMPACT}; if it stays so, double it: sudo sed -i '/^[[:space:]]*APPEND/ s/$/ "
-        f"cma={(total >> 20) * 2}M/' /boot/extlinux/extlinux.conf && sudo reboot",
+    return _CMA.warning(shown, f"{COMPACT_MEMORY}; if it stays so: {_double_cma(machine)}")
+
+
+def _double_cma(machine: Machine) -> str:
+    """Return the command that has the kernel keep twice as much for devices, or a first share."""
+    megabytes = 2 * (machine.cma_total_bytes or 0) >> 20 or _FIRST_CMA_MB
+    return (
+        f"keep {megabytes} MB for devices: sudo sed -i '/^[[:space:]]*APPEND/ s/$/ "
+        f"cma={megabytes}M/' /boot/extlinux/extlinux.conf && sudo reboot"
     )
 
 

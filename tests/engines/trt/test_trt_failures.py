@@ -33,6 +33,9 @@ SCRATCH = "[autotuner] Requested amount of GPU memory (1073741824 bytes) could n
         ([SCRATCH, FOREIGN], "memory of the device or the machine ran out", "smaller parts"),
         (["Error Code 1: Cuda Runtime (out of memory)"], "ran out", "--layers-per-part"),
         ([FOREIGN], "no kernel for a fused part", "drop_caches"),
+        ([FOREIGN], "no kernel for a fused part", "(CMA): qvla doctor"),
+        ([FOREIGN, NVMAP], "NvMap error 12", "(CMA): qvla doctor"),
+        ([FOREIGN, NVMAP], "NvMap error 12", "an output layer over a whole vocabulary is a part"),
         (["Could not find any implementation for node conv1."], "no kernel", "--level"),
         (
             ["engine is generated on an incompatible device, expecting compute 8.7 got 8.9"],

@@ -46,6 +46,21 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
         "contiguous memory",
         "echo 1 > /proc/sys/vm/compact_memory",
     ),
+    "in pieces, small CMA": (
+        {"proc/buddyinfo": "Node 0, zone Normal 90000 90000 90000 90000 5 4 3 2 1 0 37\n"},
+        "contiguous memory",
+        "/ s/$/ cma=512M/' /boot/extlinux/extlinux.conf && sudo reboot",
+    ),
+    "in pieces, no CMA": (
+        {
+            "proc/buddyinfo": "Node 0, zone Normal 90000 90000 90000 90000 5 4 3 2 1 0 37\n",
+            "proc/meminfo": "\n".join(
+                line for line in MEMINFO.splitlines() if not line.startswith("Cma")
+            ),
+        },
+        "contiguous memory",
+        "keep 512 MB for devices: ",
+    ),
     "no CMA": (
         {"proc/meminfo": MEMINFO.replace("200000", "1000")}, "CMA memory", "/ s/$/ cma=512M/'",
     ),
