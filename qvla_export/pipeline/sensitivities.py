@@ -219,7 +219,8 @@ def agreement(
     Args:
         run: has sensitivities of this policy.
         policy: in memory.
-        pairs: (channel, width) pairs; None for as many as take about a minute, at most 500.
+        pairs: (channel, width) pairs; None for as many as take about a minute of CPU time,
+            at most 500.
         seed: draws them.
         on_progress: hears of every pair.
 

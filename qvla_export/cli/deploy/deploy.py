@@ -72,7 +72,7 @@ def deploy(
         typer.Option(
             min=0,
             help="(channel, width) pairs compared with exact measurement. Default: as many as take "
-            "about a minute, at most 500; none where the policy is read part by part.",
+            "about a minute of CPU, at most 500; none where the policy is read part by part.",
         ),
     ] = None,
     probes: ProbesOption = 4,

@@ -67,6 +67,8 @@ class Trial:
     # Of a batch: recording it for exact measurement; one channel changed at one width.
     recording_s: float
     pair_s: float
+    # Threads that such a pair keeps busy.
+    pair_threads: float = 1.0
 
     def batches(self, observations: int) -> int:
         """Return how many batches so many observations make."""
@@ -91,7 +93,7 @@ def try_policy(policy: "Policy", observation: "Observation", work: TrialWork) ->
     spec = compensated_spec(work.target) if work.compensated else spec_for(work.target)
     fed, moments_s = _moments(policy, layers, some) if work.compensated else (None, 0.0)
     errors, errors_s = _errors(layers, spec, fed)
-    recording_s, pair_s = _exact_s(policy, layers, some)
+    exact = _exact_s(policy, layers, some)
     recorded = _recorded(policy, observation) if work.rounds_inputs else (0.0, 0)
     return Trial(
         work.batch_size,
@@ -102,8 +104,7 @@ def try_policy(policy: "Policy", observation: "Observation", work: TrialWork) ->
         *recorded,
         errors_s,
         0.0 if fed is None else _rounding_s(layers, spec, fed),
-        recording_s,
-        pair_s,
+        *exact,
     )
 
 
@@ -209,8 +210,8 @@ def _recorded(policy: "Policy", observation: "Observation") -> tuple[float, int]
 
 def _exact_s(
     policy: "Policy", layers: "Layers", some: "Sequence[Observation]"
-) -> tuple[float, float]:
-    """Return the seconds of recording a batch, and of one channel that is changed on it."""
+) -> tuple[float, float, float]:
+    """Return the seconds of recording a batch, of one channel changed on it, and its threads."""
     import torch
 
     from qvla_export.measurement.double_precision import batch_in_float64, in_float64
@@ -223,10 +224,12 @@ def _exact_s(
     inputs = batch_in_float64(policy.batch(some))
     with in_float64(policy), recorded(policy, layers, inputs) as forward:
         recording_s, began = time.process_time() - began, time.process_time()
+        own_began = time.thread_time()
         for name in chosen:
             row = torch.from_numpy(weight_rows(layers[name], slice(1)))
             forward.deviations(name, [0], row.to(forward.reference))
-        return recording_s, (time.process_time() - began) / len(chosen)
+        changed_s, own_s = time.process_time() - began, time.thread_time() - own_began
+        return recording_s, changed_s / len(chosen), max(changed_s / max(own_s, 1e-6), 1.0)
 
 
 def _alike(layers: "Layers") -> list[list[str]]:

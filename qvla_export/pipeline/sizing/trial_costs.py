@@ -83,7 +83,7 @@ def agreement_costs(work: Workload, check_pairs: int | None) -> StepCosts:
     first, pairs = 0.0, check_pairs
     if pairs is None:
         first = exact_s(TIMED_PAIRS)
-        pairs = pairs_of_a_minute(first / TIMED_PAIRS)
+        pairs = pairs_of_a_minute(first / TIMED_PAIRS / trial.pair_threads)
     # The table's own time is taken on a batch.
     taken = first + exact_s(pairs) + trial.errors_s + trial.sensitivities_s
     table = sensitivity_costs(work)

@@ -97,6 +97,11 @@ def test_exact_pairs_are_those_of_a_minute(work: Workload) -> None:
     assert 6 < pairs < 500
     minute_s = six_s + 3 * (0.25 + pairs * 0.125) + min(1, pairs / layers) * 8 + 8 + 2
     assert trial_costs.agreement_costs(work, None).cpu_s == pytest.approx(minute_s)
+    # A minute of the thread that measures: more where others help it.
+    helped = trial_costs.agreement_costs(
+        replace(work, trial=replace(SOME, pair_threads=2.0)), None
+    ).disk_bytes
+    assert helped == int(60 / (six_s / 6 / 2)) * 90
     quick = replace(work, trial=replace(SOME, recording_s=0.0, pair_s=1e-6, errors_s=0.0))
     assert trial_costs.agreement_costs(quick, None).disk_bytes == 500 * 90
 

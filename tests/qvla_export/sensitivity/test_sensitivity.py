@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +27,8 @@ from qvla_export.policies.layers import (
 from qvla_export.policies.oft.policy import OftPolicy, load_oft_policy
 from qvla_export.quantizer.quantize import QuantizerSpec, WidthRule, quantize_channels
 from qvla_export.quantizer.uniform_plan import uniform_plan
-from qvla_export.sensitivity.agreement import Agreement, compare_with_exact
+from qvla_export.sensitivity import agreement
+from qvla_export.sensitivity.agreement import Agreement, compare_with_exact, pairs_in_a_minute
 from qvla_export.sensitivity.estimators.base import QUIETLY, ChannelWidth, Question, Work, all_pairs
 from qvla_export.sensitivity.estimators.exact import ExactEstimator
 from qvla_export.sensitivity.estimators.first_order import FirstOrder, measure_first_order
@@ -188,15 +191,30 @@ def test_agreement_in_ranks_and_in_time(
     first_order: Sensitivities,
     tmp_path: Path,
 ) -> None:
-    agreement = compare_with_exact(first_order, tiny_policy, tiny_observations(5), pairs=200)
-    assert agreement.spearman > 0.95
-    assert set(agreement.spearman_by_width) == {"0", "2", "4", "8"}
-    assert agreement.time_ratio < 1 / 20
-    agreement.save(tmp_path / "agreement.json")
-    assert Agreement.load(tmp_path / "agreement.json") == agreement
+    compared = compare_with_exact(first_order, tiny_policy, tiny_observations(5), pairs=200)
+    assert compared.spearman > 0.95
+    assert set(compared.spearman_by_width) == {"0", "2", "4", "8"}
+    assert compared.time_ratio < 1 / 20
+    compared.save(tmp_path / "agreement.json")
+    assert Agreement.load(tmp_path / "agreement.json") == compared
     (tmp_path / "agreement.json").write_text("[]")
     with pytest.raises(ArtifactError, match="no agreement"):
         Agreement.load(tmp_path / "agreement.json")
+
+
+def test_a_minutes_pairs_are_counted_in_cpu_time(
+    tiny_policy: OftPolicy,
+    tiny_observations: Make,
+    first_order: Sensitivities,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a busy machine the clock goes on while the check waits."""
+    count = {3.0: 120, 1e-9: 500, 600.0: 3}
+    for taken_s, pairs in count.items():
+        clock = iter((0.0, taken_s))
+        cpu = SimpleNamespace(thread_time=partial(next, clock))
+        monkeypatch.setattr(agreement, "time", cpu)
+        assert pairs_in_a_minute(first_order, tiny_policy, tiny_observations(2)) == pairs
 
 
 def test_a_failing_pass_leaves_the_policy_as_it_was(
