@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import onnxruntime
 from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from engines.base import BundleEngine, EngineError, Feeds, require_threads, rounds_activations
 from engines.forms.float_layers import FloatLayers, form_of, with_float_layers
@@ -29,6 +30,18 @@ _EXACT_INTEGERS = "session.x64quantprecision"
 _ERRORS_ONLY = 3
 # First passes of a profile: allocations and cold caches.
 _UNTIMED_PASSES = 5
+# What a session that is not made raises: a class a status of the runtime's, which share no base,
+# and what C++'s own exceptions become.
+_REFUSALS: tuple[type[Exception], ...] = (
+    *(
+        kind
+        for kind in vars(onnxruntime_pybind11_state).values()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    ),
+    MemoryError,
+    RuntimeError,
+    ValueError,
+)
 _FOLDER = "session.model_external_initializers_file_folder_path"
 # "packed": MatMulNBits reads the stored codes. "unpacked": codes become float32 at load; the memory
 # of a float policy, and its speed where many rows make a layer compute-bound.
@@ -197,7 +210,7 @@ def open_session(
         options.add_session_config_entry(_FOLDER, str(path.parent))
     try:
         return onnxruntime.InferenceSession(model, options, providers=list(providers))
-    except Exception as error:  # the runtime's exceptions share no public base
+    except _REFUSALS as error:
         raise EngineError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}"
         ) from error

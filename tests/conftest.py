@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,15 @@ def tiny_policy(tiny_checkpoint: Path) -> OftPolicy:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CA, a server certificate for loopback and a client certificate; and another CA's client."""
     return write_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def trt_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for a module's bundles and engines, and the key that seals them."""
+    root = tmp_path_factory.mktemp("trt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(root / "state"))
+        yield root
 
 
 @pytest.fixture(scope="session")

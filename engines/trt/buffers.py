@@ -14,7 +14,8 @@ from qvla_export.shared.part import TensorSpec
 class Buffers:
     """Allocated once, each for its largest shape.
 
-    Parts hand tensors on by sharing memory; what a repetition reads of the one before is copied.
+    Parts hand tensors on by sharing memory. What a repetition puts out and the next one reads under
+    another name changes memory with it; what cannot is copied.
     """
 
     def __init__(
@@ -40,15 +41,18 @@ class Buffers:
         self.addresses: dict[str, Address] = {}
         self._pinned: dict[str, NDArray[Any]] = {}
         self._item_bytes: dict[str, int] = {}
+        self._nbytes: dict[str, int] = {}
         try:
             for spec in tensors:
                 self._item_bytes[spec.name] = np.dtype(spec.dtype).itemsize
                 if spec.name not in self.addresses:
                     nbytes = _size(ranges[spec.name].max) * np.dtype(spec.dtype).itemsize
                     self.addresses[spec.name] = device.allocate(nbytes)
+                    self._nbytes[spec.name] = nbytes
         except BaseException:
             self.free()
             raise
+        self._first = dict(self.addresses)
         for spec in at_host:
             self._pinned[spec.name] = device.pinned((_size(ranges[spec.name].max),), spec.dtype)
 
@@ -62,6 +66,21 @@ class Buffers:
         """Start copying a tensor of a shape into another one of its type, on the device."""
         nbytes = _size(shape) * self._item_bytes[source]
         self._device.copy(self.addresses[name], self.addresses[source], nbytes)
+
+    def exchange(self, output: str, name: str, shape: Shape) -> None:
+        """Let an input have what an output of a shape holds, and the output the input's memory.
+
+        Where their largest shapes differ it is copied instead.
+        """
+        if self._nbytes[output] == self._nbytes[name]:
+            places = self.addresses
+            places[output], places[name] = places[name], places[output]
+        else:
+            self.move(output, name, shape)
+
+    def reset(self) -> None:
+        """Give every tensor the memory that it had at first: an action begins as all others."""
+        self.addresses.update(self._first)
 
     def download(self, name: str, shape: Shape) -> NDArray[Any]:
         """Start copying an output to the host; it is there after `Device.synchronize`.

@@ -30,6 +30,8 @@ from qvla_export.shared.target import Target
 _LOGGER = logging.getLogger(__name__)
 # Called with (part, phase, steps done, steps in all).
 OnProgress = Callable[[str, str, int, int], None]
+# Input name -> shapes, of each profile that a part's engine has or gets; the first may hold more.
+_Profiles = tuple[dict[str, ShapeRange], ...]
 
 
 @dataclass(frozen=True)
@@ -100,24 +102,28 @@ def build_engines(
     job = _Job(bundle, target, module, gpu, folder, settings, on_progress)
     known = input_ranges(bundle.inputs, settings.prompt)
     parts, built = {part.name: part for part in bundle.parts}, {}
-    exact = _profiles(job, known)
+    exact = _exact_profiles(job, known)
     for run in bundle.program.runs:
         known |= {name: known[source] for name, source in run.start.items()}
         for name in run.parts:
             if name in built:
                 continue
-            given, *later = exact.get(name, (known,))
-            kept = _load_current(job, parts[name], given, tuple(later))
-            built[name] = kept or _build_part(job, parts[name], given, tuple(later))
+            profiles = tuple(exact.get(name, (known,)))
+            kept = _load_current(job, parts[name], profiles)
+            built[name] = kept or _build_part(job, parts[name], profiles)
             known |= built[name].outputs
     return tuple(built[name] for name in parts)
 
 
-def _profiles(job: _Job, known: Mapping[str, ShapeRange]) -> dict[str, list[dict[str, ShapeRange]]]:
+def _exact_profiles(
+    job: _Job, known: Mapping[str, ShapeRange]
+) -> dict[str, list[dict[str, ShapeRange]]]:
     """Return the input shapes of every part in each run that calls it, where several call one.
 
-    They depend on what the runs before put out, so all graphs are parsed, one at a time. Of other
-    programs nothing is returned: what a part is given is known once those before it are built.
+    They depend on what the runs before put out, so all graphs are parsed, one at a time. A graph
+    of fixed shapes is given the same ones in each, and its engine has no profile but the first. Of
+    other programs nothing is returned: what a part is given is known once those before it are
+    built.
     """
     runs, parts = job.bundle.program.runs, {part.name: part for part in job.bundle.parts}
     called = Counter(name for run in runs for name in run.parts)
@@ -131,17 +137,13 @@ def _profiles(job: _Job, known: Mapping[str, ShapeRange]) -> dict[str, list[dict
             model = job.bundle.model_path(parts[name])
             network = parse_part(job.module, model, job.target, Log(job.module))
             inputs = part_inputs(network, ranges, model)
-            found.setdefault(name, []).append(inputs)
+            if network.dynamic or name not in found:
+                found.setdefault(name, []).append(inputs)
             ranges |= part_outputs(network, inputs)
     return found
 
 
-def _origin(
-    job: _Job,
-    part: Part,
-    inputs: Mapping[str, ShapeRange],
-    later: tuple[dict[str, ShapeRange], ...],
-) -> Origin:
+def _origin(job: _Job, part: Part, profiles: _Profiles) -> Origin:
     files = job.bundle.manifest["files"]
     weights = files.get(f"{part.model}.data", {"sha256": ""})
     timed = not job.module.traits.ahead_of_time and job.gpu is not None
@@ -157,50 +159,39 @@ def _origin(
         gpu=job.gpu.name if timed and job.gpu is not None else None,
         level=job.settings.level,
         workspace_bytes=job.settings.workspace_bytes,
-        inputs=dict(inputs),
-        later=later,
+        inputs=profiles[0],
+        later=profiles[1:],
     )
 
 
-def _load_current(
-    job: _Job,
-    part: Part,
-    known: Mapping[str, ShapeRange],
-    later: tuple[dict[str, ShapeRange], ...],
-) -> Sidecar | None:
+def _load_current(job: _Job, part: Part, known: _Profiles) -> Sidecar | None:
     """Return what an earlier build of this very engine left behind; None if it must be built."""
     try:
         found = Sidecar.load(sidecar_path(job.folder, part.name))
     except (ArtifactError, UnsealedEngine):
         return None
-    inputs = {name: known[name] for name in found.origin.inputs if name in known}
+    inputs = {name: known[0][name] for name in found.origin.inputs if name in known[0]}
     path = engine_path(job.folder, part.name)
     current = (
-        found.origin == _origin(job, part, inputs, later)
+        found.origin == _origin(job, part, (inputs, *known[1:]))
         and path.is_file()
         and sha256_file(path) == found.engine_sha256
     )
     return found if current else None
 
 
-def _build_part(
-    job: _Job,
-    part: Part,
-    known: Mapping[str, ShapeRange],
-    later: tuple[dict[str, ShapeRange], ...],
-) -> Sidecar:
+def _build_part(job: _Job, part: Part, known: _Profiles) -> Sidecar:
     log, model = Log(job.module), job.bundle.model_path(part)
     with _Marker(job.folder, part.name):
         network = parse_part(job.module, model, job.target, log)
-        inputs = part_inputs(network, known, model)
-        profiles = (inputs, *later)
+        profiles = (part_inputs(network, known[0], model), *known[1:])
         outputs = united([part_outputs(network, profile) for profile in profiles])
         config, cache = _configure(job, network, profiles)
         engine = _serialize(job, part, network, config, log)
     digest = hashlib.sha256(engine).hexdigest()
     layers, missing = _layers(job, engine)
     sidecar = Sidecar(
-        origin=_origin(job, part, inputs, later),
+        origin=_origin(job, part, profiles),
         outputs=outputs,
         engine_sha256=digest,
         engine_bytes=engine.nbytes,

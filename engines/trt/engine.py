@@ -1,7 +1,7 @@
 """TensorRT engines of a bundle, checked before they are loaded, run as one `Engine`."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -25,28 +25,28 @@ from engines.trt.failures import explain
 from engines.trt.layer_log import LayerLog
 from engines.trt.log import Log
 from engines.trt.modules import TrtModule, load_module
+from engines.trt.program_calls import RunCalls, program_calls
 from engines.trt.runner import PartRunner, PartTimer, RunnerSetup, Scratch
 from engines.trt.shapes import Shape, require_fillable, united
 from engines.trt.sidecar import Sidecar, engine_folder, engine_path
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.part import Part
-from qvla_export.shared.program import PartRuns, Program
+from qvla_export.shared.program import PartRuns
 
 # First passes of a profile: what TensorRT puts off until a context runs.
 _UNTIMED_PASSES = 5
-# Part, profile, shapes of inputs.
-_Call = tuple[str, int, dict[str, Shape]]
 _TO_DEVICE, _TO_HOST = "host_to_device", "device_to_host"
 
 
 class TensorRtEngine(BundleEngine):
     """A bundle's engines on one GPU and stream; see `Engine`.
 
-    Inputs are copied once, outputs of a part stay on the device for the next, and for the next
-    repetition. All buffers have the size of the longest prompt and are allocated at load. The
-    first action of a prompt length runs the parts one by one, later ones launch what was captured
-    of it: a graph per part, so that events between runs tell where the time goes. One action at a
-    time; any thread may act.
+    Inputs are copied once, outputs of a part stay on the device for the next. Between repetitions
+    an output and the input that it is carried into change memory, so that a KV cache is not copied;
+    what a run starts with is. All buffers have the size of the longest prompt and are allocated at
+    load. The first action of a prompt length runs the parts one by one, later ones launch what was
+    captured of it: a graph per part, so that events between runs tell where the time goes. One
+    action at a time; any thread may act.
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class TensorRtEngine(BundleEngine):
             for name, source in run.start.items():
                 self._ranges.setdefault(source, self._ranges[name])
         self._parts = {part.name: part for part in bundle.parts}
-        self._calls = _program_calls(bundle.program)
+        profiles = {name: len(each.origin.profiles) for name, each in sidecars.items()}
+        self._calls = program_calls(bundle, profiles)
         self._log = Log(self._module)
         self._stack = ExitStack()
         try:
@@ -130,14 +131,16 @@ class TensorRtEngine(BundleEngine):
             EngineError: the engine is closed, the GPU fails, or TensorRT reports nothing.
         """
         shapes = self._admitted_shapes(feeds)
+        self._buffers.reset()
         for name, value in feeds.items():
             self._buffers.upload(name, value)
         self._device.synchronize()
         timed: list[tuple[PartRuns, dict[str, Shape], list[tuple[LayerLog, PartTimer]]]] = []
-        for run, calls in self._calls:
+        for calls in self._calls:
+            run = calls.run
             shapes |= {name: shapes[source] for name, source in run.start.items()}
             moved, timers = dict(shapes), []
-            for name, profile in calls:
+            for name, profile in calls.parts:
                 log = LayerLog(self._module, name, self._layers[name])
                 inputs = _of(self._parts[name], shapes)
                 timer = self._runners[name].open_timer(inputs, profile, log.profiler)
@@ -160,13 +163,13 @@ class TensorRtEngine(BundleEngine):
 
     def _run(self, feeds: Feeds, shapes: dict[str, Shape]) -> dict[str, NDArray[Any]]:
         device, runs = self._device, self._bundle.program.runs
-        seen: list[_Call] = []
+        self._buffers.reset()
         device.record(self._events[0])
         for name, value in feeds.items():
             self._buffers.upload(name, value)
         device.record(self._events[1])
-        for (run, calls), event in zip(self._calls, self._events[2:], strict=False):
-            seen += self._enqueue(run, calls, shapes)
+        for calls, event in zip(self._calls, self._events[2:], strict=False):
+            self._enqueue(calls, shapes)
             device.record(event)
         views = {s.name: self._buffers.download(s.name, shapes[s.name]) for s in self.outputs}
         device.record(self._events[-1])
@@ -177,28 +180,25 @@ class TensorRtEngine(BundleEngine):
         self._part_calls = {run.name: run.times * len(run.parts) for run in runs}
         # Copies, since the next action overwrites the pinned memory.
         results = {name: view.copy() for name, view in views.items()}
-        for name, profile, inputs in seen:
-            self._runners[name].capture(inputs, profile)
+        for runner in self._runners.values():
+            runner.capture()
         return results
 
-    def _enqueue(
-        self, run: PartRuns, calls: Sequence[tuple[str, int]], shapes: dict[str, Shape]
-    ) -> list[_Call]:
-        """Put all repetitions of a run into the stream; add the shapes of what they put out.
+    def _enqueue(self, calls: RunCalls, shapes: dict[str, Shape]) -> None:
+        """Put all repetitions of a run into the stream; add the shapes of what they put out."""
+        self._fill(calls.run.start, shapes)
+        for repetition in range(calls.run.times):
+            if repetition:
+                self._carry(calls, shapes)
+            for name, profile in calls.parts:
+                inputs = _of(self._parts[name], shapes)
+                shapes |= self._runners[name].enqueue(inputs, profile)
 
-        Returns:
-            Part, profile and shapes of inputs of the last repetition's calls.
-        """
-        filled = run.start
-        seen: list[_Call] = []
-        for _ in range(run.times):
-            self._fill(filled, shapes)
-            seen.clear()
-            for name, profile in calls:
-                seen.append((name, profile, _of(self._parts[name], shapes)))
-                shapes |= self._runners[name].enqueue(seen[-1][2], profile)
-            filled = {name: output for output, name in run.carry.items()}
-        return seen
+    def _carry(self, calls: RunCalls, shapes: dict[str, Shape]) -> None:
+        self._fill({name: output for output, name in calls.copied.items()}, shapes)
+        for output, name in calls.exchanged.items():
+            shapes[name] = shapes[output]
+            self._buffers.exchange(output, name, shapes[output])
 
     def _fill(self, sources: Mapping[str, str], shapes: dict[str, Shape]) -> None:
         """Copy into inputs, by name, what they are from now on."""
@@ -236,14 +236,13 @@ class TensorRtEngine(BundleEngine):
         nbytes = max(int(engine.device_memory_size_v2) for engine in engines.values())
         scratch = Scratch(device.allocate(nbytes), nbytes)
         stack.callback(device.free, scratch.address)
-        setup = RunnerSetup(self._module, self._log, device, scratch, max_shapes)
+        setup = RunnerSetup(self._module, self._log, device, self._buffers, scratch, max_shapes)
         # Before the first run, between any two, and around the copies.
         self._events = [device.event() for _ in range(len(self._bundle.program.runs) + 3)]
+        contexts = Counter(n for each in self._calls for n, _ in each.parts * each.sides)
         for part in parts:
             names = [spec.name for spec in (*part.inputs, *part.outputs)]
-            addresses = {name: self._buffers.addresses[name] for name in names}
-            profiles = len(sidecars[part.name].origin.profiles)
-            runner = PartRunner(part.name, engines[part.name], addresses, setup, profiles)
+            runner = PartRunner(part.name, engines[part.name], names, setup, contexts[part.name])
             stack.callback(runner.close)
             self._runners[part.name] = runner
 
@@ -270,16 +269,6 @@ class TensorRtEngine(BundleEngine):
                     "prompts: qvla build BUNDLE --prompt-max, --prompt-min"
                 )
         return shapes
-
-
-def _program_calls(program: Program) -> tuple[tuple[PartRuns, tuple[tuple[str, int], ...]], ...]:
-    """Return each run with its parts, and which of a part's profiles is that run's."""
-    before: Counter[str] = Counter()
-    found = []
-    for run in program.runs:
-        found.append((run, tuple((name, before[name]) for name in run.parts)))
-        before.update(run.parts)
-    return tuple(found)
 
 
 def _of(part: Part, shapes: Mapping[str, Shape]) -> dict[str, Shape]:

@@ -2,11 +2,12 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engines.base import EngineError
+from engines.trt.buffers import Buffers
 from engines.trt.device import Address, CaptureError, Device, Graph
 from engines.trt.failures import explain
 from engines.trt.log import Log
@@ -32,9 +33,11 @@ class RunnerSetup:
     module: TrtModule
     log: Log
     device: Device
+    # Which memory each tensor has now.
+    buffers: Buffers
     # At least `engine.device_memory_size_v2` bytes of the most demanding engine.
     scratch: Scratch
-    # Input shapes whose contexts are kept, of each profile.
+    # Prompt lengths whose contexts are kept.
     max_shapes: int
 
 
@@ -55,36 +58,38 @@ class _ShapeContext:
     native: Any
     outputs: Mapping[str, Shape]
     graph: Graph | None = None
+    has_run: bool = False
     capture_attempted: bool = False
 
 
 class PartRunner:
     """Puts one part's work into the device's stream.
 
-    Every input shape has a context of its own: a captured graph holds the context's state, and
-    TensorRT forbids changing that state afterwards. Contexts are small, since the memory for
-    activations is shared; the least recently used beyond `max_shapes` is dropped.
+    Every input shape has a context of its own, and every set of addresses: a captured graph holds
+    the context's state, and TensorRT forbids changing that state afterwards. Contexts are small,
+    since the memory for activations is shared; the least recently used beyond `max_shapes` prompt
+    lengths is dropped.
     """
 
     def __init__(
         self,
         name: str,
         engine: Any,
-        addresses: Mapping[str, Address],
+        tensors: Sequence[str],
         setup: RunnerSetup,
-        profiles: int = 1,
+        contexts: int = 1,
     ) -> None:
         """Prepare nothing yet; contexts are made for the shapes that come.
 
         Args:
             name: the part's.
             engine: deserialized, an `ICudaEngine`.
-            addresses: device memory of every input and output, of the largest shape.
+            tensors: names of its inputs and outputs.
             setup: where and how it runs.
-            profiles: of the engine, each for the shapes of one run.
+            contexts: that actions of one prompt length take.
         """
-        self._name, self._engine, self._addresses = name, engine, dict(addresses)
-        self._profiles = profiles
+        self._name, self._engine, self._tensors = name, engine, tuple(tensors)
+        self._most_contexts = setup.max_shapes * contexts
         self._setup, self._device = setup, setup.device
         self._contexts: OrderedDict[Any, _ShapeContext] = OrderedDict()
         # Why the part runs without a graph; None while it does not.
@@ -107,20 +112,14 @@ class PartRunner:
             self._execute(context)
         return context.outputs
 
-    def capture(self, inputs: Mapping[str, Shape], profile: int) -> None:
-        """Capture the part for shapes that `enqueue` has run, if that was not tried before.
+    def capture(self) -> None:
+        """Capture the part for all that `enqueue` has run and that was not tried before.
 
         The first run does what TensorRT puts off until then, which a graph must not hold.
         """
-        context = self._for(inputs, profile)
-        if context.capture_attempted:
-            return
-        context.capture_attempted = True
-        try:
-            context.graph = self._device.capture(lambda: self._execute(context))
-        except (CaptureError, EngineError) as error:
-            self.graph_failure = str(error)
-            _LOGGER.warning("part %s runs without a CUDA graph: %s", self._name, str(error))
+        for context in self._contexts.values():
+            if context.has_run and not context.capture_attempted:
+                self._capture(context)
 
     def open_timer(self, inputs: Mapping[str, Shape], profile: int, profiler: Any) -> PartTimer:
         """Return the part in a context of its own that tells an `IProfiler` of its layers.
@@ -148,11 +147,11 @@ class PartRunner:
             self._drop(self._contexts.popitem()[1])
 
     def _for(self, inputs: Mapping[str, Shape], profile: int) -> _ShapeContext:
-        key = (profile, tuple(sorted(inputs.items())))
+        key = (profile, tuple(sorted(inputs.items())), tuple(self._addresses().values()))
         if key not in self._contexts:
             self._contexts[key] = self._new_shape_context(inputs, profile)
         self._contexts.move_to_end(key)
-        while len(self._contexts) > self._setup.max_shapes * self._profiles:
+        while len(self._contexts) > self._most_contexts:
             # A launched graph may still be running.
             self._device.synchronize()
             self._drop(self._contexts.popitem(last=False)[1])
@@ -167,14 +166,28 @@ class PartRunner:
         self._require(has_profile, f"has no profile {profile}")
         for name, shape in inputs.items():
             self._require(context.set_input_shape(name, shape), f"refuses {name!r} of {shape}")
-        for name, address in self._addresses.items():
+        for name, address in self._addresses().items():
             self._require(context.set_tensor_address(name, address), f"refuses {name!r}")
-        names = self._addresses.keys() - inputs.keys()
+        names = {*self._tensors} - inputs.keys()
         outputs = {name: tuple(context.get_tensor_shape(name)) for name in sorted(names)}
         return _ShapeContext(context, outputs)
 
+    def _addresses(self) -> dict[str, Address]:
+        """Device memory of every input and output, of the largest shape."""
+        return {name: self._setup.buffers.addresses[name] for name in self._tensors}
+
     def _execute(self, context: _ShapeContext) -> None:
         self._require(context.native.execute_async_v3(self._device.stream), "cannot be executed")
+        context.has_run = True
+
+    def _capture(self, context: _ShapeContext) -> None:
+        context.capture_attempted = True
+        try:
+            context.graph = self._device.capture(lambda: self._execute(context))
+        except (CaptureError, EngineError) as error:
+            if self.graph_failure is None:
+                _LOGGER.warning("part %s runs without a CUDA graph: %s", self._name, str(error))
+            self.graph_failure = str(error)
 
     def _drop(self, context: _ShapeContext) -> None:
         if context.graph is not None:

@@ -30,22 +30,14 @@ from qvla_export.shared.errors import ArtifactError, ArtifactMismatch, QvlaError
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(root / "state"))
-        yield root
+def bundle(trt_home: Path, tiny_policy: OftPolicy, tiny_observations: Callable[..., Any]) -> Bundle:
+    return bundle_of_parts(tiny_policy, tiny_observations(1), trt_home / "bundle")
 
 
 @pytest.fixture(scope="module")
-def bundle(home: Path, tiny_policy: OftPolicy, tiny_observations: Callable[..., Any]) -> Bundle:
-    return bundle_of_parts(tiny_policy, tiny_observations(1), home / "bundle")
-
-
-@pytest.fixture(scope="module")
-def engines(home: Path, bundle: Bundle) -> Path:
-    build_engines(bundle, home / "engines", find=lambda: None)
-    return home / "engines"
+def engines(trt_home: Path, bundle: Bundle) -> Path:
+    build_engines(bundle, trt_home / "engines", find=lambda: None)
+    return trt_home / "engines"
 
 
 @pytest.fixture
@@ -258,8 +250,8 @@ def test_a_key_that_others_can_read_or_choose_is_refused(
         st.text(), st.none() | st.booleans() | st.integers() | st.text() | st.floats(0, 1)
     ).filter(lambda value: seal.SEAL not in value)
 )
-def test_sealed_statements_round_trip(value: dict[str, Any], home: Path) -> None:
-    path = home / "statement.json"
+def test_sealed_statements_round_trip(value: dict[str, Any], trt_home: Path) -> None:
+    path = trt_home / "statement.json"
     seal.write_sealed(path, value)
     assert seal.read_sealed(path, "statement", "") == value
     write_json(path, {**value, seal.SEAL: "0" * 64})

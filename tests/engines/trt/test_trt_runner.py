@@ -44,18 +44,11 @@ class Rig:
 
 
 @pytest.fixture(scope="module")
-def built(
-    tiny_policy: OftPolicy,
-    tiny_observations: Callable[..., Any],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Any:
-    root = tmp_path_factory.mktemp("trt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(root / "state"))
-        bundle = bundle_of_parts(tiny_policy, tiny_observations(3), root / "bundle")
-        settings = BuildSettings(PromptRange(2, 6, LONGEST))
-        sidecars = build_engines(bundle, root / "engines", settings, find=lambda: None)
-        yield Rig(bundle, root / "engines", sidecars)
+def built(trt_home: Path, tiny_policy: OftPolicy, tiny_observations: Callable[..., Any]) -> Rig:
+    bundle = bundle_of_parts(tiny_policy, tiny_observations(3), trt_home / "bundle")
+    settings = BuildSettings(PromptRange(2, 6, LONGEST))
+    sidecars = build_engines(bundle, trt_home / "engines", settings, find=lambda: None)
+    return Rig(bundle, trt_home / "engines", sidecars)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """TensorRT builds the reference policy, and its engine holds the bytes that the plan promised."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,22 +47,19 @@ def mixed_widths(plan: BitPlan) -> dict[str, NDArray[np.int8]]:
 
 
 @pytest.fixture(scope="module")
-def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BundleSizes]:
-    root = tmp_path_factory.mktemp("reference")
+def sizes(trt_home: Path) -> dict[str, BundleSizes]:
     policy = load_oft_policy(REFERENCE)
     calibration = sample_simulator(list(TASKS), 4, 1, seed=7)
     graph = export_float(policy, RTX4070)
     found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(root / "state"))
-        for setting in SETTINGS:
-            plan = plan_of(policy, setting, calibration)
-            path = root / setting / "bundle"
-            bundle = export_bundle(
-                policy, plan, RTX4070, calibration.held_out, path, ExportOptions(graph)
-            )
-            sidecars = build_engines(bundle, root / setting / "engines", find=lambda: None)
-            found[setting] = measure_sizes(bundle, sidecars)
+    for setting in SETTINGS:
+        plan = plan_of(policy, setting, calibration)
+        path = trt_home / setting / "bundle"
+        bundle = export_bundle(
+            policy, plan, RTX4070, calibration.held_out, path, ExportOptions(graph)
+        )
+        sidecars = build_engines(bundle, trt_home / setting / "engines", find=lambda: None)
+        found[setting] = measure_sizes(bundle, sidecars)
     return found
 
 

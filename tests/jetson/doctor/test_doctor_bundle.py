@@ -30,19 +30,11 @@ PACKAGES = {"onnxruntime": "1.32.0", "pycuda": "2025.1"}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(root / "state"))
-        yield root
-
-
-@pytest.fixture(scope="module")
-def bundle(home: Path, tiny_policy: OftPolicy, tiny_observations: Callable[..., Any]) -> Bundle:
-    made = bundle_of_parts(tiny_policy, tiny_observations(1), home / "bundle", "orin-jp7")
+def bundle(trt_home: Path, tiny_policy: OftPolicy, tiny_observations: Callable[..., Any]) -> Bundle:
+    made = bundle_of_parts(tiny_policy, tiny_observations(1), trt_home / "bundle", "orin-jp7")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorrt", tensorrt(VERSION))
-        build_engines(made, home / "engines" / "orin-jp7", find=lambda: ORIN_GPU)
+        build_engines(made, trt_home / "engines" / "orin-jp7", find=lambda: ORIN_GPU)
     return made
 
 
