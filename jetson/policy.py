@@ -12,7 +12,10 @@ from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.bundle import Bundle
 from qvla_export.shared.clock import SpanClock, inner_span
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.part import CHOSEN_TOKENS
 from qvla_export.shared.target import Runtime, WeightForm
+
+_NO_TOKENS = np.zeros((1, 0), np.float32)
 
 
 class UnsafeAction(EngineError):
@@ -42,17 +45,19 @@ class EnginePolicy:
         with clock.span("preprocess"):
             feeds = processor.feeds(observation)
         with clock.span("engine"):
-            normalized = self.engine.infer(feeds)["actions"][0]
+            outputs = self.engine.infer(feeds)
+            normalized, chosen = outputs["actions"][0], outputs.get(CHOSEN_TOKENS, _NO_TOKENS)[0]
         part_ms = self.engine.part_ms
         clock.timing_ms |= {inner_span("engine", name): ms for name, ms in part_ms.items()}
         with clock.span("postprocess"):
-            if not np.isfinite(normalized).all():
+            if not (np.isfinite(normalized).all() and np.isfinite(chosen).all()):
                 bad = np.argwhere(~np.isfinite(normalized)).tolist()
                 raise UnsafeAction(
                     f"the engine put out NaN or infinity at [step, dimension] {bad[:8]}; "
                     "no action was taken. Run qvla verify on this bundle."
                 )
-            return processor.chunk(normalized, clock.timing_ms, observation.state)
+            told = chosen.tolist()
+            return processor.chunk(normalized, clock.timing_ms, observation.state, told)
 
     def close(self) -> None:
         """Free what the engine holds."""

@@ -41,7 +41,7 @@ from jetson.serving.event_loop import ServingLoop, quiet_without_descriptors
 from jetson.serving.guard import Guard
 from jetson.serving.http_protocol import HttpConnection
 from jetson.serving.object_rings import rings_collected_early
-from jetson.serving.policy_contract import PolicyContract, contract_of
+from jetson.serving.policy_contract import PolicyContract, contract_of, require_no_history
 from jetson.serving.protocols.act import ActEndpoint
 from jetson.serving.protocols.websocket_route import websocket_route
 from jetson.serving.request_queue import RequestQueue
@@ -159,6 +159,7 @@ def _ready(
 ) -> Iterator[tuple["_Server", socket.socket]]:
     """Yield a server that only has to run: addresses held, warmed up, ZMQ open."""
     named = (contract or contract_of(policy)).named(settings.field_names, settings.instruction)
+    require_no_history(policy)
     service = ActionService(policy, named, settings.infer_timeout_s)
     rate = RateLimit(settings.max_rate_hz)
     gate = Gate(settings.token, (*settings.allowed_hosts, settings.host.lower()), rate)

@@ -16,7 +16,7 @@ from calibration.benchmarks.metaworld.tasks import Task, scene_siblings
 from calibration.benchmarks.motion import Motion, closes, measure_motion
 from calibration.benchmarks.phases import Phase, phase_of
 from calibration.benchmarks.simulators import BenchmarkSimulator
-from qvla_export.shared.action import ActionChunk, ActionPolicy
+from qvla_export.shared.action import ActionChunk, ActionPolicy, following
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
@@ -39,13 +39,14 @@ def run_episode(
     observation = _begin(simulator, config, seed)
     record = _Record(simulator)
     queue = CommandQueue(config.execute, config.seam_limit_mm / (simulator.task.unit_mm or 1.0))
-    delay = config.delay_steps
+    delay, chunk = config.delay_steps, None
     while not simulator.done:
         # Of a live policy, what the last thought took is the best guess for this one.
         foreseen = delay if config.roll_forward else 0
         if foreseen and record.actions:
             observation = simulator.observe(hand_ahead(record.actions, queue.committed(foreseen)))
         seen = _blank_out(observation) if config.control == "blank-image" else observation
+        seen = following(seen, chunk)
         began_s = clock()
         chunk = _usable(policy.infer(seen))
         if config.live:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engines.drift import ActionDrift, action_drift
 from jetson.recording.reader import Recording
-from jetson.serving.policy_contract import PolicyContract, processor_of
+from jetson.serving.policy_contract import PolicyContract, processor_of, require_no_history
 from jetson.serving.service import ActionService
 from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.artifacts import write_json
@@ -93,7 +93,9 @@ def replay_recording(
         ArtifactError: nothing was recorded, or a message contradicts its schema.
         InvalidObservation: the policy needs other cameras or another state.
         PolicyFailure: the policy fails.
+        RefusedSetting: its prompt repeats what it chose at the step before.
     """
+    require_no_history(policy)
     service = ActionService(policy)
     shape = (service.contract.horizon, service.contract.action_dim)
     service.warm_up(1)

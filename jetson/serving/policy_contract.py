@@ -177,6 +177,21 @@ def contract_of(policy: ActionPolicy) -> PolicyContract:
     )
 
 
+def require_no_history(policy: ActionPolicy) -> None:
+    """Refuse a policy whose prompt repeats what it chose at the step before.
+
+    Raises:
+        RefusedSetting: it does, and requests do not say which step they follow.
+    """
+    processor = processor_of(policy)
+    if processor is not None and processor.spec.history is not None:
+        raise RefusedSetting(
+            "the policy's prompt repeats the tokens of the step before (history 1), and neither "
+            "requests nor recordings say which step they follow; act with it in qvla run or qvla "
+            "evaluate, or write history 0 into the checkpoint's qvla_policy.json and export anew"
+        )
+
+
 def processor_of(policy: ActionPolicy) -> Any:
     """Return the `shared.processor.Processor` of a policy or its bundle; None without one."""
     bundle = getattr(policy, "bundle", None)

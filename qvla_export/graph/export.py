@@ -27,6 +27,7 @@ from qvla_export.quantizer.plan import BitPlan
 from qvla_export.shared.artifacts import read_json, require_same, versions, write_json
 from qvla_export.shared.bundle import PLAN, Bundle, Golden
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.part import CHOSEN_TOKENS
 from qvla_export.shared.target import Target
 
 # Arithmetic of ONNX Runtime's MatMulNBits: 0 keeps activations in float32. 4 rounds them to 8 bits
@@ -134,7 +135,7 @@ def _contents(
         target=target.name,
         processor=policy.processor,
         inputs=tuple(taken),
-        outputs=(outputs["actions"],),
+        outputs=tuple(outputs[name] for name in ("actions", CHOSEN_TOKENS) if name in outputs),
         parts=parts,
         program=program,
         golden=golden,

@@ -73,5 +73,14 @@ class BasePolicy(abc.ABC):
         with clock.span("preprocess"):
             batch = self.inputs([observation])
         with clock.span("engine"):
-            normalized = self.greedy_actions(batch)[0].cpu().numpy()
-        return self.processor.chunk(normalized, clock.timing_ms, observation.state)
+            actions, tokens = self.acted(batch)
+            normalized = actions[0].cpu().numpy()
+        chosen = () if tokens is None else tokens[0].tolist()
+        return self.processor.chunk(normalized, clock.timing_ms, observation.state, chosen)
+
+    def acted(self, batch: PolicyBatch) -> tuple[Tensor, Tensor | None]:
+        """Return the greedy actions, and the tokens that the next prompt may repeat.
+
+        [B, horizon, dim]; int64 [B, tokens], None where no prompt repeats any.
+        """
+        return self.greedy_actions(batch), None

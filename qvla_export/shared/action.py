@@ -1,7 +1,7 @@
 """Actions a policy returns, and the one interface every policy object offers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -24,6 +24,8 @@ class ActionChunk:
     normalized: NDArray[np.float32]
     # Stage name -> milliseconds.
     timing_ms: Mapping[str, float] = field(default_factory=dict)
+    # What the next observation of the episode has as its history; none where no prompt repeats it.
+    history: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         horizon, dim = self.actions.shape
@@ -38,6 +40,14 @@ class ActionPolicy(Protocol):
     def infer(self, observation: Observation) -> ActionChunk:
         """Return the next actions for one observation."""
         ...
+
+
+def following(observation: Observation, chunk: ActionChunk | None) -> Observation:
+    """Return an observation as the one after a chunk of the same episode; None: its first one."""
+    history = () if chunk is None else chunk.history
+    if observation.history == history:
+        return observation
+    return replace(observation, history=history)
 
 
 def with_gripper(actions: NDArray[np.float32], gripper: Gripper) -> NDArray[np.float32]:

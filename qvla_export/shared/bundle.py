@@ -26,7 +26,13 @@ from qvla_export.shared.artifacts import read_json, require_fields, sha256_file
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch
 from qvla_export.shared.external_data import external_tensors
 from qvla_export.shared.json_documents import Node
-from qvla_export.shared.part import Part, TensorSpec, part_from_json, specs_from_json
+from qvla_export.shared.part import (
+    CHOSEN_TOKENS,
+    Part,
+    TensorSpec,
+    part_from_json,
+    specs_from_json,
+)
 from qvla_export.shared.processor import Processor, load_tokenizer
 from qvla_export.shared.processor_json import processor_from_json
 from qvla_export.shared.program import Program, ProgramError, program_from_json
@@ -177,11 +183,26 @@ class Bundle:
                 manifest=manifest,
             )
             require_runnable(bundle.program, parts, bundle.inputs, bundle.outputs)
+            _require_history(bundle)
             return bundle
         except (AttributeError, KeyError, TypeError) as error:
             raise ArtifactError(
                 f"the manifest of {path} lacks or misstates {error}; {_REMEDY}"
             ) from error
+
+
+def _require_history(bundle: Bundle) -> None:
+    """Refuse a policy whose prompts would repeat what its graphs do not put out.
+
+    Raises:
+        ArtifactError: it is one.
+    """
+    named = CHOSEN_TOKENS in {spec.name for spec in bundle.outputs}
+    if bundle.processor.spec.history is not None and not named:
+        raise ArtifactError(
+            f"{bundle.path}: the policy's prompt repeats the tokens of the step before, and no "
+            f"graph puts out {CHOSEN_TOKENS!r}; {_REMEDY}"
+        )
 
 
 def _read_manifest(path: Path) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ class Observation:
 
     Raises:
         InvalidObservation: an image is not uint8 [h, w, 3], the state is not a finite vector,
-            or the instruction is missing.
+            the instruction is missing, or the history is no tuple of whole numbers.
     """
 
     # Camera name -> RGB image, primary camera first.  uint8 [h, w, 3]
@@ -28,6 +28,9 @@ class Observation:
     instruction: str
     # Proprioceptive state in physical units; empty where a policy takes none.  float32 [n]
     state: NDArray[np.float32] = field(default_factory=lambda: _NO_STATE)
+    # Tokens that the policy chose at the step before, where its prompt repeats them: `history` of
+    # that step's chunk; none in an episode's first step.
+    history: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, Mapping) or not self.images:
@@ -60,6 +63,10 @@ class Observation:
         if not np.isfinite(state).all():
             bad = np.flatnonzero(~np.isfinite(state)).tolist()
             raise InvalidObservation(f"state must be finite, got NaN or infinity at {bad}")
+        if not isinstance(self.history, tuple) or not all(type(n) is int for n in self.history):
+            raise InvalidObservation(
+                f"history must be a tuple of whole numbers, got {brief(self.history)}"
+            )
         object.__setattr__(self, "images", MappingProxyType(dict(self.images)))
         object.__setattr__(self, "state", state)
 

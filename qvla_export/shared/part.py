@@ -5,6 +5,8 @@ from typing import Any
 
 from qvla_export.shared.json_documents import Node
 
+# Output of a policy whose next prompt repeats the tokens that it chose, as whole numbers.
+CHOSEN_TOKENS = "tokens"
 # numpy's names of what graphs take and return.
 _DTYPES = (
     *("bfloat16", "float16", "float32", "float64", "bool"),

@@ -3,7 +3,7 @@
 The host's policies and the robot's engines share this one implementation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import CheckpointError, InvalidObservation
 from qvla_export.shared.frames import FrameSpec, frame_values
 from qvla_export.shared.images import ImageSpec, center_crop, pixel_values, resize_like_training
+from qvla_export.shared.inputs.history import HistorySpec
 from qvla_export.shared.inputs.noise import NoiseSpec
 from qvla_export.shared.inputs.prompts import INSTRUCTION, cleaned_prompt
 from qvla_export.shared.normalization import Bounds, Statistics
@@ -74,6 +75,8 @@ class ProcessorSpec:
     joints: JointFrame = ROBOT_JOINTS
     # An input of random numbers; None where the policy takes none.
     noise: NoiseSpec | None = None
+    # What the prompt repeats of the step before; None where every step is asked alike.
+    history: HistorySpec | None = None
 
     @property
     def pixels(self) -> int:
@@ -152,23 +155,36 @@ class Processor:
         return self.tokenizer
 
     def prompt_ids(self, observation: Observation) -> NDArray[np.int64]:
-        """Return the token ids of an observation's prompt; see `input_ids`.  int64 [L]"""
+        """Return the token ids of an observation's prompt; see `input_ids`.  int64 [L]
+
+        Raises:
+            InvalidObservation: it has a history that the prompt does not repeat.
+        """
         state = self._filled_state(observation) if self.spec.state_bins else None
-        return self.input_ids(observation.instruction, state)
+        if observation.history and self.spec.history is None:
+            raise InvalidObservation(
+                f"the policy's prompt repeats nothing of the step before, got a history of "
+                f"{len(observation.history)} tokens; leave it out"
+            )
+        return self.input_ids(observation.instruction, state, observation.history)
 
     def input_ids(
-        self, instruction: str, state: NDArray[np.float32] | None = None
+        self,
+        instruction: str,
+        state: NDArray[np.float32] | None = None,
+        history: Sequence[int] = (),
     ) -> NDArray[np.int64]:
         """Return the prompt's token ids; none where the policy does not read.  int64 [L]
 
         Args:
             instruction: what to do.
             state: normalized, where it is in the prompt.  float32 [n]
+            history: tokens chosen at the step before, where the prompt repeats them.
 
         Raises:
             CheckpointError: the policy has no tokenizer.
             InvalidObservation: the instruction is missing, holds part of the prompt's template, or
-                is longer than any that a policy was trained on.
+                is longer than any that a policy was trained on; the history is none.
         """
         if self.spec.language == "none":
             return np.zeros(0, np.int64)
@@ -181,7 +197,10 @@ class Processor:
             text = cleaned_prompt(self.spec.prompt, instruction, state, self.spec.state_bins)
         else:
             bare = without_template(instruction.lower(), self.spec.prompt)
-            text = self.spec.prompt.format(instruction=bare)
+            prompt = self.spec.prompt
+            if self.spec.history is not None:
+                prompt = self.spec.history.told(prompt, history)
+            text = prompt.format(instruction=bare)
         words = tokenizer.encode(text).ids
         if not words or words[0] != self.spec.bos_token_id:
             words = [self.spec.bos_token_id, *words]
@@ -221,18 +240,21 @@ class Processor:
         normalized: NDArray[Any],
         timing_ms: Mapping[str, float] | None = None,
         state: NDArray[np.float32] | None = None,
+        tokens: Sequence[float] = (),
     ) -> ActionChunk:
         """Return the robot's actions of a normalized chunk [horizon, dim].
 
-        Relative ones are added to the observation's state, float32 [n].
+        Relative ones are added to the observation's state, float32 [n]. The tokens that were chosen
+        go with them where the next prompt repeats them.
 
         Raises:
             InvalidObservation: there are such, and no state.
         """
         told = self.statistics.action.unnormalize(normalized)
         actions = self.spec.joints.absolute(told, state)
+        history = () if self.spec.history is None else self.spec.history.next(tokens)
         return ActionChunk(
-            actions.astype(np.float32), np.asarray(normalized, np.float32), timing_ms or {}
+            actions.astype(np.float32), np.asarray(normalized, np.float32), timing_ms or {}, history
         )
 
     def _line_ids(self, tokenizer: Tokenizer, instruction: str) -> NDArray[np.int64]:

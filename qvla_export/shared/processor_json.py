@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.frames import RESIZES, FrameSpec
 from qvla_export.shared.images import ImageSpec, are_channels
+from qvla_export.shared.inputs.history import history_from_json
 from qvla_export.shared.inputs.noise import noise_from_json
 from qvla_export.shared.inputs.prompts import require_prompt
 from qvla_export.shared.normalization import Affine, Bounds, Statistics, require_limits
@@ -39,8 +40,11 @@ def processor_to_json(processor: Processor) -> dict[str, Any]:
     statistics = processor.statistics
     parts = {"action": statistics.action, "state": statistics.state}
     spec = asdict(processor.spec)
+    # What says nothing is left out: robots of before know no such fields.
     if processor.spec.joints == ROBOT_JOINTS:
-        del spec["joints"]  # says nothing, and robots of before know no such field
+        del spec["joints"]
+    if processor.spec.history is None:
+        del spec["history"]
     return {
         "spec": spec,
         "statistics": {
@@ -60,11 +64,12 @@ def processor_from_json(value: Any, tokenizer: Tokenizer | None) -> Processor:
     try:
         sizes = {k: _tuples(v) for k, v in value["spec"]["image"].items()}
         image = FrameSpec(**sizes) if "height" in sizes else ImageSpec(**sizes)
-        nested = ("image", "noise", "joints")
+        nested = ("image", "noise", "joints", "history")
         plain = {k: _tuples(v) for k, v in value["spec"].items() if k not in nested}
         noise = noise_from_json(value["spec"].get("noise"))
         stated = {k: _tuples(v) for k, v in value["spec"].get("joints", {}).items()}
-        spec = ProcessorSpec(**plain, image=image, noise=noise, joints=JointFrame(**stated))
+        joints, history = JointFrame(**stated), history_from_json(value["spec"].get("history"))
+        spec = ProcessorSpec(**plain, image=image, noise=noise, joints=joints, history=history)
         stored = value["statistics"]
         state = _bounds_from_json(stored["state"]) if "state" in stored else None
         statistics = Statistics(stored["key"], _bounds_from_json(stored["action"]), state)

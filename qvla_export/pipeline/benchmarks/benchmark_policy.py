@@ -1,6 +1,6 @@
 """A policy before others' benchmarks: its own names for what it sees, their gripper's number."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -55,9 +55,8 @@ class BenchmarkPolicy:
 
         rest = {"instruction": observation.instruction, "state": observation.state}
         view, _ = observation_of({**observation.images, **rest}, self.contract, _as_it_is)
-        chunk = self.policy.infer(view)
-        actions = with_gripper(chunk.actions, self.gripper)
-        return ActionChunk(actions, chunk.normalized, chunk.timing_ms)
+        chunk = self.policy.infer(replace(view, history=observation.history))
+        return replace(chunk, actions=with_gripper(chunk.actions, self.gripper))
 
 
 def _as_it_is(value: Any, name: str) -> NDArray[Any]:

@@ -15,6 +15,7 @@ from qvla_export.policies.layers import replaced_weights, traced_layers, weight_
 from qvla_export.sensitivity.estimators.base import QUIETLY, ChannelWidth, Question, Work
 from qvla_export.sensitivity.estimators.exact import changed_rows
 from qvla_export.sensitivity.sensitivities import Sensitivities
+from qvla_export.shared.action import following
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
@@ -99,10 +100,11 @@ class ShortRollouts:
         """Return where the hand is after each step, metres.  float64 [steps, 3]"""
         seen, hands = simulator.reset(seed), []
         for _ in range(self.looks):
-            for action in policy.infer(seen).actions:
+            chunk = policy.infer(seen)
+            for action in chunk.actions:
                 if simulator.done:
                     break
                 simulator.step(action)
                 hands.append(simulator.hand)
-            seen = simulator.observe()
+            seen = following(simulator.observe(), chunk)
         return np.stack(hands)

@@ -56,6 +56,7 @@ def run_policy(
     from jetson.control.loop import ControlLoop
     from jetson.control.loop_clock import MonotonicClock, SimulatedClock
     from jetson.guarded_policy import guarded
+    from jetson.remembering_policy import RememberingPolicy
     from jetson.serving.policy_contract import contract_of
 
     clock = SimulatedClock() if options.simulated_time else MonotonicClock()
@@ -75,7 +76,7 @@ def run_policy(
         # The first inference of an engine is slow, and nobody waits for it yet.
         policy.infer(contract.blank_observation())
         make = InlineInference if options.simulated_time else ThreadedInference
-        inference = make(guarded(policy), clock)
+        inference = make(RememberingPolicy(guarded(policy)), clock)
         loop = ControlLoop(source, inference, sink, safety, settings, clock, recorder)
         if watch is not None:
             watch.counters = loop.counters

@@ -24,6 +24,7 @@ from qvla_export.policies.prismatic.pretrained import PRETRAINED
 from qvla_export.shared.artifacts import sha256_tree
 from qvla_export.shared.errors import CheckpointError
 from qvla_export.shared.images import load_image_spec
+from qvla_export.shared.inputs.history import HistorySpec
 from qvla_export.shared.inputs.noise import NoiseSpec
 from qvla_export.shared.json_documents import FOREIGN, read_json
 from qvla_export.shared.normalization import load_statistics
@@ -52,6 +53,7 @@ def load_processor(
     unnorm_key: str | None,
     token_centers: Tensor,
     noise: NoiseSpec | None = None,
+    history: HistorySpec | None = None,
 ) -> Processor:
     """Read images' preprocessing, statistics and tokenizer.
 
@@ -62,6 +64,7 @@ def load_processor(
         unnorm_key: data set whose statistics to use; may be None where there is one.
         token_centers: bins of the action tokens, from `load_token_centers`; empty without tokens.
         noise: what the policy begins at, where it does.
+        history: what the prompt repeats of the step before, where it does.
 
     Raises:
         CheckpointError, StatisticsError: what is wrong and what is available.
@@ -98,6 +101,7 @@ def load_processor(
         # The two highest token ids share the lowest bin.
         action_bins=max(len(token_centers) - 1, 0),
         noise=noise,
+        history=history,
     )
     path = checkpoint / _TOKENIZER
     tokenizer = load_tokenizer(path) if path.is_file() else None

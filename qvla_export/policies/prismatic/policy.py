@@ -49,7 +49,7 @@ class PrismaticPolicy(BasePolicy):
     def inputs(self, observations: Sequence[Observation]) -> PolicyBatch:
         """Preprocess observations into one padded batch of model inputs."""
         pixels = np.stack([self.processor.pixel_values(o) for o in observations])
-        rows = [self.processor.input_ids(o.instruction) for o in observations]
+        rows = [self.processor.prompt_ids(o) for o in observations]
         lengths = [len(row) for row in rows]
         ids = np.full((len(rows), max(lengths)), IGNORED_TOKEN_ID, dtype=np.int64)
         for i, row in enumerate(rows):

@@ -13,7 +13,7 @@ from qvla_export.shared.policy_interface import (
 )
 
 _MOST_TOKENS, _MOST_CODES, _MOST_HEADS, _MOST_SEED = 256, 1 << 16, 1024, (1 << 63) - 1
-# Codes are compared with each other where tokens are drawn.
+# Codes are compared with each other where tokens are drawn, and are halves' where repeated.
 _MOST_DRAWN = 1024
 _COLDEST, _HOTTEST, _LEAST_TOP_P = 0.01, 100.0, 0.01
 
@@ -34,7 +34,7 @@ class UniVlaConfig(PrismaticConfig):
     top_p: float = 1.0
     # Of what they are drawn by, beside the observation.
     noise_seed: int = 0
-    # Steps before, whose latent tokens the prompt repeats; only 0 is served.
+    # Steps before, whose latent tokens the prompt repeats: none, or the last one.
     history: int = 0
 
     def __post_init__(self) -> None:
@@ -46,11 +46,10 @@ class UniVlaConfig(PrismaticConfig):
         self._require_whole("codebook", 2, _MOST_CODES)
         self._require_whole("decoder_heads", 0, _MOST_HEADS)
         self._require_whole("noise_seed", 0, _MOST_SEED)
-        if type(self.history) is not int or self.history:
+        if type(self.history) is not int or self.history not in (0, 1):
             raise CheckpointError(
-                f"history must be 0, got {self.history!r:.80}: a prompt that repeats the tokens of "
-                "steps before ('History action <ACT_..>') is not supported, as no policy here "
-                "keeps anything between observations; each step is asked as the first one is"
+                f"history must be 0, or 1 for a prompt that repeats the tokens of the step before "
+                f"('History action <ACT_..>'), got {self.history!r:.80}"
             )
         for name, low, high in (("temperature", 0.0, _HOTTEST), ("top_p", _LEAST_TOP_P, 1.0)):
             value = getattr(self, name)
@@ -63,10 +62,11 @@ class UniVlaConfig(PrismaticConfig):
                 f"temperature must be 0, which takes the likeliest token, or {_COLDEST:g} to "
                 f"{_HOTTEST:g}, got {self.temperature!r}"
             )
-        if self.temperature and self.codebook > _MOST_DRAWN:
+        if (self.temperature or self.history) and self.codebook > _MOST_DRAWN:
             raise CheckpointError(
-                f"tokens can be drawn from a codebook of {_MOST_DRAWN}, got {self.codebook}; write "
-                "temperature 0, which takes the likeliest"
+                f"tokens can be drawn from a codebook of {_MOST_DRAWN} and repeated in the prompt, "
+                f"got {self.codebook}; write temperature 0, which takes the likeliest, and history "
+                "0"
             )
         if not self.temperature and self.top_p != 1:
             raise CheckpointError(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from qvla_export.policies.base import PolicyBatch, PolicyPart
@@ -16,12 +17,16 @@ from qvla_export.policies.prismatic.loading import (
 )
 from qvla_export.policies.prismatic.network import fill_network
 from qvla_export.policies.prismatic.weights import CheckpointWeights
+from qvla_export.policies.univla.architecture import UniVlaArchitecture
 from qvla_export.policies.univla.checkpoint import load_module
 from qvla_export.policies.univla.config import UniVlaConfig, load_config
 from qvla_export.policies.univla.files import decoder_file
 from qvla_export.policies.univla.module import UniVlaModule
 from qvla_export.policies.univla.parts import action_parts, latent_parts, program_of
+from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.inputs.history import HistorySpec, token_names
 from qvla_export.shared.inputs.noise import NoiseSpec
+from qvla_export.shared.policy_interface import CONFIG_NAME
 from qvla_export.shared.program import Program
 
 
@@ -36,10 +41,15 @@ class UniVlaPolicy(TokenPolicy):
         """Return the action decoder's output [B, horizon, dim], given the batch's tokens."""
         return self.module.act(self.teacher_forced(batch))
 
-    @torch.no_grad()
     def greedy_actions(self, batch: PolicyBatch) -> Tensor:
         """Return the normalized actions of decoded tokens [B, horizon, dim]."""
-        return self.module.act(self.decoded(batch))
+        return self.acted(batch)[0]
+
+    @torch.no_grad()
+    def acted(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
+        """Return the normalized actions of decoded tokens, and the tokens."""
+        decoded = self.decoded(batch)
+        return self.module.act(decoded), decoded.tokens
 
     def parts(self, layers_per_part: int | None = None) -> tuple[PolicyPart, ...]:
         """Return prefix, decoder and the action decoder's two parts, or smaller ones."""
@@ -60,6 +70,22 @@ class UniVlaPolicy(TokenPolicy):
 
     def _latent_parts(self) -> TokenParts:
         return latent_parts(self.module, self.processor.spec)
+
+
+def _require_names(checkpoint: Path, tokenizer: Tokenizer | None, arch: UniVlaArchitecture) -> None:
+    """Refuse a tokenizer by which a prompt cannot repeat the latent tokens.
+
+    Raises:
+        CheckpointError: naming one that it knows under another number, or not at all.
+    """
+    for number, name in enumerate(token_names(range(arch.codebook)), arch.first_latent_token):
+        known = None if tokenizer is None else tokenizer.token_to_id(name)
+        if known != number:
+            raise CheckpointError(
+                f"{checkpoint}/tokenizer.json: {name} must be token {number} for a prompt that "
+                f"repeats latent tokens, it is {known}; add UniVLA's special tokens, or write "
+                f"history 0 into {CONFIG_NAME}"
+            )
 
 
 def load_univla_policy(
@@ -87,7 +113,11 @@ def load_univla_policy(
     shape = (config.latent_tokens, config.codebook)
     draws = NoiseSpec("noise", shape, "gumbel", seed=config.noise_seed)
     noise = draws if config.temperature else None
-    processor = load_processor(checkpoint, config, module.arch, unnorm_key, no_bins, noise)
+    history = HistorySpec(config.latent_tokens, config.codebook) if config.history else None
+    arch = module.arch
+    processor = load_processor(checkpoint, config, arch, unnorm_key, no_bins, noise, history)
+    if history is not None:
+        _require_names(checkpoint, processor.tokenizer, arch)
     decoder = [decoder_file(checkpoint).name]
     return UniVlaPolicy(
         module,

@@ -35,7 +35,9 @@ from calibration.benchmarks.evaluation import (
 from calibration.benchmarks.metaworld.simulator import Simulator
 from calibration.benchmarks.metaworld.tasks import CAMERA, find_task, scene_siblings
 from calibration.benchmarks.rollouts import RolloutJob, evaluate, run_episode
+from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch, QvlaError
+from qvla_export.shared.observation import Observation
 
 CONFIG = RolloutConfig(("handle-press", "drawer-open"), episodes=2, execute=8)
 EVALUATE = """
@@ -91,6 +93,25 @@ def test_a_seed_is_one_scene_to_all_policies(drawer: Simulator) -> None:
     assert first.seen[0].state.tolist() == second.seen[0].state.tolist()
     run_episode(drawer, second, config, 8)
     assert drawer.placement.tolist() != placement
+
+
+def test_a_look_is_told_what_the_one_before_chose(drawer: Simulator) -> None:
+    """Also the reference, which sees what the policy sees; an episode's first look follows none."""
+
+    class Counting(ConstantPolicy):
+        def infer(self, observation: Observation) -> ActionChunk:
+            chunk = super().infer(observation)
+            return replace(chunk, history=(len(self.seen),))
+
+    policy, reference = Counting(), Counting()
+    for _ in range(2):
+        run_episode(drawer, policy, RolloutConfig(("drawer-close",), 1), 0, reference)
+    looks = len(policy.seen) // 2
+    assert looks > 1
+    expected = [(), *((look,) for look in range(1, looks))]
+    expected += [(), *((look,) for look in range(looks + 1, 2 * looks))]
+    for seen in (policy.seen, reference.seen):
+        assert [observation.history for observation in seen] == expected
 
 
 def test_an_expert_succeeds_and_waiting_does_not(drawer: Simulator) -> None:

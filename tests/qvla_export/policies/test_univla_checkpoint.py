@@ -103,7 +103,9 @@ def test_a_preset_is_refused_with_what_to_do(folder: Path) -> None:
         ({"temperature": 0.75, "top_p": 0}, "top_p must be a number from 0.01 to 1"),
         ({"top_p": 0.9}, "at temperature 0 none is drawn; write temperature, 0.75"),
         ({"temperature": 1, "codebook": 1025}, "drawn from a codebook of 1024"),
-        ({"history": 1}, "history must be 0, got 1: a prompt that repeats .* is not supported"),
+        ({"history": 2}, "history must be 0, or 1 for a prompt that repeats"),
+        ({"history": True}, "history must be 0, or 1"),
+        ({"history": 1, "codebook": 1025}, "and repeated in the prompt, got 1025; write"),
         ({"noise_seed": -1}, "noise_seed must be a whole number from 0"),
     ],
 )
