@@ -21,6 +21,7 @@ from jetson.serving.arrays import decode_npy, decode_packed, encode_npy, encode_
 from jetson.serving.message_pack import pack, unpack_map, unpack_message
 from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.security import client_tls
+from jetson.serving.structure import REPLY_LIMITS
 from qvla_export.shared.observation import Observation
 
 ProtocolName = Literal["act", "openpi", "gr00t"]
@@ -126,7 +127,9 @@ class OpenpiClient:
             reply = self._socket.recv(timeout=self._timeout_s)
             if isinstance(reply, str):
                 raise RemoteError(f"{self._url}: {reply:.500}")
-            return _actions(decode_packed(unpack_map(reply).get("actions"), "actions"))
+            return _actions(
+                decode_packed(unpack_map(reply, REPLY_LIMITS).get("actions"), "actions")
+            )
         except (OSError, WebSocketException, WireError) as error:
             self.close()
             raise _failure(self._url, error) from None
@@ -158,7 +161,7 @@ class OpenpiClient:
             )
             self._socket = self._open.__enter__()
             greeting = self._socket.recv(timeout=self._timeout_s)
-            return unpack_map(greeting if isinstance(greeting, bytes) else b"")
+            return unpack_map(greeting if isinstance(greeting, bytes) else b"", REPLY_LIMITS)
         except InvalidStatus as error:
             self._open = None
             reason = (error.response.body or b"").decode(errors="replace")
@@ -213,7 +216,7 @@ class Gr00tClient:
             self._socket.connect(self._url)
         try:
             self._socket.send(pack({"endpoint": endpoint, "data": data, **self._token}))
-            reply = unpack_message(self._socket.recv())
+            reply = unpack_message(self._socket.recv(), REPLY_LIMITS)
         except (zmq.ZMQError, WireError) as error:
             # A REQ socket whose reply is missing sends nothing more.
             self._socket.close()

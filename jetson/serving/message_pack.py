@@ -1,24 +1,20 @@
 """msgpack without trust: few values, nested little, counted before an object is made.
 
-An unpacker makes whatever a message says: 32 MB of empty lists are seconds of work with the
-interpreter held. So a message's heads are walked first, its texts and bytes passed over; a walk
+A message's heads are walked first, its texts and bytes passed over (`structure` says why); a walk
 also finds a token without unpacking what comes from somebody who has none.
 Format: https://github.com/msgpack/msgpack/blob/master/spec.md
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
 from jetson.errors import WireError
+from jetson.serving.structure import StructureCount, StructureLimits
 
-# An observation of four cameras in openpi's form has fewer than 64 values in four levels; a state
-# may be a list of numbers.
-_MAX_VALUES = 1024
-_MAX_DEPTH = 8
 # First byte -> bytes of the length of a text or bytes; and of the count of a list or map, with
-# the values that each counts for.
+# the values that each counts for; and of a single value.
 _LONG = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
 _CONTAINERS = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 _FIXED = {
@@ -27,26 +23,26 @@ _FIXED = {
 }  # fmt: skip
 
 
-def unpack_map(body: bytes | bytearray) -> dict[Any, Any]:
+def unpack_map(body: bytes | bytearray, limits: StructureLimits) -> dict[Any, Any]:
     """Return the map that a message holds; keys are str or bytes.
 
     Raises:
-        WireError: the message is damaged, not a map, or larger than an observation can be.
+        WireError: the message is damaged, not a map, or beyond the limits.
     """
-    value = unpack_message(body)
+    value = unpack_message(body, limits)
     if not isinstance(value, dict):
         raise WireError(f"the message must be a msgpack map, got {type(value).__name__}")
     return value
 
 
-def unpack_message(body: bytes | bytearray) -> Any:
+def unpack_message(body: bytes | bytearray, limits: StructureLimits) -> Any:
     """Return the map, list or scalar that a message holds.
 
     Raises:
-        WireError: the message is damaged or larger than an observation can be.
+        WireError: the message is damaged or beyond the limits.
     """
     try:
-        for _ in _walk(memoryview(body)):
+        for _ in _walk(memoryview(body), limits):
             pass
         return msgpack.unpackb(body, raw=False, max_ext_len=0)
     # Besides ValueError msgpack raises bare exceptions of its own and, for UTF-8, UnicodeError.
@@ -55,15 +51,17 @@ def unpack_message(body: bytes | bytearray) -> Any:
         raise WireError(f"the message must be msgpack: {reason:.200}") from None
 
 
-def text_field(body: bytes | bytearray | memoryview, name: str) -> str | None:
+def text_field(
+    body: bytes | bytearray | memoryview, name: str, limits: StructureLimits
+) -> str | None:
     """Return a text of a message's outermost map, nothing else being unpacked; None without one.
 
     Raises:
-        WireError: the message is damaged or larger than an observation can be.
+        WireError: the message is damaged or beyond the limits.
     """
     view, key, found = memoryview(body), None, None
     try:
-        for depth, position, text in _walk(view):
+        for depth, position, text in _walk(view, limits):
             if depth != 1:
                 continue
             if position % 2 == 0:
@@ -81,62 +79,78 @@ def pack(value: Any) -> bytes:
     return packed
 
 
-def _walk(body: memoryview) -> Iterator[tuple[int, int, memoryview | None]]:
+class _Head(NamedTuple):
+    """What the head of a value says."""
+
+    # Where the next value begins.
+    end: int
+    # Values inside, names among them.
+    inside: int = 0
+    is_list: bool = False
+    is_map: bool = False
+    is_number: bool = False
+    # Of texts and bytes.
+    text: memoryview | None = None
+
+
+def _walk(
+    body: memoryview, limits: StructureLimits
+) -> Iterator[tuple[int, int, memoryview | None]]:
     """Yield depth, place in its container and, of texts, the bytes, of each value of a message.
 
     Raises:
-        ValueError: it ends early, goes on behind its end, or is larger than an observation can be.
+        ValueError: it ends early, goes on behind its end, or is beyond the limits.
     """
-    at, count = 0, 0
-    # What is left of each open container, and how many values it has.
-    left, sizes = [1], [1]
+    count, at = StructureCount(limits), 0
+    # What is left of each container around, and its head; outermost, the message.
+    left, around = [1], [_Head(0, 1)]
     while left:
         if not left[-1]:
             left.pop()
-            sizes.pop()
+            around.pop()
             continue
-        depth, position = len(left) - 1, sizes[-1] - left[-1]
+        depth, position = len(left) - 1, around[-1].inside - left[-1]
         left[-1] -= 1
-        count += 1
-        if count > _MAX_VALUES:
-            raise ValueError(f"more than {_MAX_VALUES} values; send arrays as bytes")
-        values, at, text = _value(body, at)
-        yield depth, position, text
-        if values:
-            if len(left) > _MAX_DEPTH:
-                raise ValueError(f"nested more than {_MAX_DEPTH} deep")
-            left.append(values)
-            sizes.append(values)
+        head = _head(body, at)
+        at = head.end
+        if not around[-1].is_map or position % 2:
+            count.add(head.is_number and around[-1].is_list)
+        elif head.text is None:
+            raise ValueError("a name in a map is no text")
+        yield depth, position, head.text
+        if head.is_list or head.is_map:
+            count.enter(len(left))
+            left.append(head.inside)
+            around.append(head)
     if at != len(body):
         raise ValueError(f"{len(body) - at} bytes follow its end")
 
 
-def _value(body: memoryview, at: int) -> tuple[int, int, memoryview | None]:
-    """Return how many values follow inside this one, where the next begins, and a text's bytes."""
+def _head(body: memoryview, at: int) -> _Head:
     first, at = _number(body, at, 1)
     if first < 0x80 or first >= 0xE0:  # small numbers
-        return 0, at, None
+        return _Head(at, is_number=True)
     if first < 0x90:
-        return 2 * (first & 0x0F), at, None
+        return _Head(at, 2 * (first & 0x0F), is_map=True)
     if first < 0xA0:
-        return first & 0x0F, at, None
+        return _Head(at, first & 0x0F, is_list=True)
     if first < 0xC0:
         return _text(body, at, first & 0x1F)
     if first in _FIXED:
-        return 0, _within(body, at + _FIXED[first]), None
+        return _Head(_within(body, at + _FIXED[first]), is_number=_FIXED[first] > 0)
     if first in _CONTAINERS:
         width, each = _CONTAINERS[first]
         size, at = _number(body, at, width)
-        return each * size, at, None
+        return _Head(at, each * size, is_list=each == 1, is_map=each == 2)
     if first in _LONG:
         size, at = _number(body, at, _LONG[first])
         return _text(body, at, size)
     raise ValueError(f"the type {first:#x} is not of an observation")
 
 
-def _text(body: memoryview, at: int, size: int) -> tuple[int, int, memoryview | None]:
+def _text(body: memoryview, at: int, size: int) -> _Head:
     end = _within(body, at + size)
-    return 0, end, body[at:end]
+    return _Head(end, text=body[at:end])
 
 
 def _number(body: memoryview, at: int, width: int) -> tuple[int, int]:

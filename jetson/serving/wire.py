@@ -21,6 +21,7 @@ from jetson.errors import WireError
 from jetson.serving.arrays import decode_array, encode_array
 from jetson.serving.fields import observation_of
 from jetson.serving.policy_contract import PolicyContract
+from jetson.serving.structure import ACT_LIMITS, require_bounded_json
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.json_documents import JsonLimits, brief, parse_document
@@ -29,9 +30,7 @@ from qvla_export.shared.observation import Observation
 Reply = Literal["auto", "action", "chunk", "full"]
 REPLIES: tuple[Reply, ...] = get_args(Reply)
 
-# An observation of four cameras has fewer than 64 values in four levels; a state may be a list of
-# numbers, and an instruction has commas.
-_LIMITS = JsonLimits(values=4096, depth=8, digits=512, non_finite=True)
+_LIMITS = JsonLimits(digits=512, non_finite=True)
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,15 @@ def decode_reply(body: bytes) -> ActionChunk:
 
 
 def _object(text: bytes | str) -> dict[str, Any]:
+    wrong = "the body must be JSON in UTF-8"
     try:
-        value = parse_document(text, "the body must be JSON in UTF-8", _LIMITS)
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")
+        require_bounded_json(text, ACT_LIMITS)
+        value = parse_document(text, wrong, _LIMITS)
     except ArtifactError as error:
         raise WireError(str(error)) from None
+    except ValueError as error:
+        raise WireError(f"{wrong}: {error!s:.300}") from None
     if not isinstance(value, dict):
         raise WireError(f"the body must be a JSON object, got {type(value).__name__}")
     return value

@@ -36,6 +36,7 @@ from jetson.serving.protocols.gr00t_messages import decode_observation, modality
 from jetson.serving.protocols.zmtp_relay import RelayLimits, ZmtpRelay
 from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import RateLimit, check_token
+from jetson.serving.structure import GR00T_LIMITS
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.json_documents import brief
 
@@ -124,8 +125,9 @@ class Gr00tEndpoint:
     def _answer(self, frame: zmq.Frame, wanted: Callable[[], bool]) -> bytes:
         try:
             # Who has no token makes the server unpack nothing.
-            check_token(text_field(frame.buffer, "api_token"), self._settings.token)
-            return self._dispatch(unpack_map(frame.bytes), wanted)
+            token = text_field(frame.buffer, "api_token", GR00T_LIMITS)
+            check_token(token, self._settings.token)
+            return self._dispatch(unpack_map(frame.bytes, GR00T_LIMITS), wanted)
         except QvlaError as error:
             reply = _refusal(error)
             forget_frames(error)

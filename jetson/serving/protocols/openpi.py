@@ -30,6 +30,7 @@ from jetson.serving.message_pack import pack, unpack_map
 from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import RateLimit
+from jetson.serving.structure import OPENPI_LIMITS
 from jetson.serving.websocket import WebsocketConnection, closing_code
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import QvlaError
@@ -73,7 +74,7 @@ def decode_observation(
         WireError: the message or an array in it is damaged.
         InvalidObservation: it does not fit the policy.
     """
-    observation, _ = observation_of(_fields(unpack_map(body)), contract, _array)
+    observation, _ = observation_of(_fields(unpack_map(body, OPENPI_LIMITS)), contract, _array)
     return OpenpiRequest(observation, prev_total_ms)
 
 

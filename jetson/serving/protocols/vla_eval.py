@@ -36,6 +36,7 @@ from jetson.serving.message_pack import pack, unpack_map
 from jetson.serving.policy_contract import PolicyContract
 from jetson.serving.request_queue import RequestQueue
 from jetson.serving.security import RateLimit
+from jetson.serving.structure import VLA_EVAL_LIMITS
 from jetson.serving.websocket import WebsocketConnection, closing_code
 from qvla_export.shared.action import ActionChunk, Gripper, with_gripper
 from qvla_export.shared.errors import QvlaError
@@ -139,7 +140,7 @@ class _Message:
     def unpack(cls, body: bytes | bytearray | str) -> "_Message":
         if isinstance(body, str):
             raise WireError("a message is binary msgpack, got text")
-        message = unpack_map(body)
+        message = unpack_map(body, VLA_EVAL_LIMITS)
         kind, payload, seq = (message.get(name) for name in ("type", "payload", "seq"))
         if kind not in _TYPES or not isinstance(payload, dict) or type(seq) is not int:
             raise WireError(

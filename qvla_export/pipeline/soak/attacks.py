@@ -22,6 +22,7 @@ from websockets.sync.client import connect
 
 from jetson.clients.protocol_clients import ProtocolName, gr00t_data, openpi_request
 from jetson.serving.message_pack import pack, unpack_message
+from jetson.serving.structure import REPLY_LIMITS
 from jetson.serving.wire import encode_request
 from qvla_export.pipeline.soak.numbered_policy import CONTRACT, observation_of
 from qvla_export.pipeline.soak.server_process import Address
@@ -236,7 +237,7 @@ def _send_gr00t(attacker: Attacker, body: bytes) -> str | None:
     with _zmq(attacker) as client:
         client.send(body)
         try:
-            reply = unpack_message(client.recv())
+            reply = unpack_message(client.recv(), REPLY_LIMITS)
         except QvlaError as error:
             return f"unreadable: {error}"
     return str(reply["error"]) if isinstance(reply, dict) and "error" in reply else None

@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import json_numpy
@@ -19,6 +20,15 @@ from jetson.serving.arrays import decode_array, decode_npy, decode_packed
 from jetson.serving.message_pack import text_field, unpack_map, unpack_message
 from jetson.serving.protocols.gr00t_messages import decode_observation as gr00t_observation
 from jetson.serving.protocols.openpi import decode_observation as openpi_observation
+from jetson.serving.structure import (
+    ACT_LIMITS,
+    GR00T_LIMITS,
+    OPENPI_LIMITS,
+    REPLY_LIMITS,
+    VLA_EVAL_LIMITS,
+    StructureLimits,
+    require_bounded_json,
+)
 from jetson.serving.wire import decode_request
 from qvla_export.shared.errors import InvalidObservation
 from qvla_export.shared.json_documents import brief
@@ -49,14 +59,14 @@ VALUES = st.recursive(
 
 @given(VALUES)
 def test_what_msgpack_packs_is_walked_to_its_end_and_unpacked_equal(value: Any) -> None:
-    assert unpack_message(msgpack.packb(value)) == value
+    assert unpack_message(msgpack.packb(value), REPLY_LIMITS) == value
 
 
 @given(st.binary(max_size=300))
 def test_whatever_bytes_come_they_are_a_message_or_refused(body: bytes) -> None:
     try:
-        unpack_message(body)
-        text_field(body, "api_token")
+        unpack_message(body, REPLY_LIMITS)
+        text_field(body, "api_token", REPLY_LIMITS)
     except WireError as error:
         assert "must be msgpack" in str(error)
 
@@ -71,10 +81,13 @@ def test_a_token_is_found_without_unpacking_the_rest(
 ) -> None:
     items = [item for item in fields.items() if item[0] != "api_token"]
     message = dict([*items[:place], ("api_token", token), *items[place:]])
-    assert text_field(msgpack.packb(message), "api_token") == token
-    assert text_field(msgpack.packb(dict(items)), "api_token") is None
-    # One that is deeper down is not the client's own.
-    assert text_field(msgpack.packb({"data": message}), "api_token") is None
+    for sent, found in (
+        (message, token),
+        (dict(items), None),
+        # One that is deeper down is not the client's own.
+        ({"data": message}, None),
+    ):
+        assert text_field(msgpack.packb(sent), "api_token", REPLY_LIMITS) == found
 
 
 @pytest.mark.parametrize(
@@ -98,7 +111,7 @@ def test_structure_is_refused_before_objects_are_made(
 
     monkeypatch.setattr(message_pack.msgpack, "unpackb", unpack)
     with pytest.raises(WireError):
-        unpack_map(body)
+        unpack_map(body, REPLY_LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +128,116 @@ def test_structure_is_refused_before_objects_are_made(
 def test_json_of_many_values_is_refused(body: bytes) -> None:
     with pytest.raises(WireError, match="must be JSON"):
         decode_request(body, OFT)
+
+
+def counts(value: Any, in_list: bool = False) -> tuple[int, int]:
+    """How many values, and how many numbers in lists, a document has."""
+    if isinstance(value, dict | list):
+        inside = value.values() if isinstance(value, dict) else value
+        found = [counts(one, isinstance(value, list)) for one in inside]
+        return 1 + sum(values for values, _ in found), sum(numbers for _, numbers in found)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return (0, 1) if in_list and is_number else (1, 0)
+
+
+def walk_json(value: Any, limits: StructureLimits) -> None:
+    require_bounded_json(json.dumps(value), limits)
+
+
+def walk_msgpack(value: Any, limits: StructureLimits) -> None:
+    unpack_message(msgpack.packb(value), limits)
+
+
+DOCUMENTS = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(st.sampled_from('"\\\\,:[]{} a\N{GRINNING FACE}'), max_size=9),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=20,
+)
+
+
+@pytest.mark.parametrize("walk", [walk_json, walk_msgpack])
+@given(DOCUMENTS)
+def test_every_value_is_counted_once(walk: Callable[..., None], value: Any) -> None:
+    """In both formats: what is allowed passes, one less of anything is refused."""
+    values, numbers = counts(value)
+    limits = StructureLimits(depth(value), values, numbers)
+    walk(value, limits)
+    for name in ("depth", "values", "numbers"):
+        if (most := getattr(limits, name)) > 0:
+            with pytest.raises(ValueError, match="more than"):
+                walk(value, replace(limits, **{name: most - 1}))
+
+
+def array(*shape: int) -> dict[str, Any]:
+    """As openpi's and vla-eval's clients nest one, without its numbers."""
+    return {"__ndarray__": True, "data": b"", "dtype": "|u1", "shape": list(shape)}
+
+
+CAMERAS, PIECES = [f"camera {i}" for i in range(4)], [f"piece {i}" for i in range(8)]
+IMAGES = {name: array(480, 640, 3) for name in CAMERAS}
+NPY = {"__ndarray_class__": True, "as_npy": b""}
+OBSERVATION = {
+    "video": dict.fromkeys(CAMERAS, NPY),
+    "state": dict.fromkeys(PIECES, NPY),
+    "language": {"annotation.human.task_description": [["pick it up"]]},
+}
+
+
+@pytest.mark.parametrize(
+    ("limits", "request_", "most"),
+    [
+        (ACT_LIMITS, {**IMAGES, "state": [0.0] * 64, "instruction": "", "unnorm_key": ""}, 24),
+        (OPENPI_LIMITS, {"images": IMAGES, "state": array(14), "prompt": ""}, 28),
+        (OPENPI_LIMITS, {**IMAGES, "joints": array(7), "gripper": array(1), "prompt": ""}, 32),
+        (
+            VLA_EVAL_LIMITS,
+            {
+                "type": "observation",
+                "seq": 1,
+                "timestamp": 0.0,
+                "payload": {"images": IMAGES, "states": array(8), "task_description": ""},
+            },
+            32,
+        ),
+        (
+            GR00T_LIMITS,
+            {
+                "endpoint": "get_action",
+                "api_token": "0",
+                "data": {"observation": OBSERVATION, "options": None},
+            },
+            48,
+        ),
+    ],
+)
+def test_clients_of_four_cameras_have_room(
+    limits: StructureLimits, request_: Any, most: int
+) -> None:
+    """A quarter of it at least; of GR00T's a humanoid, whose state comes in eight pieces."""
+    values, _ = counts(request_)
+    assert values <= most <= 0.75 * limits.values == 48
+    walk_msgpack(request_, limits)
+    assert depth(request_) <= limits.depth <= 6
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" + "1," * 2000 + "1]",
+        '{"a":"' + '\\"' * 20_000 + '"}',
+        ",:" * 9000,
+        "7" * 60_000,
+        '{"a":' + "x" * 5_000_000 + "}",
+        '"' * 20_001,
+    ],
+)
+def test_no_text_keeps_the_walk_busy(text: str) -> None:
+    with pytest.raises(ValueError, match="more than"):
+        require_bounded_json(text, ACT_LIMITS)
 
 
 @pytest.mark.parametrize(
