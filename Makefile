@@ -53,7 +53,7 @@ help:
 	make wheel      dist/qvla-*.whl
 	make baselines-env  $(BASELINES) with other libraries' quantizers, for qvla baseline
 	make networks   the weights of two published networks, for qvla bench weights
-	make simulators-env $(SIMULATORS) with LIBERO and gym-aloha (560 MB), for qvla evaluate
+	make simulators-env $(SIMULATORS) with LIBERO and gym-aloha (1.6 GB), for qvla evaluate
 	make simulators     the tests of both, with it
 	make vla-eval-env   $(VLA_EVAL) with AI2's harness, for a test of make test-slow
 	make clean      remove everything made, except runs/

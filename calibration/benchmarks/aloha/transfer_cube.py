@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.benchmarks.episode_progress import EpisodeProgress, require_action
 from calibration.benchmarks.metaworld.roll_forward import Ahead
 from calibration.benchmarks.metaworld.shifts import Shift
 from calibration.benchmarks.rendering import choose_renderer
@@ -43,7 +44,7 @@ def aloha_task(name: str) -> AlohaTask | None:
     return AlohaTask() if name == ALOHA_NAME else None
 
 
-class TransferCube:
+class TransferCube(EpisodeProgress[AlohaTask]):
     """The task behind the nouns of an episode; the picture is drawn in `observe` only."""
 
     def __init__(self, task: AlohaTask | None = None) -> None:
@@ -52,9 +53,7 @@ class TransferCube:
         Raises:
             QvlaError: gym-aloha is not installed here.
         """
-        self.task = task or AlohaTask()
-        self.steps = 0
-        self.success = False
+        super().__init__(task or AlohaTask())
         self._environment, self._place_cube = _build()
         self._joints: NDArray[np.float64] = np.zeros(ALOHA_DIM)
 
@@ -62,16 +61,6 @@ class TransferCube:
     def hand(self) -> NDArray[np.float64]:
         """There are two: nothing is said of the motion of one.  float64 [3]"""
         return np.zeros(3)
-
-    @property
-    def goal_distance_m(self) -> float:
-        """Infinite: where a thing goes is not one place here."""
-        return float("inf")
-
-    @property
-    def done(self) -> bool:
-        """Whether the episode is solved or out of steps."""
-        return self.success or self.steps >= self.task.steps
 
     def reset(
         self, seed: int, instruction: str | None = None, shift: Shift | None = None
@@ -81,12 +70,11 @@ class TransferCube:
         Raises:
             QvlaError: another instruction or a shift is asked for.
         """
-        if instruction is not None or shift is not None:
-            raise QvlaError(f"{self.task.name} is run as it is: without shift and controls")
+        self._refuse_changes(instruction, shift)
         # gym-aloha draws from a generator of 32 bits.
         self._place_cube(seed % (1 << 32))
         self._joints = self._environment.reset().observation["qpos"]
-        self.steps, self.success = 0, False
+        self._begin()
         return self.observe()
 
     def step(self, action: NDArray[np.float32]) -> bool:
@@ -94,15 +82,10 @@ class TransferCube:
 
         Returns whether the cube has been handed over by now.  Nothing is drawn.
         """
-        if action.shape != (ALOHA_DIM,) or not np.isfinite(action).all():
-            raise QvlaError(
-                f"an action of ALOHA is {ALOHA_DIM} finite numbers, got {action!s:.200}"
-            )
+        require_action(action, ALOHA_DIM)
         moment = self._environment.step(action.astype(np.float64))
         self._joints = moment.observation["qpos"]
-        self.steps += 1
-        self.success = self.success or moment.reward == _TRANSFERRED
-        return self.success
+        return self._count_step(moment.reward == _TRANSFERRED)
 
     def observe(self, ahead: Ahead | None = None) -> Observation:
         """Return what the policy sees now: from above, and both arms' joints."""

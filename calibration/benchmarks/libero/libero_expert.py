@@ -63,15 +63,6 @@ class LiberoExpert:
         return np.array(inner.sim.data.body_xpos[inner.obj_body_id[name]], np.float64)
 
 
-def solve_libero(simulator: LiberoSimulator, seed: int) -> bool:
-    """Let the expert play one episode; return whether it solved the task."""
-    simulator.reset(seed)
-    expert = LiberoExpert(simulator)
-    while not simulator.done:
-        simulator.step(expert.act())
-    return simulator.success
-
-
 def _above(place: Vector, height: float) -> Vector:
     return np.asarray(place + np.array([0.0, 0.0, height]))
 

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.benchmarks.episode_progress import EpisodeProgress, require_action
 from calibration.benchmarks.libero.initial_states import load_initial_states
 from calibration.benchmarks.libero.libero_tasks import LiberoTask
+from calibration.benchmarks.libero.sampled_scene import SampledScene
 from calibration.benchmarks.metaworld.roll_forward import Ahead
 from calibration.benchmarks.metaworld.shifts import Shift
 from calibration.benchmarks.rendering import choose_renderer
@@ -48,7 +50,7 @@ class LiberoFiles:
     states: Path
 
 
-class LiberoSimulator:
+class LiberoSimulator(EpisodeProgress[LiberoTask]):
     """A LIBERO task behind the nouns of an episode; pictures are drawn in `observe` only."""
 
     def __init__(self, task: LiberoTask) -> None:
@@ -57,14 +59,13 @@ class LiberoSimulator:
         Raises:
             QvlaError: the benchmark is not installed here, or has no such task.
         """
-        self.task = task
-        self.steps = 0
-        self.success = False
+        super().__init__(task)
         files = find_libero(task)
         self.language = files.language
         self._states = load_initial_states(files.states)
         self.environment = _build(files.scene, task.fast)
         self._moment: dict[str, Any] = {}
+        self._scene = SampledScene(self.environment.env)
         if task.fast:
             _colour_things(self.environment.sim.model)
 
@@ -72,16 +73,6 @@ class LiberoSimulator:
     def hand(self) -> NDArray[np.float64]:
         """Hand position, metres.  float64 [3]"""
         return np.array(self._moment["robot0_eef_pos"], np.float64)
-
-    @property
-    def goal_distance_m(self) -> float:
-        """Infinite: where a thing goes is not one place here."""
-        return float("inf")
-
-    @property
-    def done(self) -> bool:
-        """Whether the episode is solved or out of steps."""
-        return self.success or self.steps >= self.task.steps
 
     def reset(
         self, seed: int, instruction: str | None = None, shift: Shift | None = None
@@ -91,15 +82,17 @@ class LiberoSimulator:
         Raises:
             QvlaError: another instruction or a shift is asked for.
         """
-        if instruction is not None or shift is not None:
-            raise QvlaError(f"{self.task.name} is run as it is: without shift and controls")
+        self._refuse_changes(instruction, shift)
         environment = self.environment
         environment.seed(_SEED)
         environment.reset()
+        for robot in environment.robots:
+            # What fingers are told goes up to its value step by step, and a reset leaves it.
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
         self._moment = environment.set_init_state(self._states[seed % len(self._states)])
         for _ in range(_SETTLING_STEPS):
             self._moment = environment.step(list(_STILL_OPEN))[0]
-        self.steps, self.success = 0, False
+        self._begin()
         return self.observe()
 
     def step(self, action: NDArray[np.float32]) -> bool:
@@ -107,22 +100,16 @@ class LiberoSimulator:
 
         Returns whether the task has been solved by now.  Nothing is drawn.
         """
-        if action.shape != (LIBERO_ACTION_DIM,) or not np.isfinite(action).all():
-            raise QvlaError(
-                f"an action of LIBERO is {LIBERO_ACTION_DIM} finite numbers, got {action.tolist()}"
-            )
+        require_action(action, LIBERO_ACTION_DIM)
         self._moment, _, done, _ = self.environment.step(action.tolist())
-        self.steps += 1
-        self.success = self.success or bool(done)
-        return self.success
+        return self._count_step(bool(done))
 
     def observe(self, ahead: Ahead | None = None) -> Observation:
-        """Return what the policy sees now, from both cameras."""
-        sim = self.environment.sim
-        images = {}
-        for name, camera in _CAMERAS.items():
-            drawn = sim.render(camera_name=camera, width=PICTURE_SIZE, height=PICTURE_SIZE)
-            images[name] = np.ascontiguousarray(drawn[::-1, ::-1])
+        """Return what the policy sees: both cameras and the state, of one moment."""
+        images = {
+            name: np.ascontiguousarray(self._scene.draw(camera, PICTURE_SIZE)[::-1, ::-1])
+            for name, camera in _CAMERAS.items()
+        }
         return Observation(images, self.language, libero_state(self._moment))
 
     def close(self) -> None:

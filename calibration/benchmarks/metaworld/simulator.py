@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.benchmarks.episode_progress import EpisodeProgress, require_action
 from calibration.benchmarks.metaworld.lean_environment import make_lean
 from calibration.benchmarks.metaworld.object_state import (
     FIRST,
@@ -48,7 +49,7 @@ _WITH_GOAL = 6
 _DRAWS = 8
 
 
-class Simulator:
+class Simulator(EpisodeProgress[Task]):
     """A Meta-World scene behind the nouns of this project.
 
     The same task, seed and actions give the same states and the same picture bytes, whatever the
@@ -57,13 +58,9 @@ class Simulator:
     """
 
     def __init__(self, task: Task, image_size: int = IMAGE_SIZE) -> None:
-        self.task = task
+        super().__init__(task)
         self.instruction = task.instruction
         self.image_size = image_size
-        # Control steps since the last reset.
-        self.steps = 0
-        # Whether the task was solved at any moment since the last reset.
-        self.success = False
         self._mujoco = load_mujoco()
         self._environment = _build_environment(task)
         make_lean(self._environment)
@@ -111,13 +108,8 @@ class Simulator:
     def goal_distance_m(self) -> float:
         """From the first thing to where the goal was put; infinite where a task draws none."""
         if len(self.placement) < _WITH_GOAL:
-            return float("inf")
+            return super().goal_distance_m
         return float(np.linalg.norm(self.placement[3:6] - self._full_state[FIRST]))
-
-    @property
-    def done(self) -> bool:
-        """Whether the episode is solved or out of steps."""
-        return self.success or self.steps >= self.task.steps
 
     def reset(
         self, seed: int, instruction: str | None = None, shift: Shift | None = None
@@ -156,8 +148,7 @@ class Simulator:
         self._full_state = environment._get_obs()
         self.placement = placement
         self.instruction = said
-        self.steps = 0
-        self.success = False
+        self._begin()
         return self.observe()
 
     def step(self, action: NDArray[np.float32]) -> bool:
@@ -166,13 +157,12 @@ class Simulator:
         Returns whether the task has been solved by now.  Nothing is rendered.
         """
         action = np.clip(np.asarray(action, dtype=np.float32), -1.0, 1.0)
-        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
-            raise QvlaError(f"an action is {ACTION_DIM} finite numbers, got {action.tolist()}")
+        require_action(action, ACTION_DIM)
+        solved = False
         for _ in range(ACTION_REPEAT):
             self._full_state, _, _, _, info = self._environment.step(action)
-            self.success = self.success or bool(info["success"])
-        self.steps += 1
-        return self.success
+            solved = solved or bool(info["success"])
+        return self._count_step(solved)
 
     def observe(self, ahead: Ahead | None = None) -> Observation:
         """Return what the policy sees now; the scene is rendered where it sees a picture.

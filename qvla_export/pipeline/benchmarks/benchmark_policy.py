@@ -1,5 +1,6 @@
 """A policy before others' benchmarks: its own names for what it sees, their gripper's number."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +11,14 @@ from qvla_export.shared.observation import Observation
 
 if TYPE_CHECKING:
     from jetson.serving.policy_contract import PolicyContract
-    from qvla_export.pipeline.policy_source import PolicySource
     from qvla_export.shared.action import ActionPolicy
 
 
 @dataclass(frozen=True)
 class BenchmarkPolicySource:
-    """Where a policy is; picklable. Open it and any observation of "image" and "*wrist*" fits."""
+    """What opens a policy, picklable. Opened here, any view of "image" and "*wrist*" fits it."""
 
-    source: "PolicySource"
+    source: "Callable[[], ActionPolicy]"
     gripper: Gripper = "as-is"
 
     def __call__(self) -> "BenchmarkPolicy":

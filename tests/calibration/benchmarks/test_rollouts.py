@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -34,7 +35,7 @@ from calibration.benchmarks.evaluation import (
 )
 from calibration.benchmarks.metaworld.simulator import Simulator
 from calibration.benchmarks.metaworld.tasks import CAMERA, find_task, scene_siblings
-from calibration.benchmarks.rollouts import RolloutJob, evaluate, run_episode
+from calibration.benchmarks.rollouts import PolicyFactory, RolloutJob, evaluate, run_episode
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import ArtifactError, ArtifactMismatch, QvlaError
 from qvla_export.shared.observation import Observation
@@ -71,14 +72,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(
     path: Path,
-    factory: Callable[[], object] = HashPolicy,
+    factory: PolicyFactory = HashPolicy,
     digest: str = "d",
     config: RolloutConfig = CONFIG,
     reference_digest: str = "shifted",
     workers: int = 1,
 ) -> Evaluation:
     shifted = partial(HashPolicy, offset=0.5)
-    job = RolloutJob("hash", digest, factory, config, shifted, reference_digest)  # type: ignore[arg-type]
+    job = RolloutJob("hash", digest, factory, config, shifted, reference_digest)
     return evaluate(job, path, workers)
 
 
@@ -216,9 +217,9 @@ def test_only_tasks_with_siblings_can_be_told_something_wrong(tmp_path: Path) ->
         ({"tasks": ("make-tea",)}, "no task is called 'make-tea'"),
     ],
 )
-def test_impossible_rollouts_are_refused(change: dict[str, object], message: str) -> None:
+def test_impossible_rollouts_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(QvlaError, match=message):
-        replace(CONFIG, **change)  # type: ignore[arg-type]
+        replace(CONFIG, **change)
 
 
 def test_an_evaluation_is_saved_with_its_summary(uninterrupted: Path) -> None:
@@ -319,14 +320,15 @@ def test_half_a_line_of_the_journal_is_run_again(uninterrupted: Path, stopped: P
 def test_a_journal_of_something_else_is_not_mixed_in(stopped: Path) -> None:
     journal = stopped.with_name("evaluation.json.partial")
     before = journal.read_bytes()
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"digest": "e"},
         {"config": replace(CONFIG, seed=5)},
         {"config": replace(CONFIG, control="blank-image")},
         {"reference_digest": "another"},
-    ):
+    )
+    for change in changes:
         with pytest.raises(ArtifactMismatch, match=r"another policy or other settings; remove it"):
-            run(stopped, **change)  # type: ignore[arg-type]
+            run(stopped, **change)
     assert journal.read_bytes() == before
     assert not stopped.exists()
 

@@ -2,7 +2,8 @@
 
 import importlib.util
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 from echo_policy import OFT, OPENVLA, EchoPolicy
+from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from calibration.benchmarks.aloha.transfer_cube import AlohaTask
 from calibration.benchmarks.episode import run_episode
+from calibration.benchmarks.episode_progress import EpisodeProgress, require_action
 from calibration.benchmarks.evaluation import Evaluation, RolloutConfig, load_evaluation
 from calibration.benchmarks.evaluation_lines import evaluation_lines
 from calibration.benchmarks.libero.initial_states import load_initial_states
 from calibration.benchmarks.libero.libero_simulator import axis_angle, libero_state
 from calibration.benchmarks.libero.libero_tasks import SUITES, LiberoTask
+from calibration.benchmarks.metaworld.roll_forward import Ahead
+from calibration.benchmarks.metaworld.shifts import Shift
 from calibration.benchmarks.simulators import (
     BenchmarkTask,
     choose_benchmark_tasks,
@@ -63,16 +68,17 @@ def test_what_a_simulator_does_not_do_is_refused() -> None:
         RolloutConfig((LIBERO,), 1)
     with pytest.raises(QvlaError, match=r"--gripper is for LIBERO's tasks"):
         RolloutConfig(("push",), 1, gripper="as-is")
-    for what, change in (
-        ("the shift start:1", {"shift": "start:1"}),
-        ("the control wrong-instruction", {"control": "wrong-instruction"}),
-        ("live", {"live": True}),
-        ("a delay of 2 steps", {"delay_steps": 2}),
-        ("roll-forward", {"roll_forward": True}),
-        ("seams within 3 mm", {"seam_limit_mm": 3.0}),
-    ):
+    changes: dict[str, dict[str, Any]] = {
+        "the shift start:1": {"shift": "start:1"},
+        "the control wrong-instruction": {"control": "wrong-instruction"},
+        "live": {"live": True},
+        "a delay of 2 steps": {"delay_steps": 2},
+        "roll-forward": {"roll_forward": True},
+        "seams within 3 mm": {"seam_limit_mm": 3.0},
+    }
+    for what, change in changes.items():
         with pytest.raises(QvlaError, match=rf"{what}.*only Meta-World's tasks.*{LIBERO}"):
-            RolloutConfig((LIBERO,), 1, gripper="as-is", **change)  # type: ignore[arg-type]
+            RolloutConfig((LIBERO,), 1, gripper="as-is", **change)
 
 
 @pytest.mark.parametrize(
@@ -184,43 +190,42 @@ def seen_by(cameras: tuple[str, ...]) -> Observation:
 def test_a_policy_sees_a_benchmark_by_its_own_names() -> None:
     both = seen_by(("image", "wrist_image"))
     for contract in (OFT, OPENVLA):
-        policy = BenchmarkPolicySource(lambda c=contract: EchoPolicy(c))()  # type: ignore[arg-type,misc]
+        policy = BenchmarkPolicySource(partial(EchoPolicy, contract))()
         chunk = policy.infer(both)
         assert chunk.actions.shape == (4, 7) and chunk.actions[0, 0] == 1
     with pytest.raises(InvalidObservation, match="missing"):
-        BenchmarkPolicySource(lambda: EchoPolicy(OFT))().infer(seen_by(("image",)))  # type: ignore[arg-type]
-    turned = BenchmarkPolicySource(lambda: EchoPolicy(OFT), "robosuite")().infer(both)  # type: ignore[arg-type]
+        BenchmarkPolicySource(partial(EchoPolicy, OFT))().infer(seen_by(("image",)))
+    turned = BenchmarkPolicySource(partial(EchoPolicy, OFT), "robosuite")().infer(both)
     assert turned.actions[:, -1].tolist() == [1.0] * 4
     assert turned.normalized[:, -1].tolist() == [0.0] * 4
 
 
-@dataclass
-class Still:
+class Still(EpisodeProgress[BenchmarkTask]):
     """A simulator without physics: the hand goes where it is told, six steps an episode."""
 
-    task: BenchmarkTask
-    dimensions: int
-    steps: int = 0
-    success: bool = False
-    hand: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(3))
-    goal_distance_m: float = float("inf")
+    def __init__(self, task: BenchmarkTask, dimensions: int) -> None:
+        super().__init__(task)
+        self.dimensions = dimensions
+        self.hand: NDArray[np.float64] = np.zeros(3)
 
     @property
     def done(self) -> bool:
         return self.steps >= 6
 
-    def reset(self, seed: int, instruction: None = None, shift: None = None) -> Observation:
-        assert instruction is None and shift is None
-        self.steps, self.hand = 0, np.zeros(3)
+    def reset(
+        self, seed: int, instruction: str | None = None, shift: Shift | None = None
+    ) -> Observation:
+        self._refuse_changes(instruction, shift)
+        self._begin()
+        self.hand = np.zeros(3)
         return self.observe()
 
-    def step(self, action: np.ndarray[Any, Any]) -> bool:
-        assert action.shape == (self.dimensions,)
+    def step(self, action: NDArray[np.float32]) -> bool:
+        require_action(action, self.dimensions)
         self.hand = self.hand + 0.05 * action[:3]
-        self.steps += 1
-        return False
+        return self._count_step(False)
 
-    def observe(self, ahead: None = None) -> Observation:
+    def observe(self, ahead: Ahead | None = None) -> Observation:
         return seen_by(("image",))
 
     def close(self) -> None: ...
@@ -228,10 +233,27 @@ class Still:
 
 @dataclass
 class Constant:
-    actions: np.ndarray[Any, Any]
+    actions: NDArray[np.float32]
 
     def infer(self, observation: Observation) -> ActionChunk:
         return ActionChunk(self.actions, self.actions)
+
+
+def test_an_episode_is_counted_and_its_actions_are_looked_at() -> None:
+    simulator = Still(find_benchmark_task(LIBERO), 7)
+    simulator.reset(0)
+    assert simulator.goal_distance_m == float("inf")
+    for wrong in (np.zeros(6), np.zeros((1, 7)), np.full(7, np.nan), np.full(7, np.inf)):
+        with pytest.raises(QvlaError, match="an action is 7 finite numbers, got"):
+            simulator.step(wrong.astype(np.float32))
+    simulator.step(np.zeros(7, np.float32))
+    assert (simulator.steps, simulator.success) == (1, False)
+    for instruction, shift in (("push", None), (None, Shift("start", 1))):
+        with pytest.raises(QvlaError, match=rf"{LIBERO} is run as it is: without shift"):
+            simulator.reset(0, instruction, shift)
+    assert simulator.steps == 1
+    simulator.reset(0)
+    assert simulator.steps == 0
 
 
 def test_episodes_of_other_simulators_are_measured_as_they_can_be(tmp_path: Path) -> None:
@@ -240,7 +262,7 @@ def test_episodes_of_other_simulators_are_measured_as_they_can_be(tmp_path: Path
     actions[:, 6] = (1.0, -1.0, 1.0)
     config = RolloutConfig((LIBERO,), 1, execute=3, gripper="as-is")
     simulator = Still(find_benchmark_task(LIBERO), 7)
-    result = run_episode(simulator, Constant(actions), config, 1_000_000)  # type: ignore[arg-type]
+    result = run_episode(simulator, Constant(actions), config, 1_000_000)
     assert result.motion is not None and result.motion.gripper_flips == 4
     assert result.motion.seam_jumps_mm == pytest.approx((50.0,))
     versions = {"robosuite": "1.5.0"}
@@ -252,7 +274,7 @@ def test_episodes_of_other_simulators_are_measured_as_they_can_be(tmp_path: Path
     cube = RolloutConfig(("aloha-transfer-cube",), 1, execute=3)
     joints = np.full((3, 14), 2.0, np.float32)
     still = Still(AlohaTask(), 14)
-    arms = run_episode(still, Constant(joints), cube, 0)  # type: ignore[arg-type]
+    arms = run_episode(still, Constant(joints), cube, 0)
     assert arms.motion is None and arms.steps == 6
     lines = list(evaluation_lines(Evaluation("p", "d", cube, (arms,), {}), tmp_path))
     assert any("aloha-transfer-cube: 0%" in line for line in lines)

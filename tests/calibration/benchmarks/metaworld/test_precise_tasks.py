@@ -142,10 +142,10 @@ def test_object_state_is_four_vectors_at_four_scales() -> None:
     )
 
 
-def test_a_demonstration_is_recorded_without_drawing() -> None:
+def test_a_demonstration_is_recorded_without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     task = find_task("assembly")
     with Simulator(task) as simulator:
-        simulator.render = None  # type: ignore[assignment, method-assign]  # drawing would raise
+        monkeypatch.setattr(simulator, "render", None)  # drawing would raise
         episode = record_episode(simulator, Recording(seed=1), 0)
     assert list(episode.images) == [OBJECT_STATE]
     assert decode_png(episode.images[OBJECT_STATE][0]).shape == (4, 4, 3)

@@ -1,28 +1,22 @@
 """gym-aloha's transfer cube itself, in its environment: make simulators."""
 
-import importlib.util
+from functools import partial
 
 import numpy as np
 import pytest
 from echo_policy import EchoPolicy
+from simulator_marks import simulator_marks
 
 from calibration.benchmarks.aloha.transfer_cube import AlohaTask, TransferCube
 from calibration.benchmarks.episode import run_episode
 from calibration.benchmarks.evaluation import RolloutConfig
 from jetson.serving.policy_contract import PolicyContract
 from qvla_export.pipeline.benchmarks.benchmark_policy import BenchmarkPolicySource
+from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import QvlaError
+from qvla_export.shared.observation import Observation
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(3600),
-    # The simulators' packages warn of their own syntax and deprecations.
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("gym_aloha") is None,
-        reason="no gym-aloha here: make simulators",
-    ),
-]
+pytestmark = simulator_marks("gym_aloha", "gym-aloha")
 ALOHA = PolicyContract(("cam_high",), 50, 14, 14, "aloha", reads=False)
 
 
@@ -47,13 +41,13 @@ def test_joints_and_pictures_are_gym_aloha_s_own() -> None:
 
 def test_a_policy_of_two_arms_runs_an_episode() -> None:
     class Holds(EchoPolicy):
-        def infer(self, observation):  # type: ignore[no-untyped-def]
+        def infer(self, observation: Observation) -> ActionChunk:
             chunk = super().infer(observation)
             chunk.actions[:] = observation.state
             return chunk
 
     simulator = TransferCube(AlohaTask(steps=100))
-    policy = BenchmarkPolicySource(lambda: Holds(ALOHA))()  # type: ignore[arg-type]
+    policy = BenchmarkPolicySource(partial(Holds, ALOHA))()
     config = RolloutConfig(("aloha-transfer-cube",), 1, execute=50)
     result = run_episode(simulator, policy, config, 1_000_000)
     assert (result.success, result.steps, result.motion) == (False, 100, None)
