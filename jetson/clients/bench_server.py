@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jetson.clients.bench_peers import ACTIONS, serve_openpi_structure, serve_openvla_structure
-from jetson.clients.protocol_clients import Endpoint, ProtocolClient, ProtocolName, open_client
+from jetson.clients.endpoint import Endpoint
+from jetson.clients.protocol_clients import ProtocolClient, ProtocolName, open_client
 from jetson.errors import RemoteError
 from jetson.server import serve
 from jetson.server_settings import ServerSettings

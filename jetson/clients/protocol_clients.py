@@ -1,37 +1,37 @@
 """Clients of every protocol the server speaks, one connection each: to measure it from outside.
 
-They send and read what the published clients do: OpenVLA-OFT's POST /act, openpi-client's
-websocket messages, GR00T's ZMQ requests. A connection that failed is made anew by the next ask.
+They send and read what the published clients do: OpenVLA-OFT's POST /act, openpi-client's and
+vla-eval's websocket messages, GR00T's ZMQ requests. A connection that failed is made anew by the
+next ask.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
 
 import numpy as np
 import zmq
 from numpy.typing import NDArray
-from websockets.exceptions import InvalidStatus, WebSocketException
-from websockets.sync.client import connect
 
+from jetson.clients.endpoint import Endpoint, checked_actions, failure
 from jetson.clients.http_client import RemotePolicy
+from jetson.clients.websocket_clients import OpenpiClient, VlaEvalClient
 from jetson.errors import RemoteError, WireError
-from jetson.serving.arrays import decode_npy, decode_packed, encode_npy, encode_packed
-from jetson.serving.message_pack import pack, unpack_map, unpack_message
+from jetson.serving.arrays import decode_npy, encode_npy
+from jetson.serving.message_pack import pack, unpack_message
 from jetson.serving.policy_contract import PolicyContract
-from jetson.serving.security import client_tls
 from jetson.serving.structure import REPLY_LIMITS
 from qvla_export.shared.observation import Observation
 
-ProtocolName = Literal["act", "openpi", "gr00t"]
+ProtocolName = Literal["act", "openpi", "gr00t", "vla-eval"]
 
 
 class ProtocolClient(Protocol):
     """One connection to a server."""
 
     def ask(self, observation: Observation) -> NDArray[np.float32]:
-        """Return the actions for an observation.  float32 [horizon, dim]
+        """Return the actions for an observation, of vla-eval's server the first one alone.
+
+        float32 [horizon, dim]
 
         Raises:
             RemoteError: the server failed, refused or cannot be reached.
@@ -42,36 +42,6 @@ class ProtocolClient(Protocol):
     def close(self) -> None:
         """Close the connection."""
         ...
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a server listens.
-
-    Raises:
-        RemoteError: it is not HOST:PORT, or a URL of http or https with a port.
-    """
-
-    host: str
-    port: int
-    encrypted: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> "Endpoint":
-        """Read "robot:8000", "[::1]:8000" or "https://robot:8000"."""
-        try:
-            parts = urlsplit(text if "://" in text else f"http://{text}")
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            host, port = None, None
-        if not host or not port or parts.scheme not in ("http", "https"):
-            raise RemoteError(f"a server is HOST:PORT, or https://HOST:PORT, got {text!r:.100}")
-        return cls(host, port, parts.scheme == "https")
-
-    def url(self, scheme: str) -> str:
-        """Return the address under a scheme that has an `s` where it is encrypted."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{scheme}{'s' if self.encrypted else ''}://{host}:{self.port}"
 
 
 def open_client(
@@ -86,6 +56,7 @@ def open_client(
         "act": ActClient,
         "openpi": OpenpiClient,
         "gr00t": Gr00tClient,
+        "vla-eval": VlaEvalClient,
     }
     return kinds[protocol](endpoint, token, timeout_s)
 
@@ -104,72 +75,6 @@ class ActClient:
     def close(self) -> None:
         """Close the connection."""
         self._policy.close()
-
-
-class OpenpiClient:
-    """openpi's websocket, as `openpi_client.WebsocketClientPolicy` speaks it."""
-
-    def __init__(self, endpoint: Endpoint, token: str | None, timeout_s: float) -> None:
-        self._url = endpoint.url("ws")
-        self._encrypted = endpoint.encrypted
-        self._headers = {} if token is None else {"authorization": f"Api-Key {token}"}
-        self._timeout_s = timeout_s
-        self._open: Any = None
-        # What the server says of itself.
-        self.metadata = self._connection()
-
-    def ask(self, observation: Observation) -> NDArray[np.float32]:
-        """Return the actions."""
-        if self._open is None:
-            self._connection()
-        try:
-            self._socket.send(openpi_request(observation))
-            reply = self._socket.recv(timeout=self._timeout_s)
-            if isinstance(reply, str):
-                raise RemoteError(f"{self._url}: {reply:.500}")
-            return _actions(
-                decode_packed(unpack_map(reply, REPLY_LIMITS).get("actions"), "actions")
-            )
-        except (OSError, WebSocketException, WireError) as error:
-            self.close()
-            raise _failure(self._url, error) from None
-        except RemoteError:
-            # The server closes after the reason.
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Close the connection."""
-        if self._open is not None:
-            self._open.__exit__(None, None, None)
-            self._open = None
-
-    def _connection(self) -> dict[Any, Any]:
-        tls = (client_tls() or None) if self._encrypted else None
-        try:
-            self._open = connect(
-                self._url,
-                compression=None,
-                max_size=None,
-                proxy=None,
-                ssl=tls,
-                additional_headers=self._headers,
-                open_timeout=self._timeout_s,
-                close_timeout=1,
-                # From threads that draw random numbers of their own; TCP notices the vanished.
-                ping_interval=None,
-            )
-            self._socket = self._open.__enter__()
-            greeting = self._socket.recv(timeout=self._timeout_s)
-            return unpack_map(greeting if isinstance(greeting, bytes) else b"", REPLY_LIMITS)
-        except InvalidStatus as error:
-            self._open = None
-            reason = (error.response.body or b"").decode(errors="replace")
-            status = error.response.status_code
-            raise RemoteError(f"{self._url} answered {status}: {reason:.500}") from None
-        except (OSError, WebSocketException, WireError) as error:
-            self.close()
-            raise _failure(self._url, error) from None
 
 
 class Gr00tClient:
@@ -200,7 +105,7 @@ class Gr00tClient:
             actions = np.concatenate(arrays, axis=-1)
         except (TypeError, AttributeError, KeyError, IndexError, ValueError):
             raise RemoteError(f"{self._url} answered something else: {reply!r:.200}") from None
-        return _actions(actions)
+        return checked_actions(actions)
 
     def close(self) -> None:
         """Close the connection."""
@@ -226,19 +131,10 @@ class Gr00tClient:
                     f"{self._url} gave no reply within {self._timeout_ms / 1000:g} s; is a "
                     "`qvla serve --gr00t-port` there?"
                 ) from None
-            raise _failure(self._url, error) from None
+            raise failure(self._url, error) from None
         if isinstance(reply, dict) and "error" in reply:
             raise RemoteError(f"{self._url}: {reply['error']!s:.500}")
         return reply
-
-
-def openpi_request(observation: Observation) -> bytes:
-    """Return an observation as a message of openpi's client."""
-    fields: dict[str, Any] = {
-        f"observation/{name}": encode_packed(image) for name, image in observation.images.items()
-    }
-    fields["observation/state"] = encode_packed(observation.state)
-    return pack({**fields, "prompt": observation.instruction})
 
 
 def gr00t_data(observation: Observation) -> dict[str, Any]:
@@ -256,7 +152,8 @@ def gr00t_data(observation: Observation) -> dict[str, Any]:
 def contract_of_client(client: ProtocolClient) -> PolicyContract | None:
     """Return what the server said its policy takes; None where its protocol does not say all.
 
-    GR00T's names cameras but no lengths of states, openpi's is free to say nothing.
+    GR00T's names cameras but no lengths of states, vla-eval's neither; openpi's is free to say
+    nothing.
     """
     if isinstance(client, ActClient):
         return client.contract
@@ -270,14 +167,3 @@ def contract_of_client(client: ProtocolClient) -> PolicyContract | None:
 
 def _npy(array: NDArray[Any]) -> dict[str, Any]:
     return {"__ndarray_class__": True, "as_npy": encode_npy(array)}
-
-
-def _actions(array: NDArray[Any]) -> NDArray[np.float32]:
-    if array.ndim != 2 or not np.isfinite(array).all():
-        raise RemoteError(f"actions must be finite [horizon, dim], got {list(array.shape)}")
-    return array.astype(np.float32, copy=False)
-
-
-def _failure(url: str, error: Exception) -> RemoteError:
-    reason = str(error) or "no reply in time"
-    return RemoteError(f"{url} failed: {type(error).__name__}: {reason:.300}")

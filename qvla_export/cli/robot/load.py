@@ -12,8 +12,8 @@ from qvla_export.cli.progress import NARROW, print_result, progress_shown
 def load(
     server: Annotated[str, typer.Argument(help="HOST:PORT of the protocol, or https://HOST:PORT.")],
     protocol: Annotated[
-        Literal["act", "openpi", "gr00t"],
-        typer.Option(help="POST /act, openpi's websocket, GR00T's ZMQ."),
+        Literal["act", "openpi", "gr00t", "vla-eval"],
+        typer.Option(help="POST /act, openpi's or vla-eval's websocket, GR00T's ZMQ."),
     ] = "openpi",
     rate: Annotated[float, typer.Option(help="Requests a second, all connections together.")] = 10,
     duration: Annotated[float, typer.Option(help="Seconds in which requests are due.")] = 30,
@@ -38,7 +38,9 @@ def load(
     ] = None,
     metadata_port: Annotated[
         int | None,
-        typer.Option(help="The same server's HTTP port; GR00T's protocol does not say everything."),
+        typer.Option(
+            help="The same server's HTTP port; GR00T's and vla-eval's protocols say too little."
+        ),
     ] = None,
     token_file: Annotated[
         Path | None,

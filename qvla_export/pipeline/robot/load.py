@@ -10,9 +10,10 @@ from qvla_export.pipeline.progress import OnProgress, bar, ignore
 from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
+    from jetson.clients.endpoint import Endpoint
     from jetson.clients.load import Ask, LoadPlan
     from jetson.clients.load_result import LoadResult
-    from jetson.clients.protocol_clients import Endpoint, ProtocolClient, ProtocolName
+    from jetson.clients.protocol_clients import ProtocolClient, ProtocolName
     from jetson.serving.policy_contract import PolicyContract
     from qvla_export.shared.observation import Observation
 
@@ -43,9 +44,10 @@ def load_server(request: LoadRequest, on_progress: OnProgress = ignore) -> "Load
         QvlaError: the server cannot be reached or refuses, or does not say what to send it.
     """
     from jetson.board import read_board_state
+    from jetson.clients.endpoint import Endpoint
     from jetson.clients.load import run_load
     from jetson.clients.load_result import LoadResult
-    from jetson.clients.protocol_clients import Endpoint, open_client
+    from jetson.clients.protocol_clients import open_client
     from jetson.serving.security import read_token
 
     plan = request.plan

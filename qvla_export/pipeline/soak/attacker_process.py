@@ -10,7 +10,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from jetson.clients.protocol_clients import ProtocolName
-from qvla_export.pipeline.soak.attacks import ATTACKS, Attacker
+from qvla_export.pipeline.soak.attacker import Attacker
+from qvla_export.pipeline.soak.attacks import ATTACKS
 from qvla_export.pipeline.soak.good_clients import PROTOCOLS
 from qvla_export.pipeline.soak.server_process import Address
 from qvla_export.pipeline.soak.tally import Tally

@@ -11,84 +11,60 @@ import random
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException
-from typing import Any
+from collections.abc import Callable, Mapping
 
-import zmq
 from websockets.exceptions import WebSocketException
-from websockets.sync.client import connect
 
-from jetson.clients.protocol_clients import ProtocolName, gr00t_data, openpi_request
-from jetson.serving.message_pack import pack, unpack_message
-from jetson.serving.structure import REPLY_LIMITS
+from jetson.clients.protocol_clients import ProtocolName
+from jetson.clients.websocket_clients import vla_eval_message
+from jetson.serving.message_pack import pack
 from jetson.serving.wire import encode_request
-from qvla_export.pipeline.soak.numbered_policy import CONTRACT, observation_of
-from qvla_export.pipeline.soak.server_process import Address
-from qvla_export.pipeline.soak.tally import Tally
-from qvla_export.shared.errors import QvlaError
+from qvla_export.pipeline.soak.attacker import (
+    ATTACKER,
+    WEBSOCKET_PATHS,
+    Attacker,
+    picture_file,
+    raw_connection,
+    read_to_end,
+    send_body,
+    websocket_connection,
+    zmq_connection,
+    zmq_raw_connection,
+)
+from qvla_export.pipeline.soak.numbered_policy import CAMERAS, CONTRACT, observation_of
 
-_ATTACKER = 63
 _SLOW_PEERS = 24
-_TIMEOUT_S = 60.0
 _MUTATIONS = 20
 _HEAD = b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 _UPGRADE = (
-    b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
-
-
-@dataclass
-class Attacker:
-    """Whom to attack, with what chance, and what came of it."""
-
-    address: Address
-    rng: random.Random
-    tallies: dict[ProtocolName, Tally]
-
-    def bodies(self) -> dict[ProtocolName, bytes]:
-        """Return a right request of every protocol."""
-        seen = observation_of(_ATTACKER, self.rng.randrange(1000))
-        gr00t = pack({"endpoint": "get_action", "data": gr00t_data(seen)})
-        act = encode_request(seen, CONTRACT)
-        return {"act": act, "openpi": openpi_request(seen), "gr00t": gr00t}
-
-    def note(self, protocol: ProtocolName, reason: str | None) -> None:
-        """Count a reply: None where it was an action."""
-        tally = self.tallies[protocol]
-        tally.sent += 1
-        if reason is None:
-            tally.answered += 1
-        else:
-            tally.refuse(reason)
-
-    def left(self, protocol: ProtocolName) -> None:
-        """Count a request whose reply nobody waited for."""
-        self.tallies[protocol].sent += 1
-        self.tallies[protocol].refused["left"] += 1
+# Of a picture file of one bit a pixel, kilobytes in all, that no camera takes.
+_BOMB_SIDE = 9000
 
 
 def slow_peers(attacker: Attacker) -> None:
     """Heads, bodies and frames that come a byte at a time, and handshakes that never end."""
-    beginnings = (
-        b"",
-        b"POST /act HT",
-        _HEAD % 30_000_000 + b"{",
-        _UPGRADE + struct.pack("!BBQ", 0x82, 0x80 | 127, 31 << 20) + bytes(4),
-        b"\x16\x03\x01\x02\x00\x01",
-    )
+    # Protocol, whether without a handshake of TLS, and what is sent first.
+    beginnings: list[tuple[ProtocolName, bool, bytes]] = [
+        ("act", True, b""),
+        ("act", False, b"POST /act HT"),
+        ("act", False, _HEAD % 30_000_000 + b"{"),
+        ("act", True, b"\x16\x03\x01\x02\x00\x01"),
+        *((name, False, _upgrade(name) + _frame_head(31 << 20)) for name in WEBSOCKET_PATHS),
+    ]
     with contextlib.ExitStack() as stack:
         peers = []
         for number in range(_SLOW_PEERS):
+            protocol, raw, beginning = beginnings[number % len(beginnings)]
             with contextlib.suppress(OSError):
-                raw = number % 5 == 4 or not number % 5
-                peer = stack.enter_context(_raw(attacker) if raw else attacker.address.connect())
-                peer.sendall(beginnings[number % len(beginnings)])
+                peer = raw_connection(attacker) if raw else attacker.address.connect()
+                stack.enter_context(peer)
+                peer.sendall(beginning)
                 peers.append(peer)
-                attacker.left("openpi" if number % 5 == 3 else "act")
-        zmq_peer = stack.enter_context(_zmq_raw(attacker))
+                attacker.left(protocol)
+        zmq_peer = stack.enter_context(zmq_raw_connection(attacker))
         zmq_peer.sendall(b"\xff" + bytes(8) + b"\x7f\x03")
         attacker.left("gr00t")
         for _ in range(4):
@@ -106,11 +82,15 @@ def disconnects(attacker: Attacker) -> None:
     with contextlib.suppress(OSError), attacker.address.connect() as peer:
         peer.sendall(_HEAD % len(body) + body[:part])
         attacker.left("act")
-    with contextlib.suppress(OSError, WebSocketException), _websocket(attacker) as client:
-        client.send(bodies["openpi"])
-        client.socket.shutdown(socket.SHUT_RDWR)
-        attacker.left("openpi")
-    with _zmq(attacker) as client:
+    for name in WEBSOCKET_PATHS:
+        with (
+            contextlib.suppress(OSError, WebSocketException),
+            websocket_connection(attacker, name) as client,
+        ):
+            client.send(bodies[name])
+            client.socket.shutdown(socket.SHUT_RDWR)
+            attacker.left(name)
+    with zmq_connection(attacker) as client:
         client.send(bodies["gr00t"])
         time.sleep(0.01)
         attacker.left("gr00t")
@@ -119,22 +99,18 @@ def disconnects(attacker: Attacker) -> None:
 def half_bodies(attacker: Attacker) -> None:
     """Say that nothing more comes, before all has come."""
     bodies = attacker.bodies()
-    body = bodies["act"]
-    with contextlib.suppress(OSError), attacker.address.connect() as peer:
-        peer.sendall(_HEAD % len(body) + body[: attacker.rng.randrange(len(body))])
-        attacker.left("act")
-        if not attacker.address.encrypted:
-            peer.shutdown(socket.SHUT_WR)
-            _drain(peer)
-    message = bodies["openpi"]
-    frame = struct.pack("!BBQ", 0x82, 0x80 | 127, len(message)) + bytes(4)
-    with contextlib.suppress(OSError), attacker.address.connect() as peer:
-        peer.sendall(_UPGRADE + frame + message[: attacker.rng.randrange(len(message))])
-        attacker.left("openpi")
-        if not attacker.address.encrypted:
-            peer.shutdown(socket.SHUT_WR)
-            _drain(peer)
-    with contextlib.suppress(OSError), _zmq_raw(attacker) as peer:
+    heads: dict[ProtocolName, bytes] = {"act": _HEAD % len(bodies["act"])}
+    for name in WEBSOCKET_PATHS:
+        heads[name] = _upgrade(name) + _frame_head(len(bodies[name]))
+    for name, head in heads.items():
+        body = bodies[name]
+        with contextlib.suppress(OSError), attacker.address.connect() as peer:
+            peer.sendall(head + body[: attacker.rng.randrange(len(body))])
+            attacker.left(name)
+            if not attacker.address.encrypted:
+                peer.shutdown(socket.SHUT_WR)
+                read_to_end(peer)
+    with contextlib.suppress(OSError), zmq_raw_connection(attacker) as peer:
         greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
         peer.sendall(greeting + b"\x06" + (1 << 20).to_bytes(8, "big") + b"half")
         attacker.left("gr00t")
@@ -150,7 +126,7 @@ def mutated_requests(attacker: Attacker) -> None:
 
 def costly_requests(attacker: Attacker) -> None:
     """Send what would take memory and minutes: structure, pictures, words without end."""
-    seen = observation_of(_ATTACKER, 0)
+    seen = observation_of(ATTACKER, 0)
     words = {"instruction": "\N{GRINNING FACE}" * 4000}
     picture = {"__numpy__": "AA==", "dtype": "|u1", "shape": [1, 1 << 20, 3]}
     fields = json.loads(encode_request(seen, CONTRACT))
@@ -167,8 +143,11 @@ def costly_requests(attacker: Attacker) -> None:
         b"\x91" * 100_000 + b"\x90",
         pack({"observation/image": bytes(1 << 20)}),
     ):
-        send_body(attacker, "openpi", packed)
-        send_body(attacker, "gr00t", packed)
+        for name in (*WEBSOCKET_PATHS, "gr00t"):
+            send_body(attacker, name, packed)
+    pictures = dict.fromkeys(CAMERAS, picture_file(_BOMB_SIDE, "1"))
+    bomb = {"images": pictures, "state": seen.state.tolist(), "task_description": "go"}
+    send_body(attacker, "vla-eval", vla_eval_message("observation", bomb, 1))
 
 
 ATTACKS: Mapping[str, Callable[[Attacker], None]] = {
@@ -197,100 +176,10 @@ def mutated(body: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def send_body(attacker: Attacker, protocol: ProtocolName, body: bytes) -> None:
-    """Send the bytes of a request, right or wrong, and count what came back."""
-    try:
-        attacker.note(protocol, _SENDERS[protocol](attacker, body))
-    except (OSError, HTTPException, WebSocketException, zmq.ZMQError) as error:
-        tally = attacker.tallies[protocol]
-        tally.sent += 1
-        is_silent = isinstance(error, TimeoutError | zmq.Again)
-        # Cut off is an answer; silence is none.
-        if is_silent:
-            tally.wrong["no reply to a mutated request"] += 1
-        else:
-            tally.refused["closed"] += 1
+def _upgrade(protocol: ProtocolName) -> bytes:
+    return _UPGRADE % WEBSOCKET_PATHS[protocol].encode()
 
 
-def _send_act(attacker: Attacker, body: bytes) -> str | None:
-    http = HTTPConnection("127.0.0.1", attacker.address.port, timeout=_TIMEOUT_S)
-    try:
-        http.sock = attacker.address.connect(_TIMEOUT_S)
-        http.request("POST", "/act", body, {"Host": "localhost"})
-        reply = http.getresponse()
-        content = reply.read()
-    finally:
-        http.close()
-    if reply.status == 200:
-        return None
-    return f"{reply.status}: {content.decode(errors='replace')}"
-
-
-def _send_openpi(attacker: Attacker, body: bytes) -> str | None:
-    with _websocket(attacker) as client:
-        client.send(body)
-        reply = client.recv(timeout=_TIMEOUT_S)
-    return None if isinstance(reply, bytes) else reply
-
-
-def _send_gr00t(attacker: Attacker, body: bytes) -> str | None:
-    with _zmq(attacker) as client:
-        client.send(body)
-        try:
-            reply = unpack_message(client.recv(), REPLY_LIMITS)
-        except QvlaError as error:
-            return f"unreadable: {error}"
-    return str(reply["error"]) if isinstance(reply, dict) and "error" in reply else None
-
-
-_SENDERS: Mapping[ProtocolName, Callable[[Attacker, bytes], str | None]] = {
-    "act": _send_act,
-    "openpi": _send_openpi,
-    "gr00t": _send_gr00t,
-}
-
-
-@contextlib.contextmanager
-def _websocket(attacker: Attacker) -> Iterator[Any]:
-    with connect(
-        # Encrypted already, where it is.
-        f"ws://127.0.0.1:{attacker.address.port}",
-        sock=attacker.address.connect(_TIMEOUT_S),
-        ssl=None,
-        compression=None,
-        max_size=None,
-        proxy=None,
-        ping_interval=None,
-        open_timeout=_TIMEOUT_S,
-        close_timeout=1,
-    ) as client:
-        client.recv(timeout=_TIMEOUT_S)
-        yield client
-
-
-@contextlib.contextmanager
-def _zmq(attacker: Attacker) -> Iterator[Any]:
-    context = zmq.Context()
-    try:
-        client = context.socket(zmq.REQ)
-        client.setsockopt(zmq.LINGER, 0)
-        client.setsockopt(zmq.RCVTIMEO, int(_TIMEOUT_S * 1000))
-        client.connect(attacker.address.gr00t.url("tcp"))
-        yield client
-    finally:
-        context.destroy(linger=0)
-
-
-def _raw(attacker: Attacker) -> socket.socket:
-    """Return a connection without a handshake, also where one is expected."""
-    return socket.create_connection(("127.0.0.1", attacker.address.port), _TIMEOUT_S)
-
-
-def _zmq_raw(attacker: Attacker) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", attacker.address.gr00t_port), _TIMEOUT_S)
-
-
-def _drain(peer: socket.socket) -> None:
-    peer.settimeout(_TIMEOUT_S)
-    while peer.recv(1 << 16):
-        pass
+def _frame_head(size: int) -> bytes:
+    """Return the head of a websocket frame that says how much comes, masked by zeros."""
+    return struct.pack("!BBQ", 0x82, 0x80 | 127, size) + bytes(4)

@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import get_args
 
-from jetson.clients.protocol_clients import Endpoint, ProtocolClient, ProtocolName, open_client
+from jetson.clients.endpoint import Endpoint
+from jetson.clients.protocol_clients import ProtocolClient, ProtocolName, open_client
 from qvla_export.pipeline.soak.numbered_policy import answers, observation_of
 from qvla_export.pipeline.soak.server_process import Address
 from qvla_export.pipeline.soak.tally import NO_REPLY, Tally

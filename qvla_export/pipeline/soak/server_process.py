@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jetson.clients.protocol_clients import Endpoint
+from jetson.clients.endpoint import Endpoint
 from jetson.serving.security import TlsFiles
 from qvla_export.pipeline.soak.numbered_policy import NumberedPolicy
 from qvla_export.shared.errors import QvlaError

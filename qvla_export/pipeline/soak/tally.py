@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 _KINDS = (
     (r"shutting down|are waiting|are connected|as many bytes|has not ended", "busy"),
     (r"policy (failed|returned|must return|put out)", "engine fault"),
-    (r"\b413\b|too (large|long|big)|may have|at most|bytes", "too much"),
+    (r"\b413\b|too (large|long|big)|may have|at most|no camera|bytes", "too much"),
     (r"in time|arriving|trickl", "too slow"),
-    (r"\b(400|422)\b|must|needs|missing|JSON|msgpack|unknown|not ", "malformed"),
+    (
+        r"\b(400|422)\b|must|needs|missing|JSON|msgpack|unknown|not |damaged|a message is",
+        "malformed",
+    ),
 )
 NO_REPLY = "no reply"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,16 +14,16 @@ from echo_policy import OFT, EchoPolicy
 from ports import free_port
 from typer.testing import CliRunner
 
+from jetson.clients.endpoint import Endpoint
 from jetson.clients.load import LoadPlan, LoadTimes, random_observations, run_load
 from jetson.clients.load_result import LoadResult
 from jetson.clients.protocol_clients import (
-    Endpoint,
-    OpenpiClient,
     ProtocolClient,
     ProtocolName,
     contract_of_client,
     open_client,
 )
+from jetson.clients.websocket_clients import OpenpiClient
 from jetson.control.loop_clock import SimulatedClock
 from jetson.errors import RemoteError
 from jetson.server import open_server
@@ -33,7 +33,7 @@ from qvla_export.cli.app import app
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.observation import Observation
 
-PROTOCOLS: tuple[ProtocolName, ...] = ("act", "openpi", "gr00t")
+PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
 TOKEN = "a-token-that-is-long-enough"
 # Nothing here waits for it but where no reply can come.
 PATIENT_S = 60.0
@@ -46,7 +46,8 @@ def served(policy: Any, **settings: Any) -> Iterator[dict[ProtocolName, Endpoint
         policy, ServerSettings(port=0, gr00t_port=gr00t_port, max_rate_hz=0, **settings)
     ) as url:
         http = Endpoint.parse(url)
-        yield {"act": http, "openpi": http, "gr00t": Endpoint("127.0.0.1", gr00t_port)}
+        gr00t = Endpoint("127.0.0.1", gr00t_port)
+        yield {"act": http, "openpi": http, "gr00t": gr00t, "vla-eval": http}
 
 
 def small_observations(count: int = 1) -> list[Observation]:
@@ -115,7 +116,7 @@ def test_a_connection_comes_back_with_its_server() -> None:
         with pytest.raises(RemoteError):
             client.ask(seen)
         with open_server(EchoPolicy(OFT), ServerSettings(port=port)):
-            assert client.ask(seen).shape == (4, 7)
+            assert client.ask(seen).shape == (1 if protocol == "vla-eval" else 4, 7)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -168,7 +169,7 @@ def test_tokens(protocol: ProtocolName) -> None:
             with pytest.raises(RemoteError, match="token"):
                 open_client(protocol, endpoints[protocol], wrong, PATIENT_S)
         with closing(open_client(protocol, endpoints[protocol], TOKEN, PATIENT_S)) as client:
-            assert client.ask(seen).shape == (4, 7)
+            assert client.ask(seen).shape == (1 if protocol == "vla-eval" else 4, 7)
 
 
 @contextmanager
@@ -223,7 +224,7 @@ def test_what_a_server_says_of_itself() -> None:
         for protocol in PROTOCOLS:
             with closing(open_client(protocol, endpoints[protocol], None, PATIENT_S)) as client:
                 said[protocol] = contract_of_client(client)
-    assert said == {"act": OFT, "openpi": OFT, "gr00t": None}
+    assert said == {"act": OFT, "openpi": OFT, "gr00t": None, "vla-eval": None}
     (seen,) = random_observations(PolicyContract(("front",), 1, 1, 0, "tiny"), 5, 1)
     assert seen.images["front"].shape == (5, 5, 3) and not seen.state.size
 
@@ -261,6 +262,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "2 random images of 9 x 9" in json.loads(output.read_text())["observations"]
         with pytest.raises(Exception, match="give --metadata-port"):
             run_command(gr00t, "--protocol", "gr00t", *quick)
+        with pytest.raises(Exception, match="give --metadata-port"):
+            run_command(address, "--protocol", "vla-eval", *quick)
+        done = run_command(address, "--protocol", "vla-eval", *quick, *ported)
+        assert done.exit_code == 0, done.output
+        assert json.loads(output.read_text())["answered"] == 20
     with served(EchoPolicy(OFT), token=TOKEN) as endpoints:
         address = f"127.0.0.1:{endpoints['openpi'].port}"
         done = run_command(address, *quick, "--recording", str(recording))

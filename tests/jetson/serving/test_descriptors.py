@@ -13,7 +13,8 @@ from places import ROOT
 
 import jetson.server
 import jetson.serving.connections as connections
-from jetson.clients.protocol_clients import Endpoint, open_client
+from jetson.clients.endpoint import Endpoint
+from jetson.clients.protocol_clients import open_client
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
 from jetson.serving.connections import client_places

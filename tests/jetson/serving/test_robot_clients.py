@@ -25,7 +25,8 @@ from pi_cases import SLOTS, write_tiny_pi
 from ports import free_port
 from tiny_policy import TINY_CONFIG, write_tiny_checkpoint
 
-from jetson.clients.protocol_clients import Endpoint, open_client
+from jetson.clients.endpoint import Endpoint
+from jetson.clients.protocol_clients import open_client
 from jetson.errors import RefusedSetting, WireError
 from jetson.repeated_warning import RepeatedWarning
 from jetson.server import open_server

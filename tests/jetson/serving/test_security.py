@@ -24,8 +24,9 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 import jetson.serving.event_loop
+from jetson.clients.endpoint import Endpoint
 from jetson.clients.http_client import RemotePolicy
-from jetson.clients.protocol_clients import Endpoint, open_client
+from jetson.clients.protocol_clients import open_client
 from jetson.errors import Forbidden, RateLimited, RefusedSetting, RemoteError, Unauthorized
 from jetson.server import open_server
 from jetson.server_settings import ServerSettings
