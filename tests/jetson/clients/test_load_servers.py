@@ -116,7 +116,7 @@ def test_a_connection_comes_back_with_its_server() -> None:
         with pytest.raises(RemoteError):
             client.ask(seen)
         with open_server(EchoPolicy(OFT), ServerSettings(port=port)):
-            assert client.ask(seen).shape == (1 if protocol == "vla-eval" else 4, 7)
+            assert client.ask(seen).shape == (4, 7)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -266,7 +266,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             run_command(address, "--protocol", "vla-eval", *quick)
         done = run_command(address, "--protocol", "vla-eval", *quick, *ported)
         assert done.exit_code == 0, done.output
-        assert json.loads(output.read_text())["answered"] == 20
+        assert "15 of 15 requests answered" in done.output
     with served(EchoPolicy(OFT), token=TOKEN) as endpoints:
         address = f"127.0.0.1:{endpoints['openpi'].port}"
         done = run_command(address, *quick, "--recording", str(recording))
