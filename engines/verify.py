@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine, EngineError, Feeds, rounds_activations, rounds_in_kernels
+from engines.chunk_motion import ChunkMotion, chunk_motion
 from engines.drift import ActionDrift, action_drift
 from engines.targets import find_target
 from engines.thresholds import Thresholds, thresholds_for
@@ -70,6 +71,10 @@ class Verdict:
     thresholds: Thresholds
     # What exceeds its threshold, in words; none if the engine is good.
     breaches: tuple[str, ...]
+    # How smooth the engine's chunks are, and the full-precision policy's; the reference's where
+    # those are not known.
+    motion: ChunkMotion
+    reference_motion: ChunkMotion
     # What the engine answered, normalized.  float32 [n, horizon, dim]
     actions: NDArray[np.float32] = field(repr=False, compare=False)
 
@@ -110,6 +115,8 @@ class Verdict:
             "observations": self.observations,
             "observations_digest": self.observations_digest,
             "thresholds": self.thresholds.to_json(),
+            "motion": asdict(self.motion),
+            "reference_motion": asdict(self.reference_motion),
             **{name: None if d is None else d.to_json() for name, d in drifts.items()},
         }
 
@@ -192,6 +199,7 @@ def judge(
         plan_error = _drift(bundle, reference.full_precision, reference.actions)
     if float_floor is None and bundle.plan is None:
         float_floor = error
+    known, bounds = reference.full_precision, bundle.processor.statistics.action
     return Verdict(
         EngineIdentity(bundle.digest, bundle.target, engine.runtime),
         reference.source,
@@ -203,6 +211,8 @@ def judge(
         float_floor,
         reference.thresholds,
         reference.thresholds.breaches(drift),
+        chunk_motion(actions, bounds),
+        chunk_motion(reference.actions if known is None else known, bounds),
         actions,
     )
 

@@ -25,6 +25,9 @@ def verification_texts(report: VerificationReport) -> Iterator[str | TextTable]:
     for name, drift in drifts.items():
         yield f"{name}: {rows[name][0]}: cosine {drift.cosine:.7f}, RMS {drift.rms:.1e}"
     yield _dimensions(drifts)
+    if verdict.actions.shape[1] > 1:
+        other = "the reference" if verdict.action_error is None else "full precision"
+        yield f"within a chunk: {verdict.motion.against(verdict.reference_motion, other)}"
     if report.latency is not None:
         total = report.latency["summary_ms"]["total"]
         p99 = total["p99"]

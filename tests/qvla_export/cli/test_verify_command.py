@@ -80,6 +80,10 @@ def test_a_good_bundle_passes_with_all_its_figures(folder: Path, name: str, tmp_
     assert (report["plan_error"]["rms"] > 0.01) == (name == "mixed")
     assert report["float_floor"]["max_normalized"] <= [1e-4] * 4
     assert len(report["latency"]["samples_ms"]["total"]) == 3
+    motions = [report[name] for name in ("motion", "reference_motion")]
+    assert "of full precision's; gripper (3) flips" in outcome.out
+    change = motions[0]["jerk_rms"] / motions[1]["jerk_rms"] - 1
+    assert (abs(change) > 1e-3) == (name == "mixed") and f"{change:+.1%}" in outcome.out
 
 
 @pytest.mark.parametrize("name", ["float", "mixed"])
