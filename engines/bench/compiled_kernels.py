@@ -118,6 +118,69 @@ def compile_kernel(form: ProductForm, architecture: int) -> CompiledKernel:
     source = ASTSource(multiply_tiles, signature, {"FORM": form}, aligned)
     options = {"num_warps": form.warps, "num_stages": form.stages, "enable_fp_fusion": True}
     kernel = triton.compile(source, GPUTarget("cuda", architecture, _THREADS_OF_A_WARP), options)
+    registers, instructions = _reported(kernel)
+    return CompiledKernel(
+        architecture,
+        form,
+        registers,
+        int(kernel.metadata.shared),
+        _spills(instructions),
+        _loops(instructions, form),
+    )
+
+
+@dataclass(frozen=True)
+class CompiledRounding:
+    """What rounds rows of some inputs and type, for one architecture."""
+
+    architecture: int
+    inputs: int
+    # Of Triton's: "fp32", "fp16".
+    rows: str
+    norm: str
+    registers: int
+    shared_bytes: int
+    spills: int
+
+    def row(self) -> str:
+        """Return a line of a table in Markdown."""
+        what = f"{self.norm}, {self.inputs} of {self.rows}"
+        return f"| sm_{self.architecture} | {what} | {self.registers} | {self.spills} |"
+
+
+def compile_rounding(norm: str, inputs: int, rows: str, architecture: int) -> CompiledRounding:
+    """Compile what rounds rows, after a norm whose result is rounded to float16, or "none".
+
+    Raises:
+        EngineError: Triton is not installed.
+    """
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        from engines.kernels.rounded_rows import Rounding, round_rows
+        from engines.kernels.rounding_form import rounding_form
+    except ImportError as error:
+        raise EngineError(
+            f"compiling needs Triton ({error}); pip install 'qvla[triton]'"
+        ) from error
+    form, warps = rounding_form(inputs, norm, halves=norm != "none")
+    wide = ("*fp32",) * 3
+    signature = {"task": Rounding(f"*{rows}", "*i8", *wide, "i32", "fp32"), "FORM": "constexpr"}
+    aligned = {(0, place): [["tt.divisibility", 16]] for place in range(6)}
+    source = ASTSource(round_rows, signature, {"FORM": form}, aligned)
+    target = GPUTarget("cuda", architecture, _THREADS_OF_A_WARP)
+    kernel = triton.compile(source, target, {"num_warps": warps, "enable_fp_fusion": False})
+    registers, instructions = _reported(kernel)
+    shared, spills = int(kernel.metadata.shared), _spills(instructions)
+    return CompiledRounding(architecture, inputs, rows, norm, registers, shared, spills)
+
+
+def _reported(kernel: Any) -> tuple[int, list[tuple[int, str, str]]]:
+    """Return a compiled kernel's registers and instructions, as cuobjdump reports them."""
+    import triton
+
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -127,15 +190,12 @@ def compile_kernel(form: ProductForm, architecture: int) -> CompiledKernel:
     found = re.search(r"REG:(\d+)", usage)
     if found is None:
         raise EngineError(f"cuobjdump says no registers: {usage:.200}")
-    instructions = _instructions(code)
-    return CompiledKernel(
-        architecture,
-        form,
-        int(found[1]),
-        int(kernel.metadata.shared),
-        sum(name.startswith(("STL", "LDL")) for _, name, _ in instructions),
-        _loops(instructions, form),
-    )
+    return int(found[1]), _instructions(code)
+
+
+def _spills(instructions: Sequence[tuple[int, str, str]]) -> int:
+    """Return the loads and stores of registers that did not suffice."""
+    return sum(name.startswith(("STL", "LDL")) for _, name, _ in instructions)
 
 
 def _signature(form: ProductForm) -> "Product":

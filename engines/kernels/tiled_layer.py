@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from triton.errors import TritonError
 
 from engines.base import EngineError
 from engines.kernels.launch_form import ProductForm, launch_form
+from engines.kernels.launches import launching
 from engines.kernels.mixed_width import (
     OutputPointers,
     Product,
@@ -79,13 +79,8 @@ class TiledLayer:
         )
         grid = (blocks, self._tiles, form.parts)
         options = {"num_warps": form.warps, "num_stages": form.stages, "enable_fp_fusion": True}
-        try:
+        with launching(rows.device):
             multiply_tiles[grid](product, form, **options)
-        except TritonError as error:
-            raise EngineError(
-                f"the kernel does not run on {rows.device}: {error}; --weights unpacked runs the "
-                "bundle in torch's own products"
-            ) from error
         return out
 
     def _parts(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from engines.torch.onnx_operators import OPERATORS
 
-# A launch of the kernel in the place of products; see `engines.torch.tiled_products`.
-TILED = "TiledProduct"
+# Launches of kernels in the place of products (`engines.torch.tiled_products`), and of what rounds
+# their rows (`engines.torch.rounded_inputs`).
+TILED, ROUNDED = "TiledProduct", "RoundedRows"
 
 
 @dataclass(frozen=True)

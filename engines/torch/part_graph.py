@@ -13,7 +13,7 @@ from onnx.checker import ValidationError
 from torch import Tensor
 
 from engines.base import EngineError
-from engines.torch.constants import TILED, ConstantValues, Operation
+from engines.torch.constants import ROUNDED, TILED, ConstantValues, Operation
 from engines.torch.onnx_operators import OPERATORS
 
 # Inputs that say shapes, axes and counts, by operator: they stay on the CPU.
@@ -56,10 +56,12 @@ class PartGraph:
         self.nodes = [_node(node) for node in model.graph.node]
         self._device = device
         if tiled:
+            from engines.torch.rounded_inputs import rounded_inputs
             from engines.torch.tiled_products import tiled_products
 
             values = ConstantValues(self.constants, self.nodes)
             self.nodes = tiled_products(self.nodes, values, device)
+            self.nodes = rounded_inputs(self._needed(), self.outputs, values, device)
         self._fold()
         self._static = self._decided()
         # On the device: constants, and what shapes decide, by the shapes that go in.
@@ -125,12 +127,14 @@ class PartGraph:
         return found
 
     def _results(self, node: Operation, inputs: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        if node.operator != TILED:
+        if node.operator not in (TILED, ROUNDED):
             return node.results(inputs)
-        from engines.torch.tiled_products import run_tiled
-
         (rows,) = inputs
         assert rows is not None
+        if node.operator == ROUNDED:
+            return {node.outputs[0]: node.attributes["rounder"](rows)}
+        from engines.torch.tiled_products import run_tiled
+
         return dict(zip(node.outputs, run_tiled(node.attributes, rows), strict=True))
 
     def _decided(self) -> frozenset[str]:

@@ -13,6 +13,7 @@ from engines.kernels.narrowed import narrowed
 from engines.kernels.tile_layout import WidthCodes, lay_out
 from engines.kernels.tiled_layer import TiledLayer
 from engines.torch.constants import TILED, ConstantValues, Operation
+from engines.torch.rounded_inputs import symmetric_step
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,10 @@ def _rows(
     """Return what a launch reads, and the step of rounded inputs; None where they are not."""
     unrounded = producers.get(name)
     if unrounded is not None and unrounded.operator == "DequantizeLinear":
-        codes, scale, *zero = unrounded.inputs
-        if not values.known(codes) and values.known(scale) and values.of(scale).numel() == 1:
-            middle = values.of(zero[0]) if zero else torch.zeros(1, dtype=torch.uint8)
-            symmetric = {torch.int8: 0, torch.uint8: 128}.get(middle.dtype)
-            if middle.numel() == 1 and int(middle.reshape(())) == symmetric:
-                return codes, values.of(scale)
+        codes = unrounded.inputs[0]
+        step = None if values.known(codes) else symmetric_step(unrounded, values)
+        if step is not None:
+            return codes, step
     return name, None
 
 

@@ -72,7 +72,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         "integers": integers,
         "half": draw(st.sampled_from((torch.float16, torch.bfloat16))),
         "block_rows": draw(st.sampled_from((16, 32))),
-        "parts": draw(st.sampled_from((1, 2, 3))),
+        "parts": draw(st.sampled_from((1, 2, 3, 8))),
         "seed": draw(st.integers(0, 2**32 - 1)),
     }
 
