@@ -10,6 +10,7 @@ from qvla_export.shared.errors import ArtifactError
 
 if TYPE_CHECKING:
     from engines.drift import ActionDrift
+    from qvla_export.graph.golden import TokenDivergence
 
 # What an error is measured on; its digest's key in the file begins with it.
 Kind = Literal["bundle", "plan", "baseline"]
@@ -23,7 +24,7 @@ _FIGURES = (
     "mean_abs_physical",
     "cosine",
 )
-_OPTIONAL = ("median_rms", "engine_drift_max", "token_kl")
+_OPTIONAL = ("median_rms", "engine_drift_max", "token_kl", "expected_rms")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ class HeldOutError:
     # (eq. 2, `graph.golden.token_divergence`); None where actions are no tokens, of float settings
     # and where weights were left on disk.
     token_kl: float | None = None
+    # Root mean square difference of the expected actions, given the float policy's tokens; None
+    # where `token_kl` is, and where an earlier version measured.
+    expected_rms: float | None = None
 
     def __repr__(self) -> str:
         return (
@@ -115,7 +119,7 @@ def held_out_error(
     subject: ErrorSubject,
     drift: "ActionDrift",
     chunk_numbers: int,
-    token_kl: float | None,
+    tokens: "TokenDivergence | None",
     engine_drift_max: float | None = None,
 ) -> HeldOutError:
     """Return the error that a difference of actions comes to.
@@ -124,7 +128,8 @@ def held_out_error(
         subject: what acted.
         drift: its difference from the float policy.
         chunk_numbers: numbers in one chunk, horizon times dimensions.
-        token_kl, engine_drift_max: see `HeldOutError`.
+        tokens: what it does to the tokens of an action; None where actions are none.
+        engine_drift_max: see `HeldOutError`.
     """
     return HeldOutError(
         subject,
@@ -137,7 +142,8 @@ def held_out_error(
         cosine=drift.cosine,
         median_rms=drift.median_rms,
         engine_drift_max=engine_drift_max,
-        token_kl=token_kl,
+        token_kl=None if tokens is None else tokens.kl,
+        expected_rms=None if tokens is None else tokens.expected_rms,
     )
 
 

@@ -70,6 +70,8 @@ class BaselineVerdict:
         median = ""
         if error.median_rms is not None:
             median = f", of the median observation {error.median_rms:.4f}"
+        if error.expected_rms is not None:
+            median += f", given the float policy's tokens {error.expected_rms:.4f}"
         libraries = ", ".join(f"{name} {version}" for name, version in baseline.libraries.items())
         yield (
             f"{baseline.request.setting}: held-out action error {error.rms:.4f} RMS on "

@@ -25,6 +25,7 @@ from qvla_export.pipeline.work.log import recorded_work
 if TYPE_CHECKING:
     from calibration.benchmarks.evaluation import Evaluation, RolloutConfig
     from engines.drift import ActionDrift
+    from qvla_export.graph.golden import TokenDivergence
     from qvla_export.policies.base import Policy
     from qvla_export.quantizer.plan import BitPlan
     from qvla_export.shared.action import ActionChunk
@@ -120,7 +121,7 @@ def judge_plan(
 
 def plan_divergence(
     policy: "Policy", plan: "BitPlan | None", observations: "Sequence[Observation]"
-) -> float | None:
+) -> "TokenDivergence | None":
     """Return eq. 2's divergence of a plan in torch; None without a plan, tokens or weights.
 
     Engines put out actions, not distributions: torch computes it with the codes they compute with.

@@ -46,7 +46,7 @@ def round_command(
     from qvla_export.allocation.setting import parse_setting
     from qvla_export.pipeline.calibrate import judging_observations
     from qvla_export.pipeline.deployment.cross_validation import predict_error
-    from qvla_export.pipeline.fake_quantized import judge_plan
+    from qvla_export.pipeline.fake_quantized import judge_plan, plan_divergence
     from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
     from qvla_export.pipeline.resources import can_stay_on_disk
     from qvla_export.pipeline.round import round_setting
@@ -71,5 +71,8 @@ def round_command(
             f"action error: RMS {drift.rms:.5f} of normalized actions on {drift.observations} "
             f"observations of {judge_by}; of the median observation {drift.median_rms:.5f}"
         )
+        tokens = plan_divergence(opened, planned, judges)
+        if tokens is not None:
+            typer.echo(f"given the float policy's tokens: RMS {tokens.expected_rms:.5f}")
     if cross_validate:
         typer.echo(predict_error(folder, parsed, opened))

@@ -13,7 +13,7 @@ from openvla_cases import openvla_observations, write_tiny_openvla
 from scipy.stats import entropy
 
 from engines.targets import CPU
-from qvla_export.graph.golden import token_divergence
+from qvla_export.graph.golden import TokenDivergence, token_divergence
 from qvla_export.pipeline.deployment.rows import DeployedSetting
 from qvla_export.pipeline.texts.stage_texts import setting_cells
 from qvla_export.policies.base import Policy
@@ -41,17 +41,26 @@ def test_divergence_is_scipys(family: str, tokens: int, tmp_path: Path) -> None:
     case = FAMILY_CASES[family]
     policy = load_policy(case.write(tmp_path / "checkpoint"))
     seen = case.observations(3)
-    expected = 0.0
-    for observation in seen:
+    expected, batches = 0.0, [policy.batch([item]) for item in seen]
+    with torch.no_grad():
+        old = torch.cat([policy.normalized_actions(batch) for batch in batches])
+        with sharpened(policy):
+            new = torch.cat([policy.normalized_actions(batch) for batch in batches])
+    for batch in batches:
         with torch.no_grad():
-            logits = policy.token_logits(policy.batch([observation]))
+            logits = policy.token_logits(batch)
         assert logits is not None and logits.shape[:2] == (1, tokens)
         p, q = (values[0].double().softmax(dim=-1).numpy() for values in (logits, 2 * logits))
         expected += entropy(p, q, axis=-1).sum() / len(seen)
     got = token_divergence(policy, seen, partial(sharpened, policy))
     assert expected > 1e-3
-    assert got == pytest.approx(expected, rel=1e-4)
-    assert token_divergence(policy, seen, nullcontext) == 0
+    assert got is not None
+    assert got.kl == pytest.approx(expected, rel=1e-4)
+    apart = float((old - new).double().square().mean() ** 0.5)
+    assert got.expected_rms == pytest.approx(apart, rel=1e-6)
+    # UniVLA's actions are decoded of states, whatever the output layer makes of them.
+    assert (got.expected_rms > 1e-3) == (family != "univla")
+    assert token_divergence(policy, seen, nullcontext) == TokenDivergence(0, 0)
 
 
 def test_fewer_bits_diverge_more(tmp_path: Path) -> None:
@@ -61,7 +70,9 @@ def test_fewer_bits_diverge_more(tmp_path: Path) -> None:
     for bits in (8, 4, 2):
         plan = uniform_plan(shapes, bits, CPU, policy.digest)
         found.append(token_divergence(policy, seen, partial(fake_quantized, policy, plan)))
-    assert 0 < found[0] < found[1] < found[2]
+    eight, four, two = (figures for figures in found if figures is not None)
+    assert 0 < eight.kl < four.kl < two.kl
+    assert 0 < eight.expected_rms < four.expected_rms < two.expected_rms
 
 
 def test_actions_that_are_no_tokens_have_none(
