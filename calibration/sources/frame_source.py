@@ -165,7 +165,7 @@ class FrameSource(ABC):
                 values = np.asarray(raw)
                 if (
                     isinstance(raw, bytes | memoryview)
-                    or values.dtype.kind not in "fiu"
+                    or values.dtype.kind not in "biuf"
                     or values.ndim > 2
                 ):
                     raise ValueError

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibration.sources.data_paths import visible
 from calibration.sources.frame_source import FrameSource, Moment
 from calibration.sources.hdf5_file import Hdf5File
 from calibration.sources.lerobot_columns import KeyMap
@@ -126,7 +127,7 @@ def hdf5_files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     paths = (path for path in root.iterdir() if path.suffix in _ENDINGS and path.is_file())
-    return sorted(paths, key=lambda path: natural(path.name))
+    return sorted(visible(paths), key=lambda path: natural(path.name))
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from calibration.sources.hdf5_heaps import require_sound_heaps
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.git_lfs import refuse_pointer
 
 # What h5py raises over damaged bytes, depending on where they are.
 _DAMAGED = (
@@ -114,6 +115,7 @@ class Hdf5File:
         except FileNotFoundError:
             raise ArtifactError(f"a file of the dataset is missing: {self.path}") from None
         except _DAMAGED as error:
+            refuse_pointer(self.path)
             place = f"{self.path}, {name}" if name else str(self.path)
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ArtifactError(

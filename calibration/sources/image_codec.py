@@ -5,7 +5,7 @@ import io
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.picture_bounds import opened_picture, picture_fault
@@ -40,7 +40,8 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
                 f"an image in the dataset is no RGB picture but {bits}, as 16-bit depth is; "
                 "name only colour cameras with --camera NAME=COLUMN"
             )
-        return np.asarray(image.convert("RGB"))
+        # A file may say that its rows are to be turned, which the datasets library follows, too.
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def decode_as_tensorflow(data: bytes) -> NDArray[np.uint8]:

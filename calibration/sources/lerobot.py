@@ -12,7 +12,12 @@ from calibration.sources.base import Frame, OneWidth
 from calibration.sources.hub_cache import name_of_dataset
 from calibration.sources.lerobot_cameras import Cameras, RowOfEpisode
 from calibration.sources.lerobot_columns import KeyMap as KeyMap
-from calibration.sources.lerobot_columns import number_names, resolve_columns, split_columns
+from calibration.sources.lerobot_columns import (
+    is_whole,
+    number_names,
+    resolve_columns,
+    split_columns,
+)
 from calibration.sources.lerobot_metadata import EpisodeSpan, read_episodes, read_info, read_tasks
 from calibration.sources.lerobot_rows import EpisodeRows
 from calibration.sources.lerobot_values import Place, read_instruction, read_states, read_vectors
@@ -23,6 +28,9 @@ from qvla_export.shared.observation import Observation
 
 _COUNTERS = ("timestamp", "frame_index", "episode_index", "index")
 _TASK = "task_index"
+_ANNOTATION = "annotation."
+# Of a column that info.json need not name.
+_NUMBERED = {"dtype": "int64"}
 
 
 class LeRobotDataset:
@@ -40,7 +48,7 @@ class LeRobotDataset:
         self.features: Mapping[str, Any] = info["features"]
         self.keys = resolve_columns(keys or KeyMap(), self.features)
         # Task index -> instruction; empty where a column of texts or an option says what to do.
-        said = self.keys.instruction or self.keys.one_instruction
+        said = self.keys.one_instruction or self._has_texts()
         self.tasks = {} if said else read_tasks(root)
         self._cameras = Cameras(root, self.fps, self.keys.images, self.features)
         self.episodes = read_episodes(root, info, self._cameras.videos)
@@ -209,10 +217,16 @@ class LeRobotDataset:
         if self.keys.one_instruction:
             return [self.keys.one_instruction] * len(table)
         column = self.keys.instruction or _TASK
-        tasks = None if self.keys.instruction else self.tasks
+        tasks = None if self._has_texts() else self.tasks
         place = self._places(span, first)
         values = enumerate(table[column].to_pylist())
         return [read_instruction(value, tasks, place(row, column)) for row, value in values]
+
+    def _has_texts(self) -> bool:
+        """Whether a column of texts is named; GR00T's annotations are numbers of tasks."""
+        column = self.keys.instruction or _TASK
+        numbers = column == _TASK or column.startswith(_ANNOTATION)
+        return not (numbers and is_whole(self.features.get(column, _NUMBERED)))
 
     def _places(self, span: EpisodeSpan, first: int) -> Place:
         """Return what says where values are of a table whose first row is a frame."""

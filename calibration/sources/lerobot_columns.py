@@ -106,6 +106,11 @@ def is_video(feature: Any) -> bool:
     return _kind(feature) == "video"
 
 
+def is_whole(feature: Any) -> bool:
+    """Return whether a feature is of whole numbers."""
+    return _kind(feature).startswith(("int", "uint"))
+
+
 def picture_size(feature: Any) -> tuple[int, int, int] | None:
     """Return height, width and 3 as a feature's shape states them; None where it does not."""
     shape = feature.get("shape") if isinstance(feature, dict) else None

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from calibration.sources.lerobot_paths import V2_DATA, PathTemplate
 from calibration.sources.lerobot_videos import VideoPlaces, VideoSpan
 from calibration.sources.lerobot_writer import TASKS_PATH
 from calibration.sources.other_formats import describe_other, known_format
@@ -176,6 +177,9 @@ def _spans_of_tables(root: Path, places: VideoPlaces) -> list[EpisodeSpan]:
 
 def _spans_of_lines(root: Path, info: Mapping[str, Any], places: VideoPlaces) -> list[EpisodeSpan]:
     path = root / _EPISODES_JSON
+    # What was converted back from v3.0 may still write its path, which cannot name an episode.
+    stated = {} if "file_index" in str(info.get("data_path")) else info
+    template = PathTemplate.of(root / "meta/info.json", stated, "data_path", V2_DATA)
     chunk = whole_number(info.get("chunks_size", _CHUNK_EPISODES), f"{root}, chunks_size")
     rows = []
     lines = (row for _, row in read_lines(path, "LeRobot episodes", FOREIGN))
@@ -189,7 +193,7 @@ def _spans_of_lines(root: Path, info: Mapping[str, Any], places: VideoPlaces) ->
         if not length:
             raise ArtifactError(f"{root}: episode {index} has no frames")
         folder = index // max(chunk, 1)
-        file = f"data/chunk-{folder:03d}/episode_{index:06d}.parquet"
+        file = template.file(episode_chunk=folder, episode_index=index)
         videos = places.of_episode(index, folder)
         spans.append(EpisodeSpan(index, start, start + length, file, videos))
     return spans

@@ -11,6 +11,10 @@ from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.json_documents import whole_number
 
 _EPISODE = "episode_index"
+_REMEDIES = {
+    "task_index": "say what is done with --instruction TEXT, or with --instruction-column COLUMN "
+    "where a column has it"
+}
 
 
 class EpisodeRows:
@@ -18,7 +22,7 @@ class EpisodeRows:
 
     def __init__(self, root: Path, columns: Sequence[str]) -> None:
         self._root = root
-        self._rows = ParquetRows(root, list(dict.fromkeys([*columns, _EPISODE])))
+        self._rows = ParquetRows(root, list(dict.fromkeys([*columns, _EPISODE])), _REMEDIES)
         self._places = RowPlaces(root)
 
     def read(self, span: EpisodeSpan, start: int, stop: int) -> Any:

@@ -78,6 +78,9 @@ def read_instruction(value: Any, tasks: Mapping[int, str] | None, place: str) ->
         BadFrame: it is empty.
         ArtifactError: it is no text, or the number of no task.
     """
+    # LeRobot writes one text; others a list of one.
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if tasks is not None:
         value = whole_number(value, place)
         if value not in tasks:

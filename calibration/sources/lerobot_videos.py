@@ -1,24 +1,15 @@
 """In which video file, and where in it, the pictures of a LeRobotDataset's episodes are."""
 
 import math
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from calibration.sources.lerobot_paths import V2_VIDEO, V3_VIDEO, PathTemplate
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.json_documents import whole_number
 
-# What `video_path` of info.json is where nothing else is written.
-_USUAL = {
-    "v2": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
-    "v3": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-}
-_FIELDS = {
-    "v2": {"episode_chunk", "video_key", "episode_index"},
-    "v3": {"video_key", "chunk_index", "file_index"},
-}
 _NUMBERS = ("chunk_index", "file_index")
 _TIMES = ("from_timestamp", "to_timestamp")
 
@@ -72,10 +63,11 @@ class VideoPlaces:
     def __init__(self, root: Path, info: Mapping[str, Any], columns: Sequence[str]) -> None:
         self._columns = columns
         self._info = root / "meta/info.json"
-        version = "v3" if str(info["codebase_version"]).removeprefix("v").startswith("3") else "v2"
-        self._template = info.get("video_path") or _USUAL[version]
-        if columns:
-            self._require_template(_FIELDS[version])
+        third = str(info["codebase_version"]).removeprefix("v").startswith("3")
+        usual = V3_VIDEO if third else V2_VIDEO
+        read = info if columns else {}
+        self._template = PathTemplate.of(self._info, read, "video_path", usual)
+        self._template.require_below(columns, self._info)
 
     @property
     def table_columns(self) -> tuple[str, ...]:
@@ -124,23 +116,7 @@ class VideoPlaces:
         return VideoSpan(self._file(column, numbers), float(start), float(stop))
 
     def _file(self, column: str, numbers: Mapping[str, int]) -> str:
-        return str(self._template).format(video_key=column, **numbers)
-
-    def _require_template(self, fields: set[str]) -> None:
-        """Refuse what is no path below the dataset: the file may be anyone's."""
-        try:
-            parts = list(string.Formatter().parse(self._template))
-            named = {name for _, name, _, _ in parts if name is not None}
-            wrong = not named <= fields or any(spec and len(spec) > 3 for _, _, spec, _ in parts)
-            numbers = dict.fromkeys(fields - {"video_key"}, 0)
-            paths = [PurePosixPath(self._file(c, numbers)) for c in self._columns if not wrong]
-        except (TypeError, ValueError):
-            wrong, paths = True, []
-        if wrong or any(path.is_absolute() or ".." in path.parts for path in paths):
-            raise ArtifactError(
-                f"{self._info}, video_path: a path below the dataset is needed, with no fields but "
-                f"{sorted(fields)}, got {self._template!r}; write the dataset's metadata anew"
-            )
+        return self._template.file(video_key=column, **numbers)
 
 
 def _names(column: str) -> list[str]:

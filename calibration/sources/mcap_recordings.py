@@ -13,6 +13,7 @@ import numpy as np
 from mcap.records import Channel, McapRecord, Message, Metadata
 from numpy.typing import NDArray
 
+from calibration.sources.data_paths import visible
 from calibration.sources.frame_source import FrameSource, Moment
 from calibration.sources.lerobot_columns import KeyMap
 from calibration.sources.source_columns import Offer, choose_columns
@@ -61,7 +62,9 @@ class McapRecordings(FrameSource):
 
     def __init__(self, root: Path, keys: KeyMap | None = None) -> None:
         self.root = root
-        self._paths = list(recording_files(root)) if root.is_file() else sorted(root.glob("*.mcap"))
+        self._paths = (
+            list(recording_files(root)) if root.is_file() else visible(root.glob("*.mcap"))
+        )
         self._episodes = [e for path in self._paths for e in _cut(_read_index(path))]
         if not self._episodes:
             raise ArtifactError(f"{root} holds no observations with their pictures; record some")

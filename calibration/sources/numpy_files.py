@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.git_lfs import refuse_pointer
 
 _MOST_BYTES = 256 << 20
 _MOST_MEMBERS = 10_000
@@ -111,4 +112,5 @@ def _array(file: IO[bytes]) -> NDArray[Any]:
 
 def _damage(path: Path, error: Exception) -> ArtifactError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
+    refuse_pointer(path)
     return ArtifactError(f"{path} cannot be read: {reason}; copy the file again")

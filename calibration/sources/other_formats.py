@@ -55,9 +55,16 @@ def describe_other(root: Path) -> str | None:
     for pattern, name in _OTHERS:
         if _matches(root, pattern):
             return f"{root} is {name}, which is not read; these are: {_FORMATS}"
+    above = next((path for path in root.resolve().parents if _is_lerobot(path)), None)
+    if above is not None:
+        return f"{root} is a part of the LeRobotDataset {above}; give that folder"
     # An interrupted download of LeRobot's has its folder of metadata.
     whole = root.is_file() or not (root / "meta").exists()
     return f"{root} is no recording that is read; these are: {_FORMATS}" if whole else None
+
+
+def _is_lerobot(folder: Path) -> bool:
+    return (folder / "meta/info.json").is_file()
 
 
 def _matches(root: Path, pattern: str) -> bool:

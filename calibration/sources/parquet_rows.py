@@ -1,6 +1,6 @@
 """Rows of parquet files by number, one row group in memory at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.git_lfs import refuse_pointer
 
 # What pyarrow raises for damaged bytes; names that are no UTF-8 come as a bare decoding error.
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
@@ -23,8 +24,18 @@ _MOST_TABLE_BYTES = 4 << 30
 class ParquetRows:
     """Reads runs of rows from a folder's parquet files; the last row group is kept."""
 
-    def __init__(self, root: Path, columns: Sequence[str]) -> None:
+    def __init__(
+        self, root: Path, columns: Sequence[str], remedies: Mapping[str, str] | None = None
+    ) -> None:
+        """Read some columns.
+
+        Args:
+            root: folder of the files.
+            columns: their names.
+            remedies: what to do where one of them is missing.
+        """
         self._root = root
+        self._remedies = remedies or {}
         self._columns = list(columns)
         self._name: str | None = None
         self._file: Any = None
@@ -83,7 +94,8 @@ class ParquetRows:
         if missing:
             present = ", ".join(self._file.schema_arrow.names)
             self.close()
-            raise ArtifactError(f"{path} lacks the columns {missing}; it has {present}")
+            told = "".join(f"; {self._remedies[key]}" for key in missing if key in self._remedies)
+            raise ArtifactError(f"{path} lacks the columns {missing}; it has {present}{told}")
         metadata = self._file.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -120,6 +132,7 @@ def open_parquet(path: Path) -> Any:
     except FileNotFoundError:
         raise ArtifactError(f"a file of the dataset is missing: {path}") from None
     except _DAMAGED as error:
+        refuse_pointer(path)
         raise _damage_error(path, error) from None
     if not 0 <= file.metadata.num_rows <= _MOST_ROWS:
         file.close()

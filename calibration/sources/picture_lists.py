@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration.sources.data_paths import path_inside
+from calibration.sources.data_paths import path_inside, visible
 from calibration.sources.frame_source import FrameSource, Moment
 from calibration.sources.lerobot_columns import KeyMap
 from calibration.sources.source_columns import Offer, choose_columns
@@ -96,7 +96,7 @@ def list_file(root: Path) -> Path:
     """
     if root.is_file():
         return root
-    paths = [path for pattern in LISTS for path in sorted(root.glob(pattern))]
+    paths = [path for pattern in LISTS for path in visible(root.glob(pattern))]
     if len(paths) != 1:
         raise ArtifactError(
             f"{root} holds {len(paths)} lists of pictures; give one of them: "

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.sources.data_paths import visible
 from calibration.sources.parquet_rows import open_parquet, read_parquet
 from qvla_export.shared.errors import ArtifactError
 
@@ -67,15 +68,21 @@ class RowPlaces:
         return self._only(places, f"{self._root / file}", f"frame_index {frame}")
 
     def _only(self, places: list[tuple[str, int]], folder: str, what: str) -> tuple[str, int]:
-        if len(places) != 1:
+        if len(places) > 1:
+            files = ", ".join(dict.fromkeys(name for name, _ in places))
             raise ArtifactError(
-                f"{folder} has {len(places) or 'no'} rows of {what}; the dataset is incomplete "
-                "or its metadata belongs to another one"
+                f"{folder} has {len(places)} rows of {what}, in {files}; a file may be a copy of "
+                "another, or episodes were put together without numbering their rows anew"
+            )
+        if not places:
+            raise ArtifactError(
+                f"{folder} has no rows of {what}; the dataset is incomplete or its metadata "
+                "belongs to another one"
             )
         return places[0]
 
     def _read_ranges(self) -> dict[str, tuple[float, float]]:
-        paths = sorted((self._root / "data").rglob("*.parquet"))
+        paths = visible((self._root / "data").rglob("*.parquet"))
         if not paths:
             expected = self._root / "data/chunk-000/file-000.parquet"
             raise ArtifactError(f"a file of the dataset is missing: {expected}")

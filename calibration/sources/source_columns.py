@@ -10,6 +10,8 @@ from qvla_export.shared.errors import QvlaError
 
 # What the options have where nobody chose: the format's own usual names.
 _NO_CHOICE = KeyMap()
+# Folders of observations: LIBERO's and robomimic's, RLDS's, ALOHA's.
+_SEEN = ("obs/", "observation/", "observations/")
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,9 @@ def _find(name: str, present: Sequence[str], source: str) -> str:
     ends = [column for column in present if column.endswith(f"/{name}")]
     if name in present:
         return name
+    # What was seen, rather than what was commanded or what came next.
+    seen = [column for column in ends if column.startswith(_SEEN)]
+    ends = seen if len(seen) == 1 else ends
     if len(ends) != 1:
         what = "several columns" if ends else "no column"
         raise QvlaError(

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvla_export.shared.errors import ArtifactError, QvlaError
+from qvla_export.shared.git_lfs import refuse_pointer
 
 # A picture this near to the time that is asked for is the nearest: no camera takes 10 kHz.
 _EXACT_S = 1e-4
 # Of a picture that a file announces, which is allocated before it shows whether that is true.
 _LIMITS = {"max_pixels": str(1 << 26)}
 _COPY = "copy or download the data set anew, with its videos"
-_LFS = b"version https://git-lfs"
 
 
 class _Decoded(NamedTuple):
@@ -190,12 +190,6 @@ def _make_strict(codec: Any) -> None:
 
 
 def _require_video(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(_LFS))
-    except OSError:
-        raise ArtifactError(f"a video of the dataset is missing: {path}; {_COPY}") from None
-    if start == _LFS:
-        raise ArtifactError(
-            f"{path} is no video but a pointer of Git LFS; run `git lfs pull` in the data set"
-        )
+    if not path.is_file():
+        raise ArtifactError(f"a video of the dataset is missing: {path}; {_COPY}")
+    refuse_pointer(path)

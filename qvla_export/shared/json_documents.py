@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.git_lfs import refuse_pointer
 
 _REPAIR = "mend the file, or get it anew"
 _MISSING = object()
@@ -50,7 +51,7 @@ def read_bounded(path: Path, what: str, most_bytes: int) -> bytes:
         most_bytes: it may have.
 
     Raises:
-        ArtifactError: it is missing, no file, unreadable or larger.
+        ArtifactError: it is missing, no file, unreadable or larger, or a pointer of Git LFS.
     """
     try:
         with path.open("rb") as file:
@@ -59,6 +60,7 @@ def read_bounded(path: Path, what: str, most_bytes: int) -> bytes:
         raise ArtifactError(f"{what} not found: {path}") from None
     except OSError as error:
         raise ArtifactError(f"{what} cannot be read: {path}: {error.strerror}") from None
+    refuse_pointer(path, data)
     if len(data) > most_bytes:
         raise ArtifactError(f"{what} is too large: {path} has more than {most_bytes:,} bytes")
     return data

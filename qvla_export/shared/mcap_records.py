@@ -19,6 +19,7 @@ from mcap.records import Chunk, McapRecord, Metadata
 from mcap.stream_reader import StreamReader, breakup_chunk
 
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.git_lfs import refuse_pointer
 from qvla_export.shared.recorded_messages import ABOUT, FORMAT
 
 _LOG = logging.getLogger(__name__)
@@ -52,13 +53,14 @@ def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, McapRecord]]
         record. Chunks are unpacked, whichever compression MCAP knows they have.
 
     Raises:
-        ArtifactError: the file cannot be opened.
+        ArtifactError: the file cannot be opened, or is a pointer of Git LFS.
     """
     try:
         file = path.open("rb")
     except OSError as error:
         raise ArtifactError(f"the recording {path} cannot be read: {error}") from None
     with file:
+        refuse_pointer(path)
         file.seek(start)
         # A length inside a record may lie as one outside may, which the library bounds.
         bounded = cast(IO[bytes], _BoundedReads(file))

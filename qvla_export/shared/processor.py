@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import CheckpointError, InvalidObservation
 from qvla_export.shared.frames import FrameSpec, frame_values
+from qvla_export.shared.git_lfs import refuse_pointer
 from qvla_export.shared.images import ImageSpec, center_crop, pixel_values, resize_like_training
 from qvla_export.shared.inputs.history import HistorySpec
 from qvla_export.shared.inputs.noise import NoiseSpec
@@ -326,5 +327,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())
+        refuse_pointer(path)
         raise CheckpointError(f"{path} is not a tokenizers file: {reason:.300}") from error
     return tokenizer

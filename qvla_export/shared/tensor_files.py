@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from qvla_export.shared.artifacts import write_pieces
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.git_lfs import refuse_pointer
 from qvla_export.shared.json_documents import parse_document
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -214,6 +215,7 @@ def open_tensor_file(
             for name, entry in header.items()
         }
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        refuse_pointer(path)
         raise ArtifactError(
             f"{what} {path}: truncated or damaged file ({error}); {remedy}"
         ) from error

@@ -1,5 +1,6 @@
 """RLDS: episodes as tensorflow-datasets stores them in TFRecord files, read without TensorFlow."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,15 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from calibration.sources.data_paths import visible
 from calibration.sources.frame_source import FrameSource, Moment, text_of
 from calibration.sources.image_codec import decode_as_tensorflow
 from calibration.sources.lerobot_columns import KeyMap
-from calibration.sources.rlds.rlds_metadata import RldsMetadata, read_metadata
+from calibration.sources.rlds.rlds_metadata import (
+    RldsMetadata,
+    absent_shards,
+    read_metadata,
+)
 from calibration.sources.rlds.tf_example import Values, example_features, feature_values
 from calibration.sources.rlds.tfrecord import TfRecordFile
 from calibration.sources.source_columns import Offer, choose_columns
 from qvla_export.shared.errors import ArtifactError
 
+_LOG = logging.getLogger(__name__)
 _STEPS = "steps/"
 _PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 _STATES = ("state", "proprio", "EEF_state,gripper_state")
@@ -50,6 +57,8 @@ class RldsDataset(FrameSource):
     def __init__(self, root: Path, keys: KeyMap | None = None) -> None:
         self.root = root
         self._paths = record_files(root)
+        if root.is_dir() and (told := absent_shards(self._paths)):
+            _LOG.warning("%s is not whole, what is there is read: files %s", root, told)
         self._metadata: RldsMetadata = read_metadata(self._paths[0].parent)
         self._file: TfRecordFile | None = None
         self._episode: int | None = None
@@ -105,9 +114,12 @@ class RldsDataset(FrameSource):
             raise ArtifactError(f"{path} holds no episodes; give a data set that has some")
         names = {}
         for name, features in sorted(_read_features(file, 0).items()):
-            first = _values_of(features[:1], f"{path}, record 0, column {name}")
-            head = bytes(first[0][:8]) if isinstance(first, list) and first else b""
-            names[name] = head.startswith(_PICTURES)
+            place = f"{path}, record 0, column {name}"
+            # A camera's first pictures may be empty.
+            values = (_values_of([feature], place) for feature in features)
+            texts = (text for value in values if isinstance(value, list) for text in value)
+            first = next((text for text in texts if len(text)), b"")
+            names[name] = bytes(first[:8]).startswith(_PICTURES)
         return names
 
     def _episodes_of(self, path: Path) -> Iterable[_EpisodePlace]:
@@ -183,7 +195,7 @@ def record_files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
-    files = {folder: sorted(folder.glob("*.tfrecord*")) for folder in folders}
+    files = {folder: visible(folder.glob("*.tfrecord*")) for folder in folders}
     present = [folder for folder, paths in files.items() if paths]
     if len(present) > 1:
         raise ArtifactError(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from qvla_export.shared.json_documents import FOREIGN, Node, read_json
 
 _INFO = "dataset_info.json"
 _FEATURES = "features.json"
-_SHARD = re.compile(r"-(?P<split>[^-]+)\.tfrecord-(?P<number>\d{5,})-of-\d{5,}$")
+_SHARD = re.compile(r"-(?P<split>[^-]+)\.tfrecord-(?P<number>\d{5,})-of-(?P<count>\d{5,})$")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class RldsMetadata:
                 f"{path} has {records} records, {_INFO} says {lengths[number]}; the file is cut "
                 "short or of another data set; copy it again"
             )
+
+
+def absent_shards(paths: Sequence[Path]) -> str | None:
+    """Say how many files there are of each split that names more; None where none is missing."""
+    counts: dict[tuple[str, int], int] = {}
+    for match in filter(None, (_SHARD.search(path.name) for path in paths)):
+        split = (match["split"], int(match["count"]))
+        counts[split] = counts.get(split, 0) + 1
+    told = [f"{n} of {total} of {split}" for (split, total), n in counts.items() if n < total]
+    return ", ".join(told) or None
 
 
 def read_metadata(folder: Path) -> RldsMetadata:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from calibration.sources.rlds.crc32c import masked_crc32c
 from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.git_lfs import refuse_pointer
 
 _LENGTH_BYTES = 8
 _CHECKSUM_BYTES = 4
@@ -76,6 +77,7 @@ class TfRecordFile:
             stop = at + _HEAD_BYTES + length + _CHECKSUM_BYTES
             checksum = int.from_bytes(head[_LENGTH_BYTES:], "little")
             if len(head) < _HEAD_BYTES or checksum != masked_crc32c(head[:_LENGTH_BYTES]):
+                refuse_pointer(self.path)
                 raise ArtifactError(
                     f"{self.path}, byte {at}: no TFRecord begins here; the file is damaged, "
                     "compressed or of another format; copy it again"

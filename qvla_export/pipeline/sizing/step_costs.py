@@ -132,14 +132,19 @@ class Workload:
 
 def moment_costs(work: Workload) -> StepCosts:
     """Return what measuring the moments of a policy in memory takes."""
-    layers = work.policy.layers
-    disk = sum(4 * (sum(_moment_numbers(layer)) + layer.inputs) for layer in layers)
+    disk = moment_bytes(work)
     if work.trial is None:
         taken = _moments_s(work, _MOMENT_PROBES)
     else:
         taken = work.trial.batches(work.count) * work.trial.moments_s
         taken += 2 * disk / work.rates.bytes_per_s
     return StepCosts("moments", taken, 3 * disk + work.pass_bytes(), disk)
+
+
+def moment_bytes(work: Workload) -> int:
+    """Return the bytes of all layers' moments."""
+    layers = work.policy.layers
+    return sum(4 * (sum(_moment_numbers(layer)) + layer.inputs) for layer in layers)
 
 
 def sensitivity_costs(work: Workload) -> StepCosts:
@@ -156,6 +161,8 @@ def sensitivity_costs(work: Workload) -> StepCosts:
         memory = 8 * 2 * _WIDTHS * channels + work.pass_bytes()
         memory += max(_error_bytes(layer, work) for layer in layers)
         memory += sum(4 * _CODED * layer.weights for layer in layers)
+        # Codes are made of them, layer by layer.
+        memory += moment_bytes(work) if work.compensated else 0
     disk = 4 * channels * _WIDTHS
     return StepCosts("sensitivities", taken, memory, disk)
 

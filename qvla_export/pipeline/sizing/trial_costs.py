@@ -10,6 +10,7 @@ from qvla_export.pipeline.sizing.step_costs import (
     StepCosts,
     Workload,
     alone_seconds,
+    moment_bytes,
     moment_costs,
     sensitivity_costs,
 )
@@ -86,8 +87,11 @@ def agreement_costs(work: Workload, check_pairs: int | None) -> StepCosts:
         pairs = pairs_of_a_minute(first / TIMED_PAIRS / trial.pair_threads)
     # The table's own time is taken on a batch.
     taken = first + exact_s(pairs) + trial.errors_s + trial.sensitivities_s
-    table = sensitivity_costs(work)
-    return StepCosts("agreement with exact", taken, table.memory_bytes, _PAIR_BYTES * pairs)
+    # Weights in float64, and a batch's recorded pass in it.
+    exact_bytes = 2 * (work.policy.weight_bytes + work.pass_bytes())
+    exact_bytes += moment_bytes(work) if work.compensated else 0
+    memory = max(exact_bytes, sensitivity_costs(work).memory_bytes)
+    return StepCosts("agreement with exact", taken, memory, _PAIR_BYTES * pairs)
 
 
 def activation_costs(work: Workload) -> StepCosts:

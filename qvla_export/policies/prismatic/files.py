@@ -17,6 +17,7 @@ from qvla_export.policies.adapters import (
 from qvla_export.policies.low_rank import read_settings, split_keys
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.git_lfs import refuse_pointer
 from qvla_export.shared.json_documents import is_file_name
 
 # The decoder's output layer.
@@ -185,7 +186,12 @@ def file_headers(path: Path) -> list[StoredTensor]:
 
 
 def incomplete(path: Path, error: Exception) -> CheckpointError:
-    """Return the error of a safetensors file that cannot be read."""
+    """Return the error of a safetensors file that cannot be read.
+
+    Raises:
+        ArtifactError: it is a pointer to one.
+    """
+    refuse_pointer(path)
     return CheckpointError(
         f"{path} is not a complete safetensors file ({error}); download it again"
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qvla_export.shared.errors import CheckpointError
+from qvla_export.shared.git_lfs import refuse_pointer
 
 
 def read_state_file(path: Path) -> dict[str, Tensor]:
@@ -22,6 +23,7 @@ def read_state_file(path: Path) -> dict[str, Tensor]:
         right = isinstance(state, dict) and all(map(_is_stored, state, state.values()))
     except Exception as error:  # the restricted unpickler raises anything, over whatever byte
         reason = " ".join(str(error).split())
+        refuse_pointer(path)
         raise CheckpointError(
             f"{path} cannot be loaded safely: {type(error).__name__}: {reason:.300}; download it "
             "again"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from qvla_export.shared.errors import StatisticsError
+from qvla_export.shared.git_lfs import refuse_pointer
 from qvla_export.shared.json_documents import FOREIGN, Node, is_file_name, read_json
 from qvla_export.shared.lerobot.lerobot_config import (
     ACTION,
@@ -306,6 +307,7 @@ def _read_tensors(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, ND
             keys = [key for key in file.keys() if key.startswith(prefixes)]  # noqa: SIM118  # no dict
             return {key: np.asarray(file.get_tensor(key), np.float64) for key in keys}
     except (SafetensorError, OSError, TypeError) as error:
+        refuse_pointer(path)
         raise StatisticsError(
             f"{path} is not a complete safetensors file of numbers ({error}); {_REMEDY}"
         ) from error

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from qvla_export.shared.errors import StatisticsError
+from qvla_export.shared.git_lfs import refuse_pointer
 from qvla_export.shared.json_documents import FOREIGN, Node, read_json
 from qvla_export.shared.normalization import Affine, Statistics, require_limits
 
@@ -80,6 +81,7 @@ def uses_quantiles(checkpoint: Path) -> bool:
             with safe_open(single, framework="np") as file:
                 names = [*file.keys()]
     except (SafetensorError, OSError) as error:
+        refuse_pointer(single)
         raise StatisticsError(f"{single} does not say which policy it is: {error}") from error
     return _ADAPTIVE in names
 

@@ -304,7 +304,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "pointer": (
         "av1_v30",
         lambda r: top(r).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        "is no video but a pointer of Git LFS; run `git lfs pull`",
+        "is not the file but a pointer of Git LFS to it; fetch it .*git lfs pull",
     ),
     "no video": ("mixed_v21", lambda r: write_sound(top(r)), "holds no video; copy"),
     "size": (
