@@ -38,10 +38,10 @@ def _open_rlds(root: Path, keys: KeyMap | None) -> DataSource:
 
 
 def _open_hdf5(root: Path, keys: KeyMap | None) -> DataSource:
-    from calibration.sources.aloha_hdf5 import AlohaHdf5
-    from calibration.sources.hdf5_episodes import hdf5_files
-    from calibration.sources.hdf5_file import Hdf5File
-    from calibration.sources.libero_hdf5 import LiberoHdf5
+    from calibration.sources.hdf5.aloha_hdf5 import AlohaHdf5
+    from calibration.sources.hdf5.hdf5_episodes import hdf5_files
+    from calibration.sources.hdf5.hdf5_file import Hdf5File
+    from calibration.sources.hdf5.libero_hdf5 import LiberoHdf5
 
     path = hdf5_files(root)[0]
     file = Hdf5File(path)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from qvla_export.shared.errors import ArtifactError
-from qvla_export.shared.picture_bounds import opened_picture, picture_fault
+from qvla_export.shared.pictures.picture_bounds import opened_picture, picture_fault
 
 # Modes of more than 8 bits a channel, which `convert` would clip to white.
 _DEEP = ("I", "F")

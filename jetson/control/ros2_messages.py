@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from jetson.control.sources import TimedObservation
 from qvla_export.shared.errors import InvalidObservation
 from qvla_export.shared.observation import Observation
-from qvla_export.shared.picture_bounds import picture_fault
+from qvla_export.shared.pictures.picture_bounds import picture_fault
 
 # Encoding -> bytes a channel and where red, green and blue are in a pixel
 # (sensor_msgs/image_encodings.hpp).

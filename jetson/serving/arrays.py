@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from jetson.errors import WireError
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.json_documents import brief
-from qvla_export.shared.picture_bounds import opened_picture
+from qvla_export.shared.pictures.picture_bounds import opened_picture
 
 # Byte order, kind (bool, signed, unsigned, float) and bytes; nothing structured, no objects.
 _KINDS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")

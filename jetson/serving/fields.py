@@ -26,7 +26,7 @@ from jetson.serving.policy_contract import PolicyContract
 from qvla_export.shared.errors import InvalidObservation
 from qvla_export.shared.json_documents import brief
 from qvla_export.shared.observation import Observation
-from qvla_export.shared.picture_bounds import picture_fault
+from qvla_export.shared.pictures.picture_bounds import picture_fault
 
 # (value, name of the field for the errors) -> array
 ArrayDecoder = Callable[[Any, str], NDArray[Any]]

@@ -12,7 +12,7 @@ from qvla_export.shared.action import ActionPolicy
 from qvla_export.shared.errors import InvalidObservation
 from qvla_export.shared.json_documents import brief
 from qvla_export.shared.observation import Observation
-from qvla_export.shared.picture_bounds import picture_fault
+from qvla_export.shared.pictures.picture_bounds import picture_fault
 
 # Request fields that no camera may be called.
 RESERVED_FIELDS = ("instruction", "state", "unnorm_key", "encoded")

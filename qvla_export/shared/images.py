@@ -16,8 +16,8 @@ from PIL import Image
 
 from qvla_export.shared.artifacts import read_json
 from qvla_export.shared.errors import CheckpointError
-from qvla_export.shared.picture_bounds import MOST_INPUT_SIDE
-from qvla_export.shared.resampling import bicubic, lanczos
+from qvla_export.shared.pictures.picture_bounds import MOST_INPUT_SIDE
+from qvla_export.shared.pictures.resampling import bicubic, lanczos
 
 ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
 _STRATEGIES = ("resize-naive", "letterbox", "resize-crop")

@@ -15,7 +15,7 @@ from qvla_export.shared.inputs.noise import noise_from_json
 from qvla_export.shared.inputs.prompts import require_prompt
 from qvla_export.shared.normalization import Affine, Bounds, Statistics, require_limits
 from qvla_export.shared.openpi.joint_frame import ROBOT_JOINTS, JointFrame
-from qvla_export.shared.picture_bounds import MOST_INPUT_SIDE
+from qvla_export.shared.pictures.picture_bounds import MOST_INPUT_SIDE
 from qvla_export.shared.policy_interface import MOST_SIZE
 from qvla_export.shared.processor import NO_TOKEN, Processor, ProcessorSpec
 

@@ -15,7 +15,7 @@ from qvla_export.shared.action import ActionChunk
 from qvla_export.shared.errors import InvalidObservation, QvlaError
 from qvla_export.shared.json_documents import parse_document
 from qvla_export.shared.observation import Observation
-from qvla_export.shared.picture_bounds import picture_fault
+from qvla_export.shared.pictures.picture_bounds import picture_fault
 
 FORMAT = "qvla.recording/1"
 # Names of the metadata records.

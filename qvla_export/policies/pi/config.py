@@ -12,7 +12,7 @@ from qvla_export.shared.frames import Resize
 from qvla_export.shared.inputs.prompts import require_prompt
 from qvla_export.shared.openpi.joint_frame import ALOHA_DIMENSIONS, JointFrame
 from qvla_export.shared.openpi.openpi_files import is_openpi
-from qvla_export.shared.picture_bounds import MOST_INPUT_SIDE
+from qvla_export.shared.pictures.picture_bounds import MOST_INPUT_SIDE
 from qvla_export.shared.policy_interface import (
     CONFIG_NAME,
     MOST_SIZE,

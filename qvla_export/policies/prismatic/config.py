@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qvla_export.shared.errors import CheckpointError
-from qvla_export.shared.picture_bounds import MOST_INPUT_SIDE
+from qvla_export.shared.pictures.picture_bounds import MOST_INPUT_SIDE
 from qvla_export.shared.policy_interface import (
     CONFIG_NAME,
     PolicyInterface,

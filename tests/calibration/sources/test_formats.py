@@ -19,8 +19,8 @@ from calibration.calibration_set import CalibrationSet, sample_dataset
 from calibration.sources.base import BadFrame
 from calibration.sources.formats import open_source
 from calibration.sources.frame_source import FrameSource
+from calibration.sources.hdf5.libero_hdf5 import instruction_of_name
 from calibration.sources.lerobot_columns import KeyMap
-from calibration.sources.libero_hdf5 import instruction_of_name
 from calibration.sources.rlds.crc32c import crc32c
 from calibration.sources.rlds.tf_example import example_features, feature_values
 from qvla_export.pipeline.calibrate import CalibrationRequest, calibrate

@@ -114,7 +114,7 @@ def test_compressed_pictures(form: str) -> None:
 
 
 def test_an_enormous_compressed_picture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvla_export.shared.picture_bounds.MOST_PIXELS", 50)
+    monkeypatch.setattr("qvla_export.shared.pictures.picture_bounds.MOST_PIXELS", 50)
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
     with pytest.raises(InvalidObservation, match="50 pixels"):

@@ -32,7 +32,7 @@ from jetson.serving.structure import (
 from jetson.serving.wire import decode_request
 from qvla_export.shared.errors import InvalidObservation
 from qvla_export.shared.json_documents import brief
-from qvla_export.shared.picture_bounds import picture_fault
+from qvla_export.shared.pictures.picture_bounds import picture_fault
 
 SCALARS = (
     st.none()

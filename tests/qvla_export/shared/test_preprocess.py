@@ -25,12 +25,12 @@ from qvla_export.shared.images import (
 )
 from qvla_export.shared.normalization import Bounds, load_statistics
 from qvla_export.shared.observation import Observation
+from qvla_export.shared.pictures.resampling import lanczos
 from qvla_export.shared.processor import (
     OPENVLA_PROMPT,
     with_suffix,
 )
 from qvla_export.shared.processor_json import processor_from_json, processor_to_json
-from qvla_export.shared.resampling import lanczos
 
 Golden = dict[str, np.ndarray]
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qvla_export.shared.images import center_crop
-from qvla_export.shared.resampling import bicubic, lanczos
+from qvla_export.shared.pictures.resampling import bicubic, lanczos
 
 
 def pillow(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.sources.frame_source import Moment
-from calibration.sources.hdf5_episodes import Hdf5Source, natural
-from calibration.sources.hdf5_file import Hdf5File
+from calibration.sources.hdf5.hdf5_episodes import Hdf5Source, natural
+from calibration.sources.hdf5.hdf5_file import Hdf5File
 from calibration.sources.source_columns import Offer
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.json_documents import FOREIGN, Node, parse_document

@@ -9,7 +9,7 @@ from typing import Any
 
 from calibration.sources.data_paths import visible
 from calibration.sources.frame_source import FrameSource, Moment
-from calibration.sources.hdf5_file import Hdf5File
+from calibration.sources.hdf5.hdf5_file import Hdf5File
 from calibration.sources.lerobot_columns import KeyMap
 from calibration.sources.source_columns import Offer, choose_columns
 from qvla_export.shared.errors import ArtifactError

@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from calibration.sources.hdf5_heaps import require_sound_heaps
+from calibration.sources.hdf5.hdf5_heaps import require_sound_heaps
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.git_lfs import refuse_pointer
 

@@ -1,0 +1,1 @@
+"""HDF5: recordings of LIBERO and of ALOHA."""

@@ -1,0 +1,1 @@
+"""What pictures may be like, and how they are made smaller."""
