@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from openvla_cases import write_tiny_openvla
+from pi_cases import write_tiny_pi
 from places import ROOT
 from simulator_marks import simulator_marks
 from tiny_policy import TINY_CONFIG, TINY_INSTRUCTIONS, TINY_SIZE
@@ -26,7 +29,7 @@ from calibration.benchmarks.libero.libero_tasks import SUITES, LiberoTask, suite
 from calibration.benchmarks.simulators import find_benchmark_task, simulator_versions
 from qvla_export.policies.oft.new_checkpoint import new_module, save_checkpoint
 from qvla_export.policies.prismatic.new_checkpoint import train_tokenizer
-from qvla_export.shared.action import ActionChunk
+from qvla_export.shared.action import ActionChunk, Gripper
 from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
@@ -137,7 +140,7 @@ def test_the_expert_solves_libero_object() -> None:
     assert np.mean([success for runs in solved.values() for success, _ in runs]) >= 0.85
 
 
-def test_a_checkpoint_is_evaluated_by_the_command(tmp_path: Path) -> None:
+def write_oft(checkpoint: Path) -> Path:
     cameras = ("full_image", "wrist_image")
     config = replace(TINY_CONFIG, cameras=cameras, action_dim=7, state_dim=8, horizon=8)
     tokenizer = train_tokenizer(TINY_INSTRUCTIONS, TINY_SIZE.vocab_size)
@@ -147,11 +150,27 @@ def test_a_checkpoint_is_evaluated_by_the_command(tmp_path: Path) -> None:
         statistics[part] |= {"min": [-1.0] * size, "max": [1.0] * size}
     statistics["action"]["mask"] = [True] * 7
     module = new_module(TINY_SIZE, config, 0)
-    checkpoint = tmp_path / "checkpoint"
     save_checkpoint(checkpoint, module, config, tokenizer, {"libero": statistics}, step=0)
+    return checkpoint
+
+
+# Of two cameras, of one and no state, of openpi's slots: each has names of its own for them.
+WRITERS: dict[str, tuple[Callable[[Path], Path], Gripper]] = {
+    "oft": (write_oft, "robosuite"),
+    "openvla": (write_tiny_openvla, "robosuite"),
+    "pi0": (write_tiny_pi, "as-is"),
+}
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_a_checkpoint_of_any_family_is_evaluated_by_the_command(
+    tmp_path: Path, family: str
+) -> None:
+    write, gripper = WRITERS[family]
+    checkpoint = write(tmp_path / "checkpoint")
     output = tmp_path / "evaluation.json"
     words = ["-m", "qvla_export", "evaluate", checkpoint, "--tasks", "libero_object-fast/0"]
-    words += ["--episodes", 2, "--gripper", "robosuite", "--workers", 1, "--output", output]
+    words += ["--episodes", 2, "--gripper", gripper, "--workers", 1, "--output", output]
     command = [sys.executable, *map(str, words)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
