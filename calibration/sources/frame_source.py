@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from calibration.sources.base import BadFrame, Frame, OneWidth
 from calibration.sources.hub_cache import name_of_dataset
 from calibration.sources.image_codec import decode_png
+from calibration.sources.instruction_texts import text_of
 from calibration.sources.source_columns import Columns
 from qvla_export.shared.artifacts import sha256_file
 from qvla_export.shared.errors import ArtifactError
@@ -183,31 +184,13 @@ class FrameSource(ABC):
         return np.concatenate(parts)
 
     def _instruction(self, moment: Moment) -> str:
-        text = self.columns.one_instruction or self.instruction(moment)
+        place = moment.column(self.columns.instruction or "instruction")
+        text = self.columns.one_instruction or text_of(self.instruction(moment), place)
         if not text.strip():
-            place = moment.column(self.columns.instruction or "instruction")
             raise BadFrame(
                 f"{place}: the instruction is empty; {_SKIP}, or say it with --instruction TEXT"
             )
         return text
-
-
-def text_of(value: Any, place: str) -> str:
-    """Return an instruction that is a text, or UTF-8 bytes; empty where it is null.
-
-    Raises:
-        ArtifactError: it is neither.
-    """
-    if isinstance(value, bytes | memoryview):
-        try:
-            return bytes(value).decode()
-        except UnicodeDecodeError as error:
-            raise ArtifactError(f"{place}: an instruction is no UTF-8 text: {error}") from None
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ArtifactError(f"{place}: an instruction is a text, got {type(value).__name__}")
-    return str(value)
 
 
 def _digest(paths: Iterable[Path]) -> str:

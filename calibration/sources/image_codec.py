@@ -30,7 +30,8 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
     """Return the RGB picture of an image file's bytes.  uint8 [h, w, 3]
 
     Raises:
-        ArtifactError: the bytes are not a whole image, or have more than 8 bits a channel.
+        ArtifactError: the bytes are not a whole image, have more than 8 bits a channel or one, or
+            pixels through which something else would show.
     """
     with opened_picture(data, "an image in the dataset", _FORMATS) as image:
         deep = data.startswith(_PNG) and data[_PNG_BITS] > 8
@@ -39,6 +40,12 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
             raise ArtifactError(
                 f"an image in the dataset is no RGB picture but {bits}, as 16-bit depth is; "
                 "name only colour cameras with --camera NAME=COLUMN"
+            )
+        if image.mode == "1" or _shows_through(image):
+            what = "a mask of one bit a pixel" if image.mode == "1" else "one of transparent pixels"
+            raise ArtifactError(
+                f"an image in the dataset is no RGB picture but {what}; name only colour cameras "
+                "with --camera NAME=COLUMN"
             )
         # A file may say that its rows are to be turned, which the datasets library follows, too.
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -63,6 +70,14 @@ def decode_as_tensorflow(data: bytes) -> NDArray[np.uint8]:
             raise
         raise ArtifactError(f"an image in the dataset is damaged: {error}") from None
     return decoded
+
+
+def _shows_through(image: Image.Image) -> bool:
+    """Whether a picture has pixels whose colour is not all that is seen of them."""
+    if not image.has_transparency_data:
+        return False
+    alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+    return bool(alpha.min() < 255)
 
 
 def _require_picture(width: int, height: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.sources.base import BadFrame
+from calibration.sources.instruction_texts import text_of
 from qvla_export.shared.errors import ArtifactError
 from qvla_export.shared.json_documents import whole_number
 
@@ -86,11 +87,10 @@ def read_instruction(value: Any, tasks: Mapping[int, str] | None, place: str) ->
         if value not in tasks:
             raise ArtifactError(f"{place}: task_index {value} is not in meta/tasks")
         value = tasks[value]
-    if value is not None and not isinstance(value, str):
-        raise ArtifactError(f"{place}: an instruction is a text, got {type(value).__name__}")
-    if not value or not value.strip():
+    text = text_of(value, place)
+    if not text.strip():
         raise BadFrame(f"{place}: the instruction is empty; {_SKIP}")
-    return str(value)
+    return text
 
 
 def picture_bytes(value: Any, place: str) -> bytes:

@@ -22,6 +22,7 @@ _OTHERS = (
     ("*.array_record*", "RLDS in array_record files"),
     ("*/*.array_record*", "RLDS in array_record files"),
     ("*.tar", "a WebDataset"),
+    *((f"*{ending}", "an archive (unpack it)") for ending in (".zip", ".gz", ".tgz", ".zst")),
     ("*.lmdb", "an LMDB"),
 )
 # Below a folder that was given: organisation and name, or name and version.

@@ -62,7 +62,7 @@ class ParquetRows:
             first = int(self._starts[group])
             parts.append(self._read_group(group).slice(start - first, end - start))
             start = end
-        return parts[0] if len(parts) == 1 else pa.concat_tables(parts)
+        return self._joined(parts)
 
     def read_places(self, places: Sequence[tuple[str, int]]) -> Any:
         """Return the rows at files and row numbers, in their order, as a pyarrow table.
@@ -76,7 +76,7 @@ class ParquetRows:
             if i + 1 == len(places) or places[i + 1] != (name, row + 1):
                 parts.append(self.read(name, places[first][1], row + 1))
                 first = i + 1
-        return parts[0] if len(parts) == 1 else pa.concat_tables(parts)
+        return self._joined(parts)
 
     def close(self) -> None:
         """Close the open file; reading again reopens it."""
@@ -84,18 +84,30 @@ class ParquetRows:
             self._file.close()
         self._name = self._file = self._group = self._table = None
 
+    def _joined(self, parts: Sequence[Any]) -> Any:
+        """Return tables one below the other; files may differ in how wide their numbers are."""
+        if len(parts) == 1:
+            return parts[0]
+        try:
+            return pa.concat_tables(parts, promote_options="permissive")
+        except pa.ArrowException as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ArtifactError(
+                f"{self._root}: columns of one episode have other types in one file than in "
+                f"another ({reason}); write the dataset's files anew, all alike"
+            ) from None
+
     def _open(self, name: str) -> None:
         if name == self._name:
             return
         self.close()
         path = self._root / name
         self._file = open_parquet(path)
-        missing = [key for key in self._columns if key not in self._file.schema_arrow.names]
-        if missing:
-            present = ", ".join(self._file.schema_arrow.names)
+        try:
+            _require_columns(path, self._file.schema_arrow.names, self._columns, self._remedies)
+        except ArtifactError:
             self.close()
-            told = "".join(f"; {self._remedies[key]}" for key in missing if key in self._remedies)
-            raise ArtifactError(f"{path} lacks the columns {missing}; it has {present}{told}")
+            raise
         metadata = self._file.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -161,10 +173,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
     """
     with open_parquet(path) as file:
         try:
-            present = file.schema_arrow.names
-            missing = [key for key in columns or () if key not in present]
-            if missing:
-                raise ArtifactError(f"{path} lacks the columns {missing}; it has {present}")
+            _require_columns(path, file.schema_arrow.names, columns or (), {})
             groups = range(file.metadata.num_row_groups)
             size = sum(file.metadata.row_group(i).total_byte_size for i in groups)
             if columns is None:
@@ -174,6 +183,20 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
             return table
         except _DAMAGED as error:
             raise _damage_error(path, error) from None
+
+
+def _require_columns(
+    path: Path, present: Sequence[str], columns: Sequence[str], remedies: Mapping[str, str]
+) -> None:
+    if missing := [key for key in columns if key not in present]:
+        told = "".join(f"; {remedies[key]}" for key in missing if key in remedies)
+        raise ArtifactError(
+            f"{path} lacks the columns {missing}; it has {', '.join(present)}{told}"
+        )
+    if twice := [key for key in columns if present.count(key) > 1]:
+        raise ArtifactError(
+            f"{path} has several columns named {twice[0]}; write the dataset with one of each name"
+        )
 
 
 def _require_at_most(most: int, size: int, path: Path, what: str) -> None:

@@ -17,6 +17,8 @@ from calibration.sources.image_codec import encode_png
 from calibration.sources.lerobot_columns import KeyMap
 
 WRITTEN = ROOT / "tests/data/sources"
+# For recordings that do not say what is done.
+FOLD = KeyMap(one_instruction="fold the towel")
 ODD = (None, float("nan"), float("inf"), -1, 0, 1 << 70, 0.5, "", "x", "9" * 99, [], {}, [[]], True)
 
 
@@ -117,6 +119,11 @@ def write_version_2(root: Path) -> Path:
     info["codebase_version"] = "v2.1"
     (root / "meta/info.json").write_text(json.dumps(info))
     return root
+
+
+def copied(recording: Path, folder: Path) -> Path:
+    """Copy a recording into a folder; return the copy, which a test may change."""
+    return Path(shutil.copytree(recording, folder / "data"))
 
 
 def _copied(name: str) -> Callable[[Path], Path]:

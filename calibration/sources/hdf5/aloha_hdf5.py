@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from calibration.sources.frame_source import Moment, text_of
+from calibration.sources.frame_source import Moment
 from calibration.sources.hdf5.hdf5_episodes import Hdf5Source
 from calibration.sources.hdf5.hdf5_file import Hdf5File
+from calibration.sources.instruction_texts import text_of
 from calibration.sources.source_columns import Offer
 
 _IMAGES = "observations/images/"

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from calibration.sources.data_paths import visible
-from calibration.sources.frame_source import FrameSource, Moment, text_of
+from calibration.sources.frame_source import FrameSource, Moment
 from calibration.sources.image_codec import decode_as_tensorflow
+from calibration.sources.instruction_texts import text_of
 from calibration.sources.lerobot_columns import KeyMap
 from calibration.sources.rlds.rlds_metadata import (
     RldsMetadata,

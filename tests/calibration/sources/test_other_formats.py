@@ -27,6 +27,7 @@ from qvla_export.shared.errors import ArtifactError
         ("1.0.0/x-train.array_record-00000-of-00001", "is RLDS in array_record files"),
         ("000.tar", "is a WebDataset"),
         ("demo.pickle", "is a pickle, which is not read"),
+        ("demos.tar.gz", r"is an archive \(unpack it\), which is not read"),
         ("picture.png", "is no recording that is read"),
         ("notes.txt", "info not found|is no recording that is read"),
     ],

@@ -1,9 +1,7 @@
 """Columns, paths and instructions as other writers name and store them."""
 
 import io
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from changed_datasets import DATA, edit_info, set_column
 from PIL import Image, ImageOps
 from places import ROOT
 from small_datasets import INSTRUCTIONS, write_small_dataset
@@ -23,7 +22,7 @@ from calibration.sources.lerobot import LeRobotDataset
 from calibration.sources.lerobot_columns import KeyMap
 from qvla_export.shared.errors import ArtifactError, QvlaError
 
-DATA, NUMBER = "data/chunk-000/file-000.parquet", 6
+NUMBER = 6
 
 
 @pytest.fixture
@@ -33,18 +32,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def add_column(root: Path, name: str, values: list[Any], kind: str) -> None:
-    table = pq.read_table(root / DATA)
-    if name in table.column_names:
-        table = table.drop_columns([name])
-    pq.write_table(table.append_column(name, pa.array(values)), root / DATA)
+    set_column(root / DATA, name, values)
     edit_info(root, lambda i: i["features"].setdefault(name, {"dtype": kind, "shape": [1]}))
-
-
-def edit_info(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = root / "meta/info.json"
-    info = json.loads(path.read_text())
-    change(info)
-    path.write_text(json.dumps(info))
 
 
 def instruction(root: Path, keys: KeyMap, episode: int = 1) -> str:
