@@ -27,10 +27,14 @@ TARGET ?= cpu
 RUN ?= runs/demo
 SETTINGS ?= float,w8,w8a8,w4,w4-rtn,w2,w2-rtn
 
+# Tests start hundreds of processes, which import what one of them has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Processes that run tests, of one thread each; see tests/conftest.py.
 WORKERS ?= 2
-# A module stays in one process, so that what its tests share is made once.
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
+# A module stays in one process, so that what its tests share is made once; their order is that of
+# tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 .ONESHELL:
 .SHELLFLAGS := -euc

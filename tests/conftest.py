@@ -1,8 +1,13 @@
 """Shared fixtures: a tiny untrained OpenVLA-OFT policy and random observations for it."""
 
 import gc
+import json
 import os
+import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +15,7 @@ import pytest
 import torch
 from certificates import write_certificates
 from hypothesis import settings
+from made_once import made_once
 from oracles import ReadingReport, oracle_root, watch_reading
 from tiny_policy import tiny_observations as make_tiny_observations
 from tiny_policy import write_tiny_checkpoint
@@ -35,11 +41,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(ReadingReport())
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order modules so that workers end together: a module stays in one of them.
+
+    Those of whole pipelines are begun first; of the others, the largest are.
+    """
+    wholes = {"pipeline", "cli", "end_to_end"}
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (wholes.isdisjoint(item.path.parts), -tests[item.path]))
+
+
 def pytest_collection_finish() -> None:
     """Leave what thousands of tests and their modules are made of out of every later collection.
 
     Measuring memory collects first, and took most of a second each time.
     """
+    if "qvla_export.graph.float_graph" in sys.modules:
+        from traced_graphs import keep_graphs
+
+        keep_graphs()
     gc.collect()
     gc.freeze()
 
@@ -56,7 +77,10 @@ def pytest_runtest_setup() -> None:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a seeded, untrained OFT checkpoint with every layer 64 or 128 wide."""
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+    folder = made_once(
+        tmp_path_factory, "tiny", lambda new: write_tiny_checkpoint(new / "checkpoint")
+    )
+    return folder / "checkpoint"
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +119,12 @@ def pristine_report_run(
     """Run folder of the tiny policy with all that a report shows. Copy it before changing it."""
     from report_runs import make_report_run
 
-    folder = tmp_path_factory.mktemp("report") / "run"
-    return make_report_run(tiny_policy, tiny_observations(2), folder)
+    folder = made_once(
+        tmp_path_factory,
+        "report",
+        lambda new: make_report_run(tiny_policy, tiny_observations(2), new / "run"),
+    )
+    return _own_copy(folder / "run", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -105,15 +133,29 @@ def inputs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> "
     from command_runs import Inputs
     from small_datasets import write_small_dataset
 
-    demos = tmp_path_factory.mktemp("cli") / "demos"
-    return Inputs(tiny_checkpoint, write_small_dataset(demos, [6] * 10))
+    folder = made_once(
+        tmp_path_factory, "cli", lambda new: write_small_dataset(new / "demos", [6] * 10)
+    )
+    return Inputs(tiny_checkpoint, folder / "demos")
 
 
 @pytest.fixture(scope="session")
 def deployed(inputs: "Inputs", tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, Outcome]":
     """Run folder that `qvla deploy` made, and what it said. Copy it before changing it."""
-    run = tmp_path_factory.mktemp("deployed") / "run"
-    return run, inputs.deploy(run)
+    from command_runs import Outcome
+
+    def deploy(new: Path) -> None:
+        said = asdict(inputs.deploy(new / "run"))
+        (new / "said.json").write_text(json.dumps(said))
+
+    folder = made_once(tmp_path_factory, "deployed", deploy)
+    said = Outcome(**json.loads((folder / "said.json").read_text()))
+    return _own_copy(folder / "run", tmp_path_factory), said
+
+
+def _own_copy(run: Path, factory: pytest.TempPathFactory) -> Path:
+    """Copy a run for this process: commands write into it what they say anew."""
+    return shutil.copytree(run, factory.mktemp("own") / run.name)
 
 
 @pytest.fixture(scope="session")

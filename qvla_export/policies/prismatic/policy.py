@@ -118,9 +118,8 @@ class PrismaticPolicy(BasePolicy):
             rotary = LlamaRotaryEmbedding(self.module.arch.llama)
             tensor = rotary.get_buffer(name.removeprefix(_ROTARY))
         else:
-            tensor = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}[
-                name
-            ]
+            owner, _, leaf = name.rpartition(".")
+            tensor = getattr(self.module.get_submodule(owner), leaf)
         values: NDArray[np.float32] = tensor.detach().float().cpu().numpy()
         return values
 

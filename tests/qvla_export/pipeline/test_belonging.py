@@ -1,5 +1,6 @@
 """Stages and the report refuse what does not belong together."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,14 @@ TWO_PROBES = SensitivityRequest(quantizer="nearest", probes=2)
 FLOAT, W4 = parse_setting("float"), parse_setting("w4")
 
 
-@pytest.fixture
-def run(
-    tmp_path: Path, tiny_policy: OftPolicy, tiny_observations: Callable[..., list[Observation]]
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_policy: OftPolicy,
+    tiny_observations: Callable[..., list[Observation]],
 ) -> RunFolder:
     """Everything up to the bundles of two settings."""
-    folder = RunFolder(tmp_path / "run")
+    folder = RunFolder(tmp_path_factory.mktemp("whole") / "run")
     drawn = tuple(tiny_observations(12))
     CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(folder.calibration)
     sensitivities(folder, tiny_policy, CPU, TWO_PROBES)
@@ -36,6 +39,12 @@ def run(
         plan_setting(folder, setting, CPU, tiny_policy.digest)
         exporting.export(folder, setting, tiny_policy, CPU)
     return folder
+
+
+@pytest.fixture
+def run(whole: RunFolder, tmp_path: Path) -> RunFolder:
+    """A copy of it, for one test to change."""
+    return RunFolder(shutil.copytree(whole.root, tmp_path / "run"))
 
 
 def _swap(run: RunFolder) -> None:

@@ -8,19 +8,16 @@ from typing import Any
 
 import pytest
 from command_runs import Inputs, Outcome, qvla
+from forecast_rates import RATES
 
 from qvla_export.allocation.setting import parse_setting
 from qvla_export.pipeline.policy_source import PolicySource, open_checkpoint
 from qvla_export.pipeline.sizing import step_costs
-from qvla_export.pipeline.sizing.machine_rates import MachineRates
 from qvla_export.pipeline.sizing.policy_costs import PolicyCosts, policy_costs
 from qvla_export.pipeline.sizing.step_costs import StepCosts, Workload
 from qvla_export.pipeline.sizing.streamed_memory import StreamedMemory
 from qvla_export.policies.layers import layer_shapes, traced_layers
-from qvla_export.quantizer.rounding_costs import Rates
 
-# Of no machine: what is compared are forecasts.
-RATES = MachineRates(Rates(4e10, 1e10, 2e4, 5e4, 2e7), 4e10, 4e8, 1e9)
 W4 = parse_setting("w4")
 
 
@@ -28,14 +25,6 @@ W4 = parse_setting("w4")
 def tiny_costs(tiny_checkpoint: Path) -> PolicyCosts:
     source = PolicySource(str(tiny_checkpoint))
     return policy_costs(source, open_checkpoint(tiny_checkpoint))
-
-
-@pytest.fixture
-def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes these rates for the machine's, which take seconds to measure."""
-    forecast = "qvla_export.pipeline.sizing.forecast"
-    monkeypatch.setattr(f"{forecast}.measure_machine", lambda *_: RATES)
-    monkeypatch.setattr(f"{forecast}.measure_tracing", lambda *_: None)
 
 
 def work_of(costs: PolicyCosts, count: int = 16, **changes: Any) -> Workload:

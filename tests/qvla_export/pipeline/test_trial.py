@@ -123,6 +123,7 @@ def test_a_large_policy_or_one_on_disk_is_not_tried(
         assert step.cpu_s is not None and step.cpu_s > 0
 
 
+@pytest.mark.usefixtures("known_rates")
 def test_settings_that_round_inputs_record_them_first(inputs: Inputs, tmp_path: Path) -> None:
     told = qvla(
         *("deploy", "--policy", inputs.checkpoint, "--dataset", inputs.dataset, "--plan-only"),
@@ -133,6 +134,7 @@ def test_settings_that_round_inputs_record_them_first(inputs: Inputs, tmp_path: 
     assert names.index("activations") < names.index("float: bundle") < names.index("w8a8: plan")
 
 
+@pytest.mark.usefixtures("known_rates")
 def test_every_recorded_step_is_foretold(
     inputs: Inputs, deployed: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
