@@ -75,6 +75,9 @@ class HttpConnection(H11Protocol, Arriving):
         """Wait only so long for a client that does not read."""
         super().pause_writing()
         self._unread.start()
+        if self._connection is not None:
+            # Its request is answered; others may have the place.
+            self._connection.finish()
 
     def resume_writing(self) -> None:
         """Go on with a client that reads."""

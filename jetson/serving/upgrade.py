@@ -10,7 +10,9 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from websockets.datastructures import Headers
@@ -119,7 +121,7 @@ class WebsocketThreads:
         connection = WebsocketConnection(
             stream, self._max_bytes, self._budget, place, self._gate.rate
         )
-        place.close = connection.wake
+        place.close = partial(connection.make_room, place.close)
 
         def talk() -> None:
             stream.sendall(greeting)
@@ -164,8 +166,10 @@ class WebsocketThreads:
             running = dict(self._running)
         for connection in running.values():
             connection.wake()
+        # All together: one that does not read its reply keeps the others' end from none.
+        end_s = time.monotonic() + _ENDING_S
         for thread in running:
-            thread.join(_ENDING_S)
+            thread.join(max(0.0, end_s - time.monotonic()))
 
 
 class _Handshake(asyncio.Protocol):
@@ -197,7 +201,8 @@ class _Handshake(asyncio.Protocol):
         peer = str((self._transport.get_extra_info("peername") or ("unknown",))[0])
         response = server.accept(request)
         if response.status_code == 101:
-            place = Connection(peer, self._transport.abort)
+            loop = asyncio.get_running_loop()
+            place = Connection(peer, partial(loop.call_soon_threadsafe, self._transport.abort))
             try:
                 self._threads.check(request.headers, peer)
                 handler = self._threads.handler_of(request.path)

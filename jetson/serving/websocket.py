@@ -8,6 +8,7 @@ sees them; no extensions.
 import socket
 import struct
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -66,6 +67,8 @@ class WebsocketConnection:
         self._connection = connection
         self._held: HeldBytes | None = None
         self._close_sent = False
+        # Whether a reply is on its way, which a client may not read.
+        self._is_sending = False
         # When the message that is arriving began; None between messages.
         self._began_s: float | None = None
         # When the client last said anything, and when it was asked since.
@@ -109,15 +112,21 @@ class WebsocketConnection:
                 raise self._violation(TOO_BIG, f"a message may have {_MAX_FRAMES} frames")
 
     def send(self, message: bytes | str) -> None:
-        """Send a binary or a text message.
+        """Send a binary or a text message; while the client does not read it, others go first.
 
         Raises:
             ConnectionOver: the client left, or does not read.
         """
-        if isinstance(message, str):
-            self._send(_TEXT, message.encode("utf-8", "replace"))
-        else:
-            self._send(_BINARY, message)
+        self._release()
+        self._connection.finish()
+        self._is_sending = True
+        try:
+            if isinstance(message, str):
+                self._send(_TEXT, message.encode("utf-8", "replace"))
+            else:
+                self._send(_BINARY, message)
+        finally:
+            self._is_sending = False
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Say why unless that is said, wait shortly for the client to have read it, and close."""
@@ -136,6 +145,20 @@ class WebsocketConnection:
         """Let a `receive` that waits in another thread find the client gone."""
         with suppress(OSError):
             self._stream.shutdown(socket.SHUT_RD)
+
+    def make_room(self, abort: Callable[[], object]) -> None:
+        """Let another client have the place, from any thread.
+
+        Args:
+            abort: ends an encrypted connection at once.
+        """
+        if not self._is_sending:
+            self.wake()
+            return
+        # It does not read: what is said to it now would wait as well.
+        abort()
+        with suppress(OSError):
+            self._stream.shutdown(socket.SHUT_RDWR)
 
     @property
     def is_gone(self) -> bool:
@@ -254,8 +277,13 @@ class WebsocketConnection:
             head = struct.pack("!BBH", _FINAL | opcode, 126, size)
         else:
             head = struct.pack("!BBQ", _FINAL | opcode, 127, size)
+        left, end_s = memoryview(head + payload), time.monotonic() + _SEND_S
         try:
-            self._stream.sendall(head + payload)
+            while left:
+                left = left[self._stream.send(left) :]
+                # A byte now and then would keep `sendall` for ever.
+                if left and time.monotonic() > end_s:
+                    raise TimeoutError(f"not within {_SEND_S} s")
         except OSError as error:
             raise ConnectionOver(f"the client does not read: {error}") from None
 

@@ -107,7 +107,16 @@ class OpenpiEndpoint:
     def _answer(
         self, connection: WebsocketConnection, peer: str, prev_total_ms: float | None
     ) -> float:
-        """Answer the next message, and keep nothing of it; return the milliseconds it took."""
+        """Answer the next message; return the milliseconds it took."""
+        start_ns, reply = self._act(connection, peer, prev_total_ms)
+        # Nothing waits for a client that does not read: no place, none of what it sent.
+        connection.send(reply)
+        return (time.perf_counter_ns() - start_ns) / 1e6
+
+    def _act(
+        self, connection: WebsocketConnection, peer: str, prev_total_ms: float | None
+    ) -> tuple[int, bytes]:
+        """Return when the next message was there, and its reply."""
         body = connection.receive()
         start_ns = time.perf_counter_ns()
         if isinstance(body, str):
@@ -116,10 +125,9 @@ class OpenpiEndpoint:
         with self._queue.place():
             decode = partial(decode_observation, prev_total_ms=prev_total_ms)
             answer = self._queue.service.answer(body, decode, lambda: not connection.is_gone)
-            if answer.error is not None:
-                raise answer.error
-            connection.send(answer.body)
-        return (time.perf_counter_ns() - start_ns) / 1e6
+        if answer.error is not None:
+            raise answer.error
+        return start_ns, answer.body
 
 
 def _fields(message: Mapping[Any, Any]) -> dict[str, Any]:

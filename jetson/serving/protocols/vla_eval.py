@@ -175,23 +175,30 @@ class VlaEvalEndpoint:
                 return
 
     def _hear(self, connection: WebsocketConnection, peer: str, actions: Actions) -> None:
-        """Take the next message, answer it, and keep nothing of it but actions."""
+        """Take the next message and answer it."""
+        reply = self._answer(connection, peer, actions)
+        # Nothing waits for a client that does not read: no place, none of what it sent.
+        if reply is not None:
+            connection.send(reply)
+
+    def _answer(self, connection: WebsocketConnection, peer: str, actions: Actions) -> bytes | None:
+        """Return the answer to the next message, of which only actions are kept; None for none."""
         body = connection.receive()
         self._rate.take(peer)
         message = _Message.unpack(body)
         if message.type == "hello":
-            connection.send(_packed("hello", self._hello(message.payload), message.seq))
-        elif message.type == "episode_start":
+            return _packed("hello", self._hello(message.payload), message.seq)
+        if message.type == "episode_start":
             actions.clear()
-        elif message.type == "observation":
-            try:
-                with self._queue.place():
-                    if not actions:
-                        actions.extend(self._act(connection, message.payload))
-                    action = {"actions": encode_tagged(actions.popleft())}
-                    connection.send(_packed("action", action, message.seq))
-            except QvlaError as error:
-                connection.send(_refusal(error, message.seq, peer))
+        if message.type != "observation":
+            return None
+        try:
+            with self._queue.place():
+                if not actions:
+                    actions.extend(self._act(connection, message.payload))
+        except QvlaError as error:
+            return _refusal(error, message.seq, peer)
+        return _packed("action", {"actions": encode_tagged(actions.popleft())}, message.seq)
 
     def _act(
         self, connection: WebsocketConnection, payload: Mapping[Any, Any]

@@ -172,6 +172,8 @@ class _Client:
         self._place = place
         self._limits = limits
         self._refusal = refusal
+        # Bytes of the message that arrives or waits for its reply.
+        self._held: HeldBytes | None = None
         # Set while no message waits for its reply.
         self._answered = asyncio.Event()
         self._answered.set()
@@ -200,9 +202,9 @@ class _Client:
             else:
                 # The next message waits, unread, until this one is answered.
                 await self._answered.wait()
-                with self._limits.budget.hold(self._writer.transport.abort) as held:
-                    await asyncio.wait_for(self._body(head, held), _MESSAGE_S)
-                    held.complete()
+                with self._limits.budget.hold(self._writer.transport.abort) as self._held:
+                    await asyncio.wait_for(self._body(head, self._held), _MESSAGE_S)
+                    self._held.complete()
                     await self._answered.wait()
 
     async def _command(self, head: bytes, size: int, name: bytes) -> None:
@@ -255,6 +257,10 @@ class _Client:
         await pass_greeting(self._back_reader, self._writer)
         while True:
             flags, size, head = await read_head(self._back_reader)
+            if not flags & COMMAND and self._held is not None:
+                # Nothing waits for a client that does not read: no place, none of what it sent.
+                self._limits.budget.release(self._held)
+                self._place.finish()
             async with self._speaking, self._read_in_time():
                 self._writer.write(head)
                 async for block in read_blocks(self._back_reader, size):
@@ -262,7 +268,6 @@ class _Client:
                     await self._writer.drain()
                 await self._writer.drain()
             if not flags & (MORE | COMMAND):
-                self._place.finish()
                 self._answered.set()
 
     @contextlib.asynccontextmanager

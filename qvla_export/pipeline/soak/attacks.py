@@ -12,6 +12,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from websockets.exceptions import WebSocketException
 
@@ -46,21 +47,23 @@ _BOMB_SIDE = 9000
 
 def slow_peers(attacker: Attacker) -> None:
     """Heads, bodies and frames that come a byte at a time, and handshakes that never end."""
-    # Protocol, whether without a handshake of TLS, and what is sent first.
-    beginnings: list[tuple[ProtocolName, bool, bytes]] = [
-        ("act", True, b""),
-        ("act", False, b"POST /act HT"),
-        ("act", False, _HEAD % 30_000_000 + b"{"),
-        ("act", True, b"\x16\x03\x01\x02\x00\x01"),
-        *((name, False, _upgrade(name) + _frame_head(31 << 20)) for name in WEBSOCKET_PATHS),
+    # Protocol, what connects, and what is sent first.
+    beginnings: list[tuple[ProtocolName, Callable[[], socket.socket], bytes]] = [
+        ("act", lambda: raw_connection(attacker), b""),
+        ("act", attacker.address.connect, b"POST /act HT"),
+        ("act", attacker.address.connect, _HEAD % 30_000_000 + b"{"),
+        ("act", lambda: raw_connection(attacker), b"\x16\x03\x01\x02\x00\x01"),
+        *(
+            (name, partial(_upgraded, attacker, name), _frame_head(31 << 20))
+            for name in WEBSOCKET_PATHS
+        ),
     ]
     with contextlib.ExitStack() as stack:
         peers = []
         for number in range(_SLOW_PEERS):
-            protocol, raw, beginning = beginnings[number % len(beginnings)]
+            protocol, connect, beginning = beginnings[number % len(beginnings)]
             with contextlib.suppress(OSError):
-                peer = raw_connection(attacker) if raw else attacker.address.connect()
-                stack.enter_context(peer)
+                peer = stack.enter_context(connect())
                 peer.sendall(beginning)
                 peers.append(peer)
                 attacker.left(protocol)
@@ -99,12 +102,14 @@ def disconnects(attacker: Attacker) -> None:
 def half_bodies(attacker: Attacker) -> None:
     """Say that nothing more comes, before all has come."""
     bodies = attacker.bodies()
-    heads: dict[ProtocolName, bytes] = {"act": _HEAD % len(bodies["act"])}
-    for name in WEBSOCKET_PATHS:
-        heads[name] = _upgrade(name) + _frame_head(len(bodies[name]))
-    for name, head in heads.items():
-        body = bodies[name]
-        with contextlib.suppress(OSError), attacker.address.connect() as peer:
+    names: tuple[ProtocolName, ...] = ("act", *WEBSOCKET_PATHS)
+    for name in names:
+        body, is_http = bodies[name], name == "act"
+        head = _HEAD % len(body) if is_http else _frame_head(len(body))
+        with (
+            contextlib.suppress(OSError),
+            attacker.address.connect() if is_http else _upgraded(attacker, name) as peer,
+        ):
             peer.sendall(head + body[: attacker.rng.randrange(len(body))])
             attacker.left(name)
             if not attacker.address.encrypted:
@@ -176,8 +181,17 @@ def mutated(body: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def _upgrade(protocol: ProtocolName) -> bytes:
-    return _UPGRADE % WEBSOCKET_PATHS[protocol].encode()
+def _upgraded(attacker: Attacker, protocol: ProtocolName) -> socket.socket:
+    """Return a connection on which frames are next: those before the reply would not be read."""
+    peer = attacker.address.connect()
+    peer.sendall(_UPGRADE % WEBSOCKET_PATHS[protocol].encode())
+    reply = b""
+    while b"\r\n\r\n" not in reply:
+        if not (received := peer.recv(1 << 12)):
+            peer.close()
+            raise ConnectionError("no websocket was opened")
+        reply += received
+    return peer
 
 
 def _frame_head(size: int) -> bytes:
