@@ -39,7 +39,9 @@ class LimitedPolicy(EchoPolicy):
     """Says its limits; the last step of the echo policy's second dimension, 3, is outside."""
 
     processor = SimpleNamespace(
-        command_limits=LIMITS, statistics=SimpleNamespace(action=LIMITS, key="tiny")
+        command_limits=LIMITS,
+        statistics=SimpleNamespace(action=LIMITS, key="tiny"),
+        spec=SimpleNamespace(history=None),
     )
 
 

@@ -192,7 +192,9 @@ def test_mutated_frames(served: tuple[Recorder, str, int], count: int) -> None:
                 # Frames are read from the reply on; what came with the handshake is none.
                 reply = b""
                 while head == HANDSHAKE and b"\r\n\r\n" not in reply:
-                    reply += client.recv(1 << 12)
+                    received = client.recv(1 << 12)
+                    assert received, "a good handshake is answered"
+                    reply += received
                 client.sendall(mutate_bytes(data, PING + frame))
                 client.shutdown(socket.SHUT_WR)
                 while client.recv(1 << 16):
