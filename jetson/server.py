@@ -183,6 +183,7 @@ def _ready(
                 settings.max_body_bytes,
             )
         )
+        queue.on_stuck.append(threads.give_up)
         if settings.gr00t_port is not None:
             # Not imported where nobody asks for it: it takes longer than all the rest.
             from jetson.serving.protocols.gr00t import Gr00tEndpoint

@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _FLUSH_S = 1.0
 _BOARD_S = 5.0
+# What no disk takes that works; and what is waited for one when a recording ends.
+_STUCK_S = 30.0
+_CLOSING_S = 30.0
 _JPEG_QUALITY = 95
 # In camera pictures only neighbours repeat: a third less time than searching, no more bytes.
 _PNG_STRATEGY = zlib.Z_RLE
@@ -91,6 +94,8 @@ class McapRecorder:
         self._queue = DropQueue(max_pending_bytes)
         self._failure: Exception | None = None
         self._told = False
+        # When the work that is under way began; None while there is none.
+        self._began_s: float | None = None
         self._last_ns = 0
         self._time_lock = threading.Lock()
         # When the loop's newest observation was taken -> the log time it was given.
@@ -118,6 +123,9 @@ class McapRecorder:
         """Why nothing is recorded any more; None while it is."""
         if self._failure is not None:
             return f"{type(self._failure).__name__}: {self._failure}"
+        began_s = self._began_s
+        if began_s is not None and (stuck_s := time.monotonic() - began_s) > _STUCK_S:
+            return f"nothing could be written for {stuck_s:.0f} s: the disk does not answer"
         return None if self._thread.is_alive() else "the recorder has ended"
 
     def on_request(self, served: ServedRequest) -> None:
@@ -162,9 +170,11 @@ class McapRecorder:
         self._say_once()
 
     def close(self) -> None:
-        """Write what is waiting and complete the file."""
+        """Write what is waiting and complete the file, unless the disk does not answer."""
         self._queue.close()
-        self._thread.join()
+        self._thread.join(_CLOSING_S)
+        if self._thread.is_alive():
+            _LOG.error("%s is not complete: the disk does not answer", self.path)
         if self.dropped:
             _LOG.warning("%s lacks %d events: the disk could not follow", self.path, self.dropped)
 
@@ -196,8 +206,9 @@ class McapRecorder:
         event: QueuedWrite | None = None
         try:
             while True:
+                self._began_s = None
                 event = self._queue.take(_FLUSH_S)
-                now_s = time.monotonic()
+                self._began_s = now_s = time.monotonic()
                 if now_s - sampled_s >= _BOARD_S:
                     sampled_s = now_s
                     self._files.write(BOARD, BOARD, self._now_ns(), self._board().to_json())
@@ -219,6 +230,7 @@ class McapRecorder:
             with suppress(Exception):
                 self._files.end(f"{type(error).__name__}: {error}", self._counts())
         finally:
+            self._began_s = None
             self._files.close()
 
     def _counts(self) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The queue of requests before the one engine: bounded, shared by all protocols.
 
 `ActionService` lets one inference run at a time. A websocket or ZMQ client is answered by the
-thread that reads its socket; HTTP, whose event loop must not wait, has one thread more.
+thread that reads its socket; HTTP, whose event loop must not wait, has one thread more. Where an
+inference does not end, those threads cannot say so: a watcher does.
 """
 
 import asyncio
@@ -28,6 +29,10 @@ class RequestQueue:
         self._pending = 0
         self._draining = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="qvla-action")
+        # Called, on a thread of the queue's, while an inference does not end; must not wait.
+        self.on_stuck: list[Callable[[ServerBusy], None]] = []
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="qvla-stuck", daemon=True)
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -81,7 +86,18 @@ class RequestQueue:
             await asyncio.sleep(0.01)
 
     def __enter__(self) -> "RequestQueue":
+        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         self._thread.shutdown()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_LOOK_S):
+            try:
+                self.service.require_alive()
+            except ServerBusy as error:
+                for tell in tuple(self.on_stuck):
+                    tell(error)

@@ -196,7 +196,8 @@ class ActionService:
             failure.__cause__ = error
         if failure is not None:
             content, chunk = error_body(failure), None
-            if http_status(failure) >= 500:
+            # An engine that is stuck is told of once, not by everybody who asks.
+            if http_status(failure) >= 500 and not isinstance(failure, ServerBusy):
                 _LOG.error("no action: %s", failure, exc_info=failure)
             forget_frames(failure)
         answer = Answer(content, _spans_ms(marks_ns, spans_ms), failure)

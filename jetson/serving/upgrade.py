@@ -31,7 +31,7 @@ from jetson.serving.byte_budget import ByteBudget
 from jetson.serving.connections import Connection, Connections
 from jetson.serving.event_loop import UnreadTimer
 from jetson.serving.security import Gate
-from jetson.serving.websocket import RESTART, ConnectionOver, WebsocketConnection
+from jetson.serving.websocket import RESTART, ConnectionOver, WebsocketConnection, closing_code
 from qvla_export.shared.errors import QvlaError
 
 _LOG = logging.getLogger(__name__)
@@ -158,6 +158,13 @@ class WebsocketThreads:
 
     def __exit__(self, *_: object) -> None:
         self.end()
+
+    def give_up(self, error: ServerBusy) -> None:
+        """Tell those who wait for an action, whose threads wait for the engine, that none comes."""
+        with self._lock:
+            running = dict(self._running)
+        for connection in running.values():
+            connection.give_up(closing_code(error), str(error))
 
     def end(self) -> None:
         """Close every connection with 1012 once its request under way is answered."""

@@ -7,6 +7,7 @@ sees them; no extensions.
 
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from qvla_export.shared.errors import QvlaError
 _CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 _FINAL, _MASKED = 0x80, 0x80
 _MAX_CONTROL_BYTES = 125
+_MAX_REASON_BYTES = 100
 # Beyond it a message is a chain of nothing.
 _MAX_FRAMES = 64
 # How much is made ready at once for a payload: it grows with what arrives.
@@ -42,7 +44,7 @@ class ConnectionOver(Exception):
 
 
 class WebsocketConnection:
-    """One client after the handshake; not thread-safe, except for `wake`.
+    """One client after the handshake; not thread-safe, but for what says so.
 
     Args:
         stream: a connected socket; closed by `close`.
@@ -67,8 +69,8 @@ class WebsocketConnection:
         self._connection = connection
         self._held: HeldBytes | None = None
         self._close_sent = False
-        # Whether a reply is on its way, which a client may not read.
-        self._is_sending = False
+        # Held while something is on its way, which a client may not read.
+        self._sending = threading.Lock()
         # When the message that is arriving began; None between messages.
         self._began_s: float | None = None
         # When the client last said anything, and when it was asked since.
@@ -119,20 +121,16 @@ class WebsocketConnection:
         """
         self._release()
         self._connection.finish()
-        self._is_sending = True
-        try:
-            if isinstance(message, str):
-                self._send(_TEXT, message.encode("utf-8", "replace"))
-            else:
-                self._send(_BINARY, message)
-        finally:
-            self._is_sending = False
+        if isinstance(message, str):
+            self._send(_TEXT, message.encode("utf-8", "replace"))
+        else:
+            self._send(_BINARY, message)
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Say why unless that is said, wait shortly for the client to have read it, and close."""
         self._release()
         with suppress(ConnectionOver, OSError):
-            self._send_close(struct.pack("!H", code) + reason.encode()[:100])
+            self._send_close(struct.pack("!H", code) + reason.encode()[:_MAX_REASON_BYTES])
             self._stream.shutdown(socket.SHUT_WR)
             # Closing with bytes unread would reset the connection, and what was said be lost.
             self._stream.settimeout(_CLOSING_S)
@@ -141,8 +139,24 @@ class WebsocketConnection:
                     break
         self._stream.close()
 
+    def give_up(self, code: int, reason: str) -> None:
+        """Say, from any thread, that what was asked for does not come; nothing is sent after it."""
+        if not self._connection.busy or not self._sending.acquire(blocking=False):
+            return
+        try:
+            if not self._close_sent:
+                self._close_sent = True
+                frame = _head(_CLOSE, 2 + len(told := reason.encode()[:_MAX_REASON_BYTES])) + (
+                    struct.pack("!H", code) + told
+                )
+                with suppress(OSError):
+                    self._stream.send(frame, socket.MSG_DONTWAIT)
+                    self._stream.shutdown(socket.SHUT_WR)
+        finally:
+            self._sending.release()
+
     def wake(self) -> None:
-        """Let a `receive` that waits in another thread find the client gone."""
+        """Let a `receive` that waits in another thread find the client gone; from any thread."""
         with suppress(OSError):
             self._stream.shutdown(socket.SHUT_RD)
 
@@ -152,7 +166,7 @@ class WebsocketConnection:
         Args:
             abort: ends an encrypted connection at once.
         """
-        if not self._is_sending:
+        if not self._sending.locked():
             self.wake()
             return
         # It does not read: what is said to it now would wait as well.
@@ -162,7 +176,9 @@ class WebsocketConnection:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the client has closed the connection; takes nothing from it."""
+        """Whether the connection is closed, by the client or here; takes nothing from it."""
+        if self._close_sent:
+            return True
         try:
             return not self._stream.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -270,20 +286,14 @@ class WebsocketConnection:
             self._send(_CLOSE, payload)
 
     def _send(self, opcode: int, payload: bytes | bytearray) -> None:
-        size = len(payload)
-        if size <= _MAX_CONTROL_BYTES:
-            head = struct.pack("!BB", _FINAL | opcode, size)
-        elif size < 1 << 16:
-            head = struct.pack("!BBH", _FINAL | opcode, 126, size)
-        else:
-            head = struct.pack("!BBQ", _FINAL | opcode, 127, size)
-        left, end_s = memoryview(head + payload), time.monotonic() + _SEND_S
+        left, end_s = memoryview(_head(opcode, len(payload)) + payload), time.monotonic() + _SEND_S
         try:
-            while left:
-                left = left[self._stream.send(left) :]
-                # A byte now and then would keep `sendall` for ever.
-                if left and time.monotonic() > end_s:
-                    raise TimeoutError(f"not within {_SEND_S} s")
+            with self._sending:
+                while left:
+                    left = left[self._stream.send(left) :]
+                    # A byte now and then would keep `sendall` for ever.
+                    if left and time.monotonic() > end_s:
+                        raise TimeoutError(f"not within {_SEND_S} s")
         except OSError as error:
             raise ConnectionOver(f"the client does not read: {error}") from None
 
@@ -291,6 +301,14 @@ class WebsocketConnection:
 def closing_code(error: QvlaError) -> int:
     """Return the code with which an error closes a connection: whether to ask again, or why not."""
     return TRY_AGAIN if isinstance(error, ServerBusy | RateLimited) else INTERNAL_ERROR
+
+
+def _head(opcode: int, size: int) -> bytes:
+    if size <= _MAX_CONTROL_BYTES:
+        return struct.pack("!BB", _FINAL | opcode, size)
+    if size < 1 << 16:
+        return struct.pack("!BBH", _FINAL | opcode, 126, size)
+    return struct.pack("!BBQ", _FINAL | opcode, 127, size)
 
 
 def _unmask(payload: bytearray, mask: bytearray) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from echo_policy import OFT
 
 from jetson.board import read_board_state
+from jetson.recording.reader import Moment, Recording
 from jetson.recording.writer import McapRecorder
 from jetson.serving.request_observer import ServedRequest
 from qvla_export.shared.action import ActionChunk
@@ -28,3 +29,22 @@ def served(index: int, side: int = 24) -> ServedRequest:
 
 def recorder(path: Path, **options: Any) -> McapRecorder:
     return McapRecorder(path, OFT, read_board_state, "serve", **options)
+
+
+def recorded(path: Path, events: list[ServedRequest], **options: Any) -> Recording:
+    with recorder(path, **options) as writing:
+        for event in events:
+            writing.on_request(event)
+    return Recording(path)
+
+
+def same(moment: Moment, event: ServedRequest) -> None:
+    assert event.observation is not None and event.chunk is not None and moment.chunk is not None
+    assert moment.observation.instruction == event.observation.instruction
+    np.testing.assert_array_equal(moment.observation.state, event.observation.state)
+    assert list(moment.observation.images) == list(event.observation.images)
+    for name, image in event.observation.images.items():
+        np.testing.assert_array_equal(moment.observation.images[name], image)
+    np.testing.assert_array_equal(moment.chunk.actions, event.chunk.actions)
+    np.testing.assert_array_equal(moment.chunk.normalized, event.chunk.normalized)
+    assert moment.chunk.timing_ms == event.timing_ms

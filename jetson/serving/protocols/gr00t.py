@@ -55,7 +55,9 @@ class Gr00tEndpoint:
         self._queue = queue
         self._settings = settings
         connections = client_places(settings.max_connections, "ZMQ clients")
-        self._limits = RelayLimits(settings.max_body_bytes, connections, budget, rate)
+        self._limits = RelayLimits(
+            settings.max_body_bytes, connections, budget, rate, queue.service.require_alive
+        )
         self._ending = threading.Event()
         self._modalities = modality_config(queue.service.contract)
         self._thread = threading.Thread(target=self._serve, name="qvla-gr00t", daemon=True)
@@ -90,6 +92,7 @@ class Gr00tEndpoint:
                 f"cannot listen on {host}:{port}: {error}; stop what uses it or choose another "
                 "--gr00t-port"
             ) from None
+        self._queue.on_stuck.append(self._relay.give_up)
         _LOG.info("serving GR00T's protocol on %s:%d", host, port)
         self._thread.start()
         return self

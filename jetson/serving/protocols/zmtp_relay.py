@@ -54,6 +54,8 @@ class RelayLimits:
     connections: Connections
     budget: ByteBudget
     rate: RateLimit
+    # Raises ServerBusy where no reply can be expected.
+    require_alive: Callable[[], None]
 
 
 class ZmtpRelay:
@@ -82,6 +84,7 @@ class ZmtpRelay:
         self._refusal = refusal
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._clients: set[_Client] = set()
         self._names = itertools.count(1)
         # What libzmq calls a client -> what comes of it.
         self._readers: dict[bytes, asyncio.StreamReader] = {}
@@ -116,6 +119,16 @@ class ZmtpRelay:
         reader = self._readers.get(name)
         return reader is None or reader.at_eof() or reader.exception() is not None
 
+    def give_up(self, error: ServerBusy) -> None:
+        """Tell those who wait for a reply that none comes, and end; from any thread."""
+
+        def tell() -> None:
+            for client in self._clients:
+                client.give_up(error)
+
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and they with it
+            self._loop.call_soon_threadsafe(tell)
+
     async def _end(self) -> None:
         self._server.close()
         # libzmq is closed by now: what it said last is on its way out.
@@ -138,8 +151,12 @@ class ZmtpRelay:
             self._limits.connections.admit(place)
             _require_spare_descriptors()
             back = await asyncio.open_unix_connection(str(self._behind))
-            talk = _Client(reader, writer, *back, place, self._limits, self._refusal).talk(name)
-            await talk
+            client = _Client(reader, writer, *back, place, self._limits, self._refusal)
+            self._clients.add(client)
+            try:
+                await client.talk(name)
+            finally:
+                self._clients.remove(client)
         except (PeerEnded, QvlaError) as ended:
             _LOG.info("ZMQ client %s: %s", peer, ended)
         except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, asyncio.CancelledError):
@@ -179,17 +196,30 @@ class _Client:
         self._answered.set()
         # A frame to the client is never written inside another.
         self._speaking = asyncio.Lock()
+        # Done once no reply comes any more.
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def talk(self, name: bytes) -> None:
         """Relay both ways until one side is over; libzmq is told to call the client by a name."""
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._back_writer.transport.abort)
-            ways = [asyncio.ensure_future(way) for way in (self._inwards(name), self._outwards())]
+            ways: list[asyncio.Future[None]] = [
+                asyncio.ensure_future(self._inwards(name)),
+                asyncio.ensure_future(self._outwards()),
+                self._over,
+            ]
             stack.push_async_callback(_cancel, ways)
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             for way in ways:
                 if way.done():
                     way.result()
+
+    def give_up(self, error: QvlaError) -> None:
+        """Say that a message gets no reply, and end: one that came later would answer the next."""
+        if self._answered.is_set() or self._speaking.locked() or self._over.done():
+            return
+        self._writer.write(_frames(self._refusal(error)))
+        self._over.set_result(None)
 
     async def _inwards(self, name: bytes) -> None:
         await asyncio.wait_for(pass_greeting(self._reader, self._back_writer), _GREETING_S)
@@ -226,6 +256,7 @@ class _Client:
             raise PeerEnded("it sends other messages than a REQ socket")
         try:
             self._limits.rate.take(self._place.peer)
+            self._limits.require_alive()
             if size > self._limits.max_bytes:
                 raise RequestTooLarge(
                     f"a message may have {self._limits.max_bytes} bytes, got {size}; send smaller "
@@ -248,9 +279,9 @@ class _Client:
             raise error
         async for _ in read_blocks(self._reader, size):
             pass
-        body = self._refusal(error)
+        reply = _frames(self._refusal(error))
         async with self._speaking, self._read_in_time():
-            self._writer.write(bytes([MORE, 0, LONG]) + len(body).to_bytes(8, "big") + body)
+            self._writer.write(reply)
             await self._writer.drain()
 
     async def _outwards(self) -> None:
@@ -281,6 +312,11 @@ class _Client:
             unread.stop()
 
 
+def _frames(body: bytes) -> bytes:
+    """Return a reply of the relay's own."""
+    return bytes([MORE, 0, LONG]) + len(body).to_bytes(8, "big") + body
+
+
 def _require_spare_descriptors() -> None:
     """Let libzmq accept only what it can: one descriptor too few, and it ends the process.
 
@@ -298,7 +334,7 @@ def _require_spare_descriptors() -> None:
             os.close(descriptor)
 
 
-async def _cancel(ways: list["asyncio.Task[None]"]) -> None:
+async def _cancel(ways: list["asyncio.Future[None]"]) -> None:
     for way in ways:
         way.cancel()
     await asyncio.gather(*ways, return_exceptions=True)

@@ -104,7 +104,7 @@ def half_bodies(attacker: Attacker) -> None:
     bodies = attacker.bodies()
     names: tuple[ProtocolName, ...] = ("act", *WEBSOCKET_PATHS)
     for name in names:
-        body, is_http = bodies[name], name == "act"
+        body, is_http = bodies[name], name not in WEBSOCKET_PATHS
         head = _HEAD % len(body) if is_http else _frame_head(len(body))
         with (
             contextlib.suppress(OSError),

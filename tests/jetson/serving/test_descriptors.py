@@ -1,5 +1,6 @@
 """Descriptors that run out end nothing, and strangers cannot use them up."""
 
+import resource
 import socket
 import subprocess
 import sys
@@ -98,4 +99,50 @@ def test_libzmq_is_never_without_descriptors() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "answer ok" in done.stdout
+    assert done.stdout.count("no connection can be accepted") == 1, done.stdout
+
+
+def test_the_descriptors_are_raised_and_bound_the_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert 8 <= connections.connection_limit() <= 512
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= soft
+    monkeypatch.setattr(connections, "raise_descriptor_limit", lambda: 300)
+    assert connections.connection_limit() == (300 - 192) // 3
+    assert hard
+
+
+_WITHOUT_DESCRIPTORS = """
+import logging, os, resource, socket, sys, time
+sys.path[:0] = ["tests/helpers"]
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+logging.basicConfig(stream=sys.stdout)
+from echo_policy import OFT, EchoPolicy
+from jetson.server import open_server
+from jetson.server_settings import ServerSettings
+with open_server(EchoPolicy(OFT), ServerSettings(port=0)) as url:
+    host, port = url.removeprefix("http://").split(":")
+    client, spent = socket.socket(), []
+    try:
+        while True:
+            spent.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        client.connect((host, int(port)))
+    client.sendall(b"GET /healthz HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
+    time.sleep(2.5)
+    for descriptor in spent:
+        os.close(descriptor)
+    client.settimeout(20)
+    print("answer", client.recv(100).split()[1])
+    client.close()
+"""
+
+
+def test_without_descriptors_accepting_pauses_and_says_so_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_DESCRIPTORS], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "answer b'200'" in done.stdout, "and the client that waited is served"
     assert done.stdout.count("no connection can be accepted") == 1, done.stdout
