@@ -180,14 +180,17 @@ def _steps(request: Deployment, policy: "Policy", work: Workload) -> list[StepCo
     if _rounds_inputs(request):
         steps.append(activation_costs(work))
     for number, setting in enumerate(request.settings):
+        # The first bundle loads libraries, which stay.
+        loaded = costs.LIBRARY_BYTES if number else 0
         if setting in planned:
-            steps.append(costs.plan_costs(work, setting))
+            steps.append(costs.plan_costs(work, setting).beside(loaded))
         if setting.kind == "planned" and work.compensated:
-            steps.append(costs.rounding_costs(work, setting))
+            steps.append(costs.rounding_costs(work, setting).beside(loaded))
         steps.append(costs.export_costs(work, setting, first=number == 0))
         steps.append(costs.error_costs(work, setting))
     if runtime_here(found) == found.runtime and work.resident:
-        steps.append(latency_costs(work, request.settings, request.samples))
+        timed = latency_costs(work, request.settings, request.samples)
+        steps.append(timed.beside(costs.LIBRARY_BYTES))
     if request.episodes:
         steps.append(StepCosts("episodes", None, 0, 0))
     steps.append(StepCosts("report", 1.0, costs.LIBRARY_BYTES, _REPORT_BYTES))

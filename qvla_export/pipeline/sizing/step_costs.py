@@ -53,6 +53,10 @@ class StepCosts:
     memory_bytes: int
     disk_bytes: int
 
+    def beside(self, loaded: int) -> "StepCosts":
+        """Return the costs where bytes that steps before loaded are still in memory."""
+        return replace(self, memory_bytes=self.memory_bytes + loaded)
+
 
 @dataclass(frozen=True)
 class Workload:

@@ -67,6 +67,10 @@ def test_bytes_on_disk_are_those_of_the_run(
     # The report and what tells of steps have figures of their own, whatever the policy's size.
     assert totals(told.out)["disk_bytes"] == pytest.approx(bytes_of(run), rel=0.25)
     assert not (tmp_path / "run").exists()
+    # What the first bundle loads is still in memory when the next plan is drawn up.
+    held = {step["name"]: step["memory_bytes"] for step in json.loads(told.out)["steps"]}
+    before, after = held["calibration"], held["w4-rtn: plan"]
+    assert after > before + step_costs.LIBRARY_BYTES
 
 
 def test_nothing_is_written(inputs: Inputs, tmp_path: Path, monkeypatch: Any) -> None:
