@@ -18,6 +18,7 @@ from engines.base import BundleEngine, EngineError, Feeds, require_threads, roun
 from engines.forms.float_layers import FloatLayers, all_layers, form_of
 from engines.forms.folded import fold
 from engines.layer_times import LayerTime, LayerTimes
+from engines.openvino_graph import read_graph
 from engines.ort import cpu_description, saturates
 from engines.program.part_log import PartLog
 from qvla_export.shared.allocator import return_freed_memory
@@ -144,7 +145,7 @@ class OpenVinoEngine(BundleEngine):
                 layers = self._float_layers.get(part.name, ())
                 path = fold(self._bundle, part, layers, Path(folder))
             try:
-                model = self._core.read_model(path)
+                model = read_graph(self._core, path)
                 return self._core.compile_model(model, "CPU", settings).create_infer_request()
             except RuntimeError as error:
                 last = str(error).strip().splitlines()[-1:]

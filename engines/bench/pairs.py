@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bench.contenders import DYNAMIC
-from engines.bench.openvino_contenders import INT4, INT8, ON_OPENVINO
-from engines.bench.torchao_contender import TORCHAO
+from engines.bench.openvino_contenders import INT4, INT8, INT8_FLOAT_ATTENTION, ON_OPENVINO
+from engines.bench.torchao_contender import TORCHAO, TORCHAO_INT4
 from engines.rounds import Ratio, speedup
 
 _EIGHT, _EIGHT_PRUNED = "ours w8a8", "ours w8a8, 30 % pruned"
@@ -48,8 +48,9 @@ def _names(tokens: int) -> Iterator[tuple[str, str]]:
         for name in _NARROW:
             yield name + suffix, _EIGHT_PRUNED + suffix
         for name in (_EIGHT, _EIGHT_PRUNED, _NARROW[0]):
-            for other in (INT8, DYNAMIC, TORCHAO):
+            for other in (INT8, INT8_FLOAT_ATTENTION, DYNAMIC, TORCHAO):
                 yield name + suffix, other
     if tokens == 1:
         for name in _DECODED:
-            yield name, INT4
+            for other in (INT4, TORCHAO_INT4):
+                yield name, other

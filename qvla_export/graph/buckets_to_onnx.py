@@ -212,9 +212,13 @@ class BucketEmitter:
         return parts[0] if len(parts) == 1 else self.tape.op("Concat", parts, {"axis": -1})
 
     def _pad(self, name: str, outputs: ir.Value, missing: int) -> ir.Value:
+        return self.tape.op("Pad", [outputs, *self._behind(name, missing)])
+
+    def _behind(self, name: str, missing: int = 1) -> tuple[ir.Value, None, ir.Value]:
+        """Record what Pad is told to append some numbers to the last axis."""
         pads = self.constant(f"{name}{PAD_SUFFIXES[0]}", np.array([0, missing], np.int64))
         axes = self.constant(f"{name}{PAD_SUFFIXES[1]}", np.array([-1], np.int64))
-        return self.tape.op("Pad", [outputs, pads, None, axes])
+        return pads, None, axes
 
     def _zeros(self, name: str, inputs: ir.Value, channels: int) -> ir.Value:
         leading = self.tape.op("Shape", [inputs], {"start": 0, "end": -1})

@@ -72,12 +72,12 @@ class ExpandedEmitter(BucketEmitter):
         member = MemberColumns.of_layer([columns.side for columns in found], channels)
         if member.is_empty:
             return self._zeros(name, inputs, len(member.index))
-        outputs = [
-            self._product(name, inputs, columns, places)
-            for columns, places in zip(found, member.places, strict=True)
-            if len(places)
-        ]
-        if member.appends_zeros:
+        read = [pair for pair in zip(found, member.places, strict=True) if len(pair[1])]
+        outputs = [self._product(name, inputs, *pair) for pair in read[:-1]]
+        # ONNX Runtime appends zeros to the weights once, when it loads the graph.
+        at_load = member.appends_zeros and self._target.runtime == "ort"
+        outputs.append(self._product(name, inputs, *read[-1], appends_zeros=at_load))
+        if member.appends_zeros and not at_load:
             outputs[-1] = self._pad(name, outputs[-1], 1)
         joined = self._joined(outputs)
         if member.is_ordered:
@@ -87,15 +87,24 @@ class ExpandedEmitter(BucketEmitter):
         )
 
     def _product(
-        self, name: str, inputs: ir.Value, columns: _Columns, places: NDArray[np.int64]
+        self,
+        name: str,
+        inputs: ir.Value,
+        columns: _Columns,
+        places: NDArray[np.int64],
+        appends_zeros: bool = False,
     ) -> ir.Value:
-        """Record the product with some columns."""
+        """Record the product with some columns, and maybe with one of zeros behind them."""
         matrix, scales = columns.matrix, columns.scales
         if not columns.side.are_all(places):
             suffix = HALVES_SUFFIX if scales is None else ""
             chosen = self.constant(name + suffix + COLUMNS_SUFFIX, places.astype(np.int32))
             matrix = self.tape.op("Gather", [matrix, chosen], {"axis": 1})
             scales = scales and self.tape.op("Gather", [scales, chosen], {"axis": 0})
+        if appends_zeros:
+            behind = self._behind(name)
+            matrix = self.tape.op("Pad", [matrix, *behind])
+            scales = scales and self.tape.op("Pad", [scales, *behind])
         if scales is not None:
             matrix.dtype = ir.DataType.INT8  # which passes that follow look at
             matrix = self.tape.op("DequantizeLinear", [matrix, scales], {"axis": 1})

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from form_bundles import packed_bundle, rounded_bundle
 from loop_bundles import ROWS, loop_bundle
@@ -83,3 +84,37 @@ def test_other_targets_are_refused(
     bundle = loop_bundle(tiny_policy, tiny_observations(1), tmp_path / "b", "cuda")
     with pytest.raises(EngineError, match="target cpu"):
         load_engine(bundle, runtime="openvino")
+
+
+@pytest.mark.parametrize(("first", "axis"), [((2, 0, 1), 0), ((1, 0, 2), 0), ((2, 0, 1), 1)])
+def test_channels_are_put_in_order_by_one_gather(
+    first: tuple[int, int, int], axis: int, tmp_path: Path
+) -> None:
+    import openvino
+
+    from engines.openvino_graph import read_graph
+
+    hidden = ir.val("hidden", ir.DataType.FLOAT, (4, 3, 5))
+    order = ir.tensor(np.array([2, 0, 2, 1], np.int32), name="order")
+    tape = ir.tape.Tape()
+    turned = tape.op("Transpose", [hidden], {"perm": list(first)})
+    picked = tape.op("Gather", [turned, tape.initializer(order)], {"axis": axis})
+    output = tape.op("Transpose", [picked], {"perm": [1, 2, 0]})
+    output.name, output.type = "output", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(
+        [hidden],
+        [output],
+        nodes=tape.nodes,
+        initializers=list(tape.initializers),
+        opset_imports={"": 21},
+    )
+    path = tmp_path / "graph.onnx"
+    ir.save(ir.Model(graph, ir_version=10), path)
+    model = read_graph(openvino.Core(), path)
+    x = np.random.default_rng(1).standard_normal((4, 3, 5)).astype(np.float32)
+    found = openvino.compile_model(model, "CPU")({"hidden": x})["output"]
+    expected = np.take(x.transpose(first), [2, 0, 2, 1], axis).transpose(1, 2, 0)
+    np.testing.assert_array_equal(found, expected)
+    left = sum(node.get_type_name() == "Transpose" for node in model.get_ordered_ops())
+    # What transposes otherwise stays as it is.
+    assert left == (0 if first == (2, 0, 1) and axis == 0 else 2)

@@ -70,6 +70,8 @@ _FOLLOWING = frozenset(
     ]
 )
 _NORM_FACTORS = ("Sqrt", "Reciprocal")
+# Pass on what they take, whatever its type.
+_CARRIERS = ("Gather", "Reshape", "Slice", "Concat", "Expand", "Transpose", "Pad")
 # Take values of any type and pass none on.
 _TYPELESS = ("Shape", "Size")
 
@@ -157,7 +159,7 @@ class _Typing:
             zero = node.inputs[2] if len(node.inputs) > 2 else None
             return ir.DataType.UINT8 if zero is None or zero.dtype is None else zero.dtype
         data = node.inputs[0] if node.inputs else None
-        carries = node.op_type in ("Gather", "Reshape", "Slice", "Concat", "Expand", "Transpose")
+        carries = node.op_type in _CARRIERS
         if carries and data is not None and data.dtype is not None and data.dtype not in _FLOATS:
             return data.dtype
         return dtype

@@ -77,6 +77,11 @@ def _length(value: ir.Value | None) -> int:
         return int(tensor.size)
     if node is not None and node.op_type == "Concat":
         return sum(map(_length, node.inputs))
+    if node is not None and node.op_type == "Pad":
+        pads = node.inputs[1]
+        added = None if pads is None else ir.convenience.get_const_tensor(pads)
+        assert added is not None
+        return _length(node.inputs[0]) + int(added.numpy().sum())
     if node is not None and node.op_type in ("Gather", "Cast"):
         return _length(node.inputs[1 if node.op_type == "Gather" else 0])
     raise ExportError(f"{value.name} holds no scales of a weight's channels")

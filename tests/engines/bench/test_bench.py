@@ -18,10 +18,16 @@ from engines.bench.contenders import BASELINE, DYNAMIC
 from engines.bench.decoder import DecoderGeometry, DecoderStack, measure_ranges
 from engines.bench.mixes import MIXES, W4_UNPRUNED
 from engines.bench.modelopt import ModeloptEnvironment
-from engines.bench.openvino_contenders import FLOAT, INT4, INT8, OpenVinoBench
+from engines.bench.openvino_contenders import (
+    FLOAT,
+    INT4,
+    INT8,
+    INT8_FLOAT_ATTENTION,
+    OpenVinoBench,
+)
 from engines.bench.pairs import compare_pairs
 from engines.bench.peaks import measure_peaks
-from engines.bench.torchao_contender import TORCHAO
+from engines.bench.torchao_contender import TORCHAO, TORCHAO_INT4
 from engines.rounds import speedup, time_in_turn
 from engines.targets import CPU
 from qvla_export.cli.app import app
@@ -49,7 +55,7 @@ def test_all_contenders_are_there_and_take_one_row_or_many(
     if OpenVinoBench.is_installed():
         own |= {f"{mix.name} (OpenVINO)" for mix in MIXES if mix.rounds_inputs} | {FLOAT}
     # NNCF is in the baselines' environment only, torchao in none of ours.
-    assert set(found) - {INT8, INT4, TORCHAO} == own
+    assert set(found) - {INT8, INT8_FLOAT_ATTENTION, INT4, TORCHAO, TORCHAO_INT4} == own
     for contender in found.values():
         for tokens in (1, 5):
             output = contender.run(stack.example(tokens))
@@ -144,10 +150,10 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
     if find_spec("openvino") is not None:
         on_openvino = {FLOAT, *(f"{mix.name} (OpenVINO)" for mix in MIXES if mix.rounds_inputs)}
         if find_spec("nncf") is not None:
-            on_openvino |= {INT8, INT4}
+            on_openvino |= {INT8, INT8_FLOAT_ATTENTION, INT4}
     for regime in value["regimes"]:
         names = [row["name"] for row in regime["engines"]]
-        own = [name for name in names if name != TORCHAO]
+        own = [name for name in names if not name.startswith("torchao")]
         assert names[0] == BASELINE and len(own) == 3 + len(MIXES) + len(on_openvino)
         assert on_openvino <= set(names)
         assert all(len(row["samples_ms"]) == 2 for row in regime["engines"])
