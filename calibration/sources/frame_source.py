@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from calibration.sources.base import BadFrame, Frame, OneWidth
 from calibration.sources.hub_cache import name_of_dataset
-from calibration.sources.image_codec import decode_png
+from calibration.sources.image_codec import decode_png, require_picture
 from calibration.sources.instruction_texts import text_of
 from calibration.sources.source_columns import Columns
 from qvla_export.shared.artifacts import sha256_file
@@ -129,12 +129,12 @@ class FrameSource(ABC):
         return Moment(str(self.root), episode, frame)
 
     def _pixels(self, camera: str, value: Any, place: str) -> NDArray[np.uint8]:
-        if isinstance(value, bytes):
-            try:
-                value = decode_png(value)
-            except ArtifactError as error:
-                raise ArtifactError(f"{place}: {error}") from None
-        image = np.asarray(value)
+        try:
+            image = np.asarray(decode_png(value) if isinstance(value, bytes) else value)
+            if image.ndim == 3 and image.size:
+                require_picture(image.shape[1], image.shape[0])
+        except ArtifactError as error:
+            raise ArtifactError(f"{place}: {error}") from None
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ArtifactError(
                 f"{place} holds no RGB picture uint8 [h, w, 3] but {image.dtype} "

@@ -63,7 +63,7 @@ def decode_as_tensorflow(data: bytes) -> NDArray[np.uint8]:
         return decode_png(data)
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        _require_picture(width, height)
+        require_picture(width, height)
         decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", fastdct=True)
     except ValueError as error:
         if isinstance(error, ArtifactError):
@@ -80,6 +80,11 @@ def _shows_through(image: Image.Image) -> bool:
     return bool(alpha.min() < 255)
 
 
-def _require_picture(width: int, height: int) -> None:
+def require_picture(width: int, height: int) -> None:
+    """Refuse what is larger, or of longer sides, than a camera's picture.
+
+    Raises:
+        ArtifactError: it is.
+    """
     if fault := picture_fault(width, height):
         raise ArtifactError(f"an image in the dataset is no camera's: {fault}")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.sources.data_paths import path_inside
-from calibration.sources.image_codec import decode_png, encode_png
+from calibration.sources.image_codec import decode_png, encode_png, require_picture
 from calibration.sources.lerobot_columns import is_video, picture_size
 from calibration.sources.lerobot_metadata import EpisodeSpan
 from calibration.sources.lerobot_values import picture_bytes
@@ -95,10 +95,12 @@ class Cameras:
             image = self._pictures.read(self._in_video(row, column))
         else:
             data = self.compressed(row, camera)
-            try:
+        try:
+            if column not in self.videos:
                 image = decode_png(data)
-            except ArtifactError as error:
-                raise ArtifactError(f"{place}: {error}") from None
+            require_picture(image.shape[1], image.shape[0])
+        except ArtifactError as error:
+            raise ArtifactError(f"{place}: {error}") from None
         size, first = self._sizes.setdefault(camera, (image.shape, place))
         if image.shape != size:
             raise ArtifactError(
