@@ -1,7 +1,6 @@
 """The noun `CalibrationSet`: observations drawn from episodes, with a held-out split."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -340,11 +339,14 @@ def _read(parts: Sequence[Sequence[DrawnRows]], source: Mapping[str, Any]) -> Ca
 
 
 def describe(calibration: CalibrationSet) -> str:
-    """Return one line that says what a calibration set holds."""
-    source = json.dumps(dict(calibration.source))
-    bad = calibration.source.get("bad_frames")
+    """Return one line that says what a calibration set holds, and of which columns."""
+    source = calibration.source
+    bad = source.get("bad_frames")
+    columns = ", ".join(f"{name}: {c}" for name, c in dict(source.get("columns", {})).items() if c)
+    places = str(source["dataset"]) if "dataset" in source else "the simulator"
     return (
         f"{len(calibration.observations)} observations, {len(calibration.held_out)} held out, "
         + (f"{bad} bad frames left out, " if bad is not None else "")
-        + f"from {source[:120]}"
+        + f"from {places}"
+        + (f" ({columns})" if columns else "")
     )

@@ -190,9 +190,9 @@ def check_stored(facts: CheckpointFacts | None) -> BoardFinding:
         return _STORED.ok("all are used")
     if facts.load_problem in (facts.config_problem, facts.statistics_problem):
         return _STORED.inapplicable("its description or statistics are to be mended first")
-    return _STORED.error(
-        facts.load_problem, f"as said there; then look again: qvla doctor {folder}"
-    )
+    # Said again, as a table breaks the commands in it.
+    remedy = f"{facts.load_problem}; then look again: qvla doctor {folder}"
+    return _STORED.error(facts.load_problem, remedy)
 
 
 def _wanted_key(facts: CheckpointFacts) -> str:

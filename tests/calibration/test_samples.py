@@ -96,7 +96,9 @@ def test_saved_and_loaded_it_is_the_same(drawn: CalibrationSet, tmp_path: Path) 
         assert ours.instruction == theirs.instruction
         assert (ours.images["image"] == theirs.images["image"]).all()
         assert ours.state.tolist() == theirs.state.tolist()
-    assert describe(loaded).startswith("5 observations, 4 held out, from")
+    name = loaded.source["dataset"]
+    columns = "image: observation.images.image, state: observation.state"
+    assert describe(loaded) == f"5 observations, 4 held out, from {name} ({columns})"
 
 
 def test_equal_sets_are_equal_files(

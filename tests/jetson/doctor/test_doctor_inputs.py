@@ -123,6 +123,7 @@ class TestCheckpoint:
                 load_policy(folder)
             assert finding(folder)["severity"] == "error"
             assert finding(folder)["observed"] == str(refused.value)
+            assert finding(folder)["remedy"].startswith(f"{refused.value}; then look again: qvla")
             (folder / "value_head--1_checkpoint.pt").unlink(missing_ok=True)
         weights["projector.fc2.bias"][0] = 0
         save_file(weights, folder / "model.safetensors")
