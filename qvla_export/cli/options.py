@@ -126,6 +126,14 @@ ScalesOption = Annotated[
         "targets then store).",
     ),
 ]
+TuneScalesOption = Annotated[
+    bool,
+    typer.Option(
+        "--tune-scales",
+        help="Once all codes of a plan are made, its scales answer what they do to the action "
+        "together: less error in the same bytes, with the whole policy in memory.",
+    ),
+]
 RangesOption = Annotated[
     Literal["max", "percentile", "mse", "entropy", "token"],
     typer.Option(

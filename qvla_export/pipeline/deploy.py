@@ -69,6 +69,8 @@ class Deployment:
     scales: ScaleForm = "group"
     # How the ranges of their rounded inputs are chosen.
     ranges: RangeMethod = DEFAULT_METHOD
+    # Whether the scales of planned settings are tuned together.
+    tune_scales: bool = False
     # What asked for it, for the record.
     command: str = ""
     # By what a setting is recommended, and what the user says of the action.
@@ -130,11 +132,10 @@ def deploy(
     compared = _measure(request, policy, steps)
     if request.holding.resident:
         policy.module.to("cpu")  # graphs are traced there
+    options = PlanOptions(request.ranges, tune_scales=request.tune_scales)
     for setting in request.settings:
         with steps.next(f"{setting.name}: plan, bundle, engine, action error") as hear:
-            quantize_setting(
-                run, setting, policy, target, request.holding, PlanOptions(request.ranges), hear
-            )
+            quantize_setting(run, setting, policy, target, request.holding, options, hear)
     if timed:
         with steps.next("latency, in process and served over HTTP") as hear:
             judging.latency(run, request.settings, request.samples, request.threads, hear)
@@ -181,6 +182,7 @@ def whole_work(request: Deployment) -> dict[str, bool]:
         f"--settings {','.join(rounded)}": bool(rounded),
         f"--check-pairs {request.check_pairs}": bool(request.check_pairs),
         f"--episodes {request.episodes}": bool(request.episodes),
+        "--tune-scales": request.tune_scales,
     }
 
 

@@ -12,11 +12,18 @@ from qvla_export.pipeline.run_folder import RunFolder, load_if_current
 from qvla_export.pipeline.work.log import ArtifactWork, recorded_work, short
 from qvla_export.quantizer.round_plan import round_plan, with_rounding
 from qvla_export.quantizer.rounding import Rounding
+from qvla_export.shared.errors import QvlaError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from qvla_export.pipeline.resources import Resources
     from qvla_export.policies.base import Policy
+    from qvla_export.quantizer.moments import Moments
     from qvla_export.quantizer.plan import BitPlan
+    from qvla_export.shared.observation import Observation
+
+_WHOLE = "scales are tuned with the whole policy in memory, this one's weights are on disk"
 
 
 def round_setting(
@@ -51,13 +58,41 @@ def round_setting(
         with recorded_work(
             _record(run, setting, planned, fed.digest, run.moments), on_progress
         ) as hear:
-            codes = round_plan(policy, planned, fed, bar(hear, work)).rounding
+            seen = load_calibration(run).observations
+            codes = coded_plan(policy, planned, fed, seen, bar(hear, work)).rounding
             assert codes is not None
             codes.save(run.rounding(setting))
         finish(on_progress, work, kept=False)
     else:
         finish(on_progress, work, kept=True)
     return with_rounding(planned, codes)
+
+
+def coded_plan(
+    policy: "Policy",
+    planned: "BitPlan",
+    fed: "Moments",
+    observations: "Sequence[Observation]",
+    tell: "Callable[[int, int], None] | None" = None,
+) -> "BitPlan":
+    """Return a plan with the codes, and the scales, that its quantizer makes.
+
+    Args:
+        policy: the full-precision policy.
+        planned: without codes.
+        fed: moments of the observations.
+        observations: to tune scales on, where the quantizer does.
+        tell: called with (layers done, layers in all).
+    """
+    from qvla_export.measurement.scale_tuning import tune_scales
+    from qvla_export.policies.layers import weights_on_disk
+
+    if not planned.quantizer.tuned_scales:
+        return round_plan(policy, planned, fed, tell)
+    if weights_on_disk(policy):
+        raise QvlaError(f"{_WHOLE}; give it more memory, or plan without --tune-scales")
+    coded = round_plan(policy, planned, fed, tell)
+    return tune_scales(policy, coded, observations, fed.shares(len(observations)))
 
 
 def _round_spans(
@@ -72,6 +107,8 @@ def _round_spans(
     from qvla_export.measurement.round_spans import SpanRounding, round_spans
     from qvla_export.pipeline.resources import Resources
 
+    if planned.quantizer.tuned_scales:
+        raise QvlaError(f"{_WHOLE}; give it more memory, or plan without --tune-scales")
     means, calibration = resources or Resources(), load_calibration(run)
     path = run.rounding(setting)
     spans = SpanRounding(

@@ -88,6 +88,9 @@ class QuantizerSpec:
     # What the error of one weight is made up for by: weights of the same channel, or those and all
     # channels of the layer that are rounded after it.
     compensation: Compensation = "none"
+    # Whether scales answer at last what all layers' codes do to the action together, see
+    # `measurement.scale_tuning`.
+    tuned_scales: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.rules) - set(CODE_RANGE))
@@ -101,6 +104,11 @@ class QuantizerSpec:
         if self.compensation not in get_args(Compensation):
             raise QvlaError(
                 f"compensation must be one of {get_args(Compensation)}, got {self.compensation!r}"
+            )
+        if self.tuned_scales and not self.needs_moments:
+            raise QvlaError(
+                "scales are tuned for codes that are made from what the layers are fed; measure "
+                "sensitivities with --quantizer compensated"
             )
 
     @property

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qvla_export.quantizer.layer_artifact import FileKind, LayerArtifact
 from qvla_export.quantizer.quantize import QuantizerSpec, with_steps
-from qvla_export.quantizer.scale_search import Steps
+from qvla_export.quantizer.scale_search import Steps, storable_scales
 from qvla_export.shared.artifacts import versions
 from qvla_export.shared.errors import QvlaError
 
@@ -85,6 +85,30 @@ class RoundedLayer:
                 weight = with_steps(codes, bits, spec, steps)
                 result[np.ix_(np.flatnonzero(chosen), order)] = weight.dequantize()
         return result
+
+    def with_scales(
+        self, factors: NDArray[np.float32], widths: NDArray[np.int8], spec: QuantizerSpec
+    ) -> "RoundedLayer":
+        """Return the same codes at scales that are so many times the present ones, as stored.
+
+        Args:
+            factors: float32 [channels, groups]; where a channel has one scale, the first counts.
+            widths: of the plan, int8 [channels].
+            spec: its quantizer.
+        """
+        scales = self.scales.copy()
+        for bits in np.unique(widths[(widths > 0) & (widths < 16)]).tolist():
+            chosen, rule = widths == bits, spec.rule(bits)
+            if rule.two_level:
+                # One factor moves a channel's scale, and so all of its groups.
+                assert self.multipliers is not None
+                changed = self.steps.of(chosen).channel_scales * factors[chosen, :1]
+                stored = storable_scales(changed, rule.scale_bits)
+                scales[chosen] = stored * self.multipliers[chosen]
+            else:
+                changed = scales[chosen] * factors[chosen]
+                scales[chosen] = storable_scales(changed, rule.scale_bits)
+        return replace(self, scales=scales)
 
 
 @dataclass(frozen=True)

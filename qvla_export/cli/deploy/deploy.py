@@ -26,6 +26,7 @@ from qvla_export.cli.options import (
     SkipBadFramesOption,
     TargetOption,
     TasksOption,
+    TuneScalesOption,
     UnnormKeyOption,
     WorkersOption,
     ZeroPointsOption,
@@ -88,6 +89,7 @@ def deploy(
     zero_points: ZeroPointsOption = False,
     scales: ScalesOption = "group",
     activations_method: RangesOption = "percentile",
+    tune_scales: TuneScalesOption = False,
     options: HoldingOptions = USUAL_HOLDING,
     force: ForceOption = False,
     tolerance: Tolerance = USUAL_TOLERANCE,
@@ -119,7 +121,7 @@ def deploy(
             opened_data, played, count, held_out, seed, frames_per_episode, skip_bad_frames
         ),
         *(played, played_times, check_pairs, samples, threads, seed, workers, probes or None),
-        *(quantizer or "compensated", zero_points, scales, activations_method),
+        *(quantizer or "compensated", zero_points, scales, activations_method, tune_scales),
         command=shlex.join(["qvla", *sys.argv[1:]]),
         tolerance=tolerance,
     )

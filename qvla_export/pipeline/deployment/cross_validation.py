@@ -106,8 +106,9 @@ def _coded(
 ) -> "BitPlan":
     """Return a plan with codes made from some observations; one of nearest codes as it is."""
     from qvla_export.measurement.measure_moments import measure_moments
-    from qvla_export.quantizer.round_plan import round_plan
+    from qvla_export.pipeline.round import coded_plan
 
     if not plan.quantizer.needs_moments:
         return plan
-    return round_plan(policy, replace(plan, rounding=None), measure_moments(policy, others, digest))
+    fed = measure_moments(policy, others, digest)
+    return coded_plan(policy, replace(plan, rounding=None), fed, others)
