@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny_bundles import make_bundle, mixed_plan
 
 from calibration.calibration_set import CalibrationSet
@@ -17,7 +15,7 @@ from engines.verify import judge
 from qvla_export.allocation.setting import parse_setting
 from qvla_export.measurement import scale_tuning
 from qvla_export.measurement.measure_moments import measure_moments
-from qvla_export.measurement.scale_tuning import TuningSettings, least_changes, tune_scales
+from qvla_export.measurement.scale_tuning import TuningSettings, tune_scales
 from qvla_export.pipeline.deployment.cross_validation import predict_error
 from qvla_export.pipeline.fake_quantized import judge_plan
 from qvla_export.pipeline.plan import PlanOptions
@@ -45,41 +43,16 @@ def coded(policy: OftPolicy, seen: list[Observation], target: Target = CPU) -> B
     return round_plan(policy, plan, measure_moments(policy, seen, "c" * 64))
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 9))
-def test_changes_are_those_of_a_ridge_regression(rows: int, scales: int, seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    slopes = generator.standard_normal((2 * rows, scales)).astype(np.float32)
-    misses = slopes.astype(np.float64) @ generator.standard_normal(scales)
-    fold = np.repeat([0, 1], rows)
-    changes = least_changes(slopes, misses, fold)
-    found = np.square(misses + slopes @ changes).sum()
-    assert found <= np.square(misses).sum()
-    # In the space of scales: the normal equations of one of the ridges, or no change.
-    wide = slopes.astype(np.float64)
-    unit = np.square(wide).sum() / len(wide)
-    gradient = wide.T @ (misses + wide @ changes)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ridges = -gradient / changes / unit
-    assert not changes.any() or any(
-        np.allclose(ridges, ridge, rtol=0.02) for ridge in scale_tuning.RIDGES
-    )
-
-
-def test_what_predicts_nothing_changes_nothing() -> None:
-    generator = np.random.default_rng(0)
-    slopes = generator.standard_normal((16, 40)).astype(np.float32)
-    fold = np.repeat([0, 1, 2, 3], 4)
-    # Each run of rows asks for the contrary of the one before it.
-    slopes[4:] = np.tile(slopes[:4], (3, 1))
-    misses = np.tile(generator.standard_normal(4), 4) * np.repeat([1, -1, 1, -1], 4)
-    assert not least_changes(slopes, misses, fold).any()
-    assert not least_changes(0 * slopes, misses, fold).any()
-
-
-@pytest.mark.parametrize("target", [CPU, LEVELED], ids=["group", "two-level"])
+@pytest.mark.parametrize(
+    ("target", "share"),
+    [
+        pytest.param(CPU, 0.5, id="group"),
+        # One factor a channel, whose groups cannot answer for themselves.
+        pytest.param(LEVELED, 0.7, id="two-level", marks=pytest.mark.slow),
+    ],
+)
 def test_tuning_undoes_scales_that_are_off(
-    tiny_policy: OftPolicy, tiny_observations: Make, target: Target
+    tiny_policy: OftPolicy, tiny_observations: Make, target: Target, share: float
 ) -> None:
     seen, others = tiny_observations(8), tiny_observations(4, seed=9)
     plan = coded(tiny_policy, seen, target)
@@ -103,9 +76,9 @@ def test_tuning_undoes_scales_that_are_off(
         if layer.multipliers is not None and off[name].multipliers is not None:
             assert np.array_equal(layer.multipliers, off[name].multipliers)
     assert tuned.weight_bytes == bad.weight_bytes
-    for observations, share in ((seen, 0.5), (others, 0.9)):
+    for observations, left in ((seen, share), (others, 0.9)):
         before, after = (judge_plan(tiny_policy, p, observations).rms for p in (bad, tuned))
-        assert after < share * before
+        assert after < left * before
 
 
 def test_shares_say_which_observations_count(
@@ -150,8 +123,8 @@ def test_a_run_tunes_its_scales_where_its_plan_says_so(
     tiny_policy: OftPolicy, tiny_checkpoint: Path, tiny_observations: Make, tmp_path: Path
 ) -> None:
     run, w4 = RunFolder(tmp_path / "run"), parse_setting("w4")
-    drawn = tuple(tiny_observations(6))
-    CalibrationSet(drawn[:4], drawn[4:], {"test": 1}).save(run.calibration)
+    drawn = tuple(tiny_observations(9))
+    CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(run.calibration)
     sensitivities(run, tiny_policy, CPU, SensitivityRequest(probes=1))
     plan_setting(run, w4, CPU, tiny_policy.digest)
     plain = round_setting(run, w4, tiny_policy)
@@ -165,7 +138,7 @@ def test_a_run_tunes_its_scales_where_its_plan_says_so(
     assert tuned is not None and tuned.rounding is not None and kept is not None
     assert kept.rounding is not None and kept.rounding.digest == tuned.rounding.digest
     assert tuned.weight_bytes == plain.weight_bytes
-    errors = [judge_plan(tiny_policy, p, drawn[:4]).rms for p in (plain, tuned)]
+    errors = [judge_plan(tiny_policy, p, drawn[:8]).rms for p in (plain, tuned)]
     assert errors[1] < errors[0]
 
 
