@@ -50,5 +50,4 @@ def _solved(
     kernel: NDArray[np.float64], misses: NDArray[np.float64], ridge: float
 ) -> NDArray[np.float64]:
     damped = kernel + ridge * np.eye(len(kernel))
-    answers: NDArray[np.float64] = np.linalg.solve(damped, misses)
-    return answers
+    return np.linalg.solve(damped, misses).astype(np.float64)
