@@ -72,7 +72,7 @@ def resolve_columns(keys: KeyMap, features: Mapping[str, Any]) -> KeyMap:
 
 def split_columns(text: str | None) -> tuple[str, ...]:
     """Return the columns that a text names, separated by commas."""
-    return tuple(name.strip() for name in text.split(",")) if text else ()
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def number_names(features: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:

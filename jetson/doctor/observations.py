@@ -70,9 +70,9 @@ def check_dataset(facts: DatasetFacts | None) -> BoardFinding:
     if facts.remedy:
         return _DATASET.unknown(facts.problem, facts.remedy)
     if facts.problem:
+        # The problem's text says what to do, and a table breaks it.
         return _DATASET.error(
-            facts.problem,
-            f"{_look_into(facts.path)}; mend what is named, or write it anew as a LeRobotDataset",
+            facts.problem, f"{facts.problem}; to look into it: {_look_into(facts.path)}"
         )
     return _DATASET.ok(f"{facts.frames} frames")
 

@@ -141,7 +141,10 @@ class Hdf5File:
         """Return an array that is safe to read a row of."""
         array = self._object(name)
         if not isinstance(array, h5py.Dataset):
-            raise ArtifactError(f"{self.path} has no array {name}")
+            raise ArtifactError(
+                f"{self.path} has no array {name}, which is read of all files and episodes; leave "
+                "those out that lack it, or name others with --camera, --state-column"
+            )
         if array.is_virtual or array.external:
             raise ArtifactError(
                 f"{self.path}, {name}: its data lie in other files, which is not followed; write "

@@ -162,3 +162,14 @@ def test_robomimics_files_are_refused_by_name(tmp_path: Path) -> None:
         group["obs/agentview_image"] = np.zeros((4, 8, 8, 3), np.uint8)
     with pytest.raises(ArtifactError, match="is robomimic's HDF5, which is not read"):
         open_source(tmp_path)
+
+
+def test_a_camera_that_one_file_lacks_is_named(tmp_path: Path) -> None:
+    root = copied(WRITTEN / "libero", tmp_path)
+    last = sorted(root.glob("*.hdf5"))[-1]
+    with h5py.File(last, "r+") as file:
+        del file["data/demo_0/obs/eye_in_hand_rgb"]
+    with pytest.raises(ArtifactError, match=r"no array .*/eye_in_hand_rgb, .*--camera"):
+        open_source(root)
+    only = open_source(root, KeyMap({"image": "agentview_rgb"}))
+    assert only.cameras == ("image",)

@@ -122,6 +122,14 @@ def test_numbers_are_read_whatever_their_type(root: Path, kind: Any, values: lis
     assert LeRobotDataset(root).frame(0, 2).action.tolist() == [float(v) for v in values]
 
 
+def test_a_comma_at_the_end_names_nothing(root: Path) -> None:
+    """It was answered with "the dataset has no images"."""
+    expected = LeRobotDataset(root).frame(0, 1).observation.state
+    for columns in (f"{STATE},", f" ,{STATE} , "):
+        state = LeRobotDataset(root, KeyMap(state=columns)).frame(0, 1).observation.state
+        assert np.array_equal(state, expected)
+
+
 def test_texts_may_be_stored_as_bytes_or_numbered(root: Path) -> None:
     edit_info(root, lambda i: i["features"].update(said={"dtype": "string", "shape": [1]}))
     for values in ([b"open it"] * NUMBER, pa.array(["open it"] * NUMBER).dictionary_encode()):

@@ -225,6 +225,8 @@ class TestDataset:
         done = qvla("doctor", "--dataset", tmp_path, "--json")
         found = {f["what"]: f for f in json.loads(done.out)["findings"]}
         assert (done.code, found["data set"]["severity"]) == (2, "error")
+        told = found["data set"]
+        assert told["remedy"].startswith(f"{told['observed']}; to look into it: ls ")
         missing = DatasetFacts(tmp_path, "pyarrow is not installed", "pip install 'qvla[host]'")
         assert check_dataset(missing).severity == "unknown"
 
