@@ -60,7 +60,7 @@ class PartGraph:
             from engines.torch.tiled_products import tiled_products
 
             values = ConstantValues(self.constants, self.nodes)
-            self.nodes = tiled_products(self.nodes, values, device)
+            self.nodes = tiled_products(self.nodes, self.outputs, values, device)
             self.nodes = rounded_inputs(self._needed(), self.outputs, values, device)
         self._fold()
         self._static = self._decided()

@@ -23,24 +23,55 @@ class _Weight:
     node: Operation
     widths: tuple[WidthCodes, ...]
     channels: int
+    # Added to the product where it is read by this alone.
+    bias: "_Bias | None" = None
+
+    @property
+    def output(self) -> str:
+        """Name of what a launch gives."""
+        return self.node.outputs[0] if self.bias is None else self.bias.node.outputs[0]
+
+
+@dataclass(frozen=True)
+class _Bias:
+    """An Add of a constant, one number a channel."""
+
+    node: Operation
+    numbers: NDArray[np.float32]
+    # Dimensions of the constant: what it is added to has as many.
+    rank: int
 
 
 def tiled_products(
-    nodes: Sequence[Operation], values: ConstantValues, device: torch.device
+    nodes: Sequence[Operation],
+    outputs: Sequence[str],
+    values: ConstantValues,
+    device: torch.device,
 ) -> list[Operation]:
     """Return a graph's nodes with its products of quantized weights in tiles.
 
-    Products that read the same value are one launch, whatever their widths; what puts their
-    outputs in order stays as it is. Rounded inputs go in as int8 numbers, halves as they are;
-    products of float32 rows stay, as halves would move actions.
+    Products that read the same value are one launch, whatever their widths, with the biases that
+    are added next; what puts their outputs in order stays as it is. Rounded inputs go in as int8
+    numbers, halves as they are; products of float32 rows stay, as halves would move actions.
+
+    Args:
+        nodes: in order.
+        outputs: of the graph.
+        values: what constants decide.
+        device: where it runs.
     """
     producers = {name: node for node in nodes for name in node.outputs}
-    readers: dict[str, list[Operation]] = {}
+    users: dict[str, list[Operation]] = {}
     for node in nodes:
-        if node.operator == "MatMul" and values.known(node.inputs[1]):
-            readers.setdefault(node.inputs[0], []).append(node)
+        for name in node.inputs:
+            users.setdefault(name, []).append(node)
     launches: dict[str, Operation] = {}
-    for name, products in readers.items():
+    for name, readers in users.items():
+        products = [
+            node
+            for node in readers
+            if node.operator == "MatMul" and node.inputs[0] == name and values.known(node.inputs[1])
+        ]
         source, scale = _rows(name, producers, values)
         weights = [
             _weight(node, producers, values, integers=scale is not None) for node in products
@@ -51,8 +82,14 @@ def tiled_products(
             weights = [_weight(node, producers, values, integers=False) for node in products]
         found = [weight for weight in weights if weight is not None]
         if any(width.bits < 16 for weight in found for width in weight.widths):
+            for place, weight in enumerate(found):
+                readers = users.get(weight.node.outputs[0], [])
+                if weight.node.outputs[0] not in outputs and len(readers) == 1:
+                    found[place] = replace(weight, bias=_bias(weight, readers[0], values))
             launch = _launch(found, source, scale, device)
-            launches |= dict.fromkeys(launch.outputs, launch)
+            launches |= {
+                name: launch for one in found for name in (one.node.outputs[0], one.output)
+            }
     left, done = [], set()
     for node in nodes:
         launch_of = launches.get(node.outputs[0])
@@ -71,7 +108,8 @@ def run_tiled(attributes: Mapping[str, Any], values: Tensor) -> tuple[Tensor, ..
     if flat.dtype == torch.uint8:  # its middle, 128, is 0
         flat = (flat ^ 128).view(torch.int8)
     out = layer(flat, attributes["scale"], attributes["dtype"])
-    shaped = out.reshape(*values.shape[:-1], layer.channels)
+    ones = [1] * (attributes["rank"] - values.dim())
+    shaped = out.reshape(*ones, *values.shape[:-1], layer.channels)
     return torch.split(shaped, attributes["sizes"], dim=-1)
 
 
@@ -86,7 +124,10 @@ def _launch(
         for width in weight.widths:
             moved = replace(width, channels=width.channels + start)
             by_bits.setdefault(width.bits, []).append(moved)
-    layout = lay_out([_joined(widths) for widths in by_bits.values()], (int(places[-1]), inputs))
+    none = np.zeros(0, np.float32)
+    biases = [np.zeros(w.channels) if w.bias is None else w.bias.numbers for w in weights]
+    shape, bias = (int(places[-1]), inputs), np.concatenate([none, *biases]).astype(np.float32)
+    layout = lay_out([_joined(widths) for widths in by_bits.values()], shape, bias)
     attributes = {
         "layer": TiledLayer(layout, device),
         "scale": None if scale is None else scale.reshape(1).float().to(device),
@@ -94,9 +135,21 @@ def _launch(
         if scale is not None and scale.dtype == torch.float32
         else torch.float16,
         "sizes": [weight.channels for weight in weights],
+        "rank": max(0 if weight.bias is None else weight.bias.rank for weight in weights),
     }
-    outputs = tuple(weight.node.outputs[0] for weight in weights)
+    outputs = tuple(weight.output for weight in weights)
     return Operation(TILED, attributes, (source,), outputs)
+
+
+def _bias(weight: _Weight, reader: Operation, values: ConstantValues) -> _Bias | None:
+    """Return what the only reader of a product adds to its channels; None for anything else."""
+    others = [name for name in reader.inputs if name != weight.node.outputs[0]]
+    if reader.operator != "Add" or len(others) != 1 or not values.known(others[0]):
+        return None
+    added = values.of(others[0])
+    if added.dim() < 1 or not added.shape[-1] == added.numel() == weight.channels:
+        return None
+    return _Bias(reader, added.reshape(-1).float().numpy(), added.dim())
 
 
 def _joined(widths: Sequence[WidthCodes]) -> WidthCodes:

@@ -27,7 +27,8 @@ def normed_layer(norm: str, widths: NDArray[np.int8], inputs: int, target: Targe
     product = tape.op(
         "MatMul", [normal, constant(tape, "w", weight.T)], metadata_props={LAYER_KEY: LAYER}
     )
-    model = model_of(tape, x, product)
+    bias = generator.normal(size=len(widths)).astype(np.float32)
+    model = model_of(tape, x, tape.op("Add", [product, constant(tape, "b", bias)]))
     model = quantize_activations(model, ActivationRanges(8, "max", {LAYER: 2.5}), target)
     spec = spec_for(target)
     model = bucketize(model, {LAYER: widths}, spec, target, rounded_inputs=True)
