@@ -47,6 +47,7 @@ def shown(run: Path) -> str:
     return html.unescape(write_report(run).read_text())
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_estimators_are_shown_where_they_were_compared(run: Path) -> None:
     assert "Estimators of sensitivities" not in shown(run)
     compared(run).save(run / "estimators.json")
@@ -88,6 +89,7 @@ def test_estimators_of_another_run_are_refused(run: Path, digest: str) -> None:
         write_report(run)
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_standard_errors_are_shown_by_width(run: Path) -> None:
     measured = Sensitivities.load(run / "sensitivities.safetensors")
     page = shown(run)

@@ -36,6 +36,7 @@ def data(run: Path) -> RunData:
     return read_run(run)
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_the_table_has_the_artifacts_numbers(data: RunData) -> None:
     page = render(data)
     assert not any(tag == "script" for tag, _ in Outline(page).tags)
@@ -50,6 +51,7 @@ def test_the_table_has_the_artifacts_numbers(data: RunData) -> None:
     assert "w8" not in table.split("<tbody>")[1]
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_without_the_step_there_is_no_table(data: RunData) -> None:
     bare = tuple(replace(setting, predicted_error=None) for setting in data.settings)
     assert HEADING not in render(replace(data, settings=bare))

@@ -63,6 +63,7 @@ def test_errors_against_demonstrations_stand_beside_every_setting(
         assert ("over the bound" in found) == bool(row["exceeds"])
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_contents_lead_to_sections(page: str, run: Path) -> None:
     (run / "recommendation.json").unlink()
     for text in (page, write_report(run).read_text()):
@@ -82,6 +83,7 @@ def test_traces_name_every_number_of_the_action(page: str) -> None:
     assert all(f'<th scope="col">{name}</th>' in table for name in NAMES)
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_what_a_run_cannot_have_is_not_missed(run: Path) -> None:
     """A data set's run for an Orin: no episodes, no controls, no latency here."""
     shutil.rmtree(run / "controls")
@@ -104,6 +106,7 @@ def test_what_a_run_cannot_have_is_not_missed(run: Path) -> None:
     assert all(piece.is_due for pieces in missing.values() for piece in pieces)
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_what_a_run_was_to_have_is_missed_in_one_line_each(run: Path) -> None:
     shutil.rmtree(run / "controls")
     (run / "latency.json").unlink()

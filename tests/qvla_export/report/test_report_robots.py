@@ -55,6 +55,7 @@ def rows_of(run: Path) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("no_page")
+@pytest.mark.usefixtures("empty_figures")
 def test_what_a_robot_measured_is_told(run: Path, from_robot: Path) -> None:
     assert not rows_of(run)
     report_run(run, [from_robot])
@@ -69,6 +70,7 @@ def test_what_a_robot_measured_is_told(run: Path, from_robot: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_page")
+@pytest.mark.usefixtures("empty_figures")
 def test_predictions_stand_beside_it(run: Path, from_robot: Path, tmp_path: Path) -> None:
     measured = RobotProfile.load(from_robot)
     # As if these bundles had been the Orin's.
@@ -86,6 +88,7 @@ def test_predictions_stand_beside_it(run: Path, from_robot: Path, tmp_path: Path
         assert f"{profile.percentile_ms(50) / row['predicted_ms']:.2f}×" in table
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_a_machine_that_is_no_board_says_so(run: Path, tmp_path: Path) -> None:
     output, bundle = tmp_path / "here.json", run / "settings/w4/bundle"
     words = ("robot", "profile", bundle, "--output", output, "--samples", 20, "--warmup", 1)
