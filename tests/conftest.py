@@ -149,8 +149,13 @@ def deployed(inputs: "Inputs", tmp_path_factory: pytest.TempPathFactory) -> "tup
         (new / "said.json").write_text(json.dumps(said))
 
     folder = made_once(tmp_path_factory, "deployed", deploy)
-    said = Outcome(**json.loads((folder / "said.json").read_text()))
-    return _own_copy(folder / "run", tmp_path_factory), said
+    made, own = folder / "run", _own_copy(folder / "run", tmp_path_factory)
+    # Whoever writes the report again writes the recommendation too, with the copy's commands.
+    recommendation = own / "recommendation.json"
+    recommendation.write_text(recommendation.read_text().replace(str(made), str(own)))
+    said = json.loads((folder / "said.json").read_text())
+    texts = {name: said[name].replace(str(made), str(own)) for name in ("out", "err")}
+    return own, Outcome(**(said | texts))
 
 
 def _own_copy(run: Path, factory: pytest.TempPathFactory) -> Path:

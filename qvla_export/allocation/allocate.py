@@ -172,9 +172,10 @@ def _allowed_widths(
     # codes that are stored expanded are asked for by their nominal bits.
     kept = [available[0]]
     for bits in available[1:]:
-        container = target.containers[bits]
-        fewer = container.bits < target.containers[kept[-1]].bits
-        if bits == 0 or fewer or (nominal and container.is_expanded):
+        # Pruned channels are in no container.
+        container = target.containers.get(bits)
+        fewer = container is None or container.bits < target.containers[kept[-1]].bits
+        if fewer or (nominal and container is not None and container.is_expanded):
             kept.append(bits)
     return tuple(kept)
 
