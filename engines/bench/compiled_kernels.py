@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,21 +104,12 @@ def compile_kernel(form: ProductForm, architecture: int) -> CompiledKernel:
     Raises:
         EngineError: Triton is not installed.
     """
-    try:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
+    _require_triton()
+    from engines.kernels.mixed_width import multiply_tiles
 
-        from engines.kernels.mixed_width import multiply_tiles
-    except ImportError as error:
-        raise EngineError(
-            f"compiling needs Triton ({error}); pip install 'qvla[triton]'"
-        ) from error
-    signature = {"product": _signature(form), "FORM": "constexpr"}
-    aligned = {path: [["tt.divisibility", 16]] for path in _aligned(form)}
-    source = ASTSource(multiply_tiles, signature, {"FORM": form}, aligned)
     options = {"num_warps": form.warps, "num_stages": form.stages, "enable_fp_fusion": True}
-    kernel = triton.compile(source, GPUTarget("cuda", architecture, _THREADS_OF_A_WARP), options)
+    taken = {"product": _signature(form)}
+    kernel = _compiled(multiply_tiles, taken, _aligned(form), form, architecture, options)
     registers, instructions = _reported(kernel)
     return CompiledKernel(
         architecture,
@@ -154,27 +146,48 @@ def compile_rounding(norm: str, inputs: int, rows: str, architecture: int) -> Co
     Raises:
         EngineError: Triton is not installed.
     """
-    try:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
+    _require_triton()
+    from engines.kernels.rounded_rows import Rounding, round_rows
+    from engines.kernels.rounding_form import rounding_form
 
-        from engines.kernels.rounded_rows import Rounding, round_rows
-        from engines.kernels.rounding_form import rounding_form
-    except ImportError as error:
-        raise EngineError(
-            f"compiling needs Triton ({error}); pip install 'qvla[triton]'"
-        ) from error
     form, warps = rounding_form(inputs, norm, halves=norm != "none")
     wide = ("*fp32",) * 3
-    signature = {"task": Rounding(f"*{rows}", "*i8", *wide, "i32", "fp32"), "FORM": "constexpr"}
-    aligned = {(0, place): [["tt.divisibility", 16]] for place in range(6)}
-    source = ASTSource(round_rows, signature, {"FORM": form}, aligned)
-    target = GPUTarget("cuda", architecture, _THREADS_OF_A_WARP)
-    kernel = triton.compile(source, target, {"num_warps": warps, "enable_fp_fusion": False})
+    taken = {"task": Rounding(f"*{rows}", "*i8", *wide, "i32", "fp32")}
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    aligned = [(0, place) for place in range(6)]
+    kernel = _compiled(round_rows, taken, aligned, form, architecture, options)
     registers, instructions = _reported(kernel)
     shared, spills = int(kernel.metadata.shared), _spills(instructions)
     return CompiledRounding(architecture, inputs, rows, norm, registers, shared, spills)
+
+
+def _require_triton() -> None:
+    """Raise EngineError where Triton is not installed."""
+    if find_spec("triton") is None:
+        raise EngineError("compiling needs Triton; pip install 'qvla[triton]'")
+
+
+def _compiled(
+    function: Any,
+    taken: dict[str, Any],
+    aligned: Sequence[tuple[int, ...]],
+    form: Any,
+    architecture: int,
+    options: dict[str, Any],
+) -> Any:
+    """Return a kernel for an architecture: of a form, taking what has these types.
+
+    Args:
+        aligned: where in that are multiples of 16: indices of arguments and of their fields.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    multiples = {path: [["tt.divisibility", 16]] for path in aligned}
+    source = ASTSource(function, {**taken, "FORM": "constexpr"}, {"FORM": form}, multiples)
+    target = GPUTarget("cuda", architecture, _THREADS_OF_A_WARP)
+    return triton.compile(source, target, options)
 
 
 def _reported(kernel: Any) -> tuple[int, list[tuple[int, str, str]]]:

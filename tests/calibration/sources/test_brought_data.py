@@ -1,7 +1,6 @@
 """Data sets as others publish them: columns, values and pictures as they mean them, or refused."""
 
 import io
-import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -21,7 +20,6 @@ from changed_datasets import (
     edit_features,
     rename,
     set_column,
-    write_brought,
 )
 from PIL import Image
 
@@ -33,17 +31,6 @@ from qvla_export.pipeline.data_source import ColumnOptions, open_dataset
 from qvla_export.pipeline.progress import Progress
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.shared.errors import ArtifactError, QvlaError
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_brought(tmp_path_factory.mktemp("brought") / "original")
-
-
-@pytest.fixture
-def root(original: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change: eight episodes of five frames."""
-    return Path(shutil.copytree(original, tmp_path / "dataset"))
 
 
 def pictures(data: bytes) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ from changed_datasets import (
     STATE,
     drawn_from,
     set_column,
-    write_brought,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,17 +29,6 @@ from calibration.sources.lerobot import LeRobotDataset
 from calibration.sources.lerobot_writer import write_dataset
 from qvla_export.pipeline.data_source import ColumnOptions, open_dataset
 from qvla_export.shared.errors import ArtifactError, QvlaError
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_brought(tmp_path_factory.mktemp("brought") / "original")
-
-
-@pytest.fixture
-def root(original: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change: eight episodes of five frames."""
-    return Path(shutil.copytree(original, tmp_path / "dataset"))
 
 
 def test_rows_are_found_by_their_index_whatever_metadata_says_of_files(tmp_path: Path) -> None:
