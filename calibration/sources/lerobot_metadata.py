@@ -21,7 +21,8 @@ _EPISODES_JSON = "meta/episodes.jsonl"
 _TASKS_JSON = "meta/tasks.jsonl"
 _CHUNK_EPISODES = 1000
 _EPISODE_COLUMNS = ("episode_index", "dataset_from_index", "dataset_to_index")
-# Says nothing that rows do not say better, but shows metadata that a merge has damaged.
+# Says nothing that rows do not say better, so it may be missing; where it stands, it shows metadata
+# that a merge has damaged.
 _FILE_COLUMNS = ("data/chunk_index", "data/file_index")
 
 
@@ -154,9 +155,10 @@ def _spans_of_tables(root: Path, places: VideoPlaces) -> list[EpisodeSpan]:
     if not paths:
         raise ArtifactError(f"no episodes found: {root}/meta/episodes/chunk-*/file-*.parquet")
     spans: list[EpisodeSpan] = []
-    columns = _EPISODE_COLUMNS + _FILE_COLUMNS
     for path in paths:
-        places.require_columns(path, column_names(path))
+        present = column_names(path)
+        places.require_columns(path, present)
+        columns = _EPISODE_COLUMNS + tuple(c for c in _FILE_COLUMNS if c in present)
         table = read_parquet(path, columns + places.table_columns)
         for number, row in enumerate(table.to_pylist()):
             place = f"{path}, episode {number}"

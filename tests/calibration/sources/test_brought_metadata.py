@@ -42,6 +42,10 @@ def test_rows_are_found_by_their_index_whatever_metadata_says_of_files(tmp_path:
     # As the public converter left it: the episode at a boundary points to the file before.
     set_column(right / EPISODES, "data/file_index", [0, *range(NUMBER - 1)])
     assert drawn_from(LeRobotDataset(right)).digest == expected
+    # As one leaves it that writes no places at all.
+    places = ["data/chunk_index", "data/file_index"]
+    pq.write_table(pq.read_table(right / EPISODES).drop_columns(places), right / EPISODES)
+    assert drawn_from(LeRobotDataset(right)).digest == expected
     # Rows in any order, and without statistics in the footer.
     for path in right.rglob("data/**/*.parquet"):
         table = pq.read_table(path)
