@@ -69,7 +69,8 @@ def run_program(
     """Run a program with any kind of value: arrays, a runtime's tensors, shapes.
 
     Args:
-        program: what to run.
+        program: what to run. What it carries on is let go once the last part that reads it has
+            run: caches of a whole network are never there twice.
         reads: part name -> names of its inputs.
         feeds: the bundle's inputs by name.
         call: runs one part: the run it belongs to, its name, its inputs by name -> its outputs.
@@ -83,8 +84,9 @@ def run_program(
     values = dict(feeds)
     for run in program.runs:
         renamed = {name: _look_up(values, source, run) for name, source in run.start.items()}
+        spent = _last_reads(run, reads)
         for repetition in range(run.times):
-            for part in run.parts:
+            for number, part in enumerate(run.parts):
                 if part not in reads:
                     raise ProgramError(f"run {run.name!r} names part {part!r}, there is no such")
                 inputs = {
@@ -92,9 +94,25 @@ def run_program(
                     for name in reads[part]
                 }
                 values |= call(run, part, inputs)
+                for name in spent.get(number, ()):
+                    renamed.pop(name, None)
             if repetition + 1 < run.times:
                 renamed |= {name: _look_up(values, out, run) for out, name in run.carry.items()}
     return values
+
+
+def _last_reads(run: PartRuns, reads: Mapping[str, Iterable[str]]) -> dict[int, list[str]]:
+    """Return the number of a part in a run -> carried inputs that no later part of it reads."""
+    last = {
+        name: number
+        for number, part in enumerate(run.parts)
+        for name in reads.get(part, ())
+        if name in run.carry.values()
+    }
+    spent: dict[int, list[str]] = {}
+    for name, number in last.items():
+        spent.setdefault(number, []).append(name)
+    return spent
 
 
 def _look_up(values: Mapping[str, _Value], name: str, run: PartRuns) -> _Value:

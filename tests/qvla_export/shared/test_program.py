@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,36 @@ def test_carried_values_are_those_of_the_repetition_before(times: int, first: in
         out_a, out_b = a + 1, b
         a, b = out_b, out_a
     assert (values["out_a"], values["out_b"]) == (out_a, out_b)
+
+
+def test_what_is_carried_is_let_go_once_it_is_read() -> None:
+    """Caches of all blocks are most of what a decoder holds: never those of two passes at once."""
+
+    class Cache:
+        pass
+
+    blocks = range(8)
+    moves = {f"next_{i}": f"cache_{i}" for i in blocks}
+    names = tuple(f"block_{i}" for i in blocks)
+    start = dict.fromkeys(moves.values(), "empty")
+    runs = (
+        PartRuns("prefill", names, start=start),
+        PartRuns("decode", names, 4, {name: out for out, name in moves.items()}, moves),
+    )
+    alive: weakref.WeakSet[Cache] = weakref.WeakSet()
+    most = 0
+
+    def call(run: PartRuns, part: str, inputs: dict[str, Cache]) -> dict[str, Cache]:
+        nonlocal most
+        made = Cache()
+        alive.add(made)
+        most = max(most, len(alive))
+        return {part.replace("block", "next"): made}
+
+    reads = {f"block_{i}": [f"cache_{i}"] for i in blocks}
+    values = run_program(Program(runs), reads, {"empty": Cache()}, call)
+    assert most <= len(blocks) + 2  # a block's own, and the one before's until the next begins
+    assert set(values) == {"empty", *moves}
 
 
 @pytest.mark.parametrize(
