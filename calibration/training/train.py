@@ -23,7 +23,7 @@ from calibration.training.training_data import load_frames
 from qvla_export.policies.oft.config import OftConfig
 from qvla_export.policies.prismatic.new_checkpoint import NetworkSize
 from qvla_export.shared.artifacts import versions, write_bytes, write_json
-from qvla_export.shared.errors import ArtifactError
+from qvla_export.shared.errors import ArtifactError, QvlaError
 
 __all__ = ["REFERENCE_CONFIG", "NetworkSize", "TrainingConfig", "train_policy"]
 
@@ -47,10 +47,12 @@ def train_recipe(
         on_progress: called with (steps done, steps in all).
 
     Raises:
-        QvlaError: the data do not fit the policy or the batch.
+        QvlaError: the data do not fit the policy or the batch, or the recipe is not compiled.
         ArtifactMismatch: `output` holds a training with other settings, network or data.
     """
     if isinstance(recipe, FamilyRecipe):
+        if config.compiled:
+            raise QvlaError("only trainings of oft are compiled; leave out --compile")
         return train_family(root, output, recipe.learner, config, on_progress)
     name, size = recipe.data_name, recipe.size
     return train_policy(root, output, size, config, name, on_progress, recipe.policy)

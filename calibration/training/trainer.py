@@ -89,6 +89,9 @@ class Trainer(BaseTrainer):
         goals = GoalHeads(size.hidden_dim, frames.goals.shape[1])
         identity = {**asdict(size), "data": frames.digest}
         super().__init__(module, goals, config, len(frames), identity)
+        if config.compiled:
+            for network in (module.projector, module.language_model):
+                network.forward = torch.compile(network.forward, dynamic=False)
 
     def losses(self, rows: Tensor, random: torch.Generator) -> dict[str, Tensor]:
         """Return the mean absolute errors of the actions and of the goals."""

@@ -20,7 +20,7 @@ from calibration.training.learners.chunks import ActLearner
 from calibration.training.learners.flows import PiLearner, SmolVlaLearner
 from calibration.training.learners.tokens import OpenVlaLearner, UniVlaLearner
 from calibration.training.recipes import FAMILY_RECIPES, RECIPES, named_recipe
-from calibration.training.train import train_family
+from calibration.training.train import train_family, train_recipe
 from qvla_export.policies.act.new_checkpoint import ActSize
 from qvla_export.policies.families import FAMILIES, load_policy, recognize
 from qvla_export.policies.flow.new_checkpoint import FlowSize
@@ -169,3 +169,9 @@ def test_recipes_of_things_take_object_state(name: str, tmp_path: Path) -> None:
     assert chunk.actions.shape == (learner.horizon, 4)
     # Together at most 8 MB: five of these, and ACT's.
     assert sum(p.stat().st_size for p in (tmp_path / "new").rglob("*") if p.is_file()) < 1.8e6
+
+
+def test_a_family_that_is_not_compiled_says_so(tmp_path: Path) -> None:
+    recipe = FAMILY_RECIPES["act"]
+    with pytest.raises(QvlaError, match="only trainings of oft are compiled"):
+        train_recipe(tmp_path, tmp_path / "out", recipe, replace(recipe.training, compiled=True))

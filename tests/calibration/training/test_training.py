@@ -1,5 +1,6 @@
 """Imitation training: it learns, refuses what does not fit, and goes on exactly after any kill."""
 
+import copy
 import json
 import os
 import signal
@@ -61,6 +62,20 @@ def test_loss_goes_down_when_overfitting(demos: Path) -> None:
     losses = [trainer.train_step() for _ in range(60)]
     for name in ("action_l1", "goal_l1"):
         assert losses[-1][name] < 0.6 * losses[0][name]
+
+
+@pytest.mark.slow  # it compiles for a minute
+# torch's compiler does itself what torch warns of.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_compiled_network_goes_on_as_the_plain_one(demos: Path) -> None:
+    frames = load_frames(LeRobotDataset(demos), REFERENCE_CONFIG, "small", SIZE.vocab_size)
+    plain, compiled = (Trainer(frames, SIZE, replace(CONFIG, compiled=c)) for c in (False, True))
+    plain.train_step()
+    compiled.load_state_dict(copy.deepcopy(plain.state_dict()))
+    for _ in range(3):
+        expected, losses = plain.train_step(), compiled.train_step()
+        assert losses == pytest.approx(expected, rel=1e-4)
 
 
 def test_samples_are_what_the_policy_will_see(demos: Path) -> None:
