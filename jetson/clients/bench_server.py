@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Protocol
 
 import httpx
@@ -70,7 +69,7 @@ class ServerBenchmark:
         return {
             "observation": f"two uint8 images of {self.side} x {self.side}, state of 8",
             "servers": servers,
-            "versions": {**versions(), **{name: version(name) for name in _PACKAGES}},
+            "versions": versions(*_PACKAGES),
         }
 
 

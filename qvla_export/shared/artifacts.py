@@ -130,10 +130,14 @@ def _let_read(path: Path) -> None:
         path.chmod(stat.S_IMODE(path.stat().st_mode) | (0o555 if path.is_dir() else 0o444))
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that can change an artifact's numbers."""
+def versions(*also: str) -> dict[str, str]:
+    """Return the versions of Python and of the libraries that can change an artifact's numbers.
+
+    Args:
+        also: further packages, which are left out where they are not installed.
+    """
     found = {"python": platform.python_version()}
-    found.update((name, version) for name in _RECORDED if (version := _version_of(name)))
+    found.update((name, version) for name in (*_RECORDED, *also) if (version := _version_of(name)))
     return found
 
 

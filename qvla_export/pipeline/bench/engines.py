@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from engines.bench.peaks import MachinePeaks
     from engines.rounds import Clock
 
+# Libraries beside ours that run or make contenders.
+_OTHERS = ("openvino", "nncf", "torchao")
+
 
 @dataclass(frozen=True)
 class EngineBenchRequest:
@@ -140,7 +143,7 @@ def _machine(threads: int, others: tuple[str, ...]) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_average": list(os.getloadavg()),
         "threads": threads,
-        "versions": {**versions(), **dict(name.split("==") for name in others)},
+        "versions": {**versions(*_OTHERS), **dict(name.split("==") for name in others)},
         "note": "random weights, widths drawn at random: outputs mean nothing, times do. "
         "accuracy level 4 of 'ours w4', 'ours w3' and modelopt INT4 rounds activations to 8 bits",
     }

@@ -144,6 +144,8 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
     value = json.loads(path.read_text())
     assert value["threads"] == 1 and value["clock"] == "cpu" and value["cpu"]
     assert value["versions"]["onnxruntime"]
+    for name in ("openvino", "nncf", "torchao"):
+        assert (name in value["versions"]) == (find_spec(name) is not None)
     assert [regime["regime"] for regime in value["regimes"]] == ["pass", "decode"]
     assert {regime["depth"] for regime in value["regimes"]} == {1}
     on_openvino = set()
