@@ -55,7 +55,8 @@ def train(
     torch.set_num_threads(threads)
     chosen = named_recipe(family, recipe)
     named = {"steps": steps, "batch_size": batch_size, "precision": precision, "seed": seed}
-    config = replace(chosen.training, compiled=compiled, **{k: v for k, v in named.items() if v is not None})  # type: ignore[arg-type]  # by name
+    given = {name: value for name, value in named.items() if value is not None}
+    config = replace(chosen.training, compiled=compiled, **given)  # type: ignore[arg-type]  # by name
     with progress_shown() as on_progress:
         checkpoint = train_recipe(dataset, output, chosen, config, bar(on_progress, "training"))
     typer.echo(f"trained: {checkpoint}")
