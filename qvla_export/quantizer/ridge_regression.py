@@ -23,31 +23,37 @@ def least_changes(
     """
     kernel = (slopes @ slopes.T).astype(np.float64)
     unit = float(np.trace(kernel)) / len(kernel)
+    if not unit:
+        return np.zeros(slopes.shape[1])
+    values, vectors = np.linalg.eigh(kernel)
+    coordinates = vectors.T @ misses
     best, least = None, float(np.square(misses).sum())
-    for ridge in RIDGES if unit else ():
-        left = sum(
-            _left_out(kernel, misses, fold == number, ridge * unit) for number in np.unique(fold)
-        )
+    for ridge in RIDGES:
+        inverse = 1 / (values + ridge * unit)
+        left = _left_out(vectors, inverse, coordinates, fold)
         if left < least:
-            best, least = ridge, left
+            best, least = inverse, left
     if best is None:
         return np.zeros(slopes.shape[1])
-    answers = _solved(kernel, misses, best * unit)
+    answers = vectors @ (best * coordinates)
     changes: NDArray[np.float64] = -(slopes.T @ answers)
     return changes
 
 
 def _left_out(
-    kernel: NDArray[np.float64], misses: NDArray[np.float64], out: NDArray[np.bool_], ridge: float
+    vectors: NDArray[np.float64],
+    inverse: NDArray[np.float64],
+    coordinates: NDArray[np.float64],
+    fold: NDArray[np.int64],
 ) -> float:
-    """Return the squares that rows still miss when the others choose the changes."""
-    used = ~out
-    answers = _solved(kernel[np.ix_(used, used)], misses[used], ridge)
-    return float(np.square(misses[out] - kernel[np.ix_(out, used)] @ answers).sum())
+    """Return the squares that runs of rows miss when the other rows choose the changes.
 
-
-def _solved(
-    kernel: NDArray[np.float64], misses: NDArray[np.float64], ridge: float
-) -> NDArray[np.float64]:
-    damped = kernel + ridge * np.eye(len(kernel))
-    return np.linalg.solve(damped, misses).astype(np.float64)
+    With P the inverse of the damped kernel, a run misses P[run, run]^-1 (P misses)[run]: what a
+    solution of the other rows alone leaves, without solving for each.
+    """
+    left = 0.0
+    for number in np.unique(fold):
+        own = vectors[fold == number]
+        block = (own * inverse) @ own.T
+        left += float(np.square(np.linalg.solve(block, own @ (inverse * coordinates))).sum())
+    return left
