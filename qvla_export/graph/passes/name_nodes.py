@@ -2,6 +2,7 @@
 its time went to; see `qvla_export.shared.node_names`."""
 
 from collections import Counter
+from collections.abc import Set
 
 import onnx_ir as ir
 
@@ -18,8 +19,9 @@ def name_nodes(model: ir.Model) -> None:
     """
     named: dict[ir.Node, LayerNode] = {}
     taken: Counter[str] = Counter()
+    fixed = _fixed_nodes(model)
     for node in model.graph:
-        found = None if _is_carrier(node) else _layer_of(node, named)
+        found = None if _is_carrier(node) else _layer_of(node, named, fixed)
         if found is None:
             continue
         named[node] = found
@@ -32,9 +34,11 @@ def _is_carrier(node: ir.Node) -> bool:
     return node.op_type in _CARRIERS and _constant_of(node.inputs[0]) is not None
 
 
-def _layer_of(node: ir.Node, named: dict[ir.Node, LayerNode]) -> LayerNode | None:
+def _layer_of(
+    node: ir.Node, named: dict[ir.Node, LayerNode], fixed: Set[ir.Node]
+) -> LayerNode | None:
     for value in node.inputs:
-        found = _owner_of(value)
+        found = _owner_of(value, fixed)
         if found is not None:
             # Only a product reads a bucket's codes; an Add behind it serves the layer.
             layer, bits = found
@@ -51,7 +55,7 @@ def _producers(node: ir.Node) -> list[ir.Node]:
     return [producer for producer in producers if producer is not None]
 
 
-def _owner_of(value: ir.Value | None) -> tuple[str, int | None] | None:
+def _owner_of(value: ir.Value | None, fixed: Set[ir.Node]) -> tuple[str, int | None] | None:
     """Return layer and width of the constant behind a value; see `_constant_of`.
 
     Codes that were expanded and joined are of a layer and of no width.
@@ -60,27 +64,33 @@ def _owner_of(value: ir.Value | None) -> tuple[str, int | None] | None:
     if constant is not None:
         return parse_constant_name(constant)
     producer = None if value is None else value.producer()
-    if producer is None:
+    if producer is None or producer not in fixed:
         return None
     if producer.op_type in (*_CARRIERS, "QuantizeLinear"):
-        return _owner_of(producer.inputs[0]) if _is_fixed(producer) else None
+        return _owner_of(producer.inputs[0], fixed)
     if producer.op_type == "Gather":
         # One member's columns of a matrix that layers share.
-        return _owner_of(producer.inputs[1]) if _is_fixed(producer) else None
-    if producer.op_type != "Concat" or not _is_fixed(producer):
+        return _owner_of(producer.inputs[1], fixed)
+    if producer.op_type != "Concat":
         return None
-    owners = {_owner_of(joined) for joined in producer.inputs}
+    owners = {_owner_of(joined, fixed) for joined in producer.inputs}
     return next(((owner[0], None) for owner in owners if owner is not None), None)
 
 
-def _is_fixed(node: ir.Node) -> bool:
-    """Say whether a node computes from constants alone, as runtimes do once."""
-    producers = [None if value is None else value.producer() for value in node.inputs]
-    return all(
-        (value is not None and value.is_initializer())
-        or (producer is not None and _is_fixed(producer))
-        for value, producer in zip(node.inputs, producers, strict=True)
-    )
+def _fixed_nodes(model: ir.Model) -> set[ir.Node]:
+    """Return the nodes that compute from constants alone, as runtimes do once.
+
+    In the graph's order: asked of one node after another, a network of many blocks would be walked
+    back from each, deeper than Python recurses.
+    """
+    fixed: set[ir.Node] = set()
+    for node in model.graph:
+        if all(
+            value is not None and (value.is_initializer() or value.producer() in fixed)
+            for value in node.inputs
+        ):
+            fixed.add(node)
+    return fixed
 
 
 def _constant_of(value: ir.Value | None) -> str | None:
