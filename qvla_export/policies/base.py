@@ -35,6 +35,9 @@ class PolicyBatch:
     # Action tokens that the policy chose with the weights it had when the batch was made; None
     # where it does not decode.  int64 [B, n]
     tokens: Tensor | None = None
+    # What each choice of a token got then; None where the policy does not decode.  float32
+    # [B, n, choices]
+    shares: Tensor | None = None
     # Cameras that are there; None where none may be absent.  bool [B, images]
     image_mask: Tensor | None = None
     # What a flow begins at, or tokens are drawn by; None for a policy without.  float32 [B, ...]
@@ -113,7 +116,8 @@ class Policy(Protocol):
         """Return normalized actions [B, horizon, dim], differentiable in weights and activations.
 
         Token policies return the expected bin centre under the softmax over action tokens, given
-        the batch's tokens before it.
+        the batch's tokens before it; where tokens only stand for a plan, what is decoded of the
+        batch's, moved as their expectation moves.
         """
         ...
 

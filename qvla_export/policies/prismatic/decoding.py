@@ -60,8 +60,12 @@ class TokenModule(PrismaticModule):
         input_ids: Tensor,
         tokens: Tensor,
         prompt_lengths: Tensor | None = None,
+        shares: Tensor | None = None,
     ) -> Decoded:
         """Return the hidden states of one pass over the prompt and the tokens that follow it.
+
+        With `shares` of a second one, in which the embedding of each token moves as its expectation
+        does: a token that is about to become another one counts before it does, and by a gradient.
 
         Args:
             pixel_values: float32 [B, 6, S, S].
@@ -70,11 +74,21 @@ class TokenModule(PrismaticModule):
             tokens: counted from the lowest id of one; the last one of a row decides nothing.
                 int64 [B, steps]
             prompt_lengths: int64 [B]; None if every row has L tokens.
+            shares: what each choice got when the tokens were chosen.
+                float32 [B, steps, tokens of the vocabulary]
         """
         sequence, length = self.embed(self.patches(pixel_values), input_ids, prompt_lengths)
         follow = self.embed_tokens(tokens[:, :-1])
         length = length + follow.shape[1]
         hidden = self.language_model(torch.cat([sequence, follow], dim=1), length)
+        decoded = Decoded(tokens, hidden, length)
+        if shares is None:
+            return decoded
+        first, count = self.vocabulary.first, self.vocabulary.tokens
+        embeddings = self.language_model.model.embed_tokens.weight[first : first + count]
+        gained = self.shares(decoded) - shares
+        moved = follow + gained[:, :-1] @ embeddings
+        hidden = self.language_model(torch.cat([sequence, moved], dim=1), length)
         return Decoded(tokens, hidden, length)
 
     def logits(self, decoded: Decoded) -> Tensor:
@@ -85,6 +99,11 @@ class TokenModule(PrismaticModule):
         hidden = decoded.hidden[:, -decoded.tokens.shape[1] :]
         logits: Tensor = self.language_model.lm_head(hidden)
         return logits
+
+    def shares(self, decoded: Decoded) -> Tensor:
+        """Return what each choice of a token gets, given the tokens before it; see `logits`."""
+        temperature = 1.0 if self.sampling is None else self.sampling.temperature
+        return (self.logits(decoded) / temperature).softmax(dim=-1)
 
     @torch.no_grad()
     def decode(

@@ -24,7 +24,7 @@ class TokenPolicy(PrismaticPolicy):
         return self.with_tokens(self.inputs(observations))
 
     def with_tokens(self, batch: PolicyBatch) -> PolicyBatch:
-        """Return a batch with the tokens that the policy chooses now.
+        """Return a batch with the tokens that the policy chooses now, and what each choice gets.
 
         Raises:
             CheckpointError: its weights were left on disk.
@@ -34,16 +34,24 @@ class TokenPolicy(PrismaticPolicy):
                 "a policy that decodes token by token must be in memory to choose them; open it "
                 "whole"
             )
-        return replace(batch, tokens=self.decoded(batch).tokens)
+        decoded = self.decoded(batch)
+        with torch.no_grad():
+            return replace(batch, tokens=decoded.tokens, shares=self.module.shares(decoded))
 
     def token_logits(self, batch: PolicyBatch) -> Tensor:
         """Return logits of the tokens [B, tokens, choices], each given the batch's before it."""
         return self.module.logits(self.teacher_forced(batch))
 
-    def teacher_forced(self, batch: PolicyBatch) -> Decoded:
-        """Return what one pass over the batch's tokens finds; they are not decoded."""
+    def teacher_forced(self, batch: PolicyBatch, shares: Tensor | None = None) -> Decoded:
+        """Return what a pass over the batch's tokens finds; they are not decoded.
+
+        Args:
+            batch: with or without tokens.
+            shares: see `TokenModule.hidden_given`.
+        """
+        tokens, lengths = self.tokens_of(batch), batch.prompt_lengths
         return self.module.hidden_given(
-            batch.pixel_values, batch.input_ids, self.tokens_of(batch), batch.prompt_lengths
+            batch.pixel_values, batch.input_ids, tokens, lengths, shares
         )
 
     def probe_decoded(self) -> Decoded:

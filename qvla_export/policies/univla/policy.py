@@ -38,8 +38,12 @@ class UniVlaPolicy(TokenPolicy):
     config: UniVlaConfig
 
     def normalized_actions(self, batch: PolicyBatch) -> Tensor:
-        """Return the action decoder's output [B, horizon, dim], given the batch's tokens."""
-        return self.module.act(self.teacher_forced(batch))
+        """Return the action decoder's output [B, horizon, dim], given the batch's tokens.
+
+        Their embeddings move as the tokens' expectations have since the batch was made. Else what a
+        weight does to the choice of a token would count nothing.
+        """
+        return self.module.act(self.teacher_forced(batch, batch.shares))
 
     def greedy_actions(self, batch: PolicyBatch) -> Tensor:
         """Return the normalized actions of decoded tokens [B, horizon, dim]."""

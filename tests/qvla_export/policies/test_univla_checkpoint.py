@@ -200,6 +200,27 @@ def test_actions_are_of_the_tokens_that_were_chosen_before(policy: UniVlaPolicy)
     assert sum(name.startswith("language_model.") for name in layers) == 2 * 7
 
 
+def test_what_may_choose_another_token_moves_the_action(policy: UniVlaPolicy) -> None:
+    """By as much as the expectation of the tokens does, and the gradient says so beforehand."""
+    batch, head = policy.batch(openvla_observations(2)), policy.module.language_model.lm_head
+    change = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0))
+    change *= 1e-3 * head.weight.norm() / change.norm()
+    before = policy.normalized_actions(batch)
+    head.weight.requires_grad_(True)
+    try:
+        (slope,) = torch.autograd.grad(policy.normalized_actions(batch).sum(), head.weight)
+    finally:
+        head.weight.requires_grad_(False)
+    foretold = (slope * change).sum()
+    assert abs(foretold) > 1e-4
+    with replaced_weights({"head": head}, {"head": (head.weight + change).numpy()}):
+        moved = (policy.normalized_actions(batch) - before).sum()
+        given = policy.module.act(policy.teacher_forced(batch)) - before
+    torch.testing.assert_close(moved, foretold, rtol=0.05, atol=0)
+    # Given the tokens themselves, the layer that chooses among them is never felt.
+    assert given.abs().max() < 1e-6
+
+
 def test_a_random_checkpoint_of_a_size_is_recognized_and_acts(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     write_random_checkpoint(folder, SMALL, shard_bytes=1 << 22)
