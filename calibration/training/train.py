@@ -140,11 +140,17 @@ def run_training(
 
     Raises:
         ArtifactMismatch: `output` holds a training with other settings, network or data.
+        QvlaError: it holds one of more steps.
     """
     config = trainer.config
     state_path, log_path = output / "training_state.pt", output / "training_log.jsonl"
     if state_path.exists():
         trainer.load_state_dict(_load_state(state_path))
+        if trainer.step > config.steps:
+            raise QvlaError(
+                f"{output} is trained for {trainer.step} steps, more than the {config.steps} asked "
+                f"for; ask for --steps {trainer.step} or more, or use another output folder"
+            )
         _LOG.info("continuing at step %d", trainer.step)
     log = _read_log(log_path, trainer.step)
     started, first = time.monotonic(), trainer.step

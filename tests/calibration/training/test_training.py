@@ -78,6 +78,13 @@ def test_a_compiled_network_goes_on_as_the_plain_one(demos: Path) -> None:
         assert losses == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_training_is_not_called_shorter_than_it_was(demos: Path, trained: Path) -> None:
+    before = sha256_tree(trained)
+    with pytest.raises(QvlaError, match=r"is trained for 12 steps, more than the 9 asked for"):
+        train_policy(demos, trained, SIZE, replace(CONFIG, steps=9), "small")
+    assert sha256_tree(trained) == before
+
+
 def test_samples_are_what_the_policy_will_see(demos: Path) -> None:
     dataset = LeRobotDataset(demos)
     frames = load_frames(dataset, REFERENCE_CONFIG, "small", SIZE.vocab_size)
