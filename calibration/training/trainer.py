@@ -91,7 +91,7 @@ class Trainer(BaseTrainer):
         super().__init__(module, goals, config, len(frames), identity)
         if config.compiled:
             for network in (module.projector, module.language_model):
-                network.forward = torch.compile(network.forward, dynamic=False)  # type: ignore[method-assign]  # of this network alone
+                network.compile(dynamic=False)
 
     def losses(self, rows: Tensor, random: torch.Generator) -> dict[str, Tensor]:
         """Return the mean absolute errors of the actions and of the goals."""
