@@ -1,12 +1,13 @@
 """The noun `Setting`: how one bundle is quantized, as its name says. numpy only."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from qvla_export.quantizer.activations import ACTIVATION_CODES
 from qvla_export.shared.errors import QvlaError
-from qvla_export.shared.target import WIDTHS, Target
+from qvla_export.shared.target import WIDTHS, ScaleForm, Target
 
 _SETTING = re.compile(
     r"w(?P<bits>\d+(\.\d+)?)(a(?P<activations>\d+))?"
@@ -92,6 +93,28 @@ def parse_setting(name: str, target: Target | None = None) -> Setting:
         gates_row=int(found["gates"]) if found["gates"] else None,
         widths=_parse_widths(found["widths"], name),
     )
+
+
+def usual_scales(settings: Iterable[Setting], target: Target) -> ScaleForm:
+    """Return the form of scales of a deployment that asked for none.
+
+    Two levels where a planned setting of fewer than 8 bits rounds its inputs to 8, so that its
+    codes expand to one int8 product, and the target stores them in the bits they have; otherwise a
+    float scale a group.
+
+    Args:
+        settings: what is deployed.
+        target: what for, without zero points.
+    """
+    expands = any(
+        setting.kind == "planned" and setting.bits < 8 and setting.activation_bits == 8
+        for setting in settings
+    )
+    if not expands or "two-level scales" in target.refusals:
+        return "group"
+    stored = target.with_two_level_scales().containers
+    as_small = all(stored[bits].bits == one.bits for bits, one in target.containers.items())
+    return "two-level" if as_small else "group"
 
 
 def _parse_widths(widths: str | None, name: str) -> tuple[int, ...]:

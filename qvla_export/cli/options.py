@@ -117,13 +117,21 @@ ZeroPointsOption = Annotated[
         "around 0. Target cpu only; plans follow the sensitivities.",
     ),
 ]
+_SCALES = (
+    "Of 2- and 4-bit weights. group: one for every 64 inputs. two-level: one a channel, groups have "
+    "whole multiples of it, so that every code expands to 8 bits (which TensorRT's targets then "
+    "store)."
+)
 ScalesOption = Annotated[
     ScaleForm,
+    typer.Option("--scales", help=_SCALES),
+]
+UsualScalesOption = Annotated[
+    ScaleForm | None,
     typer.Option(
         "--scales",
-        help="Of 2- and 4-bit weights. group: one for every 64 inputs. two-level: one a channel, "
-        "groups have whole multiples of it, so that every code expands to 8 bits (which TensorRT's "
-        "targets then store).",
+        help=f"{_SCALES} Default: two-level on target cpu where settings round inputs (w4a8), else "
+        "group.",
     ),
 ]
 TuneScalesOption = Annotated[

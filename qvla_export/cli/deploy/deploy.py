@@ -21,13 +21,13 @@ from qvla_export.cli.options import (
     ProbesOption,
     QuantizerOption,
     RangesOption,
-    ScalesOption,
     SeedOption,
     SkipBadFramesOption,
     TargetOption,
     TasksOption,
     TuneScalesOption,
     UnnormKeyOption,
+    UsualScalesOption,
     WorkersOption,
     ZeroPointsOption,
     with_columns,
@@ -87,7 +87,7 @@ def deploy(
     workers: WorkersOption = 2,
     quantizer: QuantizerOption = None,
     zero_points: ZeroPointsOption = False,
-    scales: ScalesOption = "group",
+    scales: UsualScalesOption = None,
     activations_method: RangesOption = "percentile",
     tune_scales: TuneScalesOption = False,
     options: HoldingOptions = USUAL_HOLDING,
@@ -98,7 +98,7 @@ def deploy(
 ) -> None:
     """Run every stage: calibration, sensitivities, plans, bundles, judgement, latency, report."""
     from engines.targets import find_target
-    from qvla_export.allocation.setting import parse_setting
+    from qvla_export.allocation.setting import parse_setting, usual_scales
     from qvla_export.pipeline.calibrate import CalibrationRequest, chosen_tasks
     from qvla_export.pipeline.deploy import Deployment
     from qvla_export.pipeline.deploy import deploy as run_steps
@@ -108,14 +108,17 @@ def deploy(
     from qvla_export.pipeline.sizing.hold import hold
     from qvla_export.pipeline.texts.stage_texts import deployment_texts
 
-    found = find_target(target, zero_points, scales)
+    found = find_target(target, zero_points, scales or "group")
+    chosen = tuple(parse_setting(name.strip(), found) for name in settings.split(","))
+    if scales is None:
+        scales = "group" if zero_points else usual_scales(chosen, found)
     opened_data = open_dataset(dataset, columns) if dataset else None
     played = chosen_tasks(tasks) if dataset is None or episodes else ()
     played_times = (20 if dataset is None else 0) if episodes is None else episodes
     request = Deployment(
         RunFolder(run, force),
         PolicySource(str(policy), unnorm_key, preset, threads=1),
-        tuple(parse_setting(name.strip(), found) for name in settings.split(",")),
+        chosen,
         target,
         CalibrationRequest(
             opened_data, played, count, held_out, seed, frames_per_episode, skip_bad_frames
@@ -126,6 +129,8 @@ def deploy(
         tolerance=tolerance,
     )
     _say(request.source.describe())
+    if scales == "two-level":
+        _say("scales of two levels, whose codes expand to one int8 product a layer")
     request, opened = hold(request, options)
     _say(request.holding.describe())
     if plan_only:

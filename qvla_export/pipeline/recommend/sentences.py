@@ -184,7 +184,7 @@ def _time(chosen: Candidate, plain: Candidate | None) -> str:
             return text
         return (
             f"{text}, slower than float: qvla tune looks for a form of its weights that is not; "
-            "settings with rounded inputs (w8a8; w4a8 with --scales two-level) are faster on a CPU"
+            "settings with rounded inputs (w8a8, w4a8) are faster on a CPU"
         )
     spread = f"[{time.low_ms:.0f}, {time.high_ms:.0f}]"
     return f"; an action is predicted to take {own} {spread} {time.where}"

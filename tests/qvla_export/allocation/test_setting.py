@@ -2,7 +2,8 @@
 
 import pytest
 
-from qvla_export.allocation.setting import parse_setting
+from engines.targets import find_target
+from qvla_export.allocation.setting import parse_setting, usual_scales
 from qvla_export.shared.errors import QvlaError
 
 
@@ -26,3 +27,20 @@ def test_setting_names(name: str, kind: str, bits: float, activations: int | Non
 def test_names_of_no_setting_are_refused(name: str) -> None:
     with pytest.raises(QvlaError):
         parse_setting(name)
+
+
+@pytest.mark.parametrize(
+    ("names", "target", "form"),
+    [
+        ("float w4 w2a8", "cpu", "two-level"),
+        # Eight bits have no groups, and uniform baselines no scales but their own.
+        ("float w4 w8a8 w4a8-rtn", "cpu", "group"),
+        ("w4a4", "cpu", "group"),
+        # TensorRT would store 8 bits, and ONNX Runtime's CUDA kernels never ran with them.
+        ("w4a8", "orin-jp7", "group"),
+        ("w4a8", "cuda", "group"),
+    ],
+)
+def test_codes_expand_where_that_costs_nothing(names: str, target: str, form: str) -> None:
+    settings = map(parse_setting, names.split())
+    assert usual_scales(settings, find_target(target)) == form
