@@ -102,6 +102,12 @@ def test_part_by_part_is_foretold_within_the_bound(inputs: Inputs, tmp_path: Pat
     assert "latency" not in names
 
 
+def test_what_expands_to_8_bits_has_scales_of_two_levels(inputs: Inputs, tmp_path: Path) -> None:
+    told = inputs.deploy(tmp_path / "run", "--plan-only", "--settings", "float,w4a8")
+    assert told.code == 0, told.err
+    assert "scales of two levels" in told.err
+
+
 def test_what_deploy_refuses_is_refused(inputs: Inputs, tmp_path: Path) -> None:
     told = qvla(
         *("deploy", "--policy", inputs.checkpoint, "--dataset", inputs.dataset, "--plan-only"),
