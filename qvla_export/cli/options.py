@@ -118,9 +118,9 @@ ZeroPointsOption = Annotated[
     ),
 ]
 _SCALES = (
-    "Of 2- and 4-bit weights. group: one for every 64 inputs. two-level: one a channel, groups have "
-    "whole multiples of it, so that every code expands to 8 bits (which TensorRT's targets then "
-    "store)."
+    "Of 2- and 4-bit weights. group: one for every 64 inputs. two-level: one a channel, groups "
+    "have whole multiples of it, so that every code expands to 8 bits (which TensorRT's targets "
+    "then store)."
 )
 ScalesOption = Annotated[
     ScaleForm,
