@@ -104,13 +104,14 @@ def usual_scales(settings: Iterable[Setting], target: Target) -> ScaleForm:
 
     Args:
         settings: what is deployed.
-        target: what for, without zero points.
+        target: what for; one whose weights have zero points has no scales of two levels.
     """
     expands = any(
         setting.kind == "planned" and setting.bits < 8 and setting.activation_bits == 8
         for setting in settings
     )
-    if not expands or "two-level scales" in target.refusals:
+    zero_points = any(container.zero_points for container in target.containers.values())
+    if not expands or zero_points or "two-level scales" in target.refusals:
         return "group"
     stored = target.with_two_level_scales().containers
     as_small = all(stored[bits].bits == one.bits for bits, one in target.containers.items())

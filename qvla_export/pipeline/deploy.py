@@ -78,6 +78,13 @@ class Deployment:
     # How the policy is held; see `pipeline.sizing.holding.open_held`.
     holding: Holding = IN_MEMORY
 
+    def describe(self) -> str:
+        """Say what was found in the policy, and the scales if they are not those of every group."""
+        found = self.source.describe()
+        if self.scales == "group":
+            return found
+        return f"{found}\nscales of two levels: 2- and 4-bit codes expand to 8 bits"
+
 
 @dataclass(frozen=True)
 class DeploymentResult:

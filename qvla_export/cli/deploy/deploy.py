@@ -110,8 +110,7 @@ def deploy(
 
     found = find_target(target, zero_points, scales or "group")
     chosen = tuple(parse_setting(name.strip(), found) for name in settings.split(","))
-    if scales is None:
-        scales = "group" if zero_points else usual_scales(chosen, found)
+    scales = scales or usual_scales(chosen, found)
     opened_data = open_dataset(dataset, columns) if dataset else None
     played = chosen_tasks(tasks) if dataset is None or episodes else ()
     played_times = (20 if dataset is None else 0) if episodes is None else episodes
@@ -128,9 +127,7 @@ def deploy(
         command=shlex.join(["qvla", *sys.argv[1:]]),
         tolerance=tolerance,
     )
-    _say(request.source.describe())
-    if scales == "two-level":
-        _say("scales of two levels, whose codes expand to one int8 product a layer")
+    _say(request.describe())
     request, opened = hold(request, options)
     _say(request.holding.describe())
     if plan_only:

@@ -42,5 +42,6 @@ def test_names_of_no_setting_are_refused(name: str) -> None:
     ],
 )
 def test_codes_expand_where_that_costs_nothing(names: str, target: str, form: str) -> None:
-    settings = map(parse_setting, names.split())
+    settings = [parse_setting(name) for name in names.split()]
     assert usual_scales(settings, find_target(target)) == form
+    assert usual_scales(settings, find_target("cpu", zero_points=True)) == "group"
