@@ -332,8 +332,11 @@ $(SIMULATORS)/installed.stamp: constraints-simulators.txt | system install
 	touch $@
 
 # The same way round as the baselines': Triton, and QVLA's packages behind it.
+KERNEL_TESTS ?= slow or not slow
+
 kernels: $(KERNELS)/installed.stamp
-	@$(KERNELS)/bin/python -m pytest -q -m "slow or not slow" tests/engines/kernels tests/engines/torch
+	@$(KERNELS)/bin/python -m pytest -q -m "$(KERNEL_TESTS)" tests/engines/kernels \
+	    tests/engines/torch
 
 $(KERNELS)/installed.stamp: pyproject.toml | install
 	@test -x $(KERNELS)/bin/python || $(BIN)/python -m venv $(KERNELS)

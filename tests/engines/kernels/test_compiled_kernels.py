@@ -41,7 +41,6 @@ def compiled(form: ProductForm, architecture: int) -> CompiledKernel:
     return compile_kernel(form, architecture)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_page_says_what_the_compilers_report(architecture: int) -> None:
     assert TABLE_HEAD in RESULTS
@@ -49,7 +48,6 @@ def test_the_page_says_what_the_compilers_report(architecture: int) -> None:
         assert compiled(form, architecture).row() in RESULTS
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [87, 89])
 @pytest.mark.parametrize("inputs", [4096, 4000])
 def test_nothing_spills_and_tensor_cores_multiply(architecture: int, inputs: int) -> None:
@@ -66,7 +64,6 @@ def test_nothing_spills_and_tensor_cores_multiply(architecture: int, inputs: int
                 assert loop.bits / 8 <= loop.weight_bytes <= loop.bits / 8 + 1 / 16
 
 
-@pytest.mark.slow
 def test_a_pass_of_7b_on_orin_is_predicted_as_the_page_says() -> None:
     geometry, target = find_any_geometry("openvla-oft-7b"), find_target("orin-jp7")
     model = LatencyModel(geometry.network, target, target.power_mode(), kernel_rates(target))
@@ -111,7 +108,6 @@ def orin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_active", OrinsDriver())
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("orin")
 @pytest.mark.parametrize(("rows", "integers"), [(1, True), (300, True), (1, False)])
 def test_triton_compiles_what_a_launch_passes(rows: int, integers: bool) -> None:

@@ -28,7 +28,6 @@ def test_drawn_rows_become_torchs_codes(start: int) -> None:
     assert int(done.split()[0]) >= 150
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_page_says_what_the_compilers_report(architecture: int) -> None:
     for form in FORMS:
