@@ -1,6 +1,7 @@
 """Policy + plan -> bundle, part by part."""
 
 import contextlib
+import itertools
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,12 @@ import onnx_ir as ir
 
 from qvla_export.graph.bundle_writer import BundleContents, write_bundle
 from qvla_export.graph.float_graph import POLICY_KEY, TARGET_KEY, ExportError
-from qvla_export.graph.golden import CutPolicy, golden_actions, golden_actions_in_parts
+from qvla_export.graph.golden import (
+    CutPolicy,
+    golden_actions,
+    golden_actions_in_parts,
+    golden_calls,
+)
 from qvla_export.graph.graph_figures import GraphFigures
 from qvla_export.graph.part_export import (
     ExportedPart,
@@ -72,7 +78,8 @@ def export_bundle(
         observations: held-out; become the golden observations.
         path: folder to create or replace.
         options: a float graph that was traced before, the engine's options, how to cut the policy.
-        on_progress: called with (parts done, parts in all).
+        on_progress: called with (steps done, steps in all): parts, then the calls of parts that
+            golden actions take where weights are on disk.
 
     Raises:
         PlanMismatch, ArtifactMismatch: the plan or the float graph is for another policy or target.
@@ -87,27 +94,39 @@ def export_bundle(
     graphs, layers_per_part = options.float_graphs, options.layers_per_part
     for graph in graphs.values():
         _require_traced_from(graph, policy, target)
-    parts = policy.parts(layers_per_part)
+    parts, program = policy.parts(layers_per_part), policy.program(layers_per_part)
+    calls = 0 if layers_per_part is None else golden_calls(program, plan)
+    done = _counter(len(parts) + calls, on_progress)
     with _unfinished(path, _identity(policy, plan, target, layers_per_part)) as folder:
         exported = []
-        for number, part in enumerate(parts):
+        for part in parts:
             exported.append(
                 finished_part(folder, part.name)
                 or write_part(policy, part, layers, plan, target, folder, graphs.get(part.name))
             )
-            if on_progress is not None:
-                on_progress(number + 1, len(parts))
+            done()
         _require_all_planned(exported, layers)
         if layers_per_part is None:
             golden = golden_actions(policy, plan, observations)
         else:
             reads = {item.part.name: item.weights for item in exported}
-            cut = CutPolicy(policy, parts, policy.program(layers_per_part), reads)
-            golden = golden_actions_in_parts(cut, plan, observations)
+            cut = CutPolicy(policy, parts, program, reads)
+            golden = golden_actions_in_parts(cut, plan, observations, done)
         contents = _contents(policy, plan, target, exported, golden, options)
         bundle = write_bundle(path, contents, lambda new: _take_over(folder, new, exported, plan))
     _LOGGER.info("bundle %s: %d bytes, %s", path, bundle.nbytes, dict(contents.weight_bytes))
     return bundle
+
+
+def _counter(total: int, on_progress: Callable[[int, int], None] | None) -> Callable[[], None]:
+    """Return what tells `on_progress` of one more step each time it is called."""
+    steps = itertools.count(1)
+
+    def done() -> None:
+        if on_progress is not None:
+            on_progress(next(steps), total)
+
+    return done
 
 
 def _contents(

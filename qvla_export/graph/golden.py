@@ -108,8 +108,16 @@ class CutPolicy:
     reads: Mapping[str, Sequence[str]]
 
 
+def golden_calls(program: Program, plan: BitPlan | None) -> int:
+    """Return how many calls of parts `golden_actions_in_parts` takes."""
+    return sum(program.calls.values()) * (1 if plan is None else 2)
+
+
 def golden_actions_in_parts(
-    cut: CutPolicy, plan: BitPlan | None, observations: Sequence[Observation]
+    cut: CutPolicy,
+    plan: BitPlan | None,
+    observations: Sequence[Observation],
+    on_call: Callable[[], None] = lambda: None,
 ) -> Golden:
     """Return the same as `golden_actions`, holding one part's weights at a time.
 
@@ -117,18 +125,22 @@ def golden_actions_in_parts(
         cut: the policy and its parts.
         plan: None for the float policy.
         observations: the held-out ones.
+        on_call: called after every call of a part, `golden_calls` times.
     """
     feeds = _feeds(cut.policy, observations)
-    full_precision = _actions_in_parts(cut, None, feeds)
+    full_precision = _actions_in_parts(cut, None, feeds, on_call)
     reference = full_precision
     if plan is not None:
-        reference = _actions_in_parts(cut, plan, feeds)
+        reference = _actions_in_parts(cut, plan, feeds, on_call)
     return Golden(feeds, reference, full_precision)
 
 
 @torch.no_grad()
 def _actions_in_parts(
-    cut: CutPolicy, plan: BitPlan | None, feeds: Sequence[_Feeds]
+    cut: CutPolicy,
+    plan: BitPlan | None,
+    feeds: Sequence[_Feeds],
+    on_call: Callable[[], None],
 ) -> NDArray[np.float32]:
     """Run the program on all observations side by side: a part's weights are read once a call.
 
@@ -146,6 +158,7 @@ def _actions_in_parts(
         for values in zip(*(inputs[source] for source in part.inputs), strict=True):
             output = torch.func.functional_call(part.module, held[name], values)
             found.append(output if isinstance(output, tuple) else (output,))
+        on_call()
         by_output = zip(*found, strict=True)
         return {name: list(values) for name, values in zip(part.outputs, by_output, strict=True)}
 
