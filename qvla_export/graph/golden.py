@@ -19,6 +19,7 @@ from qvla_export.policies.layers import (
 )
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import as_rows
+from qvla_export.quantizer.scale_search import Steps
 from qvla_export.shared.bundle import Golden
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.program import PartRuns, Program, run_program
@@ -107,6 +108,11 @@ class CutPolicy:
     # Part name -> parameters and buffers of the policy that it reads.
     reads: Mapping[str, Sequence[str]]
 
+    @property
+    def repeats(self) -> bool:
+        """Whether a part is called more than once for one action."""
+        return max(self.program.calls.values()) > 1
+
 
 def golden_calls(program: Program, plan: BitPlan | None) -> int:
     """Return how many calls of parts `golden_actions_in_parts` takes."""
@@ -144,15 +150,17 @@ def _actions_in_parts(
 ) -> NDArray[np.float32]:
     """Run the program on all observations side by side: a part's weights are read once a call.
 
-    A part that repeats by itself keeps them.
+    A part that repeats by itself keeps them; of others that repeat the plan's scales are kept, as
+    their search takes many times what rounding does.
     """
     parts = {part.name: part for part in cut.parts}
     held: dict[str, dict[str, Tensor]] = {}
+    kept: dict[str, dict[int, Steps]] | None = {} if cut.repeats else None
 
     def call(run: PartRuns, name: str, inputs: dict[str, _Values]) -> dict[str, _Values]:
         if name not in held:
             held.clear()
-            held[name] = _parameters(cut.policy, cut.reads[name], plan)
+            held[name] = _parameters(cut.policy, cut.reads[name], plan, kept)
         part = parts[name]
         found = []
         for values in zip(*(inputs[source] for source in part.inputs), strict=True):
@@ -172,14 +180,20 @@ def _actions_in_parts(
     return np.concatenate([actions.numpy() for actions in values["actions"]])
 
 
-def _parameters(policy: Policy, names: Sequence[str], plan: BitPlan | None) -> dict[str, Tensor]:
+def _parameters(
+    policy: Policy,
+    names: Sequence[str],
+    plan: BitPlan | None,
+    kept: dict[str, dict[int, Steps]] | None,
+) -> dict[str, Tensor]:
     """Weights by their names in a part's module, as the plan's engine computes with them."""
     parameters = {}
     for name in names:
         values = policy.read_weight(name)
         layer = name.removesuffix(".weight")
         if plan is not None and layer in plan.widths:
-            rows = planned_rows(layer, as_rows(values), plan)
+            steps = None if kept is None else kept.setdefault(layer, {})
+            rows = planned_rows(layer, as_rows(values), plan, steps)
             values = rows.reshape(values.shape)
         parameters[f"module.{name}"] = torch.from_numpy(np.ascontiguousarray(values))
     return parameters

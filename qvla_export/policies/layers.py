@@ -14,6 +14,7 @@ from qvla_export.quantizer.coupling import fake_quantize_coupled
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import QuantizerSpec, as_rows, fake_quantize, quantize_channels
 from qvla_export.quantizer.round_plan import require_rounded
+from qvla_export.quantizer.scale_search import Steps
 
 # A layer that can be quantized; layers by name, in forward order.
 Layer = nn.Linear | nn.Conv2d
@@ -134,6 +135,7 @@ def planned_rows(
     name: str,
     rows: NDArray[np.float32],
     plan: BitPlan,
+    kept: dict[int, Steps] | None = None,
 ) -> NDArray[np.float32]:
     """Return a layer's weights as a plan's engine computes with them, [channels, inputs].
 
@@ -141,13 +143,15 @@ def planned_rows(
         name: of the layer.
         rows: its float weights.
         plan: gives its widths.
+        kept: steps of a plan without codes; see `quantize_channels`.
     """
     if plan.rounding is not None:
         order = plan.stored_order(name)
         return plan.rounding.layers[name].rows(plan.widths[name], plan.quantizer, order)
     if name in plan.couplings:
-        return fake_quantize_coupled(rows, plan.widths[name], plan.quantizer, plan.couplings[name])
-    return fake_quantize(rows, plan.widths[name], plan.quantizer)
+        coupling = plan.couplings[name]
+        return fake_quantize_coupled(rows, plan.widths[name], plan.quantizer, coupling, kept)
+    return fake_quantize(rows, plan.widths[name], plan.quantizer, kept=kept)
 
 
 @contextlib.contextmanager

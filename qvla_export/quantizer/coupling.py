@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qvla_export.quantizer.layer_names import mlp_producers
 from qvla_export.quantizer.quantize import QuantizerSpec, fake_quantize
+from qvla_export.quantizer.scale_search import Steps
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ def find_couplings(
 
 
 def fake_quantize_coupled(
-    rows: NDArray[np.float32], widths: NDArray[np.int8], spec: QuantizerSpec, coupling: Coupling
+    rows: NDArray[np.float32],
+    widths: NDArray[np.int8],
+    spec: QuantizerSpec,
+    coupling: Coupling,
+    kept: dict[int, Steps] | None = None,
 ) -> NDArray[np.float32]:
     """Return the weights an engine computes with in a coupling's consumer.
 
@@ -76,9 +81,11 @@ def fake_quantize_coupled(
         widths: int8 [channels].
         spec: the plan's quantizer.
         coupling: of which it is the consumer.
+        kept: see `quantize_channels`.
     """
     result = rows.copy()
-    result[:, coupling.order] = fake_quantize(rows[:, coupling.order], widths, spec)
+    ordered = rows[:, coupling.order]
+    result[:, coupling.order] = fake_quantize(ordered, widths, spec, kept=kept)
     return result
 
 

@@ -201,6 +201,7 @@ def quantize_channels(
     bits: int,
     spec: QuantizerSpec,
     input_second_moment: NDArray[np.float32] | None = None,
+    kept: dict[int, Steps] | None = None,
 ) -> QuantizedWeight:
     """Quantize all given channels to one width.
 
@@ -210,6 +211,8 @@ def quantize_channels(
         spec: the rules.
         input_second_moment: E[x^2] of each input, weighs the errors of the "mse" rule;
             non-negative float32 [inputs]; None weighs all alike.
+        kept: width -> steps of these very channels, which are not searched again; those that are
+            missing are added.
 
     Raises:
         QvlaError: an unknown width, a weight that is not finite or not a matrix.
@@ -227,8 +230,10 @@ def quantize_channels(
         return QuantizedWeight(halves, no_scales, 16, None)
     if bits == 0:
         return QuantizedWeight(np.zeros(weight.shape, np.int8), no_scales, 0, None)
-    steps = channel_steps(weight, bits, spec, input_second_moment)
-    return at_steps(weight, bits, spec, steps)
+    known = {} if kept is None else kept
+    if bits not in known:
+        known[bits] = channel_steps(weight, bits, spec, input_second_moment)
+    return at_steps(weight, bits, spec, known[bits])
 
 
 def channel_steps(
@@ -280,20 +285,21 @@ def fake_quantize(
     widths: NDArray[np.int8],
     spec: QuantizerSpec,
     input_second_moment: NDArray[np.float32] | None = None,
+    kept: dict[int, Steps] | None = None,
 ) -> NDArray[np.float32]:
     """Return the weights an engine computes with, each channel at its own width.
 
     Args:
         weight: float32 [channels, inputs] (see `as_rows`).
         widths: int8 [channels], each in {0, 2, 4, 8, 16}.
-        spec, input_second_moment: as in `quantize_channels`.
+        spec, input_second_moment, kept: as in `quantize_channels`.
     """
     if widths.shape != (weight.shape[0],):
         raise QvlaError(f"{weight.shape[0]} channels need as many widths, got {widths.shape}")
     result = np.empty(weight.shape, np.float32)
     for bits in np.unique(widths).tolist():
         rows = widths == bits
-        quantized = quantize_channels(weight[rows], bits, spec, input_second_moment)
+        quantized = quantize_channels(weight[rows], bits, spec, input_second_moment, kept)
         result[rows] = quantized.dequantize()
     return result
 

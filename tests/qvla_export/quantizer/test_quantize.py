@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from engines.targets import find_target
 from qvla_export.quantizer.layer_names import kept_kind_of
 from qvla_export.quantizer.quantize import (
     CODE_RANGE,
@@ -22,8 +23,9 @@ from qvla_export.quantizer.quantize import (
     quantize_channels,
     spec_for,
 )
+from qvla_export.quantizer.scale_search import Steps
 from qvla_export.shared.errors import ArtifactError, QvlaError
-from qvla_export.shared.target import Container, Target
+from qvla_export.shared.target import Container, ScaleForm, Target
 
 
 def spec(scale: ScaleRule = "max", group: int | None = None, scale_bits: int = 32) -> QuantizerSpec:
@@ -189,6 +191,20 @@ def test_half_scales_are_rounded_before_the_codes() -> None:
     halves = quantized.scales.astype(np.float32).repeat(32, axis=1)[:, :70]
     inside = np.abs(weight) < 7 * halves
     assert (np.abs(quantized.dequantize() - weight)[inside] <= halves[inside] * 0.5001).all()
+
+
+@pytest.mark.parametrize("form", ["group", "two-level"])
+def test_kept_scales_are_not_searched_again(
+    form: ScaleForm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = np.random.default_rng(1).standard_normal((10, 96)).astype(np.float32)
+    widths = np.array([0, 2, 4, 8, 16] * 2, np.int8)
+    rules = spec_for(find_target("cpu", scales=form))
+    kept: dict[int, Steps] = {}
+    first = fake_quantize(weight, widths, rules, kept=kept)
+    assert np.array_equal(first, fake_quantize(weight, widths, rules)) and set(kept) == {2, 4, 8}
+    monkeypatch.setattr("qvla_export.quantizer.quantize.channel_steps", None)
+    assert np.array_equal(first, fake_quantize(weight, widths, rules, kept=kept))
 
 
 def test_fake_quantize_mixes_widths() -> None:
