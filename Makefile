@@ -136,7 +136,7 @@ REFERENCE := checkpoints/reference
 OBJECT_STATE := checkpoints/object-state
 DRAWS := runs/draws
 PRECISE := runs/precise
-PAIRED := $(PRECISE)/evaluations
+PICTURES := runs/precise-pictures
 
 results: demo baselines-env networks
 	@qvla=$(BIN)/qvla
@@ -206,7 +206,6 @@ results: demo baselines-env networks
 	        --judge-by $(PRECISE)/calibration --cross-validate
 	done
 	$$qvla report $(PRECISE)
-	mkdir -p $(PAIRED)
 	for bits in 4 3 2; do
 	    for method in gptq hadamard-gptq awq auto-round fisher max; do
 	        $$qvla baseline $$method --bits $$bits --run $(PRECISE) --policy $(OBJECT_STATE)
@@ -220,12 +219,14 @@ results: demo baselines-env networks
 	$$qvla round --run $(PRECISE) --policy $(OBJECT_STATE) --setting w1.1
 	$$qvla export --run $(PRECISE) --policy $(OBJECT_STATE) --setting w1.1
 	# NAME PLACE EPISODES OTHER OPTION...; OTHER is the evaluation it is paired with.
+	run=$(PRECISE) into=$(PRECISE)/evaluations policy=$(OBJECT_STATE) tasks=precise
 	evaluate() {
-	    file=$(PAIRED)/$$1 place=$(PRECISE)/settings/$$2 episodes=$$3 other=$(PAIRED)/$$4.json
+	    file=$$into/$$1 place=$$run/settings/$$2 episodes=$$3 other=$$into/$$4.json
 	    shift 4
+	    mkdir -p $$into
 	    test $$file.json = $$other || set -- "$$@" --against $$other
-	    test -f $$file.json || $$qvla evaluate $$place --checkpoint $(OBJECT_STATE) \
-	        --tasks precise --episodes $$episodes --output $$file.json "$$@" >$$file.txt
+	    test -f $$file.json || $$qvla evaluate $$place --checkpoint $$policy \
+	        --tasks $$tasks --episodes $$episodes --output $$file.json "$$@" >$$file.txt
 	    echo "$$file:"
 	    cat $$file.txt
 	}
@@ -253,6 +254,43 @@ results: demo baselines-env networks
 	done
 	evaluate float-delay4-seams float/bundle 84 float-delay0 $$now --delay-steps 4 --roll-forward \
 	    --seam-limit-mm 20
+	# RUN BITS BYTES: auto-round, and plans of its bytes on the same observations.
+	beside() {
+	    $$qvla baseline auto-round --bits $$2 --run $$1 --policy $$policy
+	    for tuned in "" --tune-scales; do
+	        $$qvla plan --run $$1 --setting w$$2 --budget-by bytes --budget $$3 $$tuned
+	        $$qvla round --run $$1 --setting w$$2 --policy $$policy --judge-by $$1/calibration
+	    done
+	}
+	for draw in 0 1 2; do
+	    of_draw=$(PRECISE)-256/$$draw
+	    $$qvla calibrate --run $$of_draw --tasks precise --count 256 --held-out 64 --seed $$draw
+	    $$qvla sensitivities --run $$of_draw --policy $$policy --seed $$draw
+	    beside $$of_draw 4 87552
+	    beside $$of_draw 3 66976
+	    beside $$of_draw 2 46400
+	done
+	run=$(PICTURES) into=$(PICTURES)/evaluations policy=checkpoints/precise-pictures
+	tasks=pick-place-pictures,push-pictures,peg-insert-side-pictures,stick-push-pictures
+	$$qvla deploy --policy $$policy --tasks $$tasks --run $$run --episodes 0 --check-pairs 0 \
+	    --settings float,w4,w3,w2,w2-rtn --count 48 --held-out 48
+	for setting in float w4 w3 w2; do
+	    evaluate $$setting $$setting/bundle 45 float
+	done
+	evaluate w2-rtn w2-rtn/bundle 15 float
+	evaluate float-blank float/bundle 5 float-blank --control blank-image
+	run=$(PICTURES)-256
+	$$qvla calibrate --run $$run --tasks $$tasks --count 256 --held-out 64
+	$$qvla sensitivities --run $$run --policy $$policy
+	for bits in 4 3 2; do
+	    $$qvla baseline gptq --bits $$bits --run $$run --policy $$policy
+	done
+	beside $$run 4 6293056
+	beside $$run 3 4812496
+	beside $$run 2 3331936
+	evaluate w2-gptq w2-gptq/baseline 15 float
+	run=$(PICTURES) tasks=pick-place-pictures,push-pictures
+	evaluate float-wrong float/bundle 5 float-wrong --control wrong-instruction
 
 # ACT reads no instruction and sees pictures, the others object state. Killed, it goes on.
 POLICIES := runs/policies

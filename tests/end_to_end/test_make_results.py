@@ -45,6 +45,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
         [
             *("make", "--silent", *(f"--old-file={name}" for name in _BEFORE), "results"),
             *(f"BIN={folder}", f"RUN={demo}", f"PRECISE={folder / 'precise'}"),
+            f"PICTURES={folder / 'pictures'}",
         ],
         cwd=ROOT,
         capture_output=True,
