@@ -4,6 +4,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,18 @@ def test_pairs_are_of_the_same_episodes_and_made_in_order(calls: list[list[str]]
     assert len(written) > 50
 
 
+@cache
+def _application() -> Any:
+    return typer.main.get_command(app)
+
+
 def _options(words: list[str]) -> dict[str, Any]:
     """Read a command line as `qvla` does, except that no path need exist; return its values.
 
     Raises:
         click.UsageError: as `qvla` would answer.
     """
-    command: Any = typer.main.get_command(app)
+    command = _application()
     context = command.context_class(command)
     while hasattr(command, "commands"):
         name, *words = words
