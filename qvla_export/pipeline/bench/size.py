@@ -12,7 +12,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvla_export.latency_model.published_sizes import GEOMETRIES
 from qvla_export.measurement.peak_memory import high_water_bytes
 from qvla_export.pipeline.progress import NumberedSteps, OnProgress, bar, ignore
 from qvla_export.shared.artifacts import versions
@@ -138,12 +137,6 @@ def measure_real_size(request: RealSize, on_progress: OnProgress = ignore) -> Re
         QvlaError: the geometry or the target are unknown, or a step's process dies.
     """
     builds = request.with_engines and request.target == "rtx4070"
-    size = GEOMETRIES.get(request.geometry)
-    if builds and size is not None and size.inputs.autoregressive:
-        raise QvlaError(
-            f"{request.geometry} decodes token by token, and TensorRT engines do not repeat parts "
-            "in this version: --skip-engines"
-        )
     steps: dict[str, Callable[[RealSize, _Report], dict[str, Any]]] = {}
     if not request.checkpoint.is_dir():
         steps["checkpoint"] = _write_checkpoint
