@@ -25,7 +25,7 @@ SSHD_PACKAGES := openssh-server libwrap0 libnsl2 libtirpc3
 POLICY ?= checkpoints/reference
 TARGET ?= cpu
 RUN ?= runs/demo
-SETTINGS ?= float,w8,w8a8,w4,w4-rtn,w2,w2-rtn
+SETTINGS ?= float,w8,w8a8,w4a8,w4,w4-rtn,w2,w2-rtn
 
 # Tests start hundreds of processes, which import what one of them has compiled.
 unexport PYTHONDONTWRITEBYTECODE
@@ -134,31 +134,35 @@ demo: system install
 # (qvla load), engines of TensorRT-RTX (qvla sizes), 7B widths (qvla bench size), training.
 REFERENCE := checkpoints/reference
 OBJECT_STATE := checkpoints/object-state
+# The demo's scales have two levels, these tables' one.
+GROUPED := runs/group
 DRAWS := runs/draws
 PRECISE := runs/precise
 PICTURES := runs/precise-pictures
 
 results: demo baselines-env networks
 	@qvla=$(BIN)/qvla
+	$$qvla deploy --policy $(REFERENCE) --run $(GROUPED) --settings float,w8,w8a8,w4,w4-rtn,w2,w2-rtn \
+	    --scales group
 	$$qvla calibrate --run runs/episodes --count 32 --held-out 1 --frames-per-episode 8 --seed 7
-	$$qvla estimators --run $(RUN) --episodes runs/episodes --policy $(REFERENCE) \
+	$$qvla estimators --run $(GROUPED) --episodes runs/episodes --policy $(REFERENCE) \
 	    --pairs 2000 --observations 32
 	$$qvla bench allocation
 	for bits in 8 4 3 2; do
 	    for method in max awq gptq auto-round; do
 	        episodes=0
 	        test $$bits != 2 || episodes=20
-	        $$qvla baseline $$method --bits $$bits --run $(RUN) --policy $(REFERENCE) \
+	        $$qvla baseline $$method --bits $$bits --run $(GROUPED) --policy $(REFERENCE) \
 	            --episodes $$episodes
 	    done
 	done
 	for method in max smoothquant; do
-	    $$qvla baseline $$method --bits 8 --activation-bits 8 --run $(RUN) --policy $(REFERENCE)
+	    $$qvla baseline $$method --bits 8 --activation-bits 8 --run $(GROUPED) --policy $(REFERENCE)
 	done
 	for model in dinov2-small smollm2-135m; do
 	    $$qvla bench weights --run runs/$$model --model $$model --bits 8,4,3,2
 	done
-	$$qvla quantizers --run $(RUN) --policy $(REFERENCE)
+	$$qvla quantizers --run $(GROUPED) --policy $(REFERENCE)
 	# Both forms of scales, at the bytes of the group form's plan, judged by a draw of their own.
 	bytes() {
 	    $$qvla plan --run $(DRAWS)/$$1-group --setting $$2 --json \
@@ -187,16 +191,16 @@ results: demo baselines-env networks
 	$$qvla compare
 	$$qvla bench server --count 2000
 	$$qvla bench server --frames 300
-	$$qvla profile $(RUN)/settings/float/bundle $(RUN)/settings/w4/bundle --threads 1 \
-	    --samples 1000 --rate 30 --output $(RUN)/profile.json
-	$$qvla compare-latency $(RUN)/profile.json
-	$$qvla profile $(RUN)/settings/w4/bundle --threads 1 --layers --output $(RUN)/layers.json
-	$$qvla bench engines --rounds 12 --output $(RUN)/bench.json
+	$$qvla profile $(GROUPED)/settings/float/bundle $(GROUPED)/settings/w4/bundle --threads 1 \
+	    --samples 1000 --rate 30 --output $(GROUPED)/profile.json
+	$$qvla compare-latency $(GROUPED)/profile.json
+	$$qvla profile $(GROUPED)/settings/w4/bundle --threads 1 --layers --output $(GROUPED)/layers.json
+	$$qvla bench engines --rounds 12 --output $(GROUPED)/bench.json
 	$$qvla bench engines --regime pass --clock cpu --layers 1 --rounds 8 \
-	    --output $(RUN)/bench-pass.json
+	    --output $(GROUPED)/bench-pass.json
 	for control in none blank-image wrong-instruction; do
 	    $$qvla evaluate $(REFERENCE) --episodes 25 --control $$control \
-	        --output $(RUN)/reference-$$control.json
+	        --output $(GROUPED)/reference-$$control.json
 	done
 	$$qvla deploy --policy $(OBJECT_STATE) --tasks precise --run $(PRECISE) --episodes 0 \
 	    --settings float,w4,w3,w2.5,w2,w4-rtn,w2-rtn,w4.2,w3.2,w2.3

@@ -98,17 +98,16 @@ def parse_setting(name: str, target: Target | None = None) -> Setting:
 def usual_scales(settings: Iterable[Setting], target: Target) -> ScaleForm:
     """Return the form of scales of a deployment that asked for none.
 
-    Two levels where a planned setting of fewer than 8 bits rounds its inputs to 8, so that its
-    codes expand to one int8 product, and the target stores them in the bits they have; otherwise a
-    float scale a group.
+    Two levels where a planned setting rounds its inputs to 8 bits, so that its codes expand to one
+    int8 product (of w8a8 some have fewer bits, too), and the target stores them in the bits they
+    have; otherwise a float scale a group.
 
     Args:
         settings: what is deployed.
         target: what for; one whose weights have zero points has no scales of two levels.
     """
     expands = any(
-        setting.kind == "planned" and setting.bits < 8 and setting.activation_bits == 8
-        for setting in settings
+        setting.kind == "planned" and setting.activation_bits == 8 for setting in settings
     )
     zero_points = any(container.zero_points for container in target.containers.values())
     if not expands or zero_points or "two-level scales" in target.refusals:

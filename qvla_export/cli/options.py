@@ -130,7 +130,7 @@ UsualScalesOption = Annotated[
     ScaleForm | None,
     typer.Option(
         "--scales",
-        help=f"{_SCALES} Default: two-level on target cpu where settings round inputs (w4a8), else "
+        help=f"{_SCALES} Default: two-level on target cpu where settings round inputs (w8a8), else "
         "group.",
     ),
 ]

@@ -33,8 +33,10 @@ def test_names_of_no_setting_are_refused(name: str) -> None:
     ("names", "target", "form"),
     [
         ("float w4 w2a8", "cpu", "two-level"),
-        # Eight bits have no groups, and uniform baselines no scales but their own.
-        ("float w4 w8a8 w4a8-rtn", "cpu", "group"),
+        # Eight mean bits are those of channels of more and of fewer.
+        ("w8a8 w4", "cpu", "two-level"),
+        # Uniform baselines have scales of their own.
+        ("float w4 w8 w4a8-rtn", "cpu", "group"),
         ("w4a4", "cpu", "group"),
         # TensorRT would store 8 bits, and ONNX Runtime's CUDA kernels never ran with them.
         ("w4a8", "orin-jp7", "group"),
