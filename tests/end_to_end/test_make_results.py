@@ -39,13 +39,13 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     (folder / "qvla").write_text(_STAND_IN)
     (folder / "qvla").chmod(0o755)
     (folder / "python").symlink_to(sys.executable)
-    demo = folder / "demo"
-    demo.mkdir()
+    group = folder / "group"
+    group.mkdir()
     # Those that it depends on are tested elsewhere, or install packages.
     made = subprocess.run(
         [
             *("make", "--silent", *(f"--old-file={name}" for name in _BEFORE), "results"),
-            *(f"BIN={folder}", f"RUN={demo}", f"PRECISE={folder / 'precise'}"),
+            *(f"BIN={folder}", f"GROUPED={group}", f"PRECISE={folder / 'precise'}"),
             f"PICTURES={folder / 'pictures'}",
         ],
         cwd=ROOT,
