@@ -1,7 +1,6 @@
 """A random checkpoint of a given geometry, and `qvla bench size` on a small one."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,6 @@ from qvla_export.latency_model.network_shape import PolicyInputs
 from qvla_export.latency_model.published_sizes import Geometry, TransformerSize
 from qvla_export.policies.oft.policy import load_oft_policy
 from qvla_export.policies.oft.random_checkpoint import write_random_checkpoint
-from qvla_export.policies.openvla.random_checkpoint import (
-    write_random_checkpoint as write_random_openvla,
-)
 from qvla_export.quantizer.quantize import as_rows
 
 SMALL = Geometry(
@@ -80,19 +76,6 @@ def test_real_size_takes_a_small_policy_through_every_step(
     assert 0 < exported["bytes"] < exported["float16_bytes"]
     assert acted["largest_drift_from_torch"] < 1e-4 < acted["largest_change_by_plan"]
     assert all(step["peak_bytes"] >= 0 for step in steps.values())
-
-
-@pytest.mark.slow
-def test_what_decodes_token_by_token_becomes_engines_too(tmp_path: Path) -> None:
-    one_token = replace(SMALL.inputs, images=1, horizon=1, state_dim=0, autoregressive=True)
-    write_random_openvla(tmp_path / "checkpoint", replace(SMALL, inputs=one_token))
-    output = tmp_path / "figures.json"
-    sized = ["bench", "size", str(tmp_path), "--geometry", "openvla-7b", "--target", "rtx4070"]
-    result = CliRunner().invoke(app, [*sized, "--output", str(output)])
-    assert result.exit_code == 0, result.output
-    steps = {step["name"]: step["result"] for step in json.loads(output.read_text())["steps"]}
-    assert steps["engines"]["engines"] == steps["export"]["stages"] == 7
-    assert steps["one action"]["largest_drift_from_torch"] < 1e-3
 
 
 def test_bad_mix_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A random OpenVLA checkpoint of a geometry: the family's own reader takes it, sharded."""
+"""A random OpenVLA checkpoint of a geometry: the family's own reader takes it, sharded; engines."""
 
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from qvla_export.latency_model.published_sizes import Geometry, TransformerSize
 from qvla_export.pipeline.bench.size import RealSize, measure_real_size
 from qvla_export.policies.families import family_with_size, load_policy, recognize
 from qvla_export.policies.openvla.random_checkpoint import write_random_checkpoint
-from qvla_export.shared.errors import QvlaError
 from qvla_export.shared.observation import Observation
 
 SMALL = Geometry(
@@ -43,7 +42,10 @@ def test_the_published_size_is_its_familys() -> None:
     assert family_with_size("openvla-oft-7b").name == "oft"
 
 
-def test_engines_of_what_repeats_are_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(QvlaError, match="--skip-engines"):
-        measure_real_size(RealSize(tmp_path, "openvla-7b"))
-    assert not list(tmp_path.iterdir())
+@pytest.mark.slow
+def test_what_decodes_token_by_token_becomes_engines_too(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "checkpoint", SMALL)
+    figures = measure_real_size(RealSize(tmp_path, "openvla-7b"))
+    steps = {step.name: step.result for step in figures.steps}
+    assert steps["engines"]["engines"] == steps["export"]["stages"] == 7
+    assert steps["one action"]["largest_drift_from_torch"] < 1e-3
