@@ -261,7 +261,7 @@ results: demo baselines-env networks
 	# RUN BITS BYTES: auto-round, and plans of its bytes on the same observations.
 	beside() {
 	    $$qvla baseline auto-round --bits $$2 --run $$1 --policy $$policy
-	    for tuned in "" --tune-scales; do
+	    for tuned in "" --tune-codes; do
 	        $$qvla plan --run $$1 --setting w$$2 --budget-by bytes --budget $$3 $$tuned
 	        $$qvla round --run $$1 --setting w$$2 --policy $$policy --judge-by $$1/calibration
 	    done

@@ -134,13 +134,13 @@ UsualScalesOption = Annotated[
         "group.",
     ),
 ]
-TuneScalesOption = Annotated[
+TuneCodesOption = Annotated[
     bool,
     typer.Option(
-        "--tune-scales",
-        help="Once all codes of a plan are made, its scales answer what they do to the action "
-        "together: less error in the same bytes, with the whole policy in memory. Calibrate on "
-        "256 observations rather than 64.",
+        "--tune-codes",
+        help="Once all codes of a plan are made, they and their scales answer what they do to the "
+        "action together: less error in the same bytes, with the whole policy in memory. "
+        "Calibrate on 256 observations at least, better on 1,024.",
     ),
 ]
 RangesOption = Annotated[

@@ -70,7 +70,7 @@ class Deployment:
     # How the ranges of their rounded inputs are chosen.
     ranges: RangeMethod = DEFAULT_METHOD
     # Whether the scales of planned settings are tuned together.
-    tune_scales: bool = False
+    tune_codes: bool = False
     # What asked for it, for the record.
     command: str = ""
     # By what a setting is recommended, and what the user says of the action.
@@ -139,7 +139,7 @@ def deploy(
     compared = _measure(request, policy, steps)
     if request.holding.resident:
         policy.module.to("cpu")  # graphs are traced there
-    options = PlanOptions(request.ranges, tune_scales=request.tune_scales)
+    options = PlanOptions(request.ranges, tune_codes=request.tune_codes)
     for setting in request.settings:
         with steps.next(f"{setting.name}: plan, bundle, engine, action error") as hear:
             quantize_setting(run, setting, policy, target, request.holding, options, hear)
@@ -189,7 +189,7 @@ def whole_work(request: Deployment) -> dict[str, bool]:
         f"--settings {','.join(rounded)}": bool(rounded),
         f"--check-pairs {request.check_pairs}": bool(request.check_pairs),
         f"--episodes {request.episodes}": bool(request.episodes),
-        "--tune-scales": request.tune_scales,
+        "--tune-codes": request.tune_codes,
     }
 
 

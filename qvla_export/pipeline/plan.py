@@ -34,8 +34,8 @@ class PlanOptions:
     latency: LatencyLimit | None = None
     # Allocator, budget and widths; None for the setting's own.
     request: PlanRequest | None = None
-    # Whether its codes' scales are tuned together, see `QuantizerSpec.tuned_scales`.
-    tune_scales: bool = False
+    # Whether its codes are tuned together, see `QuantizerSpec.tuned_codes`.
+    tune_codes: bool = False
 
 
 def plan(
@@ -66,8 +66,8 @@ def plan(
         _require_groups_of(target, measured)
         request = options.request or PlanRequest.for_setting(setting, measured, target)
         planned = request.allocate(measured, target, options.latency)
-        if options.tune_scales:
-            planned = replace(planned, quantizer=replace(planned.quantizer, tuned_scales=True))
+        if options.tune_codes:
+            planned = replace(planned, quantizer=replace(planned.quantizer, tuned_codes=True))
     if setting.activation_bits is not None:
         if setting.activation_bits == 8 and options.ranges == "token":
             target.require(TOKEN_RANGES)

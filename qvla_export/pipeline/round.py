@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qvla_export.quantizer.plan import BitPlan
     from qvla_export.shared.observation import Observation
 
-_WHOLE = "scales are tuned with the whole policy in memory, this one's weights are on disk"
+_WHOLE = "codes are tuned with the whole policy in memory, this one's weights are on disk"
 
 
 def round_setting(
@@ -81,18 +81,18 @@ def coded_plan(
         policy: the full-precision policy.
         planned: without codes.
         fed: moments of the observations.
-        observations: to tune scales on, where the quantizer does.
-        tell: called with (layers done, layers in all).
+        observations: to tune codes on, where the quantizer does.
+        tell: called with (layers done, layers in all), of tuned codes with steps instead.
     """
-    from qvla_export.measurement.scale_tuning import tune_scales
+    from qvla_export.measurement.code_tuning import tune_codes
     from qvla_export.policies.layers import weights_on_disk
 
-    if not planned.quantizer.tuned_scales:
+    if not planned.quantizer.tuned_codes:
         return round_plan(policy, planned, fed, tell)
     if weights_on_disk(policy):
-        raise QvlaError(f"{_WHOLE}; give it more memory, or plan without --tune-scales")
-    coded = round_plan(policy, planned, fed, tell)
-    return tune_scales(policy, coded, observations, fed.shares(len(observations)))
+        raise QvlaError(f"{_WHOLE}; give it more memory, or plan without --tune-codes")
+    coded = round_plan(policy, planned, fed)
+    return tune_codes(policy, coded, observations, tell=tell)
 
 
 def _round_spans(
@@ -107,8 +107,8 @@ def _round_spans(
     from qvla_export.measurement.round_spans import SpanRounding, round_spans
     from qvla_export.pipeline.resources import Resources
 
-    if planned.quantizer.tuned_scales:
-        raise QvlaError(f"{_WHOLE}; give it more memory, or plan without --tune-scales")
+    if planned.quantizer.tuned_codes:
+        raise QvlaError(f"{_WHOLE}; give it more memory, or plan without --tune-codes")
     means, calibration = resources or Resources(), load_calibration(run)
     path = run.rounding(setting)
     spans = SpanRounding(

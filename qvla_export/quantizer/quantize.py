@@ -88,9 +88,9 @@ class QuantizerSpec:
     # What the error of one weight is made up for by: weights of the same channel, or those and all
     # channels of the layer that are rounded after it.
     compensation: Compensation = "none"
-    # Whether scales answer at last what all layers' codes do to the action together, see
-    # `measurement.scale_tuning`.
-    tuned_scales: bool = False
+    # Whether codes and scales answer at last what all layers do to the action together, see
+    # `measurement.code_tuning`.
+    tuned_codes: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.rules) - set(CODE_RANGE))
@@ -105,9 +105,9 @@ class QuantizerSpec:
             raise QvlaError(
                 f"compensation must be one of {get_args(Compensation)}, got {self.compensation!r}"
             )
-        if self.tuned_scales and not self.needs_moments:
+        if self.tuned_codes and not self.needs_moments:
             raise QvlaError(
-                "scales are tuned for codes that are made from what the layers are fed; measure "
+                "codes are tuned that are made from what the layers are fed; measure "
                 "sensitivities with --quantizer compensated"
             )
 
@@ -145,11 +145,12 @@ class QuantizerSpec:
         Raises:
             ArtifactError: the value is not one, or one of an option that is gone.
         """
-        if isinstance(value, Mapping) and "bias_correction" in value:
-            raise ArtifactError(
-                "it was made with bias correction, which this version does not have; make "
-                "sensitivities, plan and codes anew: qvla sensitivities, qvla plan, qvla round"
-            )
+        for name, was in _GONE.items() if isinstance(value, Mapping) else ():
+            if name in value:
+                raise ArtifactError(
+                    f"it was made with {was}, which this version does not have; make "
+                    "sensitivities, plan and codes anew: qvla sensitivities, qvla plan, qvla round"
+                )
         try:
             options = {name: value[name] for name in _OPTIONS if name in value}
             rules = {int(k): WidthRule(**rule) for k, rule in value.items() if k not in _OPTIONS}
@@ -158,6 +159,11 @@ class QuantizerSpec:
             raise ArtifactError(f"not a quantizer specification: {error}; make it anew") from error
 
 
+# Name of an option that was taken out -> what it was.
+_GONE: Mapping[str, str] = {
+    "bias_correction": "bias correction",
+    "tuned_scales": "scales tuned alone (now --tune-codes)",
+}
 # Name of an option -> its default, which artifacts do not state.
 _OPTIONS: Mapping[str, Any] = {
     field.name: field.default for field in fields(QuantizerSpec) if field.name != "rules"

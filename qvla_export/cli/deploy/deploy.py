@@ -25,7 +25,7 @@ from qvla_export.cli.options import (
     SkipBadFramesOption,
     TargetOption,
     TasksOption,
-    TuneScalesOption,
+    TuneCodesOption,
     UnnormKeyOption,
     UsualScalesOption,
     WorkersOption,
@@ -89,7 +89,7 @@ def deploy(
     zero_points: ZeroPointsOption = False,
     scales: UsualScalesOption = None,
     activations_method: RangesOption = "percentile",
-    tune_scales: TuneScalesOption = False,
+    tune_codes: TuneCodesOption = False,
     options: HoldingOptions = USUAL_HOLDING,
     force: ForceOption = False,
     tolerance: Tolerance = USUAL_TOLERANCE,
@@ -123,7 +123,7 @@ def deploy(
             opened_data, played, count, held_out, seed, frames_per_episode, skip_bad_frames
         ),
         *(played, played_times, check_pairs, samples, threads, seed, workers, probes or None),
-        *(quantizer or "compensated", zero_points, scales, activations_method, tune_scales),
+        *(quantizer or "compensated", zero_points, scales, activations_method, tune_codes),
         command=shlex.join(["qvla", *sys.argv[1:]]),
         tolerance=tolerance,
     )

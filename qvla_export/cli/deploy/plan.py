@@ -16,7 +16,7 @@ from qvla_export.cli.options import (
     RunOption,
     SettingOption,
     TargetOption,
-    TuneScalesOption,
+    TuneCodesOption,
 )
 from qvla_export.cli.progress import print_json, print_texts, progress_shown
 from qvla_export.shared.errors import QvlaError
@@ -77,7 +77,7 @@ def plan(
     rates: RatesOption = None,
     policy: LimitedPolicyOption = None,
     preset: PresetOption = None,
-    tune_scales: TuneScalesOption = False,
+    tune_codes: TuneCodesOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -100,7 +100,7 @@ def plan(
     if max_predicted_ms is not None:
         place = Device(stored_on(device, measured.quantizer), power_mode, rates)
         limit = latency_limit(max_predicted_ms, place, measured, parsed, policy, preset)
-    options = PlanOptions(activations_method, limit, request, tune_scales)
+    options = PlanOptions(activations_method, limit, request, tune_codes)
     with progress_shown() as hear:
         planned = plan_setting(folder, parsed, device, measured.policy_digest, options, hear)
     if planned is None:

@@ -1,4 +1,4 @@
-"""Scales that are tuned together: the same codes, less action error, what cannot be tuned."""
+"""Codes that are tuned together: less action error in the same bytes, what cannot be tuned."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_bundles import make_bundle, mixed_plan
 
 from calibration.calibration_set import CalibrationSet
@@ -13,9 +14,8 @@ from engines.load import load_engine
 from engines.targets import CPU
 from engines.verify import judge
 from qvla_export.allocation.setting import parse_setting
-from qvla_export.measurement import scale_tuning
+from qvla_export.measurement.code_tuning import TuningSettings, tune_codes
 from qvla_export.measurement.measure_moments import measure_moments
-from qvla_export.measurement.scale_tuning import TuningSettings, tune_scales
 from qvla_export.pipeline.deployment.cross_validation import predict_error
 from qvla_export.pipeline.fake_quantized import judge_plan
 from qvla_export.pipeline.plan import PlanOptions
@@ -28,7 +28,8 @@ from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import QuantizerSpec, compensated_spec, spec_for
 from qvla_export.quantizer.round_plan import round_plan
-from qvla_export.shared.errors import PlanMismatch, QvlaError
+from qvla_export.quantizer.scale_search import CODE_RANGE
+from qvla_export.shared.errors import ArtifactError, PlanMismatch, QvlaError
 from qvla_export.shared.observation import Observation
 from qvla_export.shared.target import Target
 
@@ -38,9 +39,20 @@ LEVELED = CPU.with_two_level_scales()
 
 def coded(policy: OftPolicy, seen: list[Observation], target: Target = CPU) -> BitPlan:
     """Return a plan of all widths with its codes."""
-    quantizer = replace(compensated_spec(target), tuned_scales=True)
+    quantizer = replace(compensated_spec(target), tuned_codes=True)
     plan = replace(mixed_plan(policy), quantizer=quantizer, containers=dict(target.containers))
     return round_plan(policy, plan, measure_moments(policy, seen, "c" * 64))
+
+
+def with_scales_off(plan: BitPlan) -> BitPlan:
+    """Return the plan with scales off by 8 % a channel: more than the codes move the actions."""
+    assert plan.rounding is not None
+    generator, off = np.random.default_rng(0), {}
+    for name, layer in plan.rounding.layers.items():
+        factors = 1 + 0.08 * generator.standard_normal((len(layer.codes), 1))
+        wide = np.repeat(factors, layer.scales.shape[1], 1).astype(np.float32)
+        off[name] = layer.with_scales(wide, plan.widths[name], plan.quantizer)
+    return replace(plan, rounding=replace(plan.rounding, layers=off))
 
 
 @pytest.mark.parametrize(
@@ -56,19 +68,13 @@ def test_tuning_undoes_scales_that_are_off(
 ) -> None:
     seen, others = tiny_observations(8), tiny_observations(4, seed=9)
     plan = coded(tiny_policy, seen, target)
-    assert plan.rounding is not None
-    generator = np.random.default_rng(0)
-    # By 8 % a channel, by which all actions move far more than by the codes.
-    off = {}
-    for name, layer in plan.rounding.layers.items():
-        factors = 1 + 0.08 * generator.standard_normal((len(layer.codes), 1))
-        wide = np.repeat(factors, layer.scales.shape[1], 1).astype(np.float32)
-        off[name] = layer.with_scales(wide, plan.widths[name], plan.quantizer)
-    bad = replace(plan, rounding=replace(plan.rounding, layers=off))
-    tuned = tune_scales(tiny_policy, bad, seen)
+    bad = with_scales_off(plan)
+    assert bad.rounding is not None
+    off = bad.rounding.layers
+    how = TuningSettings(batch_size=4, scale_rate=1e-2)
+    tuned = tune_codes(tiny_policy, bad, seen, how)
     assert tuned.rounding is not None
     for name, layer in tuned.rounding.layers.items():
-        assert np.array_equal(layer.codes, off[name].codes)
         assert np.array_equal(layer.halves, off[name].halves)
         stored = layer.steps.channel_scales if layer.multipliers is not None else layer.scales
         halves = stored[np.isin(plan.widths[name], [2, 4])]
@@ -81,69 +87,78 @@ def test_tuning_undoes_scales_that_are_off(
         assert after < left * before
 
 
-def test_shares_say_which_observations_count(
+def test_codes_move_within_their_widths_and_the_policy_is_as_it_was(
+    tiny_policy: OftPolicy, tiny_observations: Make
+) -> None:
+    seen = tiny_observations(8)
+    plan = with_scales_off(coded(tiny_policy, seen))
+    before = {name: value.clone() for name, value in tiny_policy.module.state_dict().items()}
+    tuned = tune_codes(
+        tiny_policy, plan, seen, TuningSettings(batch_size=4, scale_rate=1e-2, code_rate=0.025)
+    )
+    assert plan.rounding is not None and tuned.rounding is not None
+    moved = 0
+    for name, layer in tuned.rounding.layers.items():
+        old = plan.rounding.layers[name].codes
+        moved += int((layer.codes != old).sum())
+        for bits, (low, high) in CODE_RANGE.items():
+            codes = layer.codes[plan.widths[name] == bits]
+            assert not codes.size or (codes.min() >= low and codes.max() <= high)
+        unstored = np.setdiff1d(np.arange(old.shape[1]), plan.stored_order(name))
+        assert not layer.codes[:, unstored].any()
+        assert not layer.codes[np.isin(plan.widths[name], [0, 16])].any()
+    assert moved
+    assert all(torch.equal(before[n], v) for n, v in tiny_policy.module.state_dict().items())
+    assert not any(weight.requires_grad for weight in tiny_policy.module.parameters())
+
+
+def test_where_nothing_helps_nothing_changes(
     tiny_policy: OftPolicy, tiny_observations: Make
 ) -> None:
     seen = tiny_observations(4)
-    plan, first = coded(tiny_policy, seen), np.repeat([1.999, 0.001], 2)
-    few = TuningSettings(probes=4)
-    errors = [
-        [
-            judge_plan(tiny_policy, tune_scales(tiny_policy, plan, seen, how, few), some).rms
-            for some in (seen[:2], seen[2:])
-        ]
-        for how in (first, first[::-1].copy())
-    ]
-    assert errors[0][0] < errors[1][0] and errors[1][1] < errors[0][1]
+    plan = coded(tiny_policy, seen)
+    wild = TuningSettings(passes=4, scale_rate=5.0, code_rate=5.0)
+    assert tune_codes(tiny_policy, plan, seen, wild) is plan
 
 
-def test_what_cannot_be_tuned_is_refused(
-    tiny_policy: OftPolicy, tiny_observations: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_tuned_is_refused(tiny_policy: OftPolicy, tiny_observations: Make) -> None:
     seen = tiny_observations(3)
     plan = coded(tiny_policy, seen)
     with pytest.raises(PlanMismatch, match="qvla round"):
-        tune_scales(tiny_policy, replace(plan, rounding=None), seen)
+        tune_codes(tiny_policy, replace(plan, rounding=None), seen)
     with pytest.raises(QvlaError, match="2 observations at least, got 1"):
-        tune_scales(tiny_policy, plan, seen[:1])
+        tune_codes(tiny_policy, plan, seen[:1])
     with pytest.raises(QvlaError, match="--quantizer compensated"):
-        replace(spec_for(CPU), tuned_scales=True)
-    monkeypatch.setattr(scale_tuning, "_MOST_BYTES", 1000)
-    with pytest.raises(QvlaError, match="plan without --tune-scales"):
-        tune_scales(tiny_policy, plan, seen)
-    rules = dict(plan.quantizer.rules)
-    mixed = {**rules, 2: replace(rules[2], group_size=32)}
-    with pytest.raises(QvlaError, match=r"of one size, got \[32, 64\]"):
-        tune_scales(
-            tiny_policy, replace(plan, quantizer=replace(plan.quantizer, rules=mixed)), seen
-        )
+        replace(spec_for(CPU), tuned_codes=True)
+    with pytest.raises(ArtifactError, match="now --tune-codes"):
+        QuantizerSpec.from_json({**plan.quantizer.to_json(), "tuned_scales": True})
 
 
-def test_a_run_tunes_its_scales_where_its_plan_says_so(
+def test_a_run_tunes_its_codes_where_its_plan_says_so(
     tiny_policy: OftPolicy, tiny_checkpoint: Path, tiny_observations: Make, tmp_path: Path
 ) -> None:
-    run, w4 = RunFolder(tmp_path / "run"), parse_setting("w4")
-    drawn = tuple(tiny_observations(9))
-    CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(run.calibration)
+    run, w2 = RunFolder(tmp_path / "run"), parse_setting("w2")
+    drawn = tuple(tiny_observations(17))
+    CalibrationSet(drawn[:16], drawn[16:], {"test": 1}).save(run.calibration)
     sensitivities(run, tiny_policy, CPU, SensitivityRequest(probes=1))
-    plan_setting(run, w4, CPU, tiny_policy.digest)
-    plain = round_setting(run, w4, tiny_policy)
-    planned = plan_setting(run, w4, CPU, tiny_policy.digest, PlanOptions(tune_scales=True))
+    plan_setting(run, w2, CPU, tiny_policy.digest)
+    plain = round_setting(run, w2, tiny_policy)
+    planned = plan_setting(run, w2, CPU, tiny_policy.digest, PlanOptions(tune_codes=True))
     assert plain is not None and planned is not None
-    assert BitPlan.load(run.plan(w4)).quantizer.tuned_scales and not plain.quantizer.tuned_scales
+    assert BitPlan.load(run.plan(w2)).quantizer.tuned_codes and not plain.quantizer.tuned_codes
     with pytest.raises(QvlaError, match="whole policy in memory"):
-        round_setting(run, w4, load_policy(tiny_checkpoint, resident=False))
-    tuned = round_setting(run, w4, tiny_policy)
-    kept = round_setting(run, w4, tiny_policy)
+        round_setting(run, w2, load_policy(tiny_checkpoint, resident=False))
+    tuned = round_setting(run, w2, tiny_policy)
+    kept = round_setting(run, w2, tiny_policy)
     assert tuned is not None and tuned.rounding is not None and kept is not None
     assert kept.rounding is not None and kept.rounding.digest == tuned.rounding.digest
     assert tuned.weight_bytes == plain.weight_bytes
-    errors = [judge_plan(tiny_policy, p, drawn[:8]).rms for p in (plain, tuned)]
+    errors = [judge_plan(tiny_policy, p, drawn[:16]).rms for p in (plain, tuned)]
     assert errors[1] < errors[0]
 
 
 @pytest.mark.slow
-def test_engines_have_tuned_scales_and_cross_validation_makes_them(
+def test_engines_have_tuned_codes_and_cross_validation_makes_them(
     tiny_policy: OftPolicy, tiny_observations: Make, tmp_path: Path
 ) -> None:
     run, w4 = RunFolder(tmp_path / "run"), parse_setting("w4")
@@ -151,7 +166,7 @@ def test_engines_have_tuned_scales_and_cross_validation_makes_them(
     CalibrationSet(drawn[:8], drawn[8:], {"test": 1}).save(run.calibration)
     sensitivities(run, tiny_policy, CPU, SensitivityRequest(probes=1))
     predicted = []
-    for options in (PlanOptions(), PlanOptions(tune_scales=True)):
+    for options in (PlanOptions(), PlanOptions(tune_codes=True)):
         plan_setting(run, w4, CPU, tiny_policy.digest, options)
         predicted.append(predict_error(run, w4, tiny_policy))
     assert predicted[0].plan_digest != predicted[1].plan_digest
@@ -164,6 +179,6 @@ def test_engines_have_tuned_scales_and_cross_validation_makes_them(
 
 
 def test_specifications_state_what_is_tuned() -> None:
-    tuned = replace(compensated_spec(CPU), tuned_scales=True)
+    tuned = replace(compensated_spec(CPU), tuned_codes=True)
     assert QuantizerSpec.from_json(tuned.to_json()) == tuned
-    assert "tuned_scales" not in compensated_spec(CPU).to_json()
+    assert "tuned_codes" not in compensated_spec(CPU).to_json()
