@@ -18,7 +18,7 @@ from qvla_export.quantizer.scale_search import CODE_RANGE
 
 
 @dataclass(frozen=True)
-class Block:
+class TunedBlock:
     """The channels of one width of a layer, and what of them moves."""
 
     bits: int
@@ -46,7 +46,7 @@ class Block:
         order: NDArray[np.int64],
         quantizer: QuantizerSpec,
         device: torch.device,
-    ) -> "Block":
+    ) -> "TunedBlock":
         """Return the block of a layer's channels of one width."""
         rule = quantizer.rule(bits)
         groups = rule.groups(len(order))
@@ -54,7 +54,7 @@ class Block:
         zeros = steps.by_input(rule.group_size, len(order)).zero_points
         channels = np.flatnonzero(chosen)
         codes = torch.from_numpy(layer.codes[np.ix_(channels, order)].astype(np.float32))
-        return Block(
+        return TunedBlock(
             bits,
             torch.from_numpy(channels).to(device),
             torch.from_numpy(order).to(device),
@@ -95,7 +95,7 @@ class TunedLayer:
 
     # The replaced one, of the layer's shape.
     weight: nn.Parameter
-    blocks: tuple[Block, ...]
+    blocks: tuple[TunedBlock, ...]
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -144,10 +144,12 @@ def tuned_layers(policy: Policy, plan: BitPlan) -> Iterator[Mapping[str, TunedLa
             layers[name].weight = parameter
 
 
-def _blocks_of(name: str, plan: BitPlan, device: torch.device) -> tuple[Block, ...]:
+def _blocks_of(name: str, plan: BitPlan, device: torch.device) -> tuple[TunedBlock, ...]:
     assert plan.rounding is not None
     widths, order = plan.widths[name], plan.stored_order(name)
     return tuple(
-        Block.of(plan.rounding.layers[name], bits, widths == bits, order, plan.quantizer, device)
+        TunedBlock.of(
+            plan.rounding.layers[name], bits, widths == bits, order, plan.quantizer, device
+        )
         for bits in np.unique(widths[(widths > 0) & (widths < 16)]).tolist()
     )

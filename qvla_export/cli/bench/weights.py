@@ -14,6 +14,7 @@ from qvla_export.cli.options import (
     MaxMemoryOption,
     NewRunOption,
     SeedOption,
+    TuneCodesOption,
 )
 from qvla_export.cli.progress import print_result, progress_shown
 
@@ -32,6 +33,7 @@ def weights(
     largest_block: Annotated[
         int | None, typer.Option(min=1, help="As of qvla moments; smaller ones take less memory.")
     ] = None,
+    tune_codes: TuneCodesOption = False,
     max_memory_gb: MaxMemoryOption = None,
     seed: SeedOption = 0,
     force: ForceOption = False,
@@ -48,7 +50,7 @@ def weights(
     from qvla_export.pipeline.run_folder import RunFolder
 
     how = (figures.parse_widths(bits), figures.parse_methods(methods), count, held_out, seed)
-    request = figures.WeightsRequest(model, *how, iterations, largest_block)
+    request = figures.WeightsRequest(model, *how, iterations, largest_block, tune_codes)
     folder, libraries = RunFolder(run, force), BaselineEnvironment(environment)
     bound = joined_resources("cpu", 1.0, max_memory_gb=max_memory_gb)
     with bound as resources, progress_shown() as on_progress:

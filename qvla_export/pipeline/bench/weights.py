@@ -117,7 +117,7 @@ def bench_weights(
         others = [_by_rounding(bed, bits, on_progress)] if RTN in request.methods else []
         others += [_by_library(bed, job, environment, on_progress) for job in by_bits[bits]]
         fewest = min(row.weight_bytes for row, _ in others)
-        ours, change = _by_us(bed, bits, fewest, on_progress)
+        ours, change = _by_us(bed, bits, fewest, request.tune_codes, on_progress)
         rows.append(ours)
         for row, other in others:
             rows.append(replace(row, ours_over=_ratio(change, other, calibration)))
@@ -198,12 +198,14 @@ def _by_rounding(bed: _Bed, bits: int, on_progress: OnProgress) -> tuple[Weights
     return _judged_plan(bed, RTN, setting, planned, bits)
 
 
-def _by_us(bed: _Bed, bits: int, nbytes: int, on_progress: OnProgress) -> tuple[WeightsRow, Change]:
+def _by_us(
+    bed: _Bed, bits: int, nbytes: int, tune_codes: bool, on_progress: OnProgress
+) -> tuple[WeightsRow, Change]:
     setting = parse_setting(f"w{bits}", bed.target)
     measured = load_sensitivities(bed.run, bed.policy.digest)
     overrides = PlanOverrides("bytes", nbytes)
     within = PlanRequest.for_setting(setting, measured, bed.target, overrides)
-    options = PlanOptions(request=within)
+    options = PlanOptions(request=within, tune_codes=tune_codes)
     plan(bed.run, setting, bed.target, bed.policy.digest, options, on_progress)
     coded = round_setting(bed.run, setting, bed.policy, on_progress=on_progress)
     assert coded is not None

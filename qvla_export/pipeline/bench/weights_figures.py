@@ -27,6 +27,8 @@ class WeightsRequest:
     iterations: int = 200
     # Inputs or channels whose moments are kept together; None for as many as usual.
     largest_block: int | None = None
+    # Whether our codes are tuned together, see `measurement.code_tuning`.
+    tune_codes: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny_backbones import install_tiny_backbones
 from typer.testing import CliRunner
 
 from calibration.texts import draw_texts
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.baselines.environment import BaselineEnvironment
 from qvla_export.cli.app import app
 from qvla_export.pipeline.bench.changed_outputs import change_under, outputs_of
@@ -21,6 +23,7 @@ from qvla_export.policies import families
 from qvla_export.policies.backbones.text_policy import TextPolicy
 from qvla_export.policies.families import find_backbone
 from qvla_export.policies.layers import replaced_weights, weight_rows
+from qvla_export.quantizer.plan import BitPlan
 from qvla_export.shared.errors import CheckpointError, QvlaError
 
 # As they are before this module makes tiny ones known.
@@ -79,6 +82,18 @@ def test_finished_work_is_kept_and_the_command_prints_it(
     assert "nats a token" in text and "6 held-out observations" in text
     outcome = CliRunner().invoke(app, [*words[:-1], "4"])
     assert "name another run folder" in str(outcome.exception).lower()
+
+
+def test_our_codes_are_tuned_where_that_is_asked_for(
+    compared: WeightsComparison, run: RunFolder
+) -> None:
+    request = replace(compared.request, bits=(2,), tune_codes=True)
+    ours, other, _ = bench_weights(run, request, NOWHERE).rows
+    assert BitPlan.load(run.plan(parse_setting("w2"))).quantizer.tuned_codes
+    before = next(row for row in compared.rows if (row.bits, row.method) == (2, "ours"))
+    assert ours.weight_bytes == before.weight_bytes
+    assert ours.relative_error != before.relative_error
+    assert ours.relative_error < other.relative_error
 
 
 def test_what_cannot_be_done_is_refused_before_work(tmp_path: Path) -> None:
