@@ -49,6 +49,11 @@ class TuningSettings:
     code_rate: float = 2e-2
     seed: int = 0
 
+    def steps(self, observations: int) -> int:
+        """Return how many steps so many observations are tuned on; some of them only judge."""
+        batches = -(-(observations - _left_out(observations)) // self.batch_size)
+        return min(self.passes * batches, self.most_steps)
+
 
 DEFAULT_TUNING = TuningSettings()
 
@@ -81,12 +86,11 @@ def tune_codes(
         raise QvlaError(
             f"codes are tuned on 2 observations at least, got {len(observations)}: qvla calibrate"
         )
-    left_out = max(1, len(observations) // _FOLDS)
+    left_out, steps = _left_out(len(observations)), settings.steps(len(observations))
     taught = _Taught.by(policy, observations[:-left_out], settings)
     judging = _Taught.by(policy, observations[-left_out:], settings)
     with tuned_layers(policy, plan) as tuned:
         best, least = plan, judging.error(policy)
-        steps = min(settings.passes * len(taught.batches), settings.most_steps)
         for step in _descent(policy, tuned, taught, steps, settings):
             if tell is not None:
                 tell(step, steps)
@@ -95,6 +99,10 @@ def tune_codes(
                 if error < least:
                     best, least = _with_codes(plan, tuned), error
     return best
+
+
+def _left_out(observations: int) -> int:
+    return max(1, observations // _FOLDS)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from qvla_export.pipeline.sizing.trial_costs import (
     kept_costs,
     latency_costs,
     tried,
+    with_tuning,
 )
 
 if TYPE_CHECKING:
@@ -185,7 +186,11 @@ def _steps(request: Deployment, policy: "Policy", work: Workload) -> list[StepCo
         if setting in planned:
             steps.append(costs.plan_costs(work, setting).beside(loaded))
         if setting.kind == "planned" and work.compensated:
-            steps.append(costs.rounding_costs(work, setting).beside(loaded))
+            rounded = costs.rounding_costs(work, setting)
+            rounded = (
+                with_tuning(work, rounded) if request.tune_codes and work.resident else rounded
+            )
+            steps.append(rounded.beside(loaded))
         steps.append(costs.export_costs(work, setting, first=number == 0))
         steps.append(costs.error_costs(work, setting))
     if runtime_here(found) == found.runtime and work.resident:

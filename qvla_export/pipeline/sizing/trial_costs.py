@@ -27,6 +27,10 @@ _LONGEST_TRIAL_S = 20.0
 _PAIR_BYTES, _SAMPLE_BYTES = 90, 65
 _KEPT_PROBES, _KEPT_WIDTHS, _COUNTED = 4, 3, 3
 _LARGEST_BLOCK = 4096
+# Passes of a batch whose moments are measured; those of a step of tuning, and what it does to each
+# weight: its gradient, a code and its rounding, Adam's two means.
+_MOMENT_PASSES, _TUNING_PASSES, _TUNING_PRODUCTS = 5, 2, 16
+_TUNED_BYTES = 5 * 4
 
 
 def tried(
@@ -43,6 +47,31 @@ def tried(
     if not work.resident or _trial_s(work, trial.batch_size) > _LONGEST_TRIAL_S:
         return work
     return replace(work, trial=try_policy(policy, observation, trial))
+
+
+def with_tuning(work: Workload, rounding: StepCosts) -> StepCosts:
+    """Return the costs of codes that are tuned together once they are made.
+
+    Args:
+        work: what is done.
+        rounding: what making them takes.
+    """
+    from qvla_export.measurement.code_tuning import DEFAULT_TUNING
+
+    size, steps = DEFAULT_TUNING.batch_size, DEFAULT_TUNING.steps(work.count)
+    weights = sum(layer.weights for layer in work.policy.layers)
+    if work.trial is None:
+        passes_s = work.passes_s(size, _TUNING_PASSES - 1)
+    else:
+        share = _TUNING_PASSES / _MOMENT_PASSES * size / work.trial.batch_size
+        passes_s = share * work.trial.moments_s
+    step_s = passes_s + _TUNING_PRODUCTS * weights / work.rates.numbers_per_s
+    passing = work.pass_bytes() * size // work.batch_size
+    return replace(
+        rounding,
+        cpu_s=(rounding.cpu_s or 0.0) + steps * step_s,
+        memory_bytes=rounding.memory_bytes + _TUNED_BYTES * weights + passing,
+    )
 
 
 def kept_costs(work: Workload, channels: int) -> StepCosts:

@@ -16,6 +16,7 @@ from qvla_export.pipeline.sizing import step_costs
 from qvla_export.pipeline.sizing.policy_costs import PolicyCosts, policy_costs
 from qvla_export.pipeline.sizing.step_costs import StepCosts, Workload
 from qvla_export.pipeline.sizing.streamed_memory import StreamedMemory
+from qvla_export.pipeline.sizing.trial_costs import with_tuning
 from qvla_export.policies.layers import layer_shapes, traced_layers
 
 W4 = parse_setting("w4")
@@ -135,6 +136,18 @@ def test_costs_grow_with_observations_and_layers(tiny_costs: PolicyCosts) -> Non
             assert more.cpu_s == less.cpu_s
         assert more.disk_bytes == less.disk_bytes
         assert deeper.disk_bytes >= less.disk_bytes
+
+
+def test_tuning_codes_grows_with_observations_up_to_its_steps(tiny_costs: PolicyCosts) -> None:
+    made, taken = StepCosts("w4: rounding", 1.0, 100, 10), {}
+    for count in (16, 160, 1600, 3200):
+        tuned = with_tuning(work_of(tiny_costs, count), made)
+        assert tuned.cpu_s is not None and tuned.memory_bytes > made.memory_bytes
+        assert tuned.disk_bytes == made.disk_bytes
+        taken[count] = tuned.cpu_s - 1.0
+    # 14 observations are one batch, 140 nine.
+    assert taken[160] == pytest.approx(9 * taken[16])
+    assert taken[160] < taken[1600] == taken[3200]
 
 
 def test_part_by_part_takes_the_memory_of_one_part(tiny_costs: PolicyCosts) -> None:
