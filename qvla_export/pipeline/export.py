@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qvla_export.policies.base import Policy
     from qvla_export.shared.bundle import Bundle
 
+# Held-out observations whose actions lie in a bundle, at most.
+_GOLDEN, _GOLDEN_OF_CACHES = 8, 2
 # Policy digest and target -> float graphs by part.
 _GRAPHS: dict[tuple[str, str], Any] = {}
 
@@ -48,7 +50,7 @@ def export(
     if planned is not None:
         planned.require_fits(layer_shapes(policy.layers()), policy.digest)
         planned = with_codes(run, setting, planned)
-    golden = calibration.held_out[:8]
+    golden = calibration.held_out[: _golden_count(policy)]
     options = {"accuracy_level": accuracy_level}
     parts = [part.name for part in policy.parts(layers_per_part)]
     work = f"export, {setting.name}"
@@ -92,6 +94,17 @@ def export(
         )
     finish(on_progress, work, kept=False)
     return bundle
+
+
+def _golden_count(policy: "Policy") -> int:
+    """Return of how many observations a bundle has actions, which are computed side by side.
+
+    Of a policy that decodes part by part each of them holds its keys and values: 0.3 GB of a 7B.
+    """
+    from qvla_export.policies.layers import weights_on_disk
+
+    decodes = max(policy.program().calls.values()) > 1
+    return _GOLDEN_OF_CACHES if decodes and weights_on_disk(policy) else _GOLDEN
 
 
 def _sources(run: RunFolder, setting: Setting, planned: BitPlan | None) -> tuple[Path, ...]:

@@ -22,10 +22,14 @@ from rtx_parser import builds
 from tiny_bundles import exported_oracle, mixed_plan
 from traced_graphs import traced
 
+from calibration.calibration_set import CalibrationSet
 from engines.ort import OrtEngine
 from engines.targets import CPU, find_target
 from engines.verify import judge
+from qvla_export.allocation.setting import parse_setting
 from qvla_export.graph.export import ExportOptions, export_bundle
+from qvla_export.pipeline.export import export
+from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.policies.layers import layer_shapes
 from qvla_export.policies.openvla.policy import OpenVlaPolicy
 from qvla_export.quantizer.uniform_plan import uniform_plan
@@ -175,6 +179,18 @@ def test_weights_left_on_disk_export_the_same_bundle(
     golden, whole = bundle.golden(), bundles[1].golden()
     np.testing.assert_array_equal(golden.reference, whole.reference)
     np.testing.assert_array_equal(golden.full_precision, whole.full_precision)
+
+
+@pytest.mark.slow
+def test_few_observations_hold_caches_where_weights_are_on_disk(tmp_path: Path) -> None:
+    stored = load_openvla_policy(write_tiny_openvla(tmp_path / "checkpoint"), resident=False)
+    drawn = tuple(openvla_observations(4))
+    run, setting = RunFolder(tmp_path / "run"), parse_setting("float")
+    CalibrationSet(drawn[:1], drawn[1:], {"test": 1}).save(run.calibration)
+    bundle = export(run, setting, stored, CPU, layers_per_part=1)
+    assert len(bundle.golden().feeds) == 2
+    before = bundle.path.stat().st_mtime_ns
+    assert export(run, setting, stored, CPU, layers_per_part=1).path.stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
