@@ -247,7 +247,10 @@ results: demo baselines-env networks
 	evaluate float-blank float/bundle 10 float-blank --control blank-image
 	evaluate float-wrong float/bundle 20 float-wrong --control wrong-instruction
 	now="--seed 2000000 --execute 4"
-	for setting in float w4 w2; do
+	$$qvla deploy --policy $(OBJECT_STATE) --tasks precise --run $(PRECISE)-a8 --episodes 0 \
+	    --settings float,w8a8
+	for setting in float w8a8 w4 w2; do
+	    case $$setting in w8a8) run=$(PRECISE)-a8 ;; *) run=$(PRECISE) ;; esac
 	    evaluate $$setting-delay0 $$setting/bundle 84 float-delay0 $$now
 	    for delay in 1 2 3 4 5 6 7 8; do
 	        late="$$now --delay-steps $$delay"
@@ -256,6 +259,7 @@ results: demo baselines-env networks
 	            --roll-forward
 	    done
 	done
+	run=$(PRECISE)
 	evaluate float-delay4-seams float/bundle 84 float-delay0 $$now --delay-steps 4 --roll-forward \
 	    --seam-limit-mm 20
 	# RUN BITS BYTES: auto-round, and plans of its bytes on the same observations.
@@ -267,8 +271,9 @@ results: demo baselines-env networks
 	    done
 	}
 	for draw in 0 1 2; do
-	    of_draw=$(PRECISE)-256/$$draw
-	    $$qvla calibrate --run $$of_draw --tasks precise --count 256 --held-out 64 --seed $$draw
+	    of_draw=$(PRECISE)-1024/$$draw
+	    $$qvla calibrate --run $$of_draw --tasks precise --count 1024 --held-out 512 \
+	        --frames-per-episode 8 --seed $$draw
 	    $$qvla sensitivities --run $$of_draw --policy $$policy --seed $$draw
 	    beside $$of_draw 4 87552
 	    beside $$of_draw 3 66976
