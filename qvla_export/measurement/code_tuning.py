@@ -46,7 +46,7 @@ class TuningSettings:
     batch_size: int = 16
     # Of Adam: of a scale's logarithm, and of a code, which is one wide.
     scale_rate: float = 3e-4
-    code_rate: float = 2e-2
+    code_rate: float = 1e-2
     seed: int = 0
 
     def steps(self, observations: int) -> int:
