@@ -33,6 +33,8 @@ _WARMUP_STEPS = 20
 _REMEMBERED_NORMS = 200
 # Of a squared error, below which an observation has none to speak of.
 _NO_ERROR = 1e-8
+# Of the root of the tokens' divergence, beside the error that it stands next to.
+_DIVERGENCE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ def _left_out(observations: int) -> int:
     return max(1, observations // _FOLDS)
 
 
+def _root(values: Tensor) -> Tensor:
+    """Return the root of each observation's mean.  [B, ...] -> [B]"""
+    return (values.flatten(1).mean(dim=1).clamp(min=0) + _NO_ERROR).sqrt()
+
+
 @dataclass(frozen=True)
 class _Taught:
     """Observations, a batch at a time, and what the float policy does in them."""
@@ -112,6 +119,8 @@ class _Taught:
     batches: tuple[PolicyBatch, ...]
     # Normalized.  [B, horizon, dim] each
     actions: tuple[Tensor, ...]
+    # Of the tokens that stand for actions; None where none do.  [B, tokens, choices] each
+    logits: tuple[Tensor | None, ...]
 
     @staticmethod
     def by(
@@ -123,12 +132,26 @@ class _Taught:
         some = [order[start : start + size] for start in range(0, len(order), size)]
         batches = tuple(policy.batch([observations[one] for one in each]) for each in some)
         with torch.no_grad():
-            return _Taught(batches, tuple(policy.normalized_actions(batch) for batch in batches))
+            return _Taught(
+                batches,
+                tuple(policy.normalized_actions(batch) for batch in batches),
+                tuple(policy.token_logits(batch) for batch in batches),
+            )
 
     def errors(self, policy: Policy, number: int) -> Tensor:
-        """Return the RMS error of the policy as it is, in each observation of a batch.  [B]"""
+        """Return the error of the policy as it is, in each observation of a batch.  [B]
+
+        The RMS error; where tokens stand for the action also a share of the root of their
+        divergence, which says how near another token is.
+        """
         difference = policy.normalized_actions(self.batches[number]) - self.actions[number]
-        return (difference.square().flatten(1).mean(dim=1) + _NO_ERROR).sqrt()
+        errors = _root(difference.square())
+        logits = policy.token_logits(self.batches[number])
+        before = self.logits[number]
+        if logits is None or before is None:
+            return errors
+        old, new = before.log_softmax(dim=-1), logits.log_softmax(dim=-1)
+        return errors + _DIVERGENCE_SHARE * _root((old.exp() * (old - new)).sum(dim=-1))
 
     def error(self, policy: Policy) -> float:
         """Return the mean of the errors in all observations."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from openvla_cases import load_openvla_policy, openvla_observations, write_tiny_openvla
 from tiny_bundles import make_bundle, mixed_plan
 
 from calibration.calibration_set import CalibrationSet
@@ -14,6 +16,7 @@ from engines.load import load_engine
 from engines.targets import CPU
 from engines.verify import judge
 from qvla_export.allocation.setting import parse_setting
+from qvla_export.graph.golden import token_divergence
 from qvla_export.measurement.code_tuning import TuningSettings, tune_codes
 from qvla_export.measurement.measure_moments import measure_moments
 from qvla_export.pipeline.deployment.cross_validation import predict_error
@@ -24,6 +27,7 @@ from qvla_export.pipeline.round import round_setting
 from qvla_export.pipeline.run_folder import RunFolder
 from qvla_export.pipeline.sensitivities import SensitivityRequest, sensitivities
 from qvla_export.policies.families import load_policy
+from qvla_export.policies.layers import fake_quantized
 from qvla_export.policies.oft.policy import OftPolicy
 from qvla_export.quantizer.plan import BitPlan
 from qvla_export.quantizer.quantize import QuantizerSpec, compensated_spec, spec_for
@@ -110,6 +114,24 @@ def test_codes_move_within_their_widths_and_the_policy_is_as_it_was(
     assert moved
     assert all(torch.equal(before[n], v) for n, v in tiny_policy.module.state_dict().items())
     assert not any(weight.requires_grad for weight in tiny_policy.module.parameters())
+
+
+def test_tokens_come_nearer_to_those_of_the_float_policy(tmp_path: Path) -> None:
+    policy = load_openvla_policy(write_tiny_openvla(tmp_path / "checkpoint"))
+    seen = openvla_observations(8)
+    plan = mixed_plan(policy)
+    # At fewer bits other tokens are chosen throughout, by random weights.
+    eight = {name: np.full_like(widths, 8) for name, widths in plan.widths.items()}
+    plan = replace(plan, quantizer=compensated_spec(CPU), widths=eight)
+    plan = round_plan(policy, plan, measure_moments(policy, seen, "c" * 64))
+    tuned = tune_codes(policy, plan, seen, TuningSettings(batch_size=4))
+    diverged = [
+        token_divergence(policy, seen, partial(fake_quantized, policy, some))
+        for some in (plan, tuned)
+    ]
+    before, after = diverged
+    assert before is not None and after is not None
+    assert after.kl < 0.9 * before.kl
 
 
 def test_where_nothing_helps_nothing_changes(
