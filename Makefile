@@ -262,11 +262,12 @@ results: demo baselines-env networks
 	run=$(PRECISE)
 	evaluate float-delay4-seams float/bundle 84 float-delay0 $$now --delay-steps 4 --roll-forward \
 	    --seam-limit-mm 20
-	# RUN BITS BYTES: auto-round, and plans of its bytes on the same observations.
+	# RUN BITS BYTES: auto-round, and plans of its bytes on the same observations. Codes that were
+	# tuned before are dear, so that only --force makes untuned ones in their place.
 	beside() {
 	    $$qvla baseline auto-round --bits $$2 --run $$1 --policy $$policy
 	    for tuned in "" --tune-codes; do
-	        $$qvla plan --run $$1 --setting w$$2 --budget-by bytes --budget $$3 $$tuned
+	        $$qvla plan --run $$1 --setting w$$2 --budget-by bytes --budget $$3 --force $$tuned
 	        $$qvla round --run $$1 --setting w$$2 --policy $$policy --judge-by $$1/calibration
 	    done
 	}

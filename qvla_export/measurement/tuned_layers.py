@@ -129,7 +129,8 @@ class TunedLayer:
 @contextlib.contextmanager
 def tuned_layers(policy: Policy, plan: BitPlan) -> Iterator[Mapping[str, TunedLayer]]:
     """Run the block with the plan's weights in place, by layer; the old ones return at its end."""
-    layers: Layers = {name: traced_layers(policy)[name] for name in plan.widths}
+    traced = traced_layers(policy)
+    layers: Layers = {name: traced[name] for name in plan.widths}
     before = {name: layer.weight for name, layer in layers.items()}
     tuned = {}
     try:

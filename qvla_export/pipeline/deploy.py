@@ -69,7 +69,7 @@ class Deployment:
     scales: ScaleForm = "group"
     # How the ranges of their rounded inputs are chosen.
     ranges: RangeMethod = DEFAULT_METHOD
-    # Whether the scales of planned settings are tuned together.
+    # Whether the codes of planned settings are tuned together.
     tune_codes: bool = False
     # What asked for it, for the record.
     command: str = ""
